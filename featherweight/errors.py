@@ -1,0 +1,59 @@
+"""One family of errors. The message names the thing, what was expected, and what to do next, in one line."""
+
+
+class FeatherweightError(Exception):
+    """Anything that Featherweight refuses or fails at; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RecipeError(FeatherweightError):
+    """The recipe is malformed, or asks for something impossible."""
+
+    exit_code = 2
+
+
+class CheckpointError(FeatherweightError):
+    """The checkpoint is missing, truncated, corrupt, unsafe or inconsistent."""
+
+    exit_code = 3
+
+
+class DataError(FeatherweightError):
+    """The text is missing or empty, or fails a critical expectation."""
+
+    exit_code = 4
+
+
+class StageError(FeatherweightError):
+    """A stage failed: divergence, a library's refusal, a bound that was not kept."""
+
+    exit_code = 5
+
+
+class ParityError(StageError):
+    """An exported variant does not compute what its PyTorch source computes."""
+
+
+class ServiceError(FeatherweightError):
+    """A server or a store is down, refuses the credentials, or has no room left."""
+
+    exit_code = 6
+
+
+class ToolchainError(FeatherweightError):
+    """A toolchain is not installed, or this machine cannot run it."""
+
+    exit_code = 7
+
+
+class GateError(FeatherweightError):
+    """A promotion gate refused the candidate."""
+
+    exit_code = 8
+
+
+class IntegrityError(FeatherweightError):
+    """An artifact's bytes are not those that its manifest records."""
+
+    exit_code = 9

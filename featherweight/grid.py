@@ -1,0 +1,101 @@
+"""Grids: the sets of values that quantized weights may take.
+
+A grid is separate from the algorithm that chooses the weights on it (round to nearest, GPTQ, QAT ...), so that a result
+reaches every runtime that can hold its grid without a second rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from featherweight.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform, symmetric grid `weight = q * scale` with q an integer in [qmin, qmax].
+
+    A weight matrix has shape [rows, columns] (rows = output features, or tokens of an embedding). One scale covers a whole
+    row where `group_size` is None, else `group_size` consecutive columns of a row; a last, shorter group is allowed.
+    """
+
+    name: str
+    bits: int
+    group_size: int | None
+    qmin: int
+    qmax: int
+
+    def groups(self, columns: int) -> int:
+        """Number of scales that a row of `columns` weights needs."""
+        return 1 if self.group_size is None else -(-columns // self.group_size)
+
+    def bits_per_weight(self, columns: int, scale_bits: int = 32) -> float:
+        """Storage per weight, scales included."""
+        return self.bits + self.groups(columns) * scale_bits / columns
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """[rows, columns] -> [rows, groups, size], zero-padded at the end of a row."""
+        import torch
+
+        rows, columns = weight.shape
+        size = self.group_size or columns
+        pad = self.groups(columns) * size - columns
+        return torch.nn.functional.pad(weight, (0, pad)).view(rows, self.groups(columns), size)
+
+    def _flat(self, grouped: Tensor, columns: int) -> Tensor:
+        return grouped.reshape(grouped.shape[0], -1)[:, :columns]
+
+    def scales(self, weight: Tensor) -> Tensor:
+        """Round-to-nearest scales, float32 [rows, groups].
+
+        Where the range is lopsided (qmin = -qmax - 1) the scale takes the sign that maps the largest magnitude to qmin, as
+        ONNX Runtime's MatMulNBits quantizer does; the grid's extra value is then used on the side that needs it.
+        """
+        import torch
+
+        grouped = self._grouped(weight.float())
+        index = grouped.abs().argmax(dim=-1, keepdim=True)
+        peak = grouped.gather(-1, index).squeeze(-1)
+        scale = peak / self.qmin if self.qmin < -self.qmax else peak.abs() / self.qmax
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Round to nearest: (q int8 [rows, columns], scales float32 [rows, groups])."""
+        import torch
+
+        scales = self.scales(weight) if scales is None else scales
+        q = torch.round(self._grouped(weight.float()) / scales.unsqueeze(-1)).clamp(self.qmin, self.qmax)
+        return self._flat(q, weight.shape[1]).to(torch.int8), scales
+
+    def dequantize(self, q: Tensor, scales: Tensor) -> Tensor:
+        """The float32 weights [rows, columns] that (q, scales) stand for."""
+        return self._flat(self._grouped(q.float()) * scales.unsqueeze(-1), q.shape[1])
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """`weight` moved to its nearest grid points, float32."""
+        return self.dequantize(*self.quantize(weight))
+
+
+GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid("int8", bits=8, group_size=None, qmin=-127, qmax=127),
+        # One bit of head-room: without VNNI, AVX2 adds pairs of int8 products in int16, which full-range weights overflow.
+        Grid("int8-reduced", bits=8, group_size=None, qmin=-63, qmax=63),
+        Grid("int8-g32", bits=8, group_size=32, qmin=-128, qmax=127),
+        Grid("int4", bits=4, group_size=None, qmin=-8, qmax=7),
+        Grid("int4-g32", bits=4, group_size=32, qmin=-8, qmax=7),
+        Grid("int4-g128", bits=4, group_size=128, qmin=-8, qmax=7),
+    )
+}
+
+
+def grid_named(name: str) -> Grid:
+    """The grid of that name; raises RecipeError naming the known ones."""
+    if name not in GRIDS:
+        raise RecipeError(f"unknown grid '{name}'; known: {', '.join(GRIDS)}")
+    return GRIDS[name]

@@ -1,0 +1,259 @@
+"""The recipe: what to start from, which alternatives to try at each stage, and what counts as winning."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from featherweight.errors import RecipeError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Spec(BaseModel):
+    """Frozen, and strict about names: a misspelt key is an error, not a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainSpec(Spec):
+    """A small Llama and its byte-level BPE tokenizer, from nothing."""
+
+    vocab_size: Positive = 2048
+    hidden_size: Positive = 256
+    intermediate_size: Positive = 688
+    layers: Positive = 6
+    heads: Positive = 8
+    kv_heads: Positive = 4
+    context: Positive = 256
+    steps: Positive = 300
+    batch: Positive = 8
+    learning_rate: float = Field(3e-3, gt=0)
+    tokenizer_bytes: Positive = 4_000_000
+
+
+class CheckpointSpec(Spec):
+    """Either `source` (a checkpoint to load) or `train` (one to make)."""
+
+    source: str | None = None
+    train: TrainSpec | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> CheckpointSpec:
+        if (self.source is None) == (self.train is None):
+            raise ValueError("give exactly one of 'source' and 'train'")
+        return self
+
+
+class DataSpec(Spec):
+    """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own."""
+
+    source: str
+    pattern: str = "**/*"
+    field: str = "text"
+    separator: str | None = None
+    evaluation: Share | str = 0.05
+    calibration: Share | str = 0.05
+    max_bytes: Positive | None = None
+
+
+class FinetuneSpec(Spec):
+    """Recovery training of all weights, AdamW with warm-up and a cosine schedule."""
+
+    steps: Positive = 100
+    batch: Positive = 8
+    sequence: Positive = 128
+    learning_rate: float = Field(3e-4, gt=0)
+
+
+class DistillSpec(FinetuneSpec):
+    """A student made of chosen teacher layers, trained on temperature-scaled KL plus cross-entropy."""
+
+    layers: Positive | tuple[int, ...]
+    temperature: float = Field(2.0, gt=0)
+    kl_weight: float = Field(0.5, ge=0, le=1)
+
+
+class PruneSpec(Spec):
+    """LLM-Pruner: dependency-aware Taylor pruning of attention groups and MLP channels, then recovery training."""
+
+    criterion: Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random"] = "param_first"
+    ratio: Share = 0.25
+    attention: bool = True
+    mlp: bool = True
+    samples: Positive = 10
+    sequence: Positive = 64
+    layers: tuple[int, ...] | None = None
+    finetune: FinetuneSpec | None = FinetuneSpec()
+
+
+class QuantizeSpec(Spec):
+    """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float."""
+
+    method: Literal["rtn", "gptq", "smoothquant", "qat"] = "rtn"
+    grid: str = "int8"
+    head: str | None = "int8"
+    samples: Positive = 64
+    sequence: Positive = 128
+    steps: Positive = 100
+    batch: Positive = 8
+    learning_rate: float = Field(1e-4, gt=0)
+    distill: bool = True
+
+
+class CompileSpec(Spec):
+    """ONNX Runtime GenAI, or torch.compile. `precision` rounds here only where no quantize stage chose the weights."""
+
+    engine: Literal["onnxruntime-genai", "torch-compile"]
+    precision: Literal["float32", "int8", "int4"] = "float32"
+
+
+class ExportSpec(Spec):
+    """CTranslate2, vLLM, or the plain PyTorch folder. `reduce_range: auto` means: where the CPU has no VNNI."""
+
+    engine: Literal["ctranslate2", "vllm", "torch"]
+    compute_type: Literal["float32", "int8", "int8_float32"] = "float32"
+    reduce_range: bool | Literal["auto"] = "auto"
+
+
+class StagesSpec(Spec):
+    """Named alternatives of each stage; the names make up the names of the variants."""
+
+    distill: dict[Name, DistillSpec] = {}
+    prune: dict[Name, PruneSpec] = {}
+    quantize: dict[Name, QuantizeSpec] = {}
+    compile: dict[Name, CompileSpec] = {}
+    export: dict[Name, ExportSpec] = {}
+
+
+class VariantsSpec(Spec):
+    """One product of choices: names of alternatives, 'none' to leave the stage out, '*' for every alternative."""
+
+    distill: tuple[str, ...] = ("none",)
+    prune: tuple[str, ...] = ("none",)
+    quantize: tuple[str, ...] = ("none",)
+    serve: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: (v,) if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+
+class WorkloadSpec(Spec):
+    """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text."""
+
+    prompt_tokens: Positive = 16
+    new_tokens: Positive = 64
+    batch_sizes: tuple[Positive, ...] = (1, 8)
+    rounds: Positive = 5
+    windows: Positive = 60
+    window_tokens: Positive = 256
+
+
+class ConstraintsSpec(Spec):
+    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss is relative, in bits per byte."""
+
+    max_quality_loss: float | None = None
+    min_speedup: float | None = None
+    max_size_bytes: Positive | None = None
+    max_p95_latency_s: float | None = None
+    max_peak_memory_bytes: Positive | None = None
+
+
+class PromoteSpec(Spec):
+    """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'."""
+
+    model: str
+    stage: Literal["none", "staging", "production"] = "production"
+
+
+class Recipe(Spec):
+    """A whole optimization."""
+
+    name: Name
+    checkpoint: CheckpointSpec
+    task: Literal["text-generation"] = "text-generation"
+    data: DataSpec
+    stages: StagesSpec = StagesSpec()
+    variants: tuple[VariantsSpec, ...] | None = None
+    workload: WorkloadSpec = WorkloadSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
+    objective: str = Field("speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
+    promote: PromoteSpec
+    seed: int = 0
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and validate a recipe; `overrides` are 'a.b=c' with c in YAML. Raises RecipeError with one line."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{path.name}: {_explain(error, tree)}") from error
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one 'a.b=c'."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set wants KEY.KEY=VALUE, got '{override}'")
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: '{key}' holds a value, not keys")
+    tree[last] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError, tree: Any) -> str:
+    """The first problem of a validation error, in one line, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}{more}"
+    known = _known_keys(first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"unknown key '{where}'; {hint}{more}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that stands at `location` in a recipe."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(model, type) and issubclass(model, Spec) and part in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+        model = _spec_inside(model)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Spec) else []
+
+
+def _spec_inside(annotation: Any) -> Any:
+    """The Spec class that an annotation such as `dict[Name, X]`, `X | None` or `tuple[X, ...]` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _spec_inside(argument)
+        if found is not None:
+            return found
+    return None

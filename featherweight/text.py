@@ -1,0 +1,107 @@
+"""Text: folders of documents, and the token windows that training, calibration and evaluation read from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "documents.jsonl"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document and the name by which a report can point at it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids that begin with the tokenizer's BOS, where it has one; `text_bytes` is what ids[1:] stand for, in UTF-8."""
+
+    ids: list[int]
+    text_bytes: int
+
+
+def write_documents(folder: Path, documents: list[Document]) -> None:
+    """Write a text folder: `documents.jsonl`, one {"id", "text"} a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("w", encoding="utf-8") as lines:
+        for document in documents:
+            lines.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
+
+
+def read_documents(folder: Path) -> Iterator[Document]:
+    """The documents of a text folder, in order."""
+    with (folder / FILE).open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Document(**json.loads(line))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, from local files only."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def token_blocks(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None) -> Tensor:
+    """Documents packed end to end, each led by BOS: int64 [blocks, length]. Raises DataError if they do not fill one."""
+    import torch
+
+    wanted = None if limit is None else limit * length
+    stream: list[int] = []
+    for ids in _encode(text, tokenizer):
+        stream += ids
+        if wanted is not None and len(stream) >= wanted:
+            break
+    blocks = len(stream) // length
+    if blocks == 0:
+        raise DataError(f"the text holds {len(stream)} tokens, fewer than one block of {length}; give more text")
+    return torch.tensor(stream[: blocks * length], dtype=torch.long).view(blocks, length)[:limit]
+
+
+def token_windows(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> list[Window]:
+    """Up to `limit` windows of at most `length` tokens, taken from as many documents as there are, each led by BOS.
+
+    Rounds over the documents: the first window of each, then the second of each. Windows under 16 tokens are left out.
+    """
+    documents = [ids[1:] if _bos(tokenizer) else ids for ids in _encode(text, tokenizer)]
+    lead = _bos(tokenizer)
+    body = length - len(lead)
+    windows: list[Window] = []
+    for start in range(0, max((len(ids) for ids in documents), default=0), body):
+        for ids in documents:
+            piece = ids[start : start + body]
+            if len(lead) + len(piece) >= 16 and len(windows) < limit:
+                scored = piece if lead else piece[1:]
+                windows.append(Window(lead + piece, len(tokenizer.decode(scored).encode())))
+    if not windows:
+        raise DataError("the text holds no document of 16 tokens; give more or longer text")
+    return windows
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _encode(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each document, led by BOS where the tokenizer has one, tokenized in parallel batches."""
+    batch: list[str] = []
+    for document in read_documents(text):
+        batch.append(document.text)
+        if len(batch) == 64:
+            yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False)["input_ids"])
+            batch = []
+    if batch:
+        yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,1 @@
+"""Sentences: Prefect flows that chain the verbs, and the command line."""
