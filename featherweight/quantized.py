@@ -1,0 +1,90 @@
+"""Quantized weights beside a checkpoint: the integers and scales that a quantize stage chose.
+
+A quantized checkpoint is a plain Hugging Face folder whose float weights already lie on their grids, plus two files:
+`quantized.safetensors` with `<parameter>.q` (int8 [rows, columns]) and `<parameter>.scales` (float32 [rows, groups]), and
+`quantization.json`, which names the grid of each parameter. `Grid.dequantize(q, scales)` equals the float weight bit for bit,
+so an exporter packs the integers as they are and rounds nothing a second time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.errors import CheckpointError
+from featherweight.grid import GRIDS, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "quantized.safetensors"
+DESCRIPTION = "quantization.json"
+HEADS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Grid, integers (int8 [rows, columns]) and scales (float32 [rows, groups]) by parameter name.
+
+    A tied output head stands under the embedding's name only.
+    """
+
+    grids: dict[str, Grid]
+    q: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    method: str
+
+    @property
+    def grid(self) -> str | None:
+        """Name of the grid of the decoder's Linear weights."""
+        return next((grid.name for name, grid in self.grids.items() if not name.endswith(HEADS)), None)
+
+    @property
+    def head(self) -> str | None:
+        """Name of the grid of the embedding and the output head; None where they are in float."""
+        return next((grid.name for name, grid in self.grids.items() if name.endswith(HEADS)), None)
+
+    def dequantize(self, name: str) -> Tensor:
+        """The float32 weight [rows, columns] of one parameter."""
+        return self.grids[name].dequantize(self.q[name], self.scales[name])
+
+    def bits_per_weight(self) -> float:
+        """Storage per quantized weight, scales included, over all of them."""
+        sizes = {name: q.numel() for name, q in self.q.items()}
+        bits = sum(self.grids[name].bits_per_weight(q.shape[1]) * sizes[name] for name, q in self.q.items())
+        return bits / sum(sizes.values())
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a checkpoint folder."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{name}.q": q.contiguous() for name, q in self.q.items()}
+        tensors |= {f"{name}.scales": scales.contiguous() for name, scales in self.scales.items()}
+        save_file(tensors, folder / WEIGHTS)
+        description = {
+            "method": self.method,
+            "grid": self.grid,
+            "head": self.head,
+            "grids": {name: grid.name for name, grid in sorted(self.grids.items())},
+        }
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> QuantizedWeights | None:
+        """What `write` wrote; None for a checkpoint that is not quantized. Raises CheckpointError on damage."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not (folder / DESCRIPTION).exists():
+            return None
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text())
+            grids = {name: GRIDS[grid] for name, grid in description["grids"].items()}
+            tensors = load_file(folder / WEIGHTS)
+            q = {name: tensors[f"{name}.q"] for name in grids}
+            scales = {name: tensors[f"{name}.scales"] for name in grids}
+            return cls(grids, q, scales, description["method"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} holds damaged quantized weights ({error}); quantize it again") from error
