@@ -1,0 +1,155 @@
+"""The one training loop: pre-training, distillation, recovery after pruning, quantization-aware training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from featherweight.errors import StageError
+from featherweight.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+LossFunction = Callable[["Tensor"], "Tensor"]
+
+
+def train_loop(
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    loss_fn: LossFunction | None = None,
+    warmup: float = 0.05,
+    final_share: float = 0.1,
+    weight_decay: float = 0.1,
+    grad_clip: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train `model` in place for `steps` steps of AdamW and return the loss of every step.
+
+    blocks: token ids, int64 [blocks, length]; each step reads `batch` of them, in a new random order every epoch.
+    loss_fn: token ids [batch, length] -> scalar loss; by default the model's own next-token cross-entropy (nats per token).
+    warmup: share of the steps over which the rate rises linearly; after it a cosine falls to `final_share` of the peak.
+    weight_decay: for matrices only, never for norms and biases.
+
+    The same seed gives the same weights on the same machine and thread count. Raises StageError, with the step and the
+    last losses, as soon as the loss or the gradient is not finite or the loss has run away.
+    """
+    import torch
+
+    loss_fn = loss_fn or (lambda ids: causal_loss(model, ids))
+    progress = progress or Progress()
+    optimizer = adamw(model, learning_rate, weight_decay)
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    device = trained[0].device
+    losses: list[float] = []
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # dropout, where a model has it
+            for step, rows in enumerate(batch_order(len(blocks), batch, steps, seed)):
+                set_rate(optimizer, learning_rate * rate_share(step, steps, warmup, final_share))
+                loss = loss_fn(blocks[rows].to(device))
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
+                losses.append(loss.item())
+                _check(losses, norm.item())
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                progress.step(step + 1, steps, loss=losses[-1])
+    finally:
+        model.train(was_training)
+    return losses
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """AdamW over the trainable weights, decaying matrices only."""
+    import torch
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def rate_share(step: int, steps: int, warmup: float, final_share: float) -> float:
+    """Share of the peak learning rate at `step` of `steps` (from 0): linear warm-up, then a cosine to `final_share`."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - 1 - rising)
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def batch_order(blocks: int, batch: int, steps: int, seed: int) -> Tensor:
+    """Rows to read at each step, int64 [steps, batch]: whole shuffled epochs, one after another."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch // blocks)
+    order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
+    return order[: steps * batch].view(steps, batch)
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """Labels aligned with the logits: ids moved one to the left, -100 (ignored) at the end. int64 [batch, length]."""
+    import torch
+
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def causal_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of `ids` [batch, length], in nats per token."""
+    import torch
+
+    # The labels are shifted rather than the logits: a slice of the logits would be a copy of the largest tensor there is.
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_tokens(ids).flatten())
+
+
+def mean_loss(model: nn.Module, blocks: Tensor, batch: int = 8) -> float:
+    """Mean next-token cross-entropy over all `blocks` [blocks, length], in nats per token, without gradients."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            sums = [causal_loss(model, part.to(device)).item() * len(part) for part in blocks.split(batch)]
+    finally:
+        model.train(was_training)
+    return sum(sums) / len(blocks)
+
+
+def _check(losses: list[float], norm: float) -> None:
+    """Refuse to go on when the loss or the gradient is not finite, or the loss stands far above where it began."""
+    recent = losses[-10:]
+    average = sum(recent) / len(recent)
+    if not math.isfinite(losses[-1]) or not math.isfinite(norm):
+        problem = f"loss {losses[-1]:.4g}, gradient norm {norm:.4g}"
+    elif len(losses) >= 20 and average > 1.5 * losses[0] + 1:
+        problem = f"the loss has run away from {losses[0]:.4g} to {average:.4g}"
+    else:
+        return
+    last = ", ".join(f"{loss:.4g}" for loss in losses[-5:])
+    raise StageError(
+        f"training diverged at step {len(losses)}: {problem} (last losses: {last}); lower learning_rate, or check the "
+        "checkpoint and the text"
+    )
