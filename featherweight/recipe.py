@@ -65,6 +65,19 @@ class DataSpec(Spec):
     max_bytes: Positive | None = None
 
 
+class TextSpec(Spec):
+    """One split of the recipe's text."""
+
+    data: DataSpec
+    split: Literal["train", "calibration", "evaluation"]
+
+
+class GateSpec(Spec):
+    """Bounds of the data gate. A document overlaps another split where that share of its 13-word shingles stands there."""
+
+    max_overlap: Share = 0.5
+
+
 class FinetuneSpec(Spec):
     """Recovery training of all weights, AdamW with warm-up and a cosine schedule."""
 
@@ -192,6 +205,18 @@ class Recipe(Spec):
     objective: str = Field("speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
     promote: PromoteSpec
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Recipe:
+        names = [name for stage in type(self.stages).model_fields for name in getattr(self.stages, stage)]
+        reserved = {"none", "baseline", "checkpoint", "gate", "text"}
+        for name in names:
+            if names.count(name) > 1 or name in reserved:
+                why = "is reserved" if name in reserved else "stands twice"
+                raise ValueError(
+                    f"the name '{name}' {why} among the stages' alternatives; variants need distinct names"
+                )
+        return self
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

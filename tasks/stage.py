@@ -1,12 +1,52 @@
-"""`@stage`: what turns a pure function into a node of a flow."""
+"""`@stage`: what turns a pure function into a node of a flow.
+
+The function knows files and a spec. Around it, here and nowhere else: the cache key, the Prefect task with its retries, the
+MLflow nested run, progress, timing, peak memory, the manifest and the lineage edges.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+import errno
+import importlib.metadata
+import importlib.util
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
+from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.plan import Node
+from featherweight.progress import Progress
+from featherweight.recipe import Spec
+from featherweight.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Metrics = Mapping[str, float]
+PACKAGES = ("featherweight", "tasks")
+# Modules whose text does not shape a stage's result: specs enter the key by value.
+INERT = {"featherweight.recipe", "featherweight.errors", "featherweight.progress", "tasks.stage"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One optimization under way: where its runs and artifacts go, and who hears of its progress."""
+
+    workspace: Workspace
+    client: MlflowClient
+    experiment_id: str
+    run_id: str
+    tags: Mapping[str, str]
+    listen: Callable[[Node], Progress]
 
 
 @dataclass(frozen=True)
@@ -22,20 +62,331 @@ class Stage:
     version: str
     libraries: tuple[str, ...]
     hardware: bool
+    source: Callable[[Any], str] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
         return self.function(*args, **kwargs)
 
+    def key(self, node: Node, digests: Mapping[str, str]) -> str:
+        """The cache key of a node whose inputs have these digests (by input name)."""
+        return content_digest(
+            {
+                "stage": self.name,
+                "version": self.version,
+                "code": code_digest(self.function.__module__),
+                "spec": node.spec.model_dump(mode="json"),
+                "source": self.source(node.spec) if self.source else None,
+                "inputs": dict(digests),
+                "seed": node.seed,
+                "libraries": library_versions(self.libraries),
+                "hardware": _hardware() if self.hardware else None,
+            }
+        )
+
+    def execute(self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str) -> ArtifactRef:
+        """Run the function in a nested MLflow run and publish what it made. Nothing is left behind where it fails."""
+        run = session.client.create_run(
+            session.experiment_id,
+            run_name=node.id,
+            tags={
+                **session.tags,
+                "mlflow.parentRunId": session.run_id,
+                "featherweight.node": node.id,
+                "featherweight.stage": self.name,
+                "featherweight.key": key,
+            },
+        )
+        run_id = run.info.run_id
+        try:
+            ref = self._make(node, inputs, session, key, run_id)
+        except BaseException as error:
+            killed = not isinstance(error, Exception)
+            session.client.set_tag(run_id, "featherweight.error", one_line(error))
+            session.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+            raise
+        session.client.set_terminated(run_id, "FINISHED")
+        return ref
+
+    def _make(
+        self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str, run_id: str
+    ) -> ArtifactRef:
+        started, clock = _now(), time.perf_counter()
+        folders = {name: session.workspace.materialize(ref, check=False) for name, ref in inputs.items()}
+        progress = _LoggedProgress(session.listen(node), session.client, run_id)
+        with session.workspace.working_folder() as work, _clear_errors(node.id):
+            out = work / "artifact"
+            out.mkdir()
+            with _peak_memory() as peak:
+                metrics = dict(self.function(node.spec, out=out, seed=node.seed, progress=progress, **folders))
+            files = describe_files(out)
+            seconds = time.perf_counter() - clock
+            manifest = Manifest(
+                digest=merkle_digest(files),
+                files=files,
+                stage=self.name,
+                node=node.id,
+                key=key,
+                spec=node.spec.model_dump(mode="json"),
+                seed=node.seed,
+                parents={name: ref.digest for name, ref in inputs.items()},
+                metrics=metrics,
+                environment=library_versions(self.libraries),
+                machine=_machine(),
+                started=started,
+                finished=_now(),
+            )
+            manifest.write(out)
+            progress.flush()
+            _log(session.client, run_id, node, metrics, seconds, peak)
+            uri = session.workspace.publish(session.client, run_id, out)
+        return ArtifactRef(
+            uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics
+        )
+
 
 def stage(
-    name: str, *, version: str = "1", libraries: tuple[str, ...] = (), hardware: bool = False
+    name: str,
+    *,
+    version: str = "1",
+    libraries: tuple[str, ...] = (),
+    hardware: bool = False,
+    source: Callable[[Any], str] | None = None,
 ) -> Callable[[Callable[..., Metrics]], Stage]:
-    """Declare a stage. Raise `version` whenever the function's result changes for the same input.
+    """Declare a stage. Raise `version` whenever the function's result changes for the same input and the code does not show it.
 
     libraries: distributions whose version shapes the result. hardware: the result depends on this very machine.
+    source: identity of what a spec names outside the artifacts (a checkpoint folder, a text file).
     """
 
     def wrap(function: Callable[..., Metrics]) -> Stage:
-        return Stage(name, function, version, libraries, hardware)
+        return Stage(name, function, version, libraries, hardware, source)
 
     return wrap
+
+
+def run_node(
+    stage: Stage, node: Node, inputs: Mapping[str, dict[str, Any]], session: Session
+) -> tuple[dict[str, Any] | None, bool, Exception | None]:
+    """Run a node as a Prefect task, or take its verified result from the cache: (reference, cached, error)."""
+    from prefect import Task
+
+    refs = {name: ArtifactRef.model_validate(ref) for name, ref in inputs.items()}
+    try:
+        key = stage.key(node, {name: ref.digest for name, ref in refs.items()})
+    except FeatherweightError as error:
+        return None, False, error
+    ran: list[bool] = []
+
+    def run_stage(parents: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        ran.append(True)
+        return stage.execute(node, refs, session, key).model_dump()
+
+    task = Task(
+        run_stage,
+        name=f"{stage.name}: {node.label}",
+        task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace("{", "(").replace("}", ")"),
+        tags=[stage.name],
+        cache_key_fn=lambda *_: key,
+        persist_result=True,
+        result_serializer="json",
+        refresh_cache=not is_cached(key, session.workspace),
+        retries=1,
+        retry_delay_seconds=2,
+        retry_condition_fn=_is_transient,
+    )
+    state: Any = task(dict(inputs), return_state=True)
+    if state.is_completed():
+        return state.result(), not ran, None
+    error = state.result(raise_on_failure=False)
+    return None, False, error if isinstance(error, Exception) else StageError(f"{node.id}: {state.message}")
+
+
+def cached_ref(key: str) -> ArtifactRef | None:
+    """The reference that Prefect's result store holds under a key."""
+    from prefect.results import get_result_store
+
+    store = get_result_store()
+    if not store.exists(key):
+        return None
+    try:
+        return ArtifactRef.model_validate(store.read(key).result)
+    except (ValueError, KeyError):
+        return None
+
+
+def is_cached(key: str, workspace: Workspace) -> bool:
+    """Whether a result is held under the key and its artifact is there, undamaged; a damaged one is rebuilt, not trusted."""
+    ref = cached_ref(key)
+    if ref is None:
+        return False
+    try:
+        workspace.materialize(ref)
+    except (IntegrityError, ServiceError):
+        return False
+    return True
+
+
+def method(spec: Spec) -> str:
+    """The words of a spec that name its method, such as 'gptq int8'."""
+    names = ("engine", "method", "criterion", "precision", "compute_type", "grid", "split")
+    return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name))
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, its type told where the message alone does not."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FeatherweightError) else f"{type(error).__name__}: {text}"[:500]
+
+
+def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions; a library that is not installed is said to be absent."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+@cache
+def code_digest(module: str) -> str:
+    """Digest of the code that a stage's module reaches inside this project, comments and layout aside."""
+    seen: dict[str, str] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in seen or name in INERT:
+            continue
+        tree = _syntax(name)
+        if tree is None:
+            continue
+        seen[name] = ast.dump(tree)
+        pending += _imports(tree)
+    return content_digest(seen)
+
+
+def _syntax(module: str) -> ast.Module | None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    return ast.parse(Path(spec.origin).read_text())
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Names of this project's modules that a syntax tree imports, wherever the import stands."""
+    for item in ast.walk(tree):
+        if isinstance(item, ast.ImportFrom) and item.module and item.module.split(".")[0] in PACKAGES:
+            yield item.module
+            for alias in item.names:
+                if (Path(__file__).parents[1] / item.module.replace(".", "/") / f"{alias.name}.py").exists():
+                    yield f"{item.module}.{alias.name}"
+        elif isinstance(item, ast.Import):
+            yield from (alias.name for alias in item.names if alias.name.split(".")[0] in PACKAGES)
+
+
+def _is_transient(task: Any, run: Any, state: Any) -> bool:
+    """Only a service that may come back is worth a second try."""
+    return isinstance(state.result(raise_on_failure=False), ServiceError)
+
+
+def _log(
+    client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: Mapping[str, int]
+) -> None:
+    """Final metrics and the spec, in one batch each."""
+    from mlflow.entities import Metric, Param
+
+    values = {**metrics, "stage_seconds": seconds, "stage_peak_memory_bytes": peak["bytes"]}
+    stamp = int(time.time() * 1000)
+    params = [Param(name, str(value)[:500]) for name, value in node.spec.model_dump(mode="json").items()]
+    client.log_batch(run_id, [Metric(name, float(value), stamp, 0) for name, value in values.items()], params)
+
+
+class _LoggedProgress(Progress):
+    """Hands progress on, and writes live values to the MLflow run about once a second."""
+
+    def __init__(self, listener: Progress, client: MlflowClient, run_id: str) -> None:
+        self._listener, self._client, self._run_id = listener, client, run_id
+        self._pending: list[tuple[str, float, int, int]] = []
+        self._flushed = time.monotonic()
+
+    def step(self, done: int, total: int, **values: float) -> None:
+        self._listener.step(done, total, **values)
+        stamp = int(time.time() * 1000)
+        self._pending += [(f"live_{name}", float(value), stamp, done) for name, value in values.items()]
+        if time.monotonic() - self._flushed > 1:
+            self.flush()
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        from mlflow.entities import Metric
+
+        for start in range(0, len(self._pending), 500):
+            chunk = self._pending[start : start + 500]
+            self._client.log_batch(self._run_id, [Metric(*item) for item in chunk])
+        self._pending.clear()
+        self._flushed = time.monotonic()
+
+
+@contextmanager
+def _clear_errors(node: str) -> Iterator[None]:
+    """Turn what a full disk or exhausted memory raises into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ServiceError(
+                f"{node}: no space left on the disk; free some and run the same command again"
+            ) from error
+        raise
+    except MemoryError as error:
+        raise StageError(f"{node}: out of memory; lower the batch or the sequence length") from error
+
+
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Resident memory of this process, sampled; the peak is in the yielded mapping's 'bytes'."""
+    import psutil
+
+    process, peak, stop = psutil.Process(), {"bytes": 0}, threading.Event()
+
+    def watch() -> None:
+        while True:
+            peak["bytes"] = max(peak["bytes"], process.memory_info().rss)
+            if stop.wait(0.1):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+
+
+@cache
+def _hardware() -> str:
+    from featherweight.machine import hardware_fingerprint
+
+    return hardware_fingerprint()
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    import platform
+
+    return {"platform": platform.platform(), "python": platform.python_version(), "hardware": _hardware()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def inputs_of(stage: Stage) -> set[str]:
+    """Names of the input folders that a stage's function takes."""
+    known = {"out", "seed", "progress"}
+    return {p.name for p in inspect.signature(stage.function).parameters.values() if p.kind is p.KEYWORD_ONLY} - known

@@ -1,0 +1,178 @@
+"""The plan: a recipe expanded into a trie of stage nodes. Every path from the root to a leaf is a variant."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from featherweight.compatibility import refusal
+from featherweight.errors import RecipeError
+from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, Recipe, Spec, TextSpec, VariantsSpec
+
+NONE = "none"
+BASELINE = "baseline"
+SPLITS = ("train", "calibration", "evaluation")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids."""
+
+    id: str
+    stage: str
+    label: str
+    spec: Spec
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A path of the trie: the node that serves it, the node that measures it, and the names of its choices."""
+
+    name: str
+    choices: tuple[str, ...]
+    served: str
+    measured: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nodes in an order that respects their inputs; variants; and the combinations ruled out, each with its reason."""
+
+    nodes: Mapping[str, Node]
+    variants: tuple[Variant, ...]
+    ruled_out: Mapping[str, str]
+
+    def path(self, node: str) -> list[str]:
+        """Ids of `node` and everything it is made from, in running order."""
+        wanted = {node}
+        for id in reversed(list(self.nodes)):
+            if id in wanted:
+                wanted.update(self.nodes[id].inputs.values())
+        return [id for id in self.nodes if id in wanted]
+
+
+def expand(recipe: Recipe) -> Plan:
+    """The plan of a recipe. Raises RecipeError where nothing is left to run, or a name is unknown."""
+    nodes = {node.id: node for node in _roots(recipe)}
+    variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
+    ruled_out: dict[str, str] = {}
+    for choice in _choices(recipe):
+        name = "/".join(part for part in choice if part != NONE)
+        distill, prune, quantize, serve = choice
+        reason = refusal(recipe.stages.quantize.get(quantize), _serve(recipe)[serve])
+        if reason:
+            ruled_out[name] = reason
+            continue
+        chain = _chain(recipe, distill, prune, quantize, serve)
+        nodes.update({node.id: node for node in chain})
+        variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
+    if ruled_out and len(variants) == 1:
+        name, reason = next(iter(ruled_out.items()))
+        raise RecipeError(f"every combination is impossible; {name}: {reason}")
+    return Plan(nodes, tuple(variants), ruled_out)
+
+
+def _serve(recipe: Recipe) -> dict[str, CompileSpec | ExportSpec]:
+    """Alternatives of the last stage, by name."""
+    both = recipe.stages.compile.keys() & recipe.stages.export.keys()
+    if both:
+        raise RecipeError(f"'{min(both)}' names both a compile and an export alternative; rename one")
+    return {**recipe.stages.compile, **recipe.stages.export}
+
+
+def _choices(recipe: Recipe) -> Iterable[tuple[str, str, str, str]]:
+    """Every wanted (distill, prune, quantize, serve), in order and once."""
+    stages = recipe.stages
+    every = VariantsSpec(distill=(NONE, "*"), prune=(NONE, "*"), quantize=(NONE, "*"))
+    seen: dict[tuple[str, str, str, str], None] = {}
+    for line in (every,) if recipe.variants is None else recipe.variants:
+        product = itertools.product(
+            _pick("distill", line.distill, stages.distill),
+            _pick("prune", line.prune, stages.prune),
+            _pick("quantize", line.quantize, stages.quantize),
+            _pick("serve", line.serve, _serve(recipe)),
+        )
+        seen.update(dict.fromkeys(product))
+    return seen
+
+
+def _pick(stage: str, patterns: tuple[str, ...], known: Mapping[str, Spec]) -> list[str]:
+    """Alternatives that the patterns name, in the patterns' order."""
+    picked: list[str] = []
+    for pattern in patterns:
+        found = [NONE] if pattern == NONE and stage != "serve" else fnmatch.filter(known, pattern)
+        if not found and pattern != "*":
+            raise RecipeError(
+                f"variants: '{pattern}' names no alternative of {stage}; known: {', '.join(known) or NONE}"
+            )
+        picked += [name for name in found if name not in picked]
+    return picked
+
+
+def _roots(recipe: Recipe) -> list[Node]:
+    """What every variant shares: the text, its gate, the checkpoint, and the baseline's measurement."""
+    text = [Node(f"text/{s}", "text", s, TextSpec(data=recipe.data, split=s), seed=recipe.seed) for s in SPLITS]
+    gate = Node("gate", "gate", "text", GateSpec(), {split: f"text/{split}" for split in SPLITS})
+    made = recipe.checkpoint.train
+    if made is not None:
+        root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
+    else:
+        root = Node("checkpoint", "load", recipe.checkpoint.source or "", recipe.checkpoint)
+    served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
+    measured = Node(
+        f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed
+    )
+    return [*text, gate, root, served, measured]
+
+
+def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
+    """The nodes of one variant below the checkpoint; equal prefixes of two variants give equal ids."""
+    stages, nodes, path, parent = recipe.stages, [], "", "checkpoint"
+
+    def add(stage: str, label: str, spec: Spec, **inputs: str) -> None:
+        nonlocal parent
+        nodes.append(Node(path, stage, label, spec, {"checkpoint": parent, **inputs}, recipe.seed))
+        parent = path
+
+    if distill != NONE:
+        path = distill
+        add("distill", distill, stages.distill[distill], text="text/train")
+    if prune != NONE:
+        spec = stages.prune[prune]
+        path = _join(path, prune)
+        add("prune", prune, spec, calibration="text/calibration")
+        if spec.finetune:
+            path = f"{path}+finetune"
+            add("finetune", prune, spec.finetune, text="text/train")
+    if quantize != NONE:
+        path = _join(path.removesuffix("+finetune"), quantize)
+        add("quantize", quantize, stages.quantize[quantize], text="text/train", calibration="text/calibration")
+    path = _join(path.removesuffix("+finetune"), serve)
+    stage = "compile" if serve in stages.compile else "export"
+    add(stage, serve, _serve(recipe)[serve], calibration="text/calibration")
+    measure = Node(
+        f"{path}/evaluate",
+        "evaluate",
+        serve,
+        recipe.workload,
+        _evaluation_inputs(nodes[-1], f"{BASELINE}/evaluate"),
+        recipe.seed,
+    )
+    return [*nodes, measure]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _serving_inputs(checkpoint: Node) -> dict[str, str]:
+    return {"checkpoint": checkpoint.id, "calibration": "text/calibration"}
+
+
+def _evaluation_inputs(served: Node, baseline_measurement: str | None) -> dict[str, str]:
+    inputs = {"served": served.id, "baseline": BASELINE, "evaluation": "text/evaluation"}
+    return inputs if baseline_measurement is None else {**inputs, "baseline_measurement": baseline_measurement}
