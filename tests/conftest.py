@@ -40,7 +40,7 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama (2 layers, hidden 64, 4/2 heads, tied, context 256, BOS) and its BPE tokenizer. Copy it to alter it."""
+    """A random Llama (2 layers, hidden 64, 4/2 heads, tied, context 256, BOS) and its tokenizer. Copy it to alter it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -118,7 +118,7 @@ def _wait_for(port: int, server: subprocess.Popen) -> None:
 
 
 @pytest.fixture
-def s3_server(_rclone: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def s3_server(_rclone: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """A real S3 server with an empty bucket, and the environment that makes boto3 and MLflow talk to it."""
     endpoint, root = _rclone
     bucket = f"bucket-{len(list(root.iterdir()))}"
