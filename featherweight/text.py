@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,13 +56,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def token_blocks(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None) -> Tensor:
-    """Documents packed end to end, each led by BOS: int64 [blocks, length]. Raises DataError if they do not fill one."""
+def token_blocks(
+    text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Documents packed end to end, each led by BOS: int64 [blocks, length]. Raises DataError if they do not fill one.
+
+    With a `seed` the documents come in a random order, so that a `limit` takes a sample and not the beginning.
+    """
     import torch
 
     wanted = None if limit is None else limit * length
     stream: list[int] = []
-    for ids in _encode(text, tokenizer):
+    for ids in _encode(text, tokenizer, seed):
         stream += ids
         if wanted is not None and len(stream) >= wanted:
             break
@@ -95,10 +101,14 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _encode(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _encode(text: Path, tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Iterator[list[int]]:
     """Token ids of each document, led by BOS where the tokenizer has one, tokenized in parallel batches."""
+    documents: Iterable[Document] = read_documents(text)
+    if seed is not None:
+        documents = list(documents)
+        random.Random(seed).shuffle(documents)
     batch: list[str] = []
-    for document in read_documents(text):
+    for document in documents:
         batch.append(document.text)
         if len(batch) == 64:
             yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False)["input_ids"])

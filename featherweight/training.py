@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.progress import Progress
@@ -34,7 +35,7 @@ def train_loop(
     """Train `model` in place for `steps` steps of AdamW and return the loss of every step.
 
     blocks: token ids, int64 [blocks, length]; each step reads `batch` of them, in a new random order every epoch.
-    loss_fn: token ids [batch, length] -> scalar loss; by default the model's own next-token cross-entropy (nats per token).
+    loss_fn: token ids [batch, length] -> scalar loss; by default next-token cross-entropy (nats per token).
     warmup: share of the steps over which the rate rises linearly; after it a cosine falls to `final_share` of the peak.
     weight_decay: for matrices only, never for norms and biases.
 
@@ -67,6 +68,21 @@ def train_loop(
     finally:
         model.train(was_training)
     return losses
+
+
+def timed_loop(model: nn.Module, blocks: Tensor, *, steps: int, batch: int, **options: Any) -> dict[str, float]:
+    """`train_loop`, and its metrics: `loss_first` and `loss_last` (means over a tenth of the steps), `tokens_per_s` ..."""
+    start = time.perf_counter()
+    losses = train_loop(model, blocks, steps=steps, batch=batch, **options)
+    seconds = time.perf_counter() - start
+    tenth = max(1, len(losses) // 10)
+    tokens = steps * batch * blocks.shape[1]
+    return {
+        "loss_first": sum(losses[:tenth]) / tenth,
+        "loss_last": sum(losses[-tenth:]) / tenth,
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+    }
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -118,7 +134,7 @@ def causal_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean next-token cross-entropy of `ids` [batch, length], in nats per token."""
     import torch
 
-    # The labels are shifted rather than the logits: a slice of the logits would be a copy of the largest tensor there is.
+    # The labels are shifted rather than the logits: a slice of the logits would copy the largest tensor there is.
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_tokens(ids).flatten())
 

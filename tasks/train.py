@@ -1,0 +1,137 @@
+"""train: a byte-level BPE tokenizer and a small Llama, from nothing but text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight import surgery, training
+from featherweight.errors import DataError, RecipeError
+from featherweight.progress import Progress
+from featherweight.recipe import TrainSpec
+from featherweight.text import read_documents, token_blocks
+from tasks.stage import Metrics, stage
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+
+@stage("train", version="1", libraries=("torch", "transformers", "tokenizers"))
+def train(spec: TrainSpec, *, text: Path, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
+    """Train a tokenizer and a Llama with tied embeddings on the documents of `text`.
+
+    Metrics: `loss_first` and `loss_last` (nats per token, means over a tenth of the steps), `tokens`, `tokens_per_s`,
+    `parameters`. Raises RecipeError for sizes that do not fit one another, StageError on divergence.
+    """
+    check_sizes(spec)
+    progress.note("training the tokenizer")
+    tokenizer = train_tokenizer(text, spec)
+    model = new_model(spec, tokenizer, seed)
+    blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
+    run = training.timed_loop(
+        model,
+        blocks,
+        steps=spec.steps,
+        batch=spec.batch,
+        learning_rate=spec.learning_rate,
+        seed=seed,
+        progress=progress,
+    )
+    surgery.save_model(model, out)
+    tokenizer.save_pretrained(out)
+    return run | {"parameters": surgery.parameters(model)}
+
+
+def check_sizes(spec: TrainSpec) -> None:
+    """Refuse sizes that no Llama can have, before any work."""
+    if spec.hidden_size % (2 * spec.heads):
+        raise RecipeError(f"train: hidden_size {spec.hidden_size} must be an even multiple of heads {spec.heads}")
+    if spec.heads % spec.kv_heads:
+        raise RecipeError(f"train: heads {spec.heads} must be a multiple of kv_heads {spec.kv_heads}")
+    if spec.vocab_size < 256 + 3:
+        raise RecipeError(f"train: vocab_size {spec.vocab_size} must be at least 259: every byte, BOS, EOS and padding")
+
+
+def train_tokenizer(text: Path, spec: TrainSpec) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the first `tokenizer_bytes` of text (characters): every string round-trips, nothing is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_head(text, spec.tokenizer_bytes), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=spec.context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _head(text: Path, limit: int) -> Iterator[str]:
+    """Documents until `limit` characters have been read; the last one is cut. Raises DataError where there is no text."""
+    left = limit
+    for document in read_documents(text):
+        if left <= 0:
+            break
+        yield document.text[:left]
+        left -= len(document.text)
+    if left == limit:
+        raise DataError(f"the training text in {text} is empty; give text to train the tokenizer on")
+
+
+def new_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised Llama, tied embeddings, float32."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_config(spec, tokenizer))
+        _damp_residuals(model, spec.layers)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _config(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _damp_residuals(model: LlamaForCausalLM, layers: int) -> None:
+    """Scale what is added to the residual stream by 1/sqrt(2 layers), so that its variance does not grow with depth (GPT-2)."""
+    import torch
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.div_(math.sqrt(2 * layers))
+            layer.mlp.down_proj.weight.div_(math.sqrt(2 * layers))
