@@ -1,0 +1,264 @@
+"""The front door: `featherweight`. Heavy libraries are imported by the commands that need them, never by `--help`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featherweight.errors import FeatherweightError, GateError
+from flows.view import view_for
+
+EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
+6 server, store or disk · 7 toolchain missing · 8 refused by a gate, or no variant keeps the constraints · 9 damaged artifact ·
+130 stopped by Ctrl-C (the same command resumes)"""
+
+app = typer.Typer(
+    name="featherweight",
+    help="Turns a transformer checkpoint into the lightest variant that still does the job, and promotes it.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArg = Annotated[Path, typer.Argument(help="A recipe (YAML).")]
+SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY.KEY=VALUE", help="Override one key of the recipe; repeatable.")]
+WorkspaceOpt = Annotated[
+    Path, typer.Option("--workspace", "-w", envvar="FEATHERWEIGHT_WORKSPACE", help="Where runs, artifacts and results live.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+WhyOpt = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
+ModelArg = Annotated[str, typer.Argument(help="A registered model, such as 'stories', 'stories@champion' or 'stories/3'.")]
+HERE = Path(".featherweight")
+
+
+@app.command(epilog=EXIT_CODES)
+def optimize(
+    recipe: RecipeArg,
+    overrides: SetOpt = [],  # noqa: B006 - typer wants a plain default
+    workspace: WorkspaceOpt = HERE,
+    report: Annotated[Path | None, typer.Option(help="Where to put report.html.")] = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Run the recipe: every variant made, measured on its serving engine, and the winner registered and promoted.
+
+    Stop it at any moment; the same command resumes and recomputes no finished stage.
+    """
+    from featherweight.recipe import load_recipe
+    from flows.launch import launch
+
+    result = launch(load_recipe(recipe, tuple(overrides)), workspace, view_for(quiet))
+    page = _place_report(result.report, report or Path("report.html"))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from featherweight.result import terminal_table
+
+        _console().print(terminal_table(result))
+        _console().print(f"[bold]{result.headline()}[/bold]\nreport: {page}", highlight=False)
+    if result.winner is None:
+        raise GateError("no variant keeps the constraints; the table says by how much each misses them")
+
+
+@app.command(epilog=EXIT_CODES)
+def plan(
+    recipe: RecipeArg,
+    overrides: SetOpt = [],  # noqa: B006
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show the tree of variants, what they share, what was ruled out and why, and the estimated cost. Runs nothing."""
+    from featherweight.recipe import load_recipe
+    from flows.preview import plan_tree, preview
+
+    shown = preview(load_recipe(recipe, tuple(overrides)), workspace)
+    if as_json:
+        _print_json(shown.to_dict())
+    else:
+        _console().print(plan_tree(shown), highlight=False)
+
+
+@app.command()
+def variants(
+    run: Annotated[str, typer.Argument(help="An optimization's MLflow run id; the latest where omitted.")] = "",
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show the table of a finished optimization."""
+    from featherweight.result import terminal_table
+    from flows.audit import past_result
+
+    result = past_result(_workspace(workspace), run)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _console().print(terminal_table(result))
+        _console().print(result.headline(), highlight=False)
+
+
+@app.command()
+def lineage(
+    model: ModelArg,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the digest of every artifact still reachable.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show what a registered version is made of: checkpoint, data, recipe, code, machine, every stage and number."""
+    from flows.audit import audit
+
+    found = audit(_workspace(workspace), model, verify)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _console().print(found.to_text(), highlight=False, soft_wrap=True)
+    found.raise_if_altered()
+
+
+@app.command()
+def promote(
+    model: ModelArg,
+    to: Annotated[str, typer.Option("--to", help="staging, production, archived or none.")] = "production",
+    why: WhyOpt = "promoted by hand",
+    force: Annotated[bool, typer.Option("--force", help="Promote although a gate refuses; the history says so.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Move a version to a stage, if the gate against the present champion lets it pass."""
+    from flows.promote import promote as run
+
+    _tell(run(_workspace(workspace), model, to, why, force), as_json)
+
+
+@app.command()
+def rollback(
+    model: ModelArg, why: WhyOpt = "rolled back by hand", workspace: WorkspaceOpt = HERE, as_json: JsonOpt = False
+) -> None:
+    """Make the previous champion the champion again."""
+    from flows.promote import rollback as run
+
+    _tell(run(_workspace(workspace), model, why), as_json)
+
+
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="A folder of checkpoints, or s3://bucket/prefix.")],
+    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="The recipe for each new checkpoint.")],
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    overrides: SetOpt = [],  # noqa: B006
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Optimize every complete new checkpoint below SOURCE, once each, as a scheduled Prefect flow."""
+    from flows.watching import serve_watch
+
+    seen = serve_watch(source, recipe, tuple(overrides), workspace, every, once, view_for(quiet))
+    if as_json:
+        _print_json(seen)
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """Say what this machine has, which toolchains are ready, what is missing and how to get it."""
+    from flows.doctor import diagnose, render
+
+    found = diagnose()
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _console().print(render(found), highlight=False)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def ui(
+    workspace: WorkspaceOpt = HERE,
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open both pages in the browser.")] = True,
+) -> None:
+    """Serve the Prefect and MLflow pages of a workspace until Ctrl-C."""
+    from flows.ui import serve_ui
+
+    serve_ui(_workspace(workspace), prefect_port, mlflow_port, browser)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        from featherweight import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; every refusal is one line on standard error and an exit code of its own."""
+    try:
+        app()
+    except FeatherweightError as error:
+        _fail(error, " ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        print("featherweight: stopped; the same command resumes where it was", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        _fail(error, f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)
+
+
+def _fail(error: Exception, line: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    print(f"featherweight: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _workspace(root: Path) -> Any:
+    """The workspace in `root`, its environment configured before MLflow or Prefect is imported."""
+    from featherweight.services import configure
+    from featherweight.workspace import Workspace
+
+    configure(root)
+    return Workspace.at(root)
+
+
+def _place_report(source: Path | None, wanted: Path) -> str:
+    """Copy the report to where the user looks for it."""
+    if source is None:
+        return "none"
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    wanted.write_bytes(source.read_bytes())
+    return str(wanted)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str, allow_nan=False))
+
+
+def _tell(outcome: Any, as_json: bool) -> None:
+    """Print what a promotion did."""
+    if as_json:
+        _print_json(outcome.to_dict())
+    else:
+        typer.echo(outcome.to_text())
+
+
+if __name__ == "__main__":
+    main()

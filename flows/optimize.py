@@ -1,0 +1,89 @@
+"""The main job: a checkpoint goes in, a promoted champion comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from featherweight.artifact import ArtifactRef
+from featherweight.errors import FeatherweightError, ToolchainError
+from featherweight.plan import Node, Plan, expand
+from featherweight.recipe import Recipe, load_recipe
+from featherweight.result import OptimizationResult
+from featherweight.workspace import Workspace
+from flows import conclude
+from flows.session import open_session
+from flows.view import PlainView, View
+from tasks.stage import Session, one_line, run_node
+from tasks.table import stage_named
+
+# Without these there is nothing to measure, or nothing to measure against.
+ESSENTIAL = ("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a node ended: 'done', 'cached', 'failed', 'skipped' (its toolchain is not here) or 'blocked' (an input is missing)."""
+
+    node: Node
+    status: str
+    ref: ArtifactRef | None = None
+    error: Exception | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why there is no artifact, in one line."""
+        return one_line(self.error) if self.error else ""
+
+
+@flow(name="optimize", flow_run_name="optimize {recipe}", persist_result=False, validate_parameters=False)
+def optimize_flow(
+    recipe: str, overrides: list[str] | None = None, source: str | None = None, workspace: str = ".featherweight"
+) -> dict[str, Any]:
+    """The deployment's entry point: parameters are plain JSON; `source` replaces the recipe's checkpoint."""
+    changes = list(overrides or []) + ([f"checkpoint.source={source}"] if source else [])
+    loaded = load_recipe(Path(recipe), tuple(changes))
+    plan, view = expand(loaded), PlainView()
+    view.begin(plan)
+    return optimize(loaded, plan, Workspace.at(Path(workspace)), view).to_dict()
+
+
+def optimize(recipe: Recipe, plan: Plan, workspace: Workspace, view: View) -> OptimizationResult:
+    """Run, decide, register, promote, report. Call it inside a Prefect flow. Raises FeatherweightError."""
+    with open_session(recipe, plan, workspace, view.listener) as session:
+        outcomes = run_plan(plan, session, view)
+        return conclude.conclude(recipe, plan, outcomes, session, view)
+
+
+def run_plan(plan: Plan, session: Session, view: View) -> dict[str, Outcome]:
+    """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential."""
+    outcomes: dict[str, Outcome] = {}
+    refs: dict[str, dict[str, Any]] = {}
+    for id, node in plan.nodes.items():
+        outcome = _run(node, outcomes, refs, session, view)
+        outcomes[id] = outcome
+        view.finished(id, outcome.status, outcome.reason)
+        if id in ESSENTIAL and outcome.error is not None:
+            raise outcome.error
+    return outcomes
+
+
+def _run(
+    node: Node, outcomes: dict[str, Outcome], refs: dict[str, dict[str, Any]], session: Session, view: View
+) -> Outcome:
+    """Run one node; `refs` keeps the very objects that Prefect returned, by which it draws the edges of its graph."""
+    for parent in node.inputs.values():
+        if outcomes[parent].ref is None:
+            status = "skipped" if outcomes[parent].status == "skipped" else "blocked"
+            return Outcome(node, status, error=outcomes[parent].error)
+    view.started(node.id)
+    inputs = {name: refs[parent] for name, parent in node.inputs.items()}
+    ref, cached, error = run_node(stage_named(node.stage), node, inputs, session)
+    if ref is None:
+        skipped = isinstance(error, ToolchainError)
+        return Outcome(node, "skipped" if skipped else "failed", error=error or FeatherweightError("no result"))
+    refs[node.id] = ref
+    return Outcome(node, "cached" if cached else "done", ArtifactRef.model_validate(ref))
