@@ -1,1 +1,50 @@
+# `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint stack clean
+
+SHELL := /bin/bash
+BIN := .venv/bin
+# The first Python on the path that Featherweight runs on; `make setup PYTHON=...` chooses another.
+SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUITS)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+# Asked for by name, set-up tries again what failed last time.
+SETUP = @$(PYTHON) infra/bootstrap.py $(if $(filter setup,$(MAKECMDGOALS)),--retry)
+# Nothing phones home from here.
+export DO_NOT_TRACK := 1
+export GX_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export VLLM_NO_USAGE_STATS := 1
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## make .venv and the toolchains (again in a second; retries a toolchain that failed)
+	$(SETUP)
+
+demo: ## run the main job: recipes/demo.yaml, from nothing to a promoted champion
+	$(SETUP)
+	@$(BIN)/featherweight optimize recipes/demo.yaml
+
+test: ## run the tests
+	$(SETUP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: ## run the benchmarks
+	$(SETUP)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+lint: ## check style, format and types
+	$(SETUP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+stack: ## start PostgreSQL, S3, MLflow and Prefect here, without Docker (Ctrl-C stops them)
+	$(SETUP) --extras dev,stack
+	@$(BIN)/python infra/stack.py
+
+clean: ## remove environments and caches; .featherweight with your results stays
+	rm -rf .venv .toolchains build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
