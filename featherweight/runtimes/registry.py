@@ -1,0 +1,60 @@
+"""The table of engines. A new runtime is one file and one line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from featherweight.errors import RecipeError, ToolchainError
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.engine import Engine
+
+ENGINES = {
+    "torch": ("torch_eager:TorchEager", "torch"),
+    "torch-compile": ("torch_compile:TorchCompile", "torch"),
+    "onnxruntime-genai": ("onnx_genai:OnnxGenai", "onnxruntime_genai"),
+    "ctranslate2": ("ctranslate2_engine:CTranslate2", "ctranslate2"),
+    "vllm": ("vllm:Vllm", None),
+}
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The class of an engine, imported only now; raises RecipeError naming the known ones."""
+    if name not in ENGINES:
+        raise RecipeError(f"unknown engine '{name}'; known: {', '.join(ENGINES)}")
+    module, _, attribute = ENGINES[name][0].partition(":")
+    return getattr(import_module(f"featherweight.runtimes.{module}"), attribute)
+
+
+def engine_available(engine: str) -> str | None:
+    """None if this machine can run `engine`, else the reason why not and how to get it."""
+    engine_class(engine)
+    if engine == "vllm":
+        return _vllm_missing()
+    library = ENGINES[engine][1]
+    if library and find_spec(library) is None:
+        return f"{library} is not installed; run 'make setup'"
+    if engine == "torch-compile":
+        return _compiler_missing()
+    return None
+
+
+def _vllm_missing() -> str | None:
+    from featherweight.toolchain import python
+
+    try:
+        python("vllm")
+    except ToolchainError as error:
+        return str(error)
+    return None
+
+
+def _compiler_missing() -> str | None:
+    """torch.compile writes C++ and needs a compiler for it."""
+    import os
+    import shutil
+
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH"
