@@ -1,0 +1,306 @@
+"""The result of an optimization: every variant with its numbers and its fate, how it was made, and the tables that show it.
+
+Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key that was not measured is left out.
+- `bits_per_byte`, `perplexity` (per token);
+- `quality_loss`, `quality_loss_low`, `quality_loss_high`: relative change of bits per byte against the baseline, worse is
+  positive, with the bounds of its 95 % confidence interval;
+- `tokens_per_s@N`, `speedup@N`, `speedup_low@N`, `speedup_high@N`: throughput, and its ratio to the baseline's, with bounds;
+- `ttft_s@N`, `p50_s@N`, `p95_s@N`, `p99_s@N`: time to first token, and latency of one whole generation;
+- `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
+  log-probabilities between the served variant and its PyTorch source;
+- `roofline@N`: share of the measured memory bandwidth that reading the weights once per step takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Status = Literal["winner", "loser", "baseline", "failed", "skipped", "ruled-out"]
+MEASURED = ("winner", "loser", "baseline")
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One variant. `stages` are ids of its nodes from the root on; `threads` by batch size, as text; `reason` tells its fate."""
+
+    name: str
+    engine: str
+    status: Status
+    grid: str | None = None
+    reason: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    stages: tuple[str, ...] = ()
+    threads: Mapping[str, int] = field(default_factory=dict)
+
+    def get(self, key: str) -> float:
+        """A metric, NaN where it was not measured."""
+        return self.metrics.get(key, math.nan)
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One stage node of the plan and how it ended: 'done', 'cached', 'failed', 'skipped' or 'blocked'."""
+
+    id: str
+    stage: str
+    label: str
+    status: str
+    seconds: float = 0.0
+    parents: tuple[str, ...] = ()
+    digest: str = ""
+    run_id: str = ""
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One suite of expectations: how many were checked, and those that did not hold, in words."""
+
+    suite: str
+    evaluated: int
+    failed_critical: tuple[str, ...] = ()
+    failed_warning: tuple[str, ...] = ()
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimizationResult:
+    """Everything that the report, the terminal and the README show of one optimization."""
+
+    name: str
+    objective: str
+    winner: str | None
+    variants: tuple[VariantRow, ...]
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    nodes: tuple[NodeRow, ...] = ()
+    gates: tuple[GateRow, ...] = ()
+    machine: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
+    registered: str = ""
+    started: str = ""
+    seconds: float = 0.0
+    seed: int = 0
+    report: str | None = None
+
+    def row(self, name: str | None) -> VariantRow | None:
+        """The variant of that name."""
+        return next((row for row in self.variants if row.name == name), None)
+
+    @property
+    def baseline(self) -> VariantRow | None:
+        """The untouched checkpoint's row."""
+        return next((row for row in self.variants if row.status == "baseline"), None)
+
+    @property
+    def measured(self) -> list[VariantRow]:
+        """Rows with numbers."""
+        return [row for row in self.variants if row.status in MEASURED]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Batch sizes that a speed-up was measured at."""
+        keys = {key for row in self.variants for key in row.metrics if key.startswith("speedup@")}
+        return sorted(int(key.partition("@")[2]) for key in keys)
+
+    @property
+    def main_batch(self) -> int:
+        """The batch size that the objective names, else the smallest measured."""
+        _, _, batch = self.objective.partition("@")
+        return int(batch) if batch else next(iter(self.batch_sizes), 1)
+
+    def headline(self) -> str:
+        """The outcome in one sentence."""
+        winner, tried = self.row(self.winner), len(self.measured) - 1
+        if winner is None:
+            return f"No variant kept every constraint ({tried} measured); the baseline stays."
+        parts = [f"{times(winner.get(f'speedup@{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]
+        parts.append(f"{mebibytes(winner.get('size_bytes'))}{self._smaller(winner)}")
+        parts.append(f"bits per byte {loss_with_interval(winner)}")
+        return f"{winner.name}: {', '.join(parts)}."
+
+    def _smaller(self, row: VariantRow) -> str:
+        ratio = self.baseline.get("size_bytes") / row.get("size_bytes") if self.baseline else math.nan
+        return f" ({ratio:.1f}x smaller)" if math.isfinite(ratio) and ratio > 1 else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a number that is not finite becomes null."""
+        return _finite(asdict(self))
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> OptimizationResult:
+        """The inverse of `to_dict`."""
+        rows = {"variants": VariantRow, "nodes": NodeRow, "gates": GateRow}
+        parts = {key: tuple(_row(kind, row) for row in tree[key]) for key, kind in rows.items()}
+        return cls(**{**tree, **parts})
+
+
+def _finite(value: Any) -> Any:
+    """The same tree with tuples as lists and NaN or infinity as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(kind: Callable[..., Any], tree: Mapping[str, Any]) -> Any:
+    """One row from its JSON: lists become tuples, a null metric NaN."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+    for key in ("metrics", "facts"):
+        if key in values:
+            values[key] = {name: math.nan if number is None else number for name, number in values[key].items()}
+    return kind(**values)
+
+
+def pareto_front(rows: Iterable[VariantRow], batch: int) -> list[VariantRow]:
+    """Rows that no other beats in both speed at that batch size and quality, fastest first."""
+    points = [row for row in rows if math.isfinite(row.get(f"speedup@{batch}")) and math.isfinite(row.get("quality_loss"))]
+    front: list[VariantRow] = []
+    for row in sorted(points, key=lambda row: (-row.get(f"speedup@{batch}"), row.get("quality_loss"))):
+        if not front or row.get("quality_loss") < front[-1].get("quality_loss"):
+            front.append(row)
+    return front
+
+
+def times(ratio: float) -> str:
+    """A ratio as '14.7x'."""
+    return MISSING if not math.isfinite(ratio) else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def percent(fraction: float) -> str:
+    """A signed change as '+0.11 %'."""
+    if not math.isfinite(fraction):
+        return MISSING
+    digits = 2 if abs(fraction) < 0.0995 else 1 if abs(fraction) < 0.995 else 0
+    return f"{fraction * 100:+.{digits}f} %".replace("-", "−")
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in ms, three significant digits."""
+    if not math.isfinite(seconds):
+        return MISSING
+    value = seconds * 1000
+    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def mebibytes(size: float) -> str:
+    """A size in MiB."""
+    return MISSING if not math.isfinite(size) else f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+
+
+def rate(tokens_per_s: float) -> str:
+    """Tokens per second, without decimals that the noise would hide."""
+    return MISSING if not math.isfinite(tokens_per_s) else f"{tokens_per_s:.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
+
+
+def loss_with_interval(row: VariantRow) -> str:
+    """Quality change with its 95 % confidence interval, where there is one."""
+    low, high = row.get("quality_loss_low"), row.get("quality_loss_high")
+    interval = f" ({percent(low)} to {percent(high)})" if math.isfinite(low) and math.isfinite(high) else ""
+    return percent(row.get("quality_loss")) + interval
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables: its heading, what it means, its text and its sort key for a row; `brief` ones fit a terminal."""
+
+    title: str
+    meaning: str
+    text: Callable[[VariantRow], str]
+    order: Callable[[VariantRow], float]
+    brief: bool = False
+
+
+def columns(result: OptimizationResult) -> list[Column]:
+    """The numeric columns of a result's tables, those left out that no variant has a value for."""
+    batches = result.batch_sizes
+    found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_loss", brief=True)]
+    for batch in batches:
+        at = f"batch {batch}"
+        found += [
+            _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup@{batch}", times, brief=True),
+            _metric(f"tokens/s, {at}", "new tokens per second, all sequences together", f"tokens_per_s@{batch}", rate, brief=True),
+            _metric(f"TTFT, {at}", "time to first token", f"ttft_s@{batch}", milliseconds),
+            _metric(f"p50, {at}", "median latency of a generation", f"p50_s@{batch}", milliseconds),
+            _metric(f"p95, {at}", "95th percentile of the latency", f"p95_s@{batch}", milliseconds, brief=batch == batches[0]),
+        ]
+    found += [
+        _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
+        _metric("peak memory", "of the serving process", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("bits/byte", "on the held-out text", "bits_per_byte", lambda value: _number(value, ".4f")),
+        _metric("perplexity", "per token, on the held-out text", "perplexity", lambda value: _number(value, ".3f")),
+        _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
+        Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
+    ]
+    return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
+
+
+def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
+    text = (lambda row: show(row.get(key))) if show else loss_with_interval
+    return Column(title, meaning, text, lambda row: row.get(key), brief)
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else MISSING
+
+
+def _threads(row: VariantRow) -> str:
+    counts = [str(row.threads[batch]) for batch in sorted(row.threads, key=int)]
+    return MISSING if not counts else counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+
+
+def ranked(result: OptimizationResult) -> list[VariantRow]:
+    """Measured rows: the winner, then the others by the objective's speed, the baseline last."""
+    key = f"speedup@{result.main_batch}"
+    place = {"winner": 0, "loser": 1, "baseline": 2}
+    speed = {row.name: row.get(key) if math.isfinite(row.get(key)) else -math.inf for row in result.measured}
+    return sorted(result.measured, key=lambda row: (place[row.status], -speed[row.name], row.name))
+
+
+def terminal_table(result: OptimizationResult) -> Table:
+    """The variants as a rich table; failed ones with their reasons, the ruled out only counted."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [column for column in columns(result) if column.brief]
+    ruled_out = sum(row.status == "ruled-out" for row in result.variants)
+    table = Table(title=result.name, caption=f"{ruled_out} combinations ruled out before running" if ruled_out else None)
+    table.add_column("variant", overflow="fold")
+    for column in shown:
+        table.add_column(column.title, justify="right")
+    table.add_column("", overflow="fold")
+    styles = {"winner": "bold green", "baseline": "cyan"}
+    for row in ranked(result):
+        fate = row.status if row.status in styles else row.reason
+        cells = [row.name, *(column.text(row) for column in shown), fate]
+        table.add_row(*map(Text, cells), style=styles.get(row.status))
+    for row in result.variants:
+        if row.status in ("failed", "skipped"):
+            blanks = [MISSING] * len(shown)
+            table.add_row(*map(Text, [row.name, *blanks, f"{row.status}: {row.reason}"]), style="dim")
+    return table
+
+
+def markdown_table(result: OptimizationResult) -> str:
+    """The measured variants as a table for a README."""
+    shown = [column for column in columns(result) if column.brief]
+    lines = ["| variant | " + " | ".join(column.title for column in shown) + " |"]
+    lines.append("|---|" + "---:|" * len(shown))
+    for row in ranked(result):
+        mark = "**" if row.status == "winner" else ""
+        cells = [f"{mark}{cell}{mark}" for cell in [_escaped(row.name), *(column.text(row) for column in shown)]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
