@@ -79,8 +79,11 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(root: Path) -> Iterator[PrefectServer]:
-    """The server that $PREFECT_API_URL names, or an embedded one that starts now and lasts as long as the block."""
+def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer]:
+    """The server that $PREFECT_API_URL names, or an embedded one that starts now and lasts as long as the block.
+
+    services: run the scheduler too, for deployments on a schedule.
+    """
     log = root / "prefect-server.log"
     named = os.environ.get("PREFECT_API_URL")
     if named:
@@ -88,7 +91,7 @@ def prefect_server(root: Path) -> Iterator[PrefectServer]:
         yield PrefectServer(named.removesuffix("/api"), None, log)
         return
     port = free_port()
-    process = start_prefect(root, port, "--no-services")
+    process = start_prefect(root, port, *(() if services else ("--no-services",)))
     os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
     try:
         yield PrefectServer(f"http://{LOCAL}:{port}", process, log)

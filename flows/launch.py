@@ -17,6 +17,7 @@ from flows.view import View
 if TYPE_CHECKING:
     from featherweight.result import OptimizationResult
 
+
 def launch(recipe: Recipe, root: Path, view: View) -> OptimizationResult:
     """Run one optimization in this process. Raises FeatherweightError."""
     plan = expand(recipe)

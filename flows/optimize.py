@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,25 @@ class Outcome:
 
 @flow(name="optimize", flow_run_name="optimize {recipe}", persist_result=False, validate_parameters=False)
 def optimize_flow(
-    recipe: str, overrides: list[str] | None = None, source: str | None = None, workspace: str = ".featherweight"
+    recipe: str,
+    overrides: list[str] | None = None,
+    source: str | None = None,
+    workspace: str = ".featherweight",
+    tags: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The deployment's entry point: parameters are plain JSON; `source` replaces the recipe's checkpoint."""
-    changes = list(overrides or []) + ([f"checkpoint.source={source}"] if source else [])
+    """The deployment's entry point: parameters are plain JSON; `source` replaces the recipe's checkpoint, `tags` go to its run."""
+    changes = [*(overrides or []), *([f"checkpoint.source={source}", "checkpoint.train=null"] if source else [])]
     loaded = load_recipe(Path(recipe), tuple(changes))
     plan, view = expand(loaded), PlainView()
     view.begin(plan)
-    return optimize(loaded, plan, Workspace.at(Path(workspace)), view).to_dict()
+    return optimize(loaded, plan, Workspace.at(Path(workspace)), view, tags).to_dict()
 
 
-def optimize(recipe: Recipe, plan: Plan, workspace: Workspace, view: View) -> OptimizationResult:
+def optimize(
+    recipe: Recipe, plan: Plan, workspace: Workspace, view: View, tags: Mapping[str, str] | None = None
+) -> OptimizationResult:
     """Run, decide, register, promote, report. Call it inside a Prefect flow. Raises FeatherweightError."""
-    with open_session(recipe, plan, workspace, view.listener) as session:
+    with open_session(recipe, plan, workspace, view.listener, tags or {}) as session:
         outcomes = run_plan(plan, session, view)
         return conclude.conclude(recipe, plan, outcomes, session, view)
 
@@ -71,9 +78,7 @@ def run_plan(plan: Plan, session: Session, view: View) -> dict[str, Outcome]:
     return outcomes
 
 
-def _run(
-    node: Node, outcomes: dict[str, Outcome], refs: dict[str, dict[str, Any]], session: Session, view: View
-) -> Outcome:
+def _run(node: Node, outcomes: dict[str, Outcome], refs: dict[str, dict[str, Any]], session: Session, view: View) -> Outcome:
     """Run one node; `refs` keeps the very objects that Prefect returned, by which it draws the edges of its graph."""
     for parent in node.inputs.values():
         if outcomes[parent].ref is None:

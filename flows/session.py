@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +14,13 @@ import yaml
 
 from featherweight.artifact import content_digest
 from featherweight.errors import FeatherweightError, ServiceError
+from featherweight.lineage import code_commit
 from featherweight.plan import Node, Plan
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe
 from featherweight.services import check_url
 from featherweight.workspace import Workspace
+from flows.promote import who
 from tasks.stage import Session, one_line
 
 if TYPE_CHECKING:
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress]
+    recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress], extra_tags: Mapping[str, str]
 ) -> Iterator[Session]:
     """The parent run of one optimization: FINISHED, FAILED or KILLED as the block ends. Raises ServiceError where MLflow is down."""
     client = connect(workspace)
     experiment = workspace.experiment(client, recipe.name)
     _bury_the_dead(client, experiment)
     tags = _tags(recipe)
-    run = client.create_run(experiment, run_name=f"optimize {recipe.name}", tags={**tags, "featherweight.kind": "optimization"})
+    own = {**tags, **extra_tags, "featherweight.kind": "optimization"}
+    run = client.create_run(experiment, run_name=f"optimize {recipe.name}", tags=own)
     run_id = run.info.run_id
     client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
     client.log_text(run_id, json.dumps(describe(plan), indent=1), "plan.json")
@@ -90,30 +91,9 @@ def _tags(recipe: Recipe) -> dict[str, str]:
         "featherweight.recipe_sha256": content_digest(recipe.model_dump(mode="json")),
         "featherweight.process": f"{socket.gethostname()}:{os.getpid()}",
         "featherweight.prefect_flow_run": flow_run,
-        "mlflow.user": _user(),
+        "mlflow.user": who(),
         "mlflow.source.git.commit": code_commit(),
     }
-
-
-def code_commit() -> str:
-    """Commit of this code's checkout, with '+changes' where it was edited; '' where it is no checkout."""
-    folder = Path(__file__).resolve().parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return f"{commit}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
 
 
 def _masked(uri: str) -> str:

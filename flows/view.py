@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from featherweight.plan import Node, Plan
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from featherweight.plan import Node, Plan
 
 MARKS = {
     "waiting": ("·", "dim"),

@@ -1,0 +1,56 @@
+"""`featherweight ui`: the Prefect and MLflow pages of a workspace."""
+
+from __future__ import annotations
+
+import os
+import time
+import webbrowser
+from contextlib import ExitStack
+
+from featherweight.services import LOCAL, await_url, check_url, free_port, start_mlflow, start_prefect, stop
+from featherweight.workspace import Workspace
+
+
+def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser: bool) -> None:
+    """Start what the environment does not already name, print where it is, and serve until Ctrl-C."""
+    with ExitStack() as stack:
+        pages = [_prefect(workspace, prefect_port, stack), _mlflow(workspace, mlflow_port, stack)]
+        for name, url in zip(("Prefect", "MLflow"), pages, strict=True):
+            print(f"{name}: {url}", flush=True)
+            if browser:
+                webbrowser.open(url)
+        print("Ctrl-C ends both", flush=True)
+        while True:
+            time.sleep(1)
+
+
+def _prefect(workspace: Workspace, port: int, stack: ExitStack) -> str:
+    named = os.environ.get("PREFECT_API_URL")
+    if named:
+        check_url(named, "Prefect", "PREFECT_API_URL")
+        return named.removesuffix("/api")
+    port = _port(port)
+    process = start_prefect(workspace.root, port)
+    stack.callback(stop, process)
+    await_url(f"http://{LOCAL}:{port}/api/health", process, "Prefect", workspace.root / "prefect-server.log")
+    return f"http://{LOCAL}:{port}"
+
+
+def _mlflow(workspace: Workspace, port: int, stack: ExitStack) -> str:
+    if workspace.tracking_uri.startswith("http"):
+        check_url(workspace.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
+        return workspace.tracking_uri
+    port, log = _port(port), workspace.root / "mlflow-server.log"
+    process = start_mlflow(workspace.tracking_uri, workspace.root / "artifacts", port, log)
+    stack.callback(stop, process)
+    await_url(f"http://{LOCAL}:{port}/health", process, "MLflow", log)
+    return f"http://{LOCAL}:{port}"
+
+
+def _port(wanted: int) -> int:
+    """The wanted port, or a free one where somebody else listens there."""
+    import socket
+
+    with socket.socket() as probe:
+        taken = probe.connect_ex((LOCAL, wanted)) == 0
+    return free_port() if taken else wanted
