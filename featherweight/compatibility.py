@@ -1,0 +1,100 @@
+"""Which grids an engine holds exactly, and so which combinations of quantize and serve make sense.
+
+Everything here is decided from the recipe alone, before anything runs. What an engine cannot pack without a second rounding is
+refused, and so is what it could only serve at a loss: float32 of rounded weights is neither smaller nor faster than float32 of
+the weights before rounding, and worse.
+"""
+
+from __future__ import annotations
+
+from featherweight.errors import RecipeError
+from featherweight.grid import Grid, grid_named
+from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
+
+MATMUL_BLOCKS = (16, 32, 64, 128, 256)
+PRECISION_BITS = {"int8": 8, "int4": 4}
+
+
+def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> str | None:
+    """Why `serve` cannot or should not serve what `quantize` makes, in one line; None where it can.
+
+    quantize: None for weights that are still in float. An unknown grid is a RecipeError's business, reported as a reason too.
+    """
+    if quantize is None:
+        return grid_refusal(None, None, serve)
+    try:
+        body, head = grid_named(quantize.grid), grid_named(quantize.head) if quantize.head else None
+    except RecipeError as error:
+        return str(error)
+    reason = grid_refusal(body, head, serve)
+    return reason and f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}"
+
+
+def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:
+    """The same, for weights whose body and head (embedding and output head) lie on these grids; None for float."""
+    if isinstance(serve, CompileSpec):
+        rule = _genai if serve.engine == "onnxruntime-genai" else _torch_compile
+        return rule(body, head, serve)
+    return {"ctranslate2": _ctranslate2, "vllm": _vllm, "torch": _torch}[serve.engine](body, head, serve)
+
+
+def _float_of_rounded(precision: str) -> str:
+    return f"{precision} would store rounded weights at full size, no smaller and no faster than unrounded ones"
+
+
+def _genai(body: Grid | None, head: Grid | None, serve: CompileSpec) -> str | None:
+    if body is None:
+        return None
+    if serve.precision == "float32":
+        return _float_of_rounded("float32")
+    if PRECISION_BITS[serve.precision] != body.bits:
+        return f"the weights are on a {body.bits}-bit grid, and precision {serve.precision} would round them again"
+    return next((reason for grid in (body, head) if grid and (reason := _no_matmul_nbits(grid))), None)
+
+
+def _no_matmul_nbits(grid: Grid) -> str | None:
+    """ONNX Runtime's MatMulNBits: 4 or 8 bits, symmetric about zero, one scale per block (a row's scale can be repeated)."""
+    if grid.bits in (4, 8) and (grid.group_size is None or grid.group_size in MATMUL_BLOCKS):
+        return None
+    return f"MatMulNBits holds 4 and 8 bits in groups of {MATMUL_BLOCKS[0]} to {MATMUL_BLOCKS[-1]} or per row, not {grid.name}"
+
+
+def _torch_compile(body: Grid | None, head: Grid | None, serve: CompileSpec) -> str | None:
+    if serve.precision != "float32":
+        return f"torch.compile serves float32 here, not {serve.precision}; take onnxruntime-genai"
+    return None if body is None else _float_of_rounded("float32")
+
+
+def _torch(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
+    if serve.compute_type != "float32":
+        return f"the plain PyTorch folder is float32, not {serve.compute_type}; take another engine"
+    return None if body is None else _float_of_rounded("float32")
+
+
+def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
+    if body is None:
+        return None
+    if serve.compute_type == "float32":
+        return _float_of_rounded("float32") + "; int8_float32 keeps them at 8 bits on disk"
+    for grid in (body, head):
+        if grid is not None and grid.bits != 8:
+            return "CTranslate2 packs int8 and float only"
+        if grid is not None and grid.group_size is not None:
+            return f"CTranslate2 packs one scale per row, not one per {grid.group_size} weights"
+    if serve.compute_type == "int8" and head is None:
+        return "CTranslate2 would round the float head to int8 at load; quantize the head too, or take int8_float32"
+    if serve.reduce_range is True and serve.compute_type == "int8" and body.qmax > 63:
+        return "reduce_range wants weights on the grid int8-reduced, and a second rounding is not done here"
+    return None
+
+
+def _vllm(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
+    if serve.compute_type == "int8_float32":
+        return "vLLM has no CPU kernel for int8 weights with float activations (W8A16); take int8 or float32"
+    if body is None:
+        return None
+    if serve.compute_type == "float32":
+        return _float_of_rounded("float32")
+    if body.bits != 8 or body.group_size is not None:
+        return f"compressed-tensors W8A8 holds 8 bits with one scale per row, not {body.name}"
+    return None
