@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featherweight.errors import CheckpointError, RecipeError, StageError
 
@@ -14,10 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+Model = TypeVar("Model", bound="nn.Module")
+
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are `model.layers[i]` with self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj."""
 
-CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
 """What a checkpoint folder holds beside the model: copied byte for byte from a stage's input to its output."""
 
 
@@ -40,6 +50,13 @@ def require_llama_like(folder: Path, stage: str) -> None:
         raise StageError(f"{stage} handles {', '.join(LLAMA_LIKE)} models, not '{found}'; leave the stage out for it")
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def load_model(folder: Path) -> PreTrainedModel:
     """The causal language model of a checkpoint folder, float32, from local safetensors only."""
     import torch
@@ -48,7 +65,16 @@ def load_model(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return to_device(model)
+
+
+def to_device(model: Model) -> Model:
+    """`model` on the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.nn.Module.to(model, torch.device("cuda"))
+    return model
 
 
 def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
@@ -58,8 +84,8 @@ def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) ->
     # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(out, max_shard_size="5GB")
-    for pattern in (*CARRIED, "generation_config.json") if source else ():
-        for path in source.glob(pattern):
+    if source is not None:
+        for path in [path for pattern in CARRIED for path in source.glob(pattern)]:
             shutil.copyfile(path, out / path.name)
 
 
@@ -109,7 +135,7 @@ def group_rows(groups: Tensor, size: int) -> Tensor:
     return (groups[:, None] * size + torch.arange(size)).flatten()
 
 
-def keep_attention_groups(layer: nn.Module, groups: Tensor, head_dim: int, queries: int) -> None:
+def keep_attention_groups(layer: Any, groups: Tensor, head_dim: int, queries: int) -> None:
     """Cut the attention of a decoder layer down to the key/value `groups`, each with its `queries` query heads."""
     attention = layer.self_attn
     _keep_outputs(attention.q_proj, group_rows(groups, queries * head_dim))
@@ -135,7 +161,21 @@ def _others(kept: Tensor, total: int) -> list[int]:
     return sorted(set(range(total)) - set(kept.tolist()))
 
 
-def mlp_group(mlp: nn.Module, hidden_size: int, channels: list[int]):  # type: ignore[no-untyped-def]
+def mlp_members(mlp: Any, hidden_size: int) -> list[tuple[nn.Linear, int]]:
+    """The matrices that share the hidden channels of a gated MLP: (module, 0 where a channel is a row, 1 for a column)."""
+    group = _mlp_group(mlp, hidden_size, list(range(mlp.gate_proj.out_features)))
+    members = [(part.dep.target.module, 0 if part.dep.handler.__name__ == "prune_out_channels" else 1) for part in group]
+    return [(module, dim) for module, dim in members if hasattr(module, "weight")]
+
+
+def keep_mlp_channels(layer: Any, channels: Tensor, hidden_size: int) -> None:
+    """Cut the MLP of a decoder layer down to the given hidden channels, and all that depends on them."""
+    removed = _others(channels, layer.mlp.gate_proj.out_features)
+    if removed:
+        _mlp_group(layer.mlp, hidden_size, removed).prune()
+
+
+def _mlp_group(mlp: Any, hidden_size: int, channels: list[int]) -> Any:
     """torch-pruning's dependency group of some hidden channels of a gated MLP: every cut that removing them implies."""
     import torch
     import torch_pruning

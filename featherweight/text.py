@@ -111,7 +111,7 @@ def _encode(text: Path, tokenizer: PreTrainedTokenizerBase, seed: int | None = N
     for document in documents:
         batch.append(document.text)
         if len(batch) == 64:
-            yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False)["input_ids"])
+            yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
             batch = []
     if batch:
-        yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False)["input_ids"])
+        yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])

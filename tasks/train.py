@@ -105,7 +105,7 @@ def new_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(spec, tokenizer))
         _damp_residuals(model, spec.layers)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return surgery.to_device(model)
 
 
 def _config(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
