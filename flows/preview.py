@@ -12,6 +12,7 @@ from featherweight.errors import FeatherweightError
 from featherweight.plan import Node, Plan, expand
 from featherweight.recipe import Recipe
 from featherweight.services import configure
+from featherweight.workspace import Workspace
 from tasks.stage import cached_ref, method, one_line
 from tasks.table import stage_named
 
@@ -79,7 +80,7 @@ def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, 
         except FeatherweightError as error:
             warnings.append(f"{id}: {one_line(error)}")
             continue
-        ref = cached_ref(key)
+        ref = cached_ref(key, Workspace.at(root))
         if ref is not None:
             refs[id] = ref
     return refs, tuple(warnings)
@@ -87,8 +88,6 @@ def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, 
 
 def _measured(recipe: Recipe, plan: Plan, root: Path) -> dict[str, float]:
     """Seconds that nodes of the same name and spec took in earlier runs of this recipe, the latest of each."""
-    from featherweight.workspace import Workspace
-
     configure(root)
     client = Workspace.at(root).client()
     experiment = client.get_experiment_by_name(recipe.name)

@@ -116,7 +116,7 @@ class Stage:
         with session.workspace.working_folder() as work, _clear_errors(node.id):
             out = work / "artifact"
             out.mkdir()
-            with _peak_memory() as peak:
+            with _peak_memory() as peak, _evidence(session.client, run_id, out):
                 metrics = dict(self.function(node.spec, out=out, seed=node.seed, progress=progress, **folders))
             files = describe_files(out)
             seconds = time.perf_counter() - clock
@@ -184,9 +184,9 @@ def run_node(
     task = Task(
         run_stage,
         name=f"{stage.name}: {node.label}",
-        task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace("{", "(").replace("}", ")"),
+        task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace(" ]", "]").replace("{", "(").replace("}", ")"),
         tags=[stage.name],
-        cache_key_fn=lambda *_: key,
+        cache_key_fn=lambda *_: _slot(key, session.workspace),
         persist_result=True,
         result_serializer="json",
         refresh_cache=not is_cached(key, session.workspace),
@@ -201,22 +201,25 @@ def run_node(
     return None, False, error if isinstance(error, Exception) else StageError(f"{node.id}: {state.message}")
 
 
-def cached_ref(key: str) -> ArtifactRef | None:
-    """The reference that Prefect's result store holds under a key."""
-    from prefect.results import get_result_store
+def _slot(key: str, workspace: Workspace) -> str:
+    """Where Prefect keeps the reference: results of one tracking store mean nothing to another."""
+    return content_digest([key, workspace.tracking_uri])
 
-    store = get_result_store()
-    if not store.exists(key):
-        return None
+
+def cached_ref(key: str, workspace: Workspace) -> ArtifactRef | None:
+    """The reference that Prefect's result store holds under a key."""
+    from prefect.results import ResultStore, get_default_result_storage
+
     try:
-        return ArtifactRef.model_validate(store.read(key).result)
-    except (ValueError, KeyError):
+        store = ResultStore(result_storage=get_default_result_storage(_sync=True))
+        return ArtifactRef.model_validate(store.read(_slot(key, workspace)).result)
+    except (ValueError, KeyError, OSError):
         return None
 
 
 def is_cached(key: str, workspace: Workspace) -> bool:
     """Whether a result is held under the key and its artifact is there, undamaged; a damaged one is rebuilt, not trusted."""
-    ref = cached_ref(key)
+    ref = cached_ref(key, workspace)
     if ref is None:
         return False
     try:
@@ -344,6 +347,17 @@ def _clear_errors(node: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise StageError(f"{node}: out of memory; lower the batch or the sequence length") from error
+
+
+@contextmanager
+def _evidence(client: MlflowClient, run_id: str, out: Path) -> Iterator[None]:
+    """Keep the pages that a failing stage wrote about its failure: they go to its MLflow run."""
+    try:
+        yield
+    except FeatherweightError:
+        for page in out.glob("*.html"):
+            client.log_artifact(run_id, str(page), "failure")
+        raise
 
 
 @contextmanager

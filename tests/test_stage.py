@@ -1,0 +1,161 @@
+"""`@stage` in a real flow: caching by content, verification, failure, progress and what MLflow gets to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from featherweight.artifact import ArtifactRef, Manifest
+from featherweight.errors import ServiceError, StageError
+from featherweight.plan import Node
+from featherweight.progress import Progress
+from featherweight.recipe import FinetuneSpec
+from featherweight.workspace import Workspace, local_path
+from tasks.stage import Metrics, Session, Stage, code_digest, run_node, stage
+
+CALLS: list[str] = []
+
+
+@stage("copy", libraries=("pydantic",))
+def copy(spec: FinetuneSpec, *, source: Path | None = None, out: Path, seed: int, progress: Progress) -> Metrics:
+    CALLS.append("copy")
+    text = (source / "x.txt").read_text() if source else str(spec.steps)
+    (out / "x.txt").write_text(text + "!")
+    progress.step(1, 2, loss=3.0)
+    progress.step(2, 2, loss=2.0)
+    return {"length": len(text)}
+
+
+@stage("break")
+def broken(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    CALLS.append("break")
+    (out / "half").write_text("half")
+    raise StageError("it broke\non two lines")
+
+
+@stage("full")
+def full(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@pytest.fixture
+def session(tmp_path: Path, harness: None) -> Session:
+    workspace = Workspace.at(tmp_path / "workspace")
+    client = workspace.client()
+    experiment = workspace.experiment(client, "test")
+    parent = client.create_run(experiment).info.run_id
+    CALLS.clear()
+    return Session(workspace, client, experiment, parent, {}, lambda node: Progress())
+
+
+def run(session: Session, *steps: tuple[Stage, Node]) -> list[tuple]:
+    """Run nodes in one flow, each fed by the one before."""
+    from prefect import Flow
+
+    def body() -> list[tuple]:
+        results, last = [], None
+        for each, node in steps:
+            inputs = {"source": last} if last and "source" in node.inputs else {}
+            result = run_node(each, node, inputs, session)
+            results.append(result)
+            last = result[0]
+        return results
+
+    return Flow(body, name="test")()
+
+
+def node(id: str = "a", steps: int = 1, **inputs: str) -> Node:
+    return Node(id, "copy", "label", FinetuneSpec(steps=steps), inputs)
+
+
+def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Session) -> None:
+    chain = [(copy, node()), (copy, node("b", source="a"))]
+    first, second = run(session, *chain)
+    assert not first[1]
+    assert not second[1]
+    again = run(session, *chain)
+    assert [cached for _, cached, _ in again] == [True, True]
+    assert CALLS == ["copy", "copy"]
+    assert [ref for ref, _, _ in again] == [first[0], second[0]]
+    run(session, (copy, node(steps=2)))
+    assert len(CALLS) == 3
+
+
+def test_what_it_leaves_in_mlflow(session: Session) -> None:
+    ((reference, _, _),) = run(session, (copy, node()))
+    ref = ArtifactRef.model_validate(reference)
+    logged = session.client.get_run(ref.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.tags["mlflow.parentRunId"] == session.run_id
+    assert logged.data.metrics["length"] == 1
+    assert logged.data.metrics["stage_peak_memory_bytes"] > 1e6
+    assert [m.value for m in session.client.get_metric_history(ref.run_id, "live_loss")] == [3.0, 2.0]
+    folder = session.workspace.materialize(ref)
+    assert (folder / "x.txt").read_text() == "1!"
+    manifest = Manifest.read(folder)
+    assert manifest.environment["pydantic"]
+    assert list((session.workspace.root / "work").iterdir()) == []
+
+
+def test_a_damaged_artifact_is_rebuilt(session: Session) -> None:
+    ((reference, _, _),) = run(session, (copy, node()))
+    folder = local_path(reference["uri"])
+    assert folder is not None
+    (folder / "x.txt").write_text("tampered")
+    ((rebuilt, cached, _),) = run(session, (copy, node()))
+    assert not cached
+    assert rebuilt["digest"] == reference["digest"]
+    assert rebuilt["uri"] != reference["uri"]
+    ((_, cached, _),) = run(session, (copy, node()))
+    assert cached
+
+
+def test_a_failure_is_one_line_never_cached_and_leaves_nothing(session: Session) -> None:
+    for _ in range(2):
+        ((reference, _, error),) = run(session, (broken, node()))
+        assert reference is None
+        assert isinstance(error, StageError)
+    assert CALLS == ["break", "break"]
+    assert list((session.workspace.root / "work").iterdir()) == []
+    failed = session.client.search_runs([session.experiment_id], "attributes.status = 'FAILED'")
+    assert len(failed) == 2
+    assert failed[0].data.tags["featherweight.error"] == "it broke on two lines"
+
+
+def test_a_full_disk_is_told_as_such(session: Session) -> None:
+    ((_, _, error),) = run(session, (full, node()))
+    assert isinstance(error, ServiceError)
+    assert "no space left" in str(error)
+
+
+def test_the_key_sees_inputs_seed_spec_version_and_library() -> None:
+    import dataclasses
+
+    plain = copy.key(node(), {"source": "d"})
+    assert plain == copy.key(node("elsewhere"), {"source": "d"})
+    assert plain != copy.key(node(), {"source": "e"})
+    assert plain != copy.key(dataclasses.replace(node(), seed=1), {"source": "d"})
+    assert plain != copy.key(node(steps=3), {"source": "d"})
+    assert plain != dataclasses.replace(copy, version="2").key(node(), {"source": "d"})
+    assert plain != dataclasses.replace(copy, libraries=("typer",)).key(node(), {"source": "d"})
+
+
+def test_the_code_digest_sees_code_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "tasks_probe.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for text in ("from featherweight.grid import Grid\nx = 1\n", "from featherweight.grid import Grid  # why\n\nx = 1\n", "x = 2\n"):
+        package.write_text(text)
+        code_digest.cache_clear()
+        digests.append(code_digest("tasks_probe"))
+    assert digests[0] == digests[1] != digests[2]
