@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,24 +46,29 @@ def ngrams(text: str, size: int = NGRAM) -> np.ndarray:
     return np.unique(mixed)
 
 
-def overlap_shares(documents: Iterable[np.ndarray], others: Iterable[np.ndarray]) -> list[float]:
-    """For each document, the share [0, 1] of its n-grams that occur anywhere in `others`."""
-    import numpy as np
+class Pool:
+    """The n-grams of some documents, and which of them have been met elsewhere. Holds theirs only, however much is met."""
 
-    documents = list(documents)
-    found = list(others)
-    pool = np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
-    return [float(_contained(grams, pool).mean()) if len(grams) else 0.0 for grams in documents]
+    def __init__(self, documents: list[np.ndarray]) -> None:
+        import numpy as np
 
+        self._documents = documents
+        self._grams = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *documents]))
+        self._met = np.zeros(len(self._grams), dtype=bool)
 
-def _contained(values: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Which of `values` are in the sorted `pool`."""
-    import numpy as np
+    def meet(self, grams: np.ndarray) -> None:
+        """Take note of another document's n-grams."""
+        import numpy as np
 
-    if not len(pool):
-        return np.zeros(len(values), dtype=bool)
-    places = np.minimum(np.searchsorted(pool, values), len(pool) - 1)
-    return pool[places] == values
+        if len(self._grams):
+            places = np.minimum(np.searchsorted(self._grams, grams), len(self._grams) - 1)
+            self._met[places[self._grams[places] == grams]] = True
+
+    def shares(self) -> list[float]:
+        """For each document, the share [0, 1] of its n-grams that were met."""
+        import numpy as np
+
+        return [float(self._met[np.searchsorted(self._grams, grams)].mean()) if len(grams) else 0.0 for grams in self._documents]
 
 
 def copied_shares(documents: list[np.ndarray]) -> list[float]:

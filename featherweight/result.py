@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class OptimizationResult:
     started: str = ""
     seconds: float = 0.0
     seed: int = 0
-    report: str | None = None
+    report: Path | None = None
 
     def row(self, name: str | None) -> VariantRow | None:
         """The variant of that name."""
@@ -140,15 +141,17 @@ class OptimizationResult:
         """The inverse of `to_dict`."""
         rows = {"variants": VariantRow, "nodes": NodeRow, "gates": GateRow}
         parts = {key: tuple(_row(kind, row) for row in tree[key]) for key, kind in rows.items()}
-        return cls(**{**tree, **parts})
+        return cls(**{**tree, **parts, "report": Path(tree["report"]) if tree.get("report") else None})
 
 
 def _finite(value: Any) -> Any:
-    """The same tree with tuples as lists and NaN or infinity as None."""
+    """The same tree with tuples as lists, paths as text, and NaN or infinity as None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import DataError, RecipeError
-from featherweight.overlap import copied_shares, digest, ngrams, overlap_shares
+from featherweight.overlap import Pool, copied_shares, digest, ngrams
 from featherweight.recipe import DataSpec, TextSpec
 from featherweight.sources import read_source, resolve_sources, source_fingerprint
 from featherweight.text import read_documents
@@ -211,10 +211,12 @@ def test_paths_of_a_recipe_are_found_beside_it(tmp_path, monkeypatch):
 def test_overlap_counts_word_sequences():
     words = prose(1, 60).split()
     half = " ".join(words[:36] + prose(2, 24).split())
-    (share,) = overlap_shares([ngrams(half)], [ngrams(" ".join(words)), ngrams(prose(3))])
-    assert share == pytest.approx(24 / 48)
-    assert overlap_shares([ngrams(half), ngrams("")], []) == [0.0, 0.0]
-    assert overlap_shares([ngrams("Short, but COPIED")], [ngrams("short but copied")]) == [1.0]
+    pool = Pool([ngrams(half), ngrams(""), ngrams("Short, but COPIED")])
+    assert pool.shares() == [0.0, 0.0, 0.0]
+    for other in (prose(1, 60), prose(3), "short but copied", ""):
+        pool.meet(ngrams(other))
+    assert pool.shares() == [pytest.approx(24 / 48), 0.0, 1.0]
+    Pool([]).meet(ngrams("nothing to compare with"))
     assert copied_shares([ngrams("a b c"), ngrams("d e f"), ngrams("A b, c")]) == [1.0, 0.0, 1.0]
     assert digest("One  Two\n") == digest("one two") != digest("one two", salt="1")
 
