@@ -155,7 +155,8 @@ def _read_passes(parts: list[Any], budget_s: float) -> list[float]:
     """Bytes per second of each pass that fits the budget, at least three; numpy lets go of the lock while it sums."""
     from concurrent.futures import ThreadPoolExecutor
 
-    size, speeds, started = sum(part.nbytes for part in parts), [], time.perf_counter()
+    speeds: list[float] = []
+    size, started = sum(part.nbytes for part in parts), time.perf_counter()
     with ThreadPoolExecutor(len(parts)) as pool:
         while len(speeds) < 3 or time.perf_counter() - started < budget_s:
             begin = time.perf_counter()

@@ -173,13 +173,14 @@ def uv_environment(main: Environment) -> dict[str, str]:
 def install(environment: Environment, main: Environment, variables: dict[str, str]) -> None:
     """Fill a virtual environment with uv, byte code compiled; raises SetupFailure with uv's own reason."""
     uv = [str(main.python), "-m", "uv", "pip", "install", "--python", str(environment.python), "--compile-bytecode"]
-    for backend in (attempts := torch_backends(variables)):
+    *attempts, last = torch_backends(variables)
+    for backend in attempts:
         try:
-            return run([*uv, *backend, *environment.arguments], variables)
+            run([*uv, *backend, *environment.arguments], variables)
+            return
         except SetupFailure as failure:
-            if backend == attempts[-1]:
-                raise
             say(f"trying without {backend[0]}: {failure}")
+    run([*uv, *last, *environment.arguments], variables)
 
 
 def run(command: list[str], variables: dict[str, str]) -> None:

@@ -1,0 +1,236 @@
+"""`featherweight doctor`: what this machine has, what is missing, and how to get it. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from featherweight import machine, toolchain
+from featherweight.errors import ServiceError, ToolchainError
+from featherweight.services import check_url
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from rich.console import RenderableType
+
+State = Literal["ok", "warn", "missing"]
+LOCK = toolchain.ROOT / "infra" / "toolchains" / "main.txt"
+GIB = 2**30
+# A run keeps every variant's files; below the second figure even the demo does not fit.
+ROOMY_BYTES, TIGHT_BYTES = 10 * GIB, 2 * GIB
+STYLES = {"ok": "green", "warn": "yellow", "missing": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `essential`: Featherweight cannot run a recipe while it is missing."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+    essential: bool = False
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and the figures of the machine behind them."""
+
+    checks: tuple[Check, ...]
+    machine: machine.Machine
+    memory_bandwidth_bytes_s: float
+
+    @property
+    def exit_code(self) -> int:
+        """0, or ToolchainError's code where something essential is missing."""
+        broken = any(check.essential and check.state == "missing" for check in self.checks)
+        return ToolchainError.exit_code if broken else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return {
+            "checks": [asdict(check) for check in self.checks],
+            "machine": self.machine.to_json(),
+            "memory_bandwidth_bytes_s": self.memory_bandwidth_bytes_s,
+            "exit_code": self.exit_code,
+        }
+
+
+def diagnose(folder: Path = Path()) -> Diagnosis:
+    """Look at everything that a run in `folder` needs; takes about a second, most of it for the memory bandwidth."""
+    here = machine.describe()
+    bandwidth = machine.memory_bandwidth_bytes_s()
+    checks = [_machine(here), _cpu(here), _bandwidth(bandwidth, here), _gpus(here), _disk(folder), _compiler()]
+    checks += [_python(), _libraries(), *_toolchains(), *_services()]
+    return Diagnosis(tuple(checks), here, bandwidth)
+
+
+def render(diagnosis: Diagnosis) -> RenderableType:
+    """The findings as a table, each remedy below its finding."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for check in diagnosis.checks:
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\n→ {check.remedy}", style="cyan")
+        table.add_row(Text(check.state, style=STYLES[check.state]), Text(check.name, style="bold"), found)
+    return table
+
+
+def _machine(here: machine.Machine) -> Check:
+    cores = f"{here.cores} of {os.cpu_count()} logical cores, {here.physical_cores} physical"
+    memory = f"{here.memory_bytes / GIB:.1f} GiB of memory"
+    return Check("machine", "ok", f"{here.cpu_model} ({here.architecture}, {here.system}), {cores}, {memory}")
+
+
+def _cpu(here: machine.Machine) -> Check:
+    """What the CPU's features mean for the engines."""
+    features = ", ".join(sorted(here.cpu_features)) or "none that the system tells"
+    if here.architecture in ("x86_64", "AMD64") and "avx2" not in here.cpu_features:
+        return Check("CPU features", "warn", features, "without AVX2 the engines fall back to their slowest kernels")
+    if not here.int8_dot_product:
+        reason = "no VNNI: CTranslate2's int8 adds pairs of products in int16 and saturates"
+        return Check("CPU features", "warn", f"{features}; {reason}", "keep `reduce_range: auto` in exports, or true")
+    meaning = ["int8 products add up exactly"]
+    if here.architecture == "x86_64" and "avx512f" not in here.cpu_features:
+        meaning.append("no AVX-512: vLLM's 4-bit kernels are not in its build for this CPU")
+    return Check("CPU features", "ok", f"{features}; {'; '.join(meaning)}")
+
+
+def _bandwidth(bandwidth: float, here: machine.Machine) -> Check:
+    """The roof: a decoder reads all its weights for each token of a batch of one."""
+    tokens = bandwidth / 1e9
+    found = f"{tokens:.1f} GB/s read by {here.cores} threads: at most {tokens:.0f} tokens/s from 1 GB of weights"
+    return Check("memory bandwidth", "ok", found)
+
+
+def _gpus(here: machine.Machine) -> Check:
+    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in here.gpus)
+    return Check("GPUs", "ok", names or "none; every engine runs on the CPU")
+
+
+def _disk(folder: Path) -> Check:
+    """Room where the workspace lies, or will lie."""
+    free = shutil.disk_usage(folder.absolute()).free
+    found = f"{free / GIB:.1f} GiB free at {folder.absolute()}"
+    if free >= ROOMY_BYTES:
+        return Check("disk", "ok", found)
+    remedy = "free some room, or keep the workspace elsewhere: --workspace FOLDER"
+    return Check("disk", "warn" if free >= TIGHT_BYTES else "missing", found, remedy, essential=True)
+
+
+def _compiler() -> Check:
+    """torch.compile writes C++ and compiles it while it runs."""
+    given = os.environ.get("CXX", "")
+    path = next((found for name in (given, "g++", "clang++") if name and (found := shutil.which(name))), None)
+    if path is None:
+        remedy = "install g++ or clang++ (Debian: apt install g++), or leave torch-compile variants out"
+        return Check("C++ compiler", "missing", "none on the path; torch-compile variants fail", remedy)
+    return Check("C++ compiler", "ok", path)
+
+
+def _python() -> Check:
+    found = f"{sys.version.split()[0]} at {sys.executable}"
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return Check("Python", "ok", found)
+    return Check("Python", "warn", found, "3.11 or 3.12 is what the versions were tested with: make setup PYTHON=python3.11")
+
+
+def _libraries(lock: Path = LOCK) -> Check:
+    """Installed versions of our dependencies against the lock that set-up installs."""
+    pins = dict(locked_versions(lock))
+    installed = {name: _version(name) for name in _dependencies()}
+    absent = [name for name, version in installed.items() if version is None]
+    moved = [f"{name} {version} (locked: {pins[name]})" for name, version in installed.items() if _differs(version, pins.get(name))]
+    if absent:
+        return Check("libraries", "missing", f"not installed: {', '.join(absent)}", toolchain.REMEDY, essential=True)
+    if moved:
+        return Check("libraries", "warn", f"other versions than tested: {', '.join(moved)}", toolchain.REMEDY)
+    against = "at their locked versions" if pins else f"installed; no lock at {lock} to compare with"
+    return Check("libraries", "ok", f"all {len(installed)} dependencies {against}")
+
+
+def _dependencies() -> list[str]:
+    """Names of the distributions that featherweight itself requires here."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in metadata.requires("featherweight") or []]
+    return [_normal(req.name) for req in wanted if _applies(req)]
+
+
+def locked_versions(lock: Path) -> Iterator[tuple[str, str]]:
+    """(name, version) of every pin of a lock file that applies to this Python and system; none where there is no file."""
+    from packaging.requirements import Requirement
+
+    for line in lock.read_text().splitlines() if lock.is_file() else ():
+        text = line.partition("#")[0].strip()
+        if text and _applies(pin := Requirement(text)):
+            yield _normal(pin.name), str(pin.specifier).removeprefix("==")
+
+
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _differs(version: str | None, pinned: str | None) -> bool:
+    """Whether an installed version is not the pinned one; a build's local part (+cpu, +cu130) does not count."""
+    return version is not None and pinned is not None and version.partition("+")[0] != pinned
+
+
+def _toolchains() -> Iterator[Check]:
+    for found in toolchain.status():
+        name = f"toolchain {found.name}"
+        if found.ready:
+            yield Check(name, "ok", f"{found.package or found.name} at {found.python}")
+        else:
+            yield Check(name, "missing", f"{found.reason}; its variants are skipped", found.remedy)
+
+
+def _services() -> Iterator[Check]:
+    """The servers that the environment names; what it does not name starts by itself or is not needed."""
+    embedded = "not configured: runs use an embedded one in the workspace"
+    yield _service("Prefect server", ("PREFECT_API_URL",), embedded)
+    yield _service("MLflow server", ("MLFLOW_TRACKING_URI",), embedded)
+    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+    yield _service("S3 endpoint", endpoints, "not configured: s3:// means AWS itself")
+
+
+def _service(name: str, variables: tuple[str, ...], otherwise: str) -> Check:
+    """Whether somebody answers at the address in the first of `variables` that is set."""
+    variable = next((candidate for candidate in variables if os.environ.get(candidate)), None)
+    if variable is None:
+        return Check(name, "ok", otherwise)
+    shown = _without_password(os.environ[variable])
+    try:
+        check_url(os.environ[variable], name, variable)
+    except ServiceError:
+        remedy = f"start it (`make stack` starts one here), or unset {variable}"
+        return Check(name, "missing", f"{shown} ({variable}) does not answer", remedy, essential=True)
+    return Check(name, "ok", f"{shown} ({variable})" + (" answers" if shown.startswith("http") else ""))
+
+
+def _without_password(url: str) -> str:
+    """A URL fit to be printed."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else url
