@@ -63,6 +63,25 @@ class Grid:
         scale = peak / self.qmin if self.qmin < -self.qmax else peak.abs() / self.qmax
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
+    def mse_scales(self, weight: Tensor) -> Tensor:
+        """Scales of least squared rounding error, float32 [rows, groups].
+
+        A search around `scales`, of either sign where it matters: clipping the few largest weights of a group can cost
+        less than the coarser steps that would hold them.
+        """
+        import torch
+
+        grouped = self._grouped(weight.float())
+        start = self.scales(weight)
+        best, least = start, torch.full_like(start, torch.inf)
+        signs = (1, -1) if self.qmin < -self.qmax else (1,)
+        for factor in [sign * step / 40 for sign in signs for step in range(24, 47)]:
+            scales = start * factor
+            rounded = (grouped / scales.unsqueeze(-1)).round_().clamp_(self.qmin, self.qmax).mul_(scales.unsqueeze(-1))
+            error = rounded.sub_(grouped).square_().sum(dim=-1)
+            best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+        return best
+
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Round to nearest: (q int8 [rows, columns], scales float32 [rows, groups])."""
         import torch

@@ -1,9 +1,9 @@
 """Quantized weights beside a checkpoint: the integers and scales that a quantize stage chose.
 
 A quantized checkpoint is a plain Hugging Face folder whose float weights already lie on their grids, plus two files:
-`quantized.safetensors` with `<parameter>.q` (int8 [rows, columns]) and `<parameter>.scales` (float32 [rows, groups]), and
-`quantization.json`, which names the grid of each parameter. `Grid.dequantize(q, scales)` equals the float weight bit for bit,
-so an exporter packs the integers as they are and rounds nothing a second time.
+`quantized.safetensors` with `<parameter>.q` (int8 [rows, columns]) and `<parameter>.scales` (float32 [rows, groups]),
+and `quantization.json`, which names the grid of each parameter. `Grid.dequantize(q, scales)` equals the float weight bit
+for bit, so an exporter packs the integers as they are and rounds nothing a second time.
 """
 
 from __future__ import annotations

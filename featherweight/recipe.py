@@ -109,7 +109,11 @@ class PruneSpec(Spec):
 
 
 class QuantizeSpec(Spec):
-    """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float."""
+    """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
+
+    scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
+    generated_tokens: text that the checkpoint itself writes for QAT to train on, beside the recipe's.
+    """
 
     method: Literal["rtn", "gptq", "smoothquant", "qat"] = "rtn"
     grid: str = "int8"
@@ -120,6 +124,8 @@ class QuantizeSpec(Spec):
     batch: Positive = 8
     learning_rate: float = Field(1e-4, gt=0)
     distill: bool = True
+    scale: Literal["absmax", "mse"] = "absmax"
+    generated_tokens: int = Field(0, ge=0)
 
 
 class CompileSpec(Spec):

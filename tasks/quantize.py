@@ -1,0 +1,121 @@
+"""quantize: move a checkpoint's weights to a grid, by one of the methods of tasks/quantizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight import surgery, training
+from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
+from featherweight.errors import CheckpointError, RecipeError
+from featherweight.grid import grid_named
+from featherweight.progress import Progress
+from featherweight.recipe import QuantizeSpec
+from featherweight.text import load_tokenizer, token_blocks
+from tasks.quantizers import METHODS
+from tasks.quantizers.job import Choice, Job
+from tasks.stage import Metrics, stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPARED = 16
+"""Calibration blocks on which the checkpoint and its quantized copy are compared."""
+
+
+@stage("quantize", version="1", libraries=("torch", "llmcompressor", "compressed-tensors", "transformers"))
+def quantize(
+    spec: QuantizeSpec,
+    *,
+    checkpoint: Path,
+    text: Path,
+    calibration: Path,
+    out: Path,
+    seed: int = 0,
+    progress: Progress = Progress(),
+) -> Metrics:
+    """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`.
+
+    Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
+    featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
+    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), and
+    the method's own. Raises RecipeError for an unknown grid, DataError for too little text, StageError where a method fails.
+    """
+    _check(spec, checkpoint)
+    blocks = token_blocks(calibration, load_tokenizer(checkpoint), spec.sequence, limit=spec.samples, seed=seed)
+    model = surgery.load_model(checkpoint)
+    before = training.mean_loss(model, blocks[:COMPARED])
+    job = Job(spec, checkpoint, model, blocks, text, seed, progress)
+    choice = METHODS[spec.method](job)
+    error = write_checkpoint(job, choice, out)
+    after = training.mean_loss(surgery.load_model(out), blocks[:COMPARED])
+    return {
+        "loss_before": before,
+        "loss_after": after,
+        "weight_rms_error": error,
+        "bits_per_weight": choice.quantized.bits_per_weight(),
+        **choice.metrics,
+    }
+
+
+def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
+    """Refuse what cannot work before any weight is read."""
+    grid_named(spec.grid)
+    if spec.head is not None:
+        grid_named(spec.head)
+    context = getattr(surgery.load_config(checkpoint), "max_position_embeddings", None)
+    if context and spec.sequence > context:
+        raise RecipeError(f"quantize.sequence {spec.sequence} exceeds the checkpoint's context of {context}; lower it")
+
+
+def write_checkpoint(job: Job, choice: Choice, out: Path) -> float:
+    """Write the quantized checkpoint, file by file; returns the relative RMS error of the quantized weights."""
+    squares = [0.0, 0.0]
+    shards: dict[str, str] = {}
+    size = 0
+    for file, members in groupby(job.files(), key=lambda member: member[0]):
+        tensors = {name: _final(name, tensor, choice, squares) for _, name, tensor in members}
+        _save(tensors, out / file)
+        shards |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if job.weights.index is not None:
+        index = {"metadata": {"total_size": size}, "weight_map": shards}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    choice.quantized.write(out)
+    _write_companions(job, out)
+    return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
+
+
+def _final(name: str, tensor: Tensor, choice: Choice, squares: list[float]) -> Tensor:
+    """The float32 tensor to save; adds a quantized weight's squared error and squares to `squares`."""
+    import torch
+
+    source = choice.changed.get(name, tensor).float()
+    if not torch.isfinite(source).all():
+        raise CheckpointError(f"{name} holds NaN or infinite weights; take an earlier checkpoint")
+    if name not in choice.quantized.q:
+        return source.contiguous()
+    weight = choice.quantized.dequantize(name)
+    squares[0] += (weight - source).double().square().sum().item()
+    squares[1] += source.double().square().sum().item()
+    return weight.contiguous()
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_companions(job: Job, out: Path) -> None:
+    """config.json, with the type that the weights now have, and the tokenizer's files."""
+    config = json.loads((job.checkpoint / CONFIG).read_text())
+    config.pop("torch_dtype", None)
+    (out / CONFIG).write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    written = {CONFIG, INDEX, *job.weights.files}
+    for name in needed_files(Listing.of(job.checkpoint), job.weights):
+        if name not in written:
+            shutil.copyfile(job.checkpoint / name, out / name)

@@ -1,0 +1,15 @@
+"""Quantization methods, one file each: `choose(job) -> Choice`. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tasks.quantizers import gptq, qat, rtn, smoothquant
+from tasks.quantizers.job import Choice, Job
+
+METHODS: dict[str, Callable[[Job], Choice]] = {
+    "rtn": rtn.choose,
+    "gptq": gptq.choose,
+    "smoothquant": smoothquant.choose,
+    "qat": qat.choose,
+}

@@ -1,0 +1,106 @@
+"""What a quantization method is given, what it gives back, and the rounding that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight import surgery
+from featherweight.checkpoint import Listing, Weights, find_weights, stream_tensors
+from featherweight.errors import StageError
+from featherweight.grid import Grid, grid_named
+from featherweight.progress import Progress
+from featherweight.quantized import HEADS, QuantizedWeights
+from featherweight.recipe import QuantizeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+LINEAR = re.compile(r"(^|\.)layers\.\d+\..+\.weight$")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length]."""
+
+    spec: QuantizeSpec
+    checkpoint: Path
+    model: PreTrainedModel
+    calibration: Tensor
+    text: Path
+    seed: int
+    progress: Progress
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's weight files."""
+        return find_weights(Listing.of(self.checkpoint))
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grid of each parameter to quantize: every decoder Linear, and the embedding and head where they have one."""
+        body = grid_named(self.spec.grid)
+        head = None if self.spec.head is None else grid_named(self.spec.head)
+        wanted = {name: self._grid_of(name, tensor.ndim, body, head) for name, tensor in self.tensors()}
+        grids = {name: grid for name, grid in wanted.items() if grid is not None}
+        if body not in [grid for name, grid in grids.items() if not name.endswith(HEADS)]:
+            raise StageError(f"{self.checkpoint} has no decoder layers named '…layers.N…'; quantize handles Llama-like models")
+        return grids
+
+    @staticmethod
+    def _grid_of(name: str, ndim: int, body: Grid, head: Grid | None) -> Grid | None:
+        if ndim != 2:
+            return None
+        return body if LINEAR.search(name) else head if name.endswith(HEADS) else None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
+        return ((name, tensor) for _, name, tensor in self.files())
+
+    def files(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(file, name, tensor), likewise."""
+        tied = surgery.load_config(self.checkpoint).tie_word_embeddings
+        for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
+            if not (tied and name.endswith("lm_head.weight")):
+                yield file, name, tensor
+
+    def head(self) -> Iterator[tuple[str, Tensor]]:
+        """The embedding and, where it is not tied, the output head."""
+        return ((name, tensor) for name, tensor in self.tensors() if name.endswith(HEADS))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose. `changed` holds what replaces float tensors of the checkpoint, such as norms; `metrics` its own."""
+
+    quantized: QuantizedWeights
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
+    """The scales of `weight` before anything is learned or compensated: float32 [rows, groups]."""
+    return grid.mse_scales(weight) if search == "mse" else grid.scales(weight)
+
+
+def round_to_nearest(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
+    """Those of `tensors` that have a grid, rounded to it one by one."""
+    q, scales = {}, {}
+    for name, tensor in tensors:
+        if name in job.grids:
+            grid = job.grids[name]
+            q[name], scales[name] = grid.quantize(tensor, start_scales(grid, tensor, job.spec.scale))
+    return QuantizedWeights({name: job.grids[name] for name in q}, q, scales, job.spec.method)
+
+
+def merged(*parts: QuantizedWeights) -> QuantizedWeights:
+    """Disjoint sets of quantized weights as one."""
+    grids = {name: grid for part in parts for name, grid in part.grids.items()}
+    q = {name: tensor for part in parts for name, tensor in part.q.items()}
+    scales = {name: tensor for part in parts for name, tensor in part.scales.items()}
+    return QuantizedWeights(grids, q, scales, parts[0].method)

@@ -1,0 +1,89 @@
+"""Grids: what they round to, and that rounding again changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featherweight.errors import RecipeError
+from featherweight.grid import GRIDS, Grid, grid_named
+
+GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> torch.Tensor:
+    """Matrices of awkward shapes and magnitudes, rows of zeros among them."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 150))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    magnitudes = 10.0 ** torch.randint(-12, 6, (rows, 1), generator=generator)
+    return torch.randn(rows, columns, generator=generator) * magnitudes * torch.randint(0, 2, (rows, 1), generator=generator)
+
+
+@GRID
+@settings(max_examples=40, deadline=None)
+@given(weight=weights())
+def test_rounding_a_second_time_changes_nothing(grid: Grid, weight: torch.Tensor) -> None:
+    q, scales = grid.quantize(weight)
+    again, _ = grid.quantize(grid.dequantize(q, scales), scales)
+    assert torch.equal(q, again)
+    assert grid.fake_quantize(grid.dequantize(q, scales)).allclose(grid.dequantize(q, scales), rtol=1e-6)
+
+
+@GRID
+@settings(max_examples=40, deadline=None)
+@given(weight=weights())
+def test_no_weight_is_off_by_more_than_half_a_step(grid: Grid, weight: torch.Tensor) -> None:
+    q, scales = grid.quantize(weight)
+    assert q.dtype == torch.int8
+    assert scales.dtype == torch.float32
+    assert q.shape == weight.shape
+    assert scales.shape == (len(weight), grid.groups(weight.shape[1]))
+    assert q.min() >= grid.qmin
+    assert q.max() <= grid.qmax
+    steps = scales.abs().repeat_interleave(grid.group_size or weight.shape[1], dim=1)[:, : weight.shape[1]]
+    # A lopsided grid lacks the point opposite its end, so that a second weight as large as the largest is cut to it.
+    slack = 1.0 if grid.qmin < -grid.qmax else 0.5
+    assert ((grid.dequantize(q, scales) - weight).abs() <= slack * steps * (1 + 1e-5)).all()
+
+
+@GRID
+def test_the_largest_weight_of_a_group_is_kept(grid: Grid) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    size = grid.group_size or 64
+    for group in weight.split(size, dim=1):
+        largest = group.abs().argmax(dim=1, keepdim=True)
+        kept = grid.fake_quantize(group).gather(1, largest)
+        assert kept.allclose(group.gather(1, largest), rtol=1e-6)
+
+
+@GRID
+@settings(max_examples=20, deadline=None)
+@given(weight=weights())
+def test_the_search_never_does_worse_than_the_largest_weight(grid: Grid, weight: torch.Tensor) -> None:
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        return (grid.dequantize(*grid.quantize(weight, scales)) - weight).double().square().sum(dim=1)
+
+    assert (error(grid.mse_scales(weight)) <= error(grid.scales(weight)) * (1 + 1e-6)).all()
+
+
+def test_the_search_helps_where_few_bits_meet_a_tail() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    grid = grid_named("int4")
+    found = grid.dequantize(*grid.quantize(weight, grid.mse_scales(weight)))
+    assert (found - weight).square().mean() < 0.9 * (grid.fake_quantize(weight) - weight).square().mean()
+
+
+def test_a_short_last_group_has_a_scale_of_its_own() -> None:
+    grid = grid_named("int4-g32")
+    weight = torch.cat([torch.full((1, 32), 100.0), torch.full((1, 8), 1.0)], dim=1)
+    assert grid.fake_quantize(weight).allclose(weight)
+    assert grid.groups(40) == 2
+    assert grid.bits_per_weight(64) == 5.0
+
+
+def test_an_unknown_grid_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="unknown grid 'int3'; known: int8, "):
+        grid_named("int3")
