@@ -190,6 +190,13 @@ class ConstraintsSpec(Spec):
     max_peak_memory_bytes: Positive | None = None
 
 
+class DecideSpec(Spec):
+    """How the winner is chosen among the measured variants."""
+
+    constraints: ConstraintsSpec
+    objective: str
+
+
 class PromoteSpec(Spec):
     """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'."""
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def open_session(
     recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress], extra_tags: Mapping[str, str]
 ) -> Iterator[Session]:
-    """The parent run of one optimization: FINISHED, FAILED or KILLED as the block ends. Raises ServiceError where MLflow is down."""
+    """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down."""
     client = connect(workspace)
     experiment = workspace.experiment(client, recipe.name)
     _bury_the_dead(client, experiment)
