@@ -291,7 +291,7 @@ def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remot
     from transformers import AutoConfig
 
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             model, info = _model_class(config, folder, trust_remote_code).from_pretrained(
                 None,
@@ -303,7 +303,7 @@ def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remot
             )
     except Exception as error:  # a config can fail in as many ways as there are architectures
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers can build: {one_line(error)}") from error
-    _check_tensors(folder, type(model).__name__, info)
+    check_loading(folder, type(model).__name__, info)
     return model
 
 
@@ -323,7 +323,7 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars, no load report: what matters of it becomes an error."""
     from transformers.utils import logging
 
@@ -338,7 +338,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_tensors(folder: Path, architecture: str, info: Mapping[str, Any]) -> None:
+def check_loading(folder: Path, architecture: str, info: Mapping[str, Any]) -> None:
     """Turn transformers' loading info into an error."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = sorted(info["mismatched_keys"])
@@ -368,7 +368,7 @@ def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
     except Exception as error:  # each tokenizer family fails in its own way
