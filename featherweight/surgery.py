@@ -50,6 +50,13 @@ def require_llama_like(folder: Path, stage: str) -> None:
         raise StageError(f"{stage} handles {', '.join(LLAMA_LIKE)} models, not '{found}'; leave the stage out for it")
 
 
+def require_context(config: PreTrainedConfig, sequence: int, stage: str) -> None:
+    """Refuse to train on sequences longer than the positions that the model knows."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and sequence > context:
+        raise RecipeError(f"{stage}.sequence {sequence} is longer than the model's context of {context}; lower it")
+
+
 def load_config(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint folder."""
     from transformers import AutoConfig

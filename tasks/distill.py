@@ -32,7 +32,9 @@ def distill(
     layers that the teacher does not have, StageError for an architecture it cannot cut and on divergence.
     """
     surgery.require_llama_like(checkpoint, "distill")
-    layers = surgery.chosen_layers(spec.layers, surgery.load_config(checkpoint).num_hidden_layers)
+    config = surgery.load_config(checkpoint)
+    surgery.require_context(config, spec.sequence, "distill")
+    layers = surgery.chosen_layers(spec.layers, config.num_hidden_layers)
     blocks = token_blocks(text, load_tokenizer(checkpoint), spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     teacher = surgery.load_model(checkpoint)
     student = surgery.copy_layers(teacher, layers)

@@ -20,6 +20,7 @@ def finetune(
     Metrics: `loss_first` and `loss_last` (nats per token, means over the first and last tenth of the steps), `tokens`,
     `tokens_per_s`, `parameters`. Raises StageError on divergence, DataError where the text is too short.
     """
+    surgery.require_context(surgery.load_config(checkpoint), spec.sequence, "finetune")
     tokenizer = load_tokenizer(checkpoint)
     blocks = token_blocks(text, tokenizer, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     model = surgery.load_model(checkpoint)

@@ -64,6 +64,7 @@ def prune(
     """
     surgery.require_llama_like(checkpoint, "prune")
     config = surgery.load_config(checkpoint)
+    surgery.require_context(config, spec.sequence, "prune")
     shape = target_shape(spec, config)
     smaller = surgery.pruned_config(config, shape.kv_heads, shape.channels)
     blocks = sample_blocks(spec, checkpoint, calibration, seed)
@@ -142,7 +143,6 @@ def cut(model: PreTrainedModel, shape: Shape, spec: PruneSpec, blocks: Tensor, s
         heads, channels = keep_best(scores[2 * place], shape.kv_heads), keep_best(scores[2 * place + 1], shape.channels)
         surgery.keep_attention_groups(layer, heads, surgery.head_dim(config), queries)
         surgery.keep_mlp_channels(layer, channels, config.hidden_size)
-        progress.step(place + 1, len(layers))
     return loss
 
 

@@ -111,6 +111,19 @@ def test_the_student_begins_as_the_chosen_layers(teacher: Path) -> None:
     assert torch.equal(student.generate(ids, max_new_tokens=4, do_sample=False)[:, :8], ids)
 
 
+def test_the_kinds_of_the_kept_layers_are_kept() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(
+        vocab_size=64, num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=2, **sizes
+    )
+    assert config.layer_types == 2 * ["full_attention"] + 2 * ["sliding_attention"]
+    student = surgery.copy_layers(Qwen2ForCausalLM(config), (0, 3))
+    assert student.config.layer_types == ["full_attention", "sliding_attention"]
+    assert config.num_hidden_layers == len(config.layer_types) == 4
+
+
 def test_the_student_comes_closer_to_its_teacher(teacher: Path, text: Path, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"kl_weight": 1.0})
     metrics = distill(spec, checkpoint=teacher, text=text, out=tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featherweight import surgery
-from featherweight.errors import CheckpointError, DataError
+from featherweight.errors import CheckpointError, DataError, RecipeError
 from featherweight.recipe import FinetuneSpec
 from featherweight.text import Document, write_documents
 from tasks.finetune import finetune
@@ -64,6 +64,12 @@ def test_text_shorter_than_a_block_is_refused(tiny_checkpoint: Path, tmp_path: P
     write_documents(tmp_path / "text", [Document("short", "tiny")])
     with pytest.raises(DataError, match="fewer than one block of 32"):
         finetune(SPEC, checkpoint=tiny_checkpoint, text=tmp_path / "text", out=tmp_path)
+
+
+def test_sequences_longer_than_the_context_are_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"sequence": 300})
+    with pytest.raises(RecipeError, match=r"finetune\.sequence 300 is longer than the model's context of 256"):
+        finetune(spec, checkpoint=tiny_checkpoint, text=text, out=tmp_path)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
