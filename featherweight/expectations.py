@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 NAMED = 5
 _FEATURES = ["id", "bytes", "words", "control", "digest"]
-_REQUIRED = re.compile(r"bits_per_byte|perplexity|size_bytes|(speedup|tokens_per_s)@\d+")
-_POSITIVE = re.compile(r"bits_per_byte|.*_bytes|speedup|tokens_per_s|ttft_s|p\d+_s")
+_REQUIRED = re.compile(r"bits_per_byte|perplexity|size_bytes|(speedup|tokens_per_s)_\d+")
+_POSITIVE = re.compile(r"bits_per_byte|.*_bytes|speedup|tokens_per_s|ttft_s|p\d+_latency_s")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ud800-\udfff]")
 _BROKEN_LINK = re.compile(r'<a href="\.\./[^"]*"\s*>([^<]*)</a>(<br>\s*Data asset: None)?')
 

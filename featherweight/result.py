@@ -2,18 +2,19 @@
 
 Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key that was not measured is left out.
 - `bits_per_byte`, `perplexity` (per token);
-- `quality_loss`, `quality_loss_low`, `quality_loss_high`: relative change of bits per byte against the baseline, worse is
+- `quality_change`, `quality_change_low`, `quality_change_high`: relative change of bits per byte against the baseline, worse is
   positive, with the bounds of its 95 % confidence interval;
-- `tokens_per_s@N`, `speedup@N`, `speedup_low@N`, `speedup_high@N`: throughput, and its ratio to the baseline's, with bounds;
-- `ttft_s@N`, `p50_s@N`, `p95_s@N`, `p99_s@N`: time to first token, and latency of one whole generation;
+- `tokens_per_s_N`, `speedup_N`, `speedup_N_low`, `speedup_N_high`: throughput, and its ratio to the baseline's, with bounds;
+- `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;
-- `roofline@N`: share of the measured memory bandwidth that reading the weights once per step takes.
+- `roofline_N`: share of the measured memory bandwidth that reading the weights once per step takes.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,8 +110,8 @@ class OptimizationResult:
     @property
     def batch_sizes(self) -> list[int]:
         """Batch sizes that a speed-up was measured at."""
-        keys = {key for row in self.variants for key in row.metrics if key.startswith("speedup@")}
-        return sorted(int(key.partition("@")[2]) for key in keys)
+        keys = {key for row in self.variants for key in row.metrics}
+        return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"speedup_(\d+)", key)))
 
     @property
     def main_batch(self) -> int:
@@ -123,7 +124,7 @@ class OptimizationResult:
         winner, tried = self.row(self.winner), len(self.measured) - 1
         if winner is None:
             return f"No variant kept every constraint ({tried} measured); the baseline stays."
-        parts = [f"{times(winner.get(f'speedup@{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]
+        parts = [f"{times(winner.get(f'speedup_{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]
         parts.append(f"{mebibytes(winner.get('size_bytes'))}{self._smaller(winner)}")
         parts.append(f"bits per byte {loss_with_interval(winner)}")
         return f"{winner.name}: {', '.join(parts)}."
@@ -166,10 +167,10 @@ def _row(kind: Callable[..., Any], tree: Mapping[str, Any]) -> Any:
 
 def pareto_front(rows: Iterable[VariantRow], batch: int) -> list[VariantRow]:
     """Rows that no other beats in both speed at that batch size and quality, fastest first."""
-    points = [row for row in rows if math.isfinite(row.get(f"speedup@{batch}")) and math.isfinite(row.get("quality_loss"))]
+    points = [row for row in rows if math.isfinite(row.get(f"speedup_{batch}")) and math.isfinite(row.get("quality_change"))]
     front: list[VariantRow] = []
-    for row in sorted(points, key=lambda row: (-row.get(f"speedup@{batch}"), row.get("quality_loss"))):
-        if not front or row.get("quality_loss") < front[-1].get("quality_loss"):
+    for row in sorted(points, key=lambda row: (-row.get(f"speedup_{batch}"), row.get("quality_change"))):
+        if not front or row.get("quality_change") < front[-1].get("quality_change"):
             front.append(row)
     return front
 
@@ -207,9 +208,9 @@ def rate(tokens_per_s: float) -> str:
 
 def loss_with_interval(row: VariantRow) -> str:
     """Quality change with its 95 % confidence interval, where there is one."""
-    low, high = row.get("quality_loss_low"), row.get("quality_loss_high")
+    low, high = row.get("quality_change_low"), row.get("quality_change_high")
     interval = f" ({percent(low)} to {percent(high)})" if math.isfinite(low) and math.isfinite(high) else ""
-    return percent(row.get("quality_loss")) + interval
+    return percent(row.get("quality_change")) + interval
 
 
 @dataclass(frozen=True)
@@ -226,15 +227,17 @@ class Column:
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
     batches = result.batch_sizes
-    found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_loss", brief=True)]
+    found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_change", brief=True)]
     for batch in batches:
         at = f"batch {batch}"
         found += [
-            _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup@{batch}", times, brief=True),
-            _metric(f"tokens/s, {at}", "new tokens per second, all sequences together", f"tokens_per_s@{batch}", rate, brief=True),
-            _metric(f"TTFT, {at}", "time to first token", f"ttft_s@{batch}", milliseconds),
-            _metric(f"p50, {at}", "median latency of a generation", f"p50_s@{batch}", milliseconds),
-            _metric(f"p95, {at}", "95th percentile of the latency", f"p95_s@{batch}", milliseconds, brief=batch == batches[0]),
+            _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup_{batch}", times, brief=True),
+            _metric(f"tokens/s, {at}", "new tokens per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
+            _metric(f"TTFT, {at}", "time to first token", f"ttft_s_{batch}", milliseconds),
+            _metric(f"p50, {at}", "median latency of a generation", f"p50_latency_s_{batch}", milliseconds),
+            _metric(
+                f"p95, {at}", "95th percentile of the latency", f"p95_latency_s_{batch}", milliseconds, brief=batch == batches[0]
+            ),
         ]
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
@@ -263,7 +266,7 @@ def _threads(row: VariantRow) -> str:
 
 def ranked(result: OptimizationResult) -> list[VariantRow]:
     """Measured rows: the winner, then the others by the objective's speed, the baseline last."""
-    key = f"speedup@{result.main_batch}"
+    key = f"speedup_{result.main_batch}"
     place = {"winner": 0, "loser": 1, "baseline": 2}
     speed = {row.name: row.get(key) if math.isfinite(row.get(key)) else -math.inf for row in result.measured}
     return sorted(result.measured, key=lambda row: (place[row.status], -speed[row.name], row.name))

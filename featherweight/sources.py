@@ -165,8 +165,9 @@ def _local(source: str, data: DataSpec) -> Iterator[list[tuple[str, Path]]]:
         from featherweight.s3 import download
 
         with tempfile.TemporaryDirectory(prefix="featherweight-text-") as folder:
-            download(source, Path(folder))
-            yield _folder_files(Path(folder), data.pattern, source)
+            files = Path(folder) / "files"
+            download(source, files)
+            yield _folder_files(files, data.pattern, source)
     else:
         yield _path_files(Path(source), data.pattern)
 

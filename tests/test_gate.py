@@ -143,12 +143,12 @@ def test_page_is_escaped_and_asks_the_network_for_nothing(texts, tmp_path):
 
 
 def variant(name: str, **changes: float) -> dict[str, float | str]:
-    row = {"name": name, "bits_per_byte": 0.7, "perplexity": 3.1, "size_bytes": 1e6, "speedup@1": 2.0, "p95_s@1": 0.1}
-    return {**row, "quality_loss": -0.01, "parity": 0.0, **changes}
+    row = {"name": name, "bits_per_byte": 0.7, "perplexity": 3.1, "size_bytes": 1e6, "speedup_1": 2.0, "p95_latency_s_1": 0.1}
+    return {**row, "quality_change": -0.01, "parity": 0.0, **changes}
 
 
 def test_metrics_of_sound_variants_pass(tmp_path):
-    assert check_metrics([variant("a"), variant("b", **{"speedup@1": 0.3})], tmp_path).critical == []
+    assert check_metrics([variant("a"), variant("b", **{"speedup_1": 0.3})], tmp_path).critical == []
     assert json.loads((tmp_path / "metrics.json").read_text())["success"] is True
     assert "metrics of the variants" in (tmp_path / "metrics.html").read_text()
 
@@ -159,7 +159,7 @@ def test_metrics_of_sound_variants_pass(tmp_path):
         ({"perplexity": math.nan}, "expected no perplexity to be missing: broken"),
         ({"perplexity": 0.5}, r"expected perplexity at least 1 and finite: broken \(0.5\)"),
         ({"size_bytes": 0}, r"expected size_bytes above 0 and finite: broken \(0\)"),
-        ({"speedup@1": math.inf}, r"expected speedup@1 above 0 and finite: broken \(inf\)"),
+        ({"speedup_1": math.inf}, r"expected speedup_1 above 0 and finite: broken \(inf\)"),
         ({"bits_per_byte": None}, "expected no bits_per_byte to be missing: broken"),
     ],
 )
@@ -178,6 +178,6 @@ def test_same_variant_twice_and_no_variant():
 
 
 def test_missing_optional_metric_only_warns():
-    validation = check_metrics([variant("a"), variant("b", **{"p95_s@1": math.nan})])
+    validation = check_metrics([variant("a"), variant("b", **{"p95_latency_s_1": math.nan})])
     assert validation.critical == []
-    assert [str(found) for found in validation.suites[0].findings] == ["expected no p95_s@1 to be missing: b"]
+    assert [str(found) for found in validation.suites[0].findings] == ["expected no p95_latency_s_1 to be missing: b"]

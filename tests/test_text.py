@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.errors import DataError, RecipeError
+from featherweight.errors import DataError, FeatherweightError, RecipeError
 from featherweight.overlap import Pool, copied_shares, digest, ngrams
 from featherweight.recipe import DataSpec, TextSpec
 from featherweight.sources import read_source, resolve_sources, source_fingerprint
@@ -206,6 +206,21 @@ def test_paths_of_a_recipe_are_found_beside_it(tmp_path, monkeypatch):
     assert (found.evaluation, found.calibration) == (0.1, "python-stdlib")
     (tmp_path / "d.txt").write_text("nearer")
     assert resolve_sources(data, tmp_path / "recipes").source == "d.txt"
+
+
+def test_s3_prefix_and_object(s3_server):
+    (s3_server.folder / "texts").mkdir()
+    for number in range(5):
+        (s3_server.folder / "texts" / f"{number}.txt").write_text(prose(number))
+    data = DataSpec(source=f"s3://{s3_server.bucket}/texts")
+    assert [document.text for document in read_source(data.source, data).documents] == [prose(n) for n in range(5)]
+    before = source_fingerprint(data)
+    (s3_server.folder / "texts" / "4.txt").write_text(prose(40))
+    assert source_fingerprint(data) != before
+    (one,) = read_source(f"{data.source}/4.txt", data).documents
+    assert one.text == prose(40)
+    with pytest.raises(FeatherweightError, match="holds no objects"):
+        read_source(f"s3://{s3_server.bucket}/nowhere", data)
 
 
 def test_overlap_counts_word_sequences():
