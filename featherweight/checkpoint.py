@@ -104,8 +104,10 @@ def missing_part(listing: Listing) -> str | None:
         weights = find_weights(listing, allow_pickle=True)
         for name in weights.files if not weights.pickled else ():
             _check_length(listing, name)
-        if _require_tokenizer(listing) == "tokenizer.json":
-            _read_json(listing, "tokenizer.json")
+        _require_tokenizer(listing)
+        for name in ("tokenizer.json", *COMPANIONS):
+            if name in listing.sizes and name.endswith(".json"):
+                _read_json(listing, name)
     except CheckpointError as error:
         return str(error)
     return None
@@ -303,7 +305,7 @@ def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remot
             )
     except Exception as error:  # a config can fail in as many ways as there are architectures
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers can build: {one_line(error)}") from error
-    check_loading(folder, type(model).__name__, info)
+    check_loading(folder, model, info)
     return model
 
 
@@ -338,9 +340,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_loading(folder: Path, architecture: str, info: Mapping[str, Any]) -> None:
-    """Turn transformers' loading info into an error."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Turn transformers' loading info into a CheckpointError where it tells of any difference."""
+    architecture, ties = type(model).__name__, model.all_tied_weights_keys
+    # Of tied weights that are all missing, name the one that should have been stored.
+    missing = sorted(info["missing_keys"], key=lambda name: (name in ties, name))
+    unexpected = sorted(info["unexpected_keys"])
     mismatched = sorted(info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}; copy it again")

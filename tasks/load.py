@@ -174,7 +174,7 @@ def _convert_gguf(file: Path, out: Path, progress: Progress) -> None:
     except Exception as error:  # the reader trusts the file: a damaged one fails anywhere
         raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
     model, info = loaded
-    check_loading(file, type(model).__name__, info)
+    check_loading(file, model, info)
     with _saving(out), quiet():
         tokenizer.save_pretrained(out)
         model.save_pretrained(out, max_shard_size="5GB")
