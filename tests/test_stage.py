@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,14 +37,6 @@ def broken(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> M
 @stage("full")
 def full(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
     raise OSError(28, "No space left on device")
-
-
-@pytest.fixture(scope="module")
-def harness() -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 @pytest.fixture
@@ -154,7 +145,11 @@ def test_the_code_digest_sees_code_not_comments(tmp_path: Path, monkeypatch: pyt
     package = tmp_path / "tasks_probe.py"
     monkeypatch.syspath_prepend(tmp_path)
     digests = []
-    for text in ("from featherweight.grid import Grid\nx = 1\n", "from featherweight.grid import Grid  # why\n\nx = 1\n", "x = 2\n"):
+    for text in (
+        "from featherweight.grid import Grid\nx = 1\n",
+        "from featherweight.grid import Grid  # why\n\nx = 1\n",
+        "x = 2\n",
+    ):
         package.write_text(text)
         code_digest.cache_clear()
         digests.append(code_digest("tasks_probe"))
