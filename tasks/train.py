@@ -38,6 +38,7 @@ def train(spec: TrainSpec, *, text: Path, out: Path, seed: int = 0, progress: Pr
         steps=spec.steps,
         batch=spec.batch,
         learning_rate=spec.learning_rate,
+        muon=True,
         seed=seed,
         progress=progress,
     )

@@ -12,6 +12,7 @@ import torch
 
 from featherweight import surgery, training
 from featherweight.errors import DataError, RecipeError, StageError
+from featherweight.muon import Muon, orthogonal
 from featherweight.progress import Progress
 from featherweight.recipe import TrainSpec
 from featherweight.text import Document, load_tokenizer, token_blocks, write_documents
@@ -210,3 +211,35 @@ def test_norms_are_not_decayed() -> None:
     assert decays[model.model.norm.weight] == 0
     assert decays[model.model.layers[0].mlp.up_proj.weight] == 0.1
     assert len(decays) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 32), (2, 16, 40), (2, 40, 16)])
+def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    result = u.mT @ orthogonal(matrices) @ vh.mT
+    diagonal = result.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.5) & (diagonal < 1.3)).all()
+    assert (result - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_muon_updates_every_weight_and_only_decays_the_matrices() -> None:
+    model = tiny_model()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    training.train_loop(model, torch.randint(64, (4, 16)), steps=2, batch=4, learning_rate=1e-3, muon=True)
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    *others, matrices = Muon(model, 1e-3, 0.1).param_groups
+    assert matrices["weight_decay"] == 0.1
+    assert [group["weight_decay"] for group in others] == [0]
+    assert all("proj" in name for name, weight in model.named_parameters() if weight in set(matrices["params"]))
+
+
+def test_muon_learns_in_fewer_steps_than_adamw(text: Path) -> None:
+    tokenizer = train_tokenizer(text, SPEC)
+    blocks = token_blocks(text, tokenizer, 32)
+    lasts = {}
+    for muon in (False, True):
+        model = new_model(SPEC, tokenizer, seed=0)
+        losses = training.train_loop(model, blocks, steps=150, batch=4, learning_rate=6e-3, muon=muon)
+        lasts[muon] = sum(losses[-10:]) / 10
+    assert lasts[True] < lasts[False] - 0.3
