@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from featherweight.errors import CheckpointError, StageError, ToolchainError
 from featherweight.runtimes.engine import Generation, Timing, Tokens
+from featherweight.runtimes.processes import end_children
 from featherweight.runtimes.registry import engine_available
 from featherweight.serving import Serving
 
@@ -41,7 +43,7 @@ class Worker:
             raise ToolchainError(f"{self.engine} cannot run here: {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads
         began = monotonic()
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)],
             stdin=subprocess.PIPE,
@@ -143,6 +145,7 @@ class Worker:
 
     def _kill(self) -> None:
         if self._process.poll() is None:
+            end_children(self._process.pid)
             self._process.kill()
         self._process.wait()
 
@@ -158,8 +161,6 @@ class Worker:
         self._stderr.close()
 
     def _close_stdin(self) -> None:
-        import contextlib
-
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # what is left in the buffer has no reader any more
             self._process.stdin.close()

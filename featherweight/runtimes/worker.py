@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import select
-import sys
 import threading
 import traceback
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Any, TextIO
 
 from featherweight.errors import FeatherweightError
 from featherweight.runtimes.engine import Engine, Limits
+from featherweight.runtimes.processes import end_children
 from featherweight.runtimes.registry import engine_class
 from featherweight.serving import Serving
 
@@ -79,10 +79,11 @@ class Calls:
         self._end()
 
     def _end(self) -> None:
-        """Leave at once, engine's own processes included: nobody waits for an answer any more."""
+        """Leave at once, the engine's own processes included: nobody waits for an answer any more."""
         try:
             if self.engine is not None:
                 self.engine.unload()
+            end_children(os.getpid())
         finally:
             os._exit(0)
 

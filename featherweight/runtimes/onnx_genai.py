@@ -1,0 +1,89 @@
+"""ONNX Runtime GenAI on the CPU: log-probabilities and greedy generation from its own generator."""
+
+from __future__ import annotations
+
+import json
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+class OnnxGenai(Engine):
+    """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads."""
+
+    def load(self) -> None:
+        import onnxruntime_genai
+
+        described = json.loads((self.weights / "genai_config.json").read_text())["model"]
+        self.vocabulary: int = described["vocab_size"]
+        # GenAI always stops at an end token, which must be one of the vocabulary: give it the last, rarest one, and forbid
+        # that one instead (see `_generator`). A single number replaces the file's list; a list would be merged into it.
+        self.stopper = self.vocabulary - 1
+        config = onnxruntime_genai.Config(str(self.weights))
+        config.overlay(json.dumps({"model": self._overlay()}))
+        self.model: Any = onnxruntime_genai.Model(config)
+
+    def _overlay(self) -> dict[str, Any]:
+        session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        return {"eos_token_id": self.stopper, "pad_token_id": self.stopper, "decoder": {"session_options": session}}
+
+    def unload(self) -> None:
+        del self.model
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        import numpy
+
+        scores: list[list[float]] = [[] for _ in windows]
+        for batch in self._batches(windows, windows_at_once(self.limits.max_tokens, self.vocabulary)):
+            ids = numpy.array([windows[index] for index in batch], dtype=numpy.int32)
+            for index, row in zip(batch, self._score(ids).tolist(), strict=True):
+                scores[index] = row
+        return scores
+
+    def _score(self, ids: ndarray) -> ndarray:
+        """[batch, tokens] -> log-probabilities of ids[:, 1:], float32 [batch, tokens - 1]."""
+        import numpy
+
+        generator = self._generator(*ids.shape)
+        generator.append_tokens(ids)
+        logits = generator.get_output("logits")[:, :-1].astype(numpy.float32, copy=False)
+        top = logits.max(-1, keepdims=True)
+        total = numpy.log(numpy.exp(logits - top).sum(-1)) + top[..., 0]
+        return numpy.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0] - total
+
+    def _batches(self, sequences: Tokens, most: int) -> Any:
+        """Batches of equal length; what ends in the padding token goes alone, or GenAI would cut it off as padding."""
+        for batch in by_length(sequences, most):
+            alone = [index for index in batch if sequences[index][-1] == self.stopper]
+            yield from ([index] for index in alone)
+            if together := [index for index in batch if index not in alone]:
+                yield together
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        import numpy
+
+        tokens: Tokens = [[] for _ in prompts]
+        began, first = perf_counter(), 0.0
+        for batch in self._batches(prompts, self.limits.max_batch):
+            ids = numpy.array([prompts[index] for index in batch], dtype=numpy.int32)
+            generator = self._generator(len(batch), ids.shape[1] + new_tokens)
+            generator.append_tokens(ids)
+            generator.generate_next_token()
+            first = perf_counter() - began
+            for _ in range(new_tokens - 1):
+                generator.generate_next_token()
+            for row, index in enumerate(batch):
+                tokens[index] = generator.get_sequence(row)[ids.shape[1] :].tolist()
+        return Generation(tokens, Timing(first, perf_counter() - began))
+
+    def _generator(self, batch: int, length: int) -> Any:
+        """A greedy generator for `batch` sequences of exactly `length` tokens in all."""
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(self.model)
+        parameters.set_search_options(batch_size=batch, max_length=length, min_length=length, do_sample=False)
+        return onnxruntime_genai.Generator(self.model, parameters)
