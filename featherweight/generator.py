@@ -66,5 +66,8 @@ class Generator:
         end = self._tokenizer.eos_token_id
         if stop_at_end and end in new:
             new = new[: new.index(end)]
-        before = self._tokenizer.decode(prompt, skip_special_tokens=True)
-        return self._tokenizer.decode(prompt + new, skip_special_tokens=True)[len(before) :]
+        before, after = self._text(prompt), self._text(prompt + new)
+        return after[len(before) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import tempfile
 import time
-import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from featherweight import history
+from featherweight.book import CHAMPION, TAG, Book, RegisteredVersion, locked, pages
 from featherweight.errors import FeatherweightError, GateError, ServiceError
-from featherweight.history import Action, GateResult, StageName, Transition
+from featherweight.history import GateResult, StageName, Transition
 from featherweight.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.serving import Serving
 from featherweight.workspace import local_path
@@ -28,12 +26,8 @@ from featherweight.workspace import local_path
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-TAG = "featherweight."
-LOCK = f"{TAG}lock."
-LEASE_S = 60.0
+PING_S = 5.0
 
 __all__ = ["GateResult", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
 
@@ -68,45 +62,6 @@ class WinnerRecord:
     model_id: str | None = None
 
 
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """A registered version as the registry holds it. `new` is False where registering found that the digest was there."""
-
-    model: str
-    version: str
-    stage: str
-    aliases: tuple[str, ...]
-    run_id: str
-    source: str
-    tags: Mapping[str, str]
-    created_s: float
-    new: bool = False
-
-    @property
-    def uri(self) -> str:
-        """What `mlflow.pyfunc.load_model` takes."""
-        return f"models:/{self.model}/{self.version}"
-
-    @property
-    def digest(self) -> str:
-        """Digest of the served artifact."""
-        return self.tags.get(f"{TAG}digest", "")
-
-    @property
-    def variant(self) -> str:
-        """Name of the variant."""
-        return self.tags.get(f"{TAG}variant", "")
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The measurement, as it was when the version was registered."""
-        return json.loads(self.tags.get(f"{TAG}metrics", "{}"))
-
-    def tag(self, name: str) -> str:
-        """A Featherweight tag of the version, '' where it has none."""
-        return self.tags.get(f"{TAG}{name}", "")
-
-
 class Registry:
     """MLflow's tracking and registry API at one URI. Every method raises ServiceError where MLflow cannot be reached."""
 
@@ -133,36 +88,34 @@ class Registry:
     def models(self) -> list[str]:
         """Names of all registered models."""
         with self._service():
-            return sorted(model.name for model in _pages(self.client.search_registered_models))
+            return sorted(model.name for model in pages(self.client.search_registered_models))
 
     def get(self, model: str, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError where there is none."""
-        holder = self._model(model)
-        number = holder.aliases.get(version, version)
-        found = [one for one in self._versions(holder) if one.version == str(number)]
-        if not found:
-            raise GateError(f"model '{model}' has no version or alias '{version}'; {self._known_versions(holder)}")
-        return found[0]
+        return self._book(model).pick(version)
 
     def versions(self, model: str) -> list[RegisteredVersion]:
         """All versions of a model, oldest first."""
-        return self._versions(self._model(model))
+        return list(self._book(model).versions.values())
 
     def champion(self, model: str) -> RegisteredVersion | None:
         """The version in production, None where there is none."""
-        return self._by_alias(self._model(model), CHAMPION)
+        return self._book(model).holder(CHAMPION)
 
     def find(self, model: str, digest: str) -> RegisteredVersion | None:
-        """The version that serves the artifact of that digest."""
+        """The version that serves the artifact of that digest, None where there is none."""
+        with self._service():
+            if not self.client.search_registered_models(f"name = '{model}'"):
+                return None
         return next((one for one in self.versions(model) if one.digest == digest), None)
 
     def history(self, model: str) -> list[Transition]:
         """Every transition of the model's versions, oldest first."""
-        return history.read(self._model(model).tags)
+        return self._book(model).history
 
     def history_faults(self, model: str) -> list[str]:
         """Entries of the history that were altered or removed by other hands, in words."""
-        return history.faults(self._model(model).tags)
+        return history.faults(self._book(model).tags)
 
     def lineage_json(self, version: RegisteredVersion) -> str:
         """The `lineage.json` that was registered with a version."""
@@ -215,7 +168,6 @@ class Registry:
         _check_name(winner.model)
         engine = Serving.read(winner.served).engine
         self.check()
-        self._ensure_model(winner.model)
         known = self.find(winner.model, winner.digest)
         if known is not None:
             return known
@@ -246,17 +198,13 @@ class Registry:
         has become champion meanwhile. None does not look.
         """
         _check_words(to, who, why)
-        with self._exclusive(model):
-            holder = self._model(model)
-            moved, champion = self.get(model, version), self._by_alias(holder, CHAMPION)
+        with self._service(), locked(self.client, model) as book:
+            moved, champion = book.pick(version), book.holder(CHAMPION)
             present = champion.version if champion else ""
             if expect_champion is not None and present != expect_champion:
                 raise GateError(f"version {present or 'none'} of '{model}' became champion meanwhile; promote again")
-            if moved.stage == to:
-                return moved
-            self._append(holder, moved, to, who, why, "transition", gates)
-            self._displace(holder, moved, to, who)
-            self._place(moved, to)
+            if moved.stage != to:
+                book.move(moved, to, who, why, gates)
         return self.get(model, moved.version)
 
     def rollback(self, model: str, who: str, why: str) -> RegisteredVersion:
@@ -265,46 +213,15 @@ class Registry:
         Raises GateError where there is no champion to go back to.
         """
         _check_words("production", who, why)
-        with self._exclusive(model):
-            holder = self._model(model)
-            back, champion = self._by_alias(holder, PREVIOUS), self._by_alias(holder, CHAMPION)
-            if back is None:
-                raise GateError(f"model '{model}' has no previous champion to go back to")
-            if champion is not None:
-                self._append(holder, champion, "archived", who, why, "rollback")
-            self._append(holder, back, "production", who, why, "rollback")
-            self._place(back, "production")
-            if champion is not None:
-                self._label(champion, "archived")
-            self._point_previous_below(model, back.version)
-        return self.get(model, back.version)
+        with self._service(), locked(self.client, model) as book:
+            book.go_back(who, why)
+        return self.get(model, CHAMPION)
 
     # -- how ------------------------------------------------------------------------------------------------------------
 
-    def _model(self, model: str) -> RegisteredModel:
-        from mlflow.exceptions import MlflowException
-
+    def _book(self, model: str) -> Book:
         with self._service():
-            try:
-                return self.client.get_registered_model(model)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                known = ", ".join(self.models()) or "none"
-                raise GateError(f"no registered model '{model}'; registered: {known}") from error
-
-    def _versions(self, holder: RegisteredModel) -> list[RegisteredVersion]:
-        with self._service():
-            found = _pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'")
-            return sorted((_registered(one, holder.aliases) for one in found), key=lambda one: int(one.version))
-
-    def _known_versions(self, holder: RegisteredModel) -> str:
-        numbers = ", ".join(one.version for one in self._versions(holder)) or "none"
-        return f"versions: {numbers}; aliases: {', '.join(sorted(holder.aliases)) or 'none'}"
-
-    def _by_alias(self, holder: RegisteredModel, alias: str) -> RegisteredVersion | None:
-        number = holder.aliases.get(alias)
-        return None if number is None else self.get(holder.name, str(number))
+            return Book.read(self.client, model)
 
     def _ensure_model(self, model: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -368,8 +285,9 @@ class Registry:
 
     def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
         """The registered version, all tags in the one call that creates it."""
-        with self._exclusive(winner.model):
-            known = self.find(winner.model, winner.digest)
+        self._ensure_model(winner.model)
+        with locked(self.client, winner.model) as book:
+            known = next((one for one in book.versions.values() if one.digest == winner.digest), None)
             if known is not None:
                 self._discard(winner, logged)
                 return known
@@ -381,7 +299,7 @@ class Registry:
                 description=f"{winner.variant} on {engine}",
                 model_id=logged.model_id,
             )
-        return replace(_registered(made, {}), new=True)
+        return replace(RegisteredVersion.of(made, {}), new=True)
 
     def _discard(self, winner: WinnerRecord, logged: LoggedModel) -> None:
         """Take back what a failed registration wrote; a LoggedModel that was there before keeps its metrics."""
@@ -390,102 +308,6 @@ class Registry:
             shutil.rmtree(place, ignore_errors=True)
         if winner.model_id is None:
             self.client.delete_logged_model(logged.model_id)
-
-    def _append(
-        self,
-        holder: RegisteredModel,
-        moved: RegisteredVersion,
-        to: str,
-        who: str,
-        why: str,
-        action: Action,
-        gates: Sequence[GateResult] = (),
-    ) -> None:
-        past = self.history(holder.name)
-        entry = Transition("", who, why, action, moved.version, moved.digest, moved.stage, to, tuple(gates))
-        key, value = history.follow(entry, past).as_tag()
-        with self._service():
-            self.client.set_registered_model_tag(holder.name, key, value)
-
-    def _displace(self, holder: RegisteredModel, moved: RegisteredVersion, to: str, who: str) -> None:
-        """Make room: whoever holds the place that `moved` takes goes to the stage below."""
-        taken = {"production": (CHAMPION, "archived"), "staging": (CHALLENGER, "none")}.get(to)
-        out = self._by_alias(holder, taken[0]) if taken else None
-        if taken is None or out is None:
-            return
-        self._append(holder, out, taken[1], who, f"displaced by version {moved.version}", "displaced")
-        self._label(out, taken[1])
-        if to == "production":
-            with self._service():
-                self.client.set_registered_model_alias(holder.name, PREVIOUS, out.version)
-
-    def _place(self, moved: RegisteredVersion, to: str) -> None:
-        """Point the aliases: the new one before the old ones go, so that there is a champion at every moment."""
-        alias = {"production": CHAMPION, "staging": CHALLENGER}.get(to)
-        with self._service():
-            if alias:
-                self.client.set_registered_model_alias(moved.model, alias, moved.version)
-            holder = self._model(moved.model)
-            stale = {CHAMPION, CHALLENGER, PREVIOUS} if to == "production" else {CHAMPION, CHALLENGER}
-            for name in stale - {alias}:
-                if str(holder.aliases.get(name)) == moved.version:
-                    self.client.delete_registered_model_alias(moved.model, name)
-        self._label(moved, to)
-
-    def _point_previous_below(self, model: str, version: str) -> None:
-        """Let `previous` name the champion before `version`, as the history tells it."""
-        there = {one.version for one in self.versions(model)}
-        line = [one for one in history.champions(self.history(model)) if one in there and one != version]
-        with self._service():
-            if line:
-                self.client.set_registered_model_alias(model, PREVIOUS, line[-1])
-            elif PREVIOUS in self._model(model).aliases:
-                self.client.delete_registered_model_alias(model, PREVIOUS)
-
-    def _label(self, moved: RegisteredVersion, stage: str) -> None:
-        """Say the stage in a tag, and in MLflow's own stage where the server still has stages."""
-        from mlflow.exceptions import MlflowException
-
-        with self._service(), warnings.catch_warnings():
-            self.client.set_model_version_tag(moved.model, moved.version, f"{TAG}stage", stage)
-            warnings.simplefilter("ignore", FutureWarning)
-            try:
-                self.client.transition_model_version_stage(moved.model, moved.version, stage.capitalize())
-            except MlflowException as error:
-                if error.error_code not in ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
-                    raise
-
-    @contextmanager
-    def _exclusive(self, model: str, patience_s: float = 30.0) -> Iterator[None]:
-        """Hold the model's lock, so that reading the champion and moving the aliases is one step among all writers.
-
-        MLflow has no compare-and-set. A writer hangs up a tag of its own, then looks: it holds the lock if it sees no other.
-        Of two writers at least the later one sees the other's tag, so never both hold it; on a clash both take theirs down
-        and try again after a random pause. A tag left by a killed writer counts for LEASE_S only.
-        """
-        mine, end = f"{LOCK}{uuid.uuid4().hex}", time.monotonic() + patience_s
-        while not self._hang(model, mine):
-            if time.monotonic() > end:
-                raise ServiceError(f"another promotion of '{model}' is under way since {patience_s:.0f} s; try again")
-            time.sleep(random.uniform(0.02, 0.3))
-        try:
-            yield
-        finally:
-            with self._service():
-                self.client.delete_registered_model_tag(model, mine)
-
-    def _hang(self, model: str, mine: str) -> bool:
-        """Hang up this writer's lock; take it down again and say False where another one hangs."""
-        self._model(model)
-        with self._service():
-            self.client.set_registered_model_tag(model, mine, str(time.time() + LEASE_S))
-            others = {k: v for k, v in self._model(model).tags.items() if k.startswith(LOCK) and k != mine}
-            for key in [key for key, until in others.items() if float(until) < time.time()]:
-                self.client.delete_registered_model_tag(model, key)
-                del others[key]
-            if others:
-                self.client.delete_registered_model_tag(model, mine)
-            return not others
 
     def _artifacts(self, uri: str) -> Any:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -509,11 +331,11 @@ class Registry:
 
 
 def _ping(url: str) -> None:
-    """Raise ServiceError where the server does not answer its health check in five seconds."""
+    """Raise ServiceError where the server does not answer its health check in PING_S seconds."""
     import httpx
 
     try:
-        status = httpx.get(f"{url.rstrip('/')}/health", timeout=5, follow_redirects=True).status_code
+        status = httpx.get(f"{url.rstrip('/')}/health", timeout=PING_S, follow_redirects=True).status_code
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
         raise ServiceError(f"the MLflow server at {_shown(url)} does not answer ({reason}); is it running?") from error
@@ -524,28 +346,6 @@ def _ping(url: str) -> None:
 def _shown(uri: str) -> str:
     """The URI without its password."""
     return re.sub(r"//([^:/@]+):[^@]+@", r"//\1:***@", uri)
-
-
-def _pages(search: Any, **query: Any) -> Iterator[Any]:
-    """All results of a paged MLflow search."""
-    token = None
-    while True:
-        page = search(page_token=token, **query)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _registered(found: ModelVersion, aliases: Mapping[str, str]) -> RegisteredVersion:
-    """A version with the stage that its aliases give it, or else its tag."""
-    mine = tuple(sorted(alias for alias, number in aliases.items() if str(number) == str(found.version)))
-    tagged = found.tags.get(f"{TAG}stage", "none")
-    held = "production" if CHAMPION in mine else "staging" if CHALLENGER in mine else None
-    stage = held or (tagged if tagged in ("none", "archived") else "none")
-    created_s = found.creation_timestamp / 1000
-    run_id, source = found.run_id or "", found.source or ""
-    return RegisteredVersion(found.name, str(found.version), stage, mine, run_id, source, dict(found.tags), created_s)
 
 
 def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str, str]:
