@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def pareto_chart(result: OptimizationResult, batch: int, width: int, height: int
     rows = chart_points(result, batch)
     if not rows:
         return ""
-    plot = Box(58, 14, width - 14, height - 44)
-    constraints = {name: value for name, value in result.constraints.items() if value is not None}
+    plot = Box(72, 14, width - 14, height - 44)
+    constraints = _constraints(result, batch)
     scale = _scale(plot, rows, batch, constraints)
     front = pareto_front(rows, batch)
     parts = [*_axes(scale, width, height, batch), *_bounds(scale, constraints), _front_line(scale, front, batch)]
@@ -142,9 +143,16 @@ def pareto_chart(result: OptimizationResult, batch: int, width: int, height: int
     return "\n".join([head, *(part for part in parts if part), "</svg>"])
 
 
+def _constraints(result: OptimizationResult, batch: int) -> dict[str, float]:
+    """Those that the chart can show; the least speed-up is asked for at the objective's batch size only."""
+    shown = ("max_quality_loss", "min_speedup") if batch == result.main_batch else ("max_quality_loss",)
+    return {name: result.constraints[name] for name in shown if result.constraints.get(name) is not None}
+
+
 def _scale(plot: Box, rows: list[VariantRow], batch: int, constraints: Mapping[str, float]) -> Scale:
     speeds = [row.get(f"speedup_{batch}") for row in rows] + [1.0]
-    losses = [row.get("quality_change") for row in rows] + [0.0]
+    keys = ("quality_change", "quality_change_low", "quality_change_high")
+    losses = [row.get(key) for row in rows for key in keys if math.isfinite(row.get(key))] + [0.0]
     losses += [constraints["max_quality_loss"]] if "max_quality_loss" in constraints else []
     speeds += [constraints["min_speedup"]] if "min_speedup" in constraints else []
     return Scale.over(plot, [max(speed, 1e-3) for speed in speeds], losses)
@@ -161,10 +169,9 @@ def _axes(scale: Scale, width: int, height: int, batch: int) -> Iterator[str]:
         yield f'<line class="grid{" zero" if loss == 0 else ""}" x1="{plot.left}" x2="{plot.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         name = "0 %" if loss == 0 else f"{loss * 100:+g} %".replace("-", "−")
         yield f'<text class="tick" x="{plot.left - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>'
-    yield (
-        f'<text class="axis" x="{(plot.left + plot.right) / 2:.0f}" y="{height - 8}" text-anchor="middle">'
-        f"speed against the baseline, batch {batch} (log scale) → faster</text>"
-    )
+    name = f"speed against the baseline, batch {batch} (log scale) → faster" if width > 500 else f"speed, batch {batch} → faster"
+    center = (plot.left + plot.right) / 2
+    yield f'<text class="axis" x="{center:.0f}" y="{height - 8}" text-anchor="middle">{name}</text>'
     middle = (plot.top + plot.bottom) / 2
     yield (
         f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">'
@@ -179,12 +186,28 @@ def _bounds(scale: Scale, constraints: Mapping[str, float]) -> Iterator[str]:
         y = scale.y(limit)
         yield _shade(plot.left, y, plot.right, plot.bottom)
         yield f'<line class="bound" x1="{plot.left}" x2="{plot.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="bound-name" x="{plot.left + 6}" y="{y + 13:.1f}">max_quality_loss {percent(limit)}</text>'
     if least is not None:
         x = scale.x(least)
         yield _shade(plot.left, plot.top, x, plot.bottom)
         yield f'<line class="bound" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top}" y2="{plot.bottom}"/>'
-        yield f'<text class="bound-name" x="{x - 5:.1f}" y="{plot.bottom - 6}" text-anchor="end">min_speedup {times(least)}</text>'
+    for label in bound_labels(scale, constraints):
+        place = f'x="{label.box.left + 2:.1f}" y="{label.box.bottom - 4:.1f}"'
+        yield f'<text class="bound-name" {place}>{escape(label.text)}</text>'
+
+
+def bound_labels(scale: Scale, constraints: Mapping[str, float]) -> list[Label]:
+    """The constraints' names, inside what they forbid where there is room."""
+    plot, limit, least = scale.plot, constraints.get("max_quality_loss"), constraints.get("min_speedup")
+    labels = []
+    if limit is not None:
+        text, y = f"max_quality_loss {percent(limit)}", scale.y(limit)
+        labels.append(Label(text, Box(plot.left + 4, y + 2, plot.left + 8 + len(text) * _GLYPH, y + FONT + 5)))
+    if least is not None:
+        text, x = f"min_speedup {times(least)}", scale.x(least)
+        wide = len(text) * _GLYPH + 4
+        left = x - 4 - wide if x - 4 - wide > plot.left else x + 4
+        labels.append(Label(text, Box(left, plot.bottom - FONT - 7, left + wide, plot.bottom - 4)))
+    return labels
 
 
 def _shade(left: float, top: float, right: float, bottom: float) -> str:
@@ -193,12 +216,12 @@ def _shade(left: float, top: float, right: float, bottom: float) -> str:
 
 
 def _front_line(scale: Scale, front: list[VariantRow], batch: int) -> str:
-    """Stairs through the front: what can be had at each speed."""
+    """Stairs through the front: the best quality that can be had at each speed or above."""
     if len(front) < 2:
         return ""
     spots = [_spot(row, batch, scale) for row in reversed(front)]
     steps = [f"M{spots[0][0]:.1f} {spots[0][1]:.1f}"]
-    steps += [f"H{x:.1f}V{y:.1f}" for x, y in spots[1:]]
+    steps += [f"V{y:.1f}H{x:.1f}" for x, y in spots[1:]]
     return f'<path class="front" d="{"".join(steps)}"/>'
 
 
@@ -225,31 +248,41 @@ def place_labels(
     """A label for each row, none upon another or upon a point: the name where it fits, else the row's number."""
     numbers = {row.name: number for number, row in enumerate(ranked(result), 1)}
     spots = {row.name: _spot(row, batch, scale) for row in rows}
-    taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in spots.values()]
+    sizes = {row.name: 11 if row.status == "winner" else 6 for row in rows}
+    taken = [Box(x - sizes[name], y - sizes[name], x + sizes[name], y + sizes[name]) for name, (x, y) in spots.items()]
+    taken += _stairs([_spot(row, batch, scale) for row in reversed(front)])
+    taken += [label.box for label in bound_labels(scale, _constraints(result, batch))]
     first = {row.name for row in rows if row.status in ("winner", "baseline")}
     wanted = sorted(rows, key=lambda row: (row.name not in first, row not in front))
     placed: dict[str, Label] = {}
     for row in wanted:
         texts = [row.name] if full_names or row.name in first else []
         texts.append(f"#{numbers[row.name]}")
-        placed[row.name] = _find_room(texts, spots[row.name], scale.plot, taken)
+        placed[row.name] = _find_room(texts, spots[row.name], scale.plot, taken, row.status == "winner")
         taken.append(placed[row.name].box)
     return placed
 
 
-def _find_room(texts: list[str], spot: tuple[float, float], plot: Box, taken: list[Box]) -> Label:
+def _stairs(spots: list[tuple[float, float]]) -> Iterator[Box]:
+    """The front's line as thin boxes, which labels keep clear of."""
+    for (x, y), (next_x, next_y) in itertools.pairwise(spots):
+        yield Box(x - 1, y, x + 1, next_y)
+        yield Box(x, next_y - 1, next_x, next_y + 1)
+
+
+def _find_room(texts: list[str], spot: tuple[float, float], plot: Box, taken: list[Box], bold: bool) -> Label:
     """The first text and place that is free; the last text beside its point where none is."""
     for text in texts:
-        for label in _candidates(text, spot):
+        for label in _candidates(text, spot, bold):
             if label.box.inside(plot) and not any(label.box.meets(other) for other in taken):
                 return label
-    return next(_candidates(texts[-1], spot))
+    return next(_candidates(texts[-1], spot, bold))
 
 
-def _candidates(text: str, spot: tuple[float, float]) -> Iterator[Label]:
+def _candidates(text: str, spot: tuple[float, float], bold: bool) -> Iterator[Label]:
     """Places around a point, the near ones first; the far ones get a leader line."""
-    (x, y), wide, tall = spot, len(text) * _GLYPH + 4, FONT + 3
-    for reach in (9, 20, 34, 50, 70):
+    (x, y), wide, tall = spot, len(text) * _GLYPH * (1.12 if bold else 1) + 4, FONT + 3
+    for reach in (9, 13, 22, 34, 50, 70):
         near = reach < 20
         sides = [(x + reach, y - tall / 2), (x - reach - wide, y - tall / 2)]
         ends = [(x - wide / 2, y - reach - tall), (x - wide / 2, y + reach)]

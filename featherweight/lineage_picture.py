@@ -16,7 +16,7 @@ _COLUMN_OF = {name: name for name in _COLUMNS} | {
     "compile": "serve",
     "export": "serve",
 }
-_WIDE, _TALL, _STEP, _GAP = 132, 34, 42, 30
+_WIDE, _TALL, _STEP, _GAP = 116, 34, 42, 22
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,6 @@ def _node(node: NodeRow, spot: Spot, won: bool) -> str:
     )
 
 
-def _short(text: str, length: int = 19) -> str:
+def _short(text: str, length: int = 16) -> str:
     """The end of a text that is too long: the last name of a path tells most."""
     return text if len(text) <= length else "…" + text[-(length - 1) :]

@@ -13,6 +13,7 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -165,6 +166,21 @@ def _row(kind: Callable[..., Any], tree: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def gate_rows(validation: Path) -> tuple[GateRow, ...]:
+    """The suites of a `validation.json` or `metrics.json` that a data gate wrote."""
+    rows = []
+    for suite in json.loads(validation.read_text())["suites"]:
+        texts = [(found["critical"], _finding(found)) for found in suite["findings"]]
+        failed = {kind: tuple(text for critical, text in texts if critical == kind) for kind in (True, False)}
+        rows.append(GateRow(suite["name"], suite["evaluated"], failed[True], failed[False], suite["facts"]))
+    return tuple(rows)
+
+
+def _finding(found: Mapping[str, Any]) -> str:
+    more = f" and {found['count'] - len(found['rows'])} more" if found["count"] > len(found["rows"]) else ""
+    return f"{found['text']}: {', '.join(found['rows'])}{more}" if found["rows"] else found["text"]
+
+
 def pareto_front(rows: Iterable[VariantRow], batch: int) -> list[VariantRow]:
     """Rows that no other beats in both speed at that batch size and quality, fastest first."""
     points = [row for row in rows if math.isfinite(row.get(f"speedup_{batch}")) and math.isfinite(row.get("quality_change"))]
@@ -209,8 +225,12 @@ def rate(tokens_per_s: float) -> str:
 def loss_with_interval(row: VariantRow) -> str:
     """Quality change with its 95 % confidence interval, where there is one."""
     low, high = row.get("quality_change_low"), row.get("quality_change_high")
-    interval = f" ({percent(low)} to {percent(high)})" if math.isfinite(low) and math.isfinite(high) else ""
+    interval = f" [{_bare(low)}, {_bare(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     return percent(row.get("quality_change")) + interval
+
+
+def _bare(fraction: float) -> str:
+    return percent(fraction).removesuffix(" %")
 
 
 @dataclass(frozen=True)
@@ -274,16 +294,18 @@ def ranked(result: OptimizationResult) -> list[VariantRow]:
 
 def terminal_table(result: OptimizationResult) -> Table:
     """The variants as a rich table; failed ones with their reasons, the ruled out only counted."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     shown = [column for column in columns(result) if column.brief]
     ruled_out = sum(row.status == "ruled-out" for row in result.variants)
-    table = Table(title=result.name, caption=f"{ruled_out} combinations ruled out before running" if ruled_out else None)
-    table.add_column("variant", overflow="fold")
+    caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
+    table = Table(title=result.name, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("variant", overflow="fold", min_width=12)
     for column in shown:
-        table.add_column(column.title, justify="right")
-    table.add_column("", overflow="fold")
+        table.add_column(column.title.replace(", ", "\n").replace(" (", "\n("), justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold", min_width=12)
     styles = {"winner": "bold green", "baseline": "cyan"}
     for row in ranked(result):
         fate = row.status if row.status in styles else row.reason

@@ -13,6 +13,7 @@ import pytest
 
 from featherweight.errors import DataError, StageError
 from featherweight.recipe import GateSpec
+from featherweight.result import gate_rows
 from featherweight.text import Document, write_documents
 from tasks.gate import check_metrics, gate
 
@@ -115,6 +116,14 @@ def test_duplicates_and_short_documents_only_warn(texts):
         ("expected no exact copies", False),
     ]
     assert set(found[1]["rows"]) == {"train3", "twin"}
+    rows = gate_rows(folders["out"] / "validation.json")
+    assert [(row.suite, row.evaluated, row.failed_critical) for row in rows] == [
+        ("train text", 7, ()),
+        ("calibration text", 7, ()),
+        ("evaluation text", 11, ()),
+    ]
+    assert rows[0].failed_warning[1] == "expected no exact copies: train3, twin"
+    assert rows[0].facts["documents"] == 13
 
 
 def test_training_text_may_be_absent(texts):
