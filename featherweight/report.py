@@ -72,9 +72,9 @@ def _cards(result: OptimizationResult, winner: VariantRow | None) -> list[tuple[
 
 
 def _quality_note(winner: VariantRow) -> str:
-    interval = loss_with_interval(winner).removeprefix(percent(winner.get("quality_change"))).strip(" ()")
+    interval = loss_with_interval(winner).removeprefix(percent(winner.get("quality_change"))).strip(" []")
     sign = "+ is worse" if winner.get("quality_change") > 0 else "− is better"
-    return f"95 % CI {interval}; {sign}" if interval else sign
+    return f"95 % CI {interval.replace(',', ' to')} %; {sign}" if interval else sign
 
 
 def _chart(result: OptimizationResult, batch: int) -> dict[str, Any]:
