@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -79,15 +79,19 @@ def lineage_picture(result: OptimizationResult) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
-def winner_path(nodes: Sequence[NodeRow], stages: Iterable[str]) -> set[str]:
-    """Ids of the winner's nodes and of everything that they were made from."""
-    parents = {node.id: node.parents for node in nodes}
-    found, pending = set(), [id for id in stages if id in parents]
+def winner_path(nodes: Sequence[NodeRow], stages: Sequence[str]) -> set[str]:
+    """Ids of the winner's last node and of everything that it was made from; what it was compared with is no part of it."""
+    known = {node.id: node for node in nodes}
+    found: set[str] = set()
+    pending = list(stages[-1:])
     while pending:
-        id = pending.pop()
-        if id not in found:
-            found.add(id)
-            pending += [parent for parent in parents[id] if parent in parents]
+        node = known.get(pending.pop())
+        if node is not None and node.id not in found:
+            found.add(node.id)
+            others = node.parents[1:]
+            if node.stage == "evaluate":
+                others = tuple(parent for parent in others if parent in known and known[parent].stage == "text")
+            pending += [*node.parents[:1], *others]
     return found
 
 

@@ -76,13 +76,17 @@ def nodes(rows: list[VariantRow]) -> list[NodeRow]:
     found = {f"text/{s}": NodeRow(f"text/{s}", "text", s, "done", 1.2) for s in ("train", "calibration", "evaluation")}
     found["gate"] = NodeRow("gate", "gate", "text", "done", 5.1, tuple(found))
     found["checkpoint"] = NodeRow("checkpoint", "train", "demo", "cached", 80.0, ("text/train",), "ab" * 32, "run-0", True)
+    found["baseline"] = NodeRow("baseline", "export", "torch", "done", 0.4, ("checkpoint", "text/calibration"))
+    base = ("baseline", "baseline", "text/evaluation")
+    found["baseline/evaluate"] = NodeRow("baseline/evaluate", "evaluate", "baseline", "done", 9.0, base)
     names = {"half": "distill", "quarter": "prune", "rtn8": "quantize", "qat4": "quantize", "gptq4": "quantize"}
     for row in rows:
         for parent, id in itertools.pairwise(row.stages[1:]):
             stage = "evaluate" if id.endswith("/evaluate") else names.get(id.split("/")[-1], "compile" if "ort" in id else "export")
             other = "text/evaluation" if stage == "evaluate" else "text/train" if stage == "distill" else "text/calibration"
             label = id.split("/")[-2 if stage == "evaluate" else -1]
-            found.setdefault(id, NodeRow(id, stage, label, "done", 9.5, (parent, other), "cd" * 32, f"run-{len(found)}"))
+            parents = (parent, other, *(["baseline", "baseline/evaluate"] if stage == "evaluate" else []))
+            found.setdefault(id, NodeRow(id, stage, label, "done", 9.5, parents, "cd" * 32, f"run-{len(found)}"))
     return list(found.values())
 
 
@@ -232,7 +236,7 @@ def test_winner_path_reaches_the_data():
     path = winner_path(result.nodes, result.row(result.winner).stages)
     assert {"text/train", "text/calibration", "text/evaluation", "checkpoint", "half/quarter/qat4", "half"} <= path
     assert "half/quarter/gptq4" not in path
-    assert "gate" not in path
+    assert not {"gate", "baseline", "baseline/evaluate"} & path
 
 
 class Page(HTMLParser):
