@@ -77,9 +77,7 @@ def file_sha256(path: Path) -> str:
 
 def describe_files(folder: Path) -> dict[str, File]:
     """sha256 and size of every file below `folder`, by relative name; the manifest itself is left out."""
-    names = sorted(
-        str(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names
-    )
+    names = sorted(str(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names)
     names = [name for name in names if name != MANIFEST]
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(lambda name: file_sha256(folder / name), names))

@@ -176,14 +176,17 @@ def _check_length(listing: Listing, name: str) -> None:
     try:
         if length > _MAX_HEADER:
             raise ValueError("no header length")
-        header = json.loads(listing.read(name, 8 + length)[8:])
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+        expected = 8 + length
+        if size >= expected:
+            header = json.loads(listing.read(name, expected)[8:])
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            expected += max(ends, default=0)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{listing.where}/{name} ({size} bytes) has no safetensors header; copy it again") from error
     if size != expected:
+        least = "at least " if size < 8 + length else ""
         problem = "is truncated" if size < expected else "has bytes after its end"
-        raise CheckpointError(f"{listing.where}/{name} {problem}: {size} of {expected} bytes; copy it again")
+        raise CheckpointError(f"{listing.where}/{name} {problem}: {size} of {least}{expected} bytes; copy it again")
 
 
 def _require_tokenizer(listing: Listing) -> str:

@@ -153,7 +153,7 @@ def build(
         nodes.setdefault(manifest.digest, LineageNode.of(ref, manifest))
     order: dict[str, LineageNode] = {}
     for digest in filter(None, (served, measured)):
-        _collect(digest, nodes, order)
+        _collect(digest, nodes, order, set())
     return LineageGraph(
         variant=variant,
         served=served,
@@ -166,14 +166,14 @@ def build(
     )
 
 
-def _collect(digest: str, nodes: Mapping[str, LineageNode], order: dict[str, LineageNode]) -> None:
-    """Add a node to `order` behind its parents."""
-    if digest in order:
+def _collect(digest: str, nodes: Mapping[str, LineageNode], order: dict[str, LineageNode], above: set[str]) -> None:
+    """Add a node to `order` behind its parents; a stage that changed nothing is its own parent by digest, and stops here."""
+    if digest in order or digest in above:
         return
     if digest not in nodes:
         raise IntegrityError(f"lineage is incomplete: no artifact with digest {digest[:12]} among the run's artifacts")
     for parent in nodes[digest].parents.values():
-        _collect(parent, nodes, order)
+        _collect(parent, nodes, order, above | {digest})
     order[digest] = nodes[digest]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from featherweight.links import link
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -82,11 +83,4 @@ def write_model_folder(
 
 def link_tree(source: Path, target: Path) -> None:
     """`source` again at `target`, by hard links where the file system can, so that weights lie on disk once."""
-    shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
-
-
-def _link_or_copy(source: Any, target: Any) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    shutil.copytree(source, target, copy_function=lambda a, b: link(Path(a), Path(b)), dirs_exist_ok=True)

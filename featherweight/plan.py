@@ -6,14 +6,15 @@ import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from featherweight.compatibility import refusal
 from featherweight.errors import RecipeError
-from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, Recipe, Spec, TextSpec, VariantsSpec
+from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
 
 NONE = "none"
 BASELINE = "baseline"
-SPLITS = ("train", "calibration", "evaluation")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ def _pick(stage: str, patterns: tuple[str, ...], known: Mapping[str, Spec]) -> l
     for pattern in patterns:
         found = [NONE] if pattern == NONE and stage != "serve" else fnmatch.filter(known, pattern)
         if not found and pattern != "*":
-            raise RecipeError(
-                f"variants: '{pattern}' names no alternative of {stage}; known: {', '.join(known) or NONE}"
-            )
+            raise RecipeError(f"variants: '{pattern}' names no alternative of {stage}; known: {', '.join(known) or NONE}")
         picked += [name for name in found if name not in picked]
     return picked
 
@@ -123,9 +122,7 @@ def _roots(recipe: Recipe) -> list[Node]:
     else:
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", recipe.checkpoint)
     served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
-    measured = Node(
-        f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed
-    )
+    measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)
     return [*text, gate, root, served, measured]
 
 

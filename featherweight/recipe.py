@@ -13,6 +13,7 @@ from featherweight.errors import RecipeError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
+Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -34,7 +35,7 @@ class TrainSpec(Spec):
     context: Positive = 256
     steps: Positive = 300
     batch: Positive = 8
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
 
 
@@ -69,7 +70,7 @@ class TextSpec(Spec):
     """One split of the recipe's text."""
 
     data: DataSpec
-    split: Literal["train", "calibration", "evaluation"]
+    split: Split
 
 
 class GateSpec(Spec):
@@ -84,15 +85,15 @@ class FinetuneSpec(Spec):
     steps: Positive = 100
     batch: Positive = 8
     sequence: Positive = 128
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
 
 
 class DistillSpec(FinetuneSpec):
     """A student made of chosen teacher layers, trained on temperature-scaled KL plus cross-entropy."""
 
     layers: Positive | tuple[int, ...]
-    temperature: float = Field(2.0, gt=0)
-    kl_weight: float = Field(0.5, ge=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+    kl_weight: float = Field(default=0.5, ge=0, le=1)
 
 
 class PruneSpec(Spec):
@@ -122,10 +123,10 @@ class QuantizeSpec(Spec):
     sequence: Positive = 128
     steps: Positive = 100
     batch: Positive = 8
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     distill: bool = True
     scale: Literal["absmax", "mse"] = "absmax"
-    generated_tokens: int = Field(0, ge=0)
+    generated_tokens: int = Field(default=0, ge=0)
 
 
 class CompileSpec(Spec):
@@ -215,7 +216,7 @@ class Recipe(Spec):
     variants: tuple[VariantsSpec, ...] | None = None
     workload: WorkloadSpec = WorkloadSpec()
     constraints: ConstraintsSpec = ConstraintsSpec()
-    objective: str = Field("speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
+    objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
     promote: PromoteSpec
     seed: int = 0
 
@@ -226,9 +227,7 @@ class Recipe(Spec):
         for name in names:
             if names.count(name) > 1 or name in reserved:
                 why = "is reserved" if name in reserved else "stands twice"
-                raise ValueError(
-                    f"the name '{name}' {why} among the stages' alternatives; variants need distinct names"
-                )
+                raise ValueError(f"the name '{name}' {why} among the stages' alternatives; variants need distinct names")
         return self
 
 

@@ -297,6 +297,7 @@ class Registry:
                 winner.run_id,
                 _version_tags(winner, engine, logged.model_id),
                 description=f"{winner.variant} on {engine}",
+                await_creation_for=0,
                 model_id=logged.model_id,
             )
         return replace(RegisteredVersion.of(made, {}), new=True)

@@ -111,8 +111,9 @@ def _pages(bucket: _Bucket, prefix: str) -> Iterator[S3Object]:
 
 def listing(uri: str) -> Listing:
     """The files right below a prefix, as a checkpoint listing: tells whether the checkpoint is complete before any download."""
-    objects = {item.name: item for item in list_objects(uri) if "/" not in item.name}
     bucket = _bucket(uri)
+    with _explained(uri):
+        objects = {item.name: item for item in _list(bucket, split_uri(uri)[1]) if "/" not in item.name}
 
     def read(name: str, length: int) -> bytes:
         stop = min(length, objects[name].size)

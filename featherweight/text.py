@@ -91,7 +91,7 @@ def token_windows(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, l
             piece = ids[start : start + body]
             if len(lead) + len(piece) >= 16 and len(windows) < limit:
                 scored = piece if lead else piece[1:]
-                windows.append(Window(lead + piece, len(tokenizer.decode(scored).encode())))
+                windows.append(Window(lead + piece, len(str(tokenizer.decode(scored)).encode())))
     if not windows:
         raise DataError("the text holds no document of 16 tokens; give more or longer text")
     return windows

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featherweight.artifact import ArtifactRef, Manifest
 from featherweight.errors import FeatherweightError, GateError
 from featherweight.lineage import build
 from featherweight.plan import BASELINE, Node, Plan, Variant
 from featherweight.recipe import DecideSpec, Recipe
-from featherweight.registry import RegisteredVersion, Registry, WinnerRecord
+from featherweight.registry import Registry, WinnerRecord
 from featherweight.report import render_report
-from featherweight.result import GateRow, NodeRow, OptimizationResult, VariantRow
+from featherweight.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.serving import Serving
 from flows.promote import who
 from flows.session import recipe_text
@@ -36,10 +36,11 @@ REPORT = "report.html"
 
 def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, view: View) -> OptimizationResult:
     """Choose the winner, register and promote it, write the report; everything goes to the parent run as well."""
-    decision = _decide(recipe, plan, outcomes, session)
+    decided = _decide(recipe, plan, outcomes, session)
+    decision = json.loads((decided / "decision.json").read_text())
     rows = tuple(_rows(plan, outcomes, decision["winner"], decision["reasons"], session))
     ids = _log_variants(rows, plan, outcomes, session)
-    result = _result(recipe, plan, outcomes, rows, decision, session)
+    result = _result(recipe, outcomes, rows, decision["winner"], decided, session)
     registered = ""
     if decision["winner"] is not None:
         view.say(f"winner: {decision['winner']}")
@@ -48,16 +49,15 @@ def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, v
     return _publish(replace(result, registered=registered), session)
 
 
-def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session) -> dict[str, Any]:
-    """Run the decide stage on every measurement there is."""
+def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session) -> Path:
+    """Run the decide stage on every measurement there is; the folder with what it wrote."""
     measured = {v.name: v.measured for v in plan.variants if outcomes[v.measured].ref}
     node = Node("decide", "decide", "winner", DecideSpec(constraints=recipe.constraints, objective=recipe.objective), measured)
     inputs = {name: _ref(outcomes, id).model_dump() for name, id in measured.items()}
     reference, _, error = run_node(stage_named("decide"), node, inputs, session)
     if reference is None:
         raise error or FeatherweightError("the winner could not be decided")
-    folder = session.workspace.materialize(ArtifactRef.model_validate(reference))
-    return json.loads((folder / "decision.json").read_text())
+    return session.workspace.materialize(ArtifactRef.model_validate(reference), check=False)
 
 
 def _ref(outcomes: Outcomes, id: str) -> ArtifactRef:
@@ -72,7 +72,7 @@ def _rows(plan: Plan, outcomes: Outcomes, winner: str | None, reasons: Mapping[s
     for variant in plan.variants:
         outcome = outcomes[variant.measured]
         if outcome.ref is None:
-            status = "skipped" if outcome.status == "skipped" else "failed"
+            status: Status = "skipped" if outcome.status == "skipped" else "failed"
             yield VariantRow(
                 variant.name, variant.choices[-1], status, reason=outcome.reason, stages=tuple(plan.path(variant.measured))
             )
@@ -87,10 +87,10 @@ def _measured_row(
 ) -> VariantRow:
     ref, served = _ref(outcomes, variant.measured), _ref(outcomes, variant.served)
     serving = Serving.read(session.workspace.materialize(served, check=False))
-    metrics = {_key(name): value for name, value in ref.metrics.items()}
+    metrics = dict(ref.metrics)
     if "parity_max_abs" in served.metrics:
         metrics["parity"] = served.metrics["parity_max_abs"]
-    threads = {name.partition("@")[2]: int(value) for name, value in metrics.items() if name.startswith("threads@")}
+    threads = {name.removeprefix("threads_"): int(value) for name, value in metrics.items() if name.startswith("threads_")}
     return VariantRow(
         variant.name,
         serving.engine,
@@ -101,15 +101,6 @@ def _measured_row(
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
     )
-
-
-def _key(name: str) -> str:
-    """A measurement's metric as result.py names it: MLflow allows no '@', so batch sizes come as '_8'."""
-    for suffix in ("_low", "_high", ""):
-        stem, mark, batch = name.removesuffix(suffix).rpartition("_") if name.endswith(suffix) else ("", "", "")
-        if mark and batch.isdigit():
-            return f"{stem.replace('_latency_s', '_s')}{suffix}@{batch}"
-    return name.replace("quality_change", "quality_loss")
 
 
 def _log_variants(rows: Iterable[VariantRow], plan: Plan, outcomes: Outcomes, session: Session) -> dict[str, str]:
@@ -183,18 +174,18 @@ def _record(
 
 
 def _result(
-    recipe: Recipe, plan: Plan, outcomes: Outcomes, rows: tuple[VariantRow, ...], decision: Mapping[str, Any], session: Session
+    recipe: Recipe, outcomes: Outcomes, rows: tuple[VariantRow, ...], winner: str | None, decided: Path, session: Session
 ) -> OptimizationResult:
     run = session.client.get_run(session.run_id)
     started = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
     return OptimizationResult(
         name=recipe.name,
         objective=recipe.objective,
-        winner=decision["winner"],
+        winner=winner,
         variants=rows,
         constraints=recipe.constraints.model_dump(exclude_none=True),
         nodes=tuple(_node_row(outcome) for outcome in outcomes.values()),
-        gates=_gates(outcomes, decision, session),
+        gates=_gates(outcomes, decided, session),
         machine=_machine(),
         versions=_versions(outcomes, session),
         runs={"mlflow": session.run_id, "prefect": session.tags.get("featherweight.prefect_flow_run", "")},
@@ -233,20 +224,10 @@ def _node_row(outcome: Outcome) -> NodeRow:
     )
 
 
-def _gates(outcomes: Outcomes, decision: Mapping[str, Any], session: Session) -> tuple[GateRow, ...]:
+def _gates(outcomes: Outcomes, decided: Path, session: Session) -> tuple[GateRow, ...]:
     """The suites of the data gate and of the metrics gate."""
     folder = session.workspace.materialize(_ref(outcomes, "gate"), check=False)
-    suites = [*json.loads((folder / "validation.json").read_text())["suites"], *decision["suites"]]
-    return tuple(
-        GateRow(
-            suite["name"],
-            suite["evaluated"],
-            tuple(found["text"] for found in suite["findings"] if found["critical"]),
-            tuple(found["text"] for found in suite["findings"] if not found["critical"]),
-            suite["facts"],
-        )
-        for suite in suites
-    )
+    return (*gate_rows(folder / "validation.json"), *gate_rows(decided / "metrics.json"))
 
 
 def _versions(outcomes: Outcomes, session: Session) -> dict[str, str]:
@@ -263,7 +244,7 @@ def _publish(result: OptimizationResult, session: Session) -> OptimizationResult
     reports = session.workspace.root / "reports"
     reports.mkdir(exist_ok=True)
     page = reports / f"{result.name}-{session.run_id[:8]}.html"
-    result = replace(result, report=str(page))
+    result = replace(result, report=page)
     render_report(result, page)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / REPORT

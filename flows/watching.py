@@ -19,7 +19,7 @@ def serve_watch(
     workspace = Workspace.at(root)
     check_url(workspace.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
     configure(root)
-    parameters = {
+    parameters: dict[str, Any] = {
         "source": source,
         "recipe": str(recipe.absolute()),
         "overrides": list(overrides),

@@ -46,6 +46,7 @@ from tasks.stage import Metrics, stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 METRICS = ("parameters", "size_bytes", "vocab", "layers", "context")
 _WORK = ".fetch"
@@ -162,6 +163,7 @@ def _convert_gguf(file: Path, out: Path, progress: Progress) -> None:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+            _set_special_tokens(tokenizer, file)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
@@ -178,6 +180,18 @@ def _convert_gguf(file: Path, out: Path, progress: Progress) -> None:
     with _saving(out), quiet():
         tokenizer.save_pretrained(out)
         model.save_pretrained(out, max_shard_size="5GB")
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """The special tokens that the file names; transformers 5.17 takes the first control token for EOS, and forgets padding."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(file))
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    for theirs, ours in names.items():
+        number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if number is not None:
+            setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))
 
 
 def _convert_pickle(folder: Path, weights: Weights, spec: CheckpointSpec, out: Path, progress: Progress) -> None:

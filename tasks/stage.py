@@ -107,9 +107,7 @@ class Stage:
         session.client.set_terminated(run_id, "FINISHED")
         return ref
 
-    def _make(
-        self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str, run_id: str
-    ) -> ArtifactRef:
+    def _make(self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str, run_id: str) -> ArtifactRef:
         started, clock = _now(), time.perf_counter()
         folders = {name: session.workspace.materialize(ref, check=False) for name, ref in inputs.items()}
         progress = _LoggedProgress(session.listen(node), session.client, run_id)
@@ -139,9 +137,7 @@ class Stage:
             progress.flush()
             _log(session.client, run_id, node, metrics, seconds, peak)
             uri = session.workspace.publish(session.client, run_id, out)
-        return ArtifactRef(
-            uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics
-        )
+        return ArtifactRef(uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics)
 
 
 def stage(
@@ -197,8 +193,8 @@ def run_node(
     state: Any = task(dict(inputs), return_state=True)
     if state.is_completed():
         return state.result(), not ran, None
-    error = state.result(raise_on_failure=False)
-    return None, False, error if isinstance(error, Exception) else StageError(f"{node.id}: {state.message}")
+    raised = state.result(raise_on_failure=False)
+    return None, False, raised if isinstance(raised, Exception) else StageError(f"{node.id}: {state.message}")
 
 
 def _slot(key: str, workspace: Workspace) -> str:
@@ -211,7 +207,8 @@ def cached_ref(key: str, workspace: Workspace) -> ArtifactRef | None:
     from prefect.results import ResultStore, get_default_result_storage
 
     try:
-        store = ResultStore(result_storage=get_default_result_storage(_sync=True))
+        storage: Any = get_default_result_storage
+        store = ResultStore(result_storage=storage(_sync=True))
         return ArtifactRef.model_validate(store.read(_slot(key, workspace)).result)
     except (ValueError, KeyError, OSError):
         return None
@@ -293,9 +290,7 @@ def _is_transient(task: Any, run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), ServiceError)
 
 
-def _log(
-    client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: Mapping[str, int]
-) -> None:
+def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: Mapping[str, int]) -> None:
     """Final metrics and the spec, in one batch each."""
     from mlflow.entities import Metric, Param
 
@@ -341,9 +336,7 @@ def _clear_errors(node: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServiceError(
-                f"{node}: no space left on the disk; free some and run the same command again"
-            ) from error
+            raise ServiceError(f"{node}: no space left on the disk; free some and run the same command again") from error
         raise
     except MemoryError as error:
         raise StageError(f"{node}: out of memory; lower the batch or the sequence length") from error

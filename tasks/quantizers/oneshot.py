@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import one_line
@@ -55,7 +54,7 @@ def _quiet() -> Iterator[None]:
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     shown = tqdm.__init__
-    tqdm.__init__ = partialmethod(shown, disable=True)
+    tqdm.__init__ = lambda bar, *args, **options: shown(bar, *args, **(options | {"disable": True}))
     for library in LIBRARIES:
         logger.disable(library)
     try:
