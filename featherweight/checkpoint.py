@@ -189,12 +189,9 @@ def _check_length(listing: Listing, name: str) -> None:
         raise CheckpointError(f"{listing.where}/{name} {problem}: {size} of {least}{expected} bytes; copy it again")
 
 
-def _require_tokenizer(listing: Listing) -> str:
-    """Name of the tokenizer's main file."""
-    for name in TOKENIZERS:
-        if name in listing.sizes:
-            return name
-    raise CheckpointError(f"{listing.where} has no tokenizer (expected tokenizer.json or tokenizer.model); copy it in too")
+def _require_tokenizer(listing: Listing) -> None:
+    if not any(name in listing.sizes for name in TOKENIZERS):
+        raise CheckpointError(f"{listing.where} has no tokenizer (expected tokenizer.json or tokenizer.model); copy it in too")
 
 
 def inspect_checkpoint(

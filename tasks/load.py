@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -71,7 +72,7 @@ def load(spec: CheckpointSpec, *, out: Path, seed: int = 0, progress: Progress =
     """Bring a checkpoint into `out` as safetensors with its tokenizer, and check it; `spec.source` is one of
 
     a Hugging Face folder or a GGUF file (or a folder with one), `s3://bucket/prefix`, `hf:org/name@revision`,
-    `models:/name@alias`, `models:/name/version`. Files of a local folder are hard-linked, shards stay shards.
+    `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards.
     Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / _WORK
@@ -121,16 +122,23 @@ def _adopt(found: Path, spec: CheckpointSpec, out: Path, progress: Progress) -> 
         return inspect_checkpoint(out, trust_remote_code=spec.trust_remote_code)
     info = inspect_checkpoint(found, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):
-        _link(found / name, out / name)
+        _take(found / name, out / name)
     return info
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file systems differ; what a symbolic link points at, not the link."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _take(source: Path, target: Path) -> None:
+    """Weights are hard-linked, or copied where the file systems differ; of a symbolic link, what it points at.
+
+    Small files are copied: some tools rewrite a config.json in place, and must not reach the user's own checkpoint.
+    """
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+    shutil.copyfile(source, target)
 
 
 # --- conversions
@@ -215,7 +223,7 @@ def _convert_pickle(folder: Path, weights: Weights, spec: CheckpointSpec, out: P
     listing = Listing.of(folder)
     for name in needed_files(listing, weights, trust_remote_code=spec.trust_remote_code):
         if name not in (*weights.files, PICKLE_INDEX):
-            _link(folder / name, out / name)
+            _take(folder / name, out / name)
 
 
 def _unshared(tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:
@@ -461,7 +469,7 @@ def _with_tokenizer(folder: Path, root: Path, work: Path) -> Path:
     joined.mkdir()
     for path in (*elsewhere[0].iterdir(), *folder.iterdir()):
         if path.is_file() and not (joined / path.name).exists():
-            _link(path, joined / path.name)
+            _take(path, joined / path.name)
     return joined
 
 
