@@ -38,7 +38,8 @@ def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, v
     """Choose the winner, register and promote it, write the report; everything goes to the parent run as well."""
     decided = _decide(recipe, plan, outcomes, session)
     decision = json.loads((decided / "decision.json").read_text())
-    rows = tuple(_rows(plan, outcomes, decision["winner"], decision["reasons"], session))
+    reasons = {**decision["reasons"], decision["winner"]: decision["summary"]}
+    rows = tuple(_rows(plan, outcomes, decision["winner"], reasons, session))
     ids = _log_variants(rows, plan, outcomes, session)
     result = _result(recipe, outcomes, rows, decision["winner"], decided, session)
     registered = ""
