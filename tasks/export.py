@@ -1,0 +1,113 @@
+"""export: a checkpoint becomes a folder that CTranslate2, vLLM or PyTorch serves, and is checked against PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight import ct2_pack, vllm_pack
+from featherweight.compatibility import grid_refusal
+from featherweight.errors import RecipeError
+from featherweight.grid import GRIDS, Grid
+from featherweight.links import copy_tokenizer, link, link_checkpoint
+from featherweight.machine import INT8_DOT, cpu_features
+from featherweight.progress import Progress
+from featherweight.quantized import QuantizedWeights
+from featherweight.recipe import ExportSpec
+from featherweight.rows import QuantizedRows, move_to_grid, round_to_nearest
+from featherweight.serving import Serving
+from tasks.parity import EXACT, Reference, load_reference
+from tasks.stage import Metrics, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CT2_FOLDER = "ctranslate2"
+
+
+@stage("export", version="1", libraries=("ctranslate2", "transformers", "compressed-tensors"), hardware=True)
+def export(
+    spec: ExportSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
+) -> Metrics:
+    """Write to `out` what `spec.engine` serves.
+
+    compute_type, for CTranslate2: 'float32'; 'int8' stores weights as int8 and rounds activations to int8 at run time;
+    'int8_float32' stores the same weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own
+    type of that name is the same as its int8 on a CPU, so it is not offered). For vLLM 'int8' is W8A8.
+    Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type says so.
+    Metrics: none for 'torch', which is the reference itself; else `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats, see
+    tasks.parity), and for CTranslate2's int8 also `parity_weights_max_abs`, the same with activations in float.
+    Raises RecipeError for weights on a grid that the engine does not hold, StageError for an unknown architecture, ParityError
+    where the engine does not compute what PyTorch computes.
+    """
+    quantized = QuantizedWeights.read(checkpoint)
+    refuse(quantized, spec)
+    if spec.engine == "torch":
+        link_checkpoint(checkpoint, out)
+        Serving("torch").write(out)
+        return {}
+    model = load_reference(checkpoint)
+    if quantized is None and spec.compute_type != "float32":
+        quantized = round_to_nearest(model, *grids_here(spec))
+        move_to_grid(model, quantized)
+    progress.note(f"writing for {spec.engine}")
+    write = _write_ctranslate2 if spec.engine == "ctranslate2" else _write_vllm
+    write(spec, model, quantized, checkpoint, out)
+    reference = Reference.of(model, checkpoint, calibration)
+    del model, quantized
+    progress.note(f"comparing {spec.engine} with PyTorch")
+    weights = _check_weights(reference, out) if (spec.engine, spec.compute_type) == ("ctranslate2", "int8") else {}
+    return {**weights, **reference.check(out)}
+
+
+def refuse(quantized: QuantizedWeights | None, spec: ExportSpec) -> None:
+    """Raise RecipeError where the engine does not hold the grids of these weights."""
+    body, head = (quantized.grid, quantized.head) if quantized else (None, None)
+    reason = grid_refusal(GRIDS[body] if body else None, GRIDS[head] if head else None, spec)
+    if reason:
+        raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
+
+
+def grids_here(spec: ExportSpec) -> tuple[Grid, Grid]:
+    """Grids of body and head for weights that are rounded here: 7 bits where CTranslate2's int8 would saturate at 8.
+
+    Without VNNI its AVX2 kernel adds pairs of products in int16. vLLM's kernels and float32 do not.
+    """
+    saturates = not INT8_DOT & cpu_features() if spec.reduce_range == "auto" else spec.reduce_range
+    reduced = saturates and (spec.engine, spec.compute_type) == ("ctranslate2", "int8")
+    grid = GRIDS["int8-reduced" if reduced else "int8"]
+    return grid, grid
+
+
+def _write_ctranslate2(
+    spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWeights | None, checkpoint: Path, out: Path
+) -> None:
+    rows = QuantizedRows.of(model, quantized) if quantized else None
+    ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows)
+    copy_tokenizer(checkpoint, out)
+    compute_type = "int8" if spec.compute_type == "int8" else "float32"
+    grid = quantized.grid if quantized else None
+    Serving("ctranslate2", CT2_FOLDER, {"compute_type": compute_type}, grid).write(out)
+
+
+def _write_vllm(spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWeights | None, checkpoint: Path, out: Path) -> None:
+    if quantized is None:
+        link_checkpoint(checkpoint, out)
+    else:
+        copy_tokenizer(checkpoint, out)
+        vllm_pack.pack(model, quantized, checkpoint, out)
+    Serving("vllm", grid=quantized.grid if quantized else None).write(out)
+
+
+def _check_weights(reference: Reference, served: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, in a twin that has CTranslate2 compute in float32."""
+    twin = served / "twin"
+    (twin / CT2_FOLDER).mkdir(parents=True)
+    for path in (served / CT2_FOLDER).iterdir():
+        link(path, twin / CT2_FOLDER / path.name)
+    copy_tokenizer(served, twin)
+    Serving("ctranslate2", CT2_FOLDER, {"compute_type": "float32"}).write(twin)
+    measured = reference.check(twin, EXACT)
+    shutil.rmtree(twin)
+    return {"parity_weights_max_abs": measured["parity_max_abs"]}

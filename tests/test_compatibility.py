@@ -1,0 +1,83 @@
+"""Combinations of quantize and serve: what is impossible or useless is refused with its reason, all else is let through."""
+
+from __future__ import annotations
+
+import pytest
+
+from featherweight.compatibility import refusal
+from featherweight.grid import GRIDS
+from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
+
+
+def serve(text: str) -> CompileSpec | ExportSpec:
+    """'ENGINE' or 'ENGINE PRECISION' as a spec."""
+    engine, _, precision = text.partition(" ")
+    precision = precision or "float32"
+    if engine in ("onnxruntime-genai", "torch-compile"):
+        return CompileSpec(engine=engine, precision=precision)
+    return ExportSpec(engine=engine, compute_type=precision)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["onnxruntime-genai", "onnxruntime-genai int8", "onnxruntime-genai int4", "torch-compile", "torch", "ctranslate2",
+     "ctranslate2 int8", "ctranslate2 int8_float32", "vllm", "vllm int8"],
+)  # fmt: skip
+def test_float_weights_are_served_by_every_engine(engine):
+    assert refusal(None, serve(engine)) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [("torch-compile int8", "float32 here"), ("torch int8", "not int8"), ("vllm int8_float32", "W8A16")],
+)
+def test_precisions_that_an_engine_does_not_have(engine, reason):
+    assert reason in refusal(None, serve(engine))
+
+
+@pytest.mark.parametrize(
+    ("grid", "head", "engine"),
+    [("int8", "int8", "onnxruntime-genai int8"), ("int4-g32", "int8", "onnxruntime-genai int4"),
+     ("int4-g128", None, "onnxruntime-genai int4"), ("int8-g32", "int8", "onnxruntime-genai int8"),
+     ("int8", "int8", "ctranslate2 int8"), ("int8-reduced", "int8-reduced", "ctranslate2 int8"),
+     ("int8", None, "ctranslate2 int8_float32"), ("int8", "int8", "vllm int8"), ("int8", None, "vllm int8")],
+)  # fmt: skip
+def test_grids_that_an_engine_holds(grid, head, engine):
+    assert refusal(QuantizeSpec(grid=grid, head=head), serve(engine)) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "head", "engine", "reason"),
+    [("int4-g32", "int4-g32", "ctranslate2 int8", "CTranslate2 packs int8 and float only"),
+     ("int8", "int4-g32", "ctranslate2 int8", "CTranslate2 packs int8 and float only"),
+     ("int8-g32", "int8", "ctranslate2 int8", "one scale per row"),
+     ("int8", None, "ctranslate2 int8", "quantize the head too"),
+     ("int4-g32", "int8", "onnxruntime-genai int8", "4-bit grid"),
+     ("int8", "int8", "onnxruntime-genai int4", "8-bit grid"),
+     ("int4-g32", "int8", "vllm int8", "not int4-g32"),
+     ("int7", "int8", "vllm int8", "unknown grid 'int7'")],
+)  # fmt: skip
+def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
+    assert reason in refusal(QuantizeSpec(method="gptq", grid=grid, head=head), serve(engine))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime-genai", "torch-compile", "torch", "ctranslate2", "vllm"])
+def test_float32_of_rounded_weights_is_a_useless_duplicate(engine):
+    assert "no smaller and no faster" in refusal(QuantizeSpec(), serve(engine))
+
+
+def test_the_reason_names_the_combination():
+    reason = refusal(QuantizeSpec(method="gptq", grid="int4-g32"), serve("ctranslate2 int8"))
+    assert reason == "gptq-int4-g32 + ctranslate2: CTranslate2 packs int8 and float only"
+
+
+def test_an_explicit_reduced_range_does_not_round_again():
+    spec = ExportSpec(engine="ctranslate2", compute_type="int8", reduce_range=True)
+    assert "second rounding" in refusal(QuantizeSpec(grid="int8"), spec)
+    assert refusal(QuantizeSpec(grid="int8-reduced", head="int8-reduced"), spec) is None
+
+
+def test_every_grid_has_an_engine():
+    engines = [serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)]
+    for name in GRIDS:
+        assert any(refusal(QuantizeSpec(grid=name, head=name), engine) is None for engine in engines), name
