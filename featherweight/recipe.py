@@ -113,6 +113,7 @@ class QuantizeSpec(Spec):
     """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
 
     scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
+    start: the rounding that QAT begins from.
     generated_tokens: text that the checkpoint itself writes for QAT to train on, beside the recipe's.
     """
 
@@ -126,6 +127,7 @@ class QuantizeSpec(Spec):
     learning_rate: float = Field(default=1e-4, gt=0)
     distill: bool = True
     scale: Literal["absmax", "mse"] = "absmax"
+    start: Literal["rtn", "gptq"] = "gptq"
     generated_tokens: int = Field(default=0, ge=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from featherweight import surgery, training
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
-from featherweight.errors import CheckpointError, RecipeError
+from featherweight.errors import CheckpointError, StageError
 from featherweight.grid import grid_named
 from featherweight.progress import Progress
 from featherweight.recipe import QuantizeSpec
@@ -52,6 +53,8 @@ def quantize(
     choice = METHODS[spec.method](job)
     error = write_checkpoint(job, choice, out)
     after = training.mean_loss(surgery.load_model(out), blocks[:COMPARED])
+    if not math.isfinite(after):
+        raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
     return {
         "loss_before": before,
         "loss_after": after,
@@ -66,9 +69,10 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     grid_named(spec.grid)
     if spec.head is not None:
         grid_named(spec.head)
-    context = getattr(surgery.load_config(checkpoint), "max_position_embeddings", None)
-    if context and spec.sequence > context:
-        raise RecipeError(f"quantize.sequence {spec.sequence} exceeds the checkpoint's context of {context}; lower it")
+    config = surgery.load_config(checkpoint)
+    surgery.require_context(config, spec.sequence, "quantize")
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 
 
 def write_checkpoint(job: Job, choice: Choice, out: Path) -> float:

@@ -1,0 +1,365 @@
+"""The quantize stage: every method puts every weight on its grid, and writes exactly that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from featherweight import surgery
+from featherweight.errors import CheckpointError, DataError, RecipeError, StageError
+from featherweight.grid import GRIDS, grid_named
+from featherweight.progress import Progress
+from featherweight.quantized import QuantizedWeights
+from featherweight.recipe import QuantizeSpec
+from featherweight.text import Document, load_tokenizer, token_blocks, write_documents
+from tasks.quantize import quantize
+from tasks.quantizers import METHODS, gptq, qat
+from tasks.quantizers.generate import generate_blocks
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of a small vocabulary in no order."""
+    words = ["grid", "scale", "integer", "weight", "row", "group", "rounds", "holds", "the", "a", "of", "to"]
+    draws = torch.randint(len(words), (60, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    folder = tmp_path_factory.mktemp("text")
+    write_documents(folder, [Document(str(i), " ".join(words[word] for word in draw)) for i, draw in enumerate(draws)])
+    return folder
+
+
+def spec(**options: object) -> QuantizeSpec:
+    return QuantizeSpec.model_validate({"samples": 12, "sequence": 32, "steps": 3, "batch": 4, **options})
+
+
+def run(checkpoint: Path, text: Path, out: Path, seed: int = 0, **options: object) -> dict[str, float]:
+    out.mkdir(parents=True)
+    return dict(quantize(spec(**options), checkpoint=checkpoint, text=text, calibration=text, out=out, seed=seed))
+
+
+def assert_on_grid(folder: Path, grid: str, head: str | None) -> None:
+    """The float weights are exactly what the integers and scales stand for, and all of them are covered."""
+    quantized = QuantizedWeights.read(folder)
+    assert quantized is not None
+    saved = load_file(folder / "model.safetensors")
+    assert {name for name, tensor in saved.items() if tensor.ndim == 2 and ".layers." in name} <= set(quantized.grids)
+    assert (quantized.grid, quantized.head) == (grid, head)
+    assert (EMBEDDING in quantized.grids) == (head is not None)
+    for name, expected in quantized.grids.items():
+        q, scales = quantized.q[name], quantized.scales[name]
+        assert (q.dtype, scales.dtype, saved[name].dtype) == (torch.int8, torch.float32, torch.float32)
+        assert scales.shape == (len(q), expected.groups(q.shape[1]))
+        assert q.min() >= expected.qmin
+        assert q.max() <= expected.qmax
+        assert torch.equal(quantized.dequantize(name), saved[name])
+        assert torch.equal(expected.quantize(saved[name], scales)[0], q)
+
+
+@pytest.mark.parametrize("grid", list(GRIDS))
+@pytest.mark.parametrize("method", ["rtn", "gptq", "qat"])
+def test_every_weight_is_its_integer_times_its_scale(
+    method: str, grid: str, tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    metrics = run(tiny_checkpoint, text, tmp_path / "out", method=method, grid=grid, head=grid, steps=2)
+    assert_on_grid(tmp_path / "out", grid, grid)
+    assert metrics["bits_per_weight"] > grid_named(grid).bits
+    assert 0 < metrics["weight_rms_error"] < 0.2
+    assert metrics["loss_after"] == pytest.approx(metrics["loss_before"], rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_folder_loads_plainly_and_holds_nothing_else(
+    method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    run(tiny_checkpoint, text, tmp_path / "out", method=method, grid="int4-g32", head="int8")
+    assert_on_grid(tmp_path / "out", "int4-g32", "int8")
+    model = surgery.load_model(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in saved
+    assert all(torch.equal(model.state_dict()[name].cpu(), tensor) for name, tensor in saved.items())
+    source = {path.name for path in tiny_checkpoint.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == source | {"quantized.safetensors", "quantization.json"}
+    assert list(cwd.iterdir()) == []
+    assert "WARNING" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tiny_checkpoint, text, tmp_path / name, method=method, grid="int4-g32", head="int4-g32", generated_tokens=64)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run(tiny_checkpoint, text, tmp_path / "out", method="gptq", grid="int4", head=None)
+    assert_on_grid(tmp_path / "out", "int4", None)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "out"))
+    assert torch.equal(before[EMBEDDING], after[EMBEDDING])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_untied_sharded_checkpoint_of_odd_widths(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Rows of 88 weights end in a short group; bfloat16 comes out as float32; the head has integers of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    (source / "model.safetensors").unlink()
+    config = LlamaConfig.from_pretrained(tiny_checkpoint, intermediate_size=88, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source, max_shard_size="60KB")
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 1
+    run(source, text, tmp_path / "out", method=method, grid="int4-g32", head="int8-g32")
+    assert sorted(path.name for path in (tmp_path / "out").glob("model*.safetensors")) == shards
+    quantized = QuantizedWeights.read(tmp_path / "out")
+    assert quantized is not None
+    assert quantized.grids["lm_head.weight"].name == "int8-g32"
+    assert quantized.scales["model.layers.0.mlp.down_proj.weight"].shape == (64, 3)
+    state = surgery.load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(state[name].cpu(), quantized.dequantize(name)) for name in quantized.grids)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_smoothing_keeps_the_function_and_changes_the_norms(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    metrics = run(tiny_checkpoint, text, tmp_path / "out", method="smoothquant", grid="int8", head=None)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "out"))
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.allclose(before[norm], after[norm], rtol=0.1)
+    ids = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        a, b = (surgery.load_model(folder)(input_ids=ids).logits for folder in (tiny_checkpoint, tmp_path / "out"))
+    assert (a - b).std() < 0.05 * a.std()
+    assert metrics["weight_rms_error"] < 0.02  # against the smoothed weights
+
+
+def reference_gptq(weight: torch.Tensor, inputs: torch.Tensor, name: str) -> torch.Tensor:
+    """GPTQ column by column in float64, from the formula: columns in falling order of diag(H), 1 % damping."""
+    grid = grid_named(name)
+    hessian = inputs.double().T @ inputs.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    order = (inputs.double() ** 2).sum(0).argsort(descending=True, stable=True)
+    left, scales = weight.double().clone(), grid.scales(weight).double()
+    for place, column in enumerate(order.tolist()):
+        rest = order[place + 1 :]
+        inverse = torch.linalg.inv(hessian[order[place:]][:, order[place:]])
+        scale = scales[:, column // grid.group_size if grid.group_size else 0]
+        rounded = (left[:, column] / scale).round().clamp(grid.qmin, grid.qmax) * scale
+        error = (left[:, column] - rounded) / inverse[0, 0]
+        left[:, rest] -= error[:, None] * inverse[0, 1:]
+        left[:, column] = rounded
+    return left
+
+
+@pytest.mark.parametrize("grid", ["int4-g32", "int8", "int8-reduced"])
+def test_gptq_is_the_formula(grid: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """On the first layer, whose inputs no earlier rounding has touched."""
+    name = "model.layers.0.self_attn.q_proj"
+    run(tiny_checkpoint, text, tmp_path / "out", method="gptq", grid=grid, head=None)
+    model = surgery.load_model(tiny_checkpoint)
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule(name)
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(input_ids=token_blocks(text, load_tokenizer(tiny_checkpoint), 32, limit=12, seed=0))
+    inputs, weight = torch.cat(seen), layer.weight.detach()
+    expected = reference_gptq(weight, inputs, grid)
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
+    nearest = grid_named(grid).fake_quantize(weight)
+    # In float32 a weight close to the middle of two steps can fall to either side, and pull its row's later columns along.
+    assert torch.isclose(found.double(), expected, atol=1e-5).double().mean() > 0.97
+
+    def loss(quantized: torch.Tensor) -> float:
+        return (inputs.double() @ (quantized - weight).double().T).square().mean().item()
+
+    assert loss(found) == pytest.approx(loss(expected), rel=0.05)
+    assert loss(found) < 0.8 * loss(nearest)
+
+
+def test_gptq_describes_our_grids_in_bits() -> None:
+    bits = {name: gptq.scheme(grid, ["x"], "absmax")["weights"]["num_bits"] for name, grid in GRIDS.items()}
+    assert bits == {"int8": 8, "int8-reduced": 7, "int8-g32": 8, "int4": 4, "int4-g32": 4, "int4-g128": 4}
+
+
+@pytest.mark.parametrize("grid", list(GRIDS))
+def test_fake_quantization_rounds_forward_and_passes_gradients_straight_through(grid: str) -> None:
+    torch.manual_seed(0)
+    rule = grid_named(grid)
+    weight = torch.randn(6, 70, requires_grad=True)
+    scales = rule.scales(weight.detach()) * 0.6  # small enough that some weights are cut
+    value, upstream = qat.fake_quantize(weight, scales, rule), torch.randn(6, 70)
+    assert torch.equal(value, rule.dequantize(*rule.quantize(weight.detach(), scales)))
+    (found,) = torch.autograd.grad(value, weight, upstream)
+    steps = weight.detach() / scales.repeat_interleave(rule.group_size or 70, dim=1)[:, :70]
+    cut = (steps < rule.qmin - 0.5) | (steps > rule.qmax + 0.5)
+    assert 0 < cut.sum() < 200
+    assert torch.equal(found, upstream * ~cut)
+
+
+@pytest.mark.parametrize("start", ["rtn", "gptq"])
+def test_training_begins_at_the_rounding_it_is_given(start: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    options = {"grid": "int4-g32", "head": "int4", "learning_rate": 1e-12, "start": start}
+    for method in (start, "qat"):
+        run(tiny_checkpoint, text, tmp_path / method, method=method, **options)
+    given, found = (load_file(tmp_path / method / "quantized.safetensors") for method in (start, "qat"))
+    assert all(torch.equal(given[name], found[name]) for name in given)
+
+
+def test_fake_quantization_agrees_with_torchao() -> None:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64, requires_grad=True)
+    theirs = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, group_size=32, is_symmetric=True))
+    value = theirs(weight)
+    scales = theirs.scale.detach().float().view(8, 2)
+    ours = qat.fake_quantize(weight, scales, grid_named("int4-g32"))
+    # Their largest weight of a group lies on the middle of two steps (absmax / 7.5): either side is right.
+    clear = (weight.detach() / scales.repeat_interleave(32, dim=1)).abs() < 7.49
+    assert torch.allclose(ours[clear], value[clear], atol=1e-6)
+    upstream = torch.randn(8, 64) * clear
+    found, expected = (torch.autograd.grad(fake, weight, upstream)[0] for fake in (ours, value))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_training_recovers_what_rounding_lost(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Four bits per row hurt a random model; a few steps towards its own logits bring most of them back."""
+    options = {"grid": "int4", "head": "int4", "steps": 60, "learning_rate": 1e-3, "batch": 8}
+    trained = run(tiny_checkpoint, text, tmp_path / "qat", method="qat", **options)
+    assert trained["loss_last"] < 0.6 * trained["loss_first"]
+    ids = token_blocks(text, load_tokenizer(tiny_checkpoint), 32, limit=16, seed=1)
+    run(tiny_checkpoint, text, tmp_path / "rtn", method="rtn", **options)
+    folders = (tiny_checkpoint, tmp_path / "rtn", tmp_path / "qat")
+    with torch.inference_mode():
+        target, rtn, learned = (surgery.load_model(folder)(input_ids=ids).logits.log_softmax(-1) for folder in folders)
+
+    def kl(found: torch.Tensor) -> float:
+        return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True).item()
+
+    assert kl(learned) < 0.6 * kl(rtn)
+
+
+def test_the_text_itself_can_be_the_target(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    metrics = run(tiny_checkpoint, text, tmp_path / "out", method="qat", grid="int8", distill=False, steps=30, learning_rate=3e-3)
+    assert metrics["loss_after"] < metrics["loss_before"] - 0.5
+
+
+def test_a_run_away_training_is_an_error(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="training diverged at step"):
+        run(tiny_checkpoint, text, tmp_path / "out", method="qat", steps=40, learning_rate=1e6, distill=False)
+
+
+def test_the_checkpoint_writes_its_own_text(tiny_checkpoint: Path) -> None:
+    model = surgery.load_model(tiny_checkpoint)
+    blocks = generate_blocks(model, torch.tensor([5]), 200, 12, seed=3)
+    assert blocks.shape == (200, 12)
+    assert blocks.dtype == torch.long
+    assert (blocks[:, 0] == model.config.bos_token_id).all()
+    assert torch.equal(blocks, generate_blocks(model, torch.tensor([5]), 200, 12, seed=3))
+    assert not torch.equal(blocks, generate_blocks(model, torch.tensor([5]), 200, 12, seed=4))
+    # Sampled, not greedy, and from the model's own distribution: the second tokens follow its probabilities after BOS.
+    many = generate_blocks(model, torch.tensor([5]), 6000, 2, seed=0)[:, 1]
+    with torch.inference_mode():
+        shares = model(input_ids=blocks[:1, :1]).logits[0, 0].softmax(-1)
+    counts = torch.bincount(many, minlength=len(shares)) / 6000
+    kept = [i for i in range(len(shares)) if i not in (model.config.bos_token_id, model.config.eos_token_id)]
+    assert (counts - shares)[kept].abs().max() < 5 * (shares.max() / 6000).sqrt()
+
+
+@pytest.mark.parametrize("method", ["gptq", "qat"])
+def test_progress_counts_to_the_end(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    class Counts(Progress):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int]] = []
+
+        def step(self, done: int, total: int, **values: float) -> None:
+            self.seen.append((done, total))
+
+    progress = Counts()
+    quantize(spec(method=method), checkpoint=tiny_checkpoint, text=text, calibration=text, out=tmp_path, progress=progress)
+    done = [count for count, _ in progress.seen]
+    assert done == sorted(set(done))
+    assert progress.seen[-1] == ((14, 14) if method == "gptq" else (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grid": "int3"}, RecipeError, "unknown grid 'int3'"),
+        ({"head": "int5"}, RecipeError, "unknown grid 'int5'"),
+        ({"sequence": 512}, RecipeError, "quantize.sequence 512 is longer than the model's context of 256"),
+    ],
+)
+def test_bad_recipes_are_refused(
+    options: dict, error: type[Exception], message: str, tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(tiny_checkpoint, text, tmp_path / "out", **options)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_too_little_text_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "text", [Document("only", "short")])
+    with pytest.raises(DataError, match="fewer than one block of 32"):
+        run(tiny_checkpoint, tmp_path / "text", tmp_path / "out", method="gptq")
+
+
+def test_weights_that_are_not_numbers_are_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    weights = load_file(tmp_path / "source" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        run(tmp_path / "source", text, tmp_path / "out", method="rtn")
+
+
+def test_an_architecture_without_such_layers_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    vocabulary = json.loads((tmp_path / "source" / "config.json").read_text())["vocab_size"]
+    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "source")
+    with pytest.raises(StageError, match="quantize handles Llama-like models"):
+        run(tmp_path / "source", text, tmp_path / "out", method="rtn")
+
+
+def test_quantized_weights_survive_the_disk(tmp_path: Path) -> None:
+    weight = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.mlp.up_proj.weight"
+    grid = grid_named("int4-g32")
+    q, scales = grid.quantize(weight)
+    QuantizedWeights({name: grid}, {name: q}, {name: scales}, "rtn").write(tmp_path)
+    found = QuantizedWeights.read(tmp_path)
+    assert found is not None
+    assert (found.grid, found.head, found.method) == ("int4-g32", None, "rtn")
+    assert torch.equal(found.dequantize(name), grid.fake_quantize(weight))
+    (tmp_path / "quantized.safetensors").write_bytes(b"damage")
+    with pytest.raises(CheckpointError, match="damaged quantized weights"):
+        QuantizedWeights.read(tmp_path)
+    assert QuantizedWeights.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.skipif(not (SHARED / "models" / "stories260K").exists(), reason="no real model under ../shared")
+def test_gptq_beats_rounding_on_a_real_model(tmp_path: Path) -> None:
+    stories = (SHARED / "data" / "tinystories-excerpt" / "tinystories.txt").read_text().split("\n\nOnce upon a time")
+    write_documents(tmp_path / "text", [Document(str(i), "Once upon a time" + story) for i, story in enumerate(stories[:80])])
+    options = {"grid": "int4", "head": None, "samples": 64, "sequence": 128}
+    losses = {
+        method: run(SHARED / "models" / "stories260K", tmp_path / "text", tmp_path / method, method=method, **options)
+        for method in ("rtn", "gptq")
+    }
+    lost = {method: metrics["loss_after"] - metrics["loss_before"] for method, metrics in losses.items()}
+    assert 0 < lost["gptq"] < 0.85 * lost["rtn"]
