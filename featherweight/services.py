@@ -23,6 +23,7 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "ERROR",
     "PREFECT_CLI_PROMPT": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GX_ANALYTICS_ENABLED": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -30,6 +31,8 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "LLM_COMPRESSOR_LOG_DISABLED": "true",
+    "COMPRESSED_TENSORS_LOG_DISABLED": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -110,7 +113,7 @@ def start_mlflow(tracking_uri: str, artifacts: Path, port: int, log: Path) -> su
     """Start an MLflow server on the workspace's own store."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", LOCAL, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", tracking_uri, "--default-artifact-root", artifacts.as_uri()]
-    return start(command, log, {})
+    return start(command, log, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # eight idle processes less, up in half the time
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
