@@ -173,7 +173,10 @@ class VariantsSpec(Spec):
 
 
 class WorkloadSpec(Spec):
-    """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text."""
+    """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
+
+    threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
+    """
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -181,6 +184,7 @@ class WorkloadSpec(Spec):
     rounds: Positive = 5
     windows: Positive = 60
     window_tokens: Positive = 256
+    threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
 
 
 class ConstraintsSpec(Spec):

@@ -2,6 +2,6 @@
 
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.engine import Limits, Timing
-from featherweight.runtimes.registry import ENGINES, engine_available
+from featherweight.runtimes.registry import ENGINES, engine_available, engine_class
 
-__all__ = ["ENGINES", "Limits", "Timing", "Worker", "engine_available", "open_worker"]
+__all__ = ["ENGINES", "Limits", "Timing", "Worker", "engine_available", "engine_class", "open_worker"]

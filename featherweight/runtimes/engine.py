@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from featherweight.runtimes.processes import peak_bytes
 from featherweight.serving import Serving
 
 Tokens = list[list[int]]
@@ -39,7 +41,12 @@ class Generation:
 
 
 class Engine(ABC):
-    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew."""
+    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew.
+
+    slow_to_switch: doing so takes tens of seconds, so that few counts of threads are worth trying.
+    """
+
+    slow_to_switch: ClassVar[bool] = False
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served
@@ -72,7 +79,7 @@ class Engine(ABC):
 
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes(os.getpid())
 
 
 def by_length(sequences: Tokens, most: int) -> Iterator[list[int]]:

@@ -51,9 +51,11 @@ class OnnxGenai(Engine):
         generator = self._generator(*ids.shape)
         generator.append_tokens(ids)
         logits = generator.get_output("logits")[:, :-1].astype(numpy.float32, copy=False)
-        top = logits.max(-1, keepdims=True)
-        total = numpy.log(numpy.exp(logits - top).sum(-1)) + top[..., 0]
-        return numpy.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0] - total
+        chosen = numpy.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
+        top = logits.max(-1)
+        # In place: the logits are by far the largest array here, and nobody needs them any more.
+        numpy.exp(numpy.subtract(logits, top[..., None], out=logits), out=logits)
+        return chosen - top - numpy.log(logits.sum(-1))
 
     def _batches(self, sequences: Tokens, most: int) -> Any:
         """Batches of equal length; what ends in the padding token goes alone, or GenAI would cut it off as padding."""

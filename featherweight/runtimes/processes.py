@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 
 def end_children(pid: int) -> None:
     """Kill every descendant of a process, as far as they still run."""
-    import contextlib
-
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -22,14 +21,21 @@ def tree_peak_bytes(pid: int) -> int:
     import psutil
 
     process = psutil.Process(pid)
-    return sum(_peak_bytes(one.pid) for one in (process, *process.children(recursive=True)))
+    return sum(peak_bytes(one.pid) for one in (process, *process.children(recursive=True)))
 
 
-def _peak_bytes(pid: int) -> int:
-    """VmHWM of a process, 0 if it is gone."""
+def peak_bytes(pid: int) -> int:
+    """Peak resident set of a process; its present one where the system keeps no peak, 0 if the process is gone.
+
+    Not getrusage: that remembers the parent, from which the process was forked, as a peak of its own.
+    """
+    import psutil
+
+    status = Path(f"/proc/{pid}/status")
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
+        if not status.exists():
+            return psutil.Process(pid).memory_info().rss
+        peaks = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    except (OSError, psutil.NoSuchProcess):
         return 0
-    peaks = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
     return peaks[0] * 1024 if peaks else 0

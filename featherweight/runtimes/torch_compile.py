@@ -17,6 +17,8 @@ STEP = 64
 class TorchCompile(TorchEager):
     """One graph per batch size, cache length and number of threads, made at the first generation that needs it."""
 
+    slow_to_switch = True
+
     def load(self) -> None:
         import torch
 

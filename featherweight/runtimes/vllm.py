@@ -30,6 +30,7 @@ _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re
 class Vllm(Engine):
     """A server of this worker's own, in a process group of its own. options: `dtype`, float32 unless told otherwise."""
 
+    slow_to_switch = True
     server: subprocess.Popen[bytes] | None = None
 
     def load(self) -> None:
