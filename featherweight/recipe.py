@@ -188,7 +188,7 @@ class WorkloadSpec(Spec):
 
 
 class ConstraintsSpec(Spec):
-    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss is relative, in bits per byte."""
+    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte."""
 
     max_quality_loss: float | None = None
     min_speedup: float | None = None

@@ -64,7 +64,7 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, client: MlflowClient, run_id: str, folder: Path) -> str:
-        """Hand `folder` (manifest written) to the run's artifact store; returns its URI. On a local store it is moved, not copied."""
+        """Hand `folder` (manifest written) to the run's artifact store; returns its URI. A local store moves it."""
         base = client.get_run(run_id).info.artifact_uri
         local = local_path(base)
         if local is None:

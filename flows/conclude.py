@@ -36,7 +36,7 @@ REPORT = "report.html"
 
 def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, view: View) -> OptimizationResult:
     """Choose the winner, register and promote it, write the report; everything goes to the parent run as well."""
-    decided = _decide(recipe, plan, outcomes, session)
+    decided = _decide(recipe, plan, outcomes, session, view)
     decision = json.loads((decided / "decision.json").read_text())
     reasons = {**decision["reasons"], decision["winner"]: decision["summary"]}
     rows = tuple(_rows(plan, outcomes, decision["winner"], reasons, session))
@@ -50,12 +50,14 @@ def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, v
     return _publish(replace(result, registered=registered), session)
 
 
-def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session) -> Path:
+def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, view: View) -> Path:
     """Run the decide stage on every measurement there is; the folder with what it wrote."""
     measured = {v.name: v.measured for v in plan.variants if outcomes[v.measured].ref}
     node = Node("decide", "decide", "winner", DecideSpec(constraints=recipe.constraints, objective=recipe.objective), measured)
     inputs = {name: _ref(outcomes, id).model_dump() for name, id in measured.items()}
-    reference, _, error = run_node(stage_named("decide"), node, inputs, session)
+    view.started(node)
+    reference, cached, error = run_node(stage_named("decide"), node, inputs, session)
+    view.finished(node.id, "failed" if reference is None else "cached" if cached else "done", one_line(error) if error else "")
     if reference is None:
         raise error or FeatherweightError("the winner could not be decided")
     return session.workspace.materialize(ArtifactRef.model_validate(reference), check=False)

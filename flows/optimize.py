@@ -84,7 +84,7 @@ def _run(node: Node, outcomes: dict[str, Outcome], refs: dict[str, dict[str, Any
         if outcomes[parent].ref is None:
             status = "skipped" if outcomes[parent].status == "skipped" else "blocked"
             return Outcome(node, status, error=outcomes[parent].error)
-    view.started(node.id)
+    view.started(node)
     inputs = {name: refs[parent] for name, parent in node.inputs.items()}
     ref, cached, error = run_node(stage_named(node.stage), node, inputs, session)
     if ref is None:

@@ -42,12 +42,27 @@ def open_session(
     client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
     client.log_text(run_id, json.dumps(describe(plan), indent=1), "plan.json")
     try:
-        yield Session(workspace, client, experiment, run_id, tags, listen)
+        with _ambient(workspace.tracking_uri):
+            yield Session(workspace, client, experiment, run_id, tags, listen)
     except BaseException as error:
         client.set_tag(run_id, "featherweight.error", one_line(error))
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run_id, "FINISHED")
+
+
+@contextmanager
+def _ambient(tracking_uri: str) -> Iterator[None]:
+    """`models:/` sources are resolved by MLflow's own environment variable."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def connect(workspace: Workspace) -> MlflowClient:

@@ -60,9 +60,9 @@ class View:
         """A plan is about to run."""
         self.states = {id: NodeState(node) for id, node in plan.nodes.items()}
 
-    def started(self, id: str) -> None:
+    def started(self, node: Node) -> None:
         """A node runs (or is looked up in the cache)."""
-        state = self.states[id]
+        state = self.states.setdefault(node.id, NodeState(node))
         state.status, state.since = "running", time.monotonic()
         self.changed(state)
 

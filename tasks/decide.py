@@ -16,9 +16,7 @@ FILE = "decision.json"
 
 
 @stage("decide", libraries=("great-expectations",))
-def decide(
-    spec: DecideSpec, *, out: Path, seed: int = 0, progress: Progress = Progress(), **measurements: Path
-) -> Metrics:
+def decide(spec: DecideSpec, *, out: Path, seed: int = 0, progress: Progress = Progress(), **measurements: Path) -> Metrics:
     """Choose among `measurements`: outputs of evaluate, by the variant's name.
 
     Writes decision.json (winner, why it won, why each other lost, the Pareto front), metrics.json and metrics.html.

@@ -11,6 +11,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -110,6 +111,7 @@ class Stage:
     def _make(self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str, run_id: str) -> ArtifactRef:
         started, clock = _now(), time.perf_counter()
         folders = {name: session.workspace.materialize(ref, check=False) for name, ref in inputs.items()}
+        _silence(self.libraries)
         progress = _LoggedProgress(session.listen(node), session.client, run_id)
         with session.workspace.working_folder() as work, _clear_errors(node.id):
             out = work / "artifact"
@@ -285,6 +287,16 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in item.names if alias.name.split(".")[0] in PACKAGES)
 
 
+def _silence(libraries: tuple[str, ...]) -> None:
+    """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view."""
+    for name in ("torch", "torchao", "great_expectations"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in libraries or "torch" in libraries:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
 def _is_transient(task: Any, run: Any, state: Any) -> bool:
     """Only a service that may come back is worth a second try."""
     return isinstance(state.result(raise_on_failure=False), ServiceError)
@@ -334,12 +346,20 @@ def _clear_errors(node: str) -> Iterator[None]:
     """Turn what a full disk or exhausted memory raises into one clear line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServiceError(f"{node}: no space left on the disk; free some and run the same command again") from error
+    except FeatherweightError:
         raise
     except MemoryError as error:
         raise StageError(f"{node}: out of memory; lower the batch or the sequence length") from error
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise ServiceError(f"{node}: no space left on the disk; free some and run the same command again") from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full; safetensors and SQLite tell it in their own words only."""
+    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return told or any(words in str(error) for words in ("os error 28", "No space left", "database or disk is full"))
 
 
 @contextmanager

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-SILENT = {"DO_NOT_TRACK": "1", "GX_ANALYTICS_ENABLED": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "PREFECT_LOGGING_LEVEL": "ERROR"}
+SILENT = {
+    "DO_NOT_TRACK": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+}
 os.environ.update({name: value for name, value in SILENT.items() if name not in os.environ})
 
 STORY = (
