@@ -200,7 +200,7 @@ def test_a_worker_refuses_what_it_was_not_opened_for_and_goes_on(served):
 def test_a_worker_that_dies_says_so(served):
     with open_worker(served("ctranslate2"), threads=1, max_tokens=64) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(StageError, match="ctranslate2 died while generating .signal 9."):
+        with pytest.raises(StageError, match=r"ctranslate2 died while generating \(signal 9\)"):
             worker.generate(PROMPTS, 4)
 
 
@@ -218,7 +218,7 @@ def test_an_engine_that_cannot_load_is_one_clear_line(tmp_path):
     with pytest.raises(StageError, match=r"^ctranslate2 failed while starting: FileNotFoundError: .*vocabulary\.json") as caught:
         open_worker(tmp_path, threads=1)
     assert "\n" not in str(caught.value)
-    with pytest.raises(IntegrityError, match="no serving.json"):
+    with pytest.raises(IntegrityError, match=r"no serving\.json"):
         open_worker(tmp_path / "nowhere", threads=1)
 
 
@@ -274,7 +274,7 @@ def test_missing_engines_say_why_and_what_to_do(tmp_path, monkeypatch):
     assert "make setup" in str(engine_available("vllm"))
     assert "no-such-compiler" in str(engine_available("torch-compile"))
     Serving("vllm").write(tmp_path)
-    with pytest.raises(ToolchainError, match="vllm cannot run here: .*make setup"):
+    with pytest.raises(ToolchainError, match=r"vllm cannot run here: .*make setup"):
         open_worker(tmp_path, threads=1)
 
 

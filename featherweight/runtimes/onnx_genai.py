@@ -6,6 +6,7 @@ import json
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import StageError
 from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens, by_length, windows_at_once
 
 if TYPE_CHECKING:
@@ -13,21 +14,26 @@ if TYPE_CHECKING:
 
 
 class OnnxGenai(Engine):
-    """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads."""
+    """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads.
+
+    GenAI always stops at an end token, which must be one of the vocabulary. Here nothing may stop it, so it is told that the
+    last token, the rarest, is the end; if the model ever writes that one, the one before it takes its place.
+    """
+
+    spoilt: frozenset[int] = frozenset()
 
     def load(self) -> None:
         import onnxruntime_genai
 
         described = json.loads((self.weights / "genai_config.json").read_text())["model"]
         self.vocabulary: int = described["vocab_size"]
-        # GenAI always stops at an end token, which must be one of the vocabulary: give it the last, rarest one, and forbid
-        # that one instead (see `_generator`). A single number replaces the file's list; a list would be merged into it.
-        self.stopper = self.vocabulary - 1
+        self.stopper = self.vocabulary - 1 - len(self.spoilt)
         config = onnxruntime_genai.Config(str(self.weights))
         config.overlay(json.dumps({"model": self._overlay()}))
         self.model: Any = onnxruntime_genai.Model(config)
 
     def _overlay(self) -> dict[str, Any]:
+        # A single number replaces the file's end tokens; a list would be merged into theirs.
         session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         return {"eos_token_id": self.stopper, "pad_token_id": self.stopper, "decoder": {"session_options": session}}
 
@@ -66,6 +72,17 @@ class OnnxGenai(Engine):
                 yield together
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        while True:
+            tokens, timing = self._generate(prompts, new_tokens)
+            if all(self.stopper not in row[:-1] and len(row) == new_tokens for row in tokens):
+                return Generation(tokens, timing)
+            self.spoilt = self.spoilt | {self.stopper}
+            if len(self.spoilt) == self.vocabulary:
+                raise StageError("the model writes every token of its vocabulary, so that none can serve as an end")
+            self.set_threads(self.threads)
+
+    def _generate(self, prompts: Tokens, new_tokens: int) -> tuple[Tokens, Timing]:
+        """Greedy text, cut short where the model wrote the stopper."""
         import numpy
 
         tokens: Tokens = [[] for _ in prompts]
@@ -76,16 +93,16 @@ class OnnxGenai(Engine):
             generator.append_tokens(ids)
             generator.generate_next_token()
             first = perf_counter() - began
-            for _ in range(new_tokens - 1):
+            while not generator.is_done():
                 generator.generate_next_token()
             for row, index in enumerate(batch):
                 tokens[index] = generator.get_sequence(row)[ids.shape[1] :].tolist()
-        return Generation(tokens, Timing(first, perf_counter() - began))
+        return tokens, Timing(first, perf_counter() - began)
 
     def _generator(self, batch: int, length: int) -> Any:
-        """A greedy generator for `batch` sequences of exactly `length` tokens in all."""
+        """A greedy generator for `batch` sequences of `length` tokens in all."""
         import onnxruntime_genai
 
         parameters = onnxruntime_genai.GeneratorParams(self.model)
-        parameters.set_search_options(batch_size=batch, max_length=length, min_length=length, do_sample=False)
+        parameters.set_search_options(batch_size=batch, max_length=length, do_sample=False)
         return onnxruntime_genai.Generator(self.model, parameters)
