@@ -137,9 +137,8 @@ class _Side:
     def _try(self, batch_size: int, threads: int, others: Probe) -> tuple[float, ...]:
         """Latencies of a few shorter generations; only the first, which warms up, where that is hopeless already."""
         self.worker.set_threads(threads)
-        spec = self.workload.spec
-        # An engine that compiles does so for a length: a shorter one would have to be paid for once more.
-        tokens = spec.new_tokens if self.slow else min(spec.new_tokens, max(16, spec.new_tokens // 4))
+        wanted = self.workload.spec.new_tokens
+        tokens = min(wanted, max(16, wanted // 4))
         best = min((min(times) for times in others.values()), default=math.inf)
         first_s = self._run(batch_size, tokens).total_s
         self.warmup_s.setdefault((batch_size, threads), first_s)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Static caches come in lengths of a multiple of this, so that neighbouring lengths share a graph.
-STEP = 64
+STEP = 128
 
 
 class TorchCompile(TorchEager):
