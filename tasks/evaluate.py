@@ -231,13 +231,12 @@ def _live(side: _Side, batch_size: int, timings: list[Timing]) -> dict[str, floa
 def _thread_counts(wanted: tuple[int, ...] | None, slow: bool) -> list[int]:
     """Counts to try: 1, 2, 4 ... and all cores, or only 1 and all where each costs tens of seconds.
 
-    Where switching is slow, the likeliest comes last and stays: two cores are better left to one thread and the server.
+    The last one stays loaded, so all cores come last: an engine that is slow to switch mostly has a use for them.
     """
     if wanted:
         return list(dict.fromkeys(wanted))
     cores = max(1, min(available_cores(), physical_cores()))
-    counts = sorted({1, cores, *(() if slow else _powers(cores))})
-    return counts[::-1] if slow and cores <= 2 else counts
+    return sorted({1, cores, *(() if slow else _powers(cores))})
 
 
 def _powers(cores: int) -> Iterator[int]:
