@@ -124,7 +124,7 @@ class QuantizeSpec(Spec):
     sequence: Positive = 128
     steps: Positive = 100
     batch: Positive = 8
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     distill: bool = True
     scale: Literal["absmax", "mse"] = "absmax"
     start: Literal["rtn", "gptq"] = "gptq"

@@ -36,11 +36,19 @@ def _sample(model: PreTrainedModel, first: Tensor, length: int, ends: Tensor, ge
     for _ in range(length - 1):
         output = model(input_ids=blocks[:, -1:].to(model.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        shares = output.logits[:, -1].float().softmax(-1).cpu()
-        drawn = torch.multinomial(shares, 1, generator=generator)
+        drawn = _draw(output.logits[:, -1].cpu(), generator)
         drawn = torch.where(torch.isin(drawn, ends), first.unsqueeze(1), drawn)
         blocks = torch.cat([blocks, drawn], dim=1)
     return blocks
+
+
+def _draw(logits: Tensor, generator: Generator) -> Tensor:
+    """One id per row of `logits` by inverse transform: int64 [rows, 1]. torch.multinomial takes as long as the model."""
+    import torch
+
+    bounds = logits.double().softmax(-1).cumsum_(-1)
+    places = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * bounds[:, -1:]
+    return torch.searchsorted(bounds, places, right=True).clamp_(max=logits.shape[1] - 1)
 
 
 def _ends(model: PreTrainedModel) -> Tensor:
