@@ -289,7 +289,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 def _silence(libraries: tuple[str, ...]) -> None:
     """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view."""
-    for name in ("torch", "torchao", "great_expectations"):
+    for name in ("torch", "torchao", "great_expectations.data_context.types.base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in libraries or "torch" in libraries:
         from transformers.utils.logging import disable_progress_bar
