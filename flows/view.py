@@ -115,6 +115,10 @@ class PlainView(View):
         self._spoke = 0.0
         self._began = time.monotonic()
 
+    def begin(self, plan: Plan) -> None:
+        super().begin(plan)
+        self.say(f"{len(plan.variants)} variants, {len(plan.nodes)} stage nodes, {len(plan.ruled_out)} combinations ruled out")
+
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f}s  {text}", file=sys.stderr, flush=True)
         self._spoke = time.monotonic()
