@@ -38,7 +38,7 @@ def optimize(recipe: Path, *options: str) -> Tree:
 
 def overhead(result: Tree) -> Tree:
     """Wall time of the flow, once the server is up, over the sum of its stages' own work."""
-    work = sum(node["seconds"] for node in result["nodes"])
+    work = sum(node["seconds"] for node in result["nodes"] if node["status"] == "done")
     return {"flow_s": round(result["seconds"], 1), "stages_s": round(work, 1), "ratio": round(result["seconds"] / work, 3)}
 
 
