@@ -38,6 +38,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 LOCAL = "127.0.0.1"
+SCHEDULING = ("SCHEDULER", "LATE_RUNS", "PAUSE_EXPIRATIONS", "FOREMAN", "TRIGGERS", "CANCELLATION_CLEANUP", "REPOSSESSOR")
 
 
 def configure(root: Path) -> None:
@@ -94,7 +95,7 @@ def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer
         yield PrefectServer(named.removesuffix("/api"), None, log)
         return
     port = free_port()
-    process = start_prefect(root, port, *(() if services else ("--no-services",)))
+    process = start_prefect(root, port, services)
     os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
     try:
         yield PrefectServer(f"http://{LOCAL}:{port}", process, log)
@@ -103,10 +104,20 @@ def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer
         stop(process)
 
 
-def start_prefect(root: Path, port: int, *options: str) -> subprocess.Popen[bytes]:
-    """Start a Prefect server on a SQLite file in the workspace; its log goes there too."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOCAL, "--port", str(port), *options]
-    return start(command, root / "prefect-server.log", {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", "PREFECT_API_URL": ""})
+def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Popen[bytes]:
+    """Start a Prefect server on a SQLite file in the workspace; its log goes there too.
+
+    services: the loops that schedules need. What records task runs for the page runs always.
+    """
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOCAL, "--port", str(port)]
+    environment = {
+        "PREFECT_API_URL": "",
+        "PREFECT_UI_API_URL": f"http://{LOCAL}:{port}/api",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    }
+    if not services:
+        environment |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in SCHEDULING}
+    return start(command, root / "prefect-server.log", environment)
 
 
 def start_mlflow(tracking_uri: str, artifacts: Path, port: int, log: Path) -> subprocess.Popen[bytes]:

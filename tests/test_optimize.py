@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -107,6 +108,12 @@ def test_mlflow_holds_the_runs_the_variants_and_the_report(done: Path, result: d
     assert {"train", "prune", "quantize", "evaluate", "gate"} <= {r.data.tags["featherweight.stage"] for r in nested}
     models = client.search_logged_models([run.info.experiment_id])
     assert {"baseline", "ct2"} <= {model.name for model in models}
+
+
+def test_prefect_shows_stage_variant_and_method(done: Path) -> None:
+    with sqlite3.connect(done / ".featherweight" / "prefect" / "prefect.db") as prefect:
+        names = {name for (name,) in prefect.execute("select name from task_run")}
+    assert {"gptq8 [quantize gptq int8]", "gptq8/ort8 [compile onnxruntime-genai int8]", "two [distill]"} <= names
 
 
 def test_the_champion_answers(done: Path) -> None:
