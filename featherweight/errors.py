@@ -53,6 +53,12 @@ class GateError(FeatherweightError):
     exit_code = 8
 
 
+class Stopped(FeatherweightError):
+    """Ctrl-C; what was finished stays finished."""
+
+    exit_code = 130
+
+
 class IntegrityError(FeatherweightError):
     """An artifact's bytes are not those that its manifest records."""
 

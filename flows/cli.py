@@ -209,9 +209,6 @@ def main() -> None:
         app()
     except FeatherweightError as error:
         _fail(error, " ".join(str(error).split()), error.exit_code)
-    except KeyboardInterrupt:
-        print("featherweight: stopped; the same command resumes where it was", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         _fail(error, f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)

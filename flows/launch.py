@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import Stopped
 from featherweight.plan import expand
 from featherweight.recipe import Recipe
 from featherweight.services import check_url, configure, prefect_server
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def launch(recipe: Recipe, root: Path, view: View) -> OptimizationResult:
-    """Run one optimization in this process. Raises FeatherweightError."""
+    """Run one optimization in this process. Raises FeatherweightError, Stopped at Ctrl-C."""
     plan = expand(recipe)
     check_url(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLflow", "MLFLOW_TRACKING_URI")
     workspace = Workspace.at(root)
@@ -29,6 +30,8 @@ def launch(recipe: Recipe, root: Path, view: View) -> OptimizationResult:
             from flows.optimize import optimize
 
             return run("optimize", recipe.name, lambda: optimize(recipe, plan, workspace, view))
+    except KeyboardInterrupt as stop:
+        raise Stopped("stopped; the same command resumes where it was") from stop
     finally:
         view.close()
 
