@@ -288,13 +288,19 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _silence(libraries: tuple[str, ...]) -> None:
-    """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view."""
-    for name in ("torch", "torchao", "great_expectations.data_context.types.base"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view.
+
+    They set their loggers' levels when imported, so that is done first.
+    """
+    if "great-expectations" in libraries:
+        pass
     if "transformers" in libraries or "torch" in libraries:
+        import torch  # noqa: F401
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+    for name in ("torch", "torchao", "great_expectations.data_context.types.base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_transient(task: Any, run: Any, state: Any) -> bool:

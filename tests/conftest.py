@@ -43,6 +43,14 @@ class S3Server:
         return self.root / self.bucket
 
 
+@pytest.fixture(autouse=True)
+def _own_tracking_store() -> Iterator[None]:
+    """MLflow keeps the last store that was used in the environment; no test may hand it on to the next."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def harness() -> Iterator[None]:
     """A Prefect server of the session's own; flows called in this process go there."""
