@@ -61,7 +61,8 @@ def optimize(
         from featherweight.result import terminal_table
 
         _console().print(terminal_table(result))
-        _console().print(f"[bold]{result.headline()}[/bold]\nreport: {page}", highlight=False)
+        _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
+        typer.echo("\n".join(filter(None, (result.registered, f"report: {page}"))))
     if result.winner is None:
         raise GateError("no variant keeps the constraints; the table says by how much each misses them")
 
