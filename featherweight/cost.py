@@ -73,7 +73,7 @@ def _fixed(node: Node, plan: Plan) -> float:
     if engine == "vllm":
         return SERVER_S
     if node.stage == "evaluate":
-        return 12
+        return 8
     return 5 if isinstance(node.spec, ExportSpec) else FIXED_S.get(node.stage, 1)
 
 

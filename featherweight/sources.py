@@ -227,16 +227,3 @@ def _identity(source: str, pattern: str) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def resolve_sources(data: DataSpec, folder: Path) -> DataSpec:
-    """The same data with each relative path that is not below the current directory, but is below `folder`, led there."""
-    found = {name: _resolve(getattr(data, name), folder) for name in ("source", "calibration", "evaluation")}
-    return data.model_copy(update=found)
-
-
-def _resolve(source: str | float, folder: Path) -> str | float:
-    if not isinstance(source, str) or source == STDLIB or source.startswith("s3://"):
-        return source
-    below = folder / source
-    return str(below) if below.exists() and not Path(source).exists() else source

@@ -89,15 +89,18 @@ def plan(
 def variants(
     run: Annotated[str, typer.Argument(help="An optimization's MLflow run id; the latest where omitted.")] = "",
     workspace: WorkspaceOpt = HERE,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, for a README.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show the table of a finished optimization."""
-    from featherweight.result import terminal_table
+    from featherweight.result import markdown_table, terminal_table
     from flows.audit import past_result
 
     result = past_result(_workspace(workspace), run)
     if as_json:
         _print_json(result.to_dict())
+    elif markdown:
+        typer.echo(markdown_table(result), nl=False)
     else:
         _console().print(terminal_table(result))
         _console().print(result.headline(), highlight=False)

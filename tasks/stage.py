@@ -10,7 +10,6 @@ import ast
 import errno
 import importlib.metadata
 import importlib.util
-import inspect
 import logging
 import threading
 import time
@@ -417,9 +416,3 @@ def _machine() -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def inputs_of(stage: Stage) -> set[str]:
-    """Names of the input folders that a stage's function takes."""
-    known = {"out", "seed", "progress"}
-    return {p.name for p in inspect.signature(stage.function).parameters.values() if p.kind is p.KEYWORD_ONLY} - known

@@ -63,14 +63,6 @@ def text(spec: TextSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     return splits.metrics(spec.split)
 
 
-def write_splits(data: DataSpec, outs: dict[Split, Path], seed: int = 0) -> dict[Split, Metrics]:
-    """Write several splits from one reading of the source: the same folders and metrics that the stage gives one by one."""
-    splits = split_text(data, seed)
-    for split, folder in outs.items():
-        write_documents(folder, getattr(splits, split))
-    return {split: splits.metrics(split) for split in outs}
-
-
 def split_text(data: DataSpec, seed: int = 0) -> Splits:
     """Read every source once and split the documents. `max_bytes` holds for each source by itself."""
     source = read_source(data.source, data)

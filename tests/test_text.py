@@ -11,9 +11,9 @@ import pytest
 from featherweight.errors import DataError, FeatherweightError, RecipeError
 from featherweight.overlap import Pool, copied_shares, digest, ngrams
 from featherweight.recipe import DataSpec, TextSpec
-from featherweight.sources import read_source, resolve_sources, source_fingerprint
+from featherweight.sources import read_source, source_fingerprint
 from featherweight.text import read_documents
-from tasks.text import SPLITS, split_text, text, write_splits
+from tasks.text import SPLITS, split_text, text
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -64,16 +64,16 @@ def test_near_copies_are_never_held_out(tmp_path):
         assert {original, texts[1]} <= {document.text for document in splits.train}
 
 
-def test_stage_writes_what_write_splits_writes(tmp_path):
+def test_the_stage_writes_its_split(tmp_path):
     data = jsonl(tmp_path / "d.jsonl", [prose(n) for n in range(12)])
-    together = write_splits(data, {name: tmp_path / "all" / name for name in SPLITS}, seed=7)
+    splits = split_text(data, seed=7)
     for name in SPLITS:
         out = tmp_path / name
         out.mkdir()
         metrics = text(TextSpec(data=data, split=name), out=out, seed=7)
-        assert metrics == together[name]
-        assert metrics["documents"] == len(list(read_documents(out))) > 0
-        assert (out / "documents.jsonl").read_bytes() == (tmp_path / "all" / name / "documents.jsonl").read_bytes()
+        assert metrics == splits.metrics(name)
+        assert metrics["documents"] > 0
+        assert list(read_documents(out)) == getattr(splits, name)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -194,18 +194,6 @@ def test_fingerprint_follows_content_not_time(tmp_path):
     assert source_fingerprint(data) == before
     jsonl(tmp_path / "d.jsonl", [prose(2)])
     assert source_fingerprint(data) != before
-
-
-def test_paths_of_a_recipe_are_found_beside_it(tmp_path, monkeypatch):
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "d.txt").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    data = DataSpec(source="d.txt", evaluation=0.1, calibration="python-stdlib")
-    found = resolve_sources(data, tmp_path / "recipes")
-    assert found.source == str(tmp_path / "recipes" / "d.txt")
-    assert (found.evaluation, found.calibration) == (0.1, "python-stdlib")
-    (tmp_path / "d.txt").write_text("nearer")
-    assert resolve_sources(data, tmp_path / "recipes").source == "d.txt"
 
 
 def test_s3_prefix_and_object(s3_server):
