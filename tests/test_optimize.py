@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,11 @@ def test_it_says_what_it_does(done: Path) -> None:
 
 
 def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
-    began = time.monotonic()
     again = featherweight("optimize", str(RECIPE), "--json", cwd=done)
     assert again.returncode == 0, again.stderr
     second = json.loads(again.stdout)
     assert {node["status"] for node in second["nodes"]} <= {"cached", "skipped"}
     assert second["winner"] == result["winner"]
-    assert time.monotonic() - began < 90
     versions = Workspace.at(done / ".featherweight").client().search_model_versions("name='tiny'")
     assert len(versions) == 1
 
