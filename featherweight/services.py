@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from featherweight.errors import ServiceError
+from featherweight.processes import end_group, end_with_parent, free_port
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -46,13 +45,6 @@ def configure(root: Path) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(root.absolute() / "prefect"))
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return probe.getsockname()[1]
 
 
 def check_url(url: str, what: str, variable: str) -> None:
@@ -128,21 +120,20 @@ def start_mlflow(tracking_uri: str, artifacts: Path, port: int, log: Path) -> su
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server in its own process group, which dies with this process however that ends."""
+    """Start a server that a Ctrl-C in the terminal does not reach, and that dies with this process however that ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, **environment}
     env = {name: value for name, value in env.items() if value != ""}
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=env, preexec_fn=_die_with_parent
+            command,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
         )
-
-
-def _die_with_parent() -> None:
-    """Own process group (a Ctrl-C in the terminal is ours alone to handle), and SIGTERM when the parent is gone."""
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float = 120) -> None:
@@ -165,9 +156,4 @@ def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a server and its children."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end_group(process)

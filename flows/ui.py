@@ -7,7 +7,8 @@ import time
 import webbrowser
 from contextlib import ExitStack
 
-from featherweight.services import LOCAL, await_url, check_url, free_port, start_mlflow, start_prefect, stop
+from featherweight.processes import free_port
+from featherweight.services import LOCAL, await_url, check_url, start_mlflow, start_prefect, stop
 from featherweight.workspace import Workspace
 
 

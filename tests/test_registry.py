@@ -22,6 +22,7 @@ from featherweight import artifact, registry
 from featherweight.book import locked
 from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.history import GateResult, champions
+from featherweight.processes import free_port
 from featherweight.registry import Registry
 
 __all__ = ["desk"]
@@ -315,12 +316,6 @@ def test_writer_waits_for_a_lock_and_not_for_a_dead_one(desk: Bench) -> None:
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_server_that_is_down_is_one_line_at_once() -> None:

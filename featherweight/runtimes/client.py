@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from featherweight.errors import CheckpointError, StageError, ToolchainError
+from featherweight.processes import end_children
 from featherweight.runtimes.engine import Generation, Timing, Tokens
-from featherweight.runtimes.processes import end_children
 from featherweight.runtimes.registry import engine_available
 from featherweight.serving import Serving
 

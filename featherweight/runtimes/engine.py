@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from featherweight.runtimes.processes import peak_bytes
+from featherweight.processes import peak_bytes
 from featherweight.serving import Serving
 
 Tokens = list[list[int]]

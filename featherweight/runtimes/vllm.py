@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,14 +12,13 @@ from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens
-from featherweight.runtimes.processes import tree_peak_bytes
 
 if TYPE_CHECKING:
     import httpx
 
 START_TIMEOUT_S = 600.0
-_PR_SET_PDEATHSIG = 1
 # What ends a Python traceback, bare or behind the prefix of vLLM's logger.
 _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
@@ -38,7 +34,7 @@ class Vllm(Engine):
 
         from featherweight.toolchain import python
 
-        port = _free_port()
+        port = free_port()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self.server = subprocess.Popen(
             [str(python("vllm")), "-m", "vllm.entrypoints.openai.api_server", *self._arguments(port)],
@@ -47,7 +43,7 @@ class Vllm(Engine):
             stderr=self.log,
             env=self._environment(),
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=end_with_parent(),
         )
         # Proxies of the environment are for the world outside; the server is on this machine.
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False)
@@ -110,7 +106,7 @@ class Vllm(Engine):
 
     def unload(self) -> None:
         if self.server is not None:
-            _end_group(self.server)
+            end_group(self.server)
             self.server = None
             self.client.close()
             self.log.close()
@@ -185,30 +181,3 @@ def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
     per_token = 2 * 4 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim
     blocks = max_batch * -(-max_tokens // 128) + 2
     return max(2 * blocks * 128 * per_token, 2**26)
-
-
-def _end_group(server: subprocess.Popen[bytes]) -> None:
-    """End the server with all processes of its group: politely, then not."""
-    for kind, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(server.pid, kind)
-            server.wait(patience_s)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    server.wait()
-
-
-def _end_with_parent() -> Any:
-    """What the server runs before it becomes vLLM: Linux is to end it when this worker ends, however that happens."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

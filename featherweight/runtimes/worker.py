@@ -17,8 +17,8 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from featherweight.errors import FeatherweightError
+from featherweight.processes import end_children
 from featherweight.runtimes.engine import Engine, Limits
-from featherweight.runtimes.processes import end_children
 from featherweight.runtimes.registry import engine_class
 from featherweight.serving import Serving
 

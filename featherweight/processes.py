@@ -1,9 +1,46 @@
-"""Processes: their memory, and their end."""
+"""Processes: the port they listen on, their memory, and their end."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end_with_parent() -> Callable[[], object] | None:
+    """A `preexec_fn` by which Linux ends a child when its parent ends, however that happens; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its group, with all of the group: politely, then not."""
+    for kind, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(leader.pid, kind)
+            leader.wait(patience_s)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    leader.wait()
 
 
 def end_children(pid: int) -> None:
