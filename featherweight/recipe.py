@@ -55,11 +55,15 @@ class CheckpointSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own."""
+    """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own.
+
+    field, target: keys of a .jsonl line; `target` is what a seq2seq model is to make of the text (a translation, a summary).
+    """
 
     source: str
     pattern: str = "**/*"
     field: str = "text"
+    target: str | None = None
     separator: str | None = None
     evaluation: Share | str = 0.05
     calibration: Share | str = 0.05

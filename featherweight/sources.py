@@ -85,13 +85,13 @@ def _cut(document: Document, size: int) -> Document:
     if len(encoded) <= size:
         return document
     head = encoded[:size].decode(errors="ignore")
-    return Document(document.id, head[: head.rfind("\n") + 1] or head)
+    return replace(document, text=head[: head.rfind("\n") + 1] or head)
 
 
 def _read_file(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
     """The documents of one file."""
     if path.suffix == ".jsonl":
-        yield from _read_jsonl(name, path, data.field)
+        yield from _read_jsonl(name, path, data.field, data.target)
         return
     content = _read_utf8(name, path)
     if data.separator is None:
@@ -110,7 +110,7 @@ def _read_utf8(name: str, path: Path) -> str:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _read_jsonl(name: str, path: Path, key: str) -> Iterator[Document]:
+def _read_jsonl(name: str, path: Path, key: str, target: str | None) -> Iterator[Document]:
     """One document a line. Lines are split at "\\n" only: JSON strings may hold the other line ends of Unicode."""
     for number, line in enumerate(_read_utf8(name, path).split("\n"), 1):
         if not line.strip():
@@ -122,7 +122,11 @@ def _read_jsonl(name: str, path: Path, key: str) -> Iterator[Document]:
         if not isinstance(value, dict) or not isinstance(value.get(key), str):
             found = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
             raise DataError(f"{name} line {number} has no text under '{key}' (found: {found}); set data.field")
-        yield Document(f"{name}#{number}", value[key])
+        if target is not None and not isinstance(value.get(target), str):
+            raise DataError(
+                f"{name} line {number} has no text under '{target}' (found: {', '.join(sorted(value))}); set data.target"
+            )
+        yield Document(f"{name}#{number}", value[key], value[target] if target is not None else None)
 
 
 def _chunks(document: Document) -> Iterator[Document]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from featherweight.architecture import GATED_DECODERS, auto_class
 from featherweight.errors import CheckpointError, RecipeError, StageError
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Model = TypeVar("Model", bound="nn.Module")
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose layers are `model.layers[i]` with self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj."""
 
 CARRIED = (
     "generation_config.json",
@@ -46,8 +44,8 @@ def model_type(folder: Path) -> str:
 def require_llama_like(folder: Path, stage: str) -> None:
     """Refuse a checkpoint whose architecture `stage` cannot cut, before any weight is read."""
     found = model_type(folder)
-    if found not in LLAMA_LIKE:
-        raise StageError(f"{stage} handles {', '.join(LLAMA_LIKE)} models, not '{found}'; leave the stage out for it")
+    if found not in GATED_DECODERS:
+        raise StageError(f"{stage} handles {', '.join(GATED_DECODERS)} models, not '{found}'; leave the stage out for it")
 
 
 def require_context(config: PreTrainedConfig, sequence: int, stage: str) -> None:
@@ -65,11 +63,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The causal language model of a checkpoint folder, float32, from local safetensors only."""
+    """The model of a checkpoint folder with its family's head, float32, from local safetensors only."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(load_config(folder)).from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     return to_device(model)
@@ -227,11 +224,10 @@ def head_dim(config: PreTrainedConfig) -> int:
 def with_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of `config` that takes over the (already sliced) weights of `model`, without a copy."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     weights = model.state_dict()
     with torch.device("meta"):
-        result = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        result = auto_class(config).from_config(config, dtype=torch.float32)
     result.load_state_dict(weights, strict=True, assign=True)
     result.tie_weights()
     return result

@@ -20,10 +20,11 @@ FILE = "documents.jsonl"
 
 @dataclass(frozen=True)
 class Document:
-    """One document and the name by which a report can point at it."""
+    """One document and the name by which a report can point at it; `target` is what a seq2seq model is to make of the text."""
 
     id: str
     text: str
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Window:
 
 
 def write_documents(folder: Path, documents: list[Document]) -> None:
-    """Write a text folder: `documents.jsonl`, one {"id", "text"} a line."""
+    """Write a text folder: `documents.jsonl`, one {"id", "text"} a line, and "target" where there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("w", encoding="utf-8") as lines:
         for document in documents:
-            lines.write(json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n")
+            fields = {"id": document.id, "text": document.text}
+            fields |= {} if document.target is None else {"target": document.target}
+            lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def read_documents(folder: Path) -> Iterator[Document]:
@@ -47,6 +50,15 @@ def read_documents(folder: Path) -> Iterator[Document]:
     with (folder / FILE).open(encoding="utf-8") as lines:
         for line in lines:
             yield Document(**json.loads(line))
+
+
+def shuffled_documents(folder: Path, seed: int | None) -> Iterable[Document]:
+    """The documents of a text folder, in a random order where there is a `seed`."""
+    if seed is None:
+        return read_documents(folder)
+    documents = list(read_documents(folder))
+    random.Random(seed).shuffle(documents)
+    return documents
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -103,12 +115,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _encode(text: Path, tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Iterator[list[int]]:
     """Token ids of each document, led by BOS where the tokenizer has one, tokenized in parallel batches."""
-    documents: Iterable[Document] = read_documents(text)
-    if seed is not None:
-        documents = list(documents)
-        random.Random(seed).shuffle(documents)
     batch: list[str] = []
-    for document in documents:
+    for document in shuffled_documents(text, seed):
         batch.append(document.text)
         if len(batch) == 64:
             yield from (_bos(tokenizer) + ids for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.examples import IGNORED, inputs_and_labels
 from featherweight.muon import Muon
 from featherweight.progress import Progress
 
@@ -36,8 +37,9 @@ def train_loop(
 ) -> list[float]:
     """Train `model` in place for `steps` steps of AdamW, and return the loss of every step.
 
-    blocks: token ids, int64 [blocks, length]; each step reads `batch` of them, in a new random order every epoch.
-    loss_fn: token ids [batch, length] -> scalar loss; by default next-token cross-entropy (nats per token).
+    blocks: token ids, int64 [blocks, length] (see featherweight.examples); each step reads `batch` of them, in a new random
+    order every epoch.
+    loss_fn: token ids [batch, length] -> scalar loss; by default the cross-entropy of what is to be predicted (nats per token).
     warmup: share of the steps over which the rate rises linearly; after it a cosine falls to `final_share` of the peak.
     weight_decay: for matrices only, never for norms and biases.
     muon: update the decoder's matrices by Muon, which learns from nothing in far fewer steps (see featherweight.muon).
@@ -47,7 +49,7 @@ def train_loop(
     """
     import torch
 
-    loss_fn = loss_fn or (lambda ids: causal_loss(model, ids))
+    loss_fn = loss_fn or (lambda ids: token_loss(model, ids))
     progress = progress or Progress()
     optimizer = (Muon if muon else adamw)(model, learning_rate, weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -127,35 +129,33 @@ def batch_order(blocks: int, batch: int, steps: int, seed: int) -> Tensor:
     return order[: steps * batch].view(steps, batch)
 
 
-def next_tokens(ids: Tensor) -> Tensor:
-    """Labels aligned with the logits: ids moved one to the left, -100 (ignored) at the end. int64 [batch, length]."""
-    import torch
-
-    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-
-
-def causal_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `ids` [batch, length], in nats per token."""
+def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of what `model` has to predict of the blocks `ids` (see featherweight.examples), in nats per token."""
     import torch
 
     # The labels are shifted rather than the logits: a slice of the logits would copy the largest tensor there is.
-    logits = model(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_tokens(ids).flatten())
+    inputs, labels = inputs_and_labels(model.config, ids)
+    logits = model(**inputs).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def mean_loss(model: nn.Module, blocks: Tensor, batch: int = 8) -> float:
-    """Mean next-token cross-entropy over all `blocks` [blocks, length], in nats per token, without gradients."""
+    """Mean cross-entropy over all `blocks`, in nats per predicted token, without gradients."""
     import torch
 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    total, tokens = 0.0, 0
     try:
         with torch.inference_mode():
-            sums = [causal_loss(model, part.to(device)).item() * len(part) for part in blocks.split(batch)]
+            for part in blocks.split(batch):
+                count = int((inputs_and_labels(model.config, part)[1] != IGNORED).sum())
+                total += token_loss(model, part.to(device)).item() * count
+                tokens += count
     finally:
         model.train(was_training)
-    return sum(sums) / len(blocks)
+    return total / tokens
 
 
 def _check(losses: list[float], norm: float) -> None:

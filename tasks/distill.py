@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight import surgery, training
+from featherweight.examples import example_blocks, inputs_and_labels
 from featherweight.progress import Progress
 from featherweight.recipe import DistillSpec
-from featherweight.text import load_tokenizer, token_blocks
 from tasks.stage import Metrics, stage
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def distill(
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "distill")
     layers = surgery.chosen_layers(spec.layers, config.num_hidden_layers)
-    blocks = token_blocks(text, load_tokenizer(checkpoint), spec.sequence, limit=spec.steps * spec.batch, seed=seed)
+    blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     teacher = surgery.load_model(checkpoint)
     student = surgery.copy_layers(teacher, layers)
     run = training.timed_loop(
@@ -63,11 +63,11 @@ def distillation(teacher: PreTrainedModel, student: PreTrainedModel, spec: Disti
     import torch
 
     def loss(ids: Tensor) -> Tensor:
+        inputs, labels = inputs_and_labels(student.config, ids)
         with torch.inference_mode():
-            target = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        labels = training.next_tokens(ids).flatten()
-        return distillation_loss(logits, target, labels, spec.temperature, spec.kl_weight)
+            target = teacher(**inputs).logits.flatten(0, 1)
+        logits = student(**inputs).logits.flatten(0, 1)
+        return distillation_loss(logits, target, labels.flatten(), spec.temperature, spec.kl_weight)
 
     return loss
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from featherweight import surgery, training
+from featherweight.examples import example_blocks
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
-from featherweight.text import load_tokenizer, token_blocks
 from tasks.stage import Metrics, stage
 
 
@@ -20,9 +20,9 @@ def finetune(
     Metrics: `loss_first` and `loss_last` (nats per token, means over the first and last tenth of the steps), `tokens`,
     `tokens_per_s`, `parameters`. Raises StageError on divergence, DataError where the text is too short.
     """
-    surgery.require_context(surgery.load_config(checkpoint), spec.sequence, "finetune")
-    tokenizer = load_tokenizer(checkpoint)
-    blocks = token_blocks(text, tokenizer, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
+    config = surgery.load_config(checkpoint)
+    surgery.require_context(config, spec.sequence, "finetune")
+    blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     model = surgery.load_model(checkpoint)
     run = training.timed_loop(
         model,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight import surgery, training
 from featherweight.errors import RecipeError, StageError
+from featherweight.examples import example_blocks
 from featherweight.progress import Progress
 from featherweight.recipe import PruneSpec
-from featherweight.text import load_tokenizer, token_blocks
 from tasks.stage import Metrics, stage
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ def sample_blocks(spec: PruneSpec, checkpoint: Path, calibration: Path, seed: in
     """`spec.samples` blocks of calibration text, int64 [samples, sequence], spread over many documents."""
     import torch
 
-    blocks = token_blocks(calibration, load_tokenizer(checkpoint), spec.sequence, limit=32 * spec.samples, seed=seed)
+    blocks = example_blocks(
+        checkpoint, surgery.load_config(checkpoint), calibration, spec.sequence, limit=32 * spec.samples, seed=seed
+    )
     spread = torch.linspace(0, len(blocks) - 1, min(spec.samples, len(blocks))).round().long()
     return blocks[spread]
 
@@ -243,7 +245,7 @@ def _gradients(model: PreTrainedModel, weights: list[Tensor], ids: Tensor) -> tu
     """Mean loss on `ids` and its gradients for `weights`; StageError where they are not finite."""
     import torch
 
-    loss = training.causal_loss(model, ids.to(weights[0].device))
+    loss = training.token_loss(model, ids.to(weights[0].device))
     value = loss.item()
     if not math.isfinite(value):
         raise StageError(f"prune: the loss on the calibration text is {value}; check the checkpoint's weights")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from featherweight import surgery, training
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
 from featherweight.errors import CheckpointError, StageError
+from featherweight.examples import example_blocks
 from featherweight.grid import grid_named
 from featherweight.progress import Progress
 from featherweight.recipe import QuantizeSpec
-from featherweight.text import load_tokenizer, token_blocks
 from tasks.quantizers import METHODS
 from tasks.quantizers.job import Choice, Job
 from tasks.stage import Metrics, stage
@@ -46,8 +46,8 @@ def quantize(
     the method's own. Raises RecipeError for an unknown grid, DataError for too little text, StageError where a method fails.
     """
     _check(spec, checkpoint)
-    blocks = token_blocks(calibration, load_tokenizer(checkpoint), spec.sequence, limit=spec.samples, seed=seed)
     model = surgery.load_model(checkpoint)
+    blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     before = training.mean_loss(model, blocks[:COMPARED])
     job = Job(spec, checkpoint, model, blocks, text, seed, progress)
     choice = METHODS[spec.method](job)

@@ -200,7 +200,7 @@ def test_the_rate_warms_up_and_falls() -> None:
 def test_the_loss_is_that_of_transformers() -> None:
     model, ids = tiny_model(), torch.randint(64, (3, 16))
     expected = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(training.causal_loss(model, ids), expected)
+    torch.testing.assert_close(training.token_loss(model, ids), expected)
     assert training.mean_loss(model, ids, batch=2) == pytest.approx(expected.item(), abs=1e-6)
 
 

@@ -15,10 +15,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from featherweight import training
+from featherweight.examples import example_blocks, inputs_and_labels
 from featherweight.grid import Grid
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
-from featherweight.text import load_tokenizer, token_blocks
 from tasks.distill import distillation_loss
 from tasks.quantizers import gptq, rtn
 from tasks.quantizers.generate import generate_blocks
@@ -60,7 +60,7 @@ def training_blocks(job: Job) -> Tensor:
 
     spec = job.spec
     limit = spec.steps * spec.batch
-    blocks = token_blocks(job.text, load_tokenizer(job.checkpoint), spec.sequence, limit=limit, seed=job.seed)
+    blocks = example_blocks(job.checkpoint, job.model.config, job.text, spec.sequence, limit=limit, seed=job.seed)
     if spec.generated_tokens == 0:
         return blocks
     job.progress.note(f"the checkpoint writes {spec.generated_tokens} tokens to train on")
@@ -91,10 +91,11 @@ def _distillation(teacher: nn.Module, student: nn.Module) -> training.LossFuncti
     teacher.eval()
 
     def loss(ids: Tensor) -> Tensor:
+        inputs, labels = inputs_and_labels(student.config, ids)
         with torch.inference_mode():
-            target = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        logits = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        return distillation_loss(logits, target, training.next_tokens(ids).flatten(), 1.0, 1.0)
+            target = teacher(**inputs).logits.flatten(0, 1)
+        logits = student(**inputs).logits.flatten(0, 1)
+        return distillation_loss(logits, target, labels.flatten(), 1.0, 1.0)
 
     return loss
 
@@ -107,7 +108,7 @@ def _module_class() -> Any:
     class FakeQuantized(torch.nn.Module):
         def __init__(self, model: nn.Module, start: QuantizedWeights) -> None:
             super().__init__()
-            self.model, self.start = model, start
+            self.model, self.start, self.config = model, start, model.config
             device = next(model.parameters()).device
             self.scales = {name: scales.to(device) for name, scales in start.scales.items()}
             for name, weight in self._weights().items():
