@@ -116,12 +116,14 @@ class PruneSpec(Spec):
 class QuantizeSpec(Spec):
     """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
 
+    smooth: channels scaled against each other before the method rounds. The methods smoothquant and awq are rtn with it.
     scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
     start: the rounding that QAT begins from.
     generated_tokens: text that the checkpoint itself writes for QAT to train on, beside the recipe's.
     """
 
-    method: Literal["rtn", "gptq", "smoothquant", "qat"] = "rtn"
+    method: Literal["rtn", "gptq", "smoothquant", "awq", "qat"] = "rtn"
+    smooth: Literal["none", "smoothquant", "awq"] = "none"
     grid: str = "int8"
     head: str | None = "int8"
     samples: Positive = 64
@@ -133,6 +135,12 @@ class QuantizeSpec(Spec):
     scale: Literal["absmax", "mse"] = "absmax"
     start: Literal["rtn", "gptq"] = "gptq"
     generated_tokens: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _smooth_once(self) -> QuantizeSpec:
+        if self.method in ("smoothquant", "awq") and self.smooth not in ("none", self.method):
+            raise ValueError(f"method {self.method} smooths already; for another smoothing take method rtn, gptq or qat")
+        return self
 
 
 class CompileSpec(Spec):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from featherweight.progress import Progress
 from featherweight.recipe import QuantizeSpec
 from tasks.quantizers import METHODS
 from tasks.quantizers.job import Choice, Job
+from tasks.quantizers.smoothing import smoothed
 from tasks.stage import Metrics, stage
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ COMPARED = 16
 """Calibration blocks on which the checkpoint and its quantized copy are compared."""
 
 
-@stage("quantize", version="1", libraries=("torch", "llmcompressor", "compressed-tensors", "transformers"))
+@stage("quantize", version="2", libraries=("torch", "llmcompressor", "compressed-tensors", "transformers"))
 def quantize(
     spec: QuantizeSpec,
     *,
@@ -38,7 +40,7 @@ def quantize(
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Metrics:
-    """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`.
+    """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`; smooth before if asked to.
 
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
     featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
@@ -48,8 +50,9 @@ def quantize(
     _check(spec, checkpoint)
     model = surgery.load_model(checkpoint)
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    before = training.mean_loss(model, blocks[:COMPARED])
     job = Job(spec, checkpoint, model, blocks, text, seed, progress)
+    before = _loss_before(job)
+    job = smoothed(job)
     choice = METHODS[spec.method](job)
     error = write_checkpoint(job, choice, out)
     after = training.mean_loss(surgery.load_model(out), blocks[:COMPARED])
@@ -75,6 +78,45 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 
 
+def _loss_before(job: Job) -> float:
+    """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
+    loss = training.mean_loss(job.model, job.calibration[:COMPARED])
+    if math.isfinite(loss):
+        return loss
+    for name, tensor in job.tensors():
+        _require_finite(name, tensor)
+    raise StageError(
+        f"the checkpoint's loss on the calibration text is {loss}: {_first_not_finite(job)} gives NaN or infinite activations "
+        "though all weights are finite; check the checkpoint's config and the text"
+    )
+
+
+def _first_not_finite(job: Job) -> str:
+    """Name of the first module whose output holds NaN or infinity on the calibration text."""
+    import torch
+
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: object, arguments: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in job.model.named_modules()]
+    training.mean_loss(job.model, job.calibration[:COMPARED])
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else "the loss"
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds NaN or infinite weights; take an earlier checkpoint")
+
+
 def write_checkpoint(job: Job, choice: Choice, out: Path) -> float:
     """Write the quantized checkpoint, file by file; returns the relative RMS error of the quantized weights."""
     squares = [0.0, 0.0]
@@ -95,11 +137,8 @@ def write_checkpoint(job: Job, choice: Choice, out: Path) -> float:
 
 def _final(name: str, tensor: Tensor, choice: Choice, squares: list[float]) -> Tensor:
     """The float32 tensor to save; adds a quantized weight's squared error and squares to `squares`."""
-    import torch
-
     source = choice.changed.get(name, tensor).float()
-    if not torch.isfinite(source).all():
-        raise CheckpointError(f"{name} holds NaN or infinite weights; take an earlier checkpoint")
+    _require_finite(name, source)
     if name not in choice.quantized.q:
         return source.contiguous()
     weight = choice.quantized.dequantize(name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.quantizers import gptq, qat, rtn, smoothquant
+from tasks.quantizers import gptq, qat, rtn
 from tasks.quantizers.job import Choice, Job
 
 METHODS: dict[str, Callable[[Job], Choice]] = {
     "rtn": rtn.choose,
     "gptq": gptq.choose,
-    "smoothquant": smoothquant.choose,
+    "smoothquant": rtn.choose,  # after smoothing, see tasks/quantizers/smoothing.py
+    "awq": rtn.choose,
     "qat": qat.choose,
 }

@@ -30,20 +30,9 @@ def _modifier(job: Job, names: list[str]) -> Any:
 
 
 def scheme(grid: Grid, names: list[str], scale: str) -> dict[str, Any]:
-    """llm-compressor's description of `grid` for the modules `names`: weights only, scales from our own observer.
-
-    A grid of 127 steps on either side is 8 bits wide there, one of 63 steps is 7.
-    """
-    weights = {
-        "num_bits": (grid.qmax + 1).bit_length(),
-        "type": "int",
-        "symmetric": True,
-        "strategy": "channel" if grid.group_size is None else "group",
-        "group_size": grid.group_size,
-        "observer": _observer(),
-        "observer_kwargs": {"grid": grid.name, "search": scale},
-    }
-    return {"targets": names, "weights": weights}
+    """llm-compressor's description of `grid` for the modules `names`: weights only, scales from our own observer."""
+    observer = {"observer": _observer(), "observer_kwargs": {"grid": grid.name, "search": scale}}
+    return {"targets": names, "weights": oneshot.weights_scheme(grid) | observer}
 
 
 def _extract(job: Job, names: list[str]) -> QuantizedWeights:

@@ -26,7 +26,10 @@ LINEAR = re.compile(r"(^|\.)layers\.\d+\..+\.weight$")
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length]."""
+    """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
+
+    smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
+    """
 
     spec: QuantizeSpec
     checkpoint: Path
@@ -35,6 +38,7 @@ class Job:
     text: Path
     seed: int
     progress: Progress
+    smoothed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
@@ -67,7 +71,7 @@ class Job:
         tied = surgery.load_config(self.checkpoint).tie_word_embeddings
         for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
             if not (tied and name.endswith("lm_head.weight")):
-                yield file, name, tensor
+                yield file, name, self.smoothed.get(name, tensor)
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
         """The embedding and, where it is not tied, the output head."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import one_line
 from featherweight.errors import StageError
+from featherweight.grid import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,17 @@ def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tens
             return _oneshot(model, modifiers(), blocks)
     except Exception as error:  # the library's own checks, tracing and linear algebra each raise in their way
         raise StageError(f"llm-compressor could not calibrate this checkpoint: {one_line(error)}") from error
+
+
+def weights_scheme(grid: Grid) -> dict[str, Any]:
+    """llm-compressor's description of weights on `grid`. 127 steps on either side are 8 bits wide there, 63 are 7."""
+    return {
+        "num_bits": (grid.qmax + 1).bit_length(),
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if grid.group_size is None else "group",
+        "group_size": grid.group_size,
+    }
 
 
 def _oneshot(model: PreTrainedModel, modifiers: list[Any], blocks: Tensor) -> list[Any]:

@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al. 2022) through llm-compressor, then round to nearest.
+"""SmoothQuant (Xiao et al. 2022) through llm-compressor, before rounding.
 
 The ranges of the activations move into the weights, so that an engine which rounds activations to 8 bits loses less. The
 inverse goes into the norms: the function of the model does not change, its norm weights do.
@@ -6,23 +6,33 @@ inverse goes into the norms: the function of the model does not change, its norm
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from tasks.quantizers import oneshot
-from tasks.quantizers.job import Choice, Job, round_to_nearest
+from tasks.quantizers.job import Job
 
 STRENGTH = 0.5
 
 
-def choose(job: Job) -> Choice:
-    """Smooth the model on the calibration text and round the result; norms and smoothed weights come along as changed."""
-    oneshot.run(job.model, _modifiers, job.calibration)
-    state = job.model.state_dict()
-    smoothed = {name: state.get(name, tensor).float().cpu() for name, tensor in job.tensors()}
-    return Choice(round_to_nearest(job, smoothed.items()), smoothed)
+def smooth(job: Job) -> None:
+    """Smooth `job.model` in place: input channel j of q, k, v and of gate, up is scaled by sqrt(max|X_j| / max|W_j|)."""
+    oneshot.run(job.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH)], job.calibration)
 
 
-def _modifiers() -> list[Any]:
+@cache
+def _modifier_class() -> Any:
+    """llm-compressor's SmoothQuantModifier, by the paper's max|X| where the library takes half of max(X) - min(X).
+
+    Activations are rounded symmetrically, so the larger side of a lopsided channel is the one that counts.
+    """
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-    return [SmoothQuantModifier(smoothing_strength=STRENGTH)]
+    class SmoothQuant(SmoothQuantModifier):
+        def _apply_smoothing(self, model: Any) -> None:
+            for seen in (self.scales_ or {}).values():
+                peak = seen.max_channel_vals.maximum(-seen.min_channel_vals)
+                seen.max_channel_vals, seen.min_channel_vals = peak, -peak
+            super()._apply_smoothing(model)
+
+    return SmoothQuant
