@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
-from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
+from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, QuantizeSpec
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
@@ -26,8 +26,21 @@ def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> s
         body, head = grid_named(quantize.grid), grid_named(quantize.head) if quantize.head else None
     except RecipeError as error:
         return str(error)
-    reason = grid_refusal(body, head, serve)
+    reason = grid_refusal(body, head, serve) or (_mixed_refusal(quantize.mixed, head, serve) if quantize.mixed else None)
     return reason and f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}"
+
+
+def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:
+    """Why `serve` cannot hold some matrices on a finer grid beside the others."""
+    try:
+        finer = grid_named(mixed.grid)
+    except RecipeError as error:
+        return str(error)
+    if serve.engine == "onnxruntime-genai":
+        return _no_matmul_nbits(finer)
+    if serve.engine == "ctranslate2":
+        return grid_refusal(finer, head, serve)
+    return f"{serve.engine} is given one grid for all layers here, not mixed precision; take onnxruntime-genai"
 
 
 def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featherweight.plan import Node, Plan
-from featherweight.recipe import DistillSpec, ExportSpec, FinetuneSpec, PruneSpec, QuantizeSpec, Recipe, TrainSpec
+from featherweight.recipe import DistillSpec, ExportSpec, FinetuneSpec, PruneSpec, QuantizeSpec, Recipe, SensitivitySpec, TrainSpec
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
 FIXED_S = {"text": 2, "gate": 8, "train": 6, "load": 2, "distill": 1, "prune": 2, "finetune": 1, "quantize": 3, "compile": 6}
 SERVER_S = 45
+# A scan runs the model once for each matrix: seven a layer, and few models of interest have under a dozen layers.
+SCANNED = 100
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def _arithmetic(node: Node, parameters: int) -> float:
         return 8.0 * parameters * spec.steps * spec.batch * spec.sequence
     if isinstance(spec, FinetuneSpec):
         return 6.0 * parameters * spec.steps * spec.batch * spec.sequence
+    if isinstance(spec, SensitivitySpec):
+        return SCANNED * 2.0 * parameters * spec.samples * spec.sequence
     if isinstance(spec, QuantizeSpec):
         if spec.method == "qat":
             return (8.0 if spec.distill else 6.0) * parameters * spec.steps * spec.batch * spec.sequence

@@ -13,6 +13,7 @@ _COLUMNS = ("text", "gate", "checkpoint", "distill", "prune", "finetune", "quant
 _COLUMN_OF = {name: name for name in _COLUMNS} | {
     "load": "checkpoint",
     "train": "checkpoint",
+    "sensitivity": "quantize",
     "compile": "serve",
     "export": "serve",
 }

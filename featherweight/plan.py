@@ -147,7 +147,14 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
             add("finetune", prune, spec.finetune, text="text/train")
     if quantize != NONE:
         path = _join(path.removesuffix("+finetune"), quantize)
-        add("quantize", quantize, stages.quantize[quantize], text="text/train", calibration="text/calibration")
+        rounding, inputs = stages.quantize[quantize], {"calibration": "text/calibration"}
+        if rounding.sensitivity:
+            scan = Node(
+                f"{path}+sensitivity", "sensitivity", quantize, rounding.sensitivity, {"checkpoint": parent, **inputs}, recipe.seed
+            )
+            nodes.append(scan)
+            inputs["sensitivity"] = scan.id
+        add("quantize", quantize, rounding, text="text/train", **inputs)
     path = _join(path.removesuffix("+finetune"), serve)
     stage = "compile" if serve in stages.compile else "export"
     add(stage, serve, _serve(recipe)[serve], calibration="text/calibration")

@@ -38,8 +38,9 @@ class QuantizedWeights:
 
     @property
     def grid(self) -> str | None:
-        """Name of the grid of the decoder's Linear weights."""
-        return next((grid.name for name, grid in self.grids.items() if not name.endswith(HEADS)), None)
+        """Name of the grid of the decoder's Linear weights; of mixed ones the coarsest, which most of them lie on."""
+        body = [grid for name, grid in self.grids.items() if not name.endswith(HEADS)]
+        return min(body, key=lambda grid: grid.bits).name if body else None
 
     @property
     def head(self) -> str | None:

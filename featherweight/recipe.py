@@ -113,6 +113,28 @@ class PruneSpec(Spec):
     finetune: FinetuneSpec | None = FinetuneSpec()
 
 
+class MixedSpec(Spec):
+    """The most sensitive matrices on a finer grid: as few of them as hold the predicted loss of quality to `budget` (a share).
+
+    A scan rounds each matrix alone, on `samples` blocks of calibration text.
+    """
+
+    grid: str = "int8-g32"
+    budget: float = Field(default=0.01, gt=0)
+    samples: Positive = 16
+
+
+class SensitivitySpec(Spec):
+    """The scan behind `quantize.mixed`: the grids of body and head, and the finer one."""
+
+    grid: str
+    head: str | None
+    finer: str
+    scale: Literal["absmax", "mse"]
+    samples: Positive
+    sequence: Positive
+
+
 class QuantizeSpec(Spec):
     """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
 
@@ -120,6 +142,7 @@ class QuantizeSpec(Spec):
     scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
     start: the rounding that QAT begins from.
     generated_tokens: text that the checkpoint itself writes for QAT to train on, beside the recipe's.
+    mixed: keeps the most sensitive matrices on a finer grid, whatever the method.
     """
 
     method: Literal["rtn", "gptq", "smoothquant", "awq", "qat"] = "rtn"
@@ -135,6 +158,15 @@ class QuantizeSpec(Spec):
     scale: Literal["absmax", "mse"] = "absmax"
     start: Literal["rtn", "gptq"] = "gptq"
     generated_tokens: int = Field(default=0, ge=0)
+    mixed: MixedSpec | None = None
+
+    @property
+    def sensitivity(self) -> SensitivitySpec | None:
+        """The scan that `mixed` asks for."""
+        if self.mixed is None:
+            return None
+        given = self.model_dump(include={"grid", "head", "scale", "sequence"})
+        return SensitivitySpec(finer=self.mixed.grid, samples=self.mixed.samples, **given)
 
     @model_validator(mode="after")
     def _smooth_once(self) -> QuantizeSpec:

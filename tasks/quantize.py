@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from featherweight import surgery, training
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
-from featherweight.errors import CheckpointError, StageError
+from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
-from featherweight.grid import grid_named
+from featherweight.grid import Grid, grid_named
 from featherweight.progress import Progress
 from featherweight.recipe import QuantizeSpec
+from featherweight.sensitivity import Sensitivity
 from tasks.quantizers import METHODS
 from tasks.quantizers.job import Choice, Job
 from tasks.quantizers.smoothing import smoothed
@@ -37,20 +38,25 @@ def quantize(
     text: Path,
     calibration: Path,
     out: Path,
+    sensitivity: Path | None = None,
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Metrics:
     """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`; smooth before if asked to.
 
+    sensitivity: the scan of this checkpoint that `spec.mixed` asks for; it says which matrices take the finer grid.
+
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
     featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
-    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), and
-    the method's own. Raises RecipeError for an unknown grid, DataError for too little text, StageError where a method fails.
+    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), for
+    mixed precision `finer_matrices` and `predicted_quality_loss`, and the method's own. Raises RecipeError for an unknown grid
+    or a budget out of reach, DataError for too little text, StageError where a method fails.
     """
     _check(spec, checkpoint)
+    finer, mixing = _mix(spec, sensitivity)
     model = surgery.load_model(checkpoint)
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    job = Job(spec, checkpoint, model, blocks, text, seed, progress)
+    job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer)
     before = _loss_before(job)
     job = smoothed(job)
     choice = METHODS[spec.method](job)
@@ -63,8 +69,21 @@ def quantize(
         "loss_after": after,
         "weight_rms_error": error,
         "bits_per_weight": choice.quantized.bits_per_weight(),
+        **mixing,
         **choice.metrics,
     }
+
+
+def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Metrics]:
+    """The grids of the matrices that mixed precision keeps finer, and what the scan predicts of that."""
+    if spec.mixed is None:
+        return {}, {}
+    if scanned is None:
+        raise RecipeError("quantize.mixed needs the sensitivity scan of the checkpoint; run the sensitivity stage first")
+    scan = Sensitivity.read(scanned)
+    names = scan.finer_for(spec.mixed.budget)
+    metrics = {"finer_matrices": len(names), "predicted_quality_loss": scan.predicted_loss(names)}
+    return dict.fromkeys(names, grid_named(spec.mixed.grid)), metrics
 
 
 def _check(spec: QuantizeSpec, checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ STAGES = {
     "distill": "tasks.distill:distill",
     "prune": "tasks.prune:prune",
     "finetune": "tasks.finetune:finetune",
+    "sensitivity": "tasks.sensitivity:sensitivity",
     "quantize": "tasks.quantize:quantize",
     "compile": "tasks.compile:compile",
     "export": "tasks.export:export",

@@ -23,7 +23,10 @@ def choose(job: Job) -> Choice:
 
 
 def _modifier(job: Job, names: list[str]) -> Any:
-    groups = {"grid": scheme(grid_named(job.spec.grid), names, job.spec.scale)}
+    by_grid: dict[Grid, list[str]] = {}
+    for name in names:
+        by_grid.setdefault(job.grids[f"{name}.weight"], []).append(name)
+    groups = {grid.name: scheme(grid, members, job.spec.scale) for grid, members in by_grid.items()}
     modifier = _modifier_class()(config_groups=groups, bypass_divisibility_checks=True)
     modifier.report_to(job.progress, len(names))
     return modifier

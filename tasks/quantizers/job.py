@@ -28,6 +28,7 @@ LINEAR = re.compile(r"(^|\.)layers\.\d+\..+\.weight$")
 class Job:
     """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
 
+    finer: grids of the matrices that mixed precision keeps on another than the spec's.
     smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
     """
 
@@ -39,6 +40,7 @@ class Job:
     seed: int
     progress: Progress
     smoothed: Mapping[str, Tensor] = field(default_factory=dict)
+    finer: Mapping[str, Grid] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
@@ -51,8 +53,8 @@ class Job:
         body = grid_named(self.spec.grid)
         head = None if self.spec.head is None else grid_named(self.spec.head)
         wanted = {name: self._grid_of(name, tensor.ndim, body, head) for name, tensor in self.tensors()}
-        grids = {name: grid for name, grid in wanted.items() if grid is not None}
-        if body not in [grid for name, grid in grids.items() if not name.endswith(HEADS)]:
+        grids = {name: self.finer.get(name, grid) for name, grid in wanted.items() if grid is not None}
+        if all(name.endswith(HEADS) for name in grids):
             raise StageError(f"{self.checkpoint} has no decoder layers named '…layers.N…'; quantize handles Llama-like models")
         return grids
 
