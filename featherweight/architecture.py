@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from featherweight.errors import StageError
+from featherweight.recipe import Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -174,8 +175,15 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     kinds = getattr(config, "architectures", None) or []
+    one_way = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     bidirectional = any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
-    return "encoder" if bidirectional or (not kinds and LAYOUTS.get(config.model_type, _LLAMA)[-1].role == "encoder") else "causal"
+    return (
+        "encoder" if bidirectional or (not one_way and LAYOUTS.get(config.model_type, _LLAMA)[-1].role == "encoder") else "causal"
+    )
+
+
+TASKS: Mapping[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
+"""What a recipe calls the task of each family."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -184,6 +192,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
     names = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "encoder": "AutoModelForMaskedLM"}
     return getattr(transformers, names[family_of(config)])
+
+
+def head_class(config: PreTrainedConfig) -> Any:
+    """The very class that `auto_class` chooses; None where transformers has none for this config."""
+    return auto_class(config)._model_mapping.get(type(config), None)
 
 
 def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:

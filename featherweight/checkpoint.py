@@ -7,6 +7,7 @@ torch's meta device; values are read tensor by tensor.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.architecture import TASKS, family_of, head_class
 from featherweight.errors import CheckpointError
+from featherweight.recipe import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +41,8 @@ COMPANIONS = (
 # safetensors itself refuses longer headers.
 _MAX_HEADER = 100_000_000
 _CHUNK = 1 << 24
+# What encoders were pre-trained with beside their masked-language-model head, and need no more.
+_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
 
 
 @dataclass(frozen=True)
@@ -195,11 +200,17 @@ def _require_tokenizer(listing: Listing) -> None:
 
 
 def inspect_checkpoint(
-    folder: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, check_values: bool = True
+    folder: Path,
+    *,
+    task: Task | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    check_values: bool = True,
 ) -> CheckpointInfo:
     """Check a checkpoint folder from its headers to its values, and say what it is.
 
     Compares tensor names and shapes with the architecture that config.json describes, and the tokenizer with the embedding.
+    task: what it must be made for; None where that does not matter.
     check_values: also look for NaN and infinity, reading every tensor once, one at a time.
     Raises CheckpointError with one line that names the file or the tensor.
     """
@@ -208,7 +219,7 @@ def inspect_checkpoint(
     weights = find_weights(listing, allow_pickle=allow_pickle)
     _require_tokenizer(listing)
     shapes = _read_shapes(listing, folder, weights)
-    model = dry_load(folder, shapes, trust_remote_code=trust_remote_code)
+    model = dry_load(folder, shapes, task, trust_remote_code=trust_remote_code)
     _check_vocabulary(folder, _rows(model), trust_remote_code)
     if check_values:
         _check_values(folder, weights)
@@ -284,10 +295,13 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False) -> PreTrainedModel:
+def dry_load(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], task: Task | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The architecture on the meta device (no memory), after transformers' own loading of tensors with these shapes.
 
-    Raises CheckpointError where a tensor is missing, unexpected or mis-shaped; tied weights need be there once only.
+    Raises CheckpointError where the model is for another task, or a tensor is missing, unexpected or mis-shaped; tied weights
+    need be there once only.
     """
     import torch
     from transformers import AutoConfig
@@ -295,6 +309,7 @@ def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remot
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            _check_task(folder, config, task)
             model, info = _model_class(config, folder, trust_remote_code).from_pretrained(
                 None,
                 config=config,
@@ -303,20 +318,35 @@ def dry_load(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remot
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
+    except CheckpointError:
+        raise
     except Exception as error:  # a config can fail in as many ways as there are architectures
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers can build: {one_line(error)}") from error
     check_loading(folder, model, info)
     return model
 
 
+def _check_task(folder: Path, config: Any, task: Task | None) -> None:
+    """Refuse a model that is made for another task."""
+    found = TASKS[family_of(config)]
+    if task is not None and task != found:
+        kind = (config.architectures or [config.model_type])[0]
+        raise CheckpointError(f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}")
+
+
 def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
-    """The class that config.json names: transformers' own, or the folder's where that is trusted."""
+    """The class that config.json names: transformers' own, or the folder's where that is trusted.
+
+    An encoder or an encoder-decoder must have the head that it is measured by, whatever config.json names.
+    """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if trust_remote_code and remote:
         return get_class_from_dynamic_module(remote, folder)
+    if family_of(config) != "causal" and (headed := head_class(config)):
+        return headed
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     found = getattr(transformers, name, None)
     if found is None:
@@ -345,7 +375,7 @@ def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any])
     architecture, ties = type(model).__name__, model.all_tied_weights_keys
     # Of tied weights that are all missing, name the one that should have been stored.
     missing = sorted(info["missing_keys"], key=lambda name: (name in ties, name))
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _BESIDE.search(name))
     mismatched = sorted(info["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}; copy it again")

@@ -9,10 +9,24 @@ from __future__ import annotations
 
 from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
-from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, QuantizeSpec
+from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, QuantizeSpec, Task
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
+NOT_FOR: dict[tuple[str, Task], str] = {
+    ("onnxruntime-genai", "text2text-generation"): "its model builder knows decoders only; take ctranslate2 or torch",
+    ("onnxruntime-genai", "fill-mask"): "its model builder knows decoders only; take torch or torch-compile",
+    ("vllm", "text2text-generation"): "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch",
+    ("vllm", "fill-mask"): "vLLM serves no masked-language-model head; take torch or torch-compile",
+    ("ctranslate2", "fill-mask"): "its encoders end before the masked-language-model head; take torch or torch-compile",
+}
+"""Engines that do not serve a task, and why."""
+
+
+def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
+    """Why the engine cannot serve a model for `task`, in one line; None where it can."""
+    reason = NOT_FOR.get((serve.engine, task))
+    return reason and f"{task} + {serve.engine}: {reason}"
 
 
 def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> str | None:

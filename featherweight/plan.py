@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from featherweight.compatibility import refusal
+from featherweight.compatibility import refusal, task_refusal
 from featherweight.errors import RecipeError
-from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
+from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, LoadSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
 
 NONE = "none"
 BASELINE = "baseline"
@@ -64,7 +64,8 @@ def expand(recipe: Recipe) -> Plan:
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
         distill, prune, quantize, serve = choice
-        reason = refusal(recipe.stages.quantize.get(quantize), _serve(recipe)[serve])
+        served = _serve(recipe)[serve]
+        reason = task_refusal(recipe.task, served) or refusal(recipe.stages.quantize.get(quantize), served)
         if reason:
             ruled_out[name] = reason
             continue
@@ -120,7 +121,8 @@ def _roots(recipe: Recipe) -> list[Node]:
     if made is not None:
         root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
     else:
-        root = Node("checkpoint", "load", recipe.checkpoint.source or "", recipe.checkpoint)
+        wanted = LoadSpec(**recipe.checkpoint.model_dump(), task=recipe.task)
+        root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
     served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
     measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)
     return [*text, gate, root, served, measured]

@@ -15,6 +15,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
 Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Task = Literal["text-generation", "text2text-generation", "fill-mask"]
 
 
 class Spec(BaseModel):
@@ -52,6 +53,12 @@ class CheckpointSpec(Spec):
         if (self.source is None) == (self.train is None):
             raise ValueError("give exactly one of 'source' and 'train'")
         return self
+
+
+class LoadSpec(CheckpointSpec):
+    """A checkpoint, and what the recipe wants it to do, which its architecture must be made for."""
+
+    task: Task = "text-generation"
 
 
 class DataSpec(Spec):
@@ -256,11 +263,14 @@ class PromoteSpec(Spec):
 
 
 class Recipe(Spec):
-    """A whole optimization."""
+    """A whole optimization.
+
+    task: text from a prefix (Llama, Qwen ...), text from a text (T5, mBART, Marian ...), or filling in masks (BERT, RoBERTa ...).
+    """
 
     name: Name
     checkpoint: CheckpointSpec
-    task: Literal["text-generation"] = "text-generation"
+    task: Task = "text-generation"
     data: DataSpec
     stages: StagesSpec = StagesSpec()
     variants: tuple[VariantsSpec, ...] | None = None
@@ -269,6 +279,12 @@ class Recipe(Spec):
     objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
     promote: PromoteSpec
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _trains_what_it_wants(self) -> Recipe:
+        if self.checkpoint.train is not None and self.task != "text-generation":
+            raise ValueError(f"checkpoint.train makes a Llama, which is no model for {self.task}; give checkpoint.source")
+        return self
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Recipe:

@@ -39,7 +39,7 @@ from featherweight.checkpoint import (
 )
 from featherweight.errors import CheckpointError, FeatherweightError, ServiceError
 from featherweight.progress import Progress
-from featherweight.recipe import CheckpointSpec
+from featherweight.recipe import LoadSpec
 from featherweight.serving import FILE as SERVING
 from featherweight.serving import Serving
 from featherweight.workspace import local_path
@@ -57,23 +57,23 @@ _WORK = ".fetch"
 class Source:
     """One kind of source. `fetch(spec, work, progress)` brings it to a local folder or GGUF file, at most into `work`."""
 
-    fetch: Callable[[CheckpointSpec, Path, Progress], Path]
-    identity: Callable[[CheckpointSpec], Any]
+    fetch: Callable[[LoadSpec, Path, Progress], Path]
+    identity: Callable[[LoadSpec], Any]
 
 
-def source_fingerprint(spec: CheckpointSpec) -> str:
+def source_fingerprint(spec: LoadSpec) -> str:
     """Identity of what `load` would take from the source, without taking it: content, ETags, or a resolved version."""
     kind, source = _source(spec)
     return content_digest([kind, source.identity(spec)])
 
 
 @stage("load", libraries=("transformers", "safetensors", "gguf"), source=source_fingerprint)
-def load(spec: CheckpointSpec, *, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
+def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
     """Bring a checkpoint into `out` as safetensors with its tokenizer, and check it; `spec.source` is one of
 
     a Hugging Face folder or a GGUF file (or a folder with one), `s3://bucket/prefix`, `hf:org/name@revision`,
-    `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards.
-    Raises CheckpointError or ServiceError; then `out` is empty again.
+    `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards. The model must be one for
+    `spec.task`. Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / _WORK
     work.mkdir()
@@ -88,7 +88,7 @@ def load(spec: CheckpointSpec, *, out: Path, seed: int = 0, progress: Progress =
     return {name: float(asdict(info)[name]) for name in METRICS}
 
 
-def _source(spec: CheckpointSpec) -> tuple[str, Source]:
+def _source(spec: LoadSpec) -> tuple[str, Source]:
     if spec.source is None:
         raise CheckpointError("there is nothing to load: the recipe trains its checkpoint (checkpoint.train)")
     kind = next((kind for kind in SOURCES if spec.source.startswith(kind)), "")
@@ -109,18 +109,18 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _adopt(found: Path, spec: CheckpointSpec, out: Path, progress: Progress) -> CheckpointInfo:
+def _adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress) -> CheckpointInfo:
     """Check a local folder or GGUF file and put it into `out`, converted where it is not safetensors."""
     progress.note(f"checking {spec.source}")
     gguf = _gguf_file(found)
     if gguf is not None:
         _convert_gguf(gguf, out, progress)
-        return inspect_checkpoint(out)
+        return inspect_checkpoint(out, task=spec.task)
     weights = find_weights(Listing.of(found), allow_pickle=spec.allow_pickle)
     if weights.pickled:
         _convert_pickle(found, weights, spec, out, progress)
-        return inspect_checkpoint(out, trust_remote_code=spec.trust_remote_code)
-    info = inspect_checkpoint(found, trust_remote_code=spec.trust_remote_code)
+        return inspect_checkpoint(out, task=spec.task, trust_remote_code=spec.trust_remote_code)
+    info = inspect_checkpoint(found, task=spec.task, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):
         _take(found / name, out / name)
     return info
@@ -202,12 +202,12 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
             setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))
 
 
-def _convert_pickle(folder: Path, weights: Weights, spec: CheckpointSpec, out: Path, progress: Progress) -> None:
+def _convert_pickle(folder: Path, weights: Weights, spec: LoadSpec, out: Path, progress: Progress) -> None:
     """Write a pickled checkpoint's tensors as safetensors, shard by shard, and link the rest."""
     from safetensors.torch import save_file
 
     shapes = {name: tuple(tensor.shape) for _, name, tensor in stream_tensors(folder, weights)}
-    ties = dry_load(folder, shapes, trust_remote_code=spec.trust_remote_code).all_tied_weights_keys
+    ties = dry_load(folder, shapes, spec.task, trust_remote_code=spec.trust_remote_code).all_tied_weights_keys
     mapping: dict[str, str] = {}
     size = 0
     for number, file in enumerate(weights.files, 1):
@@ -256,11 +256,11 @@ def _saving(out: Path) -> Iterator[None]:
 # --- local
 
 
-def _fetch_local(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
+def _fetch_local(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     return Path(str(spec.source)).expanduser()
 
 
-def _identify_local(spec: CheckpointSpec) -> dict[str, str]:
+def _identify_local(spec: LoadSpec) -> dict[str, str]:
     """sha256 of every file that is taken, by name."""
     path = _fetch_local(spec, Path(), Progress())
     gguf = _gguf_file(path)
@@ -276,7 +276,7 @@ def _identify_local(spec: CheckpointSpec) -> dict[str, str]:
 # --- s3://bucket/prefix
 
 
-def _fetch_s3(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
+def _fetch_s3(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     """Download what is needed, after a look from afar at whether it is whole."""
     names = _wanted(s3.listing(str(spec.source)), spec)
     s3.download(str(spec.source), work / "s3", progress, names)
@@ -284,7 +284,7 @@ def _fetch_s3(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
     return work / "s3" / only if only.endswith(".gguf") else work / "s3"
 
 
-def _wanted(listing: Listing, spec: CheckpointSpec) -> list[str]:
+def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
     """Names to download: one GGUF file, or a complete checkpoint's needed files."""
     if not listing.sizes:
         raise ServiceError(f"{listing.where} holds no objects; check the prefix (it is case-sensitive)")
@@ -298,7 +298,7 @@ def _wanted(listing: Listing, spec: CheckpointSpec) -> list[str]:
     return needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
 
 
-def _identify_s3(spec: CheckpointSpec) -> list[list[Any]]:
+def _identify_s3(spec: LoadSpec) -> list[list[Any]]:
     """Name, size and ETag of every object that is taken."""
     names = _wanted(s3.listing(str(spec.source)), spec)
     return sorted([item.name, item.size, item.etag] for item in s3.list_objects(str(spec.source)) if item.name in names)
@@ -307,7 +307,7 @@ def _identify_s3(spec: CheckpointSpec) -> list[list[Any]]:
 # --- hf:org/name@revision
 
 
-def _fetch_hf(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
+def _fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     """Download the needed files of a repository into huggingface_hub's own cache, which resumes and deduplicates."""
     from huggingface_hub import snapshot_download
 
@@ -321,7 +321,7 @@ def _fetch_hf(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
     return Path(folder)
 
 
-def _repository(spec: CheckpointSpec) -> tuple[str, str]:
+def _repository(spec: LoadSpec) -> tuple[str, str]:
     repo, _, revision = str(spec.source).removeprefix("hf:").partition("@")
     return repo, revision or "main"
 
@@ -331,7 +331,7 @@ def _hub_places() -> dict[str, Any]:
     return {"endpoint": os.environ.get("HF_ENDPOINT") or None, "cache_dir": os.environ.get("HF_HUB_CACHE") or None}
 
 
-def _hub_info(spec: CheckpointSpec) -> Any:
+def _hub_info(spec: LoadSpec) -> Any:
     """What the hub says about the repository at the revision; None where the hub is out of reach."""
     import httpx
     from huggingface_hub import HfApi
@@ -344,7 +344,7 @@ def _hub_info(spec: CheckpointSpec) -> Any:
         return None
 
 
-def _hub_names(spec: CheckpointSpec) -> list[str] | None:
+def _hub_names(spec: LoadSpec) -> list[str] | None:
     """Names to download; None where the hub is out of reach. Refuses a pickle before anything is downloaded."""
     from huggingface_hub import hf_hub_download
 
@@ -363,7 +363,7 @@ def _hub_names(spec: CheckpointSpec) -> list[str] | None:
 
 
 @contextmanager
-def _hub_explained(spec: CheckpointSpec) -> Iterator[None]:
+def _hub_explained(spec: LoadSpec) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line."""
     from huggingface_hub import errors
 
@@ -386,7 +386,7 @@ def _hub_explained(spec: CheckpointSpec) -> Iterator[None]:
         raise ServiceError(f"{spec.source}: the Hugging Face hub answered: {one_line(error)}") from error
 
 
-def _identify_hf(spec: CheckpointSpec) -> list[str]:
+def _identify_hf(spec: LoadSpec) -> list[str]:
     """The commit that the revision stands for, asked of the hub, else of the local cache."""
     with _hub_explained(spec):
         info = _hub_info(spec)
@@ -398,7 +398,7 @@ def _identify_hf(spec: CheckpointSpec) -> list[str]:
 # --- models:/name@alias, models:/name/version
 
 
-def _fetch_registered(spec: CheckpointSpec, work: Path, progress: Progress) -> Path:
+def _fetch_registered(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     """The Hugging Face folder inside a registered model; where its store is a local folder, that very folder."""
     from mlflow.artifacts import download_artifacts
 
@@ -411,7 +411,7 @@ def _fetch_registered(spec: CheckpointSpec, work: Path, progress: Progress) -> P
     return _with_tokenizer(_model_folder(root, spec), root, work)
 
 
-def _model_location(spec: CheckpointSpec) -> str:
+def _model_location(spec: LoadSpec) -> str:
     """Where the artifacts of a registered version lie.
 
     Not through `download_artifacts("models:/...")`: that writes a file of its own into a local store.
@@ -426,7 +426,7 @@ def _model_location(spec: CheckpointSpec) -> str:
 
 
 @contextmanager
-def _registry_explained(spec: CheckpointSpec) -> Iterator[None]:
+def _registry_explained(spec: LoadSpec) -> Iterator[None]:
     """Turn what MLflow raises into one line."""
     from mlflow.exceptions import MlflowException
 
@@ -440,7 +440,7 @@ def _registry_explained(spec: CheckpointSpec) -> Iterator[None]:
         raise ServiceError(f"{spec.source}: MLflow failed: {one_line(error)}; check MLFLOW_TRACKING_URI") from error
 
 
-def _model_folder(root: Path, spec: CheckpointSpec) -> Path:
+def _model_folder(root: Path, spec: LoadSpec) -> Path:
     """The folder nearest to `root` that holds a configuration beside safetensors."""
     configs = sorted(root.rglob(CONFIG), key=lambda path: (len(path.parts), path))
     for config in configs:
@@ -473,7 +473,7 @@ def _with_tokenizer(folder: Path, root: Path, work: Path) -> Path:
     return joined
 
 
-def _identify_registered(spec: CheckpointSpec) -> list[str]:
+def _identify_registered(spec: LoadSpec) -> list[str]:
     """The location that an alias stands for now: every version has its own."""
     return [_model_location(spec)]
 

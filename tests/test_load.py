@@ -14,11 +14,12 @@ from typing import Any
 import boto3
 import pytest
 from conftest import S3Server
+from families import family_checkpoint
 
 from featherweight.checkpoint import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, inspect_checkpoint
 from featherweight.errors import CheckpointError, FeatherweightError, ServiceError
 from featherweight.progress import Progress
-from featherweight.recipe import CheckpointSpec, TrainSpec
+from featherweight.recipe import LoadSpec, TrainSpec
 from featherweight.serving import Serving
 from tasks.load import load, source_fingerprint
 
@@ -42,11 +43,11 @@ def out(tmp_path: Path) -> Path:
     return path
 
 
-def spec(source: object, **options: bool) -> CheckpointSpec:
-    return CheckpointSpec.model_validate({"source": str(source), **options})
+def spec(source: object, **options: object) -> LoadSpec:
+    return LoadSpec.model_validate({"source": str(source), **options})
 
 
-def refusal(source: object, out: Path, kind: type[FeatherweightError] = CheckpointError, **options: bool) -> str:
+def refusal(source: object, out: Path, kind: type[FeatherweightError] = CheckpointError, **options: object) -> str:
     """The line with which a source is refused; nothing stays behind."""
     with pytest.raises(kind) as error:
         load(spec(source, **options), out=out)
@@ -126,7 +127,7 @@ def test_a_refused_folder_leaves_nothing(folder: Path, out: Path):
     assert "does not exist" in refusal(folder / "none", out)
     assert "is a file" in refusal(folder / "README.md", out)
     with pytest.raises(CheckpointError, match="trains its checkpoint"):
-        load(CheckpointSpec(train=TrainSpec.model_validate({})), out=out)
+        load(LoadSpec(train=TrainSpec.model_validate({})), out=out)
 
 
 # --- pickles
@@ -502,3 +503,69 @@ def test_the_fingerprint_of_a_prefix_follows_its_objects(s3_server: S3Server, fo
 def test_the_fingerprint_of_nothing_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="does not exist"):
         source_fingerprint(spec(tmp_path / "none"))
+
+
+# Families
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [(kind, "text2text-generation") for kind in ("t5", "mt5", "mbart", "m2m_100", "marian")]
+    + [(kind, "fill-mask") for kind in ("bert", "distilbert", "roberta")],
+)
+def test_every_family_is_loaded_for_its_task_only(tmp_path: Path, out: Path, kind: str, task: str) -> None:
+    folder = family_checkpoint(kind, tmp_path / kind)
+    assert load(spec(folder, task=task), out=out)["layers"] == 2
+    assert inspect_checkpoint(out, task=task).parameters == sum(tensor.numel() for tensor in stored(out).values())
+    other = tmp_path / "other"
+    other.mkdir()
+    line = refusal(folder, other)
+    assert line.startswith(f"{folder} is a model for {task} (") and line.endswith(f"task is text-generation; set task: {task}")
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The model's own parameters, tied ones once."""
+    from transformers import AutoConfig
+
+    from featherweight.architecture import auto_class
+
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    return dict(model.named_parameters())
+
+
+def test_a_headless_encoder_and_a_damaged_seq2seq_model_are_refused(tmp_path: Path, out: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for kind, task, lost in (("bert", "fill-mask", "cls.predictions"), ("t5", "text2text-generation", "decoder.block.1")):
+        folder = family_checkpoint(kind, tmp_path / kind)
+        tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if not name.startswith(lost)}
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        assert f"tensor {lost}" in refusal(folder, out, task=task)
+    config = json.loads((tmp_path / "bert" / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    assert "of BertForMaskedLM is missing" in refusal(tmp_path / "bert", out, task="fill-mask")
+
+
+def test_what_an_encoder_was_pretrained_with_beside_its_head_is_no_damage(tmp_path: Path, out: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = family_checkpoint("bert", tmp_path / "bert")
+    more = {"bert.pooler.dense.weight": torch.zeros(32, 32), "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file(load_file(folder / WEIGHTS) | more, folder / WEIGHTS, {"format": "pt"})
+    assert load(spec(folder, task="fill-mask"), out=out)["layers"] == 2
+
+
+def test_a_t5_with_a_head_of_its_own_keeps_it(tmp_path: Path, out: Path) -> None:
+    """transformers 5 calls every T5 tied, whatever its files hold."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from featherweight.surgery import load_model
+
+    folder = family_checkpoint("t5", tmp_path / "t5")
+    head = torch.randn(load_file(folder / WEIGHTS)["shared.weight"].shape)
+    save_file(load_file(folder / WEIGHTS) | {"lm_head.weight": head}, folder / WEIGHTS, {"format": "pt"})
+    load(spec(folder, task="text2text-generation"), out=out)
+    assert not inspect_checkpoint(out).tied
+    assert load_model(out).get_output_embeddings().weight.equal(head)
