@@ -108,8 +108,9 @@ class DistillSpec(FinetuneSpec):
 
 
 class PruneSpec(Spec):
-    """LLM-Pruner: dependency-aware Taylor pruning of attention groups and MLP channels, then recovery training."""
+    """A smaller model, then recovery training. structured: LLM-Pruner's cut of attention groups and MLP channels."""
 
+    method: Literal["structured"] = "structured"
     criterion: Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random"] = "param_first"
     ratio: Share = 0.25
     attention: bool = True

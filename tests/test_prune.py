@@ -16,8 +16,9 @@ from featherweight.errors import RecipeError, StageError
 from featherweight.progress import Progress
 from featherweight.recipe import PruneSpec
 from featherweight.text import Document, write_documents
-from tasks import prune as pruning
 from tasks.prune import prune
+from tasks.pruners import structured as pruning
+from tasks.pruners.job import sample_blocks
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "llm_pruner"
 METHODS = {
@@ -99,7 +100,7 @@ def test_the_saved_model_is_the_whole_one_with_the_rest_set_to_zero(
     spec, out = PruneSpec(ratio=0.25, samples=6, sequence=32), tmp_path / "out"
     out.mkdir()
     metrics = prune(spec, checkpoint=source, calibration=text, out=out)
-    model, blocks = surgery.load_model(source), pruning.sample_blocks(spec, source, text, 0)
+    model, blocks = surgery.load_model(source), sample_blocks(spec, source, text, 0)
     scores, loss = pruning.importance(model, groups_of(model), spec.criterion, blocks, 0, Progress())
     assert metrics["loss_before"] == pytest.approx(loss, abs=1e-6)
     silence(model, [set(pruning.keep_best(part, 3).tolist()) for part in scores[::2]], 16, "o_proj")
@@ -154,7 +155,7 @@ def test_either_half_can_be_left_alone(part: str, tiny_checkpoint: Path, text: P
 
 def test_every_criterion_ranks_and_they_differ(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
-    blocks = pruning.sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
+    blocks = sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
     model = surgery.load_model(source)
     ranks = {}
     for criterion in CRITERIA:
@@ -167,7 +168,7 @@ def test_every_criterion_ranks_and_they_differ(tiny_checkpoint: Path, text: Path
 
 def test_the_mixed_criterion_is_slope_minus_half_the_curvature(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
-    blocks = pruning.sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
+    blocks = sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
     model = surgery.load_model(source)
     gradients = []
     for block in blocks:

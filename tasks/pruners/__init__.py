@@ -1,0 +1,12 @@
+"""Pruning methods, one file each: `prune(job) -> Pruned`. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tasks.pruners import structured
+from tasks.pruners.job import Job, Pruned
+
+METHODS: dict[str, Callable[[Job], Pruned]] = {
+    "structured": structured.prune,
+}
