@@ -184,9 +184,10 @@ def _resume(state: TrainingState, scratch: Path | None, team: Team, steps: int, 
     if noise is None:
         return
     size = len(torch.get_rng_state())
-    torch.set_rng_state(noise[team.rank, :size])
+    own = noise[team.rank].clone()  # torch reads a generator's state from the start of the memory that the tensor lies in
+    torch.set_rng_state(own[:size])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state(noise[team.rank, size:])
+        torch.cuda.set_rng_state(own[size:].clone())
     for step, loss in enumerate(state.record.losses, 1):
         held_out = {"held_out_loss": state.record.held_out[step]} if step in state.record.held_out else {}
         progress.step(step, steps, loss=loss, **held_out)

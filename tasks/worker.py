@@ -51,9 +51,8 @@ def run_in_processes(
         assert launcher.stdout
         try:
             metrics = _listen(launcher.stdout, progress)
-            if metrics is None:
-                raise StageError(f"{stage}: its {processes} processes ended with status {launcher.wait()}; {_tail(log)}")
-            launcher.wait()
+            if launcher.wait() or metrics is None:
+                raise StageError(f"{stage}: its {processes} processes ended with status {launcher.returncode}; {_tail(log)}")
             return metrics
         finally:
             end_group(launcher)
@@ -82,21 +81,26 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 def _listen(lines: IO[bytes], progress: Progress) -> dict[str, float] | None:
-    """Hand progress on until the metrics come; None where they never do. Raises what a process says that it raised."""
+    """Hand progress on to the end, and return the metrics; None where they never came. Raises what a process says it raised.
+
+    Of several errors the first that is not about the connection to another process: that one only tells of its end.
+    """
+    metrics, failures = None, []
     for line in lines:
-        try:
-            (kind, value), *_ = json.loads(line).items()
-        except ValueError:
+        if not line.startswith(b"{"):
             continue  # a library's own words
+        ((kind, value),) = json.loads(line).items()
         if kind == "step":
             progress.step(value["done"], value["total"], **value["values"])
         elif kind == "note":
             progress.note(value)
-        elif kind == "error":
-            raise _error(**value)
         elif kind == "metrics":
-            return value
-    return None
+            metrics = value
+        elif kind == "error":
+            failures.append(value)
+    if failures:
+        raise _error(**min(failures, key=lambda failure: "Connection" in failure["text"]))
+    return metrics
 
 
 def _error(kind: str, text: str, losses: list[float]) -> BaseException:

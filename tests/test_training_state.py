@@ -21,7 +21,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from safetensors.torch import save_model
-from tests.test_training_state import Printed, long_run, model
+from test_training_state import Printed, long_run, model
 
 trained = model()
 long_run(trained, Path(sys.argv[1]), Printed())
@@ -55,7 +55,7 @@ def model(seed: int = 0, dropout: float = 0.2) -> torch.nn.Module:
 
 def start(scratch: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, str(scratch), str(out)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
