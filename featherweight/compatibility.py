@@ -13,6 +13,8 @@ from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, QuantizeSpe
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
+BY_ROW = ("torch-dynamic", "torch-static", "torchao-int8-dynamic")
+"""PyTorch engines that multiply int8 by int8."""
 NOT_FOR: dict[tuple[str, Task], str] = {
     ("onnxruntime-genai", "text2text-generation"): "its model builder knows decoders only; take ctranslate2 or torch",
     ("onnxruntime-genai", "fill-mask"): "its model builder knows decoders only; take torch or torch-compile",
@@ -52,7 +54,9 @@ def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | Exp
         return str(error)
     if serve.engine == "onnxruntime-genai":
         return _no_matmul_nbits(finer)
-    if serve.engine == "ctranslate2":
+    if serve.engine in ("torchao-int8", "torchao-int4"):
+        return None
+    if serve.engine in ("ctranslate2", *BY_ROW):
         return grid_refusal(finer, head, serve)
     return f"{serve.engine} is given one grid for all layers here, not mixed precision; take onnxruntime-genai"
 
@@ -62,7 +66,7 @@ def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | Expo
     if isinstance(serve, CompileSpec):
         rule = _genai if serve.engine == "onnxruntime-genai" else _torch_compile
         return rule(body, head, serve)
-    return {"ctranslate2": _ctranslate2, "vllm": _vllm, "torch": _torch}[serve.engine](body, head, serve)
+    return {"ctranslate2": _ctranslate2, "vllm": _vllm, "torch": _torch}.get(serve.engine, _torch_quantized)(body, head, serve)
 
 
 def _float_of_rounded(precision: str) -> str:
@@ -96,6 +100,22 @@ def _torch(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | Non
     if serve.compute_type != "float32":
         return f"the plain PyTorch folder is float32, not {serve.compute_type}; take another engine"
     return None if body is None else _float_of_rounded("float32")
+
+
+def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
+    """torch's own int8 layers and torchao's; those that round activations multiply whole rows, so they want one scale per row."""
+    if serve.compute_type != "float32":
+        return f"{serve.engine} says by its name what it computes in; leave compute_type out"
+    if body is None:
+        return None
+    bits = 4 if serve.engine == "torchao-int4" else 8
+    if body.bits != bits:
+        other = "torchao-int4" if bits == 8 else "torchao-int8"
+        return f"it holds {bits}-bit integers, and would round the {body.bits}-bit grid again; take {other}"
+    for grid in (body, head):
+        if serve.engine in BY_ROW and grid is not None and (grid.bits != 8 or grid.group_size is not None):
+            return f"its int8 product has one scale per row of 8-bit weights, not {grid.name}; take torchao-int8"
+    return None
 
 
 def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:

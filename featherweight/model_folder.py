@@ -22,6 +22,11 @@ _COMMON = ("mlflow", "pandas", "transformers", "featherweight")
 _ENGINES = {
     "torch": ("torch",),
     "torch-compile": ("torch",),
+    "torch-dynamic": ("torch", "torchao", "accelerate"),
+    "torch-static": ("torch", "torchao", "accelerate"),
+    "torchao-int8": ("torch", "torchao", "accelerate"),
+    "torchao-int4": ("torch", "torchao", "accelerate"),
+    "torchao-int8-dynamic": ("torch", "torchao", "accelerate"),
     "onnxruntime-genai": ("onnxruntime-genai",),
     "ctranslate2": ("ctranslate2",),
     "vllm": (),  # lives in its own toolchain, which `make setup` builds

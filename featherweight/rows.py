@@ -49,12 +49,17 @@ def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, bool]]
             yield f"{name}.weight", parameter, isinstance(module, Conv1D)
 
 
+def ends(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters of the token embedding and the output head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(module.weight) for module in modules if module is not None}
+
+
 def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid) -> QuantizedWeights:
     """Every matrix of `model` on its grid: `head` for the embedding and the output head, `body` for all others."""
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
-    result = QuantizedWeights({}, {}, {}, "rtn")
+    result, vocabulary = QuantizedWeights({}, {}, {}, "rtn"), ends(model)
     for name, parameter, transposed in matrices(model):
-        grid = head if id(parameter) in ends else body
+        grid = head if id(parameter) in vocabulary else body
         result.grids[name] = grid
         result.q[name], result.scales[name] = grid.quantize(_rows(parameter, transposed))
     return result

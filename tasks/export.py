@@ -1,4 +1,4 @@
-"""export: a checkpoint becomes a folder that CTranslate2, vLLM or PyTorch serves, and is checked against PyTorch."""
+"""export: a checkpoint becomes a folder that CTranslate2, vLLM, PyTorch or torchao serves, and is checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import ct2_pack, vllm_pack
+from featherweight import ct2_pack, torch_pack, vllm_pack
 from featherweight.compatibility import grid_refusal
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS, Grid
@@ -19,6 +19,7 @@ from featherweight.rows import QuantizedRows, move_to_grid, round_to_nearest
 from featherweight.serving import Serving
 from tasks.parity import EXACT, Reference, load_reference
 from tasks.stage import Metrics, stage
+from tasks.static_ranges import input_ranges, simulated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 CT2_FOLDER = "ctranslate2"
 
 
-@stage("export", version="1", libraries=("ctranslate2", "transformers", "compressed-tensors"), hardware=True)
+@stage("export", version="1", libraries=("ctranslate2", "transformers", "compressed-tensors", "torch", "torchao"), hardware=True)
 def export(
     spec: ExportSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
@@ -35,9 +36,10 @@ def export(
     compute_type, for CTranslate2: 'float32'; 'int8' stores weights as int8 and rounds activations to int8 at run time;
     'int8_float32' stores the same weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own
     type of that name is the same as its int8 on a CPU, so it is not offered). For vLLM 'int8' is W8A8.
-    Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type says so.
+    Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type, or the
+    name of one of PyTorch's quantized engines (featherweight.torch_pack), says so.
     Metrics: none for 'torch', which is the reference itself; else `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats, see
-    tasks.parity), and for CTranslate2's int8 also `parity_weights_max_abs`, the same with activations in float.
+    tasks.parity), and where the engine rounds activations also `parity_weights_max_abs`, the same with activations in float.
     Raises RecipeError for weights on a grid that the engine does not hold, StageError for an unknown architecture, ParityError
     where the engine does not compute what PyTorch computes.
     """
@@ -48,6 +50,8 @@ def export(
         Serving("torch").write(out)
         return {}
     model = load_reference(checkpoint)
+    if spec.engine in torch_pack.FORMATS:
+        return _export_torch(spec.engine, model, quantized, checkpoint, calibration, out, seed, progress)
     if quantized is None and spec.compute_type != "float32":
         quantized = round_to_nearest(model, *grids_here(spec))
         move_to_grid(model, quantized)
@@ -59,6 +63,37 @@ def export(
     progress.note(f"comparing {spec.engine} with PyTorch")
     weights = _check_weights(reference, out) if (spec.engine, spec.compute_type) == ("ctranslate2", "int8") else {}
     return {**weights, **reference.check(out)}
+
+
+def _export_torch(
+    engine: str,
+    model: PreTrainedModel,
+    quantized: QuantizedWeights | None,
+    checkpoint: Path,
+    calibration: Path,
+    out: Path,
+    seed: int,
+    progress: Progress,
+) -> Metrics:
+    """One of PyTorch's quantized engines. The reference of a static one rounds activations by the same ranges."""
+    kind = torch_pack.FORMATS[engine]
+    quantized = quantized or round_to_nearest(model, GRIDS[kind.body], GRIDS[kind.head])
+    move_to_grid(model, quantized)
+    ranges = {}
+    if kind.activations == "static":
+        progress.note("finding the ranges of activations")
+        ranges = input_ranges(model, quantized.q, checkpoint, calibration, seed)
+    progress.note(f"writing for {engine}")
+    torch_pack.write(model, quantized, ranges, out)
+    copy_tokenizer(checkpoint, out)
+    Serving(engine, grid=quantized.grid).write(out)
+    reference = Reference.of(model, checkpoint, calibration)
+    progress.note(f"comparing {engine} with PyTorch")
+    if kind.activations == "float":
+        return reference.check(out)
+    weights = _check_float_twin(reference, out, calibration)
+    with simulated(model, ranges):
+        return {**weights, **Reference.of(model, checkpoint, calibration).check(out)}
 
 
 def refuse(quantized: QuantizedWeights | None, spec: ExportSpec) -> None:
@@ -98,6 +133,13 @@ def _write_vllm(spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWe
         copy_tokenizer(checkpoint, out)
         vllm_pack.pack(model, quantized, checkpoint, out)
     Serving("vllm", grid=quantized.grid if quantized else None).write(out)
+
+
+def _check_float_twin(reference: Reference, served: Path, calibration: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, in layers that leave activations in float."""
+    twin = Reference.of(torch_pack.load(served, torch_pack.WEIGHT_ONLY), served, calibration)
+    measured = reference.hold(twin.logprobs, EXACT, f"{Serving.read(served).engine} with float activations")
+    return {"parity_weights_max_abs": measured["parity_max_abs"]}
 
 
 def _check_weights(reference: Reference, served: Path) -> Metrics:

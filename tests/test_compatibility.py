@@ -21,7 +21,8 @@ def serve(text: str) -> CompileSpec | ExportSpec:
 @pytest.mark.parametrize(
     "engine",
     ["onnxruntime-genai", "onnxruntime-genai int8", "onnxruntime-genai int4", "torch-compile", "torch", "ctranslate2",
-     "ctranslate2 int8", "ctranslate2 int8_float32", "vllm", "vllm int8"],
+     "ctranslate2 int8", "ctranslate2 int8_float32", "vllm", "vllm int8", "torch-dynamic", "torch-static", "torchao-int8",
+     "torchao-int4", "torchao-int8-dynamic"],
 )  # fmt: skip
 def test_float_weights_are_served_by_every_engine(engine):
     assert refusal(None, serve(engine)) is None
@@ -29,7 +30,12 @@ def test_float_weights_are_served_by_every_engine(engine):
 
 @pytest.mark.parametrize(
     ("engine", "reason"),
-    [("torch-compile int8", "float32 here"), ("torch int8", "not int8"), ("vllm int8_float32", "W8A16")],
+    [
+        ("torch-compile int8", "float32 here"),
+        ("torch int8", "not int8"),
+        ("vllm int8_float32", "W8A16"),
+        ("torch-dynamic int8", "leave compute_type out"),
+    ],
 )
 def test_precisions_that_an_engine_does_not_have(engine, reason):
     assert reason in refusal(None, serve(engine))
@@ -40,6 +46,8 @@ def test_precisions_that_an_engine_does_not_have(engine, reason):
     [("int8", "int8", "onnxruntime-genai int8"), ("int4-g32", "int8", "onnxruntime-genai int4"),
      ("int4-g128", None, "onnxruntime-genai int4"), ("int8-g32", "int8", "onnxruntime-genai int8"),
      ("int8", "int8", "ctranslate2 int8"), ("int8-reduced", "int8-reduced", "ctranslate2 int8"),
+     ("int8", "int8", "torch-dynamic"), ("int8-reduced", None, "torch-static"), ("int8", "int8", "torchao-int8-dynamic"),
+     ("int8-g32", "int4-g32", "torchao-int8"), ("int4", "int8", "torchao-int4"), ("int4-g128", None, "torchao-int4"),
      ("int8", None, "ctranslate2 int8_float32"), ("int8", "int8", "vllm int8"), ("int8", None, "vllm int8")],
 )  # fmt: skip
 def test_grids_that_an_engine_holds(grid, head, engine):
@@ -55,6 +63,9 @@ def test_grids_that_an_engine_holds(grid, head, engine):
      ("int4-g32", "int8", "onnxruntime-genai int8", "4-bit grid"),
      ("int8", "int8", "onnxruntime-genai int4", "8-bit grid"),
      ("int4-g32", "int8", "vllm int8", "not int4-g32"),
+     ("int4-g32", "int8", "torch-dynamic", "take torchao-int4"), ("int4", "int8", "torchao-int8", "round the 4-bit grid again"),
+     ("int8", "int8", "torchao-int4", "take torchao-int8"), ("int8-g32", "int8", "torch-static", "not int8-g32; take torchao-int8"),
+     ("int8", "int4-g32", "torchao-int8-dynamic", "one scale per row"),
      ("int7", "int8", "vllm int8", "unknown grid 'int7'")],
 )  # fmt: skip
 def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
@@ -81,3 +92,9 @@ def test_every_grid_has_an_engine():
     engines = [serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)]
     for name in GRIDS:
         assert any(refusal(QuantizeSpec(grid=name, head=name), engine) is None for engine in engines), name
+
+
+def test_torchao_holds_mixed_precision_where_it_is_weight_only():
+    mixed = QuantizeSpec(grid="int4-g32", mixed={"grid": "int8"})
+    assert refusal(mixed, serve("torchao-int4")) is None
+    assert "take torchao-int4" in refusal(mixed, serve("torch-dynamic"))

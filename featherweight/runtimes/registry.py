@@ -11,9 +11,15 @@ from featherweight.errors import RecipeError, ToolchainError
 if TYPE_CHECKING:
     from featherweight.runtimes.engine import Engine
 
+TORCH_QUANTIZED = "torch_quantized:TorchQuantized"
 ENGINES = {
     "torch": ("torch_eager:TorchEager", "torch"),
     "torch-compile": ("torch_compile:TorchCompile", "torch"),
+    "torch-dynamic": (TORCH_QUANTIZED, "torch"),
+    "torch-static": (TORCH_QUANTIZED, "torchao"),
+    "torchao-int8": (TORCH_QUANTIZED, "torchao"),
+    "torchao-int4": (TORCH_QUANTIZED, "torchao"),
+    "torchao-int8-dynamic": (TORCH_QUANTIZED, "torchao"),
     "onnxruntime-genai": ("onnx_genai:OnnxGenai", "onnxruntime_genai"),
     "ctranslate2": ("ctranslate2_engine:CTranslate2", "ctranslate2"),
     "vllm": ("vllm:Vllm", None),
