@@ -31,6 +31,14 @@ class StageError(FeatherweightError):
     exit_code = 5
 
 
+class DivergenceError(StageError):
+    """Training ran away. `losses` is the curve up to then, one value a step, in nats per token."""
+
+    def __init__(self, message: str, losses: tuple[float, ...] = ()) -> None:
+        super().__init__(message)
+        self.losses = losses
+
+
 class ParityError(StageError):
     """An exported variant does not compute what its PyTorch source computes."""
 

@@ -51,6 +51,23 @@ class Muon:
                 for weight, update in zip(stack, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state, and the averages of the matrices as further entries; laid out as torch's optimizers do."""
+        inner = self.adamw.state_dict()
+        first = sum(len(group["params"]) for group in inner["param_groups"])
+        averages = {first + index: {"average": average} for index, average in enumerate(self.averages)}
+        return {"state": {**inner["state"], **averages}, "param_groups": inner["param_groups"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        entries = state["state"].items()
+        own = [values["average"] for _, values in sorted(entries) if "average" in values]
+        for average, saved in zip(self.averages, own, strict=True):
+            average.copy_(saved)
+        inner = {index: values for index, values in entries if "average" not in values}
+        self.adamw.load_state_dict({"state": inner, "param_groups": state["param_groups"]})
+        self.param_groups[:-1] = self.adamw.param_groups  # torch has made new ones, whose rates it reads
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         for group in self.param_groups:

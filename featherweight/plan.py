@@ -146,7 +146,7 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         add("prune", prune, spec, calibration="text/calibration")
         if spec.finetune:
             path = f"{path}+finetune"
-            add("finetune", prune, spec.finetune, text="text/train")
+            add("finetune", prune, spec.finetune, text="text/train", calibration="text/calibration")
     if quantize != NONE:
         path = _join(path.removesuffix("+finetune"), quantize)
         rounding, inputs = stages.quantize[quantize], {"calibration": "text/calibration"}

@@ -93,8 +93,8 @@ class GateSpec(Spec):
     max_overlap: Share = 0.5
 
 
-class FinetuneSpec(Spec):
-    """Recovery training of all weights, AdamW with warm-up and a cosine schedule."""
+class TrainingSpec(Spec):
+    """What every training on text is told: how long, on how much at once, how fast."""
 
     steps: Positive = 100
     batch: Positive = 8
@@ -102,7 +102,45 @@ class FinetuneSpec(Spec):
     learning_rate: float = Field(default=3e-4, gt=0)
 
 
-class DistillSpec(FinetuneSpec):
+class LoraSpec(Spec):
+    """Low-rank adapters, merged into the weights when trained: W + alpha / rank · B A.
+
+    targets: names of linear layers, such as q_proj; by default all but the output head.
+    """
+
+    rank: Positive = 8
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+class FinetuneSpec(TrainingSpec):
+    """Recovery training, AdamW with warm-up and a cosine schedule: of all weights, or of `lora` adapters alone.
+
+    warmup: share of the steps over which the learning rate rises.
+    accumulate: parts that a batch is computed in, one after the other: less memory, the same step.
+    patience: stop after so many measurements of the held-out loss in a row above the best, whose weights are kept.
+    evaluate_every: steps between these measurements; by default a tenth of all steps where `patience` is given.
+    save_every_s: seconds between the saves that a killed training resumes from.
+    processes: how many compute each batch together, one device each, or their share of the cores.
+    """
+
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    accumulate: Positive = 1
+    lora: LoraSpec | None = None
+    patience: Positive | None = None
+    evaluate_every: Positive | None = None
+    save_every_s: float = Field(default=60.0, ge=0)
+    processes: Positive = 1
+
+    @model_validator(mode="after")
+    def _parts_are_not_empty(self) -> FinetuneSpec:
+        if self.batch < self.accumulate * self.processes:
+            raise ValueError(f"batch {self.batch} cannot be split into accumulate {self.accumulate} x processes {self.processes}")
+        return self
+
+
+class DistillSpec(TrainingSpec):
     """A student made of chosen teacher layers, trained on temperature-scaled KL plus cross-entropy."""
 
     layers: Positive | tuple[int, ...]

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACT = "artifact"
+SCRATCH_DAYS = 14
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ class Workspace:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def scratch_folder(self, key: str) -> Path:
+        """The folder of a piece of work that may be killed and resumed, made where it is not there yet.
+
+        Those that nobody has come back to for SCRATCH_DAYS are removed on the way.
+        """
+        base = self.root / "resume"
+        folder = base / key[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        oldest = time.time() - SCRATCH_DAYS * 86400
+        for other in base.iterdir():
+            if other.stat().st_mtime < oldest:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
 
     def publish(self, client: MlflowClient, run_id: str, folder: Path) -> str:
         """Hand `folder` (manifest written) to the run's artifact store; returns its URI. A local store moves it."""

@@ -1,38 +1,82 @@
-"""finetune: recovery training of all weights."""
+"""finetune: recovery training, of all weights or of LoRA adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from featherweight import surgery, training
+from featherweight import lora, surgery, training
+from featherweight.errors import RecipeError
 from featherweight.examples import example_blocks
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
+from featherweight.team import launched, leads
 from tasks.stage import Metrics, stage
+from tasks.worker import run_in_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HELD_OUT = 32
+"""Blocks of held-out text that the loss is measured on."""
 
 
-@stage("finetune", version="1", libraries=("torch", "transformers"))
+@stage("finetune", version="2", libraries=("torch", "transformers", "peft", "accelerate"))
 def finetune(
-    spec: FinetuneSpec, *, checkpoint: Path, text: Path, out: Path, seed: int = 0, progress: Progress = Progress()
+    spec: FinetuneSpec,
+    *,
+    checkpoint: Path,
+    text: Path,
+    out: Path,
+    calibration: Path | None = None,
+    scratch: Path | None = None,
+    seed: int = 0,
+    progress: Progress = Progress(),
 ) -> Metrics:
-    """Train every weight of `checkpoint` on `text`: AdamW, linear warm-up, cosine decay.
+    """Train `checkpoint` on `text`: AdamW, linear warm-up, cosine decay; documents packed end to end where the family allows.
 
-    Metrics: `loss_first` and `loss_last` (nats per token, means over the first and last tenth of the steps), `tokens`,
-    `tokens_per_s`, `parameters`. Raises StageError on divergence, DataError where the text is too short.
+    calibration: the held-out text for `patience` and `evaluate_every`. scratch: where a killed training resumes from.
+    Metrics: `loss_first` and `loss_last` (nats per token, means over the first and last tenth of the steps), `steps`, `tokens`,
+    `tokens_per_s`, `parameters`, `parameters_trained`; with held-out text `held_out_first`, `held_out_loss` and `best_step`.
+    Raises DivergenceError, RecipeError for what the model cannot do, DataError where a text is too short.
     """
+    if spec.processes > 1 and not launched():
+        folders = {"checkpoint": checkpoint, "text": text, "calibration": calibration, "scratch": scratch, "out": out}
+        return run_in_processes("finetune", spec, folders, seed, spec.processes, progress)
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "finetune")
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
+    held_out = held_out_text(spec, checkpoint, config, calibration)
     model = surgery.load_model(checkpoint)
+    adapted = lora.attach(model, spec.lora, seed) if spec.lora else None
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     run = training.timed_loop(
         model,
         blocks,
         steps=spec.steps,
         batch=spec.batch,
         learning_rate=spec.learning_rate,
+        warmup=spec.warmup,
         weight_decay=0.01,
+        accumulate=spec.accumulate,
+        held_out=held_out,
+        scratch=scratch,
+        save_every_s=spec.save_every_s,
         seed=seed,
         progress=progress,
     )
-    surgery.save_model(model, out, checkpoint)
-    return run | {"parameters": surgery.parameters(model)}
+    if adapted is not None:
+        model = lora.merge(adapted)
+    if leads():
+        surgery.save_model(model, out, checkpoint)
+    return run | {"parameters": surgery.parameters(model), "parameters_trained": trained}
+
+
+def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> training.HeldOut | None:
+    """What the recipe wants measured while training, None for nothing. Raises RecipeError where it has no text for it."""
+    if spec.patience is None and spec.evaluate_every is None:
+        return None
+    if text is None:
+        raise RecipeError("finetune.patience and evaluate_every need held-out text: give the stage a calibration input")
+    blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=HELD_OUT)
+    return training.HeldOut(blocks, spec.evaluate_every or max(1, spec.steps // 10), spec.patience)

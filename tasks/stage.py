@@ -10,7 +10,9 @@ import ast
 import errno
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
-from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.loss_curve import loss_page
 from featherweight.plan import Node
 from featherweight.progress import Progress
 from featherweight.recipe import Spec
@@ -54,7 +57,8 @@ class Stage:
     """A stage's function and what its cache key must know beside the inputs.
 
     The function is called as `function(spec, *, out, seed, progress, **inputs)`: `inputs` are folders (Path) by name, `out` is
-    an empty folder to fill, `progress` is a featherweight.progress.Progress; it returns a flat mapping of metrics.
+    an empty folder to fill, `progress` is a featherweight.progress.Progress; it returns a flat mapping of metrics. A function
+    that names `scratch` gets a folder that outlives a kill, the same one for the same work and nothing else.
     """
 
     name: str
@@ -107,16 +111,35 @@ class Stage:
         session.client.set_terminated(run_id, "FINISHED")
         return ref
 
+    @contextmanager
+    def _scratch(self, workspace: Workspace, key: str) -> Iterator[dict[str, Path]]:
+        """The folder in which the function keeps what it needs to resume, for a function that asks for one.
+
+        It stays after a kill, Ctrl-C or a full disk. It goes when the work is done, and when the stage itself has failed:
+        the same would happen again.
+        """
+        if "scratch" not in inspect.signature(self.function).parameters:
+            yield {}
+            return
+        folder = workspace.scratch_folder(key)
+        try:
+            yield {"scratch": folder}
+        except StageError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
     def _make(self, node: Node, inputs: Mapping[str, ArtifactRef], session: Session, key: str, run_id: str) -> ArtifactRef:
         started, clock = _now(), time.perf_counter()
         folders = {name: session.workspace.materialize(ref, check=False) for name, ref in inputs.items()}
         _silence(self.libraries)
         progress = _LoggedProgress(session.listen(node), session.client, run_id)
-        with session.workspace.working_folder() as work, _clear_errors(node.id):
+        spaces = (session.workspace.working_folder(), self._scratch(session.workspace, key))
+        with spaces[0] as work, spaces[1] as scratch, _clear_errors(node.id):
             out = work / "artifact"
             out.mkdir()
             with _peak_memory() as peak, _evidence(session.client, run_id, out):
-                metrics = dict(self.function(node.spec, out=out, seed=node.seed, progress=progress, **folders))
+                metrics = dict(self.function(node.spec, out=out, seed=node.seed, progress=progress, **folders, **scratch))
             files = describe_files(out)
             seconds = time.perf_counter() - clock
             manifest = Manifest(
@@ -369,10 +392,12 @@ def _is_full(error: Exception) -> bool:
 
 @contextmanager
 def _evidence(client: MlflowClient, run_id: str, out: Path) -> Iterator[None]:
-    """Keep the pages that a failing stage wrote about its failure: they go to its MLflow run."""
+    """Keep the pages that a failing stage wrote about its failure: they go to its MLflow run, and so does a diverging loss."""
     try:
         yield
-    except FeatherweightError:
+    except FeatherweightError as error:
+        if isinstance(error, DivergenceError):
+            (out / "loss.html").write_text(loss_page(error.losses, str(error)), encoding="utf-8")
         for page in out.glob("*.html"):
             client.log_artifact(run_id, str(page), "failure")
         raise

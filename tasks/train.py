@@ -21,10 +21,19 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
 @stage("train", version="1", libraries=("torch", "transformers", "tokenizers"))
-def train(spec: TrainSpec, *, text: Path, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
+def train(
+    spec: TrainSpec,
+    *,
+    text: Path,
+    out: Path,
+    scratch: Path | None = None,
+    seed: int = 0,
+    progress: Progress = Progress(),
+) -> Metrics:
     """Train a tokenizer and a Llama with tied embeddings on the documents of `text`.
 
-    Metrics: `loss_first` and `loss_last` (nats per token, means over a tenth of the steps), `tokens`, `tokens_per_s`,
+    scratch: where a killed training resumes from.
+    Metrics: `loss_first` and `loss_last` (nats per token, means over a tenth of the steps), `steps`, `tokens`, `tokens_per_s`,
     `parameters`. Raises RecipeError for sizes that do not fit one another, StageError on divergence.
     """
     check_sizes(spec)
@@ -39,6 +48,7 @@ def train(spec: TrainSpec, *, text: Path, out: Path, seed: int = 0, progress: Pr
         batch=spec.batch,
         learning_rate=spec.learning_rate,
         muon=True,
+        scratch=scratch,
         seed=seed,
         progress=progress,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 
 import pytest
 
 from featherweight.artifact import ArtifactRef, Manifest
-from featherweight.errors import ServiceError, StageError
+from featherweight.errors import DivergenceError, ServiceError, StageError
 from featherweight.plan import Node
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
@@ -37,6 +39,24 @@ def broken(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> M
 @stage("full")
 def full(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
     raise OSError(28, "No space left on device")
+
+
+@stage("resume")
+def resumable(spec: FinetuneSpec, *, out: Path, scratch: Path, seed: int, progress: Progress) -> Metrics:
+    """Counts its calls in the scratch folder: interrupted at the first, failed for good at the second, done at the third."""
+    count = len(list(scratch.iterdir()))
+    CALLS.append(f"resume {count}")
+    (scratch / str(count)).touch()
+    if count < 2 and spec.steps == 1:
+        raise [ServiceError("the disk is full"), StageError("diverged")][count]
+    (out / "x.txt").write_text("x")
+    return {}
+
+
+@stage("diverge")
+def diverging(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    progress.step(1, 2, loss=3.0)
+    raise DivergenceError("training diverged at step 2", (3.0, float("nan")))
 
 
 @pytest.fixture
@@ -154,3 +174,51 @@ def test_the_code_digest_sees_code_not_comments(tmp_path: Path, monkeypatch: pyt
         code_digest.cache_clear()
         digests.append(code_digest("tasks_probe"))
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_scratch_folder_outlives_an_interruption_but_not_a_failure_nor_the_end(session: Session) -> None:
+    folder = session.workspace.root / "resume"
+    node_, key = node(), resumable.key(node(), {})
+    for error in (ServiceError, StageError):
+        with pytest.raises(error):
+            resumable.execute(node_, {}, session, key)
+        assert len(list(folder.iterdir())) == (error is ServiceError)
+    resumable.execute(node(steps=2), {}, session, resumable.key(node(steps=2), {}))
+    assert CALLS == ["resume 0", "resume 1", "resume 0"]
+    assert not list(folder.iterdir())
+
+
+def test_a_scratch_folder_is_that_of_its_key_and_goes_when_forgotten(session: Session) -> None:
+    one, two = (session.workspace.scratch_folder(key) for key in ("a" * 64, "b" * 64))
+    assert one != two
+    assert session.workspace.scratch_folder("a" * 64) == one
+    os.utime(one, (0, 0))
+    session.workspace.scratch_folder("b" * 64)
+    assert not one.exists()
+    assert two.exists()
+
+
+def test_a_diverging_run_leaves_its_loss_curve(session: Session) -> None:
+    ((_, _, error),) = run(session, (diverging, node()))
+    assert isinstance(error, DivergenceError)
+    (failed,) = session.client.search_runs([session.experiment_id], "attributes.status = 'FAILED'")
+    page = session.client.download_artifacts(failed.info.run_id, "failure/loss.html")
+    assert "step 2: nan" in Path(page).read_text()
+
+
+def test_losses_reach_mlflow_while_the_stage_still_runs(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    clock = itertools.count(start=100.0, step=2.0)  # two seconds pass between any two looks at it
+    monkeypatch.setattr("tasks.stage.time.monotonic", lambda: next(clock))
+
+    @stage("live")
+    def live(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+        for step in range(3):
+            progress.step(step + 1, 3, loss=float(step))
+            (own,) = session.client.search_runs([session.experiment_id], "attributes.run_name = 'live'")
+            seen.append([metric.value for metric in session.client.get_metric_history(own.info.run_id, "live_loss")])
+        (out / "x.txt").write_text("x")
+        return {}
+
+    live.execute(node("live"), {}, session, "key")
+    assert seen == [[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]
