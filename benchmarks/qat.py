@@ -62,8 +62,9 @@ class _scorer:
 
 
 def _grid(grid: str, checkpoint: Path, folders: dict[str, Path], score: _scorer) -> Tree:
-    rtn, gptq = (_quantized(checkpoint, folders, score, {"method": method, "grid": grid, "head": grid}) for method in ("rtn", "gptq"))
-    runs = [_quantized(checkpoint, folders, score, QAT | {"grid": grid, "head": grid}, seed) for seed in SEEDS]
+    place = {"grid": grid, "head": grid}
+    rtn, gptq = (_quantized(checkpoint, folders, score, place | {"method": method}) for method in ("rtn", "gptq"))
+    runs = [_quantized(checkpoint, folders, score, QAT | place, seed) for seed in SEEDS]
     return {"rtn": rtn, "gptq": gptq, "qat": runs, "recovered": round(1 - statistics.mean(runs) / rtn, 3)}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight import surgery, training
+from featherweight.architecture import family_of
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
@@ -93,6 +94,8 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         grid_named(spec.head)
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "quantize")
+    if spec.generated_tokens and family_of(config) != "causal":
+        raise RecipeError(f"quantize.generated_tokens: a {family_of(config)} model does not write text by itself; leave it out")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 

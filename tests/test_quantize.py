@@ -19,7 +19,7 @@ from featherweight.recipe import QuantizeSpec
 from featherweight.text import Document, load_tokenizer, token_blocks, write_documents
 from tasks.quantize import quantize
 from tasks.quantizers import METHODS, gptq, qat
-from tasks.quantizers.generate import generate_blocks
+from tasks.quantizers.generate import draw_passages, generate_blocks
 from tasks.quantizers.job import Job
 from tasks.quantizers.smoothing import smoothed
 
@@ -344,19 +344,38 @@ def test_a_run_away_training_is_an_error(tiny_checkpoint: Path, text: Path, tmp_
 
 def test_the_checkpoint_writes_its_own_text(tiny_checkpoint: Path) -> None:
     model = surgery.load_model(tiny_checkpoint)
-    blocks = generate_blocks(model, torch.tensor([5]), 200, 12, seed=3)
+    bos = torch.full((6000, 1), model.config.bos_token_id)
+    blocks = generate_blocks(model, bos[:200], 12, seed=3)
     assert blocks.shape == (200, 12)
     assert blocks.dtype == torch.long
     assert (blocks[:, 0] == model.config.bos_token_id).all()
-    assert torch.equal(blocks, generate_blocks(model, torch.tensor([5]), 200, 12, seed=3))
-    assert not torch.equal(blocks, generate_blocks(model, torch.tensor([5]), 200, 12, seed=4))
+    assert torch.equal(blocks, generate_blocks(model, bos[:200], 12, seed=3))
+    assert not torch.equal(blocks, generate_blocks(model, bos[:200], 12, seed=4))
     # Sampled, not greedy, and from the model's own distribution: the second tokens follow its probabilities after BOS.
-    many = generate_blocks(model, torch.tensor([5]), 6000, 2, seed=0)[:, 1]
+    many = generate_blocks(model, bos, 2, seed=0)[:, 1]
     with torch.inference_mode():
         shares = model(input_ids=blocks[:1, :1]).logits[0, 0].softmax(-1)
     counts = torch.bincount(many, minlength=len(shares)) / 6000
     kept = [i for i in range(len(shares)) if i not in (model.config.bos_token_id, model.config.eos_token_id)]
     assert (counts - shares)[kept].abs().max() < 5 * (shares.max() / 6000).sqrt()
+
+
+def test_it_goes_on_from_passages_of_the_text(tiny_checkpoint: Path, text: Path) -> None:
+    model = surgery.load_model(tiny_checkpoint)
+    read = token_blocks(text, load_tokenizer(tiny_checkpoint), 32, limit=20, seed=0)
+    passages = draw_passages(model, read, 50, 8, seed=1)
+    stream = read.flatten().tolist()
+    told = {tuple(stream[place : place + 7]) for place in range(len(stream))}
+    assert (passages[:, 0] == model.config.bos_token_id).all()
+    assert all(tuple(row) in told for row in passages[:, 1:].tolist())
+    assert len({tuple(row) for row in passages.tolist()}) > 30
+    blocks = generate_blocks(model, passages, 20, seed=0)
+    assert torch.equal(blocks[:, :8], passages)
+    # What follows is what the model says after the passage, with the cache as without.
+    with torch.inference_mode():
+        likely = model(input_ids=blocks[:, :-1]).logits[:, 7:].log_softmax(-1)
+        chosen = likely.gather(-1, blocks[:, 8:, None])[..., 0]
+    assert chosen.mean() > likely.mean() + 0.5
 
 
 @pytest.mark.parametrize("method", ["gptq", "qat"])

@@ -11,34 +11,47 @@ if TYPE_CHECKING:
 ROWS = 128
 
 
-def generate_blocks(model: PreTrainedModel, starts: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """Sample `count` blocks of `length` tokens at temperature 1: int64 [count, length].
+def generate_blocks(model: PreTrainedModel, passages: Tensor, length: int, seed: int) -> Tensor:
+    """Go on from `passages` (int64 [count, tokens]) at temperature 1, to blocks of `length` tokens: int64 [count, length].
 
-    A block begins with BOS, or without one with a random token of `starts`; where a text ends, the next begins in the block.
+    Where a text ends, the next begins in the block: with BOS, or without one with the passage's first token.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    bos, ends = model.config.bos_token_id, _ends(model)
-    first = starts[torch.randint(len(starts), (count,), generator=generator)] if bos is None else torch.full((count,), bos)
     model.eval()
     with torch.inference_mode():
-        parts = [_sample(model, part, length, ends, generator) for part in first.split(ROWS)]
+        parts = [_sample(model, part, length, generator) for part in passages.split(ROWS)]
     return torch.cat(parts).clone()
 
 
-def _sample(model: PreTrainedModel, first: Tensor, length: int, ends: Tensor, generator: Generator) -> Tensor:
-    """One batch with its key-value cache; `first` int64 [rows]."""
+def draw_passages(model: PreTrainedModel, blocks: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """`count` passages of `length` tokens from anywhere in `blocks` (int64 [blocks, tokens]), led by BOS where there is one.
+
+    A model that writes from nothing stays with what it likes best; from passages of a text it stays near that text.
+    """
     import torch
 
-    blocks = first.unsqueeze(1)
-    cache = None
-    for _ in range(length - 1):
-        output = model(input_ids=blocks[:, -1:].to(model.device), past_key_values=cache, use_cache=True)
+    bos = model.config.bos_token_id
+    stream, lead = blocks.flatten(), [] if bos is None else [torch.full((count, 1), bos)]
+    wanted = length - len(lead)
+    starts = torch.randint(len(stream) - wanted + 1, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([*lead, stream[starts + torch.arange(wanted)]], dim=1)
+
+
+def _sample(model: PreTrainedModel, passages: Tensor, length: int, generator: Generator) -> Tensor:
+    """One batch with its key-value cache."""
+    import torch
+
+    ends, bos = _ends(model), model.config.bos_token_id
+    restart = passages[:, :1] if bos is None else torch.full_like(passages[:, :1], bos)
+    blocks, read, cache = passages, passages, None
+    while blocks.shape[1] < length:
+        output = model(input_ids=read.to(model.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         drawn = _draw(output.logits[:, -1].cpu(), generator)
-        drawn = torch.where(torch.isin(drawn, ends), first.unsqueeze(1), drawn)
-        blocks = torch.cat([blocks, drawn], dim=1)
+        read = torch.where(torch.isin(drawn, ends), restart, drawn)
+        blocks = torch.cat([blocks, read], dim=1)
     return blocks
 
 

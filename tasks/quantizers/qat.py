@@ -21,13 +21,15 @@ from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
 from tasks.distill import distillation_loss
 from tasks.quantizers import gptq, rtn
-from tasks.quantizers.generate import generate_blocks
+from tasks.quantizers.generate import draw_passages, generate_blocks
 from tasks.quantizers.job import Choice, Job
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 STARTS = {"rtn": rtn.choose, "gptq": gptq.choose}
+PASSAGE = 4
+"""Share of a generated block that is the recipe's text: one part in so many."""
 EDGE = 0.49
 """How far from its integer, in steps, a weight may lie at the start. Below one half, so that it rounds to that integer."""
 
@@ -55,7 +57,7 @@ def choose(job: Job) -> Choice:
 
 
 def training_blocks(job: Job) -> Tensor:
-    """Token ids to train on, int64 [blocks, sequence]: of the text, then of the checkpoint's own writing."""
+    """Token ids to train on, int64 [blocks, sequence]: of the text, then what the checkpoint writes on from passages of it."""
     import torch
 
     spec = job.spec
@@ -65,7 +67,8 @@ def training_blocks(job: Job) -> Tensor:
         return blocks
     job.progress.note(f"the checkpoint writes {spec.generated_tokens} tokens to train on")
     count = -(-spec.generated_tokens // spec.sequence)
-    return torch.cat([blocks, generate_blocks(job.model, blocks[:, 0], count, spec.sequence, job.seed)])
+    passages = draw_passages(job.model, blocks, count, max(1, spec.sequence // PASSAGE), job.seed)
+    return torch.cat([blocks, generate_blocks(job.model, passages, spec.sequence, job.seed)])
 
 
 def fake_quantized(model: nn.Module, start: QuantizedWeights) -> Any:
