@@ -1,0 +1,68 @@
+"""Running a plan: what one variant's failure costs the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from featherweight.plan import Node, Plan
+from featherweight.progress import Progress
+from featherweight.recipe import CheckpointSpec, FinetuneSpec
+from featherweight.text import Document, write_documents
+from featherweight.workspace import Workspace
+from tasks.finetune import finetune
+from tasks.stage import Metrics, Session, stage
+
+
+@stage("given")
+def given(spec: CheckpointSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    """A folder that is there already."""
+    shutil.copytree(str(spec.source), out, dirs_exist_ok=True)
+    return {}
+
+
+def test_nan_weights_cost_their_own_variant_only(
+    tiny_checkpoint: Path, tmp_path: Path, harness: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import Flow
+
+    from flows import optimize
+    from flows.view import View
+
+    write_documents(tmp_path / "text", [Document("json", Path(json.__file__).read_text())])
+    damaged = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    sources = {"text": tmp_path / "text", "damaged": damaged, "sound": tiny_checkpoint}
+    nodes = [Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()]
+    spec = FinetuneSpec(steps=2, batch=2, sequence=32)
+    for name in ("damaged", "sound"):
+        inputs = {"checkpoint": name, "text": "text", "calibration": "text"}
+        nodes.append(Node(f"{name}+finetune", "finetune", name, spec, inputs))
+    plan, view = Plan({node.id: node for node in nodes}, (), {}), View()
+    workspace = Workspace.at(tmp_path / "workspace")
+    client = workspace.client()
+    experiment = workspace.experiment(client, "test")
+    session = Session(workspace, client, experiment, client.create_run(experiment).info.run_id, {}, lambda node: Progress())
+    monkeypatch.setattr(optimize, "stage_named", {"given": given, "finetune": finetune}.__getitem__)
+    view.begin(plan)
+    outcomes = Flow(lambda: optimize.run_plan(plan, session, view), name="test", persist_result=False)()
+    assert {id: outcome.status for id, outcome in outcomes.items()} == {
+        "text": "done",
+        "damaged": "done",
+        "sound": "done",
+        "damaged+finetune": "failed",
+        "sound+finetune": "done",
+    }
+    assert outcomes["damaged+finetune"].reason.startswith("training diverged at step 1: loss nan")
+    (failed,) = client.search_runs([experiment], "attributes.status = 'FAILED'")
+    assert [file.path for file in client.list_artifacts(failed.info.run_id, "failure")] == ["failure/loss.html"]
+    (sound,) = client.search_runs([experiment], "attributes.run_name = 'sound+finetune'")
+    assert len(client.get_metric_history(sound.info.run_id, "live_loss")) == 2
+    assert not list((workspace.root / "resume").iterdir())
