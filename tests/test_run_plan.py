@@ -1,7 +1,8 @@
-"""Running a plan: what one variant's failure costs the others."""
+"""Running a plan: what one variant's failure costs the others, and what a stopped training costs itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -26,6 +27,49 @@ def given(spec: CheckpointSpec, *, out: Path, seed: int, progress: Progress) -> 
     return {}
 
 
+class Stop(Progress):
+    """Ctrl-C at a step; remembers what it was told."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.notes, self.steps = at, [], []
+
+    def step(self, done: int, total: int, **values: float) -> None:
+        self.steps.append(done)
+        if done == self.at:
+            raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def open_session(root: Path) -> Session:
+    workspace = Workspace.at(root)
+    client = workspace.client()
+    experiment = workspace.experiment(client, "test")
+    parent = client.create_run(experiment).info.run_id
+    return Session(workspace, client, experiment, parent, {}, lambda node: Progress())
+
+
+def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_documents(tmp_path / "text", [Document("json", Path(json.__file__).read_text())])
+    session = open_session(tmp_path / "workspace")
+    sources = {"checkpoint": tiny_checkpoint, "text": tmp_path / "text"}
+    nodes = {name: Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()}
+    refs = {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
+    node = Node("recovery", "finetune", "recovery", FinetuneSpec(steps=6, batch=2, sequence=32, save_every_s=0))
+    whole = finetune.execute(node, refs, session, "another key")
+    key, stop, again = finetune.key(node, {name: ref.digest for name, ref in refs.items()}), Stop(at=4), Stop()
+    with pytest.raises(KeyboardInterrupt):
+        finetune.execute(node, refs, dataclasses.replace(session, listen=lambda node: stop), key)
+    assert [folder.name for folder in (session.workspace.root / "resume").iterdir()] == [key[:32]]
+    resumed = finetune.execute(node, refs, dataclasses.replace(session, listen=lambda node: again), key)
+    assert again.notes == ["resuming at step 3"]
+    assert resumed.digest == whole.digest
+    curve = session.client.get_metric_history(resumed.run_id, "live_loss")
+    assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6]
+    assert not list((session.workspace.root / "resume").iterdir())
+
+
 def test_nan_weights_cost_their_own_variant_only(
     tiny_checkpoint: Path, tmp_path: Path, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,10 +90,8 @@ def test_nan_weights_cost_their_own_variant_only(
         inputs = {"checkpoint": name, "text": "text", "calibration": "text"}
         nodes.append(Node(f"{name}+finetune", "finetune", name, spec, inputs))
     plan, view = Plan({node.id: node for node in nodes}, (), {}), View()
-    workspace = Workspace.at(tmp_path / "workspace")
-    client = workspace.client()
-    experiment = workspace.experiment(client, "test")
-    session = Session(workspace, client, experiment, client.create_run(experiment).info.run_id, {}, lambda node: Progress())
+    session = open_session(tmp_path / "workspace")
+    client, experiment = session.client, session.experiment_id
     monkeypatch.setattr(optimize, "stage_named", {"given": given, "finetune": finetune}.__getitem__)
     view.begin(plan)
     outcomes = Flow(lambda: optimize.run_plan(plan, session, view), name="test", persist_result=False)()
@@ -65,4 +107,4 @@ def test_nan_weights_cost_their_own_variant_only(
     assert [file.path for file in client.list_artifacts(failed.info.run_id, "failure")] == ["failure/loss.html"]
     (sound,) = client.search_runs([experiment], "attributes.run_name = 'sound+finetune'")
     assert len(client.get_metric_history(sound.info.run_id, "live_loss")) == 2
-    assert not list((workspace.root / "resume").iterdir())
+    assert not list((session.workspace.root / "resume").iterdir())
