@@ -66,6 +66,24 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Dimensions:
+    """What a config says of each block of a stack, and under which names (`heads_key`, `channels_key`).
+
+    free_heads: the config has a head width of its own, so the number of heads can change without the hidden size.
+    """
+
+    role: Role
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    heads_key: str
+    channels_key: str
+    free_heads: bool
+
+
+@dataclass(frozen=True)
 class _Layout:
     """Names inside a model type, below its base model. attentions: path in a block -> names of q, k, v, o below it."""
 
@@ -77,6 +95,7 @@ class _Layout:
     output: str
     heads: str = "num_attention_heads"
     head_dim: str | None = None
+    channels: str = "intermediate_size"
 
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,6 +121,7 @@ _SEQ2SEQ_BART = (
         ("fc1",),
         "fc2",
         "encoder_attention_heads",
+        channels="encoder_ffn_dim",
     ),
     _Layout(
         "decoder",
@@ -111,6 +131,7 @@ _SEQ2SEQ_BART = (
         ("fc1",),
         "fc2",
         "decoder_attention_heads",
+        channels="decoder_ffn_dim",
     ),
 )
 _SEQ2SEQ_T5 = (
@@ -123,6 +144,7 @@ _SEQ2SEQ_T5 = (
         "layer.1.DenseReluDense.wo",
         "num_heads",
         "d_kv",
+        "d_ff",
     ),
     _Layout(
         "decoder",
@@ -133,6 +155,7 @@ _SEQ2SEQ_T5 = (
         "layer.2.DenseReluDense.wo",
         "num_heads",
         "d_kv",
+        "d_ff",
     ),
 )
 _BERT = (
@@ -154,6 +177,7 @@ _DISTILBERT = (
         ("ffn.lin1",),
         "ffn.lin2",
         "n_heads",
+        channels="hidden_dim",
     ),
 )
 
@@ -201,12 +225,37 @@ def head_class(config: PreTrainedConfig) -> Any:
 
 def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The stacks of blocks of a model; raises StageError for a model type that is not in the table."""
-    found = LAYOUTS.get(model.config.model_type)
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(_stack(model, layout, names) for layout in _layouts(model.config))
+
+
+def dimensions(config: PreTrainedConfig) -> tuple[Dimensions, ...]:
+    """The sizes of every stack by its config alone; raises StageError for a model type that is not in the table."""
+    return tuple(_dimensions(config, layout) for layout in _layouts(config))
+
+
+def _layouts(config: PreTrainedConfig) -> tuple[_Layout, ...]:
+    found = LAYOUTS.get(config.model_type)
     if found is None:
         known = ", ".join(sorted(LAYOUTS))
-        raise StageError(f"the structure of a '{model.config.model_type}' model is not known here; known: {known}")
-    names = {module: name for name, module in model.named_modules()}
-    return tuple(_stack(model, layout, names) for layout in found)
+        raise StageError(f"the structure of a '{config.model_type}' model is not known here; known: {known}")
+    return found
+
+
+def _dimensions(config: PreTrainedConfig, layout: _Layout) -> Dimensions:
+    heads = getattr(config, layout.heads)
+    told = getattr(config, layout.head_dim, None) if layout.head_dim else None
+    return Dimensions(
+        layout.role,
+        getattr(config, layout.count),
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        told or config.hidden_size // heads,
+        getattr(config, layout.channels),
+        layout.heads,
+        layout.channels,
+        layout.head_dim is not None,
+    )
 
 
 def blocks(model: PreTrainedModel) -> list[Block]:

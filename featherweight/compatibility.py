@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
-from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, QuantizeSpec, Task
+from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, PruneSpec, QuantizeSpec, Task
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
@@ -59,6 +59,16 @@ def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | Exp
     if serve.engine in ("ctranslate2", *BY_ROW):
         return grid_refusal(finer, head, serve)
     return f"{serve.engine} is given one grid for all layers here, not mixed precision; take onnxruntime-genai"
+
+
+def shape_refusal(prune: PruneSpec | None, serve: CompileSpec | ExportSpec) -> str | None:
+    """Why `serve` gains nothing from layers of different widths, in one line; None where it does, or they are alike."""
+    if prune is None or prune.scope == "uniform" or serve.engine == "ctranslate2":
+        return None
+    return (
+        f"prune.scope global + {serve.engine}: it loads layers of one shape, and would serve the narrower ones filled up with "
+        "zeros, no smaller and no faster; take ctranslate2, or scope: uniform"
+    )
 
 
 def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:

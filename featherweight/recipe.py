@@ -149,17 +149,38 @@ class DistillSpec(TrainingSpec):
 
 
 class PruneSpec(Spec):
-    """A smaller model, then recovery training. structured: LLM-Pruner's cut of attention groups and MLP channels."""
+    """A smaller model, then recovery training.
 
-    method: Literal["structured"] = "structured"
-    criterion: Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random"] = "param_first"
+    structured: LLM-Pruner's cut of attention groups and MLP channels by `ratio`. attention: heads too; auto: where a config can
+    have a number of heads that its hidden size does not follow from. scope: global ranks the MLP channels of all layers
+    together, which CTranslate2 alone serves at a gain.
+    width: the hidden size, to `hidden` or by `ratio`; criterion activation is Minitron's.
+    attention: key/value heads pooled to `kv_heads` (1: multi-query), all query heads stay.
+    """
+
+    method: Literal["structured", "width", "attention"] = "structured"
+    criterion: Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random", "activation"] = "param_first"
     ratio: Share = 0.25
-    attention: bool = True
+    scope: Literal["uniform", "global"] = "uniform"
+    attention: bool | Literal["auto"] = "auto"
     mlp: bool = True
+    hidden: Positive | None = None
+    kv_heads: Positive | None = None
     samples: Positive = 10
     sequence: Positive = 64
-    layers: tuple[int, ...] | None = None
+    layers: Positive | tuple[int, ...] | None = None
     finetune: FinetuneSpec | None = FinetuneSpec()
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> PruneSpec:
+        for key, method in (("hidden", "width"), ("kv_heads", "attention")):
+            if getattr(self, key) is not None and self.method != method:
+                raise ValueError(f"{key} is for method {method}, not {self.method}")
+        if self.criterion == "activation" and self.method != "width":
+            raise ValueError(f"criterion activation is for method width, not {self.method}")
+        if self.scope == "global" and (self.method != "structured" or not self.mlp):
+            raise ValueError("scope global ranks MLP channels: it wants method structured, and mlp")
+        return self
 
 
 class MixedSpec(Spec):

@@ -1,14 +1,15 @@
-"""Opening, slicing and saving Llama-like models: whole layers, groups of attention heads, MLP channels."""
+"""Opening, slicing and saving models: whole layers, groups of attention heads, MLP channels."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from featherweight.architecture import GATED_DECODERS, auto_class
+from featherweight.architecture import GATED_DECODERS, Attention, FeedForward, auto_class
 from featherweight.errors import CheckpointError, RecipeError, StageError
 
 if TYPE_CHECKING:
@@ -139,13 +140,55 @@ def group_rows(groups: Tensor, size: int) -> Tensor:
     return (groups[:, None] * size + torch.arange(size)).flatten()
 
 
-def keep_attention_groups(layer: Any, groups: Tensor, head_dim: int, queries: int) -> None:
-    """Cut the attention of a decoder layer down to the key/value `groups`, each with its `queries` query heads."""
-    attention = layer.self_attn
-    _keep_outputs(attention.q_proj, group_rows(groups, queries * head_dim))
-    _keep_outputs(attention.k_proj, group_rows(groups, head_dim))
-    _keep_outputs(attention.v_proj, group_rows(groups, head_dim))
-    _keep_inputs(attention.o_proj, group_rows(groups, queries * head_dim))
+def keep_attention_groups(attention: Attention, groups: Tensor) -> None:
+    """Cut an attention down to the key/value `groups`, each with its query heads, and their columns of a position bias."""
+    queries = attention.heads // attention.kv_heads
+    heads = group_rows(groups, queries)
+    _keep_outputs(attention.q, group_rows(heads, attention.head_dim))
+    _keep_outputs(attention.k, group_rows(groups, attention.head_dim))
+    _keep_outputs(attention.v, group_rows(groups, attention.head_dim))
+    _keep_inputs(attention.o, group_rows(heads, attention.head_dim))
+    bias = position_bias(attention)
+    if bias is not None:
+        replace_weight(bias, bias.weight[:, heads])
+
+
+def position_bias(attention: Attention) -> nn.Embedding | None:
+    """The relative position bias [buckets, heads] that T5 keeps in the first attention of a stack, for all of them."""
+    return getattr(attention.module, "relative_attention_bias", None)
+
+
+def keep_channels(feed_forward: FeedForward, channels: Tensor) -> None:
+    """Cut a feed-forward network down to the given hidden channels."""
+    for linear in feed_forward.inputs:
+        _keep_outputs(linear, channels)
+    _keep_inputs(feed_forward.output, channels)
+
+
+def silence_channels(feed_forward: FeedForward, kept: Tensor) -> None:
+    """Set all of a feed-forward network's hidden channels but `kept` to zero; training leaves them so (no gradient)."""
+    import torch
+
+    lost = _others(kept, feed_forward.output.in_features)
+    with torch.no_grad():
+        for linear in feed_forward.inputs:
+            for weight in linear.parameters():
+                weight[lost] = 0
+        feed_forward.output.weight[:, lost] = 0
+
+
+def replace_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give `module` another weight, of another shape too."""
+    from torch import nn
+
+    module.weight = nn.Parameter(weight.detach().clone())
+
+
+def replace_bias(module: nn.Module, bias: Tensor) -> None:
+    """Give `module` another bias."""
+    from torch import nn
+
+    module.bias = nn.Parameter(bias.detach().clone())
 
 
 def _keep_outputs(linear: nn.Linear, kept: Tensor) -> None:
@@ -165,55 +208,25 @@ def _others(kept: Tensor, total: int) -> list[int]:
     return sorted(set(range(total)) - set(kept.tolist()))
 
 
-def mlp_members(mlp: Any, hidden_size: int) -> list[tuple[nn.Linear, int]]:
-    """The matrices that share the hidden channels of a gated MLP: (module, 0 where a channel is a row, 1 for a column)."""
-    group = _mlp_group(mlp, hidden_size, list(range(mlp.gate_proj.out_features)))
-    members = [(part.dep.target.module, 0 if part.dep.handler.__name__ == "prune_out_channels" else 1) for part in group]
-    return [(module, dim) for module, dim in members if hasattr(module, "weight")]
-
-
-def keep_mlp_channels(layer: Any, channels: Tensor, hidden_size: int) -> None:
-    """Cut the MLP of a decoder layer down to the given hidden channels, and all that depends on them."""
-    removed = _others(channels, layer.mlp.gate_proj.out_features)
-    if removed:
-        _mlp_group(layer.mlp, hidden_size, removed).prune()
-
-
-def _mlp_group(mlp: Any, hidden_size: int, channels: list[int]) -> Any:
-    """torch-pruning's dependency group of some hidden channels of a gated MLP: every cut that removing them implies."""
-    import torch
-    import torch_pruning
-
-    weight = mlp.gate_proj.weight
-    graph = torch_pruning.DependencyGraph().build_dependency(mlp, torch.zeros(1, 1, hidden_size, device=weight.device))
-    return graph.get_pruning_group(mlp.gate_proj, torch_pruning.prune_linear_out_channels, channels)
-
-
-def pruned_config(config: PreTrainedConfig, kv_heads: int, intermediate_size: int) -> PreTrainedConfig:
-    """The config of `config`'s model cut to `kv_heads` key/value groups and `intermediate_size` MLP channels per layer.
+def resized_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """`config` with other sizes.
 
     transformers refuses a Llama whose hidden size is no multiple of its heads; it is then described as a Mistral without
     sliding window, which computes the same. Raises StageError for a Llama with biases there: a Mistral has none.
     """
     from transformers import MistralConfig
 
-    queries = config.num_attention_heads // config.num_key_value_heads
-    values = config.to_dict() | {
-        "num_attention_heads": kv_heads * queries,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim(config),
-        "intermediate_size": intermediate_size,
-    }
-    if config.model_type != "llama" or config.hidden_size % (kv_heads * queries) == 0:
-        return type(config).from_dict(values)
+    new = config.to_dict() | dict(values)
+    if config.model_type != "llama" or new["hidden_size"] % new["num_attention_heads"] == 0:
+        return type(config).from_dict(new)
     if config.attention_bias or config.mlp_bias:
         raise StageError(
-            f"a Llama with biases cannot have {kv_heads * queries} heads at hidden size {config.hidden_size}: transformers "
-            "wants a multiple; choose another prune ratio, or prune.attention: false"
+            f"a Llama with biases cannot have {new['num_attention_heads']} heads at hidden size {new['hidden_size']}: "
+            "transformers wants a multiple; choose another prune ratio, or prune.attention: false"
         )
     for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
-        values.pop(key, None)
-    return MistralConfig.from_dict(values | {"sliding_window": None})
+        new.pop(key, None)
+    return MistralConfig.from_dict(new | {"sliding_window": None})
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -229,5 +242,7 @@ def with_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     with torch.device("meta"):
         result = auto_class(config).from_config(config, dtype=torch.float32)
     result.load_state_dict(weights, strict=True, assign=True)
-    result.tie_weights()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight:  # T5's config says tied whatever the weights are
+        result.tie_weights()
     return result

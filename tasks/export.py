@@ -12,6 +12,7 @@ from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS, Grid
 from featherweight.links import copy_tokenizer, link, link_checkpoint
 from featherweight.machine import INT8_DOT, cpu_features
+from featherweight.padding import without_padding
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
 from featherweight.recipe import ExportSpec
@@ -118,6 +119,7 @@ def grids_here(spec: ExportSpec) -> tuple[Grid, Grid]:
 def _write_ctranslate2(
     spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWeights | None, checkpoint: Path, out: Path
 ) -> None:
+    model, quantized = without_padding(model, quantized)
     rows = QuantizedRows.of(model, quantized) if quantized else None
     ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows)
     copy_tokenizer(checkpoint, out)

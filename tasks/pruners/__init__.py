@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.pruners import structured
+from tasks.pruners import attention, structured, width
 from tasks.pruners.job import Job, Pruned
 
 METHODS: dict[str, Callable[[Job], Pruned]] = {
     "structured": structured.prune,
+    "width": width.prune,
+    "attention": attention.prune,
 }

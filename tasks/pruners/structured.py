@@ -2,220 +2,200 @@
 
 Ma, Fang, Wang: "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023. Weights that depend on one
 another (a group's rows of q, k and v and its columns of o; a channel's rows of gate and up and its column of down) are scored
-and cut together. Every layer gets the same shape, which is what vLLM and CTranslate2 load.
+and cut together. Every layer of a stack gets the same shape, which is what transformers, vLLM and CTranslate2 load.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from featherweight import surgery, training
-from featherweight.errors import RecipeError, StageError
-from featherweight.progress import Progress
+from featherweight import surgery
+from featherweight.architecture import Attention, Dimensions, FeedForward, Role, Stack, dimensions, stacks
+from featherweight.errors import RecipeError
 from featherweight.recipe import PruneSpec
+from tasks.pruners.counts import kept_channels, kept_groups, nearest
+from tasks.pruners.importance import Group, Member, importance, keep_best
 from tasks.pruners.job import Job, Pruned
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
-
-BATCH = 16
-"""Calibration blocks per forward and backward pass."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What every layer keeps."""
+    """What every layer of a stack keeps."""
 
+    role: Role
     kv_heads: int
     channels: int
 
 
 @dataclass(frozen=True)
-class Member:
-    """One weight matrix of a dependency group; the group owns its rows (dim 0) or its columns (dim 1)."""
+class Part:
+    """A dependency group of a stack, and where it is cut: one or more attentions, or one feed-forward network."""
 
-    linear: nn.Linear
-    dim: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights that must be cut together, in `units` equal parts (key/value groups, or MLP channels)."""
-
-    members: tuple[Member, ...]
-    units: int
+    role: Role
+    group: Group
+    attentions: tuple[Attention, ...] = ()
+    feed_forward: FeedForward | None = None
 
 
 def prune(job: Job) -> Pruned:
-    """Cut every layer by `spec.ratio`. Metrics of its own: `kv_heads`, `intermediate_size`.
+    """Cut every layer by `spec.ratio`. Metrics of its own: `kv_heads`, `intermediate_size` (the decoder's, where there are two).
 
-    Raises RecipeError for a ratio or layers that no engine could load, StageError for an architecture it cannot cut.
+    Where channels are ranked across layers, a layer that keeps fewer than the widest has zeros in their place (see
+    featherweight.padding), and the metrics `channels_least`, `channels_mean` and `padding` (such zeros) say so.
+    Raises RecipeError for a ratio, heads or layers that no engine could load, StageError for an architecture it cannot cut.
     """
-    surgery.require_llama_like(job.checkpoint, "prune")
-    shape = target_shape(job.spec, job.config)
-    smaller = surgery.pruned_config(job.config, shape.kv_heads, shape.channels)
+    shapes = target_shapes(job.spec, job.config)
+    pruned_config(job.config, shapes)
+    if job.spec.attention == "auto" and not _free_heads(job.config):
+        job.progress.note(f"all heads stay: the config of a {job.config.model_type} cannot say that there are fewer")
     before = surgery.parameters(job.model)
-    loss = cut(job.model, shape, job.spec, job.blocks, job.seed, job.progress)
-    metrics = {"kv_heads": shape.kv_heads, "intermediate_size": shape.channels}
-    return Pruned(surgery.with_config(job.model, smaller), before, loss, metrics)
+    found = parts(job.model)
+    scores, loss = importance(job.model, [part.group for part in found], job.spec.criterion, job.blocks, job.seed, job.progress)
+    metrics: dict[str, float] = {}
+    if job.spec.scope == "global":
+        shapes, metrics = level(found, scores, shapes, job.config)
+    cut(found, scores, shapes)
+    model = surgery.with_config(job.model, pruned_config(job.config, shapes))
+    return Pruned(model, before, loss, metrics | {"kv_heads": shapes[-1].kv_heads, "intermediate_size": shapes[-1].channels})
 
 
-def target_shape(spec: PruneSpec, config: PreTrainedConfig) -> Shape:
-    """What every layer keeps at `spec.ratio`; RecipeError where nothing would go, or layers would differ in shape."""
-    if spec.layers is not None and set(spec.layers) != set(range(config.num_hidden_layers)):
-        raise RecipeError(
-            f"prune.layers {list(spec.layers)}: vLLM and CTranslate2 load models whose {config.num_hidden_layers} layers have "
-            "one shape; leave prune.layers out"
+def target_shapes(spec: PruneSpec, config: PreTrainedConfig) -> tuple[Shape, ...]:
+    """What the layers of each stack keep at `spec.ratio`; RecipeError where nothing would go, or nothing could load it."""
+    sizes = dimensions(config)
+    _require_all_layers(spec, sizes)
+    heads = cuts_heads(spec, config)
+    shapes = tuple(
+        Shape(
+            size.role,
+            kept_groups(size.kv_heads, size.head_dim, spec.ratio) if heads else size.kv_heads,
+            kept_channels(size.channels, spec.ratio) if spec.mlp else size.channels,
         )
-    kv_heads, channels = config.num_key_value_heads, config.intermediate_size
-    head_dim = surgery.head_dim(config)
-    shape = Shape(
-        kept_groups(kv_heads, head_dim, spec.ratio) if spec.attention else kv_heads,
-        kept_channels(channels, spec.ratio) if spec.mlp else channels,
+        for size in sizes
     )
-    if shape == Shape(kv_heads, channels):
+    if shapes == tuple(Shape(size.role, size.kv_heads, size.channels) for size in sizes):
         raise RecipeError(
-            f"prune.ratio {spec.ratio} removes nothing from {kv_heads} key/value groups (attention: {spec.attention}) and "
-            f"{channels} MLP channels (mlp: {spec.mlp}); raise the ratio"
+            f"prune.ratio {spec.ratio} removes nothing from {sizes[0].kv_heads} key/value groups (attention: {heads}) and "
+            f"{sizes[0].channels} MLP channels (mlp: {spec.mlp}); raise the ratio"
         )
-    return shape
+    return shapes
 
 
-def kept_groups(groups: int, head_dim: int, ratio: float) -> int:
-    """Key/value groups that stay: LLM-Pruner counts channels to remove and rounds down to whole heads. At least one."""
-    channels = groups * head_dim
-    return max(1, groups - (channels - int(channels * (1 - ratio))) // head_dim)
+def cuts_heads(spec: PruneSpec, config: PreTrainedConfig) -> bool:
+    """Whether heads are to go. RecipeError where the recipe wants it and transformers could not load the result."""
+    if spec.attention is True and not _free_heads(config):
+        raise RecipeError(
+            f"prune.attention: in a {config.model_type} the heads times their width are the hidden size, and its config cannot "
+            "say otherwise; set prune.attention to false, or to auto"
+        )
+    return _free_heads(config) and bool(spec.attention)
 
 
-def kept_channels(channels: int, ratio: float) -> int:
-    """MLP channels that stay: LLM-Pruner's count, moved to the nearest multiple that kernels and 32-wide grids like.
+def _free_heads(config: PreTrainedConfig) -> bool:
+    return all(size.free_heads for size in dimensions(config))
 
-    The multiple is 32, or less for narrow layers, where 32 would move the count by more than a thirty-second of the width.
+
+def _require_all_layers(spec: PruneSpec, sizes: Sequence[Dimensions]) -> None:
+    layers = max(size.layers for size in sizes)
+    if spec.layers is not None and (isinstance(spec.layers, int) or set(spec.layers) != set(range(layers))):
+        wanted = spec.layers if isinstance(spec.layers, int) else list(spec.layers)
+        raise RecipeError(
+            f"prune.layers {wanted}: vLLM and CTranslate2 load models whose {layers} layers have one shape; leave prune.layers "
+            "out, or take method: depth to drop whole layers"
+        )
+
+
+def pruned_config(config: PreTrainedConfig, shapes: Sequence[Shape]) -> PreTrainedConfig:
+    """The config of `config`'s model cut to `shapes`."""
+    values: dict[str, int] = {}
+    for size, shape in zip(dimensions(config), shapes, strict=True):
+        values[size.channels_key] = shape.channels
+        if size.free_heads:
+            values[size.heads_key] = shape.kv_heads * (size.heads // size.kv_heads)
+        if hasattr(config, "num_key_value_heads"):
+            values |= {"num_key_value_heads": shape.kv_heads, "head_dim": size.head_dim}
+    return surgery.resized_config(config, values)
+
+
+def parts(model: PreTrainedModel) -> list[Part]:
+    """Every dependency group of a model, by stacks and blocks: a block's attentions, then its feed-forward network.
+
+    Self-attentions that share one relative position bias (T5's) are one group for their whole stack, and come first.
     """
-    multiple = 32
-    while multiple > 1 and multiple > channels // 16:
-        multiple //= 2
-    kept = int(channels * (1 - ratio))
-    return min(channels, max(multiple, multiple * ((2 * kept + multiple) // (2 * multiple))))
+    return [part for stack in stacks(model) for part in _stack_parts(stack)]
 
 
-def cut(model: PreTrainedModel, shape: Shape, spec: PruneSpec, blocks: Tensor, seed: int, progress: Progress) -> float:
-    """Cut the layers of `model` in place down to `shape`; returns the loss on `blocks` before. The config stays as it was."""
-    layers = list(model.model.layers)
-    config = model.config
-    groups = [(attention_group(layer, config), mlp_group(layer, config)) for layer in layers]
-    scores, loss = importance(model, [group for pair in groups for group in pair], spec.criterion, blocks, seed, progress)
-    queries = config.num_attention_heads // config.num_key_value_heads
-    for place, layer in enumerate(layers):
-        heads, channels = keep_best(scores[2 * place], shape.kv_heads), keep_best(scores[2 * place + 1], shape.channels)
-        surgery.keep_attention_groups(layer, heads, surgery.head_dim(config), queries)
-        surgery.keep_mlp_channels(layer, channels, config.hidden_size)
-    return loss
+def _stack_parts(stack: Stack) -> Iterator[Part]:
+    shared = tuple(block.attentions[0] for block in stack.blocks if surgery.position_bias(stack.blocks[0].attentions[0]))
+    if shared:
+        yield Part(stack.role, attention_group(shared), shared)
+    for block in stack.blocks:
+        for attention in block.attentions[1 if shared else 0 :]:
+            yield Part(stack.role, attention_group((attention,)), (attention,))
+        yield Part(stack.role, mlp_group(block.feed_forward), feed_forward=block.feed_forward)
 
 
-def attention_group(layer: Any, config: PreTrainedConfig) -> Group:
-    """The attention weights of a decoder layer that belong to its key/value groups, query heads included."""
-    attention = layer.self_attn
-    rows = tuple(Member(linear, 0) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
-    return Group((*rows, Member(attention.o_proj, 1)), config.num_key_value_heads)
+def attention_group(attentions: tuple[Attention, ...]) -> Group:
+    """The weights that belong to the key/value groups of attentions that must keep the same ones, query heads included."""
+    members = [
+        Member(linear, dim)
+        for attention in attentions
+        for linear, dim in ((attention.q, 0), (attention.k, 0), (attention.v, 0), (attention.o, 1))
+    ]
+    return Group(tuple(members), attentions[0].kv_heads)
 
 
-def mlp_group(layer: Any, config: PreTrainedConfig) -> Group:
-    """The weights that share the hidden channels of a decoder layer's MLP, as torch-pruning's dependency graph finds them."""
-    return Group(
-        tuple(Member(linear, dim) for linear, dim in surgery.mlp_members(layer.mlp, config.hidden_size)),
-        config.intermediate_size,
-    )
+def mlp_group(feed_forward: FeedForward) -> Group:
+    """The weights that share the hidden channels of a feed-forward network."""
+    rows = tuple(Member(linear, 0) for linear in feed_forward.inputs)
+    return Group((*rows, Member(feed_forward.output, 1)), feed_forward.output.in_features)
 
 
-def keep_best(scores: Tensor, count: int) -> Tensor:
-    """The indices of the `count` highest scores, rising."""
-    return scores.argsort(stable=True)[len(scores) - count :].sort().values
+def cut(found: Sequence[Part], scores: Sequence[Tensor], shapes: Sequence[Shape]) -> None:
+    """Cut the layers in place down to `shapes`, keeping the best. The model's config stays as it was."""
+    by_role = {shape.role: shape for shape in shapes}
+    for part, score in zip(found, scores, strict=True):
+        shape = by_role[part.role]
+        for attention in part.attentions:
+            surgery.keep_attention_groups(attention, keep_best(score, shape.kv_heads))
+        if part.feed_forward is not None:
+            surgery.keep_channels(part.feed_forward, keep_best(score, shape.channels))
 
 
-def importance(
-    model: PreTrainedModel, groups: list[Group], criterion: str, blocks: Tensor, seed: int, progress: Progress
-) -> tuple[list[Tensor], float]:
-    """Score of every unit of every group (float32 [units] each, on the CPU), and the model's mean loss on `blocks`.
+def level(
+    found: Sequence[Part], scores: Sequence[Tensor], shapes: Sequence[Shape], config: PreTrainedConfig
+) -> tuple[tuple[Shape, ...], dict[str, float]]:
+    """Rank the MLP channels of all layers together, set the losers to zero, and give the stacks their widest layer's width.
 
-    Per weight w: |w| (l1), w^2 (l2), w g (vectorize, param_first), w h w (param_second), w g - w h w / 2 (param_mix), where g
-    is the gradient of the mean loss and h the mean of the squared per-sample gradients (the Fisher diagonal). Summed over
-    a channel's weights (vectorize: the magnitude of the sum, else the sum of magnitudes), over the group's matrices, and
-    over the channels of a unit. `random` draws the scores.
+    As many channels are to stay as under `shapes`. Returns the new shapes and metrics.
     """
+    networks = [
+        (part.role, part.feed_forward, score) for part, score in zip(found, scores, strict=True) if part.feed_forward is not None
+    ]
+    kept = kept_across([score for *_, score in networks], sum(_channels(shapes)[role] for role, *_ in networks))
+    for (_, feed_forward, score), count in zip(networks, kept, strict=True):
+        surgery.silence_channels(feed_forward, keep_best(score, count))
+    keys = {size.role: size.channels_key for size in dimensions(config)}  # T5 has one width for both of its stacks
+    widest = dict[str, int]()
+    for (role, *_), count in zip(networks, kept, strict=True):
+        widest[keys[role]] = max(count, widest.get(keys[role], 0))
+    padding = sum(widest[keys[role]] - count for (role, *_), count in zip(networks, kept, strict=True))
+    metrics = {"channels_least": min(kept), "channels_mean": sum(kept) / len(kept), "padding": padding}
+    return tuple(replace(shape, channels=widest[keys[shape.role]]) for shape in shapes), metrics
+
+
+def _channels(shapes: Sequence[Shape]) -> dict[Role, int]:
+    return {shape.role: shape.channels for shape in shapes}
+
+
+def kept_across(scores: Sequence[Tensor], wanted: int) -> list[int]:
+    """How many of each layer's units are among the best `wanted` of all, moved to the nearest multiple that kernels like."""
     import torch
 
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(group.units, generator=generator) for group in groups], training.mean_loss(model, blocks)
-    linears = [member.linear for group in groups for member in group.members]
-    if criterion in ("l1", "l2"):
-        power = 1 if criterion == "l1" else 2
-        salience = [linear.weight.detach().abs().pow(power) for linear in linears]
-        loss = training.mean_loss(model, blocks)
-    else:
-        salience, loss = taylor(model, [linear.weight for linear in linears], criterion, blocks, progress)
-    parts = iter(salience)
-    return [_score(group, parts, vectorize=criterion == "vectorize") for group in groups], loss
-
-
-def _score(group: Group, salience: Iterator[Tensor], vectorize: bool) -> Tensor:
-    """Sum the saliences of a group's members, taken from the iterator in turn, over each unit."""
-    import torch
-
-    total = torch.zeros(group.units)
-    for member in group.members:
-        matrix = next(salience)
-        channels = matrix.sum(1 - member.dim).abs() if vectorize else matrix.abs().sum(1 - member.dim)
-        total += channels.view(group.units, -1).sum(1).cpu()
-    return total
-
-
-def taylor(
-    model: PreTrainedModel, weights: list[Tensor], criterion: str, blocks: Tensor, progress: Progress
-) -> tuple[list[Tensor], float]:
-    """Taylor salience of every weight (signed), and the mean loss on `blocks` that its gradients come from."""
-    import torch
-
-    second = criterion in ("param_second", "param_mix")
-    first = [torch.zeros_like(weight) for weight in weights] if criterion != "param_second" else []
-    fisher = [torch.zeros_like(weight) for weight in weights] if second else []
-    loss = 0.0
-    parts = blocks.split(1 if second else BATCH)  # the Fisher diagonal wants the gradient of every sample by itself
-    for done, part in enumerate(parts):
-        value, gradients = _gradients(model, weights, part)
-        share = len(part) / len(blocks)
-        loss += value * share
-        for total, gradient in zip(first, gradients, strict=False):
-            total.add_(gradient, alpha=share)
-        for total, gradient in zip(fisher, gradients, strict=False):
-            total.addcmul_(gradient, gradient, value=share)
-        progress.step(done + 1, len(parts), loss=value)
-    with torch.no_grad():
-        for weight, total in zip(weights, first, strict=False):
-            total.mul_(weight)
-        for weight, total in zip(weights, fisher, strict=False):
-            total.mul_(weight).mul_(weight)
-    return _combine(first, fisher), loss
-
-
-def _combine(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Whichever terms there are; both of them as LLM-Pruner mixes them: first - second / 2."""
-    if first and second:
-        return [slope.sub_(curvature, alpha=0.5) for slope, curvature in zip(first, second, strict=True)]
-    return first or second
-
-
-def _gradients(model: PreTrainedModel, weights: list[Tensor], ids: Tensor) -> tuple[float, tuple[Tensor, ...]]:
-    """Mean loss on `ids` and its gradients for `weights`; StageError where they are not finite."""
-    import torch
-
-    loss = training.token_loss(model, ids.to(weights[0].device))
-    value = loss.item()
-    if not math.isfinite(value):
-        raise StageError(f"prune: the loss on the calibration text is {value}; check the checkpoint's weights")
-    return value, torch.autograd.grad(loss, weights)
+    threshold = torch.cat(list(scores)).sort(descending=True).values[wanted - 1]
+    return [nearest(int((score >= threshold).sum()), len(score)) for score in scores]
