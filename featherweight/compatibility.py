@@ -1,20 +1,30 @@
 """Which grids an engine holds exactly, and so which combinations of quantize and serve make sense.
 
-Everything here is decided from the recipe alone, before anything runs. What an engine cannot pack without a second rounding is
-refused, and so is what it could only serve at a loss: float32 of rounded weights is neither smaller nor faster than float32 of
-the weights before rounding, and worse.
+All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs. What an engine cannot pack without a
+second rounding is refused, and so is what it could only serve at a loss: float32 of rounded weights is neither smaller nor faster
+than float32 of the weights before rounding, and worse.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
+from featherweight.machine import cpu_features, gpus
 from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, PruneSpec, QuantizeSpec, Task
+from featherweight.vllm_pack import SCHEMES
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
 BY_ROW = ("torch-dynamic", "torch-static", "torchao-int8-dynamic")
 """PyTorch engines that multiply int8 by int8."""
+BITSANDBYTES = ("nf4", "llm.int8")
+COMPUTE_TYPES = {
+    "ctranslate2": ("float32", "int8", "int8_float32", "int8_float16"),
+    "vllm": ("float32", *SCHEMES),
+    "torch": ("float32", *BITSANDBYTES),
+}
 NOT_FOR: dict[tuple[str, Task], str] = {
     ("onnxruntime-genai", "text2text-generation"): "its model builder knows decoders only; take ctranslate2 or torch",
     ("onnxruntime-genai", "fill-mask"): "its model builder knows decoders only; take torch or torch-compile",
@@ -76,7 +86,31 @@ def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | Expo
     if isinstance(serve, CompileSpec):
         rule = _genai if serve.engine == "onnxruntime-genai" else _torch_compile
         return rule(body, head, serve)
+    known = COMPUTE_TYPES.get(serve.engine)
+    if known and serve.compute_type not in known:
+        return f"{serve.engine} serves {', '.join(known)}, not {serve.compute_type}"
+    if serve.kv_cache and serve.engine != "vllm":
+        return f"kv_cache is vLLM's; {serve.engine} keeps keys and values in float"
     return {"ctranslate2": _ctranslate2, "vllm": _vllm, "torch": _torch}.get(serve.engine, _torch_quantized)(body, head, serve)
+
+
+def machine_refusal(serve: CompileSpec | ExportSpec) -> str | None:
+    """Why this machine has no kernel for `serve`, in one line that names what it needs; None where it has, or may have."""
+    if isinstance(serve, CompileSpec):
+        return None
+    if gpus():
+        missing = serve.compute_type in BITSANDBYTES and find_spec("bitsandbytes") is None
+        return f"{serve.compute_type} needs bitsandbytes, which is not installed; pip install bitsandbytes" if missing else None
+    wanted, avx512 = f"{serve.engine} {serve.compute_type}", "avx512f" in cpu_features()
+    if serve.compute_type in ("int8_float16", *BITSANDBYTES):
+        return f"{wanted} needs a CUDA GPU, and there is none here; take a CPU type such as int8"
+    if serve.compute_type == "w8a16":
+        return "W8A16 needs a CUDA GPU: vLLM has no CPU kernel for 8-bit weights with float activations; take int8 (W8A8) or w4a16"
+    if serve.compute_type == "w4a16" and not avx512:
+        return "W4A16 needs a CUDA GPU or a CPU with AVX-512: vLLM's build for AVX2 has no kernel for it; take int8 (W8A8)"
+    if serve.kv_cache and not avx512:
+        return "a key-value cache in fp8 needs a CUDA GPU or a CPU with AVX-512 in vLLM; leave kv_cache out"
+    return None
 
 
 def _float_of_rounded(precision: str) -> str:
@@ -88,6 +122,8 @@ def _genai(body: Grid | None, head: Grid | None, serve: CompileSpec) -> str | No
         return None
     if serve.precision == "float32":
         return _float_of_rounded("float32")
+    if body.kind == "float":
+        return _no_matmul_nbits(body)
     if PRECISION_BITS[serve.precision] != body.bits:
         return f"the weights are on a {body.bits}-bit grid, and precision {serve.precision} would round them again"
     return next((reason for grid in (body, head) if grid and (reason := _no_matmul_nbits(grid))), None)
@@ -95,7 +131,7 @@ def _genai(body: Grid | None, head: Grid | None, serve: CompileSpec) -> str | No
 
 def _no_matmul_nbits(grid: Grid) -> str | None:
     """ONNX Runtime's MatMulNBits: 4 or 8 bits, symmetric about zero, one scale per block (a row's scale can be repeated)."""
-    if grid.bits in (4, 8) and (grid.group_size is None or grid.group_size in MATMUL_BLOCKS):
+    if grid.kind == "int" and grid.bits in (4, 8) and (grid.group_size is None or grid.group_size in MATMUL_BLOCKS):
         return None
     return f"MatMulNBits holds 4 and 8 bits in groups of {MATMUL_BLOCKS[0]} to {MATMUL_BLOCKS[-1]} or per row, not {grid.name}"
 
@@ -107,9 +143,11 @@ def _torch_compile(body: Grid | None, head: Grid | None, serve: CompileSpec) -> 
 
 
 def _torch(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
-    if serve.compute_type != "float32":
-        return f"the plain PyTorch folder is float32, not {serve.compute_type}; take another engine"
-    return None if body is None else _float_of_rounded("float32")
+    if body is None:
+        return None
+    if serve.compute_type in BITSANDBYTES:
+        return f"bitsandbytes rounds weights to {serve.compute_type} itself; give it float ones"
+    return _float_of_rounded("float32")
 
 
 def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
@@ -119,6 +157,8 @@ def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) ->
     if body is None:
         return None
     bits = 4 if serve.engine == "torchao-int4" else 8
+    if "float" in (body.kind, head.kind if head else "int"):
+        return "it holds integers, not fp8; take vllm"
     if body.bits != bits:
         other = "torchao-int4" if bits == 8 else "torchao-int8"
         return f"it holds {bits}-bit integers, and would round the {body.bits}-bit grid again; take {other}"
@@ -134,11 +174,11 @@ def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str
     if serve.compute_type == "float32":
         return _float_of_rounded("float32") + "; int8_float32 keeps them at 8 bits on disk"
     for grid in (body, head):
-        if grid is not None and grid.bits != 8:
+        if grid is not None and (grid.bits != 8 or grid.kind != "int"):
             return "CTranslate2 packs int8 and float only"
         if grid is not None and grid.group_size is not None:
             return f"CTranslate2 packs one scale per row, not one per {grid.group_size} weights"
-    if serve.compute_type == "int8" and head is None:
+    if serve.compute_type in ("int8", "int8_float16") and head is None:
         return "CTranslate2 would round the float head to int8 at load; quantize the head too, or take int8_float32"
     if serve.reduce_range is True and serve.compute_type == "int8" and body.qmax > 63:
         return "reduce_range wants weights on the grid int8-reduced, and a second rounding is not done here"
@@ -146,12 +186,9 @@ def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str
 
 
 def _vllm(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
-    if serve.compute_type == "int8_float32":
-        return "vLLM has no CPU kernel for int8 weights with float activations (W8A16); take int8 or float32"
     if body is None:
         return None
     if serve.compute_type == "float32":
         return _float_of_rounded("float32")
-    if body.bits != 8 or body.group_size is not None:
-        return f"compressed-tensors W8A8 holds 8 bits with one scale per row, not {body.name}"
-    return None
+    scheme = SCHEMES[serve.compute_type]
+    return None if scheme.holds(body) else f"compressed-tensors {scheme.name} holds {scheme.weights}, not {body.name}"

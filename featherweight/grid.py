@@ -7,17 +7,18 @@ reaches every runtime that can hold its grid without a second rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from featherweight.errors import RecipeError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform, symmetric grid `weight = q * scale` with q an integer in [qmin, qmax].
+    """A symmetric grid `weight = q * scale` with q in [qmin, qmax]: an integer (a uniform grid), or a float8 (e4m3) number.
 
     A weight matrix has shape [rows, columns] (rows = output features, or tokens of an embedding). One scale covers a whole
     row where `group_size` is None, else `group_size` consecutive columns of a row; a last, shorter group is allowed.
@@ -28,6 +29,20 @@ class Grid:
     group_size: int | None
     qmin: int
     qmax: int
+    kind: Literal["int", "float"] = "int"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What q is stored as."""
+        import torch
+
+        return torch.int8 if self.kind == "int" else torch.float8_e4m3fn
+
+    def round(self, steps: Tensor) -> Tensor:
+        """Weights in units of their scale, moved to the nearest values that q may take; the type stays."""
+        if self.kind == "int":
+            return steps.round().clamp_(self.qmin, self.qmax)
+        return steps.clamp(self.qmin, self.qmax).to(self.dtype).to(steps.dtype)
 
     def groups(self, columns: int) -> int:
         """Number of scales that a row of `columns` weights needs."""
@@ -77,18 +92,16 @@ class Grid:
         signs = (1, -1) if self.qmin < -self.qmax else (1,)
         for factor in [sign * step / 40 for sign in signs for step in range(24, 47)]:
             scales = start * factor
-            rounded = (grouped / scales.unsqueeze(-1)).round_().clamp_(self.qmin, self.qmax).mul_(scales.unsqueeze(-1))
+            rounded = self.round(grouped / scales.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
             error = rounded.sub_(grouped).square_().sum(dim=-1)
             best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
         return best
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Round to nearest: (q int8 [rows, columns], scales float32 [rows, groups])."""
-        import torch
-
+        """Round to nearest: (q int8 or float8 [rows, columns], scales float32 [rows, groups])."""
         scales = self.scales(weight) if scales is None else scales
-        q = torch.round(self._grouped(weight.float()) / scales.unsqueeze(-1)).clamp(self.qmin, self.qmax)
-        return self._flat(q, weight.shape[1]).to(torch.int8), scales
+        q = self.round(self._grouped(weight.float()) / scales.unsqueeze(-1))
+        return self._flat(q, weight.shape[1]).to(self.dtype), scales
 
     def dequantize(self, q: Tensor, scales: Tensor) -> Tensor:
         """The float32 weights [rows, columns] that (q, scales) stand for."""
@@ -106,9 +119,11 @@ GRIDS = {
         # One bit of head-room: without VNNI, AVX2 adds pairs of int8 products in int16, which full-range weights overflow.
         Grid("int8-reduced", bits=8, group_size=None, qmin=-63, qmax=63),
         Grid("int8-g32", bits=8, group_size=32, qmin=-128, qmax=127),
+        Grid("int8-g128", bits=8, group_size=128, qmin=-128, qmax=127),
         Grid("int4", bits=4, group_size=None, qmin=-8, qmax=7),
         Grid("int4-g32", bits=4, group_size=32, qmin=-8, qmax=7),
         Grid("int4-g128", bits=4, group_size=128, qmin=-8, qmax=7),
+        Grid("fp8", bits=8, group_size=None, qmin=-448, qmax=448, kind="float"),
     )
 }
 

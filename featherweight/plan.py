@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from featherweight.compatibility import refusal, shape_refusal, task_refusal
+from featherweight.compatibility import machine_refusal, refusal, shape_refusal, task_refusal
 from featherweight.errors import RecipeError
 from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, LoadSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
 
@@ -69,6 +69,7 @@ def expand(recipe: Recipe) -> Plan:
             task_refusal(recipe.task, served)
             or refusal(recipe.stages.quantize.get(quantize), served)
             or shape_refusal(recipe.stages.prune.get(prune), served)
+            or machine_refusal(served)
         )
         if reason:
             ruled_out[name] = reason

@@ -1,7 +1,7 @@
 """Quantized weights beside a checkpoint: the integers and scales that a quantize stage chose.
 
 A quantized checkpoint is a plain Hugging Face folder whose float weights already lie on their grids, plus two files:
-`quantized.safetensors` with `<parameter>.q` (int8 [rows, columns]) and `<parameter>.scales` (float32 [rows, groups]),
+`quantized.safetensors` with `<parameter>.q` (int8 or float8 [rows, columns]) and `<parameter>.scales` (float32 [rows, groups]),
 and `quantization.json`, which names the grid of each parameter. `Grid.dequantize(q, scales)` equals the float weight bit
 for bit, so an exporter packs the integers as they are and rounds nothing a second time.
 """
@@ -26,7 +26,7 @@ HEADS = ("embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """Grid, integers (int8 [rows, columns]) and scales (float32 [rows, groups]) by parameter name.
+    """Grid, integers (int8, or float8 numbers, [rows, columns]) and scales (float32 [rows, groups]) by parameter name.
 
     A tied output head stands under the embedding's name only.
     """

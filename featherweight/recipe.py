@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(gt=0)]
 Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["text-generation", "text2text-generation", "fill-mask"]
+ComputeType = Literal["float32", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"]
 
 
 TorchEngine = Literal["torch-dynamic", "torch-static", "torchao-int8", "torchao-int4", "torchao-int8-dynamic"]
@@ -255,12 +256,24 @@ class CompileSpec(Spec):
 class ExportSpec(Spec):
     """CTranslate2, vLLM, the plain PyTorch folder, or PyTorch with quantized layers: torch's own, or torchao's.
 
+    compute_type, for CTranslate2: float32, int8, int8_float32, or on CUDA int8_float16; for vLLM: float32, w8a8 (or int8), w8a16,
+    w4a16, fp8; for torch: float32, or on CUDA bitsandbytes' nf4 and llm.int8.
     reduce_range: 'auto' means where the CPU has no VNNI; CTranslate2's int8 only.
+    kv_cache: what vLLM keeps keys and values in, null for its own float.
     """
 
     engine: Literal["ctranslate2", "vllm", "torch", TorchEngine]
-    compute_type: Literal["float32", "int8", "int8_float32"] = "float32"
+    compute_type: ComputeType = "float32"
     reduce_range: bool | Literal["auto"] = "auto"
+    kv_cache: Literal["fp8"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """vLLM's w8a8 is what int8 means there."""
+        if isinstance(value, dict) and value.get("compute_type") == "w8a8":
+            return value | {"compute_type": "int8"}
+        return value
 
 
 class StagesSpec(Spec):

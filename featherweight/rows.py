@@ -55,11 +55,13 @@ def ends(model: PreTrainedModel) -> set[int]:
     return {id(module.weight) for module in modules if module is not None}
 
 
-def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid) -> QuantizedWeights:
-    """Every matrix of `model` on its grid: `head` for the embedding and the output head, `body` for all others."""
+def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid | None) -> QuantizedWeights:
+    """Every matrix of `model` on its grid: `head` for the embedding and the output head (None: in float), `body` for all others."""
     result, vocabulary = QuantizedWeights({}, {}, {}, "rtn"), ends(model)
     for name, parameter, transposed in matrices(model):
         grid = head if id(parameter) in vocabulary else body
+        if grid is None:
+            continue
         result.grids[name] = grid
         result.q[name], result.scales[name] = grid.quantize(_rows(parameter, transposed))
     return result

@@ -7,28 +7,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight import ct2_pack, torch_pack, vllm_pack
-from featherweight.compatibility import grid_refusal
-from featherweight.errors import RecipeError
+from featherweight.compatibility import BITSANDBYTES, grid_refusal, machine_refusal
+from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS, Grid
 from featherweight.links import copy_tokenizer, link, link_checkpoint
-from featherweight.machine import INT8_DOT, cpu_features
+from featherweight.machine import INT8_DOT, cpu_features, gpus
 from featherweight.padding import without_padding
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
 from featherweight.recipe import ExportSpec
 from featherweight.rows import QuantizedRows, move_to_grid, round_to_nearest
 from featherweight.serving import Serving
+from featherweight.surgery import load_config
+from featherweight.text import load_tokenizer, token_windows
 from tasks.parity import EXACT, Reference, load_reference
 from tasks.stage import Metrics, stage
 from tasks.static_ranges import input_ranges, simulated
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CT2_FOLDER = "ctranslate2"
+CACHE_WINDOWS, CACHE_TOKENS = 32, 256
+"""How much of the calibration text sets the scales of an fp8 cache."""
+ROUNDED_FOR_VLLM = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp8"}
 
 
-@stage("export", version="1", libraries=("ctranslate2", "transformers", "compressed-tensors", "torch", "torchao"), hardware=True)
+@stage("export", version="2", libraries=("ctranslate2", "transformers", "compressed-tensors", "torch", "torchao"), hardware=True)
 def export(
     spec: ExportSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
@@ -36,19 +41,25 @@ def export(
 
     compute_type, for CTranslate2: 'float32'; 'int8' stores weights as int8 and rounds activations to int8 at run time;
     'int8_float32' stores the same weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own
-    type of that name is the same as its int8 on a CPU, so it is not offered). For vLLM 'int8' is W8A8.
+    type of that name is the same as its int8 on a CPU, so it is not offered); 'int8_float16' is its own, on CUDA.
+    For vLLM: 'int8' is W8A8, 'w8a16' and 'w4a16' compute in float16, 'fp8' has e4m3 weights per row and activations per token;
+    `kv_cache: fp8` keeps keys and values in e4m3, with scales from the calibration text.
+    For PyTorch: bitsandbytes' 'nf4' and 'llm.int8', on CUDA; it rounds at load.
     Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type, or the
     name of one of PyTorch's quantized engines (featherweight.torch_pack), says so.
-    Metrics: none for 'torch', which is the reference itself; else `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats, see
-    tasks.parity), and where the engine rounds activations also `parity_weights_max_abs`, the same with activations in float.
-    Raises RecipeError for weights on a grid that the engine does not hold, StageError for an unknown architecture, ParityError
-    where the engine does not compute what PyTorch computes.
+    Metrics: none for 'torch', which is the reference itself or rounds by itself; else `parity_max_abs`, `parity_mean_abs`,
+    `parity_bound` (nats, see tasks.parity), and where CTranslate2 or PyTorch rounds activations also `parity_weights_max_abs`, the
+    same with activations in float.
+    Raises RecipeError for weights on a grid that the engine does not hold, ToolchainError where this machine has no kernel for
+    them, StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
     """
     quantized = QuantizedWeights.read(checkpoint)
     refuse(quantized, spec)
+    if spec.kv_cache:
+        _refuse_heads(load_config(checkpoint))
     if spec.engine == "torch":
         link_checkpoint(checkpoint, out)
-        Serving("torch").write(out)
+        Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
         return {}
     model = load_reference(checkpoint)
     if spec.engine in torch_pack.FORMATS:
@@ -57,8 +68,10 @@ def export(
         quantized = round_to_nearest(model, *grids_here(spec))
         move_to_grid(model, quantized)
     progress.note(f"writing for {spec.engine}")
-    write = _write_ctranslate2 if spec.engine == "ctranslate2" else _write_vllm
-    write(spec, model, quantized, checkpoint, out)
+    if spec.engine == "ctranslate2":
+        _write_ctranslate2(spec, model, quantized, checkpoint, out)
+    else:
+        _write_vllm(spec, model, quantized, checkpoint, out, calibration)
     reference = Reference.of(model, checkpoint, calibration)
     del model, quantized
     progress.note(f"comparing {spec.engine} with PyTorch")
@@ -98,21 +111,35 @@ def _export_torch(
 
 
 def refuse(quantized: QuantizedWeights | None, spec: ExportSpec) -> None:
-    """Raise RecipeError where the engine does not hold the grids of these weights."""
+    """Raise RecipeError where the engine does not hold the grids of these weights, ToolchainError where this machine cannot."""
     body, head = (quantized.grid, quantized.head) if quantized else (None, None)
     reason = grid_refusal(GRIDS[body] if body else None, GRIDS[head] if head else None, spec)
     if reason:
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
+    if reason := machine_refusal(spec):
+        raise ToolchainError(reason)
+    if quantized and spec.engine == "vllm":
+        vllm_pack.check(quantized, vllm_pack.SCHEMES[spec.compute_type])
 
 
-def grids_here(spec: ExportSpec) -> tuple[Grid, Grid]:
-    """Grids of body and head for weights that are rounded here: 7 bits where CTranslate2's int8 would saturate at 8.
+def _refuse_heads(config: PreTrainedConfig) -> None:
+    """Raise RecipeError where vLLM's CPU kernel for an fp8 cache does not take heads of this width."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width % 32 and not gpus():
+        raise RecipeError(
+            f"vLLM's fp8 cache wants heads of a multiple of 32 on a CPU, and these are {width} wide; leave kv_cache out"
+        )
 
-    Without VNNI its AVX2 kernel adds pairs of products in int16. vLLM's kernels and float32 do not.
+
+def grids_here(spec: ExportSpec) -> tuple[Grid, Grid | None]:
+    """Grids of body and head for weights that are rounded here; vLLM keeps the head in float.
+
+    For CTranslate2: 7 bits where its int8 would saturate at 8. Without VNNI its AVX2 kernel adds pairs of products in int16.
     """
+    if spec.engine == "vllm":
+        return GRIDS[ROUNDED_FOR_VLLM[spec.compute_type]], None
     saturates = not INT8_DOT & cpu_features() if spec.reduce_range == "auto" else spec.reduce_range
-    reduced = saturates and (spec.engine, spec.compute_type) == ("ctranslate2", "int8")
-    grid = GRIDS["int8-reduced" if reduced else "int8"]
+    grid = GRIDS["int8-reduced" if saturates and spec.compute_type == "int8" else "int8"]
     return grid, grid
 
 
@@ -123,18 +150,44 @@ def _write_ctranslate2(
     rows = QuantizedRows.of(model, quantized) if quantized else None
     ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows)
     copy_tokenizer(checkpoint, out)
-    compute_type = "int8" if spec.compute_type == "int8" else "float32"
+    on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
+    on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
     grid = quantized.grid if quantized else None
-    Serving("ctranslate2", CT2_FOLDER, {"compute_type": compute_type}, grid).write(out)
+    Serving("ctranslate2", CT2_FOLDER, on_cuda if spec.compute_type == "int8_float16" else on_cpu, grid).write(out)
 
 
-def _write_vllm(spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWeights | None, checkpoint: Path, out: Path) -> None:
-    if quantized is None:
+def _write_vllm(
+    spec: ExportSpec,
+    model: PreTrainedModel,
+    quantized: QuantizedWeights | None,
+    checkpoint: Path,
+    out: Path,
+    calibration: Path,
+) -> None:
+    """`calibration`: text whose keys and values set the scales of an fp8 cache."""
+    options: dict[str, str] = {}
+    if quantized is None and spec.kv_cache is None:
         link_checkpoint(checkpoint, out)
     else:
         copy_tokenizer(checkpoint, out)
-        vllm_pack.pack(model, quantized, checkpoint, out)
-    Serving("vllm", grid=quantized.grid if quantized else None).write(out)
+        scheme = vllm_pack.SCHEMES.get(spec.compute_type)
+        if quantized and scheme:
+            vllm_pack.check(quantized, scheme)
+        scales = vllm_pack.cache_scales(model, _windows(model, checkpoint, calibration)) if spec.kv_cache else None
+        vllm_pack.pack(model, quantized, checkpoint, out, scheme, scales)
+    if quantized:
+        options["compute_type"] = spec.compute_type
+        # The kernels for 4- and 8-bit weights in front of float activations know no float32, and on CUDA none of the others do.
+        options["dtype"] = "float16" if spec.compute_type in ("w8a16", "w4a16") or gpus() else "float32"
+    if spec.kv_cache:
+        options["kv_cache_dtype"] = spec.kv_cache
+    Serving("vllm", options=options, grid=quantized.grid if quantized else None).write(out)
+
+
+def _windows(model: PreTrainedModel, checkpoint: Path, text: Path) -> list[list[int]]:
+    """Token ids of a part of the calibration text."""
+    length = min(CACHE_TOKENS, model.config.max_position_embeddings)
+    return [window.ids for window in token_windows(text, load_tokenizer(checkpoint), length, CACHE_WINDOWS)]
 
 
 def _check_float_twin(reference: Reference, served: Path, calibration: Path) -> Metrics:

@@ -89,9 +89,9 @@ def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Met
 
 def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     """Refuse what cannot work before any weight is read."""
-    grid_named(spec.grid)
-    if spec.head is not None:
-        grid_named(spec.head)
+    grids = [grid_named(name) for name in (spec.grid, spec.head) if name is not None]
+    if spec.method == "qat" and any(grid.kind == "float" for grid in grids):
+        raise RecipeError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "quantize")
     if spec.generated_tokens and family_of(config) != "causal":

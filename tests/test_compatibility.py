@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from featherweight.compatibility import refusal
+from featherweight import compatibility
+from featherweight.compatibility import machine_refusal, refusal
 from featherweight.grid import GRIDS
+from featherweight.machine import Gpu
 from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
 
 
@@ -33,8 +35,10 @@ def test_float_weights_are_served_by_every_engine(engine):
     [
         ("torch-compile int8", "float32 here"),
         ("torch int8", "not int8"),
-        ("vllm int8_float32", "W8A16"),
         ("torch-dynamic int8", "leave compute_type out"),
+        ("vllm int8_float32", "vllm serves float32, int8, w8a16, w4a16, fp8, not int8_float32"),
+        ("ctranslate2 fp8", "not fp8"),
+        ("vllm nf4", "not nf4"),
     ],
 )
 def test_precisions_that_an_engine_does_not_have(engine, reason):
@@ -48,7 +52,9 @@ def test_precisions_that_an_engine_does_not_have(engine, reason):
      ("int8", "int8", "ctranslate2 int8"), ("int8-reduced", "int8-reduced", "ctranslate2 int8"),
      ("int8", "int8", "torch-dynamic"), ("int8-reduced", None, "torch-static"), ("int8", "int8", "torchao-int8-dynamic"),
      ("int8-g32", "int4-g32", "torchao-int8"), ("int4", "int8", "torchao-int4"), ("int4-g128", None, "torchao-int4"),
-     ("int8", None, "ctranslate2 int8_float32"), ("int8", "int8", "vllm int8"), ("int8", None, "vllm int8")],
+     ("int8", None, "ctranslate2 int8_float32"), ("int8", "int8", "vllm int8"), ("int8", None, "vllm int8"),
+     ("int8", "int8", "ctranslate2 int8_float16"), ("int8", None, "vllm w8a16"), ("int8-g128", None, "vllm w8a16"),
+     ("int4-g32", "int8", "vllm w4a16"), ("int4", None, "vllm w4a16"), ("fp8", "fp8", "vllm fp8")],
 )  # fmt: skip
 def test_grids_that_an_engine_holds(grid, head, engine):
     assert refusal(QuantizeSpec(grid=grid, head=head), serve(engine)) is None
@@ -62,10 +68,16 @@ def test_grids_that_an_engine_holds(grid, head, engine):
      ("int8", None, "ctranslate2 int8", "quantize the head too"),
      ("int4-g32", "int8", "onnxruntime-genai int8", "4-bit grid"),
      ("int8", "int8", "onnxruntime-genai int4", "8-bit grid"),
-     ("int4-g32", "int8", "vllm int8", "not int4-g32"),
      ("int4-g32", "int8", "torch-dynamic", "take torchao-int4"), ("int4", "int8", "torchao-int8", "round the 4-bit grid again"),
      ("int8", "int8", "torchao-int4", "take torchao-int8"), ("int8-g32", "int8", "torch-static", "not int8-g32; take torchao-int8"),
      ("int8", "int4-g32", "torchao-int8-dynamic", "one scale per row"),
+     ("int4-g32", "int8", "vllm int8", "compressed-tensors W8A8 holds 8-bit integer weights with one scale per row, not int4-g32"),
+     ("fp8", None, "vllm int8", "not fp8"), ("int8", None, "vllm fp8", "8-bit float weights with one scale per row, not int8"),
+     ("int8", None, "vllm w4a16", "4-bit integer weights with one scale per row or group, not int8"),
+     ("int4-g32", None, "vllm w8a16", "not int4-g32"), ("fp8", "fp8", "ctranslate2 int8", "CTranslate2 packs int8 and float only"),
+     ("int8", None, "ctranslate2 int8_float16", "quantize the head too"),
+     ("fp8", "fp8", "onnxruntime-genai int8", "not fp8"), ("fp8", "fp8", "torchao-int8", "not fp8"),
+     ("int8", "int8", "torch nf4", "give it float ones"),
      ("int7", "int8", "vllm int8", "unknown grid 'int7'")],
 )  # fmt: skip
 def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
@@ -75,6 +87,46 @@ def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
 @pytest.mark.parametrize("engine", ["onnxruntime-genai", "torch-compile", "torch", "ctranslate2", "vllm"])
 def test_float32_of_rounded_weights_is_a_useless_duplicate(engine):
     assert "no smaller and no faster" in refusal(QuantizeSpec(), serve(engine))
+
+
+CUDA = ["ctranslate2 int8_float16", "vllm w8a16", "torch nf4", "torch llm.int8"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "features", "reason"),
+    [*((engine, {"avx2", "avx512f"}, "needs a CUDA GPU") for engine in CUDA),
+     ("vllm w4a16", {"avx2"}, "CUDA GPU or a CPU with AVX-512"), ("vllm w4a16", {"avx2", "avx512f"}, None),
+     ("vllm int8", {"avx2"}, None), ("vllm fp8", {"avx2"}, None), ("ctranslate2 int8", {"avx2"}, None)],
+)  # fmt: skip
+def test_what_this_machine_has_no_kernel_for(engine, features, reason, monkeypatch):
+    monkeypatch.setattr(compatibility, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(compatibility, "gpus", lambda: ())
+    found = machine_refusal(serve(engine))
+    assert found is None if reason is None else reason in found
+    monkeypatch.setattr(compatibility, "gpus", lambda: (Gpu("some", 2**34),))
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: name)
+    assert machine_refusal(serve(engine)) is None
+
+
+def test_bitsandbytes_is_asked_for_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(compatibility, "gpus", lambda: (Gpu("some", 2**34),))
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in machine_refusal(serve("torch nf4"))
+    assert machine_refusal(serve("vllm w8a16")) is None
+
+
+def test_an_fp8_cache_is_vllms_and_wants_wide_registers(monkeypatch):
+    monkeypatch.setattr(compatibility, "gpus", lambda: ())
+    spec = ExportSpec(engine="vllm", kv_cache="fp8")
+    for features, refused in ((frozenset({"avx2"}), True), (frozenset({"avx2", "avx512f"}), False)):
+        monkeypatch.setattr(compatibility, "cpu_features", lambda features=features: features)
+        assert ("leave kv_cache out" in (machine_refusal(spec) or "")) == refused
+    assert refusal(None, spec) is None
+    assert "vLLM's" in refusal(None, ExportSpec(engine="ctranslate2", kv_cache="fp8"))
+
+
+def test_w8a8_is_what_int8_means_to_vllm():
+    assert ExportSpec.model_validate({"engine": "vllm", "compute_type": "w8a8"}) == serve("vllm int8")
 
 
 def test_the_reason_names_the_combination():
@@ -89,7 +141,7 @@ def test_an_explicit_reduced_range_does_not_round_again():
 
 
 def test_every_grid_has_an_engine():
-    engines = [serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)]
+    engines = [*(serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)), serve("vllm fp8")]
     for name in GRIDS:
         assert any(refusal(QuantizeSpec(grid=name, head=name), engine) is None for engine in engines), name
 

@@ -193,12 +193,12 @@ def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkp
     model = load_reference(checkpoints[family])
     quantized = round_to_nearest(model, *grids_here(ExportSpec(engine="vllm", compute_type="int8")))
     move_to_grid(model, quantized)
-    vllm_pack.pack(model, quantized, checkpoints[family], tmp_path)
+    vllm_pack.pack(model, quantized, checkpoints[family], tmp_path, vllm_pack.SCHEMES["int8"])
     tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(tensors[name], quantized.q[name])
     assert torch.equal(tensors[f"{name}_scale"], quantized.scales[name])
     embedding = "model.embed_tokens.weight"
-    assert torch.equal(tensors[embedding], quantized.dequantize(embedding))
+    assert torch.equal(tensors[embedding], model.get_input_embeddings().weight)
     assert ("lm_head.weight" in tensors) == (family == "untied")
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
     ours = Reference.of(model, checkpoints[family], text)
@@ -221,7 +221,7 @@ def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, wr
     else:
         model = load_reference(source)
         rounded = spec.compute_type == "int8"
-        write(spec, model, round_to_nearest(model, *grids_here(spec)) if rounded else None, source, tmp_path)
+        write(spec, model, round_to_nearest(model, *grids_here(spec)) if rounded else None, source, tmp_path, text)
     assert models.digests(source) == before
     inodes = {path.stat().st_ino: path.name for path in source.iterdir()}
     shared = {inodes[path.stat().st_ino] for path in tmp_path.rglob("*") if path.stat().st_ino in inodes}
@@ -232,9 +232,9 @@ def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, wr
 
 def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, text, tmp_path):
     refused = [
-        (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "W8A16"),
+        (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "vllm serves float32, int8, w8a16"),
         (ExportSpec(engine="vllm"), quantized, "full size"),
-        (ExportSpec(engine="torch", compute_type="int8"), checkpoints["llama"], "float32, not int8"),
+        (ExportSpec(engine="torch", compute_type="int8"), checkpoints["llama"], "not int8"),
         (ExportSpec(engine="torch"), quantized, "full size"),
     ]
     for spec, checkpoint, reason in refused:

@@ -11,6 +11,8 @@ from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS, Grid, grid_named
 
 GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+INTEGERS = {name: grid for name, grid in GRIDS.items() if grid.kind == "int"}
+INTEGER_GRID = pytest.mark.parametrize("grid", INTEGERS.values(), ids=list(INTEGERS))
 
 
 @st.composite
@@ -32,7 +34,7 @@ def test_rounding_a_second_time_changes_nothing(grid: Grid, weight: torch.Tensor
     assert grid.fake_quantize(grid.dequantize(q, scales)).allclose(grid.dequantize(q, scales), rtol=1e-6)
 
 
-@GRID
+@INTEGER_GRID
 @settings(max_examples=40, deadline=None)
 @given(weight=weights())
 def test_no_weight_is_off_by_more_than_half_a_step(grid: Grid, weight: torch.Tensor) -> None:
@@ -74,6 +76,18 @@ def test_the_search_helps_where_few_bits_meet_a_tail() -> None:
     grid = grid_named("int4")
     found = grid.dequantize(*grid.quantize(weight, grid.mse_scales(weight)))
     assert (found - weight).square().mean() < 0.9 * (grid.fake_quantize(weight) - weight).square().mean()
+
+
+@settings(max_examples=40, deadline=None)
+@given(weight=weights())
+def test_float8_is_off_by_at_most_a_sixteenth(weight: torch.Tensor) -> None:
+    """e4m3 has 3 bits of fraction, and steps of 2^-9 below its smallest normal number."""
+    grid = grid_named("fp8")
+    q, scales = grid.quantize(weight)
+    assert (q.dtype, q.shape) == (torch.float8_e4m3fn, weight.shape)
+    assert q.float().abs().max() <= 448
+    error = (grid.dequantize(q, scales) - weight).abs()
+    assert (error <= (weight.abs() / 16).maximum(scales * 2.0**-10) * (1 + 1e-5)).all()
 
 
 def test_a_short_last_group_has_a_scale_of_its_own() -> None:

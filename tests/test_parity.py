@@ -103,6 +103,7 @@ def test_bounds_follow_what_the_engine_does_with_activations(monkeypatch):
     assert bound_of(Serving("onnxruntime-genai", grid="int4-g32")) == INT8_ACTIVATIONS
     assert bound_of(Serving("ctranslate2", options={"compute_type": "float32"}, grid="int8")) == EXACT
     assert bound_of(Serving("vllm", grid="int8")) == INT8_ACTIVATIONS
+    assert bound_of(Serving("ctranslate2", options={"compute_type": "int8_float16"}, grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("vllm")) == bound_of(Serving("torch-compile")) == EXACT
     for features, bound in ((frozenset({"avx2"}), SATURATING), (frozenset({"avx2", "avx_vnni"}), INT8_ACTIVATIONS)):
         monkeypatch.setattr(parity, "cpu_features", lambda features=features: features)

@@ -10,7 +10,7 @@ from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens, by
 
 
 class CTranslate2(Engine):
-    """A converted folder (model.bin, config.json, vocabulary). options: `compute_type`, float32 unless told otherwise."""
+    """A converted folder (model.bin, config.json, vocabulary). options: `compute_type` (float32) and `device` (cpu)."""
 
     def load(self) -> None:
         import ctranslate2
@@ -18,7 +18,7 @@ class CTranslate2(Engine):
         self.vocabulary: list[str] = json.loads((self.weights / "vocabulary.json").read_text())
         self.generator: Any = ctranslate2.Generator(
             str(self.weights),
-            device="cpu",
+            device=self.options.get("device", "cpu"),
             inter_threads=1,
             intra_threads=self.threads,
             compute_type=self.options.get("compute_type", "float32"),

@@ -12,15 +12,22 @@ if TYPE_CHECKING:
 
 
 class TorchEager(Engine):
-    """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it)."""
+    """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it).
+
+    options: `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and computes in float16 on a CUDA GPU.
+    """
 
     def load(self) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(self.threads)
+        rounded = self.options.get("bitsandbytes")
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self.weights, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            self.weights,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            **_bitsandbytes(rounded) if rounded else {"dtype": torch.float32},
         )
         self.model = model.eval()
 
@@ -37,7 +44,7 @@ class TorchEager(Engine):
         most = windows_at_once(self.limits.max_tokens, self.model.config.vocab_size)
         with torch.inference_mode():
             for batch in by_length(windows, most):
-                ids = torch.tensor([windows[index] for index in batch])
+                ids = torch.tensor([windows[index] for index in batch], device=self.model.device)
                 for index, row in zip(batch, self._score(ids).tolist(), strict=True):
                     scores[index] = row
         return scores
@@ -55,7 +62,7 @@ class TorchEager(Engine):
         began, firsts = perf_counter(), 0.0
         with torch.inference_mode():
             for batch in by_length(prompts, self.limits.max_batch):
-                new, first = self._greedy(torch.tensor([prompts[index] for index in batch]), new_tokens)
+                new, first = self._greedy(torch.tensor([prompts[index] for index in batch], device=self.model.device), new_tokens)
                 firsts = first - began
                 for index, row in zip(batch, new.tolist(), strict=True):
                     tokens[index] = row
@@ -78,3 +85,13 @@ class TorchEager(Engine):
         """The likeliest next token of each sequence, [batch, 1]; appends the keys and values of `ids` to the cache."""
         logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _bitsandbytes(rounded: str) -> dict[str, Any]:
+    """Options of from_pretrained for 4-bit NormalFloat (Dettmers et al. 2023) or LLM.int8 (Dettmers et al. 2022)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16}
+    config = BitsAndBytesConfig(**nf4 if rounded == "nf4" else {"load_in_8bit": True})
+    return {"quantization_config": config, "dtype": torch.float16, "device_map": {"": 0}}

@@ -22,9 +22,15 @@ START_TIMEOUT_S = 600.0
 # What ends a Python traceback, bare or behind the prefix of vLLM's logger.
 _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
+# Errors that only say that another one came before.
+_ECHOES = ("EngineDeadError", "See root cause above")
+
 
 class Vllm(Engine):
-    """A server of this worker's own, in a process group of its own. options: `dtype`, float32 unless told otherwise."""
+    """A server of this worker's own, in a process group of its own.
+
+    options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same.
+    """
 
     slow_to_switch = True
     server: subprocess.Popen[bytes] | None = None
@@ -58,6 +64,7 @@ class Vllm(Engine):
             # Scoring asks for one new token, which nobody reads, after a window that may fill the context.
             "--max-model-len": self.limits.max_tokens + 1,
             "--max-num-seqs": self.limits.max_batch,
+            "--kv-cache-dtype": self.options.get("kv_cache_dtype", "auto"),
             "--kv-cache-memory-bytes": _cache_bytes(self.weights, self.limits.max_tokens + 1, self.limits.max_batch),
             "--host": "127.0.0.1",
             "--port": port,
@@ -100,7 +107,7 @@ class Vllm(Engine):
         """The root error in the server's log, else its last line."""
         self.log.seek(0)
         log = self.log.read().decode(errors="replace")
-        errors = [error for error in _ERROR.findall(log) if "EngineDeadError" not in error]
+        errors = [error for error in _ERROR.findall(log) if not any(echo in error for echo in _ECHOES)]
         lines = errors or [line for line in log.splitlines() if line.strip()]
         return f"it said: {' '.join(lines[-1].split())[:400]}" if lines else "it said nothing"
 

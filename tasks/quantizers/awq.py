@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from featherweight.grid import Grid, grid_named
 from featherweight.quantized import HEADS
 from tasks.quantizers import oneshot
 from tasks.quantizers.job import Job
@@ -27,24 +27,19 @@ def _modifiers(job: Job) -> list[Any]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    grid = grid_named(job.spec.grid)
-    return [AWQModifier(), QuantizationModifier(config_groups=_groups(job, grid))]
+    return [AWQModifier(), QuantizationModifier(config_groups=_groups(job))]
 
 
-def _groups(job: Job, grid: Grid) -> dict[str, Any]:
+def _groups(job: Job) -> dict[str, Any]:
     """Schemes of the search. It knows no short last group: a matrix that would need one is searched with one scale per row."""
-    whole: list[str] = []
-    rest: list[str] = []
+    groups: dict[str, Any] = {}
     for name, tensor in job.tensors():
         if name in job.grids and not name.endswith(HEADS):
-            fits = grid.group_size is None or tensor.shape[1] % grid.group_size == 0
-            (whole if fits else rest).append(name.removesuffix(".weight"))
-    per_row = oneshot.weights_scheme(grid) | {"strategy": "channel", "group_size": None}
-    groups = {
-        "whole": {"targets": whole, "weights": oneshot.weights_scheme(grid)},
-        "rest": {"targets": rest, "weights": per_row},
-    }
-    return {name: group for name, group in groups.items() if group["targets"]}
+            grid = job.grids[name]
+            grid = replace(grid, group_size=None) if grid.group_size and tensor.shape[1] % grid.group_size else grid
+            group = groups.setdefault(f"{grid.name}-{grid.group_size}", {"targets": [], "weights": oneshot.weights_scheme(grid)})
+            group["targets"].append(name.removesuffix(".weight"))
+    return groups
 
 
 @contextmanager

@@ -34,8 +34,8 @@ def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tens
 def weights_scheme(grid: Grid) -> dict[str, Any]:
     """llm-compressor's description of weights on `grid`. 127 steps on either side are 8 bits wide there, 63 are 7."""
     return {
-        "num_bits": (grid.qmax + 1).bit_length(),
-        "type": "int",
+        "num_bits": (grid.qmax + 1).bit_length() if grid.kind == "int" else grid.bits,
+        "type": grid.kind,
         "symmetric": True,
         "strategy": "channel" if grid.group_size is None else "group",
         "group_size": grid.group_size,

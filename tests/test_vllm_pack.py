@@ -1,0 +1,234 @@
+"""Folders for vLLM: llm-compressor's own format, our exact weights, and what vLLM makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving_models as models
+import torch
+from conftest import STORY, _tokenizer
+from safetensors.torch import load_file
+
+from featherweight import vllm_pack
+from featherweight.compatibility import machine_refusal
+from featherweight.errors import RecipeError, ToolchainError
+from featherweight.grid import GRIDS
+from featherweight.machine import cpu_features, gpus
+from featherweight.quantized import QuantizedWeights
+from featherweight.recipe import ExportSpec
+from featherweight.runtimes import engine_available
+from featherweight.runtimes.engine import Limits
+from featherweight.runtimes.vllm import Vllm
+from featherweight.serving import Serving
+from tasks import export as exporting
+from tasks.export import export
+from tasks.parity import FP8, HALF, INT8_ACTIVATIONS, Bound, Reference, bound_of, load_reference
+
+LLM_COMPRESSOR = {"int8": "W8A8", "w8a16": "W8A16", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
+GRID_OF = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp8"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with heads of 32, the narrowest that vLLM takes everywhere."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return models.make("untied", tmp_path_factory.mktemp("models") / "wide", _tokenizer(), **heads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_text(tmp_path_factory.mktemp("text"), STORY)
+
+
+def packed(checkpoint: Path, compute_type: str, grid: str, out: Path) -> QuantizedWeights:
+    """Weights on a grid by scales that nobody would choose, packed."""
+    quantized = models.quantize(checkpoint, out / "quantized", {"_proj.weight": grid})
+    (out / "packed").mkdir()
+    model = load_reference(out / "quantized")
+    vllm_pack.pack(model, quantized, checkpoint, out / "packed", vllm_pack.SCHEMES[compute_type])
+    return quantized
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "grid"),
+    [("int8", "int8"), ("int8", "int8-reduced"), ("w8a16", "int8"), ("w8a16", "int8-g32"), ("w4a16", "int4"), ("w4a16", "int4-g32"),
+     ("fp8", "fp8")],
+)  # fmt: skip
+def test_compressed_tensors_reads_our_very_weights(compute_type: str, grid: str, checkpoint: Path, tmp_path: Path) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    quantized = packed(checkpoint, compute_type, grid, tmp_path)
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    described = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationScheme(**described["config_groups"]["group_0"])
+    reader: Any = BaseCompressor.get_value_from_registry(described["format"])
+    for name in quantized.q:
+        own = {key.removeprefix(name.removesuffix("weight")): value for key, value in tensors.items() if key.startswith(name)}
+        assert torch.equal(reader.decompress(own, scheme)["weight"], quantized.dequantize(name)), name
+    assert described["ignore"] == ["lm_head"]
+    assert torch.equal(tensors["lm_head.weight"], load_file(checkpoint / "model.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
+def test_the_format_is_llm_compressors_own(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
+    """The same tensors, shapes and types, and every key that we write with the same value."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    preset: Any = {"scheme": LLM_COMPRESSOR[compute_type], "targets": "Linear"}
+    grid = GRIDS[GRID_OF[compute_type]]
+    if compute_type.endswith("a16"):  # its presets are groups of 128, wider than this model
+        from tasks.quantizers.oneshot import weights_scheme
+
+        preset = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights_scheme(grid)}}}
+    model = load_reference(checkpoint)
+    try:
+        oneshot(model=model, recipe=[QuantizationModifier(ignore=["lm_head"], **preset)], pipeline="datafree")
+        model.save_pretrained(tmp_path / "theirs", save_compressed=True)
+    finally:
+        reset_session()
+    packed(checkpoint, compute_type, grid.name, tmp_path)
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "packed"))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()
+    }
+    described = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("packed", "theirs")]
+    assert_within(*described)
+
+
+def assert_within(ours: Any, theirs: Any) -> None:
+    """Everything that we say they say too."""
+    if isinstance(ours, dict):
+        for key, value in ours.items():
+            assert key in theirs
+            assert_within(value, theirs[key])
+    else:
+        assert ours == theirs
+
+
+def test_what_vllm_has_no_place_for_is_refused_before_anything_is_written(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    narrow = models.make("pruned", tmp_path / "narrow", _tokenizer())
+    for name, grids, reason in (
+        ("short", {"_proj.weight": "int4-g32"}, "88 columns, and int4-g32 groups of 32"),
+        ("mixed", {"down_proj.weight": "int4", "o_proj.weight": "int8", "_proj.weight": "int4"}, "o_proj.weight lies on int8"),
+    ):
+        models.quantize(narrow, tmp_path / name, grids)
+        spec = ExportSpec(engine="vllm", compute_type="w4a16")
+        (tmp_path / f"{name}-out").mkdir()
+        with pytest.raises(RecipeError, match=reason):
+            export(spec, checkpoint=tmp_path / name, calibration=text, out=tmp_path / f"{name}-out")
+        assert not list((tmp_path / f"{name}-out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [ExportSpec(engine="vllm", compute_type="w8a16"), ExportSpec(engine="ctranslate2", compute_type="int8_float16"),
+     ExportSpec(engine="torch", compute_type="nf4")],
+    ids=["vllm-w8a16", "ctranslate2-int8_float16", "bitsandbytes"],
+)  # fmt: skip
+def test_what_only_a_gpu_runs_is_refused_in_one_line(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ToolchainError, match=r"needs a CUDA GPU") as refused:
+        export(spec, checkpoint=checkpoint, calibration=text, out=tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(
+    "spec",
+    [ExportSpec(engine="ctranslate2", compute_type="int8_float16"), ExportSpec(engine="torch", compute_type="nf4"),
+     ExportSpec(engine="torch", compute_type="llm.int8")],
+    ids=["ctranslate2-int8_float16", "bitsandbytes-nf4", "bitsandbytes-llm.int8"],
+)  # fmt: skip
+def test_a_gpu_runs_it(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    if reason := machine_refusal(spec):
+        pytest.skip(reason)
+    export(spec, checkpoint=checkpoint, calibration=text, out=tmp_path)
+    reference = Reference.of(load_reference(checkpoint), checkpoint, text)
+    assert reference.check(tmp_path, Bound("mean", 0.5))["parity_mean_abs"] > 0
+
+
+def windows(checkpoint: Path, text: Path) -> list[list[int]]:
+    return exporting._windows(load_reference(checkpoint), checkpoint, text)
+
+
+def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from torch.utils.data import DataLoader
+
+    ids = windows(checkpoint, text)
+    ours = vllm_pack.cache_scales(load_reference(checkpoint), ids)
+    scheme: Any = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    model, samples = load_reference(checkpoint), [{"input_ids": torch.tensor(window)} for window in ids]
+    loader: Any = DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
+    try:
+        oneshot(
+            model=model, recipe=[QuantizationModifier(kv_cache_scheme=scheme)], dataset=loader, num_calibration_samples=len(ids)
+        )
+        model.save_pretrained(tmp_path / "theirs")
+    finally:
+        reset_session()
+    theirs = {
+        name: value for name, value in load_file(tmp_path / "theirs" / "model.safetensors").items() if name.endswith("_scale")
+    }
+    assert len(ours) == 4
+    assert ours == pytest.approx({name: theirs[name].item() for name in ours}, rel=1e-5)
+    vllm_pack.pack(load_reference(checkpoint), None, checkpoint, tmp_path, None, ours)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name: tensors[name].shape for name in ours} == {name: theirs[name].shape for name in ours}
+    described = [
+        json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tmp_path, tmp_path / "theirs")
+    ]
+    assert_within({"kv_cache_scheme": described[0]["kv_cache_scheme"]}, described[1])
+
+
+def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    monkeypatch.setattr(exporting, "gpus", lambda: ())
+    narrow = models.make("llama", tmp_path / "narrow", _tokenizer())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match="these are 16 wide"):
+        export(ExportSpec(engine="vllm", kv_cache="fp8"), checkpoint=narrow, calibration=text, out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "bound"),
+    [({"compute_type": "int8"}, "int8", INT8_ACTIVATIONS), ({"compute_type": "fp8"}, "fp8", FP8),
+     ({"compute_type": "w4a16", "dtype": "float16"}, "int4", HALF), ({"kv_cache_dtype": "fp8"}, None, FP8),
+     ({"compute_type": "w4a16", "dtype": "float16", "kv_cache_dtype": "fp8"}, "int4", FP8)],
+)  # fmt: skip
+def test_bounds_follow_what_is_rounded_at_run_time(options: dict[str, str], grid: str | None, bound: object) -> None:
+    assert bound_of(Serving("vllm", options=options, grid=grid)) == bound
+
+
+def test_the_server_is_told_what_the_folder_wants(checkpoint: Path) -> None:
+    for options, dtype, cache in (({}, "float32", "auto"), ({"dtype": "float16", "kv_cache_dtype": "fp8"}, "float16", "fp8")):
+        engine = object.__new__(Vllm)
+        engine.weights = engine.served = checkpoint
+        engine.options, engine.limits = options, Limits(threads=1)
+        arguments = engine._arguments(8000)
+        assert arguments[arguments.index("--dtype") + 1] == dtype
+        assert arguments[arguments.index("--kv-cache-dtype") + 1] == cache
+
+
+@pytest.mark.skipif(engine_available("vllm") is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+@pytest.mark.skipif("avx512f" not in cpu_features() and not gpus(), reason="vLLM's kernels for these want AVX-512 or a GPU")
+def test_vllm_serves_4_bit_weights_and_an_fp8_cache(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    models.quantize(checkpoint, tmp_path / "quantized", {"_proj.weight": "int4-g32"})
+    (tmp_path / "out").mkdir()
+    spec = ExportSpec(engine="vllm", compute_type="w4a16", kv_cache="fp8")
+    metrics = export(spec, checkpoint=tmp_path / "quantized", calibration=text, out=tmp_path / "out")
+    assert 0 < metrics["parity_mean_abs"] < 0.1
