@@ -67,7 +67,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a config says of each block of a stack, and under which names (`heads_key`, `channels_key`).
+    """What a config says of each block of a stack, and under which names (`layers_key` ...).
 
     free_heads: the config has a head width of its own, so the number of heads can change without the hidden size.
     """
@@ -78,6 +78,7 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     channels: int
+    layers_key: str
     heads_key: str
     channels_key: str
     free_heads: bool
@@ -252,6 +253,7 @@ def _dimensions(config: PreTrainedConfig, layout: _Layout) -> Dimensions:
         getattr(config, "num_key_value_heads", None) or heads,
         told or config.hidden_size // heads,
         getattr(config, layout.channels),
+        layout.count,
         layout.heads,
         layout.channels,
         layout.head_dim is not None,

@@ -155,11 +155,12 @@ class PruneSpec(Spec):
     structured: LLM-Pruner's cut of attention groups and MLP channels by `ratio`. attention: heads too; auto: where a config can
     have a number of heads that its hidden size does not follow from. scope: global ranks the MLP channels of all layers
     together, which CTranslate2 alone serves at a gain.
+    depth: whole layers of least influence, down to `layers` (a number, or which to keep), or by `ratio`, in every `stack` or one.
     width: the hidden size, to `hidden` or by `ratio`; criterion activation is Minitron's.
     attention: key/value heads pooled to `kv_heads` (1: multi-query), all query heads stay.
     """
 
-    method: Literal["structured", "width", "attention"] = "structured"
+    method: Literal["structured", "depth", "width", "attention"] = "structured"
     criterion: Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random", "activation"] = "param_first"
     ratio: Share = 0.25
     scope: Literal["uniform", "global"] = "uniform"
@@ -170,6 +171,7 @@ class PruneSpec(Spec):
     samples: Positive = 10
     sequence: Positive = 64
     layers: Positive | tuple[int, ...] | None = None
+    stack: Literal["all", "encoder", "decoder"] = "all"
     finetune: FinetuneSpec | None = FinetuneSpec()
 
     @model_validator(mode="after")
@@ -177,6 +179,8 @@ class PruneSpec(Spec):
         for key, method in (("hidden", "width"), ("kv_heads", "attention")):
             if getattr(self, key) is not None and self.method != method:
                 raise ValueError(f"{key} is for method {method}, not {self.method}")
+        if self.stack != "all" and self.method != "depth":
+            raise ValueError(f"stack is for method depth, not {self.method}")
         if self.criterion == "activation" and self.method != "width":
             raise ValueError(f"criterion activation is for method width, not {self.method}")
         if self.scope == "global" and (self.method != "structured" or not self.mlp):

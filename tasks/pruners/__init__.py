@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.pruners import attention, structured, width
+from tasks.pruners import attention, depth, structured, width
 from tasks.pruners.job import Job, Pruned
 
 METHODS: dict[str, Callable[[Job], Pruned]] = {
     "structured": structured.prune,
+    "depth": depth.prune,
     "width": width.prune,
     "attention": attention.prune,
 }

@@ -1,0 +1,137 @@
+"""Depth pruning: whole layers go, those that change their input least.
+
+Men et al.: "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024. A layer's block influence is
+1 - the mean cosine of the hidden states before and behind it. All layers are judged at once, each stack by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from featherweight import surgery
+from featherweight.architecture import Role, Stack, dimensions, stacks
+from featherweight.errors import RecipeError
+from featherweight.examples import IGNORED, inputs_and_labels
+from featherweight.recipe import PruneSpec
+from tasks.pruners.job import Job, Pruned
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+BATCH = 8
+"""Calibration blocks per forward pass."""
+
+
+def prune(job: Job) -> Pruned:
+    """Drop layers. Metrics of its own: `layers` (of the last stack) and `influence_dropped` (the dropped layers' sum).
+
+    Raises RecipeError for layers that the model does not have, or where none would go.
+    """
+    wanted = wanted_layers(job.spec, job.config)
+    before, loss = surgery.parameters(job.model), job.loss()
+    influence = block_influence(job.model, job.blocks)
+    kept = {role: most_influential(influence[role], one) if isinstance(one, int) else one for role, one in wanted.items()}
+    job.progress.note("keeping " + "; ".join(f"{role} layers {', '.join(map(str, layers))}" for role, layers in kept.items()))
+    for stack in stacks(job.model):
+        keep_layers(stack, kept[stack.role])
+    dropped = sum(value for role, values in influence.items() for place, value in enumerate(values) if place not in kept[role])
+    model = surgery.with_config(job.model, shallower(job.config, kept))
+    return Pruned(model, before, loss, {"layers": len(kept[dimensions(job.config)[-1].role]), "influence_dropped": dropped})
+
+
+def wanted_layers(spec: PruneSpec, config: PreTrainedConfig) -> dict[Role, int | tuple[int, ...]]:
+    """How many layers each stack keeps, or which; by the config alone."""
+    sizes = dimensions(config)
+    if spec.stack not in ("all", *(size.role for size in sizes)):
+        raise RecipeError(f"prune.stack {spec.stack}: a {config.model_type} has no {spec.stack}; leave prune.stack out")
+    whole: dict[Role, int | tuple[int, ...]] = {size.role: size.layers for size in sizes}
+    every = {size.role: tuple(range(size.layers)) for size in sizes}
+    wanted = {size.role: _wanted(spec, size.layers) for size in sizes if spec.stack in ("all", size.role)}
+    if all(one in (whole[role], every[role]) for role, one in wanted.items()):
+        raise RecipeError(
+            f"prune.method depth drops none of the {sizes[-1].layers} layers; raise prune.ratio, or give prune.layers"
+        )
+    return whole | wanted
+
+
+def _wanted(spec: PruneSpec, total: int) -> int | tuple[int, ...]:
+    if spec.layers is None:
+        return max(1, total - round(total * spec.ratio))
+    if isinstance(spec.layers, int):
+        if spec.layers > total:
+            raise RecipeError(f"prune.layers: {spec.layers} layers to keep of {total}; give 1 to {total - 1}")
+        return spec.layers
+    if not spec.layers or list(spec.layers) != sorted(set(spec.layers)) or spec.layers[0] < 0 or spec.layers[-1] >= total:
+        raise RecipeError(f"prune.layers: {list(spec.layers)} must be rising layer numbers between 0 and {total - 1}")
+    return spec.layers
+
+
+def block_influence(model: PreTrainedModel, examples: Tensor) -> dict[Role, list[float]]:
+    """1 - the mean cosine of the hidden states before and behind each layer, by stack; padding does not count."""
+    import torch
+
+    found = stacks(model)
+    sums = {stack.role: torch.zeros(len(stack.blocks), dtype=torch.float64) for stack in found}
+    counts = dict.fromkeys(sums, 0)
+    for part in examples.split(BATCH):
+        inputs, labels = inputs_and_labels(model.config, part.to(model.device))
+        real = _real(inputs, labels)
+        for stack in found:
+            with torch.inference_mode(), _cosines([block.module for block in stack.blocks]) as cosines:
+                model(**inputs)
+            sums[stack.role] += torch.stack([cosine[real[stack.role]].double().sum().cpu() for cosine in cosines])
+            counts[stack.role] += int(real[stack.role].sum())
+    return {role: (1 - total / counts[role]).tolist() for role, total in sums.items()}
+
+
+def _real(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tensor]:
+    """Positions of each stack that are no padding, bool [batch, positions]."""
+    if "decoder_input_ids" in inputs:
+        return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
+    return dict.fromkeys(("encoder", "decoder"), labels == labels)
+
+
+@contextmanager
+def _cosines(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """While open, a forward pass leaves each module's cosine of what it is given and gives, [batch, positions]."""
+    import torch
+
+    found: list[Tensor] = []
+
+    def compare(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        before = arguments[0] if arguments else named["hidden_states"]
+        found.append(torch.cosine_similarity(before, output[0] if isinstance(output, tuple) else output, -1))
+
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def most_influential(influence: Sequence[float], count: int) -> tuple[int, ...]:
+    """The places of the `count` highest values, rising."""
+    return tuple(sorted(sorted(range(len(influence)), key=lambda place: -influence[place])[:count]))
+
+
+def keep_layers(stack: Stack, kept: Sequence[int]) -> None:
+    """Drop the other layers of a stack, in place. A position bias that T5 keeps in the first moves to the new first."""
+    bias = surgery.position_bias(stack.blocks[0].attentions[0])
+    if bias is not None:
+        stack.blocks[kept[0]].attentions[0].module.relative_attention_bias = bias
+    for place in reversed(range(len(stack.blocks))):
+        if place not in kept:
+            del stack.layers[place]
+
+
+def shallower(config: PreTrainedConfig, kept: Mapping[Role, Sequence[int]]) -> PreTrainedConfig:
+    """The config of the model whose stacks keep these layers."""
+    values: dict[str, Any] = {size.layers_key: len(kept[size.role]) for size in dimensions(config)}
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        values["layer_types"] = [kinds[place] for place in kept["decoder"]]
+    return surgery.resized_config(config, values)
