@@ -118,10 +118,14 @@ GRIDS = {
         Grid("int8", bits=8, group_size=None, qmin=-127, qmax=127),
         # One bit of head-room: without VNNI, AVX2 adds pairs of int8 products in int16, which full-range weights overflow.
         Grid("int8-reduced", bits=8, group_size=None, qmin=-63, qmax=63),
+        # What llm-compressor and GPTQ round to at 8 bits; held wherever `int8` is.
+        Grid("int8-full", bits=8, group_size=None, qmin=-128, qmax=127),
         Grid("int8-g32", bits=8, group_size=32, qmin=-128, qmax=127),
+        Grid("int8-g64", bits=8, group_size=64, qmin=-128, qmax=127),
         Grid("int8-g128", bits=8, group_size=128, qmin=-128, qmax=127),
         Grid("int4", bits=4, group_size=None, qmin=-8, qmax=7),
         Grid("int4-g32", bits=4, group_size=32, qmin=-8, qmax=7),
+        Grid("int4-g64", bits=4, group_size=64, qmin=-8, qmax=7),
         Grid("int4-g128", bits=4, group_size=128, qmin=-8, qmax=7),
         Grid("fp8", bits=8, group_size=None, qmin=-448, qmax=448, kind="float"),
     )

@@ -111,7 +111,11 @@ def _export_torch(
 
 
 def refuse(quantized: QuantizedWeights | None, spec: ExportSpec) -> None:
-    """Raise RecipeError where the engine does not hold the grids of these weights, ToolchainError where this machine cannot."""
+    """Raise RecipeError where the engine does not hold the grids of these weights, ToolchainError where this machine cannot.
+
+    The plain PyTorch folder serves their float values: it is the baseline of a checkpoint that was loaded quantized.
+    """
+    quantized = None if spec.engine == "torch" else quantized
     body, head = (quantized.grid, quantized.head) if quantized else (None, None)
     reason = grid_refusal(GRIDS[body] if body else None, GRIDS[head] if head else None, spec)
     if reason:

@@ -38,12 +38,14 @@ from featherweight.checkpoint import (
     stream_tensors,
 )
 from featherweight.errors import CheckpointError, FeatherweightError, ServiceError
+from featherweight.prequantized import method_of
 from featherweight.progress import Progress
 from featherweight.recipe import LoadSpec
 from featherweight.serving import FILE as SERVING
 from featherweight.serving import Serving
 from featherweight.workspace import local_path
 from tasks.stage import Metrics, stage
+from tasks.unpack import read_config, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,25 +69,28 @@ def source_fingerprint(spec: LoadSpec) -> str:
     return content_digest([kind, source.identity(spec)])
 
 
-@stage("load", libraries=("transformers", "safetensors", "gguf"), source=source_fingerprint)
+@stage("load", libraries=("transformers", "safetensors", "gguf", "compressed-tensors"), source=source_fingerprint)
 def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
     """Bring a checkpoint into `out` as safetensors with its tokenizer, and check it; `spec.source` is one of
 
     a Hugging Face folder or a GGUF file (or a folder with one), `s3://bucket/prefix`, `hf:org/name@revision`,
     `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards. The model must be one for
-    `spec.task`. Raises CheckpointError or ServiceError; then `out` is empty again.
+    `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors) keep their integers where a grid holds them,
+    as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers` count them.
+    Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / _WORK
     work.mkdir()
     try:
         found = _source(spec)[1].fetch(spec, work, progress)
         with _named(found, str(spec.source)):
-            info = _adopt(found, spec, out, progress)
+            unpacked: dict[str, float] = {}
+            info = _adopt(found, spec, out, progress, unpacked)
         shutil.rmtree(work)
     except BaseException:
         _clear(out)
         raise
-    return {name: float(asdict(info)[name]) for name in METRICS}
+    return {name: float(asdict(info)[name]) for name in METRICS} | unpacked
 
 
 def _source(spec: LoadSpec) -> tuple[str, Source]:
@@ -109,8 +114,11 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress) -> CheckpointInfo:
-    """Check a local folder or GGUF file and put it into `out`, converted where it is not safetensors."""
+def _adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress, unpacked: dict[str, float]) -> CheckpointInfo:
+    """Check a local folder or GGUF file and put it into `out`, converted where it is not plain float safetensors.
+
+    Of weights that are quantized already, `unpacked` gets what became of them.
+    """
     progress.note(f"checking {spec.source}")
     gguf = _gguf_file(found)
     if gguf is not None:
@@ -120,6 +128,11 @@ def _adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress) -> Checkp
     if weights.pickled:
         _convert_pickle(found, weights, spec, out, progress)
         return inspect_checkpoint(out, task=spec.task, trust_remote_code=spec.trust_remote_code)
+    config = read_config(found)
+    if method_of(config) is not None:
+        with _saving(out):
+            unpacked |= unpack(found, config, weights, out, progress)
+        return inspect_checkpoint(out, task=spec.task)
     info = inspect_checkpoint(found, task=spec.task, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):
         _take(found / name, out / name)

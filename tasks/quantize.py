@@ -17,6 +17,7 @@ from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
 from featherweight.grid import Grid, grid_named
 from featherweight.progress import Progress
+from featherweight.quantized import DESCRIPTION
 from featherweight.recipe import QuantizeSpec
 from featherweight.sensitivity import Sensitivity
 from tasks.quantizers import METHODS
@@ -96,6 +97,10 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     surgery.require_context(config, spec.sequence, "quantize")
     if spec.generated_tokens and family_of(config) != "causal":
         raise RecipeError(f"quantize.generated_tokens: a {family_of(config)} model does not write text by itself; leave it out")
+    if (checkpoint / DESCRIPTION).exists():
+        raise CheckpointError(
+            f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
+        )
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 

@@ -235,7 +235,6 @@ def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, t
         (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "vllm serves float32, int8, w8a16"),
         (ExportSpec(engine="vllm"), quantized, "full size"),
         (ExportSpec(engine="torch", compute_type="int8"), checkpoints["llama"], "not int8"),
-        (ExportSpec(engine="torch"), quantized, "full size"),
     ]
     for spec, checkpoint, reason in refused:
         with pytest.raises(RecipeError, match=reason):

@@ -1,0 +1,236 @@
+"""Checkpoints that others have quantized: GPTQ, AWQ and compressed-tensors, read as integers, scales and zero points.
+
+GPTQ (AutoGPTQ, GPTQModel): `qweight` int32 [columns * bits / 32, rows], `qzeros` int32 [groups, rows * bits / 32], `scales`
+[groups, rows] and `g_idx` [columns], the group of each column; the first format stores zero points less one, 'gptq_v2' does not.
+AWQ (AutoAWQ, version gemm): the same three with rows packed in the order 0 2 4 6 1 3 5 7. compressed-tensors (llm-compressor):
+`weight_packed`, or `weight` in int8 or float8, with `weight_scale`; read by that library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import CheckpointError
+from featherweight.grid import GRIDS, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS = {
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
+    "awq": ("version", ("gemm",)),
+    "compressed-tensors": ("format", ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
+}
+"""The key of the settings that tells a method's layout, and the layouts that are read."""
+BESIDE = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx)|(input|output|[qkv])_(scale|zero_point))$"
+)
+"""Tensors that stand for a weight or a rounding at run time, and have no place in a float model."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight matrix: `q` int8 [rows, columns] about zero, `scales` float32 [rows, groups], `zeros` int8 [rows, groups].
+
+    group: columns per scale; where `index` (int64 [columns]) is given it names each column's group instead.
+    """
+
+    bits: int
+    q: Tensor
+    scales: Tensor
+    group: int
+    zeros: Tensor | None = None
+    index: Tensor | None = None
+
+    def columns_group(self) -> Tensor:
+        """The group of each column, int64 [columns]."""
+        import torch
+
+        return torch.arange(self.q.shape[1]) // self.group if self.index is None else self.index.long()
+
+    def obstacle(self) -> str | None:
+        """Why no grid holds it: 'zero points' that are not zero, or columns in an 'act-order'; None where one may."""
+        if self.zeros is not None and bool(self.zeros.any()):
+            return "zero points"
+        if self.index is not None and not self.index.long().equal(Layer.columns_group(_in_order(self))):
+            return "act-order"
+        return None
+
+    def weight(self) -> Tensor:
+        """The float32 weight [rows, columns]. Exact: integers of 8 bits times scales of 16 fit into a float32."""
+        group = self.columns_group()
+        q = self.q.float() if self.zeros is None else self.q.float() - self.zeros.float()[:, group]
+        return q * self.scales[:, group]
+
+
+def _in_order(layer: Layer) -> Layer:
+    return Layer(layer.bits, layer.q, layer.scales, layer.group)
+
+
+@dataclass
+class Found:
+    """Parameters of a quantized checkpoint by name: integer layers, and weights that are floats all the same (FP8)."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+
+    def grids(self) -> dict[str, Grid]:
+        """The grid of every layer that lies on one; layers of the same bits and groups share it, as engines fuse some."""
+        extremes: dict[tuple[int, int | None], tuple[int, int]] = {}
+        fitting = {name: layer for name, layer in self.layers.items() if layer.obstacle() is None}
+        for layer in fitting.values():
+            low, high = extremes.get(_kind(layer), (0, 0))
+            extremes[_kind(layer)] = (min(low, int(layer.q.min())), max(high, int(layer.q.max())))
+        chosen = {kind: _grid(*kind, *span) for kind, span in extremes.items()}
+        return {name: grid for name, layer in fitting.items() if (grid := chosen[_kind(layer)]) is not None}
+
+
+def _kind(layer: Layer) -> tuple[int, int | None]:
+    return layer.bits, None if layer.scales.shape[1] == 1 else layer.group
+
+
+def _grid(bits: int, group: int | None, low: int, high: int) -> Grid | None:
+    """The first grid that holds such integers."""
+    grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == ("int", bits, group))
+    return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
+
+
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """How config.json says that the weights are packed; None for float weights."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else str(settings)
+
+
+def require_readable(config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a format that is not read here, before any weight is."""
+    method, settings = method_of(config), config["quantization_config"]
+    instead = "give the float checkpoint"
+    if method == "bitsandbytes":
+        raise CheckpointError(f"{where}: bitsandbytes packs weights for its CUDA kernels, which unpack them; {instead}")
+    if method not in READERS:
+        raise CheckpointError(f"{where}: the weights are quantized already ({method}); known: {', '.join(READERS)}; {instead}")
+    told, known = FORMS[method]
+    form = settings.get(told)
+    if form is not None and str(form).lower() not in known:
+        listed = ", ".join(known)
+        raise CheckpointError(f"{where}: {method} weights in the {told} '{form}' are not read here; known: {listed}; {instead}")
+    bits = settings.get("bits", 4)
+    if bits not in ((4,) if method == "awq" else (2, 4, 8)):
+        raise CheckpointError(f"{where}: {method} weights of {bits} bits are not read here; {instead}")
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Found:
+    """The quantized parameters among `tensors`; raises CheckpointError where a part of one is missing or misshapen."""
+    try:
+        return READERS[str(method_of(config))](config["quantization_config"], tensors)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: the quantized weights cannot be unpacked ({reason}); copy it again") from error
+
+
+def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    bits, found = settings.get("bits", 4), Found()
+    lead = 0 if str(settings.get("checkpoint_format") or "gptq").lower() == "gptq_v2" else 1
+    for module in _modules(tensors, ".qweight"):
+        scales = tensors[f"{module}.scales"].T.float().contiguous()
+        packed = tensors[f"{module}.qweight"]
+        shape = torch.Size([packed.shape[0] * 32 // bits, packed.shape[1]])
+        q = unpack_from_int32(packed, bits, shape, packed_dim=0).T.contiguous()
+        groups = torch.Size([scales.shape[1], scales.shape[0]])
+        zeros = (unpack_from_int32(tensors[f"{module}.qzeros"], bits, groups) + lead).T.contiguous()
+        group = _group(settings, q)
+        found.layers[f"{module}.weight"] = Layer(bits, q, scales, group, zeros, tensors.get(f"{module}.g_idx"))
+    return found
+
+
+def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
+
+    found = Found()
+    for module in _modules(tensors, ".qweight"):
+        packed, zeros = tensors[f"{module}.qweight"], tensors.get(f"{module}.qzeros")
+        halves = AutoAWQConverter.reverse_awq_order(*AutoAWQConverter.unpack_awq(packed, zeros, 4), 4)
+        q, about = _about_zero(halves[0]), None if halves[1] is None else _about_zero(halves[1])
+        scales = tensors[f"{module}.scales"].T.float().contiguous()
+        found.layers[f"{module}.weight"] = Layer(4, q, scales, _group(settings, q), about)
+    return found
+
+
+def _about_zero(halves: Tensor) -> Tensor:
+    """int8 [columns, rows], of which the low 4 bits count -> [rows, columns] in -8 to 7."""
+    return ((halves & 15) - 8).T.contiguous()
+
+
+def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    schemes: Any = QuantizationConfig.model_validate(dict(settings)).config_groups.values()
+    found = Found()
+    for module in _modules(tensors, ".weight_scale"):
+        scheme = next((scheme for scheme in schemes if _targets(scheme.targets, module)), None)
+        if scheme is None:
+            raise KeyError(f"no config group has {module} as a target")
+        name, args = f"{module}.weight", scheme.weights
+        if args.type == "float":
+            found.floats[name] = _decompressed(str(scheme.format or settings["format"]), scheme, tensors, module)
+        else:
+            found.layers[name] = _integers(args, tensors, module)
+    return found
+
+
+def _targets(targets: list[str], module: str) -> bool:
+    from compressed_tensors.utils.match import match_name
+
+    return any(target == "Linear" or match_name(module, target) for target in targets)
+
+
+def _integers(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
+    """One layer of compressed-tensors in integers, packed or not."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    packed, zeros = tensors.get(f"{module}.weight_packed"), tensors.get(f"{module}.weight_zero_point")
+    shape = tensors[f"{module}.weight"].shape if packed is None else torch.Size(tensors[f"{module}.weight_shape"].tolist())
+    q = tensors[f"{module}.weight"] if packed is None else unpack_from_int32(packed, args.num_bits, shape)
+    scales = tensors[f"{module}.weight_scale"].float()
+    if args.strategy not in ("tensor", "channel", "group"):
+        raise ValueError(f"{module}: integers with one scale per {args.strategy} are not read here")
+    scales = scales.reshape(1, 1).expand(shape[0], 1) if scales.numel() == 1 else scales.reshape(shape[0], -1)
+    if zeros is not None and zeros.dtype == torch.int32:
+        zeros = unpack_from_int32(zeros, args.num_bits, scales.shape, packed_dim=0)
+    zeros = None if zeros is None else zeros.reshape(-1, scales.shape[1]).expand(scales.shape)
+    return Layer(args.num_bits, q, scales, args.group_size or shape[1], zeros, tensors.get(f"{module}.weight_g_idx"))
+
+
+def _decompressed(form: str, scheme: Any, tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """A layer in float8, as the library reads it, in float32."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    parts = {name: tensors[f"{module}.{name}"] for name in ("weight", "weight_scale")}
+    parts["weight_scale"] = parts["weight_scale"].float()
+    return BaseCompressor.get_value_from_registry(form).decompress(parts, scheme)["weight"].float()
+
+
+def _modules(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
+    return [name.removesuffix(ending) for name in sorted(tensors) if name.endswith(ending)]
+
+
+def _group(settings: Mapping[str, Any], q: Tensor) -> int:
+    """Columns per scale; -1 in the settings means all of a row."""
+    size = settings.get("group_size", 128)
+    return size if size > 0 else q.shape[1]
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Found]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+}
