@@ -56,6 +56,26 @@ def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> s
     return reason and f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}"
 
 
+def fills_zeros(quantize: QuantizeSpec) -> str | None:
+    """Why `quantize` would not keep the zeros of a sparse checkpoint, in one line; None where it does.
+
+    Rounding on grids symmetric about zero maps zero to zero; training holds the zeros; GPTQ's updates move every weight.
+    """
+    if quantize.method == "gptq" or (quantize.method == "qat" and quantize.start == "gptq"):
+        return (
+            "GPTQ makes rounding errors good in the weights still to come, and so fills the zeros; take rtn, or qat with start: rtn"
+        )
+    return None
+
+
+def sparse_refusal(prune: PruneSpec | None, quantize: QuantizeSpec | None) -> str | None:
+    """Why `quantize` should not follow `prune`, in one line; None where it can."""
+    if prune is None or quantize is None or prune.method != "sparse":
+        return None
+    reason = fills_zeros(quantize)
+    return reason and f"sparse + {quantize.method}-{quantize.grid}: {reason}"
+
+
 def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:
     """Why `serve` cannot hold some matrices on a finer grid beside the others."""
     try:

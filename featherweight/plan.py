@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from featherweight.compatibility import machine_refusal, refusal, shape_refusal, task_refusal
+from featherweight.compatibility import machine_refusal, refusal, shape_refusal, sparse_refusal, task_refusal
 from featherweight.errors import RecipeError
 from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, LoadSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
 
@@ -64,11 +64,13 @@ def expand(recipe: Recipe) -> Plan:
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
         distill, prune, quantize, serve = choice
-        served = _serve(recipe)[serve]
+        served, pruned = _serve(recipe)[serve], recipe.stages.prune.get(prune)
+        rounded = recipe.stages.quantize.get(quantize)
         reason = (
             task_refusal(recipe.task, served)
-            or refusal(recipe.stages.quantize.get(quantize), served)
-            or shape_refusal(recipe.stages.prune.get(prune), served)
+            or sparse_refusal(pruned, rounded)
+            or refusal(rounded, served)
+            or shape_refusal(pruned, served)
             or machine_refusal(served)
         )
         if reason:

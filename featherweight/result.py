@@ -8,7 +8,8 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
 - `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;
-- `roofline_N`: share of the measured memory bandwidth that reading the weights once per step takes.
+- `roofline_N`: share of the measured memory bandwidth that reading the weights once per step takes;
+- `zero_share`: share of zeros in the matrices that were pruned weight by weight.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class VariantRow:
-    """One variant. `stages` are ids of its nodes from the root on; `threads` by batch size, as text; `reason` tells its fate."""
+    """One variant. `stages` are ids of its nodes from the root on; `threads` by batch size, as text; `reason` tells its fate.
+
+    notes: what a reader of its numbers has to know, a sentence each.
+    """
 
     name: str
     engine: str
@@ -41,6 +45,7 @@ class VariantRow:
     metrics: Mapping[str, float] = field(default_factory=dict)
     stages: tuple[str, ...] = ()
     threads: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def get(self, key: str) -> float:
         """A metric, NaN where it was not measured."""
@@ -119,6 +124,18 @@ class OptimizationResult:
         """The batch size that the objective names, else the smallest measured."""
         _, _, batch = self.objective.partition("@")
         return int(batch) if batch else next(iter(self.batch_sizes), 1)
+
+    @property
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """Every note, and the measured variants that it is about, in the tables' order."""
+        rows = ranked(self)
+        texts = dict.fromkeys(text for row in rows for text in row.notes)
+        return {text: tuple(row.name for row in rows if text in row.notes) for text in texts}
+
+    @property
+    def note_lines(self) -> list[str]:
+        """The notes for a terminal."""
+        return [f"{', '.join(names)}: {text}" for text, names in self.notes.items()]
 
     def headline(self) -> str:
         """The outcome in one sentence."""
@@ -265,6 +282,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("bits/byte", "on the held-out text", "bits_per_byte", lambda value: _number(value, ".4f")),
         _metric("perplexity", "per token, on the held-out text", "perplexity", lambda value: _number(value, ".3f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
+        _metric("zeros", "share of zeros in the pruned matrices", "zero_share", lambda value: percent(value).removeprefix("+")),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]

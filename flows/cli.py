@@ -62,7 +62,7 @@ def optimize(
 
         _console().print(terminal_table(result))
         _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
-        typer.echo("\n".join(filter(None, (result.registered, f"report: {page}"))))
+        typer.echo("\n".join(filter(None, (*result.note_lines, result.registered, f"report: {page}"))))
     if result.winner is None:
         raise GateError("no variant keeps the constraints; the table says by how much each misses them")
 
@@ -104,6 +104,7 @@ def variants(
     else:
         _console().print(terminal_table(result))
         _console().print(result.headline(), highlight=False)
+        typer.echo("\n".join(result.note_lines), nl=bool(result.note_lines))
 
 
 @app.command()

@@ -14,11 +14,12 @@ from featherweight.artifact import ArtifactRef, Manifest
 from featherweight.errors import FeatherweightError, GateError
 from featherweight.lineage import build
 from featherweight.plan import BASELINE, Node, Plan, Variant
-from featherweight.recipe import DecideSpec, Recipe
+from featherweight.recipe import DecideSpec, PruneSpec, Recipe
 from featherweight.registry import Registry, WinnerRecord
 from featherweight.report import render_report
 from featherweight.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.serving import Serving
+from featherweight.sparsity import UNSTRUCTURED, runtime_note
 from flows.promote import who
 from flows.session import recipe_text
 from flows.view import View
@@ -91,6 +92,9 @@ def _measured_row(
     ref, served = _ref(outcomes, variant.measured), _ref(outcomes, variant.served)
     serving = Serving.read(session.workspace.materialize(served, check=False))
     metrics = dict(ref.metrics)
+    zeros = _zeros(plan, variant, outcomes)
+    if zeros:
+        metrics["zero_share"] = zeros[1]
     if "parity_max_abs" in served.metrics:
         metrics["parity"] = served.metrics["parity_max_abs"]
     threads = {name.removeprefix("threads_"): int(value) for name, value in metrics.items() if name.startswith("threads_")}
@@ -103,7 +107,18 @@ def _measured_row(
         metrics=metrics,
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
+        notes=(runtime_note(serving.engine, *zeros),) if zeros else (),
     )
+
+
+def _zeros(plan: Plan, variant: Variant, outcomes: Outcomes) -> tuple[str, float] | None:
+    """Pattern and share of the zeros that a variant was pruned to weight by weight; None where it was not."""
+    pattern, share = UNSTRUCTURED, None
+    for node in (plan.nodes[id] for id in plan.path(variant.served)):
+        if isinstance(node.spec, PruneSpec):
+            pattern = node.spec.pattern or UNSTRUCTURED
+        share = _ref(outcomes, node.id).metrics.get("zero_share", share)
+    return None if share is None else (pattern, share)
 
 
 def _log_variants(rows: Iterable[VariantRow], plan: Plan, outcomes: Outcomes, session: Session) -> dict[str, str]:

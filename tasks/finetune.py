@@ -10,6 +10,7 @@ from featherweight.errors import RecipeError
 from featherweight.examples import example_blocks
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
+from featherweight.sparsity import Sparsity, Zeros
 from featherweight.team import launched, leads
 from tasks.stage import Metrics, stage
 from tasks.worker import run_in_processes
@@ -37,7 +38,8 @@ def finetune(
 
     calibration: the held-out text for `patience` and `evaluate_every`. scratch: where a killed training resumes from.
     Metrics: `loss_first` and `loss_last` (nats per token, means over the first and last tenth of the steps), `steps`, `tokens`,
-    `tokens_per_s`, `parameters`, `parameters_trained`; with held-out text `held_out_first`, `held_out_loss` and `best_step`.
+    `tokens_per_s`, `parameters`, `parameters_trained`; with held-out text `held_out_first`, `held_out_loss` and `best_step`;
+    `zero_share` of a sparse checkpoint, whose zeros stay.
     Raises DivergenceError, RecipeError for what the model cannot do, DataError where a text is too short.
     """
     if spec.processes > 1 and not launched():
@@ -48,28 +50,34 @@ def finetune(
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     held_out = held_out_text(spec, checkpoint, config, calibration)
     model = surgery.load_model(checkpoint)
+    sparsity = Sparsity.read(checkpoint)
+    zeros = Zeros.of(model, sparsity)
     adapted = lora.attach(model, spec.lora, seed) if spec.lora else None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    run = training.timed_loop(
-        model,
-        blocks,
-        steps=spec.steps,
-        batch=spec.batch,
-        learning_rate=spec.learning_rate,
-        warmup=spec.warmup,
-        weight_decay=0.01,
-        accumulate=spec.accumulate,
-        held_out=held_out,
-        scratch=scratch,
-        save_every_s=spec.save_every_s,
-        seed=seed,
-        progress=progress,
-    )
+    with zeros.held(model):
+        run = training.timed_loop(
+            model,
+            blocks,
+            steps=spec.steps,
+            batch=spec.batch,
+            learning_rate=spec.learning_rate,
+            warmup=spec.warmup,
+            weight_decay=0.01,
+            accumulate=spec.accumulate,
+            held_out=held_out,
+            scratch=scratch,
+            save_every_s=spec.save_every_s,
+            seed=seed,
+            progress=progress,
+        )
     if adapted is not None:
         model = lora.merge(adapted)
+    zeros.restore(model)
     if leads():
         surgery.save_model(model, out, checkpoint)
-    return run | {"parameters": surgery.parameters(model), "parameters_trained": trained}
+        if sparsity:
+            sparsity.write(out)
+    return run | {"parameters": surgery.parameters(model), "parameters_trained": trained} | zeros.metrics()
 
 
 def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> training.HeldOut | None:

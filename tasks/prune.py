@@ -12,7 +12,7 @@ from tasks.pruners.job import Job
 from tasks.stage import Metrics, stage
 
 
-@stage("prune", version="1", libraries=("torch", "transformers", "torch-pruning"))
+@stage("prune", version="1", libraries=("torch", "transformers", "torch-pruning", "llmcompressor"))
 def prune(
     spec: PruneSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from featherweight import surgery, training
 from featherweight.architecture import family_of
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
+from featherweight.compatibility import fills_zeros
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
 from featherweight.grid import Grid, grid_named
@@ -20,6 +21,7 @@ from featherweight.progress import Progress
 from featherweight.quantized import DESCRIPTION
 from featherweight.recipe import QuantizeSpec
 from featherweight.sensitivity import Sensitivity
+from featherweight.sparsity import Sparsity, Zeros
 from tasks.quantizers import METHODS
 from tasks.quantizers.job import Choice, Job
 from tasks.quantizers.smoothing import smoothed
@@ -51,19 +53,26 @@ def quantize(
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
     featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
     token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), for
-    mixed precision `finer_matrices` and `predicted_quality_loss`, and the method's own. Raises RecipeError for an unknown grid
-    or a budget out of reach, DataError for too little text, StageError where a method fails.
+    mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`, and the method's own.
+    Raises RecipeError for an unknown grid, a budget out of reach or a method that would fill a sparse checkpoint's zeros,
+    DataError for too little text, StageError where a method fails.
     """
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
     model = surgery.load_model(checkpoint)
+    sparsity = Sparsity.read(checkpoint)
+    zeros = Zeros.of(model, sparsity)
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer)
     before = _loss_before(job)
     job = smoothed(job)
     choice = METHODS[spec.method](job)
     error = write_checkpoint(job, choice, out)
-    after = training.mean_loss(surgery.load_model(out), blocks[:COMPARED])
+    saved = surgery.load_model(out)
+    zeros.require_kept(saved, spec.method)
+    if sparsity:
+        sparsity.write(out)
+    after = training.mean_loss(saved, blocks[:COMPARED])
     if not math.isfinite(after):
         raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
     return {
@@ -72,6 +81,7 @@ def quantize(
         "weight_rms_error": error,
         "bits_per_weight": choice.quantized.bits_per_weight(),
         **mixing,
+        **zeros.metrics(),
         **choice.metrics,
     }
 
@@ -93,6 +103,9 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     grids = [grid_named(name) for name in (spec.grid, spec.head) if name is not None]
     if spec.method == "qat" and any(grid.kind == "float" for grid in grids):
         raise RecipeError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
+    filled = fills_zeros(spec)
+    if filled and Sparsity.read(checkpoint):
+        raise RecipeError(f"{checkpoint} is sparse: {filled}")
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "quantize")
     if spec.generated_tokens and family_of(config) != "causal":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -62,6 +63,18 @@ def test_float_exports_compute_what_pytorch_computes(result: dict) -> None:
     rows = {row["name"]: row for row in result["variants"]}
     assert abs(rows["ct2"]["metrics"]["quality_change"]) < 1e-4
     assert rows["ct2"]["metrics"]["parity"] < 1e-3
+
+
+def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Path, result: dict) -> None:
+    row = next(row for row in result["variants"] if row["name"] == "sparse24/ct2")
+    assert row["metrics"]["zero_share"] == 0.5
+    assert row["metrics"]["parity"] < 1e-3
+    (note,) = row["notes"]
+    assert note.startswith("50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain")
+    dense = next(row for row in result["variants"] if row["name"] == "ct2")
+    assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
+    assert html.escape(note) in (done / "report.html").read_text()
+    assert f"sparse24/ct2: {note}" in featherweight("variants", cwd=done).stdout
 
 
 def test_the_winner_is_promoted_and_each_loser_has_a_reason(done: Path, result: dict) -> None:

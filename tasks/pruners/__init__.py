@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.pruners import attention, depth, structured, width
+from tasks.pruners import attention, depth, sparse, structured, width
 from tasks.pruners.job import Job, Pruned
 
 METHODS: dict[str, Callable[[Job], Pruned]] = {
@@ -12,4 +12,5 @@ METHODS: dict[str, Callable[[Job], Pruned]] = {
     "depth": depth.prune,
     "width": width.prune,
     "attention": attention.prune,
+    "sparse": sparse.prune,
 }

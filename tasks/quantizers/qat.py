@@ -19,6 +19,7 @@ from featherweight.examples import example_blocks, inputs_and_labels
 from featherweight.grid import Grid
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
+from featherweight.sparsity import Sparsity, Zeros
 from tasks.distill import distillation_loss
 from tasks.quantizers import gptq, rtn
 from tasks.quantizers.generate import draw_passages, generate_blocks
@@ -40,17 +41,18 @@ def choose(job: Job) -> Choice:
     start = STARTS[job.spec.start](dataclasses.replace(job, model=copy.deepcopy(job.model), progress=Progress()))
     student = copy.deepcopy(job.model)
     module = fake_quantized(student, start.quantized)
-    metrics = training.timed_loop(
-        module,
-        blocks,
-        steps=job.spec.steps,
-        batch=job.spec.batch,
-        learning_rate=job.spec.learning_rate,
-        loss_fn=_distillation(job.model, module) if job.spec.distill else None,
-        weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
-        seed=job.seed,
-        progress=job.progress,
-    )
+    with Zeros.of(student, Sparsity.read(job.checkpoint)).held(student):
+        metrics = training.timed_loop(
+            module,
+            blocks,
+            steps=job.spec.steps,
+            batch=job.spec.batch,
+            learning_rate=job.spec.learning_rate,
+            loss_fn=_distillation(job.model, module) if job.spec.distill else None,
+            weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
+            seed=job.seed,
+            progress=job.progress,
+        )
     state = student.state_dict()
     changed = {name: state[name].float().cpu() for name, _ in job.tensors() if name in state and name not in job.grids}
     return Choice(module.quantized(), changed, {**start.metrics, **metrics})

@@ -1,0 +1,118 @@
+"""Sparse checkpoints: single weights set to zero inside full matrices, kept at zero by what comes after, and what that is worth.
+
+A sparse checkpoint is a plain Hugging Face folder whose weights hold the zeros, plus `sparsity.json`, which names the pruned
+matrices, the pattern and the share of zeros in each. The mask itself is not stored: it is where those matrices are zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.errors import CheckpointError, StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FILE = "sparsity.json"
+UNSTRUCTURED = "unstructured"
+SEMI_STRUCTURED = "2:4"
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How a checkpoint was made sparse. `shares` holds the share of zeros of each pruned matrix, by parameter name.
+
+    pattern: 'N:M' where at most N of M neighbours in a row are not zero, or 'unstructured'.
+    """
+
+    criterion: str
+    pattern: str
+    shares: Mapping[str, float]
+
+    def write(self, folder: Path) -> None:
+        """Write `sparsity.json` into a checkpoint folder."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Sparsity | None:
+        """What `write` wrote; None for a checkpoint that is not sparse. Raises CheckpointError on damage."""
+        path = folder / FILE
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); prune the checkpoint again") from error
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The mask of a model: True where a weight is to stay zero, by parameter name. Empty for a model that is not sparse."""
+
+    masks: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, sparsity: Sparsity | None) -> Zeros:
+        """The zeros of the pruned matrices of `model` as they are now; one byte per weight."""
+        parameters = dict(model.named_parameters())
+        names = sparsity.shares if sparsity else ()
+        missing = [name for name in names if name not in parameters]
+        if missing:
+            raise CheckpointError(f"{FILE} names {missing[0]}, which the model does not have; prune the checkpoint again")
+        return cls({name: parameters[name].detach() == 0 for name in names})
+
+    def shares(self) -> dict[str, float]:
+        """The share of zeros of each pruned matrix."""
+        return {name: mask.float().mean().item() for name, mask in self.masks.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """`zero_share`, the share of zeros in the pruned matrices together; nothing for a model that is not sparse."""
+        weights = sum(mask.numel() for mask in self.masks.values())
+        return {"zero_share": sum(int(mask.sum()) for mask in self.masks.values()) / weights} if weights else {}
+
+    @contextmanager
+    def held(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile no gradient reaches the zeros: neither AdamW, whose moments stay zero there, nor its decay moves them.
+
+        Frozen weights, as below adapters, need no holding; what is merged into them later is undone by `restore`.
+        """
+        parameters = dict(model.named_parameters())
+        trained = {name: mask for name, mask in self.masks.items() if name in parameters and parameters[name].requires_grad}
+        with ExitStack() as hooks:
+            for name, mask in trained.items():
+                hooks.callback(parameters[name].register_hook(_without(mask)).remove)
+            yield
+
+    def require_kept(self, model: nn.Module, what: str) -> None:
+        """Raise StageError where `model`, which `what` made, is not zero wherever it is to be."""
+        parameters = dict(model.named_parameters())
+        for name, mask in self.masks.items():
+            filled = int((parameters[name][mask.to(parameters[name].device)] != 0).sum())
+            if filled:
+                raise StageError(f"{what} filled {filled} of the {int(mask.sum())} zeros of {name}; take another method")
+
+    def restore(self, model: nn.Module) -> None:
+        """Set the masked weights of `model` to zero."""
+        parameters = dict(model.named_parameters())
+        for name, mask in self.masks.items():
+            parameters[name].data.masked_fill_(mask.to(parameters[name].device), 0.0)
+
+
+def _without(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(mask.to(gradient.device), 0.0)
+
+
+def runtime_note(engine: str, pattern: str, share: float) -> str:
+    """What the zeros of a served variant are worth on its engine, in one sentence for the report.
+
+    Every engine here computes with dense matrices. Only 2:4 has kernels at all, on NVIDIA GPUs from Ampere on (cuSPARSELt).
+    """
+    note = f"{share * 100:.0f} % of the pruned weights are zero; {engine} stores and multiplies them all: no gain in size or speed"
+    if pattern == SEMI_STRUCTURED:
+        return f"{note} (2:4 is fast on NVIDIA's sparse tensor cores alone, which {engine} does not use)"
+    return note

@@ -1,0 +1,191 @@
+"""Sparse checkpoints through the stages, with the zeros where they were, and what the report says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, family_checkpoint
+
+from featherweight import surgery
+from featherweight.compatibility import sparse_refusal
+from featherweight.errors import CheckpointError, RecipeError, StageError
+from featherweight.examples import example_blocks
+from featherweight.recipe import FinetuneSpec, LoraSpec, PruneSpec, QuantizeSpec
+from featherweight.report import render_report
+from featherweight.result import OptimizationResult, VariantRow, columns
+from featherweight.sparsity import FILE, Sparsity, Zeros, runtime_note
+from featherweight.text import Document, write_documents
+from tasks.finetune import finetune
+from tasks.prune import prune
+from tasks.quantize import quantize
+
+SMALL: dict[str, Any] = {"samples": 8, "sequence": 16}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    story = "once upon a time there was a little fox . the fox met the old bear in the wood and they ran over the hill . "
+    write_documents(folder, [Document(f"{place}.txt", story * 4 + f"number {place}") for place in range(8)])
+    return folder
+
+
+def sparse_checkpoint(source: Path, text: Path, out: Path, **spec: Any) -> dict[str, float]:
+    out.mkdir()
+    return prune(PruneSpec(method="sparse", **SMALL | spec), checkpoint=source, calibration=text, out=out)
+
+
+@pytest.fixture(scope="module")
+def sparse(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama pruned to 2:4 by Wanda."""
+    folder = tmp_path_factory.mktemp("sparse")
+    sparse_checkpoint(family_checkpoint("llama", folder / "source"), text, folder / "sparse", pattern="2:4")
+    return folder / "sparse"
+
+
+def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(Zeros.of(surgery.load_model(folder), Sparsity.read(folder)).masks)
+
+
+def same_zeros(folder: Path, other: Path) -> bool:
+    found, expected = zeros_of(folder), zeros_of(other)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_sparse_checkpoint_says_what_it_is(model_type: str, criterion: str, text: Path, tmp_path: Path) -> None:
+    source = family_checkpoint(model_type, tmp_path / "source")
+    metrics = sparse_checkpoint(source, text, tmp_path / "out", criterion=criterion, sparsity=0.25)
+    told = Sparsity.read(tmp_path / "out")
+    model = surgery.load_model(tmp_path / "out")
+    assert told is not None
+    assert (told.criterion, told.pattern) == (criterion, "unstructured")
+    for name, share in told.shares.items():
+        assert share == pytest.approx((model.get_parameter(name) == 0).double().mean().item(), abs=1e-6)
+        assert share == pytest.approx(0.25, abs=0.02)
+    assert metrics["zero_share"] == pytest.approx(0.25, abs=0.01)
+    assert metrics["parameters"] == metrics["parameters_before"]
+    blocks = example_blocks(source, model.config, text, 16, limit=4)
+    assert torch.isfinite(blocks.float()).all()
+    assert metrics["loss_after"] != metrics["loss_before"]
+
+
+@pytest.mark.parametrize("adapters", [None, LoraSpec(rank=4, alpha=64)], ids=["full", "lora"])
+@pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
+def test_zeros_stay_in_finetuning(model_type: str, adapters: LoraSpec | None, text: Path, tmp_path: Path) -> None:
+    sparse_checkpoint(family_checkpoint(model_type, tmp_path / "source"), text, tmp_path / "sparse")
+    (tmp_path / "tuned").mkdir()
+    spec = FinetuneSpec(steps=4, batch=2, sequence=16, learning_rate=1e-2, lora=adapters)
+    metrics = finetune(spec, checkpoint=tmp_path / "sparse", text=text, out=tmp_path / "tuned")
+    assert same_zeros(tmp_path / "tuned", tmp_path / "sparse")
+    assert metrics["zero_share"] == pytest.approx(0.5, abs=0.01)
+    before, after = surgery.load_model(tmp_path / "sparse"), surgery.load_model(tmp_path / "tuned")
+    for name, mask in zeros_of(tmp_path / "sparse").items():
+        moved = before.get_parameter(name) != after.get_parameter(name)
+        assert moved[~mask].float().mean() > 0.5, name
+
+
+def test_held_zeros_get_no_step_at_all(sparse: Path) -> None:
+    """Not put back afterwards: the optimizer never moves them, so that they stay zero in every forward pass."""
+    model = surgery.load_model(sparse)
+    zeros = Zeros.of(model, Sparsity.read(sparse))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    ids = torch.randint(5, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    with zeros.held(model):
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            zeros.require_kept(model, "a step")
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    with pytest.raises(StageError, match=r"a step filled \d+ of the 512 zeros of model\.layers\.0\.self_attn\.q_proj\.weight"):
+        zeros.require_kept(model, "a step")
+    zeros.restore(model)
+    zeros.require_kept(model, "restoring")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "rtn", "grid": "int4-g32"},
+        {"method": "smoothquant"},
+        {"method": "qat", "start": "rtn", "grid": "int4-g32", "steps": 2, "batch": 2, "learning_rate": 1e-2},
+    ],
+    ids=lambda spec: spec["method"],
+)
+def test_zeros_stay_in_quantization(spec: dict[str, Any], sparse: Path, text: Path, tmp_path: Path) -> None:
+    metrics = quantize(QuantizeSpec(**SMALL | spec), checkpoint=sparse, text=text, calibration=text, out=tmp_path)
+    found = zeros_of(tmp_path)
+    assert all(found[name][mask].all() for name, mask in zeros_of(sparse).items())
+    assert metrics["zero_share"] == 0.5
+
+
+@pytest.mark.parametrize("spec", [{"method": "gptq"}, {"method": "qat"}])
+def test_gptq_would_fill_zeros_and_is_refused(spec: dict[str, Any], sparse: Path, text: Path, tmp_path: Path) -> None:
+    chosen = QuantizeSpec(**SMALL | spec)
+    with pytest.raises(RecipeError, match=r"sparse: GPTQ .* fills the zeros; take rtn"):
+        quantize(chosen, checkpoint=sparse, text=text, calibration=text, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "fills the zeros" in (sparse_refusal(PruneSpec(method="sparse"), chosen) or "")
+    assert sparse_refusal(PruneSpec(), chosen) is None
+    assert sparse_refusal(PruneSpec(method="sparse"), QuantizeSpec()) is None
+
+
+def test_a_pattern_that_rows_do_not_hold_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
+    source = family_checkpoint("llama", tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"pattern 3:5: the rows of model\.layers\.0\.self_attn\.q_proj have 32 weights"):
+        sparse_checkpoint(source, text, tmp_path / "out", pattern="3:5")
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ({"method": "sparse", "criterion": "l2"}, "criterion l2 is not for method sparse"),
+        ({"criterion": "wanda"}, "criterion wanda is for method sparse"),
+        ({"method": "sparse", "pattern": "4:4"}, "4:4 removes nothing"),
+        ({"method": "sparse", "pattern": "2:4", "sparsity": 0.5}, "either sparsity"),
+        ({"sparsity": 0.5}, "the others take ratio"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(spec: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        PruneSpec(**spec)
+
+
+def test_a_recipe_can_be_written_and_read_again() -> None:
+    for spec in (PruneSpec(method="sparse"), PruneSpec(method="sparse", pattern="2:4", criterion="sparsegpt"), PruneSpec()):
+        assert PruneSpec.model_validate(spec.model_dump()) == spec
+    assert (PruneSpec(method="sparse").criterion, PruneSpec(method="sparse").sparsity) == ("wanda", 0.5)
+
+
+def test_a_damaged_description_is_refused(sparse: Path, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="prune the checkpoint again"):
+        Sparsity.read(tmp_path)
+    with pytest.raises(CheckpointError, match="names other, which the model does not have"):
+        Zeros.of(surgery.load_model(sparse), Sparsity("wanda", "2:4", {"other": 0.5}))
+
+
+def test_the_page_and_the_terminal_say_what_zeros_are_worth(tmp_path: Path) -> None:
+    note = runtime_note("ctranslate2", "unstructured", 0.5)
+    assert note == "50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain in size or speed"
+    assert "NVIDIA's sparse tensor cores" in runtime_note("vllm", "2:4", 0.5)
+    rows = (
+        VariantRow("baseline", "torch", "baseline"),
+        VariantRow("half/ct2", "ctranslate2", "winner", metrics={"zero_share": 0.5}, notes=(note,)),
+        VariantRow("tuned/ct2", "ctranslate2", "loser", metrics={"zero_share": 0.5}, notes=(note,)),
+    )
+    result = OptimizationResult("demo", "size", "half/ct2", rows)
+    assert result.note_lines == [f"half/ct2, tuned/ct2: {note}"]
+    assert OptimizationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert [column.text(rows[1]) for column in columns(result) if column.title == "zeros"] == ["50.0 %"]
+    render_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"<dt>half/ct2, tuned/ct2</dt><dd>{note}</dd>" in page
