@@ -1,7 +1,8 @@
 """What the orchestration costs, what shared prefixes save, and how far the winner is ahead of the baseline.
 
-Each benchmark runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints.
-Usage: python -m benchmarks [stories15m | prefixes | tiny ...]; all where none is named.
+Each of these runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints;
+`distill` trains students side by side.
+Usage: python -m benchmarks [stories15m | prefixes | tiny | distill ...]; all where none is named.
 """
 
 from __future__ import annotations
@@ -87,7 +88,14 @@ def _figures(row: Tree) -> Tree:
     return {"name": row["name"], "status": row["status"], "threads": row["threads"], **metrics}
 
 
-BENCHMARKS: dict[str, Callable[[], Tree]] = {"tiny": tiny, "prefixes": prefixes, "stories15m": stories15m}
+def distill() -> Tree:
+    """A distilled student beside one that was trained on the labels alone, over three seeds."""
+    from benchmarks.distill import benchmark
+
+    return benchmark()
+
+
+BENCHMARKS: dict[str, Callable[[], Tree]] = {"tiny": tiny, "prefixes": prefixes, "stories15m": stories15m, "distill": distill}
 
 
 def main() -> None:

@@ -8,10 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featherweight.plan import Node, Plan
-from featherweight.recipe import DistillSpec, ExportSpec, FinetuneSpec, PruneSpec, QuantizeSpec, Recipe, SensitivitySpec, TrainSpec
+from featherweight.recipe import (
+    DistillSpec,
+    ExportSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    PruneSpec,
+    QuantizeSpec,
+    Recipe,
+    SensitivitySpec,
+    TrainSpec,
+)
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
-FIXED_S = {"text": 2, "gate": 8, "train": 6, "load": 2, "distill": 1, "prune": 2, "finetune": 1, "quantize": 3, "compile": 6}
+FIXED_S = {
+    "text": 2,
+    "gate": 8,
+    "train": 6,
+    "load": 2,
+    "distill": 1,
+    "prune": 2,
+    "finetune": 1,
+    "quantize": 3,
+    "compile": 6,
+    "generate": 6,
+}
 SERVER_S = 45
 # A scan runs the model once for each matrix: seven a layer, and few models of interest have under a dozen layers.
 SCANNED = 100
@@ -91,6 +112,8 @@ def _arithmetic(node: Node, parameters: int) -> float:
         return (4.0 if spec.lora else 6.0) * parameters * spec.steps * spec.batch * spec.sequence
     if isinstance(spec, SensitivitySpec):
         return SCANNED * 2.0 * parameters * spec.samples * spec.sequence
+    if isinstance(spec, GenerateSpec):
+        return 2.0 * parameters * spec.beams * spec.samples * spec.sequence
     if isinstance(spec, QuantizeSpec):
         if spec.method == "qat":
             return (8.0 if spec.distill else 6.0) * parameters * spec.steps * spec.batch * spec.sequence

@@ -9,7 +9,7 @@ from html import escape
 from featherweight.result import NodeRow, OptimizationResult
 
 # The columns of the lineage picture; a stage that is not named stands with 'serve'.
-_COLUMNS = ("text", "gate", "checkpoint", "distill", "prune", "finetune", "quantize", "serve", "evaluate")
+_COLUMNS = ("text", "gate", "checkpoint", "generate", "distill", "prune", "finetune", "quantize", "serve", "evaluate")
 _COLUMN_OF = {name: name for name in _COLUMNS} | {
     "load": "checkpoint",
     "train": "checkpoint",

@@ -145,8 +145,12 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         parent = path
 
     if distill != NONE:
+        before = _before_distill(recipe, distill)
+        nodes += before.values()
         path = distill
-        add("distill", distill, stages.distill[distill], text="text/train")
+        calibrated = {"calibration": "text/calibration"} if stages.distill[distill].choose == "block_influence" else {}
+        made = {name: node.id for name, node in before.items()}
+        add("distill", distill, stages.distill[distill], text="text/train", **calibrated, **made)
     if prune != NONE:
         spec = stages.prune[prune]
         path = _join(path, prune)
@@ -176,6 +180,27 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         recipe.seed,
     )
     return [*nodes, measure]
+
+
+def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:
+    """What a distillation reads beside text and teacher, by input name: a student of its own, the teacher's generations."""
+    spec, seed, teacher = recipe.stages.distill[name], recipe.seed, {"checkpoint": "checkpoint"}
+    nodes = {}
+    if spec.student is not None:
+        nodes["student"] = Node(f"{name}+student", "load", spec.student, _student_source(recipe, spec.student))
+    if spec.prune is not None:
+        inputs = {**teacher, "calibration": "text/calibration"}
+        pruning = spec.prune.model_copy(update={"finetune": None})
+        nodes["student"] = Node(f"{name}+student", "prune", name, pruning, inputs, seed)
+    if spec.generate is not None:
+        nodes["generated"] = Node(f"{name}+text", "generate", name, spec.generate, {**teacher, "text": "text/train"}, seed)
+    return nodes
+
+
+def _student_source(recipe: Recipe, source: str) -> LoadSpec:
+    """A student does what the recipe's own checkpoint does, and is trusted as far."""
+    trust = recipe.checkpoint.model_dump(include={"allow_pickle", "trust_remote_code"})
+    return LoadSpec(source=source, task=recipe.task, **trust)
 
 
 def _join(path: str, name: str) -> str:

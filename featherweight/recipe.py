@@ -141,14 +141,6 @@ class FinetuneSpec(TrainingSpec):
         return self
 
 
-class DistillSpec(TrainingSpec):
-    """A student made of chosen teacher layers, trained on temperature-scaled KL plus cross-entropy."""
-
-    layers: Positive | tuple[int, ...]
-    temperature: float = Field(default=2.0, gt=0)
-    kl_weight: float = Field(default=0.5, ge=0, le=1)
-
-
 class PruneSpec(Spec):
     """A smaller model, then recovery training.
 
@@ -247,6 +239,117 @@ class SensitivitySpec(Spec):
     scale: Literal["absmax", "mse"]
     samples: Positive
     sequence: Positive
+
+
+Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class StackLayers(Spec):
+    """Layers of each stack of an encoder-decoder: how many, or which; null keeps all."""
+
+    encoder: Layers | None = None
+    decoder: Layers | None = None
+
+
+class StackMap(Spec):
+    """The teacher's layer for each of the student's, by stack; null spreads them evenly."""
+
+    encoder: tuple[int, ...] | None = None
+    decoder: tuple[int, ...] | None = None
+
+
+class WritingSpec(Spec):
+    """Text that a checkpoint writes: `samples` texts, each begun with `prompt_tokens` of a document of the recipe's.
+
+    A seq2seq model writes its answer to the document instead. beams: beam search, 1 for greedy. temperature: sampling instead.
+    """
+
+    samples: Positive = 256
+    prompt_tokens: Annotated[int, Field(ge=16)] = 16
+    beams: Positive = 1
+    temperature: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_search(self) -> WritingSpec:
+        if self.temperature is not None and self.beams > 1:
+            raise ValueError("give 'beams' or 'temperature', not both")
+        return self
+
+
+class GenerateSpec(WritingSpec):
+    """The stage that writes it: texts of up to `sequence` tokens, the prompt included; targets of as many."""
+
+    sequence: Positive
+
+
+class SequenceLevelSpec(WritingSpec):
+    """Sequence-level distillation (Kim and Rush 2016): the teacher's own text makes up this `share` of what the student reads."""
+
+    share: float = Field(default=0.5, gt=0, le=1)
+
+
+class DistillSpec(TrainingSpec):
+    """A student trained on what the teacher says, beside the text itself.
+
+    The student is one of
+    layers: the teacher's own, so many (of each stack) or these; `choose` which: evenly spaced, or those that change their input
+        most (block influence, Men et al. 2024);
+    student: another checkpoint with the same tokenizer, named as `checkpoint.source` is;
+    prune: the teacher, pruned so.
+    The loss is kl_weight T^2 D(teacher, student) + (1 - kl_weight) cross-entropy, D as `divergence` names it, plus
+    hidden_weight x squared error of hidden states and attention_weight x KL of attention maps, between the student's layers and
+    those that `layer_map` names for them.
+    teacher_cache: 'top_k' computes the teacher's answers once and keeps the `top_k` likeliest tokens of each; 'auto' does so
+    where text is read more than once.
+    """
+
+    layers: Layers | StackLayers | None = None
+    choose: Literal["uniform", "block_influence"] = "uniform"
+    student: str | None = None
+    prune: PruneSpec | None = None
+    temperature: float = Field(default=2.0, gt=0)
+    kl_weight: float = Field(default=0.5, ge=0, le=1)
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    hidden_weight: float = Field(default=0.0, ge=0)
+    attention_weight: float = Field(default=0.0, ge=0)
+    layer_map: Literal["uniform", "last"] | tuple[int, ...] | StackMap = "uniform"
+    sequence_level: SequenceLevelSpec | None = None
+    teacher_cache: Literal["auto", "none", "top_k"] = "auto"
+    top_k: Positive = 64
+
+    @property
+    def generate(self) -> GenerateSpec | None:
+        """What the teacher is to write."""
+        if self.sequence_level is None:
+            return None
+        return GenerateSpec(sequence=self.sequence, **self.sequence_level.model_dump(exclude={"share"}))
+
+    @model_validator(mode="after")
+    def _room_after_the_prompt(self) -> DistillSpec:
+        if self.sequence_level is not None and self.sequence_level.prompt_tokens >= self.sequence:
+            raise ValueError(f"'sequence_level.prompt_tokens' leave nothing to write of a sequence of {self.sequence}; lower them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_student(self) -> DistillSpec:
+        if sum(given is not None for given in (self.layers, self.student, self.prune)) != 1:
+            raise ValueError("give exactly one of 'layers', 'student' and 'prune'")
+        if self.prune is not None and self.prune.finetune is not None and "finetune" in self.prune.model_fields_set:
+            raise ValueError("'prune.finetune' has no place here: distillation is the recovery; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_to_choose(self) -> DistillSpec:
+        wanted = (self.layers.encoder, self.layers.decoder) if isinstance(self.layers, StackLayers) else (self.layers,)
+        if self.choose == "block_influence" and (self.layers is None or any(isinstance(one, tuple) for one in wanted)):
+            raise ValueError("'choose: block_influence' wants a number of 'layers'")
+        return self
+
+    @model_validator(mode="after")
+    def _logits_alone_are_kept(self) -> DistillSpec:
+        if self.teacher_cache == "top_k" and (self.hidden_weight or self.attention_weight):
+            raise ValueError("'teacher_cache: top_k' keeps no hidden states or attention maps; leave it out, or their weights")
+        return self
 
 
 class QuantizeSpec(Spec):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from featherweight.architecture import GATED_DECODERS, Attention, FeedForward, auto_class
+from featherweight.architecture import GATED_DECODERS, LAYOUTS, Attention, FeedForward, Role, Stack, auto_class, stacks
 from featherweight.errors import CheckpointError, RecipeError, StageError
 
 if TYPE_CHECKING:
@@ -99,6 +99,14 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+def stack_sizes(config: PreTrainedConfig) -> dict[Role, int]:
+    """Number of layers of each stack; StageError for a model type whose structure is not known."""
+    layouts = LAYOUTS.get(config.model_type)
+    if layouts is None:
+        raise StageError(f"the structure of a '{config.model_type}' model is not known here; known: {', '.join(sorted(LAYOUTS))}")
+    return {layout.role: getattr(config, layout.count) for layout in layouts}
+
+
 def chosen_layers(wanted: int | tuple[int, ...], total: int) -> tuple[int, ...]:
     """Layers to keep of `total`: a number means that many, evenly spaced, first and last included; or explicit indices.
 
@@ -113,24 +121,48 @@ def chosen_layers(wanted: int | tuple[int, ...], total: int) -> tuple[int, ...]:
     return wanted
 
 
-def copy_layers(model: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
-    """A new model made of the given decoder layers of `model`; only they, the embedding and the head are copied."""
+def copy_layers(model: PreTrainedModel, layers: tuple[int, ...] | Mapping[Role, tuple[int, ...]]) -> PreTrainedModel:
+    """A new model made of the given layers of every stack of `model`, or of the stacks named; the rest is copied whole.
+
+    Layers that are left out are never copied. A position bias that T5 keeps in the first layer moves to the new first one.
+    """
     from torch import nn
 
-    decoder = model.model
-    whole = decoder.layers
-    decoder.layers = nn.ModuleList([whole[index] for index in layers])
-    try:
-        student = copy.deepcopy(model)
-    finally:
-        decoder.layers = whole
-    for place, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = place
-    config = student.config
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in layers]
+    copied: dict[int, Any] = {}
+    kept = {}
+    for stack in stacks(model):
+        kept[stack.role] = layers if isinstance(layers, tuple) else layers.get(stack.role, tuple(range(len(stack.blocks))))
+        chosen = [copy.deepcopy(stack.blocks[index].module, copied) for index in kept[stack.role]]
+        _move_position_bias(stack.blocks[0].module, chosen[0])
+        copied[id(stack.layers)] = nn.ModuleList(chosen)
+    student = copy.deepcopy(model, copied)
+    for stack in stacks(student):
+        _renumber(student, stack, kept[stack.role])
     return student
+
+
+def _renumber(model: PreTrainedModel, stack: Stack, kept: tuple[int, ...]) -> None:
+    """Tell the layers their new places, and the configs of the model and of the stack how many there are."""
+    for place, block in enumerate(stack.blocks):
+        for module in (found for found in block.module.modules() if hasattr(found, "layer_idx")):
+            setattr(module, "layer_idx", place)  # noqa: B010 - mypy takes a module's attributes for tensors
+    setattr(model.config, stack.count, len(kept))
+    holder: Any = next(module for module in model.modules() if stack.layers in module.children())
+    if getattr(holder, "config", model.config) is not model.config:
+        # T5 gives each stack a config of its own, in which its layers are `num_layers`, the decoder's too.
+        holder.config.num_layers = len(kept)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds:
+        model.config.layer_types = [kinds[index] for index in kept]
+
+
+def _move_position_bias(first: Any, new_first: Any) -> None:
+    """Give a copied layer the relative position bias that the layers of its T5 stack share."""
+    for name, module in first.named_modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            attention = new_first.get_submodule(name)
+            attention.relative_attention_bias = copy.deepcopy(module.relative_attention_bias)
+            attention.has_relative_attention_bias = True
 
 
 def group_rows(groups: Tensor, size: int) -> Tensor:

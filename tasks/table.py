@@ -11,6 +11,7 @@ STAGES = {
     "gate": "tasks.gate:gate",
     "train": "tasks.train:train",
     "load": "tasks.load:load",
+    "generate": "tasks.generate:generate",
     "distill": "tasks.distill:distill",
     "prune": "tasks.prune:prune",
     "finetune": "tasks.finetune:finetune",

@@ -20,7 +20,7 @@ from featherweight.grid import Grid
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
 from featherweight.sparsity import Sparsity, Zeros
-from tasks.distill import distillation_loss
+from tasks.distillers.losses import distillation_loss
 from tasks.quantizers import gptq, rtn
 from tasks.quantizers.generate import draw_passages, generate_blocks
 from tasks.quantizers.job import Choice, Job
