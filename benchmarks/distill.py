@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
-TAUGHT = DistillSpec(layers=3, steps=80, batch=8, sequence=128, learning_rate=1e-3, kl_weight=0.9, temperature=2.0)
+TAUGHT = DistillSpec(layers=3, steps=60, batch=4, sequence=128, learning_rate=1e-3, kl_weight=0.9, temperature=2.0)
 ARMS = {"labels": TAUGHT.model_copy(update={"kl_weight": 0.0}), "distilled": TAUGHT}
 """Equal but for the loss: the same layers to begin with, the same text in the same order, the same steps and rate."""
 
@@ -48,7 +48,7 @@ def _text(data: DataSpec, teacher: Path, folder: Path) -> tuple[Path, list[Windo
     splits = split_text(data)
     for name in ("train", "evaluation"):
         write_documents(folder / name, getattr(splits, name))
-    return folder / "train", token_windows(folder / "evaluation", load_tokenizer(teacher), 256, 60)
+    return folder / "train", token_windows(folder / "evaluation", load_tokenizer(teacher), 256, 40)
 
 
 def _student(spec: DistillSpec, teacher: Path, text: Path, seed: int, windows: list[Window]) -> float:

@@ -117,7 +117,8 @@ class CTranslate2Writer:
 
         ctranslate2.set_random_seed(seed)
         engine = ctranslate2.Translator if family == "seq2seq" else ctranslate2.Generator
-        self.tokenizer, self.spec = tokenizer, spec
+        self.tokenizer: Any = tokenizer
+        self.spec = spec
         try:
             self.engine: Any = engine(str(folder), device="cpu", compute_type="float32", intra_threads=available_cores())
         except (ValueError, RuntimeError) as error:
@@ -149,7 +150,8 @@ class TorchWriter:
     """transformers' own generation."""
 
     def __init__(self, model: PreTrainedModel, family: Family, spec: GenerateSpec, seed: int) -> None:
-        self.model, self.translates, self.spec, self.seed = model, family == "seq2seq", spec, seed
+        self.model: Any = model
+        self.translates, self.spec, self.seed = family == "seq2seq", spec, seed
 
     def write(self, prompts: Tokens) -> Tokens:
         return [self._write(prompt) for prompt in prompts]

@@ -75,7 +75,7 @@ class Matcher:
         self.steady = [attention.module for stack in stacks(student) for block in stack.blocks for attention in block.attentions]
         if spec.attention_weight:
             for model in (teacher, student):
-                model.set_attn_implementation("eager")  # the only one that shows its maps
+                show_maps(model)
 
     def run(self, model: PreTrainedModel, inputs: Mapping[str, Any], teacher: bool) -> tuple[Any, list[Tensor]]:
         """The model's output, with its attention maps where they are wanted, and the hidden states behind the mapped layers."""
@@ -105,6 +105,13 @@ class Matcher:
     def _hidden(self, place: int, ours: Tensor, theirs: Tensor, real: Mapping[Role, Tensor]) -> Tensor:
         projection = self.projections[place] if len(self.projections) else None
         return state_error(ours, theirs, real[self.pairs[place].role], projection)
+
+
+def show_maps(model: PreTrainedModel) -> None:
+    """Switch to the attention that tells its maps, in the stacks' own configs too, which `set_attn_implementation` leaves out."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            cast("Any", module).config._attn_implementation = "eager"
 
 
 def state_error(ours: Tensor, theirs: Tensor, real: Tensor, projection: nn.Module | None = None) -> Tensor:
