@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight import surgery, training
 from featherweight.architecture import LAYOUTS
-from featherweight.errors import StageError
+from featherweight.errors import RecipeError, StageError
 from featherweight.examples import example_blocks, inputs_and_labels
 from featherweight.progress import Progress
 from featherweight.recipe import DistillSpec
@@ -36,12 +36,14 @@ def distill(
     calibration: Path | None = None,
     student: Path | None = None,
     generated: Path | None = None,
+    scratch: Path | None = None,
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Metrics:
     """Distil `checkpoint` into a student: of its own layers, or the checkpoint `student` where the spec wants one.
 
     calibration: the text that block influence is measured on. generated: what the teacher wrote, for sequence-level distillation.
+    scratch: where a killed training resumes from.
     Metrics: `loss_first` and `loss_last` (the mixed loss), `teacher_loss` and `student_loss` (cross-entropy in nats per
     token, on a sample of the text), `parameters_teacher`, `parameters`, `tokens`, `tokens_per_s`. Raises RecipeError for
     layers that the teacher does not have, CheckpointError for a student with another tokenizer, StageError for an
@@ -52,7 +54,7 @@ def distill(
     blocks = training_blocks(spec, checkpoint, config, text, generated, seed)
     teacher = surgery.load_model(checkpoint)
     pupil = make_student(spec, teacher, checkpoint, student, calibration, seed)
-    run = train_student(spec, teacher, pupil, blocks, pairs, seed, progress)
+    run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
     surgery.save_model(pupil, out, student or checkpoint)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
@@ -66,6 +68,8 @@ def distill(
 def check(spec: DistillSpec, checkpoint: Path, config: PreTrainedConfig, student: Path | None, text: Path) -> tuple[Pair, ...]:
     """Refuse what cannot work before any weight is read; the pairs of layers that are to be matched."""
     surgery.require_context(config, spec.sequence, "distill")
+    if student is None and spec.layers is None:
+        raise RecipeError("distill: a student that is given or pruned is an input of the stage; give its folder")
     if student is not None:
         require_same_tokens(checkpoint, student, text)
         surgery.require_context(surgery.load_config(student), spec.sequence, "distill")
@@ -105,6 +109,7 @@ def train_student(
     student: PreTrainedModel,
     blocks: Tensor,
     pairs: tuple[Pair, ...],
+    scratch: Path | None,
     seed: int,
     progress: Progress,
 ) -> dict[str, float]:
@@ -130,6 +135,7 @@ def train_student(
         learning_rate=spec.learning_rate,
         loss_fn=loss_fn,
         weight_decay=0.01,
+        scratch=scratch,
         seed=seed,
         progress=progress,
     )

@@ -127,7 +127,7 @@ class CTranslate2Writer:
 
     def write(self, prompts: Tokens) -> Tokens:
         spec, starts = self.spec, [self.tokenizer.convert_ids_to_tokens(ids) for ids in prompts]
-        how = {"beam_size": spec.beams, "sampling_topk": 1 if spec.temperature is None else 0}
+        how: dict[str, Any] = {"beam_size": spec.beams, "sampling_topk": 1 if spec.temperature is None else 0}
         how |= {"sampling_temperature": spec.temperature or 1.0}
         if self.translates:
             results = self.engine.translate_batch(starts, max_decoding_length=spec.sequence, **how)
@@ -161,7 +161,7 @@ class TorchWriter:
 
         spec, ids = self.spec, torch.tensor([prompt], device=self.model.device)
         how: dict[str, Any] = {"num_beams": spec.beams, "do_sample": spec.temperature is not None}
-        how |= {"temperature": spec.temperature, "top_k": 0} if spec.temperature is not None else {}
+        how |= {"temperature": spec.temperature, "top_k": 0, "top_p": 1.0} if spec.temperature is not None else {}
         most = spec.sequence if self.translates else spec.sequence - spec.prompt_tokens
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + len(prompt) + sum(prompt))
