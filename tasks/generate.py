@@ -16,7 +16,6 @@ from featherweight import ct2_pack, surgery
 from featherweight.architecture import Family, family_of
 from featherweight.errors import RecipeError, StageError
 from featherweight.examples import decoder_start, token_pairs
-from featherweight.machine import available_cores
 from featherweight.progress import Progress
 from featherweight.recipe import GenerateSpec
 from featherweight.text import Document, load_tokenizer, token_windows, write_documents
@@ -114,13 +113,14 @@ class CTranslate2Writer:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, family: Family, spec: GenerateSpec, seed: int) -> None:
         import ctranslate2
+        import torch
 
         ctranslate2.set_random_seed(seed)
         engine = ctranslate2.Translator if family == "seq2seq" else ctranslate2.Generator
         self.tokenizer: Any = tokenizer
         self.spec = spec
         try:
-            self.engine: Any = engine(str(folder), device="cpu", compute_type="float32", intra_threads=available_cores())
+            self.engine: Any = engine(str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
         except (ValueError, RuntimeError) as error:
             raise StageError(f"CTranslate2 does not load the model: {' '.join(str(error).split())}") from error
         self.translates = family == "seq2seq"

@@ -98,7 +98,7 @@ def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:
             raise CheckpointError(f"distill.student has {name} {own} and its teacher {theirs}; give a student of the teacher's own")
     tokenizers = [load_tokenizer(folder) for folder in (checkpoint, student)]
     vocabulary, others = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    differing = [token for token, place in vocabulary.items() if others.get(token) != place]
+    differing = sorted(token for token, place in vocabulary.items() if others.get(token) != place)
     if differing or len(vocabulary) != len(others):
         named = f"{len(differing)} of {len(vocabulary)} tokens, such as {differing[0]!r}," if differing else "some tokens"
         raise CheckpointError(f"distill.student has another tokenizer than its teacher: {named} differ; give one with the same")
