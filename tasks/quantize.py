@@ -43,12 +43,14 @@ def quantize(
     calibration: Path,
     out: Path,
     sensitivity: Path | None = None,
+    scratch: Path | None = None,
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Metrics:
     """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`; smooth before if asked to.
 
     sensitivity: the scan of this checkpoint that `spec.mixed` asks for; it says which matrices take the finer grid.
+    scratch: where a killed training (QAT) resumes from.
 
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
     featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
@@ -63,7 +65,7 @@ def quantize(
     sparsity = Sparsity.read(checkpoint)
     zeros = Zeros.of(model, sparsity)
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer)
+    job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
     before = _loss_before(job)
     job = smoothed(job)
     choice = METHODS[spec.method](job)

@@ -483,3 +483,34 @@ def test_gptq_beats_rounding_on_a_real_model(tmp_path: Path) -> None:
     }
     lost = {method: metrics["loss_after"] - metrics["loss_before"] for method, metrics in losses.items()}
     assert 0 < lost["gptq"] < 0.85 * lost["rtn"]
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featherweight import training
+
+    class Killed(Progress):
+        def __init__(self, at: int) -> None:
+            self.at, self.notes = at, list[str]()
+
+        def step(self, done: int, total: int, **values: float) -> None:
+            if (done, total) == (self.at, 6):
+                raise KeyboardInterrupt
+
+        def note(self, note: str) -> None:
+            self.notes.append(note)
+
+    monkeypatch.setattr(training.Saver, "due", lambda saver: True)
+    options = spec(method="qat", steps=6, learning_rate=1e-3)
+    inputs = {"checkpoint": tiny_checkpoint, "text": text, "calibration": text}
+    for name in ("whole", "stopped", "resumed", "scratch"):
+        (tmp_path / name).mkdir()
+    quantize(options, **inputs, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, **inputs, out=tmp_path / "stopped", scratch=tmp_path / "scratch", progress=Killed(4))
+    progress = Killed(-1)
+    quantize(options, **inputs, out=tmp_path / "resumed", scratch=tmp_path / "scratch", progress=progress)
+    assert "resuming at step 3" in progress.notes
+    for name in ("model.safetensors", "quantized.safetensors"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -29,6 +29,7 @@ class Job:
     """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
 
     finer: grids of the matrices that mixed precision keeps on another than the spec's.
+    scratch: where a method that trains resumes from after a kill.
     smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
     """
 
@@ -41,6 +42,7 @@ class Job:
     progress: Progress
     smoothed: Mapping[str, Tensor] = field(default_factory=dict)
     finer: Mapping[str, Grid] = field(default_factory=dict)
+    scratch: Path | None = None
 
     @cached_property
     def weights(self) -> Weights:

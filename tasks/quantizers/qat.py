@@ -50,6 +50,7 @@ def choose(job: Job) -> Choice:
             learning_rate=job.spec.learning_rate,
             loss_fn=_distillation(job.model, module) if job.spec.distill else None,
             weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
+            scratch=job.scratch,
             seed=job.seed,
             progress=job.progress,
         )
