@@ -28,17 +28,33 @@ COMPUTE_TYPES = {
 NOT_FOR: dict[tuple[str, Task], str] = {
     ("onnxruntime-genai", "text2text-generation"): "its model builder knows decoders only; take ctranslate2 or torch",
     ("onnxruntime-genai", "fill-mask"): "its model builder knows decoders only; take torch or torch-compile",
+    ("torch-compile", "text2text-generation"): "only decoders have a compiled step here; take ctranslate2 or torch",
     ("vllm", "text2text-generation"): "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch",
     ("vllm", "fill-mask"): "vLLM serves no masked-language-model head; take torch or torch-compile",
     ("ctranslate2", "fill-mask"): "its encoders end before the masked-language-model head; take torch or torch-compile",
 }
 """Engines that do not serve a task, and why."""
+DECODERS_ONLY = ("gptq", "awq", "smoothquant")
+"""Methods that llm-compressor calibrates layer by layer, as a decoder's."""
 
 
 def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
     """Why the engine cannot serve a model for `task`, in one line; None where it can."""
     reason = NOT_FOR.get((serve.engine, task))
     return reason and f"{task} + {serve.engine}: {reason}"
+
+
+def calibration_refusal(task: Task, quantize: QuantizeSpec | None) -> str | None:
+    """Why `quantize` cannot handle a model for `task`, in one line; None where it can."""
+    if quantize is None or task == "text-generation":
+        return None
+    asked = [quantize.method, quantize.smooth, *([quantize.start] if quantize.method == "qat" else [])]
+    calibrated = next((name for name in asked if name in DECODERS_ONLY), None)
+    if calibrated:
+        return f"{task} + {calibrated}: llm-compressor calibrates decoders only here; take method rtn, or qat with start: rtn"
+    return (
+        f"{task}: only decoders write text of their own to train on; drop generated_tokens" if quantize.generated_tokens else None
+    )
 
 
 def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> str | None:

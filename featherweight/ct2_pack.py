@@ -1,4 +1,4 @@
-"""Converting a causal language model to CTranslate2, without a second rounding.
+"""Converting a decoder or an encoder-decoder to CTranslate2, without a second rounding.
 
 CTranslate2's own converter lays the variables out; where the weights are quantized, the checkpoint's integers and scales go in
 instead of the float matrix. CTranslate2 divides by its scales where a Grid multiplies, so they are stored as reciprocals.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.examples import decoder_start
 from featherweight.rows import QuantizedRows
 
 if TYPE_CHECKING:
@@ -29,18 +30,20 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
 
     class Converter(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
-            return _shell(model)
+            shell = _shell(model)
+            mend_model(shell)
+            return shell
 
         def _load(self) -> Any:
             spec = super()._load()
             give_head_dim(spec, model)
-            mend_vocabulary(spec)
+            (mend_vocabularies if model.config.is_encoder_decoder else mend_vocabulary)(spec, model)
             if rows is not None:
                 pack(spec, rows)
             return spec
 
     try:
-        with _quick_collections():
+        with _quick_collections(), _marian_as_bart():
             Converter(str(checkpoint)).convert(str(out))
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         kind = type(model).__name__
@@ -55,6 +58,43 @@ def _quick_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def _marian_as_bart() -> Iterator[None]:
+    """Marian through the loader of its siblings, where padding is a token like any other.
+
+    CTranslate2's own cuts the last row off every embedding, which need not be padding's, and has the decoder start from zeros
+    where the checkpoint starts from the padding's embedding: other probabilities, once that row has been trained.
+    """
+    from ctranslate2.converters import transformers
+
+    class Marian(transformers.BartLoader):
+        architecture_name = "MarianMTModel"
+
+    before = transformers._MODEL_LOADERS["MarianConfig"]
+    transformers._MODEL_LOADERS["MarianConfig"] = Marian()
+    try:
+        yield
+    finally:
+        transformers._MODEL_LOADERS["MarianConfig"] = before
+
+
+NORMALIZED_BEFORE = {"bart": False, "mbart": True, "pegasus": True, "marian": False}
+
+
+def mend_model(model: PreTrainedModel) -> None:
+    """Put back what CTranslate2's loaders read of a model and transformers 5 has dropped, overwrites, or counts otherwise."""
+    config = model.config
+    if config.model_type in NORMALIZED_BEFORE:
+        config.normalize_before = NORMALIZED_BEFORE[config.model_type]
+        config.normalize_embedding = config.model_type in ("bart", "mbart")
+    if config.model_type in ("t5", "mt5"):
+        # The loader takes it for the sign that the decoder's outputs are scaled; transformers calls every T5 tied.
+        config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
+    if config.model_type == "m2m_100":
+        for positions in (model.model.encoder.embed_positions, model.model.decoder.embed_positions):
+            positions.offset = positions.padding_idx + 1  # where its forward begins; the attribute is always 2
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
@@ -72,18 +112,34 @@ def give_head_dim(spec: Any, model: PreTrainedModel) -> None:
 
     config = model.config
     head_dim = getattr(config, "head_dim", None)
-    if head_dim is None or head_dim * config.num_attention_heads == config.hidden_size:
+    if config.is_encoder_decoder or head_dim is None or head_dim * config.num_attention_heads == config.hidden_size:
         return
     for layer in spec.decoder.layer:
         # Specs refuse attributes that their constructor did not make.
         layer.self_attention.__dict__.setdefault("head_dim", numpy.int32(head_dim))
 
 
-def mend_vocabulary(spec: Any) -> None:
+def mend_vocabulary(spec: Any, _: PreTrainedModel) -> None:
     """One token per row of the embedding, and no null among the special ones: CTranslate2 refuses to load anything else."""
     size = spec.get_vocabulary_size()
     tokens = spec._vocabulary[:size]
     spec._vocabulary = tokens + [f"<extra_id_{index}>" for index in range(size - len(tokens))]
+    _mend_special(spec)
+
+
+def mend_vocabularies(spec: Any, model: PreTrainedModel) -> None:
+    """The same for source and target, and no token twice: tokens are all that comes back. The decoder starts as in PyTorch."""
+    sizes = {"source": spec.get_source_vocabulary_size()[0], "target": spec.get_target_vocabulary_size()}
+    for side, size in sizes.items():
+        seen: dict[str, int] = {}
+        for index, token in enumerate(spec._vocabularies[side][0][:size]):
+            seen[token if token not in seen else f"<unused_{index}>"] = index
+        spec._vocabularies[side] = [[*seen, *(f"<unused_{index}>" for index in range(len(seen), size))]]
+    spec.config.decoder_start_token = spec._vocabularies["target"][0][decoder_start(model.config)]
+    _mend_special(spec)
+
+
+def _mend_special(spec: Any) -> None:
     for name in ("unk_token", "bos_token", "eos_token"):
         if getattr(spec.config, name, None) is None:
             setattr(spec.config, name, "")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.architecture import family_of
 from featherweight.errors import CheckpointError, DataError
-from featherweight.text import load_tokenizer, shuffled_documents, token_blocks
+from featherweight.text import Window, load_tokenizer, shuffled_documents, token_blocks, token_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,8 @@ MASKED = 0.15
 """Share of the tokens that an encoder has to fill in (Devlin et al. 2018)."""
 IGNORED = -100
 """The label of a position where nothing is to be predicted."""
+SHORTEST = 8
+"""Fewest tokens of a text of which an encoder is to fill in some."""
 
 
 def example_blocks(
@@ -58,6 +60,64 @@ def inputs_and_labels(config: Any, ids: Tensor) -> tuple[dict[str, Any], Tensor]
     decoder = torch.cat([torch.full_like(target[:, :1], decoder_start(config)), target[:, :-1]], dim=1)
     inputs = {"input_ids": source, "attention_mask": (source != pad).long(), "decoder_input_ids": decoder, "use_cache": False}
     return inputs, torch.where(target == pad, IGNORED, target)
+
+
+def scoring_windows(checkpoint: Path, config: PreTrainedConfig, text: Path, length: int, limit: int) -> list[Window]:
+    """Up to `limit` windows of `text`, of at most `length` tokens a sequence, for the model in `checkpoint`; see Window.
+
+    The same checkpoint and text give the same windows, masks included. Raises DataError for too little text.
+    """
+    tokenizer, family = load_tokenizer(checkpoint), family_of(config)
+    if family == "causal":
+        return token_windows(text, tokenizer, length, limit)
+    return (_pair_windows if family == "seq2seq" else _masked_windows)(config, tokenizer, text, length, limit)
+
+
+def _pair_windows(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int
+) -> list[Window]:
+    start, windows = decoder_start(config), []
+    for source, target in token_pairs(text, tokenizer, length - 1, seed=0):
+        size = len(str(tokenizer.decode(target, skip_special_tokens=True)).encode())
+        if source and size:
+            windows.append(Window([start, *target], size, source))
+        if len(windows) == limit:
+            break
+    if not windows:
+        raise DataError("the text holds no document of two tokens to make a source and a target of; give more text")
+    return windows
+
+
+def _masked_windows(_: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int) -> list[Window]:
+    """Texts as the tokenizer frames them ([CLS] ... [SEP]), some of their tokens masked, the same ones every time."""
+    import torch
+
+    frame = tokenizer("").input_ids
+    lead = 0 if tokenizer.bos_token_id is None else 1
+    windows = []
+    for number, window in enumerate(token_windows(text, tokenizer, length - len(frame) + lead, limit, SHORTEST)):
+        ids = torch.tensor([[*frame[:1], *window.ids[lead:], *frame[1:]]])
+        source, ids = _masked(ids, tokenizer, number).chunk(2, dim=1)
+        size = len(str(tokenizer.decode(ids[source != ids].tolist())).encode())
+        windows.append(Window(ids[0].tolist(), size, source[0].tolist()))
+    return windows
+
+
+def window_inputs(config: Any, ids: Tensor, source: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Like `inputs_and_labels`, for the `ids` and the `source` of windows of one shape (int64 [batch, length] each)."""
+    import torch
+
+    family = family_of(config)
+    if family == "encoder":
+        return {"input_ids": source}, torch.where(source == ids, IGNORED, ids)
+    inputs = {"input_ids": ids[:, :-1]} if family == "causal" else {"input_ids": source, "decoder_input_ids": ids[:, :-1]}
+    return {**inputs, "use_cache": False}, ids[:, 1:]
+
+
+def decoder_prefix(model: Any) -> list[int]:
+    """What a seq2seq decoder is given to begin with: its start token, and the language that its checkpoint forces, if any."""
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    return [decoder_start(model.config), *([] if forced is None else [int(forced)])]
 
 
 def next_tokens(ids: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from featherweight.compatibility import machine_refusal, refusal, shape_refusal, sparse_refusal, task_refusal
+from featherweight.compatibility import (
+    calibration_refusal,
+    machine_refusal,
+    refusal,
+    shape_refusal,
+    sparse_refusal,
+    task_refusal,
+)
 from featherweight.errors import RecipeError
 from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, LoadSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
 
@@ -68,6 +75,7 @@ def expand(recipe: Recipe) -> Plan:
         rounded = recipe.stages.quantize.get(quantize)
         reason = (
             task_refusal(recipe.task, served)
+            or calibration_refusal(recipe.task, rounded)
             or sparse_refusal(pruned, rounded)
             or refusal(rounded, served)
             or shape_refusal(pruned, served)

@@ -14,7 +14,7 @@ from featherweight.generator import Generator
 
 
 class ServedVariant(PythonModel):
-    """Greedy text generation by the variant's own engine, which runs in a process of its own.
+    """Greedy text generation (or the filling in of masks) by the variant's own engine, which runs in a process of its own.
 
     MLflow keeps the model object alive in a global, but its context only as long as the loaded model: so the engine belongs to the
     context, and ends with it or with this process.

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = "quantized.safetensors"
 DESCRIPTION = "quantization.json"
-HEADS = ("embed_tokens.weight", "lm_head.weight")
+HEADS = (
+    *("embed_tokens.weight", "lm_head.weight", "shared.weight"),
+    *("word_embeddings.weight", "predictions.decoder.weight", "lm_head.decoder.weight", "vocab_projector.weight"),
+)
+"""How the names of the embedding and the output head end: of decoders and encoder-decoders, and of encoders."""
 
 
 @dataclass(frozen=True)

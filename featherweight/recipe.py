@@ -451,6 +451,9 @@ class VariantsSpec(Spec):
 class WorkloadSpec(Spec):
     """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
 
+    A seq2seq model encodes a source of `prompt_tokens` and decodes `new_tokens`. For an encoder one pass over `prompt_tokens` is
+    a generation: `new_tokens` plays no role, and tokens per second are those that it has read.
+
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
     """
 

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from featherweight.recipe import Task
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -98,6 +100,7 @@ class OptimizationResult:
     seconds: float = 0.0
     seed: int = 0
     report: Path | None = None
+    task: Task = "text-generation"
 
     def row(self, name: str | None) -> VariantRow | None:
         """The variant of that name."""
@@ -261,15 +264,24 @@ class Column:
     brief: bool = False
 
 
+SCORED: Mapping[Task, str] = {
+    "text-generation": "on the held-out text",
+    "text2text-generation": "of the held-out targets, given their sources",
+    "fill-mask": "of the masked tokens of the held-out text",
+}
+"""What the quality of a model for each task is about."""
+
+
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
     batches = result.batch_sizes
+    scored, counted = SCORED[result.task], "tokens read" if result.task == "fill-mask" else "new tokens"
     found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_change", brief=True)]
     for batch in batches:
         at = f"batch {batch}"
         found += [
             _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup_{batch}", times, brief=True),
-            _metric(f"tokens/s, {at}", "new tokens per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
+            _metric(f"tokens/s, {at}", f"{counted} per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
             _metric(f"TTFT, {at}", "time to first token", f"ttft_s_{batch}", milliseconds),
             _metric(f"p50, {at}", "median latency of a generation", f"p50_latency_s_{batch}", milliseconds),
             _metric(
@@ -279,8 +291,8 @@ def columns(result: OptimizationResult) -> list[Column]:
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
         _metric("peak memory", "of the serving process", "peak_memory_bytes", mebibytes, brief=True),
-        _metric("bits/byte", "on the held-out text", "bits_per_byte", lambda value: _number(value, ".4f")),
-        _metric("perplexity", "per token, on the held-out text", "perplexity", lambda value: _number(value, ".3f")),
+        _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
+        _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", lambda value: percent(value).removeprefix("+")),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),

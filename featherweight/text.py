@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,16 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids that begin with the tokenizer's BOS, where it has one; `text_bytes` is what ids[1:] stand for, in UTF-8."""
+    """What a model is scored on; `text_bytes` is what the scored tokens stand for, in UTF-8.
+
+    Causal: `ids` begin with the tokenizer's BOS, where it has one, and ids[1:] are scored. Seq2seq: `ids` begin with the
+    decoder's start token, and ids[1:] are scored given `source`. Encoder: `source` is `ids` with some tokens masked, and those
+    are scored.
+    """
 
     ids: list[int]
     text_bytes: int
+    source: list[int] = field(default_factory=list)
 
 
 def write_documents(folder: Path, documents: list[Document]) -> None:
@@ -89,10 +95,10 @@ def token_blocks(
     return torch.tensor(stream[: blocks * length], dtype=torch.long).view(blocks, length)[:limit]
 
 
-def token_windows(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int) -> list[Window]:
+def token_windows(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int, shortest: int = 16) -> list[Window]:
     """Up to `limit` windows of at most `length` tokens, taken from as many documents as there are, each led by BOS.
 
-    Rounds over the documents: the first window of each, then the second of each. Windows under 16 tokens are left out.
+    Rounds over the documents: the first window of each, then the second of each. Windows under `shortest` tokens are left out.
     """
     documents = [ids[1:] if _bos(tokenizer) else ids for ids in _encode(text, tokenizer)]
     lead = _bos(tokenizer)
@@ -101,11 +107,11 @@ def token_windows(text: Path, tokenizer: PreTrainedTokenizerBase, length: int, l
     for start in range(0, max((len(ids) for ids in documents), default=0), body):
         for ids in documents:
             piece = ids[start : start + body]
-            if len(lead) + len(piece) >= 16 and len(windows) < limit:
+            if len(lead) + len(piece) >= shortest and len(windows) < limit:
                 scored = piece if lead else piece[1:]
                 windows.append(Window(lead + piece, len(str(tokenizer.decode(scored)).encode())))
     if not windows:
-        raise DataError("the text holds no document of 16 tokens; give more or longer text")
+        raise DataError(f"the text holds no document of {shortest} tokens; give more or longer text")
     return windows
 
 

@@ -211,6 +211,7 @@ def _result(
         started=started.isoformat(timespec="seconds"),
         seconds=(datetime.now(UTC) - started).total_seconds(),
         seed=recipe.seed,
+        task=recipe.task,
     )
 
 

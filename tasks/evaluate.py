@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,16 +10,22 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
+from featherweight.architecture import Family, family_of
 from featherweight.errors import RecipeError, StageError
+from featherweight.examples import scoring_windows
 from featherweight.machine import available_cores, hardware_fingerprint, physical_cores
 from featherweight.measurement import Comparison, Measurement, Quality, Speed
 from featherweight.progress import Progress
 from featherweight.recipe import WorkloadSpec
 from featherweight.runtimes import Timing, engine_class, open_worker
 from featherweight.serving import Serving
-from featherweight.text import Window, load_tokenizer, token_windows
+from featherweight.text import Window
 from tasks.stage import Metrics, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PROBE_ROUNDS, PROBE_S = 3, 1.0
 # A count of threads that is this many times slower than another is not tried again: two teams of threads on too few cores
@@ -70,6 +75,17 @@ class _Workload:
     spec: WorkloadSpec
     windows: list[Window]
     max_tokens: int
+    family: Family = "causal"
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens to generate: none by an encoder, which reads its prompt once."""
+        return 0 if self.family == "encoder" else self.spec.new_tokens
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens of a sequence that the speed is said in: those generated, or those that an encoder has read."""
+        return self.spec.prompt_tokens if self.family == "encoder" else self.spec.new_tokens
 
     @property
     def quality_bytes(self) -> tuple[int, ...]:
@@ -80,29 +96,39 @@ class _Workload:
         length, prompts = self.spec.prompt_tokens, []
         for first in range(batch_size):
             here = first % len(self.windows)
-            ids = chain.from_iterable(window.ids for window in cycle([*self.windows[here:], *self.windows[:here]]))
+            ids = chain.from_iterable(window.source or window.ids for window in cycle([*self.windows[here:], *self.windows[:here]]))
             prompts.append(list(islice(ids, length)))
         return prompts
 
 
 def _workload(spec: WorkloadSpec, baseline: Path, evaluation: Path) -> _Workload:
     """The windows, in the baseline's tokens and no longer than its context."""
-    context = _context(baseline)
-    needed = spec.prompt_tokens + spec.new_tokens
+    from transformers import AutoConfig
+
+    folder = baseline / Serving.read(baseline).weights
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family, context = family_of(config), _context(config)
+    _require_context(spec, family, context)
+    length = min(spec.window_tokens, context)
+    windows = scoring_windows(folder, config, evaluation, length, spec.windows)
+    return _Workload(spec, windows, max(length, spec.prompt_tokens + spec.new_tokens), family)
+
+
+def _require_context(spec: WorkloadSpec, family: Family, context: int) -> None:
+    """Refuse a workload that does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
+    prompt, new = spec.prompt_tokens, spec.new_tokens
+    needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
     if needed > context:
         raise RecipeError(
-            f"workload: prompt_tokens {spec.prompt_tokens} and new_tokens {spec.new_tokens} make {needed} tokens, "
+            f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
             f"but the model's context holds {context}; lower them"
         )
-    length = min(spec.window_tokens, context)
-    windows = token_windows(evaluation, load_tokenizer(baseline), length, spec.windows)
-    return _Workload(spec, windows, max(length, needed))
 
 
-def _context(baseline: Path) -> int:
-    """Longest sequence that the baseline was made for."""
-    config = json.loads((baseline / Serving.read(baseline).weights / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("n_positions") or 2**31
+def _context(config: PreTrainedConfig) -> int:
+    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions
 
 
 class _Side:
@@ -137,7 +163,7 @@ class _Side:
     def _try(self, batch_size: int, threads: int, others: Probe) -> tuple[float, ...]:
         """Latencies of a few shorter generations; only the first, which warms up, where that is hopeless already."""
         self.worker.set_threads(threads)
-        wanted = self.workload.spec.new_tokens
+        wanted = self.workload.new_tokens
         tokens = min(wanted, max(16, wanted // 4))
         best = min((min(times) for times in others.values()), default=math.inf)
         first_s = self._run(batch_size, tokens).total_s
@@ -163,14 +189,14 @@ class _Side:
         """Switch to the best number of threads and generate unmeasured, to warm up and to see how often a turn repeats it."""
         threads = self.threads(batch_size)
         self.worker.set_threads(threads)
-        first_s = self._run(batch_size, self.workload.spec.new_tokens).total_s
+        first_s = self._run(batch_size, self.workload.new_tokens).total_s
         self.warmup_s.setdefault((batch_size, threads), first_s)
-        warm_s = self._run(batch_size, self.workload.spec.new_tokens).total_s if first_s < TURN_S or self.slow else first_s
+        warm_s = self._run(batch_size, self.workload.new_tokens).total_s if first_s < TURN_S or self.slow else first_s
         self.repeats = max(1, min(MOST_REPEATS, int(TURN_S / warm_s)))
 
     def turn(self, batch_size: int) -> list[Timing]:
         """One round's timed generations."""
-        return [self._run(batch_size, self.workload.spec.new_tokens) for _ in range(self.repeats)]
+        return [self._run(batch_size, self.workload.new_tokens) for _ in range(self.repeats)]
 
     def _run(self, batch_size: int, new_tokens: int) -> Timing:
         return self.worker.time(self.workload.prompts(batch_size), new_tokens)
@@ -182,7 +208,7 @@ class _Side:
             batch_size,
             threads,
             spec.prompt_tokens,
-            spec.new_tokens,
+            self.workload.counted_tokens,
             tuple(timing.total_s for timing in timings),
             tuple(timing.ttft_s for timing in timings),
             self.repeats,
@@ -199,15 +225,15 @@ class _Side:
 
     def _quality(self) -> Quality:
         windows = self.workload.windows
-        nll: list[float] = []
+        scores: list[list[float]] = []
         for start in range(0, len(windows), 8):
             self.progress.note(f"scoring window {start + 1} of {len(windows)}")
-            rows = self.worker.logprobs([window.ids for window in windows[start : start + 8]])
-            nll += [-math.fsum(row) for row in rows]
+            scores += self.worker.score(windows[start : start + 8])
+        nll = [-math.fsum(row) for row in scores]
         broken = sum(not math.isfinite(value) for value in nll)
         if broken:
             raise StageError(f"{self.engine} gives log-probabilities that are no numbers in {broken} of {len(nll)} windows")
-        return Quality(tuple(nll), tuple(len(window.ids) - 1 for window in windows), self.workload.quality_bytes)
+        return Quality(tuple(nll), tuple(len(row) for row in scores), self.workload.quality_bytes)
 
 
 def _take_turns(variant: _Side, baseline: _Side, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:
@@ -224,7 +250,7 @@ def _take_turns(variant: _Side, baseline: _Side, batch_size: int, progress: Prog
 
 
 def _live(side: _Side, batch_size: int, timings: list[Timing]) -> dict[str, float]:
-    tokens = batch_size * side.workload.spec.new_tokens
+    tokens = batch_size * side.workload.counted_tokens
     return {f"tokens_per_s_{batch_size}": tokens / median(timing.total_s for timing in timings)}
 
 

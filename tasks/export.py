@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from featherweight import ct2_pack, torch_pack, vllm_pack
 from featherweight.compatibility import BITSANDBYTES, grid_refusal, machine_refusal
 from featherweight.errors import RecipeError, ToolchainError
+from featherweight.examples import decoder_prefix
 from featherweight.grid import GRIDS, Grid
 from featherweight.links import copy_tokenizer, link, link_checkpoint
 from featherweight.machine import INT8_DOT, cpu_features, gpus
@@ -157,7 +158,10 @@ def _write_ctranslate2(
     on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
     on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
     grid = quantized.grid if quantized else None
-    Serving("ctranslate2", CT2_FOLDER, on_cuda if spec.compute_type == "int8_float16" else on_cpu, grid).write(out)
+    options = on_cuda if spec.compute_type == "int8_float16" else on_cpu
+    if model.config.is_encoder_decoder and len(prefix := decoder_prefix(model)) > 1:
+        options["first_token"] = str(prefix[1])
+    Serving("ctranslate2", CT2_FOLDER, options, grid).write(out)
 
 
 def _write_vllm(

@@ -30,12 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.architecture import auto_class
 from featherweight.errors import ParityError
+from featherweight.examples import IGNORED, scoring_windows, window_inputs
 from featherweight.machine import INT8_DOT, cpu_features
 from featherweight.progress import Progress
 from featherweight.runtimes import open_worker
 from featherweight.serving import Serving
-from featherweight.text import load_tokenizer, token_windows
+from featherweight.text import Window
 from tasks.stage import Metrics
 
 if TYPE_CHECKING:
@@ -67,17 +69,17 @@ SATURATING = Bound("mean", 0.4)
 
 @dataclass(frozen=True)
 class Reference:
-    """Windows of calibration text and what the PyTorch model says about them: log-probabilities of ids[1:]."""
+    """Windows of calibration text and what the PyTorch model says about them: log-probabilities of what is scored in each."""
 
-    windows: list[list[int]]
+    windows: list[Window]
     logprobs: list[list[float]]
 
     @classmethod
     def of(cls, model: PreTrainedModel, source: Path, text: Path) -> Reference:
         """Score a few windows of `text` with `model`, float32 on the CPU; `source` has the tokenizer."""
         length = min(WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", None) or WINDOW_TOKENS)
-        windows = [window.ids for window in token_windows(text, load_tokenizer(source), length, WINDOWS)]
-        return cls(windows, [_score(model, ids) for ids in windows])
+        windows = scoring_windows(source, model.config, text, length, WINDOWS)
+        return cls(windows, [_score(model, window) for window in windows])
 
     def check(self, served: Path, bound: Bound | None = None) -> Metrics:
         """Compare with the engine that `served` names, started for it.
@@ -86,9 +88,9 @@ class Reference:
         `parity_bound`, in nats. Raises ParityError above the bound, and for anything that is not a number.
         """
         serving = Serving.read(served)
-        longest = max(len(ids) for ids in self.windows)
+        longest = max(max(len(window.ids), len(window.source)) for window in self.windows)
         with open_worker(served, threads=1, max_tokens=longest, max_batch=1) as worker:
-            found = worker.logprobs(self.windows)
+            found = worker.score(self.windows)
         return self.hold(found, bound or bound_of(serving), f"{serving.engine} ({serving.grid or 'float'})")
 
     def hold(self, found: list[list[float]], bound: Bound, name: str) -> Metrics:
@@ -116,9 +118,10 @@ def check_parity(source: Path, served: Path, text: Path, progress: Progress = Pr
 def load_reference(source: Path) -> PreTrainedModel:
     """The checkpoint's model, float32, on the CPU."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    kind = auto_class(AutoConfig.from_pretrained(source, local_files_only=True))
+    return kind.from_pretrained(source, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
 
 
 def bound_of(serving: Serving) -> Bound:
@@ -147,10 +150,11 @@ def _vllm_bound(serving: Serving) -> Bound:
     return max(bounds, key=lambda bound: (bound.statistic == "mean", bound.value))
 
 
-def _score(model: PreTrainedModel, ids: list[int]) -> list[float]:
+def _score(model: PreTrainedModel, window: Window) -> list[float]:
     import torch
 
     with torch.inference_mode():
-        tokens = torch.tensor([ids])
-        logits = model(tokens[:, :-1], use_cache=False).logits[0].log_softmax(-1)
-        return logits.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()
+        inputs, labels = window_inputs(model.config, torch.tensor([window.ids]), torch.tensor([window.source]))
+        wanted = labels[0] != IGNORED
+        logits = model(**inputs).logits[0, wanted].log_softmax(-1)
+        return logits.gather(-1, labels[0, wanted, None]).squeeze(-1).tolist()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight import surgery, training
-from featherweight.architecture import family_of
+from featherweight.architecture import TASKS, family_of
 from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
-from featherweight.compatibility import fills_zeros
+from featherweight.compatibility import calibration_refusal, fills_zeros
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
 from featherweight.grid import Grid, grid_named
@@ -47,7 +47,7 @@ def quantize(
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Metrics:
-    """Quantize the decoder's Linear weights to `spec.grid`, the embedding and the head to `spec.head`; smooth before if asked to.
+    """Quantize the Linear weights of all blocks to `spec.grid`, embedding and head to `spec.head`; smooth before if asked to.
 
     sensitivity: the scan of this checkpoint that `spec.mixed` asks for; it says which matrices take the finer grid.
     scratch: where a killed training (QAT) resumes from.
@@ -116,6 +116,8 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise CheckpointError(
             f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
         )
+    if reason := calibration_refusal(TASKS[family_of(config)], spec):
+        raise RecipeError(f"quantize: {reason}")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 

@@ -62,7 +62,7 @@ def test_what_is_not_a_number_is_above_any_bound(pruned, served, text):
 def test_windows_stay_within_the_models_context(tmp_path, text):
     short = models.make("llama", tmp_path / "short", _tokenizer(), max_position_embeddings=32)
     reference = Reference.of(load_reference(short), short, text)
-    assert {len(ids) for ids in reference.windows} == {32}
+    assert {len(window.ids) for window in reference.windows} == {32}
     assert [len(row) for row in reference.logprobs] == [31] * len(reference.windows)
 
 

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -19,6 +20,7 @@ from featherweight.processes import end_children
 from featherweight.runtimes.engine import Generation, Timing, Tokens
 from featherweight.runtimes.registry import engine_available
 from featherweight.serving import Serving
+from featherweight.text import Window
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
@@ -60,15 +62,23 @@ class Worker:
             raise
         self.startup_s = monotonic() - began
 
-    def logprobs(self, windows: Tokens) -> list[list[float]]:
-        """Natural-log probabilities of ids[1:] of each window given their prefixes, from the engine itself."""
-        longest = max((len(ids) for ids in windows), default=0)
+    def logprobs(self, windows: Tokens, sources: Tokens | None = None) -> list[list[float]]:
+        """Natural-log probabilities of ids[1:] of each window given their prefixes, from the engine itself.
+
+        sources: those of the windows of a seq2seq model or an encoder (see featherweight.text.Window).
+        """
+        longest = max((len(ids) for ids in (*windows, *(sources or ()))), default=0)
         if longest > self.max_tokens or any(len(ids) < 2 for ids in windows):
             raise StageError(f"windows must hold 2 to {self.max_tokens} tokens to be scored; the longest has {longest}")
-        return self._call("logprobs", windows)
+        return self._call("logprobs_given", windows, sources) if sources else self._call("logprobs", windows)
+
+    def score(self, windows: Sequence[Window]) -> list[list[float]]:
+        """`logprobs` of windows of any family."""
+        sources = [window.source for window in windows]
+        return self.logprobs([window.ids for window in windows], sources if any(sources) else None)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
-        """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token does not stop them."""
+        """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token does not stop them. See Engine.generate."""
         return self._generation(prompts, new_tokens).tokens
 
     def time(self, prompts: Tokens, new_tokens: int) -> Timing:
@@ -195,4 +205,4 @@ def _limits(threads: int, max_tokens: int, max_batch: int) -> list[str]:
 
 
 def _doing(name: str) -> str:
-    return {"logprobs": "scoring", "generate": "generating"}.get(name, name)
+    return {"logprobs": "scoring", "logprobs_given": "scoring", "generate": "generating"}.get(name, name)

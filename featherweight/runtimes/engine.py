@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from featherweight.errors import StageError
 from featherweight.processes import peak_bytes
 from featherweight.serving import Serving
 
@@ -73,9 +74,17 @@ class Engine(ABC):
     def logprobs(self, windows: Tokens) -> list[list[float]]:
         """Natural-log probabilities of ids[1:] of each window, given their prefixes."""
 
+    def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
+        """The same for windows with a source (see featherweight.text.Window): of ids[1:], or of the masked tokens."""
+        raise StageError(f"{type(self).__name__} serves causal models only, which have no source")
+
     @abstractmethod
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
-        """Greedy; exactly `new_tokens` each. The end-of-text token counts as any other and stops nothing."""
+        """Greedy; exactly `new_tokens` each. The end-of-text token counts as any other and stops nothing.
+
+        Seq2seq: prompts are sources, and a language that the checkpoint forces is the first new token. Encoder: one forward
+        pass, whose likeliest token at every position is what comes back; `new_tokens` plays no role.
+        """
 
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""
@@ -88,6 +97,15 @@ def by_length(sequences: Tokens, most: int) -> Iterator[list[int]]:
     for index, ids in enumerate(sequences):
         lengths.setdefault(len(ids), []).append(index)
     for indices in lengths.values():
+        yield from (indices[start : start + most] for start in range(0, len(indices), most))
+
+
+def by_shape(windows: Tokens, sources: Tokens, most: int) -> Iterator[list[int]]:
+    """The same for windows with sources: both of equal length within a batch."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, (ids, source) in enumerate(zip(windows, sources, strict=True)):
+        shapes.setdefault((len(ids), len(source)), []).append(index)
+    for indices in shapes.values():
         yield from (indices[start : start + most] for start in range(0, len(indices), most))
 
 

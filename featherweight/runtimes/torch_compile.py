@@ -1,4 +1,7 @@
-"""torch.compile (Inductor): the decode step as one compiled graph over a static key-value cache; prefill stays eager."""
+"""torch.compile (Inductor): the decode step as one compiled graph over a static key-value cache; prefill stays eager.
+
+An encoder's one pass is a graph as a whole.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ STEP = 128
 
 
 class TorchCompile(TorchEager):
-    """One graph per batch size, cache length and number of threads, made at the first generation that needs it."""
+    """One graph per batch size, length (of the cache, or of an encoder's text) and number of threads, made when first needed."""
 
     slow_to_switch = True
 
@@ -26,6 +29,7 @@ class TorchCompile(TorchEager):
         torch._dynamo.config.recompile_limit = 64
         self.caches: dict[tuple[int, int], Any] = {}
         self.step = torch.compile(self._next, dynamic=False, fullgraph=True)
+        self.read = torch.compile(self._likeliest, dynamic=False, fullgraph=True)
 
     def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         import torch
@@ -38,6 +42,12 @@ class TorchCompile(TorchEager):
                 ids = self.step(ids, cache)
                 new.append(ids)
             return torch.cat(new, dim=1), first
+
+    def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            return self.read(ids.clone()), perf_counter()
 
     def _cache(self, batch: int, tokens: int) -> Any:
         """An empty static cache for `batch` sequences of `tokens`, the same object each time: a graph is tied to it."""

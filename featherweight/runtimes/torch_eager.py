@@ -5,7 +5,9 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+from featherweight.architecture import auto_class, family_of
+from featherweight.examples import IGNORED, decoder_prefix, window_inputs
+from featherweight.runtimes.engine import Engine, Generation, Timing, Tokens, by_length, by_shape, windows_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +21,12 @@ class TorchEager(Engine):
 
     def load(self) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         torch.set_num_threads(self.threads)
         rounded = self.options.get("bitsandbytes")
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(self.weights, local_files_only=True)
+        model: Any = auto_class(config).from_pretrained(
             self.weights,
             attn_implementation="sdpa",
             local_files_only=True,
@@ -38,31 +41,42 @@ class TorchEager(Engine):
         torch.set_num_threads(threads)
 
     def logprobs(self, windows: Tokens) -> list[list[float]]:
+        return self.logprobs_given(windows, [[] for _ in windows])
+
+    def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
         import torch
 
         scores: list[list[float]] = [[] for _ in windows]
         most = windows_at_once(self.limits.max_tokens, self.model.config.vocab_size)
         with torch.inference_mode():
-            for batch in by_length(windows, most):
-                ids = torch.tensor([windows[index] for index in batch], device=self.model.device)
-                for index, row in zip(batch, self._score(ids).tolist(), strict=True):
+            for batch in by_shape(windows, sources, most):
+                ids, source = (self._batch(rows, batch) for rows in (windows, sources))
+                for index, row in zip(batch, self._score(ids, source), strict=True):
                     scores[index] = row
         return scores
 
-    def _score(self, ids: Tensor) -> Tensor:
-        """[batch, tokens] -> log-probabilities of ids[:, 1:], float32 [batch, tokens - 1]."""
-        logits = self.model(ids[:, :-1], use_cache=False).logits.float()
-        chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return chosen - logits.logsumexp(-1)
+    def _batch(self, rows: Tokens, batch: list[int]) -> Tensor:
+        import torch
+
+        return torch.tensor([rows[index] for index in batch], device=self.model.device)
+
+    def _score(self, ids: Tensor, source: Tensor) -> list[list[float]]:
+        """Log-probabilities of what is to be predicted in each of some windows of one shape."""
+        inputs, labels = window_inputs(self.model.config, ids, source)
+        logits = self.model(**inputs).logits.float()
+        chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        scores = chosen - logits.logsumexp(-1)
+        return [row[wanted != IGNORED].tolist() for row, wanted in zip(scores, labels, strict=True)]
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         import torch
 
         tokens: Tokens = [[] for _ in prompts]
+        run = {"causal": self._greedy, "seq2seq": self._translate, "encoder": self._fill}[family_of(self.model.config)]
         began, firsts = perf_counter(), 0.0
         with torch.inference_mode():
             for batch in by_length(prompts, self.limits.max_batch):
-                new, first = self._greedy(torch.tensor([prompts[index] for index in batch], device=self.model.device), new_tokens)
+                new, first = run(self._batch(prompts, batch), new_tokens)
                 firsts = first - began
                 for index, row in zip(batch, new.tolist(), strict=True):
                     tokens[index] = row
@@ -85,6 +99,33 @@ class TorchEager(Engine):
         """The likeliest next token of each sequence, [batch, 1]; appends the keys and values of `ids` to the cache."""
         logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
+
+    def _translate(self, source: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+        """The same for the decoder of a seq2seq model: the source is encoded once, and its keys and values are kept."""
+        import torch
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        prefix = torch.tensor([decoder_prefix(self.model)], device=source.device).repeat(len(source), 1)
+        encoded = self.model.get_encoder()(source)
+        cache = EncoderDecoderCache(DynamicCache(config=self.model.config), DynamicCache(config=self.model.config))
+        ids = self._next_target(prefix, encoded, cache)
+        first, new = perf_counter(), [prefix[:, 1:], ids]
+        for _ in range(new_tokens - prefix.shape[1]):
+            ids = self._next_target(ids, encoded, cache)
+            new.append(ids)
+        return torch.cat(new, dim=1)[:, :new_tokens], first
+
+    def _next_target(self, ids: Tensor, encoded: Any, cache: Any) -> Tensor:
+        """The likeliest next token of each target, [batch, 1]."""
+        logits = self.model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
+        """The likeliest token at every position, int64 [batch, tokens]."""
+        return self._likeliest(ids), perf_counter()
+
+    def _likeliest(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits.argmax(-1)
 
 
 def _bitsandbytes(rounded: str) -> dict[str, Any]:

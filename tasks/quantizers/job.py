@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import surgery
 from featherweight.checkpoint import Listing, Weights, find_weights, stream_tensors
 from featherweight.errors import StageError
 from featherweight.grid import Grid, grid_named
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-LINEAR = re.compile(r"(^|\.)layers\.\d+\..+\.weight$")
+IN_A_BLOCK = re.compile(r"(^|\.)(layers?|block)\.\d+\..+\.weight$")
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,33 @@ class Job:
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
-        """The grid of each parameter to quantize: every decoder Linear, and the embedding and head where they have one."""
+        """The grid of each parameter to quantize: every Linear of a block, and the embedding and head where they have one."""
         body = grid_named(self.spec.grid)
         head = None if self.spec.head is None else grid_named(self.spec.head)
         wanted = {name: self._grid_of(name, tensor.ndim, body, head) for name, tensor in self.tensors()}
         grids = {name: self.finer.get(name, grid) for name, grid in wanted.items() if grid is not None}
         if all(name.endswith(HEADS) for name in grids):
-            raise StageError(f"{self.checkpoint} has no decoder layers named '…layers.N…'; quantize handles Llama-like models")
+            raise StageError(f"{self.checkpoint} has no Linear weights in blocks named '…layers.N…', '…layer.N…' or '…block.N…'")
         return grids
 
-    @staticmethod
-    def _grid_of(name: str, ndim: int, body: Grid, head: Grid | None) -> Grid | None:
+    def _grid_of(self, name: str, ndim: int, body: Grid, head: Grid | None) -> Grid | None:
         if ndim != 2:
             return None
-        return body if LINEAR.search(name) else head if name.endswith(HEADS) else None
+        return body if name in self.linear and IN_A_BLOCK.search(name) else head if name.endswith(HEADS) else None
+
+    @cached_property
+    def linear(self) -> frozenset[str]:
+        """Names of the weights of Linear layers: a block may hold an embedding too, such as T5's of relative positions."""
+        from torch import nn
+
+        return frozenset(f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+
+    @cached_property
+    def copies(self) -> frozenset[str]:
+        """Names by which a tied parameter is known beside its first. T5's config calls every model tied: so the model is asked."""
+        first = {id(weight): name for name, weight in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, weight in every if first[id(weight)] != name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
@@ -72,9 +84,8 @@ class Job:
 
     def files(self) -> Iterator[tuple[str, str, Tensor]]:
         """(file, name, tensor), likewise."""
-        tied = surgery.load_config(self.checkpoint).tie_word_embeddings
         for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
-            if not (tied and name.endswith("lm_head.weight")):
+            if name not in self.copies:
                 yield file, name, self.smoothed.get(name, tensor)
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
