@@ -7,12 +7,12 @@ int64 [2 * length], a source and a target: a text and its translation (or its fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.architecture import family_of
+from featherweight.architecture import Role, family_of
 from featherweight.errors import CheckpointError, DataError
 from featherweight.text import Window, load_tokenizer, shuffled_documents, token_blocks, token_windows
 
@@ -118,6 +118,16 @@ def decoder_prefix(model: Any) -> list[int]:
     """What a seq2seq decoder is given to begin with: its start token, and the language that its checkpoint forces, if any."""
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
     return [decoder_start(model.config), *([] if forced is None else [int(forced)])]
+
+
+def real_positions(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tensor]:
+    """Positions of each stack that are no padding, bool [batch, positions]."""
+    import torch
+
+    if "decoder_input_ids" in inputs:
+        return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    return {"encoder": everywhere, "decoder": everywhere}
 
 
 def next_tokens(ids: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from featherweight import surgery, training
 from featherweight.architecture import LAYOUTS
 from featherweight.errors import RecipeError, StageError
-from featherweight.examples import example_blocks, inputs_and_labels
+from featherweight.examples import example_blocks, inputs_and_labels, real_positions
 from featherweight.progress import Progress
 from featherweight.recipe import DistillSpec
 from tasks.distillers.answers import Answers, answers_of
 from tasks.distillers.losses import distillation_loss
-from tasks.distillers.matching import Matcher, Pair, layer_pairs, real_positions
+from tasks.distillers.matching import Matcher, Pair, layer_pairs
 from tasks.distillers.students import make_student, require_same_tokens, student_sizes
 from tasks.stage import Metrics, stage
 

@@ -14,15 +14,15 @@ from pydantic import ValidationError
 from featherweight import surgery
 from featherweight.architecture import stacks
 from featherweight.errors import CheckpointError, RecipeError
-from featherweight.examples import example_blocks, inputs_and_labels
+from featherweight.examples import example_blocks, inputs_and_labels, real_positions
+from featherweight.influence import block_influence, most_influential
 from featherweight.plan import expand
 from featherweight.recipe import DistillSpec, GenerateSpec, PruneSpec, Recipe, StackLayers, StackMap
 from featherweight.text import Document, load_tokenizer, read_documents, write_documents
 from tasks.distill import distill, training_blocks
 from tasks.distillers import answers
 from tasks.distillers.losses import TopK, distillation_loss, top_k
-from tasks.distillers.matching import Matcher, layer_pairs, map_divergence, real_positions, state_error
-from tasks.distillers.students import block_influence, most_influential
+from tasks.distillers.matching import Matcher, layer_pairs, map_divergence, state_error
 from tasks.generate import generate
 from tasks.prune import prune
 from tests.families import FAMILIES, family_checkpoint, tiny_model

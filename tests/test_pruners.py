@@ -15,6 +15,7 @@ from featherweight.architecture import blocks, dimensions, stacks
 from featherweight.compatibility import shape_refusal
 from featherweight.errors import FeatherweightError, RecipeError, StageError
 from featherweight.examples import inputs_and_labels
+from featherweight.influence import block_influence
 from featherweight.padding import without_padding
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
@@ -179,7 +180,7 @@ def forget(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], outpu
 def test_influence_is_one_minus_the_cosine_of_hidden_states(family: str, text: Path, tmp_path: Path) -> None:
     source = family_checkpoint(family, tmp_path / "source", **LAYERS[family])
     model, ids = surgery.load_model(source), sample_blocks(PruneSpec(**SMALL), source, text, 0)
-    influence = depth.block_influence(model, ids)
+    influence = block_influence(model, ids)
     inputs, labels = inputs_and_labels(model.config, ids)
     with torch.no_grad():
         shown = model(**inputs, output_hidden_states=True)

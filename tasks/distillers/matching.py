@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from featherweight.architecture import Role, family_of, stacks
 from featherweight.errors import RecipeError
-from featherweight.examples import IGNORED
 from featherweight.recipe import DistillSpec, StackMap
 
 if TYPE_CHECKING:
@@ -131,27 +130,16 @@ def map_divergence(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
     return kl.mean(1)[real].mean()
 
 
-def real_positions(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tensor]:
-    """Positions of each stack that are no padding, bool [batch, positions]."""
-    import torch
-
-    if "decoder_input_ids" in inputs:
-        return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
-    everywhere = torch.ones_like(labels, dtype=torch.bool)
-    return {"encoder": everywhere, "decoder": everywhere}
-
-
 @contextmanager
-def captured(modules: Sequence[nn.Module], inputs: bool = False) -> Iterator[list[Tensor]]:
-    """What the modules put out, or are given, while the context lasts, in their order: of a tuple the first, the hidden states."""
+def captured(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What the modules put out while the context lasts, in their order: of a tuple the first, the hidden states."""
     found: dict[nn.Module, Tensor] = {}
     states: list[Tensor] = []
 
-    def keep(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        value = (arguments or (named.get("hidden_states"),)) if inputs else output
-        found[module] = value[0] if isinstance(value, tuple) else value
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        found[module] = output[0] if isinstance(output, tuple) else output
 
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in dict.fromkeys(modules)]
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
     try:
         yield states
         states.extend(found[module] for module in modules)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight import surgery
-from featherweight.architecture import Role, family_of, stacks
+from featherweight.architecture import Role, family_of
 from featherweight.errors import CheckpointError, RecipeError
-from featherweight.examples import example_blocks, inputs_and_labels
+from featherweight.examples import example_blocks
+from featherweight.influence import block_influence, most_influential
 from featherweight.recipe import DistillSpec, StackLayers
 from featherweight.text import load_tokenizer, read_documents
-from tasks.distillers.matching import captured, real_positions
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SAMPLES = 32
@@ -54,33 +53,6 @@ def make_student(
         influence = block_influence(teacher, blocks)
         layers = {role: most_influential(influence[role], len(kept)) for role, kept in layers.items()}
     return surgery.copy_layers(teacher, layers)
-
-
-def block_influence(model: PreTrainedModel, blocks: Tensor, batch: int = 8) -> dict[Role, list[float]]:
-    """How much each layer changes its input: 1 - the mean cosine of the hidden states before and behind it, by stack.
-
-    ShortGPT (Men et al. 2024). blocks: ids as featherweight.examples makes them; padding does not count.
-    """
-    import torch
-
-    cosines: dict[Role, Tensor] = {stack.role: torch.zeros(len(stack.blocks), dtype=torch.float64) for stack in stacks(model)}
-    counts = dict.fromkeys(cosines, 0)
-    for part in blocks.split(batch):
-        inputs, labels = inputs_and_labels(model.config, part.to(model.device))
-        real = real_positions(inputs, labels)
-        for stack in stacks(model):
-            layers = [block.module for block in stack.blocks]
-            with torch.inference_mode(), captured(layers, inputs=True) as before, captured(layers) as behind:
-                model(**inputs)
-            for place, (x, y) in enumerate(zip(before, behind, strict=True)):
-                cosines[stack.role][place] += torch.cosine_similarity(x, y, -1)[real[stack.role]].double().sum().cpu()
-            counts[stack.role] += int(real[stack.role].sum())
-    return {role: (1 - total / counts[role]).tolist() for role, total in cosines.items()}
-
-
-def most_influential(influence: list[float], count: int) -> tuple[int, ...]:
-    """The places of the `count` highest values, rising."""
-    return tuple(sorted(sorted(range(len(influence)), key=lambda place: -influence[place])[:count]))
 
 
 def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:

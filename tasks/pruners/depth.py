@@ -6,20 +6,18 @@ Men et al.: "ShortGPT: Layers in Large Language Models are More Redundant Than Y
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featherweight import surgery
 from featherweight.architecture import Role, Stack, dimensions, stacks
 from featherweight.errors import RecipeError
-from featherweight.examples import IGNORED, inputs_and_labels
+from featherweight.influence import block_influence, most_influential
 from featherweight.recipe import PruneSpec
 from tasks.pruners.job import Job, Pruned
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 BATCH = 8
 """Calibration blocks per forward pass."""
@@ -67,55 +65,6 @@ def _wanted(spec: PruneSpec, total: int) -> int | tuple[int, ...]:
     if not spec.layers or list(spec.layers) != sorted(set(spec.layers)) or spec.layers[0] < 0 or spec.layers[-1] >= total:
         raise RecipeError(f"prune.layers: {list(spec.layers)} must be rising layer numbers between 0 and {total - 1}")
     return spec.layers
-
-
-def block_influence(model: PreTrainedModel, examples: Tensor) -> dict[Role, list[float]]:
-    """1 - the mean cosine of the hidden states before and behind each layer, by stack; padding does not count."""
-    import torch
-
-    found = stacks(model)
-    sums = {stack.role: torch.zeros(len(stack.blocks), dtype=torch.float64) for stack in found}
-    counts = dict.fromkeys(sums, 0)
-    for part in examples.split(BATCH):
-        inputs, labels = inputs_and_labels(model.config, part.to(model.device))
-        real = _real(inputs, labels)
-        for stack in found:
-            with torch.inference_mode(), _cosines([block.module for block in stack.blocks]) as cosines:
-                model(**inputs)
-            sums[stack.role] += torch.stack([cosine[real[stack.role]].double().sum().cpu() for cosine in cosines])
-            counts[stack.role] += int(real[stack.role].sum())
-    return {role: (1 - total / counts[role]).tolist() for role, total in sums.items()}
-
-
-def _real(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tensor]:
-    """Positions of each stack that are no padding, bool [batch, positions]."""
-    if "decoder_input_ids" in inputs:
-        return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
-    return dict.fromkeys(("encoder", "decoder"), labels == labels)
-
-
-@contextmanager
-def _cosines(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """While open, a forward pass leaves each module's cosine of what it is given and gives, [batch, positions]."""
-    import torch
-
-    found: list[Tensor] = []
-
-    def compare(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        before = arguments[0] if arguments else named["hidden_states"]
-        found.append(torch.cosine_similarity(before, output[0] if isinstance(output, tuple) else output, -1))
-
-    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in modules]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def most_influential(influence: Sequence[float], count: int) -> tuple[int, ...]:
-    """The places of the `count` highest values, rising."""
-    return tuple(sorted(sorted(range(len(influence)), key=lambda place: -influence[place])[:count]))
 
 
 def keep_layers(stack: Stack, kept: Sequence[int]) -> None:
