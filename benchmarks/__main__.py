@@ -1,8 +1,8 @@
 """What the orchestration costs, what shared prefixes save, and how far the winner is ahead of the baseline.
 
 Each of these runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints;
-`distill` trains students side by side.
-Usage: python -m benchmarks [stories15m | prefixes | tiny | distill ...]; all where none is named.
+`distill` and `qat` train students side by side, over three seeds.
+Usage: python -m benchmarks [stories15m | prefixes | tiny | distill | qat ...]; all where none is named.
 """
 
 from __future__ import annotations
@@ -95,7 +95,20 @@ def distill() -> Tree:
     return benchmark()
 
 
-BENCHMARKS: dict[str, Callable[[], Tree]] = {"tiny": tiny, "prefixes": prefixes, "stories15m": stories15m, "distill": distill}
+def qat() -> Tree:
+    """Quantization-aware training at 4 bits beside GPTQ and plain rounding, over three seeds."""
+    from benchmarks.qat import benchmark
+
+    return benchmark()
+
+
+BENCHMARKS: dict[str, Callable[[], Tree]] = {
+    "tiny": tiny,
+    "prefixes": prefixes,
+    "stories15m": stories15m,
+    "distill": distill,
+    "qat": qat,
+}
 
 
 def main() -> None:

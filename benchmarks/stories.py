@@ -1,0 +1,49 @@
+"""stories15M and its text: what the benchmarks of methods train on, and how they score what comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from featherweight import surgery
+from featherweight.plan import SPLITS
+from featherweight.recipe import TextSpec, WorkloadSpec, load_recipe
+from featherweight.text import Window, load_tokenizer, token_windows
+from tasks.text import text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Stories:
+    """The checkpoint of recipes/stories15m.yaml, its text by split, and windows of the held-out part."""
+
+    checkpoint: Path
+    text: dict[str, Path]
+    windows: list[Window]
+
+    @classmethod
+    def under(cls, folder: Path) -> Stories:
+        """Split the recipe's text into folders below `folder`."""
+        recipe = load_recipe(ROOT / "recipes" / "stories15m.yaml")
+        checkpoint = ROOT / (recipe.checkpoint.source or "")
+        data = recipe.data.model_copy(update={"source": str(ROOT / recipe.data.source)})
+        folders = {split: folder / split for split in SPLITS}
+        for split in SPLITS:
+            text(TextSpec(data=data, split=split), out=folders[split])
+        workload = WorkloadSpec()
+        windows = token_windows(folders["evaluation"], load_tokenizer(checkpoint), workload.window_tokens, workload.windows)
+        return cls(checkpoint, folders, windows)
+
+    def bits_per_byte(self, checkpoint: Path) -> float:
+        """Cross-entropy of the windows by PyTorch in float32, each window by itself."""
+        import torch
+
+        model = surgery.load_model(checkpoint).eval()
+        nats = 0.0
+        with torch.inference_mode():
+            for window in self.windows:
+                ids = torch.tensor([window.ids], device=model.device)
+                nats += torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        return nats / math.log(2) / sum(window.text_bytes for window in self.windows)
