@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from featherweight import surgery
 from featherweight.plan import SPLITS
-from featherweight.recipe import TextSpec, WorkloadSpec, load_recipe
+from featherweight.recipe import Split, TextSpec, WorkloadSpec, load_recipe
 from featherweight.text import Window, load_tokenizer, token_windows
 from tasks.text import text
 
@@ -20,7 +21,7 @@ class Stories:
     """The checkpoint of recipes/stories15m.yaml, its text by split, and windows of the held-out part."""
 
     checkpoint: Path
-    text: dict[str, Path]
+    text: Mapping[Split, Path]
     windows: list[Window]
 
     @classmethod
