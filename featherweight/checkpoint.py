@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.architecture import TASKS, family_of, head_class
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, one_line
 from featherweight.recipe import Task
 
 if TYPE_CHECKING:
@@ -487,9 +487,3 @@ def _ties(model: PreTrainedModel, folder: Path, weights: Weights) -> tuple[bool,
     stored = {name: tensor for _, name, tensor in stream_tensors(folder, weights) if name in pair}
     equal = len(stored) == 2 and bool(stored[pair[0]].equal(stored[pair[1]]))
     return equal, output.weight.numel() if equal else 0
-
-
-def one_line(error: object) -> str:
-    """An error's text in one line, at most 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,6 +1,12 @@
 """One family of errors. The message names the thing, what was expected, and what to do next, in one line."""
 
 
+def one_line(error: object, limit: int = 500) -> str:
+    """An error's text in one line of at most `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class FeatherweightError(Exception):
     """Anything that Featherweight refuses or fails at; `exit_code` is what the command line returns."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import GRIDS, Grid
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     try:
         return READERS[str(method_of(config))](config["quantization_config"], tensors)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{where}: the quantized weights cannot be unpacked ({reason}); copy it again") from error
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from featherweight import history
 from featherweight.book import CHAMPION, TAG, Book, RegisteredVersion, locked, pages
-from featherweight.errors import FeatherweightError, GateError, ServiceError
+from featherweight.errors import FeatherweightError, GateError, ServiceError, one_line
 from featherweight.history import GateResult, StageName, Transition
 from featherweight.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.serving import Serving
@@ -327,7 +327,7 @@ class Registry:
         except FeatherweightError:
             raise
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error, 300) or type(error).__name__
             raise ServiceError(f"MLflow at {_shown(self.tracking_uri)} failed: {reason}") from error
 
 

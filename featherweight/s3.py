@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featherweight.checkpoint import Listing
-from featherweight.errors import ServiceError
+from featherweight.errors import ServiceError, one_line
 from featherweight.progress import Progress
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
@@ -365,7 +365,7 @@ def _explain_failure(uri: str, error: Exception) -> str:
     """What a failure on our side of the connection means."""
     from botocore import exceptions as boto
 
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
         return f"{uri}: no S3 credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(error, boto.ParamValidationError):

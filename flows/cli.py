@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, GateError
+from featherweight.errors import FeatherweightError, GateError, one_line
 from flows.view import view_for
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
@@ -213,9 +213,9 @@ def main() -> None:
     try:
         app()
     except FeatherweightError as error:
-        _fail(error, " ".join(str(error).split()), error.exit_code)
+        _fail(error, one_line(error, 2000), error.exit_code)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error, 300)
         _fail(error, f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)
 
 

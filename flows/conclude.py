@@ -25,7 +25,7 @@ from flows.session import recipe_text
 from flows.view import View
 from tasks.promote import promote
 from tasks.register import register
-from tasks.stage import Session, one_line, run_node
+from tasks.stage import Session, run_node, told
 from tasks.table import stage_named
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, vi
     inputs = {name: _ref(outcomes, id).model_dump() for name, id in measured.items()}
     view.started(node)
     reference, cached, error = run_node(stage_named("decide"), node, inputs, session)
-    view.finished(node.id, "failed" if reference is None else "cached" if cached else "done", one_line(error) if error else "")
+    view.finished(node.id, "failed" if reference is None else "cached" if cached else "done", told(error) if error else "")
     if reference is None:
         raise error or FeatherweightError("the winner could not be decided")
     return session.workspace.materialize(ArtifactRef.model_validate(reference), check=False)
@@ -151,7 +151,7 @@ def _hand_over(
     try:
         moved = promote(registry, version.model, version.version, stage, who=who(), why=f"winner of run {session.run_id}")
     except GateError as error:
-        return f"registered as {name}; {one_line(error)}"
+        return f"registered as {name}; {told(error)}"
     return f"registered as {name}, in {moved.version.stage}" + ("" if moved.changed else f" ({moved.reason})")
 
 

@@ -18,7 +18,7 @@ from featherweight.workspace import Workspace
 from flows import conclude
 from flows.session import open_session
 from flows.view import PlainView, View
-from tasks.stage import Session, one_line, run_node
+from tasks.stage import Session, run_node, told
 from tasks.table import stage_named
 
 # Without these there is nothing to measure, or nothing to measure against.
@@ -37,7 +37,7 @@ class Outcome:
     @property
     def reason(self) -> str:
         """Why there is no artifact, in one line."""
-        return one_line(self.error) if self.error else ""
+        return told(self.error) if self.error else ""
 
 
 @flow(name="optimize", flow_run_name="optimize {recipe}", persist_result=False, validate_parameters=False)

@@ -13,7 +13,7 @@ from featherweight.plan import Node, Plan, expand
 from featherweight.recipe import Recipe
 from featherweight.services import configure
 from featherweight.workspace import Workspace
-from tasks.stage import cached_ref, method, one_line
+from tasks.stage import cached_ref, method, told
 from tasks.table import stage_named
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, 
         try:
             key = stage_named(node.stage).key(node, {name: refs[parent].digest for name, parent in node.inputs.items()})
         except FeatherweightError as error:
-            warnings.append(f"{id}: {one_line(error)}")
+            warnings.append(f"{id}: {told(error)}")
             continue
         ref = cached_ref(key, Workspace.at(root))
         if ref is not None:

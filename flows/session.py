@@ -21,7 +21,7 @@ from featherweight.recipe import Recipe
 from featherweight.services import check_url
 from featherweight.workspace import Workspace
 from flows.promote import who
-from tasks.stage import Session, one_line
+from tasks.stage import Session, told
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +45,7 @@ def open_session(
         with _ambient(workspace.tracking_uri):
             yield Session(workspace, client, experiment, run_id, tags, listen)
     except BaseException as error:
-        client.set_tag(run_id, "featherweight.error", one_line(error))
+        client.set_tag(run_id, "featherweight.error", told(error))
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run_id, "FINISHED")
@@ -74,7 +74,7 @@ def connect(workspace: Workspace) -> MlflowClient:
     except FeatherweightError:
         raise
     except Exception as error:
-        raise ServiceError(f"the MLflow store {_masked(workspace.tracking_uri)} refuses: {one_line(error)}") from error
+        raise ServiceError(f"the MLflow store {_masked(workspace.tracking_uri)} refuses: {told(error)}") from error
     return client
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
-from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError, one_line
 from featherweight.loss_curve import loss_page
 from featherweight.plan import Node
 from featherweight.progress import Progress
@@ -105,7 +105,7 @@ class Stage:
             ref = self._make(node, inputs, session, key, run_id)
         except BaseException as error:
             killed = not isinstance(error, Exception)
-            session.client.set_tag(run_id, "featherweight.error", one_line(error))
+            session.client.set_tag(run_id, "featherweight.error", told(error))
             session.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
             raise
         session.client.set_terminated(run_id, "FINISHED")
@@ -256,10 +256,9 @@ def method(spec: Spec) -> str:
     return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name))
 
 
-def one_line(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """An error in one line, its type told where the message alone does not."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FeatherweightError) else f"{type(error).__name__}: {text}"[:500]
+    return one_line(error, 2000) if isinstance(error, FeatherweightError) else one_line(f"{type(error).__name__}: {error}")
 
 
 def library_versions(names: tuple[str, ...]) -> dict[str, str]:

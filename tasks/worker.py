@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from featherweight import errors
-from featherweight.errors import FeatherweightError, StageError
+from featherweight.errors import FeatherweightError, StageError, one_line
 from featherweight.processes import end_group, end_with_parent, free_port
 from featherweight.progress import Progress
 from featherweight.recipe import Spec
@@ -149,7 +149,7 @@ def main() -> int:
         metrics = _run(request, _Told(channel))
     except Exception as error:
         known = isinstance(error, FeatherweightError)
-        text = str(error) if known else " ".join(str(error).split())[:500]
+        text = str(error) if known else one_line(error)
         _say(channel, error={"kind": type(error).__name__, "text": text, "losses": list(getattr(error, "losses", ()))})
         return 1
     if leads():

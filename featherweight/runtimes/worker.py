@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
-from featherweight.errors import FeatherweightError
+from featherweight.errors import FeatherweightError, one_line
 from featherweight.processes import end_children
 from featherweight.runtimes.engine import Engine, Limits
 from featherweight.runtimes.registry import engine_class
@@ -107,7 +107,7 @@ def _answer(engine: Engine, line: str) -> Reply:
 
 def _failure(error: Exception) -> Reply:
     traceback.print_exc()
-    text = " ".join(str(error).split())
+    text = one_line(error, 2000)
     named = isinstance(error, FeatherweightError)
     return {"error": text if named else f"{type(error).__name__}: {text}", "kind": type(error).__name__}
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint import one_line
-from featherweight.errors import StageError
+from featherweight.errors import StageError, one_line
 from featherweight.grid import Grid
 
 if TYPE_CHECKING:
