@@ -73,7 +73,7 @@ def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Pat
     assert note.startswith("50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain")
     dense = next(row for row in result["variants"] if row["name"] == "ct2")
     assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
-    assert html.escape(note) in (done / "report.html").read_text()
+    assert note in html.unescape((done / "report.html").read_text())
     assert f"sparse24/ct2: {note}" in featherweight("variants", cwd=done).stdout
 
 
