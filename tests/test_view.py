@@ -28,7 +28,7 @@ def test_plain_lines_tell_start_progress_time_left_and_end(plan: Plan, capsys: p
     view.finished("checkpoint", "done")
     view.finished("ct2", "failed", "no room")
     lines = capsys.readouterr().err.splitlines()
-    assert "7 variants" in lines[0]
+    assert "8 variants" in lines[0]
     assert "start    checkpoint" in lines[1]
     assert "1/4 loss 3.25" in lines[2]
     assert "s left" in lines[2]
