@@ -1,13 +1,14 @@
 """What the orchestration costs, what shared prefixes save, and how far the winner is ahead of the baseline.
 
 Each of these runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints;
-`distill` and `qat` train students side by side, over three seeds.
-Usage: python -m benchmarks [stories15m | prefixes | tiny | distill | qat ...]; all where none is named.
+`distill`, `recovery`, `ptq` and `qat` compare methods by the quality that they leave stories15M, over three seeds.
+Usage: python -m benchmarks [tiny | prefixes | stories15m | distill | recovery | ptq | qat ...]; all where none is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -88,26 +89,21 @@ def _figures(row: Tree) -> Tree:
     return {"name": row["name"], "status": row["status"], "threads": row["threads"], **metrics}
 
 
-def distill() -> Tree:
-    """A distilled student beside one that was trained on the labels alone, over three seeds."""
-    from benchmarks.distill import benchmark
+def _of_methods(name: str) -> Callable[[], Tree]:
+    """The benchmark of the module `name` beside this one."""
 
-    return benchmark()
+    def run() -> Tree:
+        module = importlib.import_module(f"benchmarks.{name}")
+        return dict(module.benchmark())
 
-
-def qat() -> Tree:
-    """Quantization-aware training at 4 bits beside GPTQ and plain rounding, over three seeds."""
-    from benchmarks.qat import benchmark
-
-    return benchmark()
+    return run
 
 
 BENCHMARKS: dict[str, Callable[[], Tree]] = {
     "tiny": tiny,
     "prefixes": prefixes,
     "stories15m": stories15m,
-    "distill": distill,
-    "qat": qat,
+    **{name: _of_methods(name) for name in ("distill", "recovery", "ptq", "qat")},
 }
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from featherweight import surgery
 from featherweight.plan import SPLITS
@@ -14,6 +17,14 @@ from featherweight.text import Window, load_tokenizer, token_windows
 from tasks.text import text
 
 ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (0, 1, 2)
+
+
+def over_seeds(name: str, measure: Callable[[int], float], seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """What `measure` finds with each seed, and the mean; a line of it goes to the terminal."""
+    values = [round(measure(seed), 5) for seed in seeds]
+    print(f"{name}: {', '.join(f'{value:.4f}' for value in values)}", file=sys.stderr, flush=True)
+    return {"values": values, "mean": round(mean(values), 5)}
 
 
 @dataclass(frozen=True)
