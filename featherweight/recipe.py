@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from featherweight.errors import RecipeError
+from featherweight.errors import RecipeError, one_line
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -532,7 +532,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
     for override in overrides:
@@ -553,7 +553,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: '{key}' holds a value, not keys")
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {one_line(error)}") from error
 
 
 def _explain(error: ValidationError, tree: Any) -> str:
@@ -562,7 +565,7 @@ def _explain(error: ValidationError, tree: Any) -> str:
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}{more}"
+        return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{more}"
     known = _known_keys(first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"

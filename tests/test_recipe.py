@@ -42,7 +42,7 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"stages": {"prune": {"p": {"finetune": {"step": 3}}}}}, "did you mean 'steps'"),
         ({"checkpoint": {}}, "exactly one of 'source' and 'train'"),
         ({"objective": "fast"}, "objective: "),
-        ({"stages": {"quantize": {"a": {}}, "prune": {"a": {}}}}, "'a' stands twice"),
+        ({"stages": {"quantize": {"a": {}}, "prune": {"a": {}}}}, "recipe.yaml: the name 'a' stands twice"),
         ({"stages": {"quantize": {"none": {}}}}, "'none' is reserved"),
         ({"stages": {"quantize": {"A B": {}}}}, "stages.quantize.A B"),
     ],
@@ -68,7 +68,7 @@ def test_overrides_reach_any_key(write) -> None:
     path = write()
     recipe = load_recipe(path, ("workload.batch_sizes=[2]", "constraints.max_quality_loss=0.02", "seed=7"))
     assert (recipe.workload.batch_sizes, recipe.constraints.max_quality_loss, recipe.seed) == ((2,), 0.02, 7)
-    for wrong in ("seed", "=3", "seed.x=1"):
+    for wrong in ("seed", "=3", "seed.x=1", "seed={"):
         with pytest.raises(RecipeError):
             load_recipe(path, (wrong,))
     with pytest.raises(RecipeError, match="did you mean 'rounds'"):
