@@ -20,11 +20,15 @@ PRECISION_BITS = {"int8": 8, "int4": 4}
 BY_ROW = ("torch-dynamic", "torch-static", "torchao-int8-dynamic")
 """PyTorch engines that multiply int8 by int8."""
 BITSANDBYTES = ("nf4", "llm.int8")
+FLOATS = ("float32", "bfloat16", "float16")
+SIXTEEN_BITS = FLOATS[1:]
 COMPUTE_TYPES = {
-    "ctranslate2": ("float32", "int8", "int8_float32", "int8_float16"),
-    "vllm": ("float32", *SCHEMES),
-    "torch": ("float32", *BITSANDBYTES),
+    "ctranslate2": (*FLOATS, "int8", "int8_float32", "int8_float16"),
+    "vllm": (*FLOATS, *SCHEMES),
+    "torch": (*FLOATS, *BITSANDBYTES),
 }
+CUDA_ONLY = {"ctranslate2": ("int8_float16", *SIXTEEN_BITS), "torch": BITSANDBYTES}
+"""What CTranslate2 would compute in float32 on a CPU, and bitsandbytes not at all."""
 NOT_FOR: dict[tuple[str, Task], str] = {
     ("onnxruntime-genai", "text2text-generation"): "its model builder knows decoders only; take ctranslate2 or torch",
     ("onnxruntime-genai", "fill-mask"): "its model builder knows decoders only; take torch or torch-compile",
@@ -138,7 +142,7 @@ def machine_refusal(serve: CompileSpec | ExportSpec) -> str | None:
         missing = serve.compute_type in BITSANDBYTES and find_spec("bitsandbytes") is None
         return f"{serve.compute_type} needs bitsandbytes, which is not installed; pip install bitsandbytes" if missing else None
     wanted, avx512 = f"{serve.engine} {serve.compute_type}", "avx512f" in cpu_features()
-    if serve.compute_type in ("int8_float16", *BITSANDBYTES):
+    if serve.compute_type in CUDA_ONLY.get(serve.engine, ()):
         return f"{wanted} needs a CUDA GPU, and there is none here; take a CPU type such as int8"
     if serve.compute_type == "w8a16":
         return "W8A16 needs a CUDA GPU: vLLM has no CPU kernel for 8-bit weights with float activations; take int8 (W8A8) or w4a16"
@@ -183,7 +187,7 @@ def _torch(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | Non
         return None
     if serve.compute_type in BITSANDBYTES:
         return f"bitsandbytes rounds weights to {serve.compute_type} itself; give it float ones"
-    return _float_of_rounded("float32")
+    return _float_of_rounded(serve.compute_type)
 
 
 def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
@@ -207,8 +211,8 @@ def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) ->
 def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
     if body is None:
         return None
-    if serve.compute_type == "float32":
-        return _float_of_rounded("float32") + "; int8_float32 keeps them at 8 bits on disk"
+    if serve.compute_type in FLOATS:
+        return _float_of_rounded(serve.compute_type) + "; int8_float32 keeps them at 8 bits on disk"
     for grid in (body, head):
         if grid is not None and (grid.bits != 8 or grid.kind != "int"):
             return "CTranslate2 packs int8 and float only"
@@ -224,7 +228,7 @@ def _ctranslate2(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str
 def _vllm(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
     if body is None:
         return None
-    if serve.compute_type == "float32":
-        return _float_of_rounded("float32")
+    if serve.compute_type in FLOATS:
+        return _float_of_rounded(serve.compute_type)
     scheme = SCHEMES[serve.compute_type]
     return None if scheme.holds(body) else f"compressed-tensors {scheme.name} holds {scheme.weights}, not {body.name}"

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: QuantizedRows | None) -> None:
+def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: QuantizedRows | None, floats: str | None = None) -> None:
     """Write `model` to the new folder `out` as a CTranslate2 model; `checkpoint` has its configuration and tokenizer.
 
-    rows: the quantized weights, None for float32. Raises StageError where CTranslate2 does not know the architecture.
+    rows: the quantized weights, None for float ones. floats: what those are stored as, None for float32.
+    Raises StageError where CTranslate2 does not know the architecture.
     """
     from ctranslate2.converters import TransformersConverter
 
@@ -44,7 +45,7 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
 
     try:
         with _quick_collections(), _marian_as_bart():
-            Converter(str(checkpoint)).convert(str(out))
+            Converter(str(checkpoint)).convert(str(out), quantization=floats)
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         kind = type(model).__name__
         raise StageError(f"CTranslate2's converter cannot take this {kind}: {' '.join(str(error).split())}") from error

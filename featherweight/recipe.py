@@ -16,9 +16,9 @@ Positive = Annotated[int, Field(gt=0)]
 Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["text-generation", "text2text-generation", "fill-mask"]
-ComputeType = Literal["float32", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"]
-
-
+ComputeType = Literal[
+    "float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"
+]
 TorchEngine = Literal["torch-dynamic", "torch-static", "torchao-int8", "torchao-int4", "torchao-int8-dynamic"]
 
 
@@ -402,8 +402,8 @@ class CompileSpec(Spec):
 class ExportSpec(Spec):
     """CTranslate2, vLLM, the plain PyTorch folder, or PyTorch with quantized layers: torch's own, or torchao's.
 
-    compute_type, for CTranslate2: float32, int8, int8_float32, or on CUDA int8_float16; for vLLM: float32, w8a8 (or int8), w8a16,
-    w4a16, fp8; for torch: float32, or on CUDA bitsandbytes' nf4 and llm.int8.
+    compute_type, for CTranslate2: float32, int8, int8_float32, or on CUDA int8_float16, bfloat16, float16; for vLLM: float32,
+    bfloat16, float16, w8a8 (or int8), w8a16, w4a16, fp8; for torch: the three floats, or on CUDA bitsandbytes' nf4 and llm.int8.
     reduce_range: 'auto' means where the CPU has no VNNI; CTranslate2's int8 only.
     kv_cache: what vLLM keeps keys and values in, null for its own float.
     """

@@ -80,7 +80,7 @@ def pack(
     scheme: Scheme | None,
     cache_scales: Mapping[str, float] | None = None,
 ) -> None:
-    """Write configuration and weights to `out`: the integers and scales of Linear layers, all else in float32.
+    """Write configuration and weights to `out`: the integers and scales of Linear layers, all else in the float that `model` has.
 
     vLLM keeps embedding and output head in float; where they are quantized theirs are the float values on the grid, which
     `model` already holds. cache_scales: what keys and values are divided by before they are kept in fp8, by parameter name.
@@ -100,7 +100,8 @@ def pack(
     grid = next(iter(linear.values()), None)
     described = quantization_config(scheme, grid, _float_layers(model, set(linear)), cache=bool(cache_scales))
     config = json.loads((checkpoint / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32", "quantization_config": described}, indent=2))
+    config |= {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": described}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _linear(quantized: QuantizedWeights) -> dict[str, Grid]:

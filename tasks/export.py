@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import ct2_pack, torch_pack, vllm_pack
-from featherweight.compatibility import BITSANDBYTES, grid_refusal, machine_refusal
-from featherweight.errors import RecipeError, ToolchainError
+from featherweight import ct2_pack, surgery, torch_pack, vllm_pack
+from featherweight.compatibility import BITSANDBYTES, SIXTEEN_BITS, grid_refusal, machine_refusal
+from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.examples import decoder_prefix
 from featherweight.grid import GRIDS, Grid
 from featherweight.links import copy_tokenizer, link, link_checkpoint
@@ -40,7 +40,8 @@ def export(
 ) -> Metrics:
     """Write to `out` what `spec.engine` serves.
 
-    compute_type, for CTranslate2: 'float32'; 'int8' stores weights as int8 and rounds activations to int8 at run time;
+    compute_type: 'float32'; 'bfloat16' and 'float16' store and compute in 16 bits.
+    For CTranslate2: 'int8' stores weights as int8 and rounds activations to int8 at run time;
     'int8_float32' stores the same weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own
     type of that name is the same as its int8 on a CPU, so it is not offered); 'int8_float16' is its own, on CUDA.
     For vLLM: 'int8' is W8A8, 'w8a16' and 'w4a16' compute in float16, 'fp8' has e4m3 weights per row and activations per token;
@@ -48,7 +49,7 @@ def export(
     For PyTorch: bitsandbytes' 'nf4' and 'llm.int8', on CUDA; it rounds at load.
     Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type, or the
     name of one of PyTorch's quantized engines (featherweight.torch_pack), says so.
-    Metrics: none for 'torch', which is the reference itself or rounds by itself; else `parity_max_abs`, `parity_mean_abs`,
+    Metrics: none for 'torch' where it is the reference itself or rounds by itself; else `parity_max_abs`, `parity_mean_abs`,
     `parity_bound` (nats, see tasks.parity), and where CTranslate2 or PyTorch rounds activations also `parity_weights_max_abs`, the
     same with activations in float.
     Raises RecipeError for weights on a grid that the engine does not hold, ToolchainError where this machine has no kernel for
@@ -58,22 +59,27 @@ def export(
     refuse(quantized, spec)
     if spec.kv_cache:
         _refuse_heads(load_config(checkpoint))
-    if spec.engine == "torch":
+    if spec.engine == "torch" and spec.compute_type not in SIXTEEN_BITS:
         link_checkpoint(checkpoint, out)
         Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
         return {}
     model = load_reference(checkpoint)
     if spec.engine in torch_pack.FORMATS:
         return _export_torch(spec.engine, model, quantized, checkpoint, calibration, out, seed, progress)
-    if quantized is None and spec.compute_type != "float32":
+    if spec.compute_type in SIXTEEN_BITS:
+        _round_floats(model, spec.compute_type)
+    elif quantized is None and spec.compute_type != "float32":
         quantized = round_to_nearest(model, *grids_here(spec))
         move_to_grid(model, quantized)
     progress.note(f"writing for {spec.engine}")
     if spec.engine == "ctranslate2":
-        _write_ctranslate2(spec, model, quantized, checkpoint, out)
-    else:
+        _write_ctranslate2(spec, model.float(), quantized, checkpoint, out)
+    elif spec.engine == "vllm":
         _write_vllm(spec, model, quantized, checkpoint, out, calibration)
-    reference = Reference.of(model, checkpoint, calibration)
+    else:
+        surgery.save_model(model, out, checkpoint)
+        Serving("torch", options={"dtype": spec.compute_type}).write(out)
+    reference = Reference.of(model.float(), checkpoint, calibration)
     del model, quantized
     progress.note(f"comparing {spec.engine} with PyTorch")
     weights = _check_weights(reference, out) if (spec.engine, spec.compute_type) == ("ctranslate2", "int8") else {}
@@ -148,17 +154,27 @@ def grids_here(spec: ExportSpec) -> tuple[Grid, Grid | None]:
     return grid, grid
 
 
+def _round_floats(model: PreTrainedModel, name: str) -> None:
+    """Move `model` in place to a float of 16 bits. Raises StageError for weights beyond float16's range."""
+    import torch
+
+    model.to(getattr(torch, name))
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise StageError(f"some weights are too large for {name}; take bfloat16")
+
+
 def _write_ctranslate2(
     spec: ExportSpec, model: PreTrainedModel, quantized: QuantizedWeights | None, checkpoint: Path, out: Path
 ) -> None:
     model, quantized = without_padding(model, quantized)
     rows = QuantizedRows.of(model, quantized) if quantized else None
-    ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows)
+    sixteen = spec.compute_type in SIXTEEN_BITS
+    ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows, spec.compute_type if sixteen else None)
     copy_tokenizer(checkpoint, out)
     on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
     on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
     grid = quantized.grid if quantized else None
-    options = on_cuda if spec.compute_type == "int8_float16" else on_cpu
+    options = on_cuda if sixteen or spec.compute_type == "int8_float16" else on_cpu
     if model.config.is_encoder_decoder and len(prefix := decoder_prefix(model)) > 1:
         options["first_token"] = str(prefix[1])
     Serving("ctranslate2", CT2_FOLDER, options, grid).write(out)
@@ -173,8 +189,10 @@ def _write_vllm(
     calibration: Path,
 ) -> None:
     """`calibration`: text whose keys and values set the scales of an fp8 cache."""
-    options: dict[str, str] = {}
-    if quantized is None and spec.kv_cache is None:
+    options: dict[str, str] = {"dtype": spec.compute_type} if spec.compute_type in SIXTEEN_BITS else {}
+    if options and spec.kv_cache is None:
+        surgery.save_model(model, out, checkpoint)
+    elif quantized is None and spec.kv_cache is None:
         link_checkpoint(checkpoint, out)
     else:
         copy_tokenizer(checkpoint, out)

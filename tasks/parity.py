@@ -13,6 +13,8 @@ same weights, on random Llama, Mistral (heads pruned), Qwen2 and GPT-2 models of
     fp8: vLLM (per token)                                 0.92           0.060         mean 0.15
     fp8 keys and values: vLLM                             0.18           0.034         mean 0.15
     float16, on 4-bit weights: vLLM                       0.022          0.0019        max 0.1
+    float16: PyTorch, vLLM                                0.025         0.0026         max 0.1
+    bfloat16: PyTorch, vLLM                               0.26          0.019          mean 0.05
     int8: CTranslate2 on AVX2 without VNNI, 8-bit grid    3.6            0.21          mean 0.4
     (one matrix of the model with its scales doubled)     0.6 to 5.2     0.085 to 0.6
     (one row of one matrix with its scale doubled)        0.03 to 1.4    0.005 to 0.05
@@ -59,6 +61,9 @@ EXACT = Bound("max", 1e-3)
 """Float activations: only the order of float32 additions differs."""
 HALF = Bound("max", 0.1)
 """Float16 throughout, embedding and head included."""
+BRAIN = Bound("mean", 0.05)
+"""Bfloat16 throughout, 8 bits of mantissa: single tokens may move, the average hardly."""
+SIXTEEN_BITS = {"float16": HALF, "bfloat16": BRAIN}
 FP8 = Bound("mean", 0.15)
 """Activations, or keys and values, rounded to 8-bit floats (e4m3) at run time."""
 INT8_ACTIVATIONS = Bound("mean", 0.15)
@@ -135,16 +140,17 @@ def bound_of(serving: Serving) -> Bound:
         return INT8_ACTIVATIONS
     if serving.engine in ("torch-dynamic", "torch-static", "torchao-int8-dynamic"):
         return INT8_ACTIVATIONS
-    return _vllm_bound(serving) if serving.engine == "vllm" else EXACT
+    if serving.engine == "vllm":
+        return _vllm_bound(serving)
+    return SIXTEEN_BITS.get(serving.options.get("dtype") or serving.options.get("compute_type", ""), EXACT)
 
 
 def _vllm_bound(serving: Serving) -> Bound:
-    """The loosest of what rounded activations, float16 and a rounded cache each explain."""
+    """The loosest of what rounded activations, 16 bits and a rounded cache each explain."""
     bounds = [EXACT]
     if serving.grid is not None:
         bounds.append({"fp8": FP8, "int8": INT8_ACTIVATIONS}.get(serving.options.get("compute_type", "int8"), EXACT))
-    if serving.options.get("dtype") == "float16":
-        bounds.append(HALF)
+    bounds.append(SIXTEEN_BITS.get(serving.options.get("dtype", ""), EXACT))
     if serving.options.get("kv_cache_dtype") == "fp8":
         bounds.append(FP8)
     return max(bounds, key=lambda bound: (bound.statistic == "mean", bound.value))

@@ -36,7 +36,7 @@ def test_float_weights_are_served_by_every_engine(engine):
         ("torch-compile int8", "float32 here"),
         ("torch int8", "not int8"),
         ("torch-dynamic int8", "leave compute_type out"),
-        ("vllm int8_float32", "vllm serves float32, int8, w8a16, w4a16, fp8, not int8_float32"),
+        ("vllm int8_float32", "vllm serves float32, bfloat16, float16, int8, w8a16, w4a16, fp8, not int8_float32"),
         ("ctranslate2 fp8", "not fp8"),
         ("vllm nf4", "not nf4"),
     ],
@@ -89,7 +89,14 @@ def test_float32_of_rounded_weights_is_a_useless_duplicate(engine):
     assert "no smaller and no faster" in refusal(QuantizeSpec(), serve(engine))
 
 
-CUDA = ["ctranslate2 int8_float16", "vllm w8a16", "torch nf4", "torch llm.int8"]
+@pytest.mark.parametrize("engine", ["torch", "ctranslate2", "vllm"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_sixteen_bits_are_for_float_weights(engine, name):
+    assert refusal(None, serve(f"{engine} {name}")) is None
+    assert f"{name} would store rounded weights" in refusal(QuantizeSpec(), serve(f"{engine} {name}"))
+
+
+CUDA = ["ctranslate2 int8_float16", "ctranslate2 float16", "ctranslate2 bfloat16", "vllm w8a16", "torch nf4", "torch llm.int8"]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ import torch
 from conftest import STORY, _tokenizer
 from safetensors.torch import load_file
 
-from featherweight import vllm_pack
+from featherweight import surgery, vllm_pack
 from featherweight.errors import RecipeError, StageError
 from featherweight.quantized import QuantizedWeights
 from featherweight.recipe import ExportSpec
 from featherweight.rows import move_to_grid, round_to_nearest
 from featherweight.serving import Serving
+from tasks import export as exporting
 from tasks.export import _write_vllm, export, grids_here
 from tasks.parity import Reference, load_reference
 
@@ -232,10 +233,57 @@ def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, wr
 
 def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, text, tmp_path):
     refused = [
-        (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "vllm serves float32, int8, w8a16"),
+        (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "not int8_float32"),
         (ExportSpec(engine="vllm"), quantized, "full size"),
         (ExportSpec(engine="torch", compute_type="int8"), checkpoints["llama"], "not int8"),
     ]
     for spec, checkpoint, reason in refused:
         with pytest.raises(RecipeError, match=reason):
             export(spec, checkpoint=checkpoint, calibration=text, out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_sixteen_bits_are_stored_and_served(checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str) -> None:
+    metrics = export(ExportSpec(engine="torch", compute_type=name), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
+    assert 0 < metrics["parity_mean_abs"] < 0.02
+    stored = load_file(tmp_path / "model.safetensors")
+    source = load_file(checkpoints["llama"] / "model.safetensors")
+    assert all(torch.equal(stored[key], source[key].to(getattr(torch, name))) for key in source)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == name
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_vllm_and_ctranslate2_take_the_same_sixteen_bits(
+    checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CTranslate2 computes with these files in float32 on a CPU: then they must give the logits of the rounded weights."""
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    monkeypatch.setattr(Reference, "check", lambda reference, served: {})
+    for engine in ("torch", "vllm", "ctranslate2"):
+        (tmp_path / engine).mkdir()
+        spec = ExportSpec(engine=engine, compute_type=name)
+        export(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path / engine)
+    monkeypatch.undo()
+    same = [(tmp_path / engine / "model.safetensors").read_bytes() for engine in ("torch", "vllm")]
+    assert same[0] == same[1]
+    assert Serving.read(tmp_path / "vllm").options == {"dtype": name}
+    whole = tmp_path / "float32"
+    whole.mkdir()
+    export(ctranslate2(), checkpoint=checkpoints["llama"], calibration=text, out=whole)
+    half, full = ((folder / "ctranslate2" / "model.bin").stat().st_size for folder in (tmp_path / "ctranslate2", whole))
+    assert half < 0.55 * full
+    assert Serving.read(tmp_path / "ctranslate2").options == {"compute_type": name, "device": "cuda"}
+    Serving("ctranslate2", "ctranslate2").write(tmp_path / "ctranslate2")
+    Reference.of(load_reference(tmp_path / "torch"), tmp_path / "torch", text).check(tmp_path / "ctranslate2")
+
+
+def test_weights_beyond_float16_are_refused(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    model = load_reference(checkpoints["untied"])
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e6
+    folder, out = tmp_path / "large", tmp_path / "out"
+    out.mkdir()
+    surgery.save_model(model, folder, checkpoints["untied"])
+    with pytest.raises(StageError, match="too large for float16; take bfloat16"):
+        export(ExportSpec(engine="torch", compute_type="float16"), checkpoint=folder, calibration=text, out=out)
+    assert not list(out.iterdir())

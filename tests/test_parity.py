@@ -18,7 +18,7 @@ from featherweight.serving import Serving
 from tasks import parity
 from tasks.compile import compile
 from tasks.export import export
-from tasks.parity import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, Reference, bound_of, check_parity, load_reference
+from tasks.parity import EXACT, INT8_ACTIVATIONS, SATURATING, SIXTEEN_BITS, Bound, Reference, bound_of, check_parity, load_reference
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,9 @@ def test_bounds_follow_what_the_engine_does_with_activations(monkeypatch):
     assert bound_of(Serving("vllm", grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("ctranslate2", options={"compute_type": "int8_float16"}, grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("vllm")) == bound_of(Serving("torch-compile")) == EXACT
+    for name, sixteen in SIXTEEN_BITS.items():
+        assert bound_of(Serving("torch", options={"dtype": name})) == bound_of(Serving("vllm", options={"dtype": name})) == sixteen
+        assert bound_of(Serving("ctranslate2", options={"compute_type": name, "device": "cuda"})) == sixteen
     for features, bound in ((frozenset({"avx2"}), SATURATING), (frozenset({"avx2", "avx_vnni"}), INT8_ACTIVATIONS)):
         monkeypatch.setattr(parity, "cpu_features", lambda features=features: features)
         assert bound_of(Serving("ctranslate2", options=int8, grid="int8")) == bound

@@ -1,4 +1,4 @@
-"""PyTorch eager, float32, SDPA attention, key-value cache: the baseline, as fast as transformers itself makes it."""
+"""PyTorch eager, SDPA attention, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class TorchEager(Engine):
     """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it).
 
-    options: `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and computes in float16 on a CUDA GPU.
+    options: `dtype`, float32 unless told otherwise. `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and
+    computes in float16 on a CUDA GPU.
     """
 
     def load(self) -> None:
@@ -30,7 +31,7 @@ class TorchEager(Engine):
             self.weights,
             attn_implementation="sdpa",
             local_files_only=True,
-            **_bitsandbytes(rounded) if rounded else {"dtype": torch.float32},
+            **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
         )
         self.model = model.eval()
 
