@@ -28,10 +28,12 @@ PRUNED: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "no warm-up": {"warmup": 0.0},
     "four parts": {"accumulate": 4},
-    "five times the steps": {"steps": 300},
-    "five times the steps, early stop": {"steps": 300, "patience": 2, "evaluate_every": 20},
+    "200 steps": {"steps": 200},
+    "200 steps, early stop": {"steps": 200, "patience": 2, "evaluate_every": 20},
 }
-"""Other ways to train the first of them."""
+FULL: dict[str, dict[str, Any]] = {"full": {}}
+WAYS_OF = {"structured 17 %": FULL | {"LoRA": LORA} | WAYS, "Wanda 50 %": FULL | {"LoRA": LORA}}
+"""Ways to train each of them; full training alone where none is named."""
 
 
 def benchmark() -> dict[str, Any]:
@@ -51,12 +53,13 @@ def benchmark() -> dict[str, Any]:
 
 
 def _recovered(name: str, spec: PruneSpec, stories: Stories, whole: float) -> dict[str, Any]:
-    ways = {"full": {}, "LoRA": LORA} | (WAYS if name == next(iter(PRUNED)) else {})
     with tempfile.TemporaryDirectory() as folder:
         pruned = Path(folder)
         prune(spec, checkpoint=stories.checkpoint, calibration=stories.text["calibration"], out=pruned)
         before = stories.bits_per_byte(pruned) / whole - 1
-        after = {way: _trained(f"{name} / {way}", options, pruned, stories, whole) for way, options in ways.items()}
+        after = {
+            way: _trained(f"{name} / {way}", options, pruned, stories, whole) for way, options in WAYS_OF.get(name, FULL).items()
+        }
     return {"before": round(before, 4), "after": after}
 
 
