@@ -38,7 +38,7 @@ def sensitivity(
     grids = Job(rounding, checkpoint, model, blocks, calibration, seed, progress).grids
     loss, divergences = scan(model, grids, blocks, spec.scale, progress)
     finer = grid_named(spec.finer)
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))
     matrices = tuple(_matrix(name, weights[name], grids[name], finer, spec.scale, divergences[name]) for name in grids)
     result = Sensitivity(spec.grid, spec.finer, loss, matrices)
     result.write(out)
@@ -52,7 +52,7 @@ def scan(model: Any, grids: dict[str, Grid], blocks: Tensor, scale: str, progres
     """
     import torch
 
-    weights = dict(model.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))
     totals, loss, tokens = dict.fromkeys(grids, 0.0), 0.0, 0
     parts = blocks.split(BATCH)
     with torch.inference_mode():

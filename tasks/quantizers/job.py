@@ -73,10 +73,10 @@ class Job:
 
     @cached_property
     def copies(self) -> frozenset[str]:
-        """Names by which a tied parameter is known beside its first. T5's config calls every model tied: so the model is asked."""
-        first = {id(weight): name for name, weight in self.model.named_parameters()}
-        every = self.model.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, weight in every if first[id(weight)] != name)
+        """Names of parameters that are another's second name. T5's config calls every model tied: so the model is asked."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        ties = self.model.all_tied_weights_keys
+        return frozenset(name for name, source in ties.items() if name in named and named[name] is named.get(source))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""

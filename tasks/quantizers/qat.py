@@ -122,7 +122,8 @@ def _module_class() -> Any:
                 weight.data.copy_(cells)
 
         def _weights(self) -> dict[str, nn.Parameter]:
-            return {name: weight for name, weight in self.model.named_parameters() if name in self.start.grids}
+            every = self.model.named_parameters(remove_duplicate=False)
+            return {name: weight for name, weight in every if name in self.start.grids}
 
         def forward(self, **inputs: Any) -> Any:
             weights = self._weights().items()
