@@ -62,6 +62,33 @@ def inputs_and_labels(config: Any, ids: Tensor) -> tuple[dict[str, Any], Tensor]
     return inputs, torch.where(target == pad, IGNORED, target)
 
 
+def unpadded_inputs(config: Any, ids: Tensor, batch: int) -> list[dict[str, Any]]:
+    """Keyword arguments of a model's forward for the blocks `ids`, up to `batch` of one shape together: no position is padding."""
+    import torch
+
+    inputs, labels = inputs_and_labels(config, ids)
+    if "decoder_input_ids" not in inputs:
+        return [inputs_and_labels(config, part)[0] for part in ids.split(batch)]
+    real = real_positions(inputs, labels)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for row, shape in enumerate(zip(_lengths(real["encoder"]), _lengths(real["decoder"]), strict=True)):
+        shapes.setdefault(shape, []).append(row)
+    ends = {"input_ids": 0, "attention_mask": 0, "decoder_input_ids": 1}
+    return [
+        {name: inputs[name][rows, : shape[end]] for name, end in ends.items()} | {"use_cache": False}
+        for shape, every in shapes.items()
+        for rows in torch.tensor(every).split(batch)
+    ]
+
+
+def _lengths(real: Tensor) -> list[int]:
+    """Positions of each row of `real` up to its last true one; one at least."""
+    import torch
+
+    lengths: list[int] = (real * torch.arange(1, real.shape[1] + 1)).amax(1).clamp(min=1).tolist()
+    return lengths
+
+
 def scoring_windows(checkpoint: Path, config: PreTrainedConfig, text: Path, length: int, limit: int) -> list[Window]:
     """Up to `limit` windows of `text`, of at most `length` tokens a sequence, for the model in `checkpoint`; see Window.
 

@@ -57,6 +57,20 @@ def family_checkpoint(model_type: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def alone_inputs(model: Any, block: Any) -> dict[str, Any]:
+    """What one calibration block (int64 [length]) is to `model` when it is read alone, without its padding."""
+    import torch
+
+    config = model.config
+    if "bert" not in config.model_type and not config.is_encoder_decoder:
+        return {"input_ids": block[None]}
+    source, target = (part[part != config.pad_token_id] for part in block.chunk(2))
+    if not config.is_encoder_decoder:
+        return {"input_ids": source[None]}
+    decoder = torch.cat([torch.tensor([config.decoder_start_token_id]), target[:-1]])
+    return {"input_ids": source[None], "decoder_input_ids": decoder[None]}
+
+
 def word_tokenizer(model_type: str) -> Any:
     """Words and single characters; an encoder's texts stand between <s> and </s>, a seq2seq model's end in </s>."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -8,13 +8,13 @@ is computed twice (once seen, once changed), and beside the model only the outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from featherweight.architecture import Block, Role, stacks
-from featherweight.examples import IGNORED, inputs_and_labels
+from featherweight.architecture import Block, stacks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,19 +23,27 @@ if TYPE_CHECKING:
 BATCH = 8
 """Calibration blocks per forward pass."""
 
+Inputs = Mapping[str, Any]
 See = Callable[["nn.Linear", "Tensor"], None]
 
 
 @dataclass
 class Visit:
-    """One block, everything before it being done."""
+    """One block, everything before it being done. `run` sends the calibration text through the block."""
 
     block: Block
-    _pass: Callable[[See], None]
+    run: Callable[[], None]
 
     def watch(self, see: See) -> None:
-        """Run the calibration text through the block: see(linear, inputs [tokens, channels]) per batch, padding left out."""
-        self._pass(see)
+        """Run the calibration text through the block: see(linear, inputs [tokens, channels]) per batch."""
+
+        def hook(module: Any, inputs: Any) -> None:
+            see(module, inputs[0].flatten(0, -2))
+
+        with ExitStack() as hooks:
+            for linear in linears(self.block).values():
+                hooks.callback(linear.register_forward_pre_hook(hook).remove)
+            self.run()
 
 
 def linears(block: Block) -> dict[str, nn.Linear]:
@@ -46,22 +54,20 @@ def linears(block: Block) -> dict[str, nn.Linear]:
     return {f"{block.name}.{name}": module for name, module in found if isinstance(module, nn.Linear)}
 
 
-def visits(model: PreTrainedModel, examples: Tensor, batch: int = BATCH) -> Iterator[Visit]:
-    """Every block of `model` in turn, on `examples` (see featherweight.examples); change a block while it is yours.
+def visits(model: PreTrainedModel, batches: Sequence[Inputs]) -> Iterator[Visit]:
+    """Every block of `model` in turn, on batches of unpadded inputs of its forward; change a block while it is yours.
 
     The model is in eval mode meanwhile, and no gradients are kept.
     """
     import torch
 
-    parts = examples.split(batch)
     done: list[tuple[list[Any], tuple[Block, ...]]] = []
     with _evaluating(model), torch.no_grad():
         for stack in stacks(model):
-            outputs: list[Any] = [None] * len(parts)
+            outputs: list[Any] = [None] * len(batches)
             for count, block in enumerate(stack.blocks):
-                known = [*done, (outputs, stack.blocks[:count])]
-                run = _Run(model, parts, stack.role, block, known)
-                yield Visit(block, run.watched)
+                run = _Run(model, batches, block, [*done, (outputs, stack.blocks[:count])])
+                yield Visit(block, run)
                 outputs[:] = run.outputs()
             done.append((outputs, stack.blocks))
 
@@ -71,50 +77,33 @@ class _Run:
     """The passes that end behind `block`; `known` holds outputs by batch, and the blocks that answer with them."""
 
     model: PreTrainedModel
-    parts: tuple[Tensor, ...]
-    role: Role
+    batches: Sequence[Inputs]
     block: Block
     known: list[tuple[list[Any], tuple[Block, ...]]]
 
-    def watched(self, see: See) -> None:
-        """Show the inputs of every matrix of the block, batch by batch."""
-        for number, part in enumerate(self.parts):
-            with ExitStack() as hooks:
-                for linear in linears(self.block).values():
-                    counted = self._counted(linear, part)
-
-                    def hook(module: Any, inputs: Any, counted: Tensor | None = counted) -> None:
-                        see(module, inputs[0][counted] if counted is not None else inputs[0].flatten(0, -2))
-
-                    hooks.callback(linear.register_forward_pre_hook(hook).remove)
-                self._forward(number, part)
+    def __call__(self) -> None:
+        """Run all batches, for what is hooked to the block."""
+        deque(self.outputs(), maxlen=0)
 
     def outputs(self) -> Iterator[Any]:
         """What the block puts out for each batch."""
-        return (self._forward(number, part) for number, part in enumerate(self.parts))
+        return (self._forward(number, inputs) for number, inputs in enumerate(self.batches))
 
-    def _forward(self, number: int, part: Tensor) -> Any:
-        device = next(self.model.parameters()).device
-        inputs, _ = inputs_and_labels(self.model.config, part.to(device))
+    def _forward(self, number: int, inputs: Inputs) -> Any:
         with ExitStack() as replaced:
             for outputs, blocks in self.known:
                 for block in blocks:
                     replaced.enter_context(_answering(block.module, outputs[number]))
             replaced.callback(self.block.module.register_forward_hook(_stop).remove)
             try:
-                self.model(**inputs)
+                self.model(**_moved(inputs, self.model.device))
             except _Stopped as stopped:
                 return stopped.output
         raise AssertionError(f"{self.block.name} was not called in the model's forward")
 
-    def _counted(self, linear: nn.Linear, part: Tensor) -> Tensor | None:
-        """Which positions of the linear's input are text, bool [batch, positions]; None for all of them."""
-        inputs, labels = inputs_and_labels(self.model.config, part.to(linear.weight.device))
-        source = inputs.get("attention_mask")
-        if source is None:
-            return None
-        across = [matrix for attention in self.block.attentions[1:] for matrix in (attention.k, attention.v)]
-        return source.bool() if self.role == "encoder" or any(linear is matrix for matrix in across) else labels != IGNORED
+
+def _moved(inputs: Inputs, device: Any) -> dict[str, Any]:
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
 
 class _Stopped(Exception):

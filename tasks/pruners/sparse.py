@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from featherweight import surgery
 from featherweight.architecture import auto_class, blocks
 from featherweight.errors import RecipeError, StageError
+from featherweight.examples import unpadded_inputs
 from featherweight.progress import Progress
 from featherweight.recipe import PruneSpec
 from featherweight.sparsity import UNSTRUCTURED, Sparsity, Zeros
-from tasks.pruners.blockwise import Visit, linears, visits
+from tasks.pruners.blockwise import BATCH, Visit, linears, visits
 from tasks.pruners.job import Job, Pruned
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def sparsify(model: PreTrainedModel, criterion: str, target: Target, examples: T
                 _set(linear, magnitude(linear.weight, target))
     else:
         prune_block = {"wanda": by_wanda, "sparsegpt": by_sparsegpt}[criterion]
-        for place, visit in enumerate(visits(model, examples)):
+        for place, visit in enumerate(visits(model, unpadded_inputs(model.config, examples, BATCH))):
             prune_block(visit, target)
             progress.step(place + 1, len(found))
     names = [f"{name}.weight" for block in found for name in linears(block)]
