@@ -7,7 +7,7 @@ model type is one line in a table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from featherweight.errors import StageError
@@ -23,7 +23,10 @@ Role = Literal["decoder", "encoder"]
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a block. Query heads share `kv_heads` key/value heads; o takes heads * head_dim channels in."""
+    """One attention of a block. Query heads share `kv_heads` key/value heads; o takes heads * head_dim channels in.
+
+    norm: what feeds it and nothing else; None in a post-norm block, whose norms feed the residual too.
+    """
 
     name: str
     q: nn.Linear
@@ -34,15 +37,22 @@ class Attention:
     kv_heads: int
     head_dim: int
     module: nn.Module
+    norm: nn.Module | None
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The MLP of a block: a hidden channel is a row of every matrix of `inputs` and a column of `output`."""
+    """The MLP of a block: a hidden channel is a row of every matrix of `inputs` and a column of `output`.
+
+    proportional: that of `inputs` whose channels, scaled, scale those that `output` reads: beside a gate or behind a ReLU.
+    norm: as in Attention.
+    """
 
     name: str
     inputs: tuple[nn.Linear, ...]
     output: nn.Linear
+    proportional: nn.Linear | None
+    norm: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,10 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Names inside a model type, below its base model. attentions: path in a block -> names of q, k, v, o below it."""
+    """Names inside a model type, below its base model. attentions: path in a block -> names of q, k, v, o below it.
+
+    norms: path of an attention, or MLP, -> the norm that feeds it alone; empty where blocks are post-norm.
+    """
 
     role: Role
     layers: str
@@ -97,8 +110,11 @@ class _Layout:
     heads: str = "num_attention_heads"
     head_dim: str | None = None
     channels: str = "intermediate_size"
+    activation: str = "hidden_act"
+    norms: Mapping[str, str] = field(default_factory=dict)
 
 
+MLP = "mlp"
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _BART = ("q_proj", "k_proj", "v_proj", "out_proj")
 _T5 = ("q", "k", "v", "o")
@@ -111,9 +127,10 @@ _LLAMA = (
         ("mlp.gate_proj", "mlp.up_proj"),
         "mlp.down_proj",
         head_dim="head_dim",
+        norms={"self_attn": "input_layernorm", MLP: "post_attention_layernorm"},
     ),
 )
-_SEQ2SEQ_BART = (
+_BART_POST_NORM = (
     _Layout(
         "encoder",
         "encoder.layers",
@@ -123,6 +140,7 @@ _SEQ2SEQ_BART = (
         "fc2",
         "encoder_attention_heads",
         channels="encoder_ffn_dim",
+        activation="activation_function",
     ),
     _Layout(
         "decoder",
@@ -133,8 +151,11 @@ _SEQ2SEQ_BART = (
         "fc2",
         "decoder_attention_heads",
         channels="decoder_ffn_dim",
+        activation="activation_function",
     ),
 )
+_BART_NORMS = {"self_attn": "self_attn_layer_norm", "encoder_attn": "encoder_attn_layer_norm", MLP: "final_layer_norm"}
+_BART_PRE_NORM = tuple(replace(layout, norms=_BART_NORMS) for layout in _BART_POST_NORM)
 _SEQ2SEQ_T5 = (
     _Layout(
         "encoder",
@@ -146,6 +167,8 @@ _SEQ2SEQ_T5 = (
         "num_heads",
         "d_kv",
         "d_ff",
+        "dense_act_fn",
+        {"layer.0.SelfAttention": "layer.0.layer_norm", MLP: "layer.1.layer_norm"},
     ),
     _Layout(
         "decoder",
@@ -157,6 +180,12 @@ _SEQ2SEQ_T5 = (
         "num_heads",
         "d_kv",
         "d_ff",
+        "dense_act_fn",
+        {
+            "layer.0.SelfAttention": "layer.0.layer_norm",
+            "layer.1.EncDecAttention": "layer.1.layer_norm",
+            MLP: "layer.2.layer_norm",
+        },
     ),
 )
 _BERT = (
@@ -179,12 +208,14 @@ _DISTILBERT = (
         "ffn.lin2",
         "n_heads",
         channels="hidden_dim",
+        activation="activation",
     ),
 )
 
 LAYOUTS: Mapping[str, tuple[_Layout, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("bart", "mbart", "m2m_100", "marian", "pegasus"), _SEQ2SEQ_BART),
+    **dict.fromkeys(("bart", "marian"), _BART_POST_NORM),
+    **dict.fromkeys(("mbart", "m2m_100", "pegasus"), _BART_PRE_NORM),
     **dict.fromkeys(("t5", "mt5"), _SEQ2SEQ_T5),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _BERT),
     "distilbert": _DISTILBERT,
@@ -193,6 +224,9 @@ LAYOUTS: Mapping[str, tuple[_Layout, ...]] = {
 
 GATED_DECODERS = tuple(name for name, layouts in LAYOUTS.items() if layouts is _LLAMA)
 """Model types whose blocks are those of a Llama: causal, gated MLP, grouped-query attention."""
+
+PRE_NORM = tuple(name for name, layouts in LAYOUTS.items() if all(layout.norms for layout in layouts))
+"""Model types whose norms feed one sublayer each, and nothing else."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -209,6 +243,17 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 TASKS: Mapping[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
 """What a recipe calls the task of each family."""
+
+_ROLES: Mapping[Task, tuple[Role, ...]] = {
+    "text-generation": ("decoder",),
+    "text2text-generation": ("encoder", "decoder"),
+    "fill-mask": ("encoder",),
+}
+
+
+def model_types(task: Task) -> tuple[str, ...]:
+    """The model types of the table that are made for `task`."""
+    return tuple(name for name, layouts in LAYOUTS.items() if tuple(layout.role for layout in layouts) == _ROLES[task])
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -272,9 +317,18 @@ def _stack(model: PreTrainedModel, layout: _Layout, names: Mapping[nn.Module, st
 
 def _block(config: PreTrainedConfig, layout: _Layout, module: nn.Module, name: str) -> Block:
     attentions = tuple(_attention(config, layout, module, path, parts, name) for path, parts in layout.attentions.items())
-    inputs = tuple(found for path in layout.inputs if (found := _optional(module, path)) is not None)
-    output: Any = module.get_submodule(layout.output)
-    return Block(name, module, attentions, FeedForward(_joined(name, layout.output.rpartition(".")[0]), inputs, output))
+    return Block(name, module, attentions, _feed_forward(config, layout, module, name))
+
+
+def _feed_forward(config: PreTrainedConfig, layout: _Layout, block: nn.Module, name: str) -> FeedForward:
+    inputs = tuple(found for path in layout.inputs if (found := _optional(block, path)) is not None)
+    output: Any = block.get_submodule(layout.output)
+    proportional = inputs[-1] if len(inputs) > 1 or getattr(config, layout.activation) == "relu" else None
+    return FeedForward(_joined(name, layout.output.rpartition(".")[0]), inputs, output, proportional, _norm(layout, block, MLP))
+
+
+def _norm(layout: _Layout, block: nn.Module, sublayer: str) -> nn.Module | None:
+    return block.get_submodule(layout.norms[sublayer]) if sublayer in layout.norms else None
 
 
 def _attention(
@@ -284,7 +338,8 @@ def _attention(
     q, k, v, o = (cast("nn.Linear", module.get_submodule(part)) for part in parts)
     told = getattr(config, layout.head_dim, None) if layout.head_dim else None
     head_dim = told or q.out_features // getattr(config, layout.heads)
-    return Attention(f"{name}.{path}", q, k, v, o, q.out_features // head_dim, k.out_features // head_dim, head_dim, module)
+    heads, kv_heads = q.out_features // head_dim, k.out_features // head_dim
+    return Attention(f"{name}.{path}", q, k, v, o, heads, kv_heads, head_dim, module, _norm(layout, block, path))
 
 
 def _joined(name: str, path: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from featherweight.architecture import LAYOUTS, PRE_NORM, model_types
 from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
 from featherweight.machine import cpu_features, gpus
@@ -38,8 +39,8 @@ NOT_FOR: dict[tuple[str, Task], str] = {
     ("ctranslate2", "fill-mask"): "its encoders end before the masked-language-model head; take torch or torch-compile",
 }
 """Engines that do not serve a task, and why."""
-DECODERS_ONLY = ("gptq", "awq", "smoothquant")
-"""Methods that llm-compressor calibrates layer by layer, as a decoder's."""
+CALIBRATED = {"gptq", "awq", "smoothquant"}
+"""Methods that go through the blocks of a model one by one."""
 
 
 def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
@@ -48,14 +49,21 @@ def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
     return reason and f"{task} + {serve.engine}: {reason}"
 
 
-def calibration_refusal(task: Task, quantize: QuantizeSpec | None) -> str | None:
-    """Why `quantize` cannot handle a model for `task`, in one line; None where it can."""
+def calibration_refusal(task: Task, quantize: QuantizeSpec | None, model_type: str | None = None) -> str | None:
+    """Why `quantize` cannot handle a model for `task`, in one line; None where it can.
+
+    model_type: as the checkpoint's config names it; None before it is known, when only what no model for `task` can is refused.
+    """
     if quantize is None or task == "text-generation":
         return None
-    asked = [quantize.method, quantize.smooth, *([quantize.start] if quantize.method == "qat" else [])]
-    calibrated = next((name for name in asked if name in DECODERS_ONLY), None)
-    if calibrated:
-        return f"{task} + {calibrated}: llm-compressor calibrates decoders only here; take method rtn, or qat with start: rtn"
+    asked = CALIBRATED & {quantize.method, quantize.smooth, *([quantize.start] if quantize.method == "qat" else [])}
+    types = [model_type] if model_type else model_types(task)
+    if asked and not any(name in LAYOUTS for name in types):
+        known = ", ".join(model_types(task))
+        return f"{task} + {max(asked)}: where a '{model_type}' model keeps its blocks is not known here; known: {known}"
+    if "smoothquant" in asked and not any(name in PRE_NORM for name in types):
+        whose = f"a '{model_type}' model" if model_type else "every encoder known here"
+        return f"{task} + smoothquant: the norms of {whose} feed the residual too and cannot be scaled; take awq or gptq"
     return (
         f"{task}: only decoders write text of their own to train on; drop generated_tokens" if quantize.generated_tokens else None
     )

@@ -114,7 +114,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise CheckpointError(
             f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
         )
-    if reason := calibration_refusal(TASKS[family_of(config)], spec):
+    if reason := calibration_refusal(TASKS[family_of(config)], spec, config.model_type):
         raise RecipeError(f"quantize: {reason}")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from featherweight import compatibility
-from featherweight.compatibility import machine_refusal, refusal
+from featherweight.compatibility import calibration_refusal, machine_refusal, refusal
 from featherweight.grid import GRIDS
 from featherweight.machine import Gpu
 from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
@@ -157,3 +157,20 @@ def test_torchao_holds_mixed_precision_where_it_is_weight_only():
     mixed = QuantizeSpec(grid="int4-g32", mixed={"grid": "int8"})
     assert refusal(mixed, serve("torchao-int4")) is None
     assert "take torchao-int4" in refusal(mixed, serve("torch-dynamic"))
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "options", "reason"),
+    [("text-generation", "gpt2", {"method": "smoothquant"}, None), ("fill-mask", None, {"method": "gptq", "smooth": "awq"}, None),
+     ("fill-mask", None, {"method": "smoothquant"}, "the norms of every encoder known here feed the residual too"),
+     ("fill-mask", "bert", {"method": "gptq", "smooth": "smoothquant"}, "the norms of a 'bert' model feed the residual too"),
+     ("text2text-generation", None, {"method": "smoothquant"}, None), ("fill-mask", "bert", {"method": "awq"}, None),
+     ("text2text-generation", "t5", {"method": "rtn", "smooth": "smoothquant"}, None),
+     ("text2text-generation", "bart", {"method": "rtn", "smooth": "smoothquant"}, "take awq or gptq"),
+     ("text2text-generation", "led", {"method": "qat", "start": "gptq"}, "where a 'led' model keeps its blocks is not known here"),
+     ("text2text-generation", "led", {"method": "qat", "start": "rtn"}, None), ("fill-mask", "led", {"method": "rtn"}, None),
+     ("fill-mask", None, {"method": "qat", "generated_tokens": 64}, "drop generated_tokens")],
+)  # fmt: skip
+def test_calibrated_methods_know_tasks_and_model_types(task, model_type, options, reason):
+    found = calibration_refusal(task, QuantizeSpec(**options), model_type)
+    assert found is None if reason is None else reason in found and found.startswith(task)

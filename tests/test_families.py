@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pytest
 from families import WORDS, family_checkpoint
 
-from featherweight.errors import RecipeError
 from featherweight.examples import scoring_windows
 from featherweight.generator import Generator
 from featherweight.quantized import QuantizedWeights
@@ -20,7 +19,7 @@ from featherweight.serving import Serving
 from featherweight.text import Document, Window, load_tokenizer, write_documents
 from tasks.evaluate import evaluate
 from tasks.export import export
-from tasks.parity import Reference, load_reference
+from tasks.parity import load_reference
 from tasks.quantize import quantize
 
 SEQ2SEQ = ("t5", "mt5", "mbart", "m2m_100", "marian")
@@ -69,12 +68,6 @@ def opened(folder: Path) -> Engine:
 
 def score(engine: Engine, windows: list[Window]) -> list[list[float]]:
     return engine.logprobs_given([window.ids for window in windows], [window.source for window in windows])
-
-
-@pytest.fixture
-def without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that compare with transformers themselves: the export's own comparison starts a process for every folder."""
-    monkeypatch.setattr(Reference, "check", lambda *_: {})
 
 
 def windows_of(checkpoint: Path, text: Path, limit: int = 6) -> tuple[Any, list[Window]]:
@@ -222,12 +215,6 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_on_its_grid(checkpoint: Any, text:
     found = load_reference(out).get_output_embeddings().weight
     assert torch.allclose(found, head, atol=head.abs().max().item() / 200)
     assert not torch.allclose(found, tensors["shared.weight"], atol=0.1)
-
-
-@pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("smoothquant", "bert")])
-def test_what_calibrates_decoders_only_is_refused(checkpoint: Any, text: Path, tmp_path: Path, method: Any, kind: str) -> None:
-    with pytest.raises(RecipeError, match=f"{method}: llm-compressor calibrates decoders only here; take method rtn"):
-        quantize(QuantizeSpec(method=method), checkpoint=checkpoint(kind), text=text, calibration=text, out=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["t5", "mbart"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptq_formula import reference_gptq
 from safetensors.torch import load_file, save_file
 
 from featherweight import surgery
@@ -225,24 +226,6 @@ def test_every_method_rounds_what_was_smoothed(method: str, outliers: Path, text
 def test_one_smoothing_at_a_time() -> None:
     with pytest.raises(ValueError, match="method awq smooths already"):
         spec(method="awq", smooth="smoothquant")
-
-
-def reference_gptq(weight: torch.Tensor, inputs: torch.Tensor, name: str) -> torch.Tensor:
-    """GPTQ column by column in float64, from the formula: columns in falling order of diag(H), 1 % damping."""
-    grid = grid_named(name)
-    hessian = inputs.double().T @ inputs.double()
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-    order = (inputs.double() ** 2).sum(0).argsort(descending=True, stable=True)
-    left, scales = weight.double().clone(), grid.scales(weight).double()
-    for place, column in enumerate(order.tolist()):
-        rest = order[place + 1 :]
-        inverse = torch.linalg.inv(hessian[order[place:]][:, order[place:]])
-        scale = scales[:, column // grid.group_size if grid.group_size else 0]
-        rounded = (left[:, column] / scale).round().clamp(grid.qmin, grid.qmax) * scale
-        error = (left[:, column] - rounded) / inverse[0, 0]
-        left[:, rest] -= error[:, None] * inverse[0, 1:]
-        left[:, column] = rounded
-    return left
 
 
 @pytest.mark.parametrize("grid", ["int4-g32", "int8", "int8-reduced"])

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from featherweight.architecture import LAYOUTS
 from featherweight.quantized import HEADS
 from tasks.quantizers import oneshot
+from tasks.quantizers.channels import inner_pairs, norm_pairs
 from tasks.quantizers.job import Job
 
 
 def smooth(job: Job) -> None:
-    """Scale the channels of `job.model` in place, by the search on the grid of the decoder's weights."""
+    """Scale the channels of `job.model` in place, by the search on the grid of the blocks' weights."""
     with _without_pinned_memory():
         oneshot.run(job.model, lambda: _modifiers(job), job.calibration)
 
@@ -25,9 +27,12 @@ def smooth(job: Job) -> None:
 def _modifiers(job: Job) -> list[Any]:
     """AWQ and, since it asks the model for its schemes, a quantization that it searches with."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
-    return [AWQModifier(), QuantizationModifier(config_groups=_groups(job))]
+    known = job.model.config.model_type in LAYOUTS
+    pairs = [*norm_pairs(job.model), *inner_pairs(job.model)] if known else []
+    mappings = [AWQMapping(pair.source, pair.readers) for pair in pairs] or None
+    return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=_groups(job))]
 
 
 def _groups(job: Job) -> dict[str, Any]:

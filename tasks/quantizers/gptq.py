@@ -15,7 +15,7 @@ OBSERVER = "featherweight"
 
 
 def choose(job: Job) -> Choice:
-    """Calibrate the decoder's Linear weights; the embedding and the head, which have no Hessian, are rounded to nearest."""
+    """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
     names = [name.removesuffix(".weight") for name in job.grids if not name.endswith(HEADS)]
     (modifier,) = oneshot.run(job.model, lambda: [_modifier(job, names)], job.calibration)
     quantized = merged(_extract(job, names), round_to_nearest(job, job.head()))

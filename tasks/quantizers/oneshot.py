@@ -1,25 +1,33 @@
-"""llm-compressor's one-shot calibration, kept to itself: no bars, no log lines, no files, no session left behind."""
+"""llm-compressor's one-shot calibration, kept to itself: no bars, no log lines, no files, no session left behind.
+
+Decoders go through its own sequential pipeline, which traces the model. Its tracer hides the encoder layers of every BART (they
+stand under an `if` on a local variable) and its statistics count padding, so encoders and encoder-decoders go through a pipeline
+of ours: block by block as well, given what the calibrated blocks before put out, on inputs without padding.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from featherweight.architecture import family_of
 from featherweight.errors import StageError, one_line
+from featherweight.examples import unpadded_inputs
 from featherweight.grid import Grid
+from tasks.pruners.blockwise import BATCH, Visit, visits
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-BATCH = 8
 LIBRARIES = ("llmcompressor", "compressed_tensors")
 
 
 def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tensor) -> list[Any]:
-    """Calibrate `model` in place with `blocks` (int64 [blocks, length]), decoder layer by decoder layer.
+    """Calibrate `model` in place with `blocks` (see featherweight.examples), layer by layer.
 
     modifiers: makes llm-compressor's modifiers; they are returned once they have run. Raises StageError where the library fails.
     """
@@ -46,13 +54,46 @@ def _oneshot(model: PreTrainedModel, modifiers: list[Any], blocks: Tensor) -> li
     from llmcompressor.core import reset_session
     from torch.utils.data import DataLoader
 
-    samples: Any = [{"input_ids": ids} for ids in blocks]
-    loader: DataLoader[Any] = DataLoader(samples, batch_size=BATCH)
+    batches: Any = unpadded_inputs(model.config, blocks, BATCH)
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)
+    pipeline = "sequential" if family_of(model.config) == "causal" else _blockwise()
     try:
-        oneshot(model=model, recipe=modifiers, dataset=loader, pipeline="sequential", num_calibration_samples=len(blocks))
+        oneshot(model=model, recipe=modifiers, dataset=loader, pipeline=pipeline, num_calibration_samples=len(blocks))
     finally:
         reset_session()
     return modifiers
+
+
+@cache
+def _blockwise() -> str:
+    """Register a pipeline that visits one block after another, and return its name."""
+    from llmcompressor.core import LifecycleCallbacks
+    from llmcompressor.pipelines.registry import CalibrationPipeline
+    from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+
+    @CalibrationPipeline.register("blockwise")
+    class Blockwise(CalibrationPipeline):
+        @staticmethod
+        def __call__(model: Any, dataloader: Any, dataset_args: Any) -> None:
+            LifecycleCallbacks.calibration_start()
+            with calibration_forward_context(model), DisableQuantization(model):
+                for visit in _unwatched(visits(model, list(dataloader))):
+                    visit.run()
+                    LifecycleCallbacks.sequential_epoch_end(list(visit.block.module.modules()))
+            LifecycleCallbacks.calibration_end()
+
+    return "blockwise"
+
+
+def _unwatched(visits: Iterator[Visit]) -> Iterator[Visit]:
+    """The same visits; the passes between them, through blocks that are done, are not shown to the modifiers."""
+    from llmcompressor.modifiers.utils.hooks import HooksMixin
+
+    def proceed() -> Visit | None:
+        with HooksMixin.disable_hooks():
+            return next(visits, None)
+
+    return iter(proceed, None)
 
 
 @contextmanager

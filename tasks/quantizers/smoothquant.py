@@ -9,15 +9,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from featherweight.architecture import LAYOUTS
 from tasks.quantizers import oneshot
+from tasks.quantizers.channels import norm_pairs
 from tasks.quantizers.job import Job
 
 STRENGTH = 0.5
 
 
 def smooth(job: Job) -> None:
-    """Smooth `job.model` in place: input channel j of q, k, v and of gate, up is scaled by sqrt(max|X_j| / max|W_j|)."""
-    oneshot.run(job.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH)], job.calibration)
+    """Smooth `job.model` in place: input channel j of what reads a norm is scaled by sqrt(max|X_j| / max|W_j|)."""
+    known = job.model.config.model_type in LAYOUTS
+    mappings = [(pair.readers, pair.source) for pair in norm_pairs(job.model)] if known else None
+    oneshot.run(job.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH, mappings=mappings)], job.calibration)
 
 
 @cache
