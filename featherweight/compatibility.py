@@ -1,8 +1,9 @@
 """Which grids an engine holds exactly, and so which combinations of quantize and serve make sense.
 
-All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs. What an engine cannot pack without a
-second rounding is refused, and so is what it could only serve at a loss: float32 of rounded weights is neither smaller nor faster
-than float32 of the weights before rounding, and worse.
+All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs; `calibration_refusal` is asked
+again once the checkpoint's model type is known. What an engine cannot pack without a second rounding is refused, and so is what it
+could only serve at a loss: float32 of rounded weights is neither smaller nor faster than float32 of the weights before rounding,
+and worse.
 """
 
 from __future__ import annotations
