@@ -1,4 +1,4 @@
-"""Checkpoints that others have quantized: GPTQ, AWQ and compressed-tensors, read as integers, scales and zero points.
+"""Checkpoints that others have quantized: GPTQ, AWQ and compressed-tensors, read as integers (or float8), scales and zero points.
 
 GPTQ (AutoGPTQ, GPTQModel): `qweight` int32 [columns * bits / 32, rows], `qzeros` int32 [groups, rows * bits / 32], `scales`
 [groups, rows] and `g_idx` [columns], the group of each column; the first format stores zero points less one, 'gptq_v2' does not.
@@ -33,7 +33,7 @@ BESIDE = re.compile(
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight matrix: `q` int8 [rows, columns] about zero, `scales` float32 [rows, groups], `zeros` int8 [rows, groups].
+    """A weight matrix: `q` int8 or float8 [rows, columns] about zero, `scales` float32 and `zeros` of q's type, [rows, groups].
 
     group: columns per scale; where `index` (int64 [columns]) is given it names each column's group instead.
     """
@@ -60,7 +60,7 @@ class Layer:
         return None
 
     def weight(self) -> Tensor:
-        """The float32 weight [rows, columns]. Exact: integers of 8 bits times scales of 16 fit into a float32."""
+        """The float32 weight [rows, columns]. Exact: numbers of 8 bits times scales of 16 fit into a float32."""
         group = self.columns_group()
         q = self.q.float() if self.zeros is None else self.q.float() - self.zeros.float()[:, group]
         return q * self.scales[:, group]
@@ -72,29 +72,34 @@ def _in_order(layer: Layer) -> Layer:
 
 @dataclass
 class Found:
-    """Parameters of a quantized checkpoint by name: integer layers, and weights that are floats all the same (FP8)."""
+    """Parameters of a quantized checkpoint by name: layers, and weights of scales that no layer has (FP8 in blocks), as floats."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     floats: dict[str, Tensor] = field(default_factory=dict)
 
     def grids(self) -> dict[str, Grid]:
         """The grid of every layer that lies on one; layers of the same bits and groups share it, as engines fuse some."""
-        extremes: dict[tuple[int, int | None], tuple[int, int]] = {}
+        extremes: dict[Kind, tuple[float, float]] = {}
         fitting = {name: layer for name, layer in self.layers.items() if layer.obstacle() is None}
         for layer in fitting.values():
             low, high = extremes.get(_kind(layer), (0, 0))
-            extremes[_kind(layer)] = (min(low, int(layer.q.min())), max(high, int(layer.q.max())))
-        chosen = {kind: _grid(*kind, *span) for kind, span in extremes.items()}
+            extremes[_kind(layer)] = (min(low, layer.q.float().min().item()), max(high, layer.q.float().max().item()))
+        chosen = {kind: _grid(kind, *span) for kind, span in extremes.items()}
         return {name: grid for name, layer in fitting.items() if (grid := chosen[_kind(layer)]) is not None}
 
 
-def _kind(layer: Layer) -> tuple[int, int | None]:
-    return layer.bits, None if layer.scales.shape[1] == 1 else layer.group
+Kind = tuple[str, int, int | None]
+"""'int' or 'float', bits, and the group that shares a scale (None: a row), as `Grid` has them."""
 
 
-def _grid(bits: int, group: int | None, low: int, high: int) -> Grid | None:
-    """The first grid that holds such integers."""
-    grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == ("int", bits, group))
+def _kind(layer: Layer) -> Kind:
+    kind = "float" if layer.q.is_floating_point() else "int"
+    return kind, layer.bits, None if layer.scales.shape[1] == 1 else layer.group
+
+
+def _grid(kind: Kind, low: float, high: float) -> Grid | None:
+    """The first grid that holds such numbers."""
+    grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == kind)
     return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
 
 
@@ -179,10 +184,10 @@ def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> F
         if scheme is None:
             raise KeyError(f"no config group has {module} as a target")
         name, args = f"{module}.weight", scheme.weights
-        if args.type == "float":
+        if args.type == "float" and args.strategy not in ("tensor", "channel"):
             found.floats[name] = _decompressed(str(scheme.format or settings["format"]), scheme, tensors, module)
         else:
-            found.layers[name] = _integers(args, tensors, module)
+            found.layers[name] = _layer(args, tensors, module)
     return found
 
 
@@ -192,8 +197,8 @@ def _targets(targets: list[str], module: str) -> bool:
     return any(target == "Linear" or match_name(module, target) for target in targets)
 
 
-def _integers(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
-    """One layer of compressed-tensors in integers, packed or not."""
+def _layer(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
+    """One layer of compressed-tensors in integers, packed or not, or in float8."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -211,7 +216,7 @@ def _integers(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
 
 
 def _decompressed(form: str, scheme: Any, tensors: Mapping[str, Tensor], module: str) -> Tensor:
-    """A layer in float8, as the library reads it, in float32."""
+    """A layer in float8 with other scales than a row's, as the library reads it, in float32."""
     from compressed_tensors.compressors import BaseCompressor
 
     parts = {name: tensors[f"{module}.{name}"] for name in ("weight", "weight_scale")}

@@ -31,9 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path, progress: Progress) -> dict[str, float]:
     """Write the checkpoint in `folder`, packed as `config` says, to `out` in the form of a quantize stage's.
 
-    Weights on a grid keep their very integers and scales. Others (zero points, act-order, FP8, 2 bits) become float weights
-    only, of exactly the values that they stand for; a note says so. Returns `quantized_layers`, those on a grid, and
-    `dequantized_layers`, the others. Raises CheckpointError for a format that is not known or damaged.
+    Weights on a grid keep their very integers (or float8 numbers) and scales. Others (zero points, act-order, FP8 in blocks,
+    2 bits) become float weights only, of exactly the values that they stand for; a note says so. Returns `quantized_layers`,
+    those on a grid, and `dequantized_layers`, the others. Raises CheckpointError for a format that is not known or damaged.
     """
     prequantized.require_readable(config, str(folder))
     method = str(prequantized.method_of(config))
@@ -55,7 +55,9 @@ def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path,
 
 
 def _reasons(found: Found, lost: list[str]) -> str:
-    reasons = (found.layers[name].obstacle() or "no grid of that width" if name in found.layers else "FP8" for name in lost)
+    reasons = (
+        found.layers[name].obstacle() or "no grid of that width" if name in found.layers else "FP8 in blocks" for name in lost
+    )
     return ", ".join(f"{reason} ({count})" for reason, count in sorted(Counter(reasons).items()))
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import STORY
 from safetensors.torch import load_file, save_file
 
+from featherweight import vllm_pack
 from featherweight.compatibility import grid_refusal
 from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS
@@ -174,7 +175,7 @@ def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
 
 def scheme(bits: int, kind: str, strategy: str, activations: bool, symmetric: bool = True) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": False}
-    weights |= {"group_size": GROUP} if strategy == "group" else {}
+    weights |= {"group": {"group_size": GROUP}, "block": {"block_structure": [16, 16]}}.get(strategy, {})
     dynamic = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     return {"targets": ["Linear"], "weights": weights} | ({"input_activations": dynamic} if activations else {})
 
@@ -186,20 +187,32 @@ SCHEMES = {
     "w8a8": (scheme(8, "int", "channel", True), "int8-full"),
     "w8a8-one-scale": (scheme(8, "int", "tensor", True), "int8-full"),
     "w4a16-zero-points": (scheme(4, "int", "group", False, symmetric=False), None),
-    "fp8": (scheme(8, "float", "channel", True), None),
+    "fp8": (scheme(8, "float", "channel", True), "fp8"),
+    "fp8-one-scale": (scheme(8, "float", "tensor", True), "fp8"),
+    "fp8-weights-only": (scheme(8, "float", "channel", False), "fp8"),
+    "fp8-blocks": (scheme(8, "float", "block", False), None),
 }
+
+
+def written_by_llm_compressor(source: Path, out: Path, recipe: dict[str, Any]) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = load_model(source)
+    try:
+        oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **recipe))
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*"))
+        model.save_pretrained(out, save_compressed=True)
+    finally:
+        reset_session()
 
 
 @pytest.mark.parametrize(("described", "grid"), SCHEMES.values(), ids=SCHEMES.keys())
 def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, tiny_checkpoint, tmp_path):
     from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    model = load_model(tiny_checkpoint)
-    oneshot(model=model, recipe=QuantizationModifier(config_groups={"group_0": described}, ignore=["lm_head"]))
-    shutil.copytree(tiny_checkpoint, tmp_path / "source", ignore=shutil.ignore_patterns("model*"))
-    model.save_pretrained(tmp_path / "source", save_compressed=True)
+    written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", {"config_groups": {"group_0": described}})
     out, metrics = loaded(tmp_path / "source", tmp_path)
     reader = CompressedTensorsDequantizer(str(tmp_path / "source"), ["re:.*embed.*", "re:.*norm.*"], dtype=torch.float32)
     expected = reader.process(load_file(tmp_path / "source/model.safetensors"))
@@ -208,3 +221,24 @@ def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, 
     assert (found and found.grid) == grid
     assert metrics["quantized_layers" if grid else "dequantized_layers"] == 14
     assert found is None or all(torch.equal(found.dequantize(name), expected[name]) for name in found.q)
+
+
+FP8: dict[str, dict[str, Any]] = {
+    "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC", "targets": "Linear"},
+    "one scale": {"config_groups": {"group_0": scheme(8, "float", "tensor", True)}},
+}
+
+
+@pytest.mark.parametrize("recipe", FP8.values(), ids=FP8.keys())
+def test_fp8_weights_go_on_to_vllm_bit_for_bit(recipe, tiny_checkpoint, tmp_path):
+    written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", recipe)
+    out, _ = loaded(tmp_path / "source", tmp_path)
+    found = QuantizedWeights.read(out)
+    assert found and set(found.grids.values()) == {GRIDS["fp8"]}
+    (tmp_path / "again").mkdir()
+    vllm_pack.pack(load_model(out), found, out, tmp_path / "again", vllm_pack.SCHEMES["fp8"])
+    theirs, again = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "again"))
+    for name in found.q:
+        assert torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
+        scale = theirs[f"{name}_scale"].float()
+        assert torch.equal(again[f"{name}_scale"], scale.reshape(-1, 1).expand(len(found.q[name]), 1)), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from conftest import STORY, _tokenizer
 from safetensors.torch import load_file
 
 from featherweight import vllm_pack
+from featherweight.checkpoint import TOKENIZERS
 from featherweight.compatibility import machine_refusal
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.machine import cpu_features, gpus
 from featherweight.quantized import QuantizedWeights
-from featherweight.recipe import ExportSpec
+from featherweight.recipe import ExportSpec, LoadSpec
 from featherweight.runtimes import engine_available
 from featherweight.runtimes.engine import Limits
 from featherweight.runtimes.vllm import Vllm
 from featherweight.serving import Serving
 from tasks import export as exporting
 from tasks.export import export
+from tasks.load import load
 from tasks.parity import FP8, HALF, INT8_ACTIVATIONS, Bound, Reference, bound_of, load_reference
 
 LLM_COMPRESSOR = {"int8": "W8A8", "w8a16": "W8A16", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
@@ -71,6 +74,23 @@ def test_compressed_tensors_reads_our_very_weights(compute_type: str, grid: str,
         assert torch.equal(reader.decompress(own, scheme)["weight"], quantized.dequantize(name)), name
     assert described["ignore"] == ["lm_head"]
     assert torch.equal(tensors["lm_head.weight"], load_file(checkpoint / "model.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
+def test_what_we_packed_loads_as_the_very_same_numbers(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
+    quantized = packed(checkpoint, compute_type, GRID_OF[compute_type], tmp_path)
+    for name in TOKENIZERS:
+        if (checkpoint / name).exists():
+            shutil.copy(checkpoint / name, tmp_path / "packed")
+    (tmp_path / "loaded").mkdir()
+    metrics = load(LoadSpec(source=str(tmp_path / "packed")), out=tmp_path / "loaded")
+    found = QuantizedWeights.read(tmp_path / "loaded")
+    assert found is not None
+    assert metrics["quantized_layers"] == len(quantized.q)
+    assert found.q.keys() == quantized.q.keys()
+    for name, q in quantized.q.items():
+        assert torch.equal(found.q[name].view(torch.uint8), q.view(torch.uint8)), name
+        assert torch.equal(found.scales[name], quantized.scales[name]), name
 
 
 @pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
