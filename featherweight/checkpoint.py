@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.architecture import TASKS, family_of, head_class
 from featherweight.errors import CheckpointError, one_line
 from featherweight.recipe import Task
+from featherweight.sparsity import FILE as SPARSITY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,8 +120,8 @@ def missing_part(listing: Listing) -> str | None:
 
 
 def needed_files(listing: Listing, weights: Weights, *, trust_remote_code: bool = False) -> list[str]:
-    """Names of the files to take: configuration, weights, tokenizer; code only where it is trusted. Nothing else."""
-    wanted = {CONFIG, *weights.files, *TOKENIZERS, *COMPANIONS}
+    """Names of the files to take: configuration, weights, their zeros, tokenizer; code only where it is trusted. Nothing else."""
+    wanted = {CONFIG, SPARSITY, *weights.files, *TOKENIZERS, *COMPANIONS}
     if weights.index is not None:
         wanted.add(PICKLE_INDEX if weights.pickled else INDEX)
     return [name for name in sorted(listing.sizes) if name in wanted or (trust_remote_code and name.endswith(".py"))]

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from featherweight.errors import CheckpointError, StageError
+from pydantic import Field, TypeAdapter
+
+from featherweight.errors import CheckpointError, StageError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,8 +33,8 @@ class Sparsity:
     """
 
     criterion: str
-    pattern: str
-    shares: Mapping[str, float]
+    pattern: Annotated[str, Field(pattern=rf"^({UNSTRUCTURED}|[1-9]\d*:[1-9]\d*)$")]
+    shares: Annotated[Mapping[str, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 
     def write(self, folder: Path) -> None:
         """Write `sparsity.json` into a checkpoint folder."""
@@ -45,9 +47,9 @@ class Sparsity:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); prune the checkpoint again") from error
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({one_line(error)}); prune the checkpoint again") from error
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,14 @@ class Zeros:
 
 def _without(mask: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(mask.to(gradient.device), 0.0)
+
+
+def follows(weight: Tensor, pattern: str) -> bool:
+    """Whether a matrix [rows, columns] keeps to a pattern: at most N of every M neighbours in a row are not zero."""
+    if pattern == UNSTRUCTURED:
+        return True
+    kept, of = (int(part) for part in pattern.split(":"))
+    return weight.shape[-1] % of == 0 and bool(((weight.reshape(-1, of) != 0).sum(1) <= kept).all())
 
 
 def runtime_note(engine: str, pattern: str, share: float) -> str:

@@ -14,12 +14,12 @@ from featherweight.artifact import ArtifactRef, Manifest
 from featherweight.errors import FeatherweightError, GateError
 from featherweight.lineage import build
 from featherweight.plan import BASELINE, Node, Plan, Variant
-from featherweight.recipe import DecideSpec, PruneSpec, Recipe
+from featherweight.recipe import DecideSpec, Recipe
 from featherweight.registry import Registry, WinnerRecord
 from featherweight.report import render_report
 from featherweight.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.serving import Serving
-from featherweight.sparsity import UNSTRUCTURED, runtime_note
+from featherweight.sparsity import Sparsity, runtime_note
 from flows.promote import who
 from flows.session import recipe_text
 from flows.view import View
@@ -92,7 +92,7 @@ def _measured_row(
     ref, served = _ref(outcomes, variant.measured), _ref(outcomes, variant.served)
     serving = Serving.read(session.workspace.materialize(served, check=False))
     metrics = dict(ref.metrics)
-    zeros = _zeros(plan, variant, outcomes)
+    zeros = _zeros(plan, variant, outcomes, session)
     if zeros:
         metrics["zero_share"] = zeros[1]
     if "parity_max_abs" in served.metrics:
@@ -111,14 +111,12 @@ def _measured_row(
     )
 
 
-def _zeros(plan: Plan, variant: Variant, outcomes: Outcomes) -> tuple[str, float] | None:
-    """Pattern and share of the zeros that a variant was pruned to weight by weight; None where it was not."""
-    pattern, share = UNSTRUCTURED, None
-    for node in (plan.nodes[id] for id in plan.path(variant.served)):
-        if isinstance(node.spec, PruneSpec):
-            pattern = node.spec.pattern or UNSTRUCTURED
-        share = _ref(outcomes, node.id).metrics.get("zero_share", share)
-    return None if share is None else (pattern, share)
+def _zeros(plan: Plan, variant: Variant, outcomes: Outcomes, session: Session) -> tuple[str, float] | None:
+    """Pattern and share of the zeros of the checkpoint that a variant serves; None where it is dense."""
+    checkpoint = _ref(outcomes, plan.nodes[variant.served].inputs["checkpoint"])
+    share = checkpoint.metrics.get("zero_share")
+    sparsity = None if share is None else Sparsity.read(session.workspace.materialize(checkpoint, check=False))
+    return (sparsity.pattern, share) if sparsity and share is not None else None
 
 
 def _log_variants(rows: Iterable[VariantRow], plan: Plan, outcomes: Outcomes, session: Session) -> dict[str, str]:

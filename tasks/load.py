@@ -21,6 +21,7 @@ from featherweight.checkpoint import (
     INDEX,
     PICKLE,
     PICKLE_INDEX,
+    SPARSITY,
     TOKENIZERS,
     WEIGHTS,
     CheckpointInfo,
@@ -46,6 +47,7 @@ from featherweight.serving import Serving
 from featherweight.workspace import local_path
 from tasks.stage import Metrics, stage
 from tasks.unpack import read_config, unpack
+from tasks.zeros import take_stock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +79,7 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards. The model must be one for
     `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors) keep their integers where a grid holds them,
     as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers` count them.
+    A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric `zero_share`.
     Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / _WORK
@@ -86,11 +89,13 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
         with _named(found, str(spec.source)):
             unpacked: dict[str, float] = {}
             info = _adopt(found, spec, out, progress, unpacked)
+        # Coarse grids have many zeros that nobody pruned.
+        zeros = take_stock(out, str(spec.source), search=not unpacked, progress=progress)
         shutil.rmtree(work)
     except BaseException:
         _clear(out)
         raise
-    return {name: float(asdict(info)[name]) for name in METRICS} | unpacked
+    return {name: float(asdict(info)[name]) for name in METRICS} | unpacked | zeros
 
 
 def _source(spec: LoadSpec) -> tuple[str, Source]:
@@ -329,7 +334,7 @@ def _fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     with _hub_explained(spec):
         names = _hub_names(spec)
         offline = names is None
-        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", *TOKENIZERS, *COMPANIONS]
+        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *TOKENIZERS, *COMPANIONS]
         folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline, **_hub_places())
     return Path(folder)
 

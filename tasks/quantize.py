@@ -62,8 +62,7 @@ def quantize(
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
     model = surgery.load_model(checkpoint)
-    sparsity = Sparsity.read(checkpoint)
-    zeros = Zeros.of(model, sparsity)
+    zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
     before = _loss_before(job)
@@ -72,8 +71,6 @@ def quantize(
     error = write_checkpoint(job, choice, out)
     saved = surgery.load_model(out)
     zeros.require_kept(saved, spec.method)
-    if sparsity:
-        sparsity.write(out)
     after = training.mean_loss(saved, blocks[:COMPARED])
     if not math.isfinite(after):
         raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
@@ -107,7 +104,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise RecipeError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
     filled = fills_zeros(spec)
     if filled and Sparsity.read(checkpoint):
-        raise RecipeError(f"{checkpoint} is sparse: {filled}")
+        raise RecipeError(f"quantize: the checkpoint is sparse: {filled}")
     config = surgery.load_config(checkpoint)
     surgery.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,18 +13,24 @@ import torch
 from families import FAMILIES, family_checkpoint
 
 from featherweight import surgery
+from featherweight.architecture import TASKS, family_of
 from featherweight.compatibility import sparse_refusal
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
-from featherweight.recipe import FinetuneSpec, LoraSpec, PruneSpec, QuantizeSpec
+from featherweight.plan import expand
+from featherweight.recipe import ExportSpec, FinetuneSpec, LoadSpec, LoraSpec, PruneSpec, QuantizeSpec, Recipe
 from featherweight.report import render_report
 from featherweight.result import OptimizationResult, VariantRow, columns
 from featherweight.sparsity import FILE, Sparsity, Zeros, runtime_note
 from featherweight.text import Document, write_documents
+from flows.conclude import _zeros
+from tasks.export import export
 from tasks.finetune import finetune
+from tasks.load import load
 from tasks.prune import prune
 from tasks.quantize import quantize
 
+NAME = "model.layers.0.self_attn.q_proj.weight"
 SMALL: dict[str, Any] = {"samples": 8, "sequence": 16}
 
 
@@ -137,6 +145,77 @@ def test_gptq_would_fill_zeros_and_is_refused(spec: dict[str, Any], sparse: Path
     assert sparse_refusal(PruneSpec(method="sparse"), QuantizeSpec()) is None
 
 
+def loaded(source: Path, out: Path) -> dict[str, float]:
+    out.mkdir()
+    task = TASKS[family_of(surgery.load_config(source))]
+    return dict(load(LoadSpec(source=str(source), task=task), out=out))
+
+
+def test_a_sparse_source_stays_sparse(sparse: Path, text: Path, tmp_path: Path) -> None:
+    assert loaded(sparse, tmp_path / "loaded")["zero_share"] == 0.5
+    assert Sparsity.read(tmp_path / "loaded") == Sparsity.read(sparse)
+    for folder in ("tuned", "refused", "served"):
+        (tmp_path / folder).mkdir()
+    spec = FinetuneSpec(steps=2, batch=2, sequence=16, learning_rate=1e-2)
+    finetune(spec, checkpoint=tmp_path / "loaded", text=text, out=tmp_path / "tuned")
+    assert same_zeros(tmp_path / "tuned", sparse)
+    gptq = QuantizeSpec(method="gptq", **SMALL)
+    with pytest.raises(RecipeError, match=r"^quantize: the checkpoint is sparse: GPTQ .* take rtn") as refused:
+        quantize(gptq, checkpoint=tmp_path / "loaded", text=text, calibration=text, out=tmp_path / "refused")
+    assert "\n" not in str(refused.value)
+    export(ExportSpec(engine="torch"), checkpoint=tmp_path / "tuned", calibration=text, out=tmp_path / "served")
+    assert loaded(tmp_path / "served", tmp_path / "again")["zero_share"] == 0.5  # what is registered, taken up again
+
+
+@pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
+@pytest.mark.parametrize(
+    ("spec", "pattern"), [({"pattern": "2:4"}, "2:4"), ({"sparsity": 0.6}, "unstructured"), ({"sparsity": 0.3}, None)]
+)
+def test_zeros_that_nobody_told_of_are_found(
+    model_type: str, spec: dict[str, Any], pattern: str | None, text: Path, tmp_path: Path
+) -> None:
+    sparse_checkpoint(family_checkpoint(model_type, tmp_path / "source"), text, tmp_path / "sparse", criterion="magnitude", **spec)
+    told = Sparsity.read(tmp_path / "sparse")
+    assert told is not None
+    (tmp_path / "sparse" / FILE).unlink()
+    metrics = loaded(tmp_path / "sparse", tmp_path / "loaded")
+    found = Sparsity.read(tmp_path / "loaded")
+    assert (found and found.pattern) == pattern
+    assert ("zero_share" in metrics) == (pattern is not None)
+    assert found is None or found.shares == pytest.approx(told.shares)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shares": {"other.weight": 0.5}}, "names other.weight, which the checkpoint does not have"),
+        ({"shares": {NAME: 0.75}}, f"says that 75.0 % of {NAME} are zero, and 50.0 % are"),
+        ({"pattern": "1:4"}, f"says that {NAME} is 1:4, and it is not"),
+    ],
+)
+def test_a_description_of_other_weights_is_refused(change: dict[str, Any], reason: str, sparse: Path, tmp_path: Path) -> None:
+    shutil.copytree(sparse, tmp_path / "source")
+    told = json.loads((sparse / FILE).read_text())
+    (tmp_path / "source" / FILE).write_text(json.dumps(told | change))
+    with pytest.raises(
+        CheckpointError, match=f"^{tmp_path / 'source'}: sparsity.json {reason}; .* remove sparsity.json"
+    ) as refused:
+        loaded(tmp_path / "source", tmp_path / "loaded")
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "loaded").iterdir())
+
+
+def test_every_variant_of_a_sparse_source_says_so_unless_it_was_made_dense(sparse: Path) -> None:
+    stages = {"prune": {"thin": {"finetune": None}}, "export": {"ct2": {"engine": "ctranslate2"}}}
+    tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}, "stages": stages}
+    plan = expand(Recipe.model_validate(tree))
+    session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: sparse))
+    metrics = {"checkpoint": {"zero_share": 0.5}}
+    outcomes: Any = {id: SimpleNamespace(ref=SimpleNamespace(metrics=metrics.get(id, {}))) for id in plan.nodes}
+    zeros = {variant.name: _zeros(plan, variant, outcomes, session) for variant in plan.variants}
+    assert zeros == {"baseline": ("2:4", 0.5), "ct2": ("2:4", 0.5), "thin/ct2": None}
+
+
 def test_a_pattern_that_rows_do_not_hold_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
     source = family_checkpoint("llama", tmp_path / "source")
     (source / "model.safetensors").unlink()
@@ -165,10 +244,13 @@ def test_a_recipe_can_be_written_and_read_again() -> None:
     assert (PruneSpec(method="sparse").criterion, PruneSpec(method="sparse").sparsity) == ("wanda", 0.5)
 
 
-def test_a_damaged_description_is_refused(sparse: Path, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{")
-    with pytest.raises(CheckpointError, match="prune the checkpoint again"):
+@pytest.mark.parametrize("told", ["{", "[]", '{"criterion": "wanda", "pattern": "2-4", "shares": {"a": 0.5}}',
+                                  '{"criterion": "wanda", "pattern": "2:4", "shares": ["a"]}'])  # fmt: skip
+def test_a_damaged_description_is_refused(told: str, sparse: Path, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(told)
+    with pytest.raises(CheckpointError, match="prune the checkpoint again") as refused:
         Sparsity.read(tmp_path)
+    assert "\n" not in str(refused.value)
     with pytest.raises(CheckpointError, match="names other, which the model does not have"):
         Zeros.of(surgery.load_model(sparse), Sparsity("wanda", "2:4", {"other": 0.5}))
 

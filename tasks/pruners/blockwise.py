@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from featherweight.architecture import Block, stacks
+from featherweight.architecture import Block, auto_class, blocks, stacks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH = 8
 """Calibration blocks per forward pass."""
@@ -52,6 +52,15 @@ def linears(block: Block) -> dict[str, nn.Linear]:
 
     found = block.module.named_modules()
     return {f"{block.name}.{name}": module for name, module in found if isinstance(module, nn.Linear)}
+
+
+def matrices(config: PreTrainedConfig) -> dict[str, nn.Linear]:
+    """The matrices of all blocks of a model of `config`, by name; their weights take no memory and have no values."""
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    return {name: linear for block in blocks(model) for name, linear in linears(block).items()}
 
 
 def visits(model: PreTrainedModel, batches: Sequence[Inputs]) -> Iterator[Visit]:

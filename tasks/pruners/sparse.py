@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from featherweight import surgery
-from featherweight.architecture import auto_class, blocks
+from featherweight.architecture import blocks
 from featherweight.errors import RecipeError, StageError
 from featherweight.examples import unpadded_inputs
 from featherweight.progress import Progress
 from featherweight.recipe import PruneSpec
 from featherweight.sparsity import UNSTRUCTURED, Sparsity, Zeros
-from tasks.pruners.blockwise import BATCH, Visit, linears, visits
+from tasks.pruners.blockwise import BATCH, Visit, linears, matrices, visits
 from tasks.pruners.job import Job, Pruned
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ class Target:
 
     def require_fitting(self, config: PreTrainedConfig) -> None:
         """Raise RecipeError for a matrix whose rows are no whole number of groups, before any weight is read."""
-        import torch
-
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
-        for name, linear in ((name, linear) for block in blocks(model) for name, linear in linears(block).items()):
+        for name, linear in matrices(config).items():
             if self.of and linear.in_features % self.of:
                 raise RecipeError(
                     f"prune.pattern {self.pattern}: the rows of {name} have {linear.in_features} weights, no multiple of "
