@@ -9,9 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+WORKERS_PEAK = "workers_peak_memory_bytes"
+"""The metric in which a stage in several processes tells of their memory, which its own process does not see."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,6 +55,31 @@ def end_children(pid: int) -> None:
         for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+
+
+@contextmanager
+def highest(measure: Callable[[], int], every_s: float) -> Iterator[Callable[[], int]]:
+    """Call `measure` in a thread every so often; what is yielded gives the largest answer so far."""
+    found, done = [measure()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            found[0] = max(found[0], measure())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: found[0]
+    finally:
+        done.set()
+        watcher.join()
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def tree_peak_bytes(pid: int) -> int:

@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from featherweight.artifact import ArtifactRef, Manifest, content_digest, descri
 from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError, one_line
 from featherweight.loss_curve import loss_page
 from featherweight.plan import Node
+from featherweight.processes import WORKERS_PEAK, highest, resident_bytes
 from featherweight.progress import Progress
 from featherweight.recipe import Spec
 from featherweight.workspace import Workspace
@@ -138,7 +138,7 @@ class Stage:
         with spaces[0] as work, spaces[1] as scratch, _clear_errors(node.id):
             out = work / "artifact"
             out.mkdir()
-            with _peak_memory() as peak, _evidence(session.client, run_id, out):
+            with highest(resident_bytes, every_s=0.1) as peak, _evidence(session.client, run_id, out):
                 metrics = dict(self.function(node.spec, out=out, seed=node.seed, progress=progress, **folders, **scratch))
             files = describe_files(out)
             seconds = time.perf_counter() - clock
@@ -159,7 +159,7 @@ class Stage:
             )
             manifest.write(out)
             progress.flush()
-            _log(session.client, run_id, node, metrics, seconds, peak)
+            _log(session.client, run_id, node, metrics, seconds, peak())
             uri = session.workspace.publish(session.client, run_id, out)
         return ArtifactRef(uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics)
 
@@ -329,11 +329,11 @@ def _is_transient(task: Any, run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), ServiceError)
 
 
-def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: Mapping[str, int]) -> None:
-    """Final metrics and the spec, in one batch each."""
+def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: int) -> None:
+    """Final metrics and the spec, in one batch each. peak: resident bytes of this process, its workers not among them."""
     from mlflow.entities import Metric, Param
 
-    values = {**metrics, "stage_seconds": seconds, "stage_peak_memory_bytes": peak["bytes"]}
+    values = {**metrics, "stage_seconds": seconds, "stage_peak_memory_bytes": peak + metrics.get(WORKERS_PEAK, 0)}
     stamp = int(time.time() * 1000)
     params = [Param(name, str(value)[:500]) for name, value in node.spec.model_dump(mode="json").items()]
     client.log_batch(run_id, [Metric(name, float(value), stamp, 0) for name, value in values.items()], params)
@@ -400,28 +400,6 @@ def _evidence(client: MlflowClient, run_id: str, out: Path) -> Iterator[None]:
         for page in out.glob("*.html"):
             client.log_artifact(run_id, str(page), "failure")
         raise
-
-
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, int]]:
-    """Resident memory of this process, sampled; the peak is in the yielded mapping's 'bytes'."""
-    import psutil
-
-    process, peak, stop = psutil.Process(), {"bytes": 0}, threading.Event()
-
-    def watch() -> None:
-        while True:
-            peak["bytes"] = max(peak["bytes"], process.memory_info().rss)
-            if stop.wait(0.1):
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        watcher.join()
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import IO, Any, TextIO
 
 from featherweight import errors
 from featherweight.errors import FeatherweightError, StageError, one_line
-from featherweight.processes import end_group, end_with_parent, free_port
+from featherweight.processes import WORKERS_PEAK, end_group, end_with_parent, free_port, highest, tree_peak_bytes
 from featherweight.progress import Progress
 from featherweight.recipe import Spec
 from featherweight.team import Team, cores, leads, training_threads
@@ -31,8 +31,10 @@ def run_in_processes(
 ) -> dict[str, float]:
     """Call a stage's function in `processes` processes at once, and return the metrics of the first.
 
-    folders: the function's inputs, its `out` and its `scratch`, by name. Each process gets its share of the cores. Raises what
-    the first process to fail raised, StageError where there are not as many cores (or GPUs) as processes.
+    folders: the function's inputs, its `out` and its `scratch`, by name. Each process gets its share of the cores. A metric more
+    is `workers_peak_memory_bytes`: the peak resident sets of all processes and their launcher together, read every second (pages
+    that they share count in each). Raises what the first process to fail raised, StageError where there are not as many cores
+    (or GPUs) as processes.
     """
     _check_devices(stage, processes)
     paths = {name: str(path.absolute()) for name, path in folders.items() if path is not None}
@@ -50,10 +52,11 @@ def run_in_processes(
         )
         assert launcher.stdout
         try:
-            metrics = _listen(launcher.stdout, progress)
+            with highest(lambda: tree_peak_bytes(launcher.pid), every_s=1) as peak:
+                metrics = _listen(launcher.stdout, progress)
             if launcher.wait() or metrics is None:
                 raise StageError(f"{stage}: its {processes} processes ended with status {launcher.returncode}; {_tail(log)}")
-            return metrics
+            return metrics | {WORKERS_PEAK: float(peak())}
         finally:
             end_group(launcher)
             launcher.stdout.close()

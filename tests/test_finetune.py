@@ -14,6 +14,7 @@ from families import family_checkpoint
 
 from featherweight import surgery, team
 from featherweight.errors import CheckpointError, DataError, RecipeError, StageError
+from featherweight.processes import WORKERS_PEAK
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
 from featherweight.text import Document, write_documents
@@ -169,6 +170,8 @@ def test_two_processes_train_as_one_even_when_interrupted(tiny_checkpoint: Path,
     assert two.losses == pytest.approx(one.losses, abs=1e-4)
     assert two.losses[:4] == stopped.losses
     assert metrics["held_out_loss"] == pytest.approx(expected["held_out_loss"], abs=1e-4)
+    assert metrics[WORKERS_PEAK] > 2 * 1e8, "each of them imports torch"
+    assert WORKERS_PEAK not in expected
     alone, together = surgery.load_model(tmp_path / "one"), surgery.load_model(tmp_path / "two")
     for a, b in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)

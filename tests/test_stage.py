@@ -11,6 +11,7 @@ import pytest
 from featherweight.artifact import ArtifactRef, Manifest
 from featherweight.errors import DivergenceError, ServiceError, StageError
 from featherweight.plan import Node
+from featherweight.processes import WORKERS_PEAK
 from featherweight.progress import Progress
 from featherweight.recipe import FinetuneSpec
 from featherweight.workspace import Workspace, local_path
@@ -59,6 +60,12 @@ def diverging(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -
     raise DivergenceError("training diverged at step 2", (3.0, float("nan")))
 
 
+@stage("team")
+def team(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    (out / "x.txt").write_text("x")
+    return {WORKERS_PEAK: 1e12}
+
+
 @pytest.fixture
 def session(tmp_path: Path, harness: None) -> Session:
     workspace = Workspace.at(tmp_path / "workspace")
@@ -100,6 +107,12 @@ def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Sessio
     assert [ref for ref, _, _ in again] == [first[0], second[0]]
     run(session, (copy, node(steps=2)))
     assert len(CALLS) == 3
+
+
+def test_the_memory_of_its_workers_counts(session: Session) -> None:
+    ((reference, _, _),) = run(session, (team, node()))
+    metrics = session.client.get_run(ArtifactRef.model_validate(reference).run_id).data.metrics
+    assert 1e12 + 1e6 < metrics["stage_peak_memory_bytes"] < 1.1e12
 
 
 def test_what_it_leaves_in_mlflow(session: Session) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
 from featherweight.errors import DataError, DivergenceError
+from featherweight.processes import highest, tree_peak_bytes
 from featherweight.progress import Progress
 from tasks.worker import _listen
 
@@ -34,6 +38,18 @@ def test_progress_and_metrics_are_handed_on_and_noise_is_not() -> None:
     metrics = _listen(said("a library's words", "3", {"note": "resuming"}, step, {"metrics": {"steps": 2}}), heard)
     assert metrics == {"steps": 2}
     assert heard.events == ["resuming", (1, 2, {"loss": 3.5})]
+
+
+def test_the_peak_of_processes_that_run_at_once_is_their_sum() -> None:
+    code = "import subprocess, sys; block = bytearray(10 ** 8); sys.argv[1:] and subprocess.run(sys.argv[1:]); input()"
+    child = [sys.executable, "-c", code]
+    with subprocess.Popen([*child, *child], stdin=subprocess.PIPE) as parent:
+        with highest(lambda: tree_peak_bytes(parent.pid), every_s=0.05) as peak:
+            deadline = time.monotonic() + 20
+            while peak() < 2 * 10**8 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        parent.communicate(b"\n\n")
+    assert 2 * 10**8 < peak() < 4 * 10**8
 
 
 def test_processes_that_only_end_give_nothing() -> None:
