@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,11 @@ class Spec(BaseModel):
     """Frozen, and strict about names: a misspelt key is an error, not a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Keys that have a value and yet no meaning here, such as the criterion of a method that asks none."""
+        return ()
 
 
 class TrainSpec(Spec):
@@ -182,6 +187,10 @@ class PruneSpec(Spec):
     layers: Positive | tuple[int, ...] | None = None
     stack: Literal["all", "encoder", "decoder"] = "all"
     finetune: FinetuneSpec | None = FinetuneSpec()
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return ("criterion",) if self.method in ("depth", "attention") else ()
 
     @model_validator(mode="before")
     @classmethod
@@ -412,6 +421,10 @@ class ExportSpec(Spec):
     compute_type: ComputeType = "float32"
     reduce_range: bool | Literal["auto"] = "auto"
     kv_cache: Literal["fp8"] | None = None
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return ("compute_type",) if self.engine in get_args(TorchEngine) else ()
 
     @model_validator(mode="before")
     @classmethod

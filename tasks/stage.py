@@ -253,7 +253,7 @@ def is_cached(key: str, workspace: Workspace) -> bool:
 def method(spec: Spec) -> str:
     """The words of a spec that name its method, such as 'gptq int8'."""
     names = ("engine", "method", "criterion", "precision", "compute_type", "grid", "split")
-    return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name))
+    return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name) and name not in spec.unread)
 
 
 def told(error: BaseException) -> str:

@@ -13,9 +13,9 @@ from featherweight.errors import DivergenceError, ServiceError, StageError
 from featherweight.plan import Node
 from featherweight.processes import WORKERS_PEAK
 from featherweight.progress import Progress
-from featherweight.recipe import FinetuneSpec
+from featherweight.recipe import ExportSpec, FinetuneSpec, PruneSpec, QuantizeSpec, Spec
 from featherweight.workspace import Workspace, local_path
-from tasks.stage import Metrics, Session, Stage, code_digest, run_node, stage
+from tasks.stage import Metrics, Session, Stage, code_digest, method, run_node, stage
 
 CALLS: list[str] = []
 
@@ -107,6 +107,17 @@ def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Sessio
     assert [ref for ref, _, _ in again] == [first[0], second[0]]
     run(session, (copy, node(steps=2)))
     assert len(CALLS) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [(PruneSpec(), "structured param_first"), (PruneSpec(method="depth"), "depth"), (PruneSpec(method="attention"), "attention"),
+     (PruneSpec(method="width", criterion="activation"), "width activation"), (PruneSpec(method="sparse"), "sparse wanda"),
+     (ExportSpec(engine="torch-dynamic"), "torch-dynamic"), (ExportSpec(engine="torch"), "torch float32"),
+     (QuantizeSpec(method="gptq"), "gptq int8"), (FinetuneSpec(), "")],
+)  # fmt: skip
+def test_a_node_is_called_by_what_its_method_reads(spec: Spec, words: str) -> None:
+    assert method(spec) == words
 
 
 def test_the_memory_of_its_workers_counts(session: Session) -> None:
