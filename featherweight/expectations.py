@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import html
 import json
+import logging
 import os
 import re
 import sys
@@ -201,6 +202,8 @@ def _validate(suites: list[tuple[str, pd.DataFrame, list[Expectation], dict[str,
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    # It sets this level to INFO as it is imported, and tells of a folder that it is about to remove.
+    logging.getLogger(ProgressBarsConfig.__module__).setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_pandas("featherweight")

@@ -313,14 +313,12 @@ def _silence(libraries: tuple[str, ...]) -> None:
 
     They set their loggers' levels when imported, so that is done first.
     """
-    if "great-expectations" in libraries:
-        pass
     if "transformers" in libraries or "torch" in libraries:
         import torch  # noqa: F401
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    for name in ("torch", "torchao", "great_expectations.data_context.types.base"):
+    for name in ("torch", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -50,7 +50,7 @@ def refused(folders: dict[str, Path]) -> str:
     return str(caught.value)
 
 
-def test_clean_text_passes_with_its_figures(texts):
+def test_clean_text_passes_with_its_figures_and_no_word_of_the_library(texts, caplog):
     folders = texts()
     metrics = gate(GateSpec(), **folders)
     assert metrics["evaluation_documents"] == 8
@@ -60,6 +60,7 @@ def test_clean_text_passes_with_its_figures(texts):
     assert tree["success"] is True
     assert [suite["name"] for suite in tree["suites"]] == ["train text", "calibration text", "evaluation text"]
     assert len(tree["great_expectations"]) == 3
+    assert not [record for record in caplog.records if record.name.startswith("great_expectations")]
 
 
 def test_exact_copy_in_calibration_is_named_with_its_twin(texts):
