@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -17,7 +17,20 @@ from featherweight.compatibility import (
     task_refusal,
 )
 from featherweight.errors import RecipeError
-from featherweight.recipe import CompileSpec, ExportSpec, GateSpec, LoadSpec, Recipe, Spec, Split, TextSpec, VariantsSpec
+from featherweight.recipe import (
+    CompileSpec,
+    ExportSpec,
+    GateSpec,
+    LoadSpec,
+    PruneSpec,
+    QuantizeSpec,
+    Recipe,
+    Spec,
+    Split,
+    Task,
+    TextSpec,
+    VariantsSpec,
+)
 
 NONE = "none"
 BASELINE = "baseline"
@@ -63,6 +76,27 @@ class Plan:
         return [id for id in self.nodes if id in wanted]
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """What a variant would be made by, as far as its parts can be at odds; None for a stage that is left out."""
+
+    task: Task
+    prune: PruneSpec | None
+    quantize: QuantizeSpec | None
+    serve: CompileSpec | ExportSpec
+
+
+REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
+    lambda chosen: task_refusal(chosen.task, chosen.serve),
+    lambda chosen: calibration_refusal(chosen.task, chosen.quantize),
+    lambda chosen: sparse_refusal(chosen.prune, chosen.quantize),
+    lambda chosen: refusal(chosen.quantize, chosen.serve),
+    lambda chosen: shape_refusal(chosen.prune, chosen.serve),
+    lambda chosen: machine_refusal(chosen.serve),
+)
+"""What rules a combination out, each with its reason in one line; the first that applies is told."""
+
+
 def expand(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises RecipeError where nothing is left to run, or a name is unknown."""
     nodes = {node.id: node for node in _roots(recipe)}
@@ -70,27 +104,24 @@ def expand(recipe: Recipe) -> Plan:
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
-        distill, prune, quantize, serve = choice
-        served, pruned = _serve(recipe)[serve], recipe.stages.prune.get(prune)
-        rounded = recipe.stages.quantize.get(quantize)
-        reason = (
-            task_refusal(recipe.task, served)
-            or calibration_refusal(recipe.task, rounded)
-            or sparse_refusal(pruned, rounded)
-            or refusal(rounded, served)
-            or shape_refusal(pruned, served)
-            or machine_refusal(served)
-        )
-        if reason:
+        if reason := _obstacle(recipe, choice):
             ruled_out[name] = reason
             continue
-        chain = _chain(recipe, distill, prune, quantize, serve)
+        chain = _chain(recipe, *choice)
         nodes.update({node.id: node for node in chain})
         variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
     if ruled_out and len(variants) == 1:
         name, reason = next(iter(ruled_out.items()))
         raise RecipeError(f"every combination is impossible; {name}: {reason}")
     return Plan(nodes, tuple(variants), ruled_out)
+
+
+def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str]) -> str | None:
+    """Why a (distill, prune, quantize, serve) cannot or should not be run; None where it can."""
+    _, prune, quantize, serve = choice
+    stages = recipe.stages
+    chosen = _Chosen(recipe.task, stages.prune.get(prune), stages.quantize.get(quantize), _serve(recipe)[serve])
+    return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
 
 
 def _serve(recipe: Recipe) -> dict[str, CompileSpec | ExportSpec]:
@@ -168,14 +199,10 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
             add("finetune", prune, spec.finetune, text="text/train", calibration="text/calibration")
     if quantize != NONE:
         path = _join(path.removesuffix("+finetune"), quantize)
-        rounding, inputs = stages.quantize[quantize], {"calibration": "text/calibration"}
-        if rounding.sensitivity:
-            scan = Node(
-                f"{path}+sensitivity", "sensitivity", quantize, rounding.sensitivity, {"checkpoint": parent, **inputs}, recipe.seed
-            )
-            nodes.append(scan)
-            inputs["sensitivity"] = scan.id
-        add("quantize", quantize, rounding, text="text/train", **inputs)
+        scan = _before_quantize(recipe, quantize, path, parent)
+        nodes += scan.values()
+        made = {name: node.id for name, node in scan.items()}
+        add("quantize", quantize, stages.quantize[quantize], text="text/train", calibration="text/calibration", **made)
     path = _join(path.removesuffix("+finetune"), serve)
     stage = "compile" if serve in stages.compile else "export"
     add(stage, serve, _serve(recipe)[serve], calibration="text/calibration")
@@ -203,6 +230,12 @@ def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:
     if spec.generate is not None:
         nodes["generated"] = Node(f"{name}+text", "generate", name, spec.generate, {**teacher, "text": "text/train"}, seed)
     return nodes
+
+
+def _before_quantize(recipe: Recipe, name: str, path: str, parent: str) -> dict[str, Node]:
+    """What a quantization at `path` reads beside text and checkpoint, by input name: the scan that mixed precision asks for."""
+    spec, inputs = recipe.stages.quantize[name].sensitivity, {"checkpoint": parent, "calibration": "text/calibration"}
+    return {"sensitivity": Node(f"{path}+sensitivity", "sensitivity", name, spec, inputs, recipe.seed)} if spec else {}
 
 
 def _student_source(recipe: Recipe, source: str) -> LoadSpec:

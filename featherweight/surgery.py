@@ -116,9 +116,14 @@ def chosen_layers(wanted: int | tuple[int, ...], total: int) -> tuple[int, ...]:
         if not 1 <= wanted <= total:
             raise RecipeError(f"distill.layers: {wanted} layers asked of a teacher with {total}; give 1 to {total}")
         return tuple(round(place * (total - 1) / max(1, wanted - 1)) for place in range(wanted))
-    if not wanted or list(wanted) != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] >= total:
-        raise RecipeError(f"distill.layers: {list(wanted)} must be rising layer numbers between 0 and {total - 1}")
-    return wanted
+    return rising_layers("distill.layers", wanted, total)
+
+
+def rising_layers(key: str, layers: tuple[int, ...], total: int) -> tuple[int, ...]:
+    """The very `layers`; raises RecipeError, which names the recipe's `key`, where they do not rise or the model lacks one."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= total:
+        raise RecipeError(f"{key}: {list(layers)} must be rising layer numbers between 0 and {total - 1}")
+    return layers
 
 
 def copy_layers(model: PreTrainedModel, layers: tuple[int, ...] | Mapping[Role, tuple[int, ...]]) -> PreTrainedModel:

@@ -62,9 +62,7 @@ def _wanted(spec: PruneSpec, total: int) -> int | tuple[int, ...]:
         if spec.layers > total:
             raise RecipeError(f"prune.layers: {spec.layers} layers to keep of {total}; give 1 to {total - 1}")
         return spec.layers
-    if not spec.layers or list(spec.layers) != sorted(set(spec.layers)) or spec.layers[0] < 0 or spec.layers[-1] >= total:
-        raise RecipeError(f"prune.layers: {list(spec.layers)} must be rising layer numbers between 0 and {total - 1}")
-    return spec.layers
+    return surgery.rising_layers("prune.layers", spec.layers, total)
 
 
 def keep_layers(stack: Stack, kept: Sequence[int]) -> None:
