@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from featherweight.text import Document, write_documents
 from tasks.parity import load_reference
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -83,6 +85,27 @@ def save(model: PreTrainedModel, quantized: QuantizedWeights, out: Path) -> None
     move_to_grid(model, quantized)
     model.save_pretrained(out)
     quantized.write(out)
+
+
+def llm_compressor(source: Path, out: Path, recipe: dict[str, Any], **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`source` quantized and written to `out` by llm-compressor: the tensors, and what config.json says of them."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from safetensors.torch import load_file
+
+    model = load_reference(source)
+    try:
+        oneshot(model=model, recipe=QuantizationModifier(**recipe), **options)
+        model.save_pretrained(out, save_compressed=True)
+    finally:
+        reset_session()
+    return load_file(out / "model.safetensors"), quantization_of(out)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What config.json says of quantized weights."""
+    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import STORY
 from safetensors.torch import load_file, save_file
+from serving_models import llm_compressor
 
 from featherweight import vllm_pack
 from featherweight.compatibility import grid_refusal
@@ -195,17 +196,8 @@ SCHEMES = {
 
 
 def written_by_llm_compressor(source: Path, out: Path, recipe: dict[str, Any]) -> None:
-    from llmcompressor import oneshot
-    from llmcompressor.core import reset_session
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-
-    model = load_model(source)
-    try:
-        oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **recipe))
-        shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*"))
-        model.save_pretrained(out, save_compressed=True)
-    finally:
-        reset_session()
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*"))
+    llm_compressor(source, out, {"ignore": ["lm_head"], **recipe})
 
 
 @pytest.mark.parametrize(("described", "grid"), SCHEMES.values(), ids=SCHEMES.keys())

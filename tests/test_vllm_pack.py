@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def test_compressed_tensors_reads_our_very_weights(compute_type: str, grid: str,
 
     quantized = packed(checkpoint, compute_type, grid, tmp_path)
     tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    described = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    described = models.quantization_of(tmp_path / "packed")
     scheme = QuantizationScheme(**described["config_groups"]["group_0"])
     reader: Any = BaseCompressor.get_value_from_registry(described["format"])
     for name in quantized.q:
@@ -96,29 +95,20 @@ def test_what_we_packed_loads_as_the_very_same_numbers(compute_type: str, checkp
 @pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
 def test_the_format_is_llm_compressors_own(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
     """The same tensors, shapes and types, and every key that we write with the same value."""
-    from llmcompressor import oneshot
-    from llmcompressor.core import reset_session
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-
     preset: Any = {"scheme": LLM_COMPRESSOR[compute_type], "targets": "Linear"}
     grid = GRIDS[GRID_OF[compute_type]]
     if compute_type.endswith("a16"):  # its presets are groups of 128, wider than this model
         from tasks.quantizers.oneshot import weights_scheme
 
         preset = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights_scheme(grid)}}}
-    model = load_reference(checkpoint)
-    try:
-        oneshot(model=model, recipe=[QuantizationModifier(ignore=["lm_head"], **preset)], pipeline="datafree")
-        model.save_pretrained(tmp_path / "theirs", save_compressed=True)
-    finally:
-        reset_session()
+    recipe = {"ignore": ["lm_head"], **preset}
+    theirs, described = models.llm_compressor(checkpoint, tmp_path / "theirs", recipe, pipeline="datafree")
     packed(checkpoint, compute_type, grid.name, tmp_path)
-    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "packed"))
+    ours = load_file(tmp_path / "packed" / "model.safetensors")
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()
     }
-    described = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("packed", "theirs")]
-    assert_within(*described)
+    assert_within(models.quantization_of(tmp_path / "packed"), described)
 
 
 def assert_within(ours: Any, theirs: Any) -> None:
@@ -183,35 +173,20 @@ def windows(checkpoint: Path, text: Path) -> list[list[int]]:
 
 
 def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    from llmcompressor import oneshot
-    from llmcompressor.core import reset_session
-    from llmcompressor.modifiers.quantization import QuantizationModifier
     from torch.utils.data import DataLoader
 
     ids = windows(checkpoint, text)
     ours = vllm_pack.cache_scales(load_reference(checkpoint), ids)
     scheme: Any = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
-    model, samples = load_reference(checkpoint), [{"input_ids": torch.tensor(window)} for window in ids]
-    loader: Any = DataLoader(samples, batch_size=1)  # type: ignore[arg-type]
-    try:
-        oneshot(
-            model=model, recipe=[QuantizationModifier(kv_cache_scheme=scheme)], dataset=loader, num_calibration_samples=len(ids)
-        )
-        model.save_pretrained(tmp_path / "theirs")
-    finally:
-        reset_session()
-    theirs = {
-        name: value for name, value in load_file(tmp_path / "theirs" / "model.safetensors").items() if name.endswith("_scale")
-    }
+    samples: Any = [{"input_ids": torch.tensor(window)} for window in ids]
+    options = {"dataset": DataLoader(samples, batch_size=1), "num_calibration_samples": len(ids)}
+    theirs, described = models.llm_compressor(checkpoint, tmp_path / "theirs", {"kv_cache_scheme": scheme}, **options)
     assert len(ours) == 4
     assert ours == pytest.approx({name: theirs[name].item() for name in ours}, rel=1e-5)
     vllm_pack.pack(load_reference(checkpoint), None, checkpoint, tmp_path, None, ours)
     tensors = load_file(tmp_path / "model.safetensors")
     assert {name: tensors[name].shape for name in ours} == {name: theirs[name].shape for name in ours}
-    described = [
-        json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tmp_path, tmp_path / "theirs")
-    ]
-    assert_within({"kv_cache_scheme": described[0]["kv_cache_scheme"]}, described[1])
+    assert_within({"kv_cache_scheme": models.quantization_of(tmp_path)["kv_cache_scheme"]}, described)
 
 
 def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
