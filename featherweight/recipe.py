@@ -306,8 +306,8 @@ class DistillSpec(TrainingSpec):
     student: another checkpoint with the same tokenizer, named as `checkpoint.source` is;
     prune: the teacher, pruned so.
     The loss is kl_weight T^2 D(teacher, student) + (1 - kl_weight) cross-entropy, D as `divergence` names it, plus
-    hidden_weight x squared error of hidden states and attention_weight x KL of attention maps, between the student's layers and
-    those that `layer_map` names for them.
+    hidden_weight x squared error of hidden states and attention_weight x KL of attention maps, or as `attention_loss` says their
+    squared error, between the student's layers and those that `layer_map` names for them.
     teacher_cache: 'top_k' computes the teacher's answers once and keeps the `top_k` likeliest tokens of each; 'auto' does so
     where text is read more than once.
     """
@@ -321,6 +321,7 @@ class DistillSpec(TrainingSpec):
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     hidden_weight: float = Field(default=0.0, ge=0)
     attention_weight: float = Field(default=0.0, ge=0)
+    attention_loss: Literal["kl", "mse"] = "kl"
     layer_map: Literal["uniform", "last"] | tuple[int, ...] | StackMap = "uniform"
     sequence_level: SequenceLevelSpec | None = None
     teacher_cache: Literal["auto", "none", "top_k"] = "auto"

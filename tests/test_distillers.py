@@ -22,7 +22,7 @@ from featherweight.text import Document, load_tokenizer, read_documents, write_d
 from tasks.distill import distill, training_blocks
 from tasks.distillers import answers
 from tasks.distillers.losses import TopK, distillation_loss, top_k
-from tasks.distillers.matching import Matcher, layer_pairs, map_divergence, state_error
+from tasks.distillers.matching import MAP_LOSSES, Matcher, layer_pairs, state_error
 from tasks.generate import generate
 from tasks.prune import prune
 from tests.families import FAMILIES, family_checkpoint, tiny_model
@@ -131,8 +131,17 @@ def test_hidden_states_are_compared_as_the_formula_says() -> None:
     assert state_error(theirs, theirs, real).item() == 0
 
 
+def kl_formula(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    return sum((p * (p / q).log()).item() for p, q in zip(theirs, ours, strict=True) if p > 0)
+
+
+def mse_formula(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    return sum((p - q).item() ** 2 for p, q in zip(theirs, ours, strict=True)) / len(theirs)
+
+
+@pytest.mark.parametrize(("kind", "formula"), [("kl", kl_formula), ("mse", mse_formula)])
 @pytest.mark.parametrize("heads", [3, 2])
-def test_attention_maps_are_compared_as_the_formula_says(heads: int) -> None:
+def test_attention_maps_are_compared_as_the_formula_says(heads: int, kind: str, formula: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.ones(4, 4).triu(1).bool()
 
@@ -143,13 +152,10 @@ def test_attention_maps_are_compared_as_the_formula_says(heads: int) -> None:
     ours, theirs = maps(heads).requires_grad_(), maps(3)
     real = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     a, b = (theirs, ours) if heads == 3 else (theirs.mean(1, keepdim=True), ours.mean(1, keepdim=True))
-    terms = [
-        sum((p * (p / q).log()).item() for p, q in zip(a[n, h, i], b[n, h, i], strict=True) if p > 0)
-        for n, i in real.nonzero().tolist()
-        for h in range(a.shape[1])
-    ]
-    found = map_divergence(ours, theirs, real)
+    terms = [formula(a[n, h, i], b[n, h, i]) for n, i in real.nonzero().tolist() for h in range(a.shape[1])]
+    found = MAP_LOSSES[kind](ours, theirs, real)
     assert found.item() == pytest.approx(sum(terms) / len(terms))
+    assert MAP_LOSSES[kind](theirs, theirs, real).item() == 0
     assert torch.isfinite(torch.autograd.grad(found, ours)[0]).all()
 
 
@@ -197,8 +203,9 @@ def test_a_t5_student_without_the_first_layer_keeps_its_position_bias(checkpoint
     assert made.shape == (1, 5)
 
 
-def test_the_matched_loss_is_the_sum_of_its_parts(checkpoints: dict[str, Path], text: Path) -> None:
-    spec = SPEC.model_copy(update={"hidden_weight": 0.5, "attention_weight": 2.0})
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_the_matched_loss_is_the_sum_of_its_parts(kind: str, checkpoints: dict[str, Path], text: Path) -> None:
+    spec = SPEC.model_copy(update={"hidden_weight": 0.5, "attention_weight": 2.0, "attention_loss": kind})
     teacher = surgery.load_model(checkpoints["t5"])
     student = surgery.copy_layers(teacher, (0, 2))
     pairs = layer_pairs("uniform", {"encoder": 2, "decoder": 2}, {"encoder": 3, "decoder": 3})
@@ -210,7 +217,7 @@ def test_the_matched_loss_is_the_sum_of_its_parts(checkpoints: dict[str, Path], 
     parts = [state_error(a, b, real[p.role]) for a, b, p in zip(of_student[1], of_teacher[1], pairs, strict=True)]
     names = {"encoder": ("encoder_attentions",), "decoder": ("decoder_attentions", "cross_attentions")}
     maps = [
-        map_divergence(of_student[0][name][p.student], of_teacher[0][name][p.teacher], real[p.role])
+        MAP_LOSSES[kind](of_student[0][name][p.student], of_teacher[0][name][p.teacher], real[p.role])
         for p in pairs
         for name in names[p.role]
     ]

@@ -1,8 +1,9 @@
 """Hidden states and attention maps: what a student's layers take over from the teacher's beside its answers.
 
 Jiao et al. 2020 (TinyBERT): mean squared error of the hidden states behind mapped layers, through a learned projection where
-their widths differ. Wang et al. 2020 (MiniLM): KL of the attention distributions; of their mean over heads where the numbers of
-heads differ. Stacks of an encoder-decoder are matched each with its like; its decoder's cross-attention counts as well.
+their widths differ. Wang et al. 2020 (MiniLM): KL of the attention distributions; or their squared error, near TinyBERT. Of
+their mean over heads where the numbers of heads differ. Stacks of an encoder-decoder are matched each with its like; its
+decoder's cross-attention counts as well.
 """
 
 from __future__ import annotations
@@ -93,8 +94,9 @@ class Matcher:
             terms = [self._hidden(place, ours, theirs, real) for place, (ours, theirs) in enumerate(both)]
             total = total + self.spec.hidden_weight * sum(terms) / len(terms)
         if self.spec.attention_weight:
+            compare = MAP_LOSSES[self.spec.attention_loss]
             terms = [
-                map_divergence(of_student[0][name][pair.student], of_teacher[0][name][pair.teacher], real[pair.role])
+                compare(of_student[0][name][pair.student], of_teacher[0][name][pair.teacher], real[pair.role])
                 for pair in self.pairs
                 for name in self.maps[pair.role]
             ]
@@ -123,11 +125,30 @@ def map_divergence(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
     """KL(theirs || ours) of attention distributions [batch, heads, queries, keys], a mean over heads and `real` queries."""
     import torch
 
-    if ours.shape[1] != theirs.shape[1]:
-        ours, theirs = ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
+    ours, theirs = _like_heads(ours, theirs)
     least = torch.finfo(ours.dtype).tiny  # a masked key has no weight in either
     kl = (theirs * (theirs.clamp_min(least).log() - ours.clamp_min(least).log())).sum(-1)
     return kl.mean(1)[real].mean()
+
+
+def map_error(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
+    """Mean squared error of attention distributions [batch, heads, queries, keys] over heads, `real` queries and all keys.
+
+    TinyBERT compares the scores before their softmax, which transformers' models do not tell.
+    """
+    ours, theirs = _like_heads(ours, theirs)
+    return (ours - theirs).square().mean((1, 3))[real].mean()
+
+
+def _like_heads(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps as they are, or their means over heads where these are not as many."""
+    if ours.shape[1] == theirs.shape[1]:
+        return ours, theirs
+    return ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
+
+
+MAP_LOSSES = {"kl": map_divergence, "mse": map_error}
+"""What `attention_loss` names."""
 
 
 @contextmanager
