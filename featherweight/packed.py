@@ -2,7 +2,7 @@
 
 `packed.safetensors` holds `<parameter>.q` (int8 [rows, columns]; on 4-bit grids uint8 [rows, ceil(columns / 2)], offset binary,
 low half first), `<parameter>.scales` (float32 [rows, groups]) and the float tensors under their own names. Its metadata names
-the grid and the number of columns of each quantized parameter. A tied matrix stands under the embedding's name only.
+the method, and the grid and columns of each quantized parameter. A tied matrix stands under the embedding's name only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "packed.safetensors"
+KEY = "featherweight"
 HALF = 8
 """What is added to a 4-bit integer, so that it lies in 0 to 15."""
 
@@ -42,7 +43,8 @@ class Packed:
             tensors[f"{name}.q"] = pack_nibbles(quantized.q[name]) if grid.bits == 4 else quantized.q[name].contiguous()
             tensors[f"{name}.scales"] = quantized.scales[name].float().contiguous()
         shapes = {name: [grid.name, quantized.q[name].shape[1]] for name, grid in sorted(quantized.grids.items())}
-        save_file(tensors, folder / FILE, {"format": "pt", "method": quantized.method, "grids": json.dumps(shapes)})
+        # One key: safetensors writes several in an order of its own each time, and the same weights must give the same bytes.
+        save_file(tensors, folder / FILE, {KEY: json.dumps({"method": quantized.method, "grids": shapes})})
 
     @classmethod
     def read(cls, folder: Path) -> Packed:
@@ -51,11 +53,10 @@ class Packed:
 
         try:
             with safe_open(folder / FILE, framework="pt") as file:
-                metadata = file.metadata()
+                told = json.loads(file.metadata()[KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            shapes = json.loads(metadata["grids"])
-            quantized = QuantizedWeights({}, {}, {}, metadata["method"])
-            for name, (grid, columns) in shapes.items():
+            quantized = QuantizedWeights({}, {}, {}, told["method"])
+            for name, (grid, columns) in told["grids"].items():
                 quantized.grids[name] = grid_named(grid)
                 q = tensors.pop(f"{name}.q")
                 quantized.q[name] = unpack_nibbles(q, columns) if quantized.grids[name].bits == 4 else q

@@ -34,7 +34,7 @@ CACHE_WINDOWS, CACHE_TOKENS = 32, 256
 ROUNDED_FOR_VLLM = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp8"}
 
 
-@stage("export", version="2", libraries=("ctranslate2", "transformers", "compressed-tensors", "torch", "torchao"), hardware=True)
+@stage("export", version="3", libraries=("ctranslate2", "transformers", "compressed-tensors", "torch", "torchao"), hardware=True)
 def export(
     spec: ExportSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
