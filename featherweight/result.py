@@ -117,6 +117,11 @@ class OptimizationResult:
         return [row for row in self.variants if row.status in MEASURED]
 
     @property
+    def nothing_made(self) -> bool:
+        """Whether no variant got as far as numbers: there is nothing to choose from."""
+        return all(row.status == "baseline" for row in self.measured)
+
+    @property
     def batch_sizes(self) -> list[int]:
         """Batch sizes that a speed-up was measured at."""
         keys = {key for row in self.variants for key in row.metrics}
@@ -143,6 +148,8 @@ class OptimizationResult:
     def headline(self) -> str:
         """The outcome in one sentence."""
         winner, tried = self.row(self.winner), len(self.measured) - 1
+        if self.nothing_made:
+            return "No variant was made: every one failed or was skipped; the baseline stays."
         if winner is None:
             return f"No variant kept every constraint ({tried} measured); the baseline stays."
         parts = [f"{times(winner.get(f'speedup_{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, GateError, one_line
+from featherweight.errors import FeatherweightError, GateError, StageError, ToolchainError, one_line
 from flows.view import view_for
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
@@ -63,6 +63,10 @@ def optimize(
         _console().print(terminal_table(result))
         _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
         typer.echo("\n".join(filter(None, (*result.note_lines, result.registered, f"report: {page}"))))
+    if result.nothing_made:
+        failed = any(row.status == "failed" for row in result.variants)
+        error = StageError if failed else ToolchainError
+        raise error("no variant was made, and nothing registered; the table says why each failed or was skipped")
     if result.winner is None:
         raise GateError("no variant keeps the constraints; the table says by how much each misses them")
 

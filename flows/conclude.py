@@ -39,16 +39,22 @@ def conclude(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, v
     """Choose the winner, register and promote it, write the report; everything goes to the parent run as well."""
     decided = _decide(recipe, plan, outcomes, session, view)
     decision = json.loads((decided / "decision.json").read_text())
-    reasons = {**decision["reasons"], decision["winner"]: decision["summary"]}
-    rows = tuple(_rows(plan, outcomes, decision["winner"], reasons, session))
+    winner = decision["winner"] if _something_made(plan, outcomes) else None
+    reasons = {**decision["reasons"], winner: decision["summary"]}
+    rows = tuple(_rows(plan, outcomes, winner, reasons, session))
     ids = _log_variants(rows, plan, outcomes, session)
-    result = _result(recipe, outcomes, rows, decision["winner"], decided, session)
+    result = _result(recipe, outcomes, rows, winner, decided, session)
     registered = ""
-    if decision["winner"] is not None:
-        view.say(f"winner: {decision['winner']}")
+    if winner is not None:
+        view.say(f"winner: {winner}")
         registered = _hand_over(recipe, plan, outcomes, result, ids, session)
         view.say(registered)
     return _publish(replace(result, registered=registered), session)
+
+
+def _something_made(plan: Plan, outcomes: Outcomes) -> bool:
+    """Whether a variant beside the baseline got as far as numbers. A baseline that beats nobody is no winner."""
+    return any(outcomes[variant.measured].ref for variant in plan.variants if variant.name != BASELINE)
 
 
 def _decide(recipe: Recipe, plan: Plan, outcomes: Outcomes, session: Session, view: View) -> Path:

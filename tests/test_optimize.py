@@ -105,6 +105,17 @@ def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
     assert len(versions) == 1
 
 
+def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
+    hot = ["--set", "stages.prune.half.finetune.learning_rate=1e9", "--set", "variants=[{prune: half, serve: ct2}]"]
+    failed = featherweight("optimize", str(RECIPE), *hot, "--json", cwd=done)
+    assert failed.returncode == 5
+    assert failed.stderr.splitlines()[-1].startswith("featherweight: no variant was made, and nothing registered")
+    told = json.loads(failed.stdout)
+    rows = {row["name"]: row for row in told["variants"]}
+    assert told["winner"] is None and told["registered"] == ""
+    assert rows["half/ct2"]["status"] == "failed" and "diverged" in rows["half/ct2"]["reason"]
+
+
 def test_plan_knows_what_is_cached(done: Path) -> None:
     shown = json.loads(featherweight("plan", str(RECIPE), "--json", cwd=done).stdout)
     assert {node["basis"] for node in shown["nodes"]} <= {"cached", "measured", "estimated"}
