@@ -80,7 +80,9 @@ def train_loop(
 
     Where several processes were launched (see featherweight.team), each computes its part of every batch.
     The same seed gives the same weights on the same machine and thread count. Raises DivergenceError, with the step and the
-    losses, as soon as the loss or the gradient is not finite or the loss has run away.
+    losses, as soon as the loss or the gradient is not finite or the loss has run away: from step 20 on a mean of ten losses above
+    1.5 times the first one plus 1; and at the end, whatever the number of steps, the first batch's own loss above 1.5 times what
+    it was plus 2. These offsets are nats, and leave room for a loss that begins near zero, as the KL to a copy's own teacher.
     """
     import torch
 
@@ -101,7 +103,7 @@ def train_loop(
         while record.step < steps and not record.stalled(held_out.patience if held_out else None):
             step = record.step
             set_rates(optimizer, peaks, rate_share(step, steps, warmup, final_share))
-            loss = _backward(model, loss_fn, blocks[order[step]], accumulate, team)
+            loss = _batch_loss(model, loss_fn, blocks[order[step]], accumulate, team)
             team.add_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip)
             loss, due = team.add(loss, scratch is not None and team.rank == 0 and saver.due())
@@ -116,6 +118,8 @@ def train_loop(
             if scratch is not None and due:
                 _save(state, scratch, team)
                 saver.done()
+        (again,) = team.add(_batch_loss(model, loss_fn, blocks[order[0]], accumulate, team, learn=False))
+        _check_end(record.losses, again)
         state.restore_best()
     return record.losses
 
@@ -137,19 +141,23 @@ def _identity(plan: list[float], blocks: Tensor, held_out: HeldOut | None) -> st
     return content_digest([plan, texts, [held_out.every, held_out.patience] if held_out else None])
 
 
-def _backward(model: nn.Module, loss_fn: LossFunction, ids: Tensor, accumulate: int, team: Team) -> float:
-    """Add the gradient of the mean loss over the batch `ids`, as far as this process computes it; returns that share of it.
+def _batch_loss(model: nn.Module, loss_fn: LossFunction, ids: Tensor, accumulate: int, team: Team, *, learn: bool = True) -> float:
+    """The mean loss over the batch `ids`, as far as this process computes it; where it is to `learn`, its gradient is added.
 
     Parts count by the tokens that they predict: in padded or masked text their number differs.
     """
+    import torch
+
     device = next(model.parameters()).device
     parts = team.share(ids).tensor_split(accumulate)
     whole = predicted_tokens(model, ids) if len(parts) * team.size > 1 else None
     total = 0.0
     for part in parts:
         share = predicted_tokens(model, part) / whole if whole else 1.0
-        loss = loss_fn(part.to(device))
-        (loss * share).backward()
+        with torch.set_grad_enabled(learn):
+            loss = loss_fn(part.to(device))
+        if learn:
+            (loss * share).backward()
         total += loss.item() * share
     return total
 
@@ -295,13 +303,20 @@ def _check(losses: list[float], norm: float) -> None:
     recent = losses[-10:]
     average = sum(recent) / len(recent)
     if not math.isfinite(losses[-1]) or not math.isfinite(norm):
-        problem = f"loss {losses[-1]:.4g}, gradient norm {norm:.4g}"
-    elif len(losses) >= 20 and average > 1.5 * losses[0] + 1:
-        problem = f"the loss has run away from {losses[0]:.4g} to {average:.4g}"
-    else:
-        return
+        raise _diverged(losses, f"loss {losses[-1]:.4g}, gradient norm {norm:.4g}")
+    if len(losses) >= 20 and average > 1.5 * losses[0] + 1:
+        raise _diverged(losses, f"the loss has run away from {losses[0]:.4g} to {average:.4g}")
+
+
+def _check_end(losses: list[float], again: float) -> None:
+    """Refuse weights that do far worse on the first batch than at first. again: its loss now, free of other batches' noise."""
+    if not again <= 1.5 * losses[0] + 2:
+        raise _diverged(losses, f"the first batch's loss has run away from {losses[0]:.4g} to {again:.4g}")
+
+
+def _diverged(losses: list[float], problem: str) -> DivergenceError:
     last = ", ".join(f"{loss:.4g}" for loss in losses[-5:])
-    raise DivergenceError(
+    return DivergenceError(
         f"training diverged at step {len(losses)}: {problem} (last losses: {last}); lower learning_rate, or check the "
         "checkpoint and the text",
         tuple(losses),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -322,9 +323,10 @@ def test_the_text_itself_can_be_the_target(tiny_checkpoint: Path, text: Path, tm
     assert metrics["loss_after"] < metrics["loss_before"] - 0.5
 
 
-def test_a_run_away_training_is_an_error(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"steps": 40, "learning_rate": 1e6, "distill": False}, {"steps": 4, "learning_rate": 10}])
+def test_a_run_away_training_is_an_error(options: dict[str, Any], tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="training diverged at step"):
-        run(tiny_checkpoint, text, tmp_path / "out", method="qat", steps=40, learning_rate=1e6, distill=False)
+        run(tiny_checkpoint, text, tmp_path / "out", method="qat", **options)
 
 
 def test_the_checkpoint_writes_its_own_text(tiny_checkpoint: Path) -> None:

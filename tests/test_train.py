@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featherweight import surgery, training
-from featherweight.errors import DataError, RecipeError, StageError
+from featherweight.errors import DataError, DivergenceError, RecipeError, StageError
 from featherweight.muon import Muon, orthogonal
 from featherweight.progress import Progress
 from featherweight.recipe import TrainSpec
@@ -164,6 +164,25 @@ def test_divergence_names_the_step_and_the_losses() -> None:
     blocks = torch.randint(64, (32, 16))
     with pytest.raises(StageError, match=r"diverged at step \d+: .*last losses: .*lower learning_rate"):
         training.train_loop(tiny_model(), blocks, steps=200, batch=4, learning_rate=50.0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15])
+def test_a_run_too_short_for_a_trend_is_judged_by_its_end(steps: int) -> None:
+    blocks = torch.randint(64, (8, 16))
+    with pytest.raises(DivergenceError, match=rf"diverged at step {steps}: the first batch's loss has run away from") as caught:
+        training.train_loop(tiny_model(), blocks, steps=steps, batch=4, learning_rate=2.0)
+    assert len(caught.value.losses) == steps
+
+
+def test_batches_harder_than_the_first_are_no_divergence() -> None:
+    blocks, model = torch.randint(64, (4, 16)), tiny_model()
+    easy = blocks[training.batch_order(4, 1, 4, seed=0)[0, 0]]
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return training.token_loss(model, ids) * (0.01 if torch.equal(ids[0], easy) else 2.0)
+
+    losses = training.train_loop(model, blocks, steps=4, batch=1, learning_rate=1e-3, loss_fn=loss)
+    assert min(losses[1:]) > 1.5 * losses[0] + 2
 
 
 def test_a_nan_weight_stops_the_first_step() -> None:
