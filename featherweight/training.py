@@ -126,13 +126,19 @@ def train_loop(
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """The model in training mode."""
+    """The model in training mode, none of its layers skipped at random: adapters and matched states need them all."""
     before = model.training
+    skipping: list[Any] = [module for module in model.modules() if hasattr(module, "layerdrop")]
+    rates = [module.layerdrop for module in skipping]
     model.train()
     try:
+        for module in skipping:
+            module.layerdrop = 0.0
         yield
     finally:
         model.train(before)
+        for module, rate in zip(skipping, rates, strict=True):
+            module.layerdrop = rate
 
 
 def _identity(plan: list[float], blocks: Tensor, held_out: HeldOut | None) -> str:

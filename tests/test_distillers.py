@@ -52,8 +52,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama": {"num_hidden_layers": 3},
         "t5": {"num_layers": 3, "num_decoder_layers": 3},
         "bert": {"num_hidden_layers": 3},
+        "m2m_100": {"encoder_layerdrop": 1.0, "decoder_layerdrop": 1.0},
     }
-    return {name: family_checkpoint(name, folder / name, **layers.get(name, {})) for name in FAMILIES}
+    return {name: family_checkpoint(name, folder / name, **layers.get(name, {})) for name in (*FAMILIES, "m2m_100")}
 
 
 def divergence_formula(kind: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -226,7 +227,7 @@ def test_the_matched_loss_is_the_sum_of_its_parts(kind: str, checkpoints: dict[s
     assert len(maps) == 6 and expected > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "marian", "bert", "distilbert"])
+@pytest.mark.parametrize("name", ["llama", "t5", "marian", "m2m_100", "bert", "distilbert"])
 def test_answers_hidden_states_and_maps_are_learned_together(
     name: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:

@@ -20,9 +20,11 @@ from featherweight.recipe import FinetuneSpec
 from featherweight.text import Document, write_documents
 from tasks.finetune import finetune
 
+OF_BART = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 WITHOUT_DROPOUT = {
     "t5": {"dropout_rate": 0.0},
-    "mbart": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    "mbart": OF_BART,
+    "m2m_100": OF_BART | {"encoder_layerdrop": 1.0, "decoder_layerdrop": 1.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 SPEC = FinetuneSpec(steps=40, batch=4, sequence=32, learning_rate=5e-3)
@@ -145,7 +147,9 @@ def test_every_family_is_finetuned_whole_and_by_adapters(model_type: str, tmp_pa
         spec = changed(steps=12, sequence=16, evaluate_every=6, **changes)
         metrics = finetune(spec, checkpoint=source, text=text, calibration=text, out=tmp_path / name, progress=told)
         assert metrics["held_out_loss"] < metrics["held_out_first"] - 0.05
-        assert surgery.parameters(surgery.load_model(tmp_path / name)) == metrics["parameters"]
+        tuned = surgery.load_model(tmp_path / name)
+        assert surgery.parameters(tuned) == metrics["parameters"]
+        assert tuned.config.to_diff_dict() == surgery.load_config(source).to_diff_dict()
         curves.append(told.losses)
     assert curves[1][:4] == pytest.approx(curves[0][:4], rel=1e-4)  # rounding grows from step to step
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_model as family_model
 
 from featherweight import surgery, training
 from featherweight.errors import DataError, DivergenceError, RecipeError, StageError
@@ -191,6 +192,16 @@ def test_a_nan_weight_stops_the_first_step() -> None:
         model.model.norm.weight[3] = math.nan
     with pytest.raises(StageError, match="diverged at step 1: loss nan"):
         training.train_loop(model, torch.randint(64, (4, 16)), steps=5, batch=4, learning_rate=1e-3)
+
+
+def test_no_layer_is_dropped_while_training_and_the_rate_is_kept() -> None:
+    model = family_model("m2m_100", decoder_layerdrop=0.9)
+    rates = [model.model.encoder.layerdrop, model.model.decoder.layerdrop]
+    seen: set[float] = set()
+    model.model.decoder.register_forward_pre_hook(lambda module, _: seen.add(module.layerdrop))
+    training.train_loop(model, torch.randint(5, 40, (4, 16)), steps=2, batch=4, learning_rate=1e-3)
+    assert seen == {0.0}
+    assert [model.model.encoder.layerdrop, model.model.decoder.layerdrop] == rates == [0.05, 0.9]
 
 
 def test_an_interrupt_leaves_the_loop() -> None:
