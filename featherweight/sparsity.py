@@ -7,9 +7,10 @@ matrices, the pattern and the share of zeros in each. The mask itself is not sto
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,14 @@ class Sparsity:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({one_line(error)}); prune the checkpoint again") from error
+
+    def of_layers(self, model: nn.Module) -> Sparsity | None:
+        """How a `model` made of some of the layers is sparse, which have other numbers there; None where it has no zeros."""
+        kinds = {_kind(name) for name in self.shares}
+        weights = {name: weight.detach() for name, weight in model.named_parameters() if _kind(name) in kinds}
+        shares = {name: (weight == 0).float().mean().item() for name, weight in weights.items() if follows(weight, self.pattern)}
+        shares = {name: share for name, share in shares.items() if share}
+        return replace(self, shares=shares) if shares else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class Zeros:
         parameters = dict(model.named_parameters())
         for name, mask in self.masks.items():
             parameters[name].data.masked_fill_(mask.to(parameters[name].device), 0.0)
+
+
+def _kind(name: str) -> str:
+    """A parameter's name with the number of its layer left open."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _without(mask: Tensor) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from featherweight.errors import RecipeError, StageError
 from featherweight.examples import example_blocks, inputs_and_labels, real_positions
 from featherweight.progress import Progress
 from featherweight.recipe import DistillSpec
+from featherweight.sparsity import Sparsity, Zeros
 from tasks.distillers.answers import Answers, answers_of
 from tasks.distillers.losses import distillation_loss
 from tasks.distillers.matching import Matcher, Pair, layer_pairs
@@ -45,7 +46,8 @@ def distill(
     calibration: the text that block influence is measured on. generated: what the teacher wrote, for sequence-level distillation.
     scratch: where a killed training resumes from.
     Metrics: `loss_first` and `loss_last` (the mixed loss), `teacher_loss` and `student_loss` (cross-entropy in nats per
-    token, on a sample of the text), `parameters_teacher`, `parameters`, `tokens`, `tokens_per_s`. Raises RecipeError for
+    token, on a sample of the text), `parameters_teacher`, `parameters`, `tokens`, `tokens_per_s`; `zero_share` of a sparse
+    student, or one of a sparse teacher's layers, whose zeros stay. Raises RecipeError for
     layers that the teacher does not have, CheckpointError for a student with another tokenizer, StageError for an
     architecture it cannot cut and on divergence.
     """
@@ -54,14 +56,20 @@ def distill(
     blocks = training_blocks(spec, checkpoint, config, text, generated, seed)
     teacher = surgery.load_model(checkpoint)
     pupil = make_student(spec, teacher, checkpoint, student, calibration, seed)
-    run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
+    sparsity = sparsity_of(pupil, checkpoint, student)
+    zeros = Zeros.of(pupil, sparsity)
+    with zeros.held(pupil):
+        run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
     surgery.save_model(pupil, out, student or checkpoint)
+    if sparsity:
+        sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
         "teacher_loss": training.mean_loss(teacher, compared),
         "student_loss": training.mean_loss(pupil, compared),
         "parameters_teacher": surgery.parameters(teacher),
         "parameters": surgery.parameters(pupil),
+        **zeros.metrics(),
     }
 
 
@@ -101,6 +109,14 @@ def training_blocks(
         written = example_blocks(checkpoint, config, generated, spec.sequence, limit=wanted, seed=seed)
         read.append(written.repeat(-(-wanted // len(written)), 1)[:wanted] if share < 1 else written)
     return torch.cat(read)
+
+
+def sparsity_of(pupil: PreTrainedModel, checkpoint: Path, student: Path | None) -> Sparsity | None:
+    """How the student is sparse before training: as its own checkpoint, or as those layers of the teacher that it is made of."""
+    if student is not None:
+        return Sparsity.read(student)
+    whole = Sparsity.read(checkpoint)
+    return whole and whole.of_layers(pupil)
 
 
 def train_student(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +20,13 @@ from featherweight.compatibility import sparse_refusal
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.examples import example_blocks
 from featherweight.plan import expand
-from featherweight.recipe import ExportSpec, FinetuneSpec, LoadSpec, LoraSpec, PruneSpec, QuantizeSpec, Recipe
+from featherweight.recipe import DistillSpec, ExportSpec, FinetuneSpec, LoadSpec, LoraSpec, PruneSpec, QuantizeSpec, Recipe
 from featherweight.report import render_report
 from featherweight.result import OptimizationResult, VariantRow, columns
 from featherweight.sparsity import FILE, Sparsity, Zeros, runtime_note
 from featherweight.text import Document, write_documents
 from flows.conclude import _zeros
+from tasks.distill import distill
 from tasks.export import export
 from tasks.finetune import finetune
 from tasks.load import load
@@ -32,6 +35,7 @@ from tasks.quantize import quantize
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 SMALL: dict[str, Any] = {"samples": 8, "sequence": 16}
+BRIEF: dict[str, Any] = {"steps": 4, "batch": 2, "sequence": 16, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,53 @@ def test_zeros_stay_in_finetuning(model_type: str, adapters: LoraSpec | None, te
     for name, mask in zeros_of(tmp_path / "sparse").items():
         moved = before.get_parameter(name) != after.get_parameter(name)
         assert moved[~mask].float().mean() > 0.5, name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
+def test_zeros_of_a_student_stay_in_distillation(model_type: str, text: Path, tmp_path: Path) -> None:
+    source = family_checkpoint(model_type, tmp_path / "source")
+    sparse_checkpoint(source, text, tmp_path / "student", criterion="magnitude")
+    spec = DistillSpec(prune=PruneSpec(method="sparse"), hidden_weight=0.5, attention_weight=0.5, **BRIEF)
+    metrics = distill(spec, checkpoint=source, student=tmp_path / "student", text=text, out=tmp_path / "out")
+    assert same_zeros(tmp_path / "out", tmp_path / "student")
+    assert metrics["zero_share"] == loaded(tmp_path / "out", tmp_path / "loaded")["zero_share"] == pytest.approx(0.5, abs=0.01)
+    before, after = surgery.load_model(tmp_path / "student"), surgery.load_model(tmp_path / "out")
+    moved = [not torch.equal(weight, after.get_parameter(name)) for name, weight in before.named_parameters()]
+    assert all(moved)
+    assert told_of(tmp_path / "out", metrics) == ("unstructured", metrics["zero_share"])
+
+
+def told_of(distilled: Path, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """What the report tells of a distilled checkpoint that is served."""
+    stages = {"distill": {"ds": {"prune": {"method": "sparse"}}}, "export": {"ct2": {"engine": "ctranslate2"}}}
+    tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}, "stages": stages}
+    plan = expand(Recipe.model_validate(tree))
+    session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: distilled))
+    outcomes: Any = {id: SimpleNamespace(ref=SimpleNamespace(metrics=metrics if id == "ds" else {})) for id in plan.nodes}
+    return _zeros(plan, next(variant for variant in plan.variants if variant.name == "ds/ct2"), outcomes, session)
+
+
+def test_a_student_of_sparse_layers_keeps_their_zeros(text: Path, tmp_path: Path) -> None:
+    sparse_checkpoint(
+        family_checkpoint("llama", tmp_path / "source", num_hidden_layers=3), text, tmp_path / "sparse", pattern="2:4"
+    )
+    (tmp_path / "out").mkdir()
+    spec = DistillSpec(layers=(0, 2), **BRIEF)
+    metrics = distill(spec, checkpoint=tmp_path / "sparse", text=text, out=tmp_path / "out")
+    found, whole = zeros_of(tmp_path / "out"), zeros_of(tmp_path / "sparse")
+    assert found.keys() == {name for name in whole if "layers.2." not in name}
+    assert all(torch.equal(mask, whole[name.replace("layers.1.", "layers.2.")]) for name, mask in found.items())
+    assert metrics["zero_share"] == 0.5
+    assert told_of(tmp_path / "out", metrics) == ("2:4", 0.5)
+
+
+def test_dense_layers_of_a_partly_sparse_teacher_stay_dense(text: Path, tmp_path: Path) -> None:
+    source = surgery.load_model(family_checkpoint("llama", tmp_path / "source"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    source.get_parameter(name).data[:, ::2] = 0
+    partly = Sparsity("magnitude", "2:4", {name: 0.5})
+    assert partly.of_layers(surgery.copy_layers(source, (0,))) is None
+    assert partly.of_layers(surgery.copy_layers(source, (1,))) == replace(partly, shares={name.replace("1", "0"): 0.5})
 
 
 def test_held_zeros_get_no_step_at_all(sparse: Path) -> None:
