@@ -16,7 +16,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftModel:
     """Freeze `model` and put adapters beside its linear layers, in place: B is zero, so that nothing changes yet.
 
     Returns peft's wrapper, which `merge` takes; `model` itself goes on computing, adapters included. Raises RecipeError for
-    targets that the model does not have.
+    targets that the model does not have, or whose weight another module shares.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -48,4 +48,17 @@ def _targets(model: PreTrainedModel, spec: LoraSpec) -> str | list[str]:
     for target in spec.targets:
         if target not in known:
             raise RecipeError(f"lora.targets: the model has no linear layer '{target}'; it has {', '.join(known)}")
+        if sharing := _sharing(model, target):
+            raise RecipeError(
+                f"lora.targets: the weight of '{target}' is that of '{sharing}' too, which adapters beside one of them would leave "
+                f"behind; leave '{target}' out, or finetune without lora"
+            )
     return list(spec.targets)
+
+
+def _sharing(model: PreTrainedModel, target: str) -> str | None:
+    """Name of a module whose weight is also that of a linear layer called `target`; None where there is none."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    owners = {name.removesuffix(".weight"): id(weight) for name, weight in weights.items()}
+    targets = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] == target}
+    return next((name for name, owner in owners.items() if name not in targets and owner in targets.values()), None)

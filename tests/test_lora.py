@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, tiny_model
 
 from featherweight import lora, surgery, training
 from featherweight.errors import RecipeError
@@ -66,3 +67,22 @@ def test_an_unknown_target_is_refused_with_the_known_ones(tiny_checkpoint: Path)
     model = surgery.load_model(tiny_checkpoint)
     with pytest.raises(RecipeError, match=r"no linear layer 'query'; it has .*q_proj"):
         lora.attach(model, LoraSpec(targets=("q_proj", "query")))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "sharing"),
+    [("llama", "lm_head", "model.embed_tokens"), ("distilbert", "vocab_projector", "distilbert.embeddings.word_embeddings")],
+)
+def test_a_head_that_shares_its_weight_is_refused(model_type: str, target: str, sharing: str) -> None:
+    spec, untied = LoraSpec(targets=(target,)), tiny_model(model_type, tie_word_embeddings=False)
+    with pytest.raises(RecipeError, match=rf"weight of '{target}' is that of '{sharing}' too.*leave '{target}' out") as refused:
+        lora.attach(tiny_model(model_type, tie_word_embeddings=True), spec)
+    assert "\n" not in str(refused.value)
+    lora.attach(untied, spec)
+    assert untied.get_submodule(target).lora_A
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.filterwarnings("error")
+def test_adapters_of_every_family_raise_no_warning(model_type: str) -> None:
+    lora.merge(lora.attach(tiny_model(model_type), LoraSpec(rank=2)))
