@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from featherweight import team
+from featherweight.artifact import ArtifactRef
 from featherweight.plan import Node, Plan
+from featherweight.processes import WORKERS_PEAK
 from featherweight.progress import Progress
 from featherweight.recipe import CheckpointSpec, FinetuneSpec
 from featherweight.text import Document, write_documents
@@ -50,12 +53,17 @@ def open_session(root: Path) -> Session:
     return Session(workspace, client, experiment, parent, {}, lambda node: Progress())
 
 
-def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    write_documents(tmp_path / "text", [Document("json", Path(json.__file__).read_text())])
-    session = open_session(tmp_path / "workspace")
-    sources = {"checkpoint": tiny_checkpoint, "text": tmp_path / "text"}
+def inputs_of_finetune(session: Session, checkpoint: Path, text: Path) -> dict[str, ArtifactRef]:
+    """References to a checkpoint and to text, which is written to the folder `text` before."""
+    write_documents(text, [Document("json", Path(json.__file__).read_text())])
+    sources = {"checkpoint": checkpoint, "text": text}
     nodes = {name: Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()}
-    refs = {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
+    return {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
+
+
+def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    session = open_session(tmp_path / "workspace")
+    refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")
     node = Node("recovery", "finetune", "recovery", FinetuneSpec(steps=6, batch=2, sequence=32, save_every_s=0))
     whole = finetune.execute(node, refs, session, "another key")
     key, stop, again = finetune.key(node, {name: ref.digest for name, ref in refs.items()}), Stop(at=4), Stop()
@@ -68,6 +76,16 @@ def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint
     curve = session.client.get_metric_history(resumed.run_id, "live_loss")
     assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6]
     assert not list((session.workspace.root / "resume").iterdir())
+
+
+@pytest.mark.skipif(team.cores() < 2, reason="needs two cores")
+def test_the_recorded_peak_counts_the_processes_that_train(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    session = open_session(tmp_path / "workspace")
+    refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")
+    node = Node("recovery", "finetune", "recovery", FinetuneSpec(steps=1, batch=2, sequence=32, processes=2))
+    logged = session.client.get_run(finetune.execute(node, refs, session, "key").run_id).data.metrics
+    assert logged[WORKERS_PEAK] > 2 * 1e8, "each of them imports torch"
+    assert logged["stage_peak_memory_bytes"] > logged[WORKERS_PEAK] + 1e8
 
 
 def test_nan_weights_cost_their_own_variant_only(
