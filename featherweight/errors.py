@@ -1,10 +1,21 @@
 """One family of errors. The message names the thing, what was expected, and what to do next, in one line."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
 
 def one_line(error: object, limit: int = 500) -> str:
     """An error's text in one line of at most `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What an unknown name may have been meant for: the nearest known one, or one of all."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 class FeatherweightError(Exception):

@@ -6,10 +6,11 @@ reaches every runtime that can hold its grid without a second rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from featherweight.errors import RecipeError
+from featherweight.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,11 @@ class Grid:
         import torch
 
         return torch.int8 if self.kind == "int" else torch.float8_e4m3fn
+
+    @property
+    def fineness(self) -> tuple[float, float, float]:
+        """Greater for a finer grid: more bits, then fewer weights to a scale, then more values."""
+        return self.bits, -(self.group_size or math.inf), self.qmax - self.qmin if self.kind == "int" else 0
 
     def round(self, steps: Tensor) -> Tensor:
         """Weights in units of their scale, moved to the nearest values that q may take; the type stays."""
@@ -133,7 +139,7 @@ GRIDS = {
 
 
 def grid_named(name: str) -> Grid:
-    """The grid of that name; raises RecipeError naming the known ones."""
+    """The grid of that name; raises RecipeError naming the nearest one."""
     if name not in GRIDS:
-        raise RecipeError(f"unknown grid '{name}'; known: {', '.join(GRIDS)}")
+        raise RecipeError(f"unknown grid '{name}'; {nearest(name, GRIDS)}")
     return GRIDS[name]

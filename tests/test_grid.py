@@ -98,6 +98,12 @@ def test_a_short_last_group_has_a_scale_of_its_own() -> None:
     assert grid.bits_per_weight(64) == 5.0
 
 
-def test_an_unknown_grid_names_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="unknown grid 'int3'; known: int8, "):
-        grid_named("int3")
+@pytest.mark.parametrize(("name", "hint"), [("int4g32", "did you mean 'int4-g32'"), ("nf4", "known: int8, int8-reduced, ")])
+def test_an_unknown_grid_names_the_nearest_one_or_all(name: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown grid '{name}'; {hint}"):
+        grid_named(name)
+
+
+def test_grids_are_ordered_from_coarse_to_fine() -> None:
+    names = ["int4", "int4-g128", "int4-g32", "fp8", "int8-reduced", "int8", "int8-full", "int8-g128", "int8-g32"]
+    assert sorted(names, key=lambda name: GRIDS[name].fineness) == names
