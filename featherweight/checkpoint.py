@@ -76,7 +76,7 @@ class Listing:
         """The files right inside a local folder; raises CheckpointError where it is missing."""
         if not folder.is_dir():
             problem = "is a file, not a folder" if folder.is_file() else "does not exist"
-            raise CheckpointError(f"checkpoint folder {folder} {problem}; check the path in checkpoint.source")
+            raise CheckpointError(f"checkpoint folder {folder} {problem}; check its path in the recipe")
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         return cls(str(folder), sizes, lambda name, length: _head(folder / name, length))
 

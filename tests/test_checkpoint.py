@@ -240,7 +240,7 @@ def replace(name: str, text: str) -> Callable[[Path], int]:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "missing folder": (shutil.rmtree, ["does not exist", "checkpoint.source"]),
+    "missing folder": (shutil.rmtree, ["does not exist", "its path in the recipe"]),
     "no config": (remove("config.json"), ["has no config.json"]),
     "config is not JSON": (replace("config.json", '{"model_type": "ll'), ["config.json is not JSON", "copy it again"]),
     "config is a list": (replace("config.json", "[]"), ["config.json", "JSON object", "list"]),
