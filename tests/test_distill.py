@@ -12,7 +12,7 @@ import torch
 
 from featherweight import surgery
 from featherweight.errors import RecipeError, StageError
-from featherweight.recipe import DistillSpec
+from featherweight.recipe import DistillSpec, StackLayers
 from featherweight.text import Document, load_tokenizer, write_documents
 from tasks.distill import distill
 from tasks.distillers.losses import distillation_loss
@@ -95,6 +95,12 @@ def test_layers_that_the_teacher_lacks_are_refused(
     with pytest.raises(RecipeError, match=r"distill\.layers"):
         distill(SPEC.model_copy(update={"layers": wanted}), checkpoint=teacher, text=text, out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stack_that_the_teacher_lacks_is_refused_by_name(teacher: Path, text: Path, tmp_path: Path) -> None:
+    layers = StackLayers(encoder=1, decoder=2)
+    with pytest.raises(RecipeError, match=r"distill\.layers\.encoder: the teacher has no encoder; leave it out"):
+        distill(SPEC.model_copy(update={"layers": layers}), checkpoint=teacher, text=text, out=tmp_path)
 
 
 def test_the_student_begins_as_the_chosen_layers(teacher: Path) -> None:

@@ -31,7 +31,13 @@ def student_sizes(spec: DistillSpec, config: PreTrainedConfig, student: Path | N
 
 
 def even_layers(spec: DistillSpec, sizes: Mapping[Role, int]) -> dict[Role, tuple[int, ...]]:
-    """The layers of each stack that `spec.layers` names, evenly spaced where it gives their number only."""
+    """The layers of each stack that `spec.layers` names, evenly spaced where it gives their number only.
+
+    Raises RecipeError for a stack or layers that the teacher lacks.
+    """
+    if isinstance(spec.layers, StackLayers):
+        for role in spec.layers.model_dump(exclude_none=True).keys() - sizes.keys():
+            raise RecipeError(f"distill.layers.{role}: the teacher has no {role}; leave it out")
     chosen = {}
     for role, total in sizes.items():
         wanted: Any = getattr(spec.layers, role) if isinstance(spec.layers, StackLayers) else spec.layers

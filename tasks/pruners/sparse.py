@@ -51,9 +51,17 @@ class Target:
         """As `sparsity.json` and reports name it."""
         return f"{self.kept}:{self.of}" if self.of else UNSTRUCTURED
 
-    def require_fitting(self, config: PreTrainedConfig) -> None:
-        """Raise RecipeError for a matrix whose rows are no whole number of groups, before any weight is read."""
+    def require_fitting(self, criterion: str, config: PreTrainedConfig) -> None:
+        """Raise RecipeError for a matrix that would lose nothing, or whose rows are no whole number of groups.
+
+        Before any weight is read.
+        """
         for name, linear in matrices(config).items():
+            compared = linear.in_features if criterion == "wanda" else linear.weight.numel()
+            if self.share * compared < 1:
+                raise RecipeError(
+                    f"prune.sparsity {self.share} removes none of {compared} weights that {criterion} compares in {name}; raise it"
+                )
             if self.of and linear.in_features % self.of:
                 raise RecipeError(
                     f"prune.pattern {self.pattern}: the rows of {name} have {linear.in_features} weights, no multiple of "
@@ -67,7 +75,7 @@ def prune(job: Job) -> Pruned:
     Raises RecipeError for a pattern that the matrices do not hold, StageError for an architecture that is not known.
     """
     target = Target.of_spec(job.spec)
-    target.require_fitting(job.config)
+    target.require_fitting(job.spec.criterion, job.config)
     before = job.loss()
     sparsity = sparsify(job.model, job.spec.criterion, target, job.blocks, job.progress)
     sparsity.write(job.out)
