@@ -16,7 +16,7 @@ from tasks.distill import distill
 from tasks.generate import generate
 from tasks.prune import prune
 
-COMMON: dict[str, Any] = {"steps": 60, "batch": 4, "sequence": 128, "learning_rate": 1e-3, "temperature": 2.0}
+COMMON: dict[str, Any] = {"steps": 60, "batch": 4, "sequence": 128, "learning_rate": 1e-3}
 EVEN = "even layers"
 STUDENTS: dict[str, dict[str, Any]] = {
     EVEN: {"layers": 3},
@@ -26,7 +26,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 """`given` is the teacher pruned to 3 layers of most influence, loaded as a checkpoint that came from elsewhere."""
 LABELS: dict[str, Any] = {"kl_weight": 0.0}
-TAUGHT: dict[str, Any] = {"kl_weight": 0.9}
+TAUGHT: dict[str, Any] = {"kl_weight": 0.9, "temperature": 2.0}
 WAYS: dict[str, dict[str, Any]] = {
     "reverse KL": TAUGHT | {"divergence": "reverse_kl"},
     "Jensen-Shannon": TAUGHT | {"divergence": "jensen_shannon"},

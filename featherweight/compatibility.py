@@ -11,16 +11,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from featherweight.architecture import LAYOUTS, PRE_NORM, model_types
-from featherweight.errors import RecipeError
 from featherweight.grid import Grid, grid_named
 from featherweight.machine import cpu_features, gpus
-from featherweight.recipe import CompileSpec, ExportSpec, MixedSpec, PruneSpec, QuantizeSpec, Task
+from featherweight.recipe import CompileSpec, ExportSpec, GenerateSpec, MixedSpec, PruneSpec, QuantizeSpec, Task
 from featherweight.vllm_pack import SCHEMES
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
 BY_ROW = ("torch-dynamic", "torch-static", "torchao-int8-dynamic")
 """PyTorch engines that multiply int8 by int8."""
+INTEGERS_ONLY = "it holds integers, not fp8; take vllm"
 BITSANDBYTES = ("nf4", "llm.int8")
 FLOATS = ("float32", "bfloat16", "float16")
 SIXTEEN_BITS = FLOATS[1:]
@@ -50,6 +50,13 @@ def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
     return reason and f"{task} + {serve.engine}: {reason}"
 
 
+def writing_refusal(task: Task, generate: GenerateSpec | None) -> str | None:
+    """Why a teacher for `task` cannot write what `generate` asks for, in one line; None where it can, or nothing is asked."""
+    if generate is None or task != "fill-mask":
+        return None
+    return f"{task} + distill.sequence_level: an encoder fills in masks and writes no text; leave it out"
+
+
 def calibration_refusal(task: Task, quantize: QuantizeSpec | None, model_type: str | None = None) -> str | None:
     """Why `quantize` cannot handle a model for `task`, in one line; None where it can.
 
@@ -73,14 +80,11 @@ def calibration_refusal(task: Task, quantize: QuantizeSpec | None, model_type: s
 def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> str | None:
     """Why `serve` cannot or should not serve what `quantize` makes, in one line; None where it can.
 
-    quantize: None for weights that are still in float. An unknown grid is a RecipeError's business, reported as a reason too.
+    quantize: None for weights that are still in float.
     """
     if quantize is None:
         return grid_refusal(None, None, serve)
-    try:
-        body, head = grid_named(quantize.grid), grid_named(quantize.head) if quantize.head else None
-    except RecipeError as error:
-        return str(error)
+    body, head = grid_named(quantize.grid), grid_named(quantize.head) if quantize.head else None
     reason = grid_refusal(body, head, serve) or (_mixed_refusal(quantize.mixed, head, serve) if quantize.mixed else None)
     return reason and f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}"
 
@@ -107,14 +111,11 @@ def sparse_refusal(prune: PruneSpec | None, quantize: QuantizeSpec | None) -> st
 
 def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:
     """Why `serve` cannot hold some matrices on a finer grid beside the others."""
-    try:
-        finer = grid_named(mixed.grid)
-    except RecipeError as error:
-        return str(error)
+    finer = grid_named(mixed.grid)
     if serve.engine == "onnxruntime-genai":
         return _no_matmul_nbits(finer)
     if serve.engine in ("torchao-int8", "torchao-int4"):
-        return None
+        return None if finer.kind == "int" else INTEGERS_ONLY
     if serve.engine in ("ctranslate2", *BY_ROW):
         return grid_refusal(finer, head, serve)
     return f"{serve.engine} is given one grid for all layers here, not mixed precision; take onnxruntime-genai"
@@ -201,13 +202,11 @@ def _torch(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | Non
 
 def _torch_quantized(body: Grid | None, head: Grid | None, serve: ExportSpec) -> str | None:
     """torch's own int8 layers and torchao's; those that round activations multiply whole rows, so they want one scale per row."""
-    if serve.compute_type != "float32":
-        return f"{serve.engine} says by its name what it computes in; leave compute_type out"
     if body is None:
         return None
     bits = 4 if serve.engine == "torchao-int4" else 8
     if "float" in (body.kind, head.kind if head else "int"):
-        return "it holds integers, not fp8; take vllm"
+        return INTEGERS_ONLY
     if body.bits != bits:
         other = "torchao-int4" if bits == 8 else "torchao-int8"
         return f"it holds {bits}-bit integers, and would round the {body.bits}-bit grid again; take {other}"

@@ -15,10 +15,12 @@ from featherweight.compatibility import (
     shape_refusal,
     sparse_refusal,
     task_refusal,
+    writing_refusal,
 )
 from featherweight.errors import RecipeError
 from featherweight.recipe import (
     CompileSpec,
+    DistillSpec,
     ExportSpec,
     GateSpec,
     LoadSpec,
@@ -81,6 +83,7 @@ class _Chosen:
     """What a variant would be made by, as far as its parts can be at odds; None for a stage that is left out."""
 
     task: Task
+    distill: DistillSpec | None
     prune: PruneSpec | None
     quantize: QuantizeSpec | None
     serve: CompileSpec | ExportSpec
@@ -88,10 +91,12 @@ class _Chosen:
 
 REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
     lambda chosen: task_refusal(chosen.task, chosen.serve),
+    lambda chosen: writing_refusal(chosen.task, chosen.distill.generate if chosen.distill else None),
     lambda chosen: calibration_refusal(chosen.task, chosen.quantize),
     lambda chosen: sparse_refusal(chosen.prune, chosen.quantize),
     lambda chosen: refusal(chosen.quantize, chosen.serve),
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
+    lambda chosen: shape_refusal(chosen.distill.prune if chosen.distill else None, chosen.serve),
     lambda chosen: machine_refusal(chosen.serve),
 )
 """What rules a combination out, each with its reason in one line; the first that applies is told."""
@@ -118,9 +123,10 @@ def expand(recipe: Recipe) -> Plan:
 
 def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str]) -> str | None:
     """Why a (distill, prune, quantize, serve) cannot or should not be run; None where it can."""
-    _, prune, quantize, serve = choice
+    distill, prune, quantize, serve = choice
     stages = recipe.stages
-    chosen = _Chosen(recipe.task, stages.prune.get(prune), stages.quantize.get(quantize), _serve(recipe)[serve])
+    made = stages.distill.get(distill), stages.prune.get(prune), stages.quantize.get(quantize)
+    chosen = _Chosen(recipe.task, *made, _serve(recipe)[serve])
     return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
 
 

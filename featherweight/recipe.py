@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from featherweight.errors import RecipeError, one_line
+from featherweight.errors import RecipeError, nearest, one_line
+from featherweight.grid import grid_named
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Positive = Annotated[int, Field(gt=0)]
+# The first token of a sequence is only read: one alone leaves nothing to predict.
+SequenceLength = Annotated[int, Field(ge=2)]
 Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["text-generation", "text2text-generation", "fill-mask"]
@@ -22,15 +33,37 @@ ComputeType = Literal[
 TorchEngine = Literal["torch-dynamic", "torch-static", "torchao-int8", "torchao-int4", "torchao-int8-dynamic"]
 
 
+def _known_grid(name: str) -> str:
+    try:
+        return grid_named(name).name
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+GridName = Annotated[str, AfterValidator(_known_grid)]
+
+
 class Spec(BaseModel):
-    """Frozen, and strict about names: a misspelt key is an error, not a default."""
+    """Frozen, and strict: a key that is misspelt, or that the rest leaves without a meaning, is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @property
-    def unread(self) -> tuple[str, ...]:
-        """Keys that have a value and yet no meaning here, such as the criterion of a method that asks none."""
-        return ()
+    def unread(self) -> dict[str, str]:
+        """Keys without a meaning here, such as the criterion of a method that asks none, and what makes them so."""
+        return {}
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        for key, reason in self.unread.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} plays no role {reason}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that a dump is valid in its turn, and that no cache key holds what changes nothing."""
+        return {key: value for key, value in dump(self).items() if key not in self.unread}
 
 
 class TrainSpec(Spec):
@@ -42,7 +75,7 @@ class TrainSpec(Spec):
     layers: Positive = 6
     heads: Positive = 8
     kv_heads: Positive = 4
-    context: Positive = 256
+    context: SequenceLength = 256
     steps: Positive = 300
     batch: Positive = 8
     learning_rate: float = Field(default=3e-3, gt=0)
@@ -104,7 +137,7 @@ class TrainingSpec(Spec):
 
     steps: Positive = 100
     batch: Positive = 8
-    sequence: Positive = 128
+    sequence: SequenceLength = 128
     learning_rate: float = Field(default=3e-4, gt=0)
 
 
@@ -146,6 +179,16 @@ class FinetuneSpec(TrainingSpec):
         return self
 
 
+PRUNE_KEYS = {
+    "structured": ("criterion", "ratio", "scope", "attention", "mlp"),
+    "depth": ("ratio", "layers", "stack"),
+    "width": ("criterion", "ratio", "hidden"),
+    "attention": ("kv_heads",),
+    "sparse": ("criterion", "sparsity", "pattern"),
+}
+"""What a pruning method reads, beside the keys that all of them do."""
+
+
 class PruneSpec(Spec):
     """A smaller model, then recovery training.
 
@@ -183,14 +226,16 @@ class PruneSpec(Spec):
     hidden: Positive | None = None
     kv_heads: Positive | None = None
     samples: Positive = 10
-    sequence: Positive = 64
+    sequence: SequenceLength = 64
     layers: Positive | tuple[int, ...] | None = None
     stack: Literal["all", "encoder", "decoder"] = "all"
     finetune: FinetuneSpec | None = FinetuneSpec()
 
     @property
-    def unread(self) -> tuple[str, ...]:
-        return ("criterion",) if self.method in ("depth", "attention") else ()
+    def unread(self) -> dict[str, str]:
+        others = [key for keys in PRUNE_KEYS.values() for key in keys if key not in PRUNE_KEYS[self.method]]
+        size = next((key for key in ("hidden", "layers") if getattr(self, key) is not None), None)
+        return dict.fromkeys(others, f"with method {self.method}") | ({"ratio": f"beside {size}"} if size else {})
 
     @model_validator(mode="before")
     @classmethod
@@ -202,15 +247,12 @@ class PruneSpec(Spec):
 
     @model_validator(mode="after")
     def _keys_of_the_method(self) -> PruneSpec:
-        for key, method in (("hidden", "width"), ("kv_heads", "attention")):
-            if getattr(self, key) is not None and self.method != method:
-                raise ValueError(f"{key} is for method {method}, not {self.method}")
-        if self.stack != "all" and self.method != "depth":
-            raise ValueError(f"stack is for method depth, not {self.method}")
+        if self.method == "attention" and self.kv_heads is None:
+            raise ValueError("method attention wants kv_heads: how many key/value heads are to be left (1: multi-query)")
         if self.criterion == "activation" and self.method != "width":
             raise ValueError(f"criterion activation is for method width, not {self.method}")
-        if self.scope == "global" and (self.method != "structured" or not self.mlp):
-            raise ValueError("scope global ranks MLP channels: it wants method structured, and mlp")
+        if self.scope == "global" and not self.mlp:
+            raise ValueError("scope global ranks MLP channels: it wants mlp")
         return self
 
     @model_validator(mode="after")
@@ -218,8 +260,6 @@ class PruneSpec(Spec):
         sparse = self.criterion in ("magnitude", "wanda", "sparsegpt")
         if sparse != (self.method == "sparse"):
             raise ValueError(f"criterion {self.criterion} is {'' if sparse else 'not '}for method sparse, not {self.method}")
-        if not sparse and (self.sparsity is not None or self.pattern is not None):
-            raise ValueError("sparsity and pattern are for method sparse; the others take ratio")
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError("give either sparsity (a share) or pattern ('2:4'), not both")
         kept, _, of = (self.pattern or "1:2").partition(":")
@@ -234,7 +274,7 @@ class MixedSpec(Spec):
     A scan rounds each matrix alone, on `samples` blocks of calibration text.
     """
 
-    grid: str = "int8-g32"
+    grid: GridName = "int8-g32"
     budget: float = Field(default=0.01, gt=0)
     samples: Positive = 16
 
@@ -242,12 +282,12 @@ class MixedSpec(Spec):
 class SensitivitySpec(Spec):
     """The scan behind `quantize.mixed`: the grids of body and head, and the finer one."""
 
-    grid: str
-    head: str | None
-    finer: str
+    grid: GridName
+    head: GridName | None
+    finer: GridName
     scale: Literal["absmax", "mse"]
     samples: Positive
-    sequence: Positive
+    sequence: SequenceLength
 
 
 Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]
@@ -288,7 +328,7 @@ class WritingSpec(Spec):
 class GenerateSpec(WritingSpec):
     """The stage that writes it: texts of up to `sequence` tokens, the prompt included; targets of as many."""
 
-    sequence: Positive
+    sequence: SequenceLength
 
 
 class SequenceLevelSpec(WritingSpec):
@@ -328,6 +368,18 @@ class DistillSpec(TrainingSpec):
     top_k: Positive = 64
 
     @property
+    def unread(self) -> dict[str, str]:
+        matched = bool(self.hidden_weight or self.attention_weight)
+        cases = (
+            (self.layers is None, "without layers", ("choose",)),
+            (not matched, "without hidden_weight or attention_weight", ("layer_map",)),
+            (not self.attention_weight, "without attention_weight", ("attention_loss",)),
+            (self.kl_weight == 0, "with kl_weight 0", ("divergence", "temperature", "teacher_cache", "top_k")),
+            (self.teacher_cache == "none", "with teacher_cache none", ("top_k",)),
+        )
+        return {key: reason for holds, reason, keys in cases if holds for key in keys}
+
+    @property
     def generate(self) -> GenerateSpec | None:
         """What the teacher is to write."""
         if self.sequence_level is None:
@@ -346,6 +398,8 @@ class DistillSpec(TrainingSpec):
             raise ValueError("give exactly one of 'layers', 'student' and 'prune'")
         if self.prune is not None and self.prune.finetune is not None and "finetune" in self.prune.model_fields_set:
             raise ValueError("'prune.finetune' has no place here: distillation is the recovery; leave it out")
+        if self.prune is not None and self.prune.method == "sparse":
+            raise ValueError("'prune.method: sparse' has no place here: training fills its zeros; give it a 'prune' stage")
         return self
 
     @model_validator(mode="after")
@@ -362,6 +416,9 @@ class DistillSpec(TrainingSpec):
         return self
 
 
+QAT_KEYS = ("steps", "batch", "learning_rate", "distill", "start", "generated_tokens")
+
+
 class QuantizeSpec(Spec):
     """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
 
@@ -374,10 +431,10 @@ class QuantizeSpec(Spec):
 
     method: Literal["rtn", "gptq", "smoothquant", "awq", "qat"] = "rtn"
     smooth: Literal["none", "smoothquant", "awq"] = "none"
-    grid: str = "int8"
-    head: str | None = "int8"
+    grid: GridName = "int8"
+    head: GridName | None = "int8"
     samples: Positive = 64
-    sequence: Positive = 128
+    sequence: SequenceLength = 128
     steps: Positive = 100
     batch: Positive = 8
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -386,6 +443,10 @@ class QuantizeSpec(Spec):
     start: Literal["rtn", "gptq"] = "gptq"
     generated_tokens: int = Field(default=0, ge=0)
     mixed: MixedSpec | None = None
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return {} if self.method == "qat" else dict.fromkeys(QAT_KEYS, f"with method {self.method}")
 
     @property
     def sensitivity(self) -> SensitivitySpec | None:
@@ -399,6 +460,19 @@ class QuantizeSpec(Spec):
     def _smooth_once(self) -> QuantizeSpec:
         if self.method in ("smoothquant", "awq") and self.smooth not in ("none", self.method):
             raise ValueError(f"method {self.method} smooths already; for another smoothing take method rtn, gptq or qat")
+        return self
+
+    @model_validator(mode="after")
+    def _qat_on_integers(self) -> QuantizeSpec:
+        names = [self.grid, self.head, self.mixed and self.mixed.grid]
+        if self.method == "qat" and any(grid_named(name).kind == "float" for name in names if name):
+            raise ValueError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_is_finer(self) -> QuantizeSpec:
+        if self.mixed is not None and grid_named(self.mixed.grid).fineness <= grid_named(self.grid).fineness:
+            raise ValueError(f"mixed.grid {self.mixed.grid} is no finer than grid {self.grid}; give a finer one")
         return self
 
 
@@ -424,8 +498,9 @@ class ExportSpec(Spec):
     kv_cache: Literal["fp8"] | None = None
 
     @property
-    def unread(self) -> tuple[str, ...]:
-        return ("compute_type",) if self.engine in get_args(TorchEngine) else ()
+    def unread(self) -> dict[str, str]:
+        cases = (("compute_type", self.engine in get_args(TorchEngine)), ("reduce_range", self.engine != "ctranslate2"))
+        return {key: f"with engine {self.engine}" for key, holds in cases if holds}
 
     @model_validator(mode="before")
     @classmethod
@@ -476,7 +551,7 @@ class WorkloadSpec(Spec):
     batch_sizes: tuple[Positive, ...] = (1, 8)
     rounds: Positive = 5
     windows: Positive = 60
-    window_tokens: Positive = 256
+    window_tokens: SequenceLength = 256
     threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
 
 
@@ -581,9 +656,7 @@ def _explain(error: ValidationError, tree: Any) -> str:
     if first["type"] != "extra_forbidden":
         return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{more}"
     known = _known_keys(first["loc"][:-1])
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"unknown key '{where}'; {hint}{more}"
+    return f"unknown key '{where}'; {nearest(str(first['loc'][-1]), sorted(known))}{more}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from featherweight import ct2_pack, surgery
-from featherweight.architecture import Family, family_of
+from featherweight.architecture import TASKS, Family, family_of
+from featherweight.compatibility import writing_refusal
 from featherweight.errors import RecipeError, StageError
 from featherweight.examples import decoder_start, token_pairs
 from featherweight.progress import Progress
@@ -51,8 +52,8 @@ def generate(
     """
     config, tokenizer = surgery.load_config(checkpoint), load_tokenizer(checkpoint)
     family = family_of(config)
-    if family == "encoder":
-        raise RecipeError(f"distill.sequence_level: a {config.model_type} fills in masks and writes no text; leave it out")
+    if reason := writing_refusal(TASKS[family], spec):
+        raise RecipeError(reason)
     prompts = _prompts(spec, family, text, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         writer = _writer(spec, checkpoint, family, Path(folder), prompts, seed, progress)

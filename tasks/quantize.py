@@ -56,7 +56,7 @@ def quantize(
     featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
     token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), for
     mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`, and the method's own.
-    Raises RecipeError for an unknown grid, a budget out of reach or a method that would fill a sparse checkpoint's zeros,
+    Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros,
     DataError for too little text, StageError where a method fails.
     """
     _check(spec, checkpoint)
@@ -99,9 +99,6 @@ def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Met
 
 def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     """Refuse what cannot work before any weight is read."""
-    grids = [grid_named(name) for name in (spec.grid, spec.head) if name is not None]
-    if spec.method == "qat" and any(grid.kind == "float" for grid in grids):
-        raise RecipeError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
     filled = fills_zeros(spec)
     if filled and Sparsity.read(checkpoint):
         raise RecipeError(f"quantize: the checkpoint is sparse: {filled}")

@@ -358,7 +358,7 @@ def test_generated_text_takes_its_share(checkpoints: dict[str, Path], text: Path
 
 
 def test_an_encoder_writes_no_text(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="bert fills in masks"):
+    with pytest.raises(RecipeError, match="an encoder fills in masks"):
         generate(GenerateSpec(sequence=24), checkpoint=checkpoints["bert"], text=text, out=tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The plan is a trie: prefixes are shared, the impossible is ruled out before anything runs."""
 
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,20 @@ def test_the_impossible_is_ruled_out_with_its_reason() -> None:
     assert "qat4/ct2-int8" in plan.ruled_out
     assert "CTranslate2" in plan.ruled_out["qat4/ct2-int8"]
     assert not any(name.startswith("qat4/ct2") for name in plan.nodes)
+
+
+@pytest.mark.parametrize(
+    ("task", "distill", "reason"),
+    [
+        ("text-generation", {"prune": {"scope": "global"}}, "prune.scope global + vllm"),
+        ("fill-mask", {"layers": 2, "sequence_level": {}}, "fill-mask + distill.sequence_level: an encoder fills in masks"),
+    ],
+)
+def test_what_a_distillation_asks_for_can_rule_it_out(task: str, distill: dict[str, Any], reason: str) -> None:
+    tree = {"name": "t", "task": task, "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    stages = {"distill": {"small": distill}, "export": {"e": {"engine": "vllm" if task == "text-generation" else "torch-dynamic"}}}
+    with pytest.raises(RecipeError, match=re.escape(reason)):
+        expand(Recipe.model_validate({**tree, "stages": stages, "variants": [{"distill": "small"}]}))
 
 
 def test_only_impossible_combinations_are_an_error() -> None:

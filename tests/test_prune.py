@@ -213,7 +213,6 @@ def test_channels_stay_in_multiples_that_kernels_like(channels: int, ratio: floa
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"layers": (0,)}, r"prune\.layers \[0\]"),
         ({"ratio": 0.001}, "removes nothing"),
         ({"attention": False, "mlp": False}, "removes nothing"),
     ],

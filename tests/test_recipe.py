@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from featherweight.errors import RecipeError
-from featherweight.recipe import Recipe, load_recipe
+from featherweight.recipe import DistillSpec, ExportSpec, PruneSpec, QuantizeSpec, Recipe, load_recipe
 
 MINIMAL = {
     "name": "x",
@@ -45,13 +45,65 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"stages": {"quantize": {"a": {}}, "prune": {"a": {}}}}, "recipe.yaml: the name 'a' stands twice"),
         ({"stages": {"quantize": {"none": {}}}}, "'none' is reserved"),
         ({"stages": {"quantize": {"A B": {}}}}, "stages.quantize.A B"),
+        ({"stages": {"distill": {"a": {"layers": 1, "sequence": 1}}}}, "a.sequence: Input should be greater"),
+        ({"stages": {"prune": {"a": {"sequence": 1}}}}, "a.sequence: Input should be greater"),
+        (
+            {"stages": {"prune": {"a": {"finetune": {"sequence": 1}}}}},
+            "finetune.sequence: Input should be greater",
+        ),
+        ({"stages": {"quantize": {"a": {"sequence": 1}}}}, "a.sequence: Input should be greater"),
+        ({"workload": {"window_tokens": 1}}, "window_tokens: Input should be greater"),
+        ({"stages": {"quantize": {"a": {"grid": "int4g32"}}}}, "a.grid: unknown grid 'int4g32'; did you mean 'int4-g32'?"),
+        ({"stages": {"quantize": {"a": {"head": "int-8"}}}}, "a.head: unknown grid 'int-8'; did you mean 'int8'?"),
+        ({"stages": {"quantize": {"a": {"mixed": {"grid": "int9"}}}}}, "a.mixed.grid: unknown grid 'int9'; did you mean 'int8'?"),
     ],
 )
 def test_mistakes_are_named(write, changes: dict, message: str) -> None:
+    refused(write(**changes), message)
+
+
+@pytest.mark.parametrize(
+    ("stage", "spec", "message"),
+    [
+        ("quantize", {"method": "qat", "grid": "fp8"}, "qat trains on integer grids"),
+        ("quantize", {"method": "qat", "head": "fp8"}, "qat trains on integer grids"),
+        ("quantize", {"method": "gptq", "steps": 9}, "steps plays no role with method gptq; leave it out"),
+        ("quantize", {"generated_tokens": 9}, "generated_tokens plays no role with method rtn"),
+        ("quantize", {"grid": "int8", "mixed": {"grid": "int4-g32"}}, "mixed.grid int4-g32 is no finer than grid int8"),
+        ("quantize", {"grid": "int8-g32", "mixed": {}}, "mixed.grid int8-g32 is no finer than grid int8-g32"),
+        ("distill", {"layers": 1, "layer_map": "last"}, "layer_map plays no role without hidden_weight or attention_weight"),
+        ("distill", {"student": "x", "choose": "uniform"}, "choose plays no role without layers"),
+        ("distill", {"layers": 1, "teacher_cache": "none", "top_k": 8}, "top_k plays no role with teacher_cache none"),
+        ("distill", {"layers": 1, "kl_weight": 0, "temperature": 3.0}, "temperature plays no role with kl_weight 0"),
+        ("distill", {"layers": 1, "kl_weight": 0, "divergence": "reverse_kl"}, "divergence plays no role with kl_weight 0"),
+        ("distill", {"layers": 1, "attention_loss": "mse"}, "attention_loss plays no role without attention_weight"),
+        ("distill", {"prune": {"method": "sparse"}}, "'prune.method: sparse' has no place here: training fills its zeros"),
+        ("export", {"engine": "torch-dynamic", "compute_type": "int8"}, "compute_type plays no role with engine torch-dynamic"),
+        ("export", {"engine": "vllm", "reduce_range": True}, "reduce_range plays no role with engine vllm"),
+    ],
+)
+def test_what_has_no_meaning_is_named(write, stage: str, spec: dict, message: str) -> None:
+    refused(write(stages={stage: {"a": spec}}), f"stages.{stage}.a: {message}")
+
+
+def refused(path: Path, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(write(**changes))
+        load_recipe(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_dump_leaves_out_what_plays_no_role() -> None:
+    for spec in (
+        PruneSpec(method="depth", layers=2),
+        PruneSpec(method="attention", kv_heads=1),
+        DistillSpec(layers=1, kl_weight=0),
+        QuantizeSpec(),
+        ExportSpec(engine="torchao-int4"),
+    ):
+        dump = spec.model_dump(mode="json")
+        assert not dump.keys() & spec.unread.keys()
+        assert type(spec).model_validate(dump) == spec
 
 
 @pytest.mark.parametrize("content", ["", "- a", "a: [", "\x00\xff"])

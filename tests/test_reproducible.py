@@ -45,8 +45,8 @@ sparse = run("prune", "sparse", sparse, checkpoint=model, calibration=text)
 run("finetune", "finetune", FinetuneSpec(**steps, lora={"rank": 2, "dropout": 0.1}), checkpoint=sparse, text=text)
 model = run("prune", "prune", PruneSpec(ratio=0.5, attention=False, samples=4, sequence=16), checkpoint=model, calibration=text)
 few = {"samples": 8, "sequence": 16}
-for method in ("gptq", "qat"):
-    spec = QuantizeSpec(method=method, grid="int8", generated_tokens=32, steps=3, batch=2, **few)
+for method, training in (("gptq", {}), ("qat", {"generated_tokens": 32, "steps": 3, "batch": 2})):
+    spec = QuantizeSpec(method=method, grid="int8", **training, **few)
     quantized = run("quantize", method, spec, checkpoint=model, text=text, calibration=text)
 mixed = QuantizeSpec(grid="int4-g32", head=None, mixed={"budget": 10.0, "samples": 2}, **few)
 scan = run("sensitivity", "sensitivity", mixed.sensitivity, checkpoint=model, calibration=text)

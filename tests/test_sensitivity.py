@@ -17,14 +17,14 @@ from featherweight.grid import GRIDS
 from featherweight.plan import expand
 from featherweight.progress import Progress
 from featherweight.quantized import QuantizedWeights
-from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec, Recipe, SensitivitySpec
+from featherweight.recipe import ExportSpec, QuantizeSpec, Recipe, SensitivitySpec
 from featherweight.sensitivity import FILE, PAGE, Matrix, Sensitivity
 from featherweight.text import Document, write_documents
 from tasks.quantize import quantize
 from tasks.sensitivity import scan, sensitivity
 
 SCAN = SensitivitySpec(grid="int4-g32", head="int4-g32", finer="int8-g32", scale="absmax", samples=4, sequence=16)
-MIXED = {"grid": "int4-g32", "head": "int4-g32", "samples": 8, "sequence": 16, "steps": 2, "batch": 2}
+MIXED = {"grid": "int4-g32", "head": "int4-g32", "samples": 8, "sequence": 16}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_mixed_precision_puts_just_those_matrices_on_the_finer_grid(
     checkpoint: Path, text: Path, scanned: Path, tmp_path: Path, method: str
 ) -> None:
     budget = Sensitivity.read(scanned).predicted_loss(frozenset()) / 3
-    spec = QuantizeSpec.model_validate(MIXED | {"method": method, "mixed": {"grid": "int8-g32", "budget": budget}})
+    training = {"steps": 2, "batch": 2} if method == "qat" else {}
+    spec = QuantizeSpec.model_validate(MIXED | training | {"method": method, "mixed": {"grid": "int8-g32", "budget": budget}})
     metrics = quantize(spec, checkpoint=checkpoint, text=text, calibration=text, sensitivity=scanned, out=tmp_path)
     quantized = QuantizedWeights.read(tmp_path)
     assert quantized is not None
@@ -146,8 +147,8 @@ def test_the_plan_scans_before_it_quantizes() -> None:
 
 
 def test_what_cannot_hold_two_grids_is_refused() -> None:
-    mixed = QuantizeSpec.model_validate({"grid": "int8", "mixed": {"grid": "int8-reduced"}})
+    mixed = QuantizeSpec.model_validate({"grid": "int8-reduced", "mixed": {"grid": "int8"}})
     assert refusal(mixed, ExportSpec(engine="ctranslate2", compute_type="int8")) is None
     assert "one grid for all layers" in str(refusal(mixed, ExportSpec(engine="vllm", compute_type="int8")))
-    odd = QuantizeSpec.model_validate({"grid": "int4-g32", "mixed": {"grid": "int9"}})
-    assert "unknown grid 'int9'" in str(refusal(odd, CompileSpec(engine="onnxruntime-genai", precision="int4")))
+    floats = QuantizeSpec.model_validate({"grid": "int4", "mixed": {"grid": "fp8"}})
+    assert "it holds integers, not fp8" in str(refusal(floats, ExportSpec(engine="torchao-int4")))

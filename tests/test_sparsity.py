@@ -267,9 +267,13 @@ def test_every_variant_of_a_sparse_source_says_so_unless_it_was_made_dense(spars
     assert zeros == {"baseline": ("2:4", 0.5), "ct2": ("2:4", 0.5), "thin/ct2": None}
 
 
-def test_a_pattern_that_rows_do_not_hold_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_matrices_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
     source = family_checkpoint("llama", tmp_path / "source")
     (source / "model.safetensors").unlink()
+    for criterion, count in (("wanda", 32), ("magnitude", 1024)):
+        told = rf"0\.0001 removes none of {count} weights that {criterion} compares in model\.layers\.0\.self_attn\.q_proj"
+        with pytest.raises(RecipeError, match=told):
+            sparse_checkpoint(source, text, tmp_path / criterion, criterion=criterion, sparsity=0.0001)
     with pytest.raises(RecipeError, match=r"pattern 3:5: the rows of model\.layers\.0\.self_attn\.q_proj have 32 weights"):
         sparse_checkpoint(source, text, tmp_path / "out", pattern="3:5")
 
@@ -281,7 +285,6 @@ def test_a_pattern_that_rows_do_not_hold_is_refused_before_any_weight_is_read(te
         ({"criterion": "wanda"}, "criterion wanda is for method sparse"),
         ({"method": "sparse", "pattern": "4:4"}, "4:4 removes nothing"),
         ({"method": "sparse", "pattern": "2:4", "sparsity": 0.5}, "either sparsity"),
-        ({"sparsity": 0.5}, "the others take ratio"),
     ],
 )
 def test_what_makes_no_sense_is_refused(spec: dict[str, Any], named: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from featherweight import surgery
-from featherweight.architecture import Attention, Dimensions, FeedForward, Role, Stack, dimensions, stacks
+from featherweight.architecture import Attention, FeedForward, Role, Stack, dimensions, stacks
 from featherweight.errors import RecipeError
 from featherweight.recipe import PruneSpec
 from tasks.pruners.counts import kept_channels, kept_groups, nearest
@@ -68,7 +68,6 @@ def prune(job: Job) -> Pruned:
 def target_shapes(spec: PruneSpec, config: PreTrainedConfig) -> tuple[Shape, ...]:
     """What the layers of each stack keep at `spec.ratio`; RecipeError where nothing would go, or nothing could load it."""
     sizes = dimensions(config)
-    _require_all_layers(spec, sizes)
     heads = cuts_heads(spec, config)
     shapes = tuple(
         Shape(
@@ -98,16 +97,6 @@ def cuts_heads(spec: PruneSpec, config: PreTrainedConfig) -> bool:
 
 def _free_heads(config: PreTrainedConfig) -> bool:
     return all(size.free_heads for size in dimensions(config))
-
-
-def _require_all_layers(spec: PruneSpec, sizes: Sequence[Dimensions]) -> None:
-    layers = max(size.layers for size in sizes)
-    if spec.layers is not None and (isinstance(spec.layers, int) or set(spec.layers) != set(range(layers))):
-        wanted = spec.layers if isinstance(spec.layers, int) else list(spec.layers)
-        raise RecipeError(
-            f"prune.layers {wanted}: vLLM and CTranslate2 load models whose {layers} layers have one shape; leave prune.layers "
-            "out, or take method: depth to drop whole layers"
-        )
 
 
 def pruned_config(config: PreTrainedConfig, shapes: Sequence[Shape]) -> PreTrainedConfig:
