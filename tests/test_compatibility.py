@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from featherweight import compatibility
@@ -10,14 +12,15 @@ from featherweight.grid import GRIDS
 from featherweight.machine import Gpu
 from featherweight.recipe import CompileSpec, ExportSpec, QuantizeSpec
 
+METHODS = Path(__file__).parents[1] / "docs" / "methods.md"
+
 
 def serve(text: str) -> CompileSpec | ExportSpec:
     """'ENGINE' or 'ENGINE PRECISION' as a spec."""
     engine, _, precision = text.partition(" ")
-    precision = precision or "float32"
-    if engine in ("onnxruntime-genai", "torch-compile"):
-        return CompileSpec(engine=engine, precision=precision)
-    return ExportSpec(engine=engine, compute_type=precision)
+    compiled = engine in ("onnxruntime-genai", "torch-compile")
+    key = "precision" if compiled else "compute_type"
+    return (CompileSpec if compiled else ExportSpec).model_validate({"engine": engine, **({key: precision} if precision else {})})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,6 @@ def test_float_weights_are_served_by_every_engine(engine):
     [
         ("torch-compile int8", "float32 here"),
         ("torch int8", "not int8"),
-        ("torch-dynamic int8", "leave compute_type out"),
         ("vllm int8_float32", "vllm serves float32, bfloat16, float16, int8, w8a16, w4a16, fp8, not int8_float32"),
         ("ctranslate2 fp8", "not fp8"),
         ("vllm nf4", "not nf4"),
@@ -77,8 +79,7 @@ def test_grids_that_an_engine_holds(grid, head, engine):
      ("int4-g32", None, "vllm w8a16", "not int4-g32"), ("fp8", "fp8", "ctranslate2 int8", "CTranslate2 packs int8 and float only"),
      ("int8", None, "ctranslate2 int8_float16", "quantize the head too"),
      ("fp8", "fp8", "onnxruntime-genai int8", "not fp8"), ("fp8", "fp8", "torchao-int8", "not fp8"),
-     ("int8", "int8", "torch nf4", "give it float ones"),
-     ("int7", "int8", "vllm int8", "unknown grid 'int7'")],
+     ("int8", "int8", "torch nf4", "give it float ones")],
 )  # fmt: skip
 def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
     assert reason in refusal(QuantizeSpec(method="gptq", grid=grid, head=head), serve(engine))
@@ -151,6 +152,18 @@ def test_every_grid_has_an_engine():
     engines = [*(serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)), serve("vllm fp8")]
     for name in GRIDS:
         assert any(refusal(QuantizeSpec(grid=name, head=name), engine) is None for engine in engines), name
+
+
+@pytest.mark.parametrize(
+    ("row", "engine"),
+    [("W8A8", "vllm int8"), ("W8A16", "vllm w8a16"), ("W4A16", "vllm w4a16"), ("FP8", "vllm fp8"),
+     ("int8_float16", "ctranslate2 int8_float16"), ("dynamic int8", "torch-dynamic"), ("static int8", "torch-static"),
+     ("int8 dynamic", "torchao-int8-dynamic")],
+)  # fmt: skip
+def test_the_docs_name_the_grids_that_a_format_holds(row, engine):
+    (line,) = [line for line in METHODS.read_text().splitlines() if line.startswith(f"| {row} |")]
+    told = [name for name in GRIDS if f"`{name}`" in line.split(" | ")[4]]
+    assert told == [name for name in GRIDS if refusal(QuantizeSpec(grid=name, head=name), serve(engine)) is None]
 
 
 def test_torchao_holds_mixed_precision_where_it_is_weight_only():
