@@ -88,15 +88,20 @@ class _Chosen:
     quantize: QuantizeSpec | None
     serve: CompileSpec | ExportSpec
 
+    @property
+    def student(self) -> PruneSpec | None:
+        """How the student of a distillation is pruned."""
+        return self.distill.prune if self.distill else None
+
 
 REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
     lambda chosen: task_refusal(chosen.task, chosen.serve),
     lambda chosen: writing_refusal(chosen.task, chosen.distill.generate if chosen.distill else None),
     lambda chosen: calibration_refusal(chosen.task, chosen.quantize),
-    lambda chosen: sparse_refusal(chosen.prune, chosen.quantize),
+    lambda chosen: sparse_refusal(chosen.prune or chosen.student, chosen.quantize),
     lambda chosen: refusal(chosen.quantize, chosen.serve),
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
-    lambda chosen: shape_refusal(chosen.distill.prune if chosen.distill else None, chosen.serve),
+    lambda chosen: shape_refusal(chosen.student, chosen.serve),
     lambda chosen: machine_refusal(chosen.serve),
 )
 """What rules a combination out, each with its reason in one line; the first that applies is told."""

@@ -398,8 +398,6 @@ class DistillSpec(TrainingSpec):
             raise ValueError("give exactly one of 'layers', 'student' and 'prune'")
         if self.prune is not None and self.prune.finetune is not None and "finetune" in self.prune.model_fields_set:
             raise ValueError("'prune.finetune' has no place here: distillation is the recovery; leave it out")
-        if self.prune is not None and self.prune.method == "sparse":
-            raise ValueError("'prune.method: sparse' has no place here: training fills its zeros; give it a 'prune' stage")
         return self
 
     @model_validator(mode="after")

@@ -68,6 +68,18 @@ def test_what_a_distillation_asks_for_can_rule_it_out(task: str, distill: dict[s
         expand(Recipe.model_validate({**tree, "stages": stages, "variants": [{"distill": "small"}]}))
 
 
+def test_what_fills_zeros_does_not_follow_a_sparse_student() -> None:
+    tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    methods = {method: {"method": method} for method in ("gptq", "rtn")}
+    stages = {
+        "distill": {"thin": {"prune": {"method": "sparse"}}},
+        "quantize": methods,
+        "export": {"ct2": {"engine": "ctranslate2", "compute_type": "int8"}},
+    }
+    plan = expand(Recipe.model_validate({**tree, "stages": stages, "variants": [{"distill": "thin", "quantize": "*"}]}))
+    assert list(plan.ruled_out) == ["thin/gptq/ct2"] and "fills the zeros" in plan.ruled_out["thin/gptq/ct2"]
+
+
 def test_only_impossible_combinations_are_an_error() -> None:
     with pytest.raises(RecipeError, match="every combination is impossible"):
         plan_of([{"quantize": "qat4", "serve": "ct2-int8"}])

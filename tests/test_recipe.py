@@ -77,7 +77,6 @@ def test_mistakes_are_named(write, changes: dict, message: str) -> None:
         ("distill", {"layers": 1, "kl_weight": 0, "temperature": 3.0}, "temperature plays no role with kl_weight 0"),
         ("distill", {"layers": 1, "kl_weight": 0, "divergence": "reverse_kl"}, "divergence plays no role with kl_weight 0"),
         ("distill", {"layers": 1, "attention_loss": "mse"}, "attention_loss plays no role without attention_weight"),
-        ("distill", {"prune": {"method": "sparse"}}, "'prune.method: sparse' has no place here: training fills its zeros"),
         ("export", {"engine": "torch-dynamic", "compute_type": "int8"}, "compute_type plays no role with engine torch-dynamic"),
         ("export", {"engine": "vllm", "reduce_range": True}, "reduce_range plays no role with engine vllm"),
     ],
