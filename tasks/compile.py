@@ -30,7 +30,7 @@ ROUNDED_HERE = {"int8": ("int8", "int8"), "int4": ("int4-g32", "int4-g32")}
 HEAD_MULTIPLE = 16
 
 
-@stage("compile", version="1", libraries=("onnxruntime-genai", "onnxruntime", "torch", "transformers"), hardware=True)
+@stage("compile", version="2", libraries=("onnxruntime-genai", "onnxruntime", "torch", "transformers"), hardware=True)
 def compile(
     spec: CompileSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
@@ -112,6 +112,8 @@ def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None
     from onnxruntime_genai.models import builder
 
     _silence_builder()
+    # It writes the commit of whatever repository its environment lies in into the graph: the same weights, other bytes.
+    sys.modules["builders.base"].Model.get_genai_commit = lambda: None
     cache = out / "cache"
     options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}"]
     arguments = ("", str(checkpoint), str(out), "fp32", "cpu", str(cache))

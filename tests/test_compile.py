@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,12 @@ def test_the_builder_says_nothing(checkpoints, tmp_path, capfd):
     build_decoder(checkpoints["llama"], tmp_path)
     assert "Reading" not in capfd.readouterr().out
     assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["context_length"] == 256
+
+
+def test_the_graph_names_the_builders_version_and_no_repositorys_commit(checkpoints, tmp_path):
+    build_decoder(checkpoints["llama"], tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert model.producer_version == version("onnxruntime-genai")
 
 
 @pytest.mark.skipif(engine_available("torch-compile") is not None, reason="torch.compile cannot run here")
