@@ -376,6 +376,7 @@ class DistillSpec(TrainingSpec):
             (not self.attention_weight, "without attention_weight", ("attention_loss",)),
             (self.kl_weight == 0, "with kl_weight 0", ("divergence", "temperature", "teacher_cache", "top_k")),
             (self.teacher_cache == "none", "with teacher_cache none", ("top_k",)),
+            (matched, "beside hidden_weight or attention_weight: answers are not kept then", ("top_k",)),
         )
         return {key: reason for holds, reason, keys in cases if holds for key in keys}
 

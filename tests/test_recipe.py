@@ -74,6 +74,7 @@ def test_mistakes_are_named(write, changes: dict, message: str) -> None:
         ("distill", {"layers": 1, "layer_map": "last"}, "layer_map plays no role without hidden_weight or attention_weight"),
         ("distill", {"student": "x", "choose": "uniform"}, "choose plays no role without layers"),
         ("distill", {"layers": 1, "teacher_cache": "none", "top_k": 8}, "top_k plays no role with teacher_cache none"),
+        ("distill", {"layers": 1, "hidden_weight": 1, "top_k": 8}, "top_k plays no role beside hidden_weight or attention_weight"),
         ("distill", {"layers": 1, "kl_weight": 0, "temperature": 3.0}, "temperature plays no role with kl_weight 0"),
         ("distill", {"layers": 1, "kl_weight": 0, "divergence": "reverse_kl"}, "divergence plays no role with kl_weight 0"),
         ("distill", {"layers": 1, "attention_loss": "mse"}, "attention_loss plays no role without attention_weight"),
