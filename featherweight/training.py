@@ -118,9 +118,9 @@ def train_loop(
             if scratch is not None and due:
                 _save(state, scratch, team)
                 saver.done()
+        state.restore_best()
         (again,) = team.add(_batch_loss(model, loss_fn, blocks[order[0]], accumulate, team, learn=False))
         _check_end(record.losses, again)
-        state.restore_best()
     return record.losses
 
 
