@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -293,14 +294,26 @@ class SensitivitySpec(Spec):
 Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]
 
 
-class StackLayers(Spec):
+class ByStack(Spec):
+    """Something for each stack of an encoder-decoder; null where it is not said."""
+
+    encoder: Any = None
+    decoder: Any = None
+
+    def require_known(self, key: str, stacks: Collection[str]) -> None:
+        """Raise RecipeError, which names the recipe's `key`, for a stack that the model does not have."""
+        for role in self.model_dump(exclude_none=True).keys() - set(stacks):
+            raise RecipeError(f"{key}.{role}: the model has no {role}; leave it out")
+
+
+class StackLayers(ByStack):
     """Layers of each stack of an encoder-decoder: how many, or which; null keeps all."""
 
     encoder: Layers | None = None
     decoder: Layers | None = None
 
 
-class StackMap(Spec):
+class StackMap(ByStack):
     """The teacher's layer for each of the student's, by stack; null spreads them evenly."""
 
     encoder: tuple[int, ...] | None = None

@@ -99,7 +99,7 @@ def test_layers_that_the_teacher_lacks_are_refused(
 
 def test_a_stack_that_the_teacher_lacks_is_refused_by_name(teacher: Path, text: Path, tmp_path: Path) -> None:
     layers = StackLayers(encoder=1, decoder=2)
-    with pytest.raises(RecipeError, match=r"distill\.layers\.encoder: the teacher has no encoder; leave it out"):
+    with pytest.raises(RecipeError, match=r"distill\.layers\.encoder: the model has no encoder; leave it out"):
         distill(SPEC.model_copy(update={"layers": layers}), checkpoint=teacher, text=text, out=tmp_path)
 
 

@@ -172,6 +172,8 @@ def test_layers_are_mapped() -> None:
     for wanted in ((1,), (1, 4), (-1, 2)):
         with pytest.raises(RecipeError, match=r"distill\.layer_map"):
             layer_pairs(wanted, {"decoder": 2}, {"decoder": 4})
+    with pytest.raises(RecipeError, match=r"distill\.layer_map\.encoder: the model has no encoder; leave it out"):
+        layer_pairs(StackMap(encoder=(0,)), {"decoder": 2}, {"decoder": 4})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

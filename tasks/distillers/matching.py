@@ -39,7 +39,9 @@ class Pair:
 
 
 def layer_pairs(wanted: Any, student: Mapping[Role, int], teacher: Mapping[Role, int]) -> tuple[Pair, ...]:
-    """The pairs of a `layer_map`, for stacks of these sizes. Raises RecipeError for layers that are not there."""
+    """The pairs of a `layer_map`, for stacks of these sizes. Raises RecipeError for stacks or layers that are not there."""
+    if isinstance(wanted, StackMap):
+        wanted.require_known("distill.layer_map", student)
     pairs = []
     for role, count in student.items():
         own = getattr(wanted, role) or "uniform" if isinstance(wanted, StackMap) else wanted

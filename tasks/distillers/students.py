@@ -36,8 +36,7 @@ def even_layers(spec: DistillSpec, sizes: Mapping[Role, int]) -> dict[Role, tupl
     Raises RecipeError for a stack or layers that the teacher lacks.
     """
     if isinstance(spec.layers, StackLayers):
-        for role in spec.layers.model_dump(exclude_none=True).keys() - sizes.keys():
-            raise RecipeError(f"distill.layers.{role}: the teacher has no {role}; leave it out")
+        spec.layers.require_known("distill.layers", sizes)
     chosen = {}
     for role, total in sizes.items():
         wanted: Any = getattr(spec.layers, role) if isinstance(spec.layers, StackLayers) else spec.layers
