@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.stories import SEEDS, Stories, over_seeds
 from featherweight.recipe import QuantizeSpec
-from tasks.quantize import quantize
 
 METHODS: dict[str, dict[str, str]] = {
     "RTN": {"method": "rtn"},
@@ -40,11 +39,4 @@ def benchmark() -> dict[str, Any]:
 def _change(name: str, grid: str, stories: Stories, whole: float) -> dict[str, Any]:
     spec = QuantizeSpec.model_validate(METHODS[name] | {"grid": grid, "head": PLACES[grid]})
     seeds = SEEDS[:1] if spec.method == "rtn" else SEEDS
-
-    def one(seed: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            inputs = {"checkpoint": stories.checkpoint, "text": stories.text["train"], "calibration": stories.text["calibration"]}
-            quantize(spec, **inputs, out=Path(folder), seed=seed)
-            return stories.bits_per_byte(Path(folder)) / whole - 1
-
-    return over_seeds(f"{grid} / {name}", one, seeds)
+    return over_seeds(f"{grid} / {name}", lambda seed: stories.quantized(spec, seed) / whole - 1, seeds)

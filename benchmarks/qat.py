@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.stories import Stories
+from benchmarks.stories import SEEDS, Stories
 from featherweight.recipe import QuantizeSpec
-from tasks.quantize import quantize
 
-SEEDS = (0, 1, 2)
 PLACES = {"int4": {"scale": "absmax"}, "int4-g32": {"scale": "mse"}}
 """The grids, per row and in GenAI's blocks of 32, embedding and head on the same one; and the scales that GPTQ begins with."""
 TRAINING = {"method": "qat", "steps": 80, "learning_rate": 3e-5, "generated_tokens": 50_000}
@@ -49,7 +47,4 @@ def _grid(grid: str, options: dict[str, Any], stories: Stories, whole: float) ->
 
 def _change(options: dict[str, Any], stories: Stories, whole: float, seed: int = 0) -> float:
     """Relative change of bits per byte of the checkpoint quantized so."""
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = {"checkpoint": stories.checkpoint, "text": stories.text["train"], "calibration": stories.text["calibration"]}
-        quantize(QuantizeSpec.model_validate(options), **inputs, out=Path(folder), seed=seed)
-        return round(stories.bits_per_byte(Path(folder)) / whole - 1, 5)
+    return round(stories.quantized(QuantizeSpec.model_validate(options), seed) / whole - 1, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 from featherweight import surgery
 from featherweight.plan import SPLITS
-from featherweight.recipe import Split, TextSpec, WorkloadSpec, load_recipe
+from featherweight.recipe import QuantizeSpec, Split, TextSpec, WorkloadSpec, load_recipe
 from featherweight.text import Window, load_tokenizer, token_windows
+from tasks.quantize import quantize
 from tasks.text import text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,13 @@ class Stories:
         workload = WorkloadSpec()
         windows = token_windows(folders["evaluation"], load_tokenizer(checkpoint), workload.window_tokens, workload.windows)
         return cls(checkpoint, folders, windows)
+
+    def quantized(self, spec: QuantizeSpec, seed: int = 0) -> float:
+        """Bits per byte of the checkpoint once it is quantized so, by PyTorch with the weights on their grid."""
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = {"checkpoint": self.checkpoint, "text": self.text["train"], "calibration": self.text["calibration"]}
+            quantize(spec, **inputs, out=Path(folder), seed=seed)
+            return self.bits_per_byte(Path(folder))
 
     def bits_per_byte(self, checkpoint: Path) -> float:
         """Cross-entropy of the windows by PyTorch in float32, each window by itself."""
