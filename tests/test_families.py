@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,14 +43,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A checkpoint of a model type, made once."""
-    made: dict[str, Path] = {}
 
+    @cache
     def get(kind: str) -> Path:
-        if kind not in made:
-            # M2M100 gives padding no position, and begins with another token; what a wilder T5 says moves with any rounding.
-            changes = {"m2m_100": {"decoder_start_token_id": 2}, "t5": {"initializer_factor": 0.7}}.get(kind, {})
-            made[kind] = family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint", **changes)
-        return made[kind]
+        # M2M100 gives padding no position, and begins with another token; what a wilder T5 says moves with any rounding.
+        changes = {"m2m_100": {"decoder_start_token_id": 2}, "t5": {"initializer_factor": 0.7}}.get(kind, {})
+        return family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint", **changes)
 
     return get
 

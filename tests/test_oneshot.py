@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A checkpoint of a model type, made once; in each norm a few channels stand out, as in language models."""
-    made: dict[str, Path] = {}
 
+    @cache
     def get(kind: str) -> Path:
-        if kind not in made:
-            changes = {"initializer_factor": 0.7} if kind in ("t5", "mt5") else {}
-            folder = made[kind] = family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint", **changes)
-            weights = load_file(folder / "model.safetensors")
-            for name in weights:
-                if "norm" in name.lower() and name.endswith("weight"):
-                    weights[name][[3, 17]] *= 4
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return made[kind]
+        changes = {"initializer_factor": 0.7} if kind in ("t5", "mt5") else {}
+        folder = family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint", **changes)
+        weights = load_file(folder / "model.safetensors")
+        for name in weights:
+            if "norm" in name.lower() and name.endswith("weight"):
+                weights[name][[3, 17]] *= 4
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
     return get
 
