@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _cpu() -> str:
-    from featherweight.machine import available_cores, cpu_model
+    from featherweight.system.machine import available_cores, cpu_model
 
     return f"{cpu_model() or platform.machine()}, {available_cores()} cores"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stories import SEEDS, Stories, over_seeds
-from featherweight.recipe import DistillSpec, PruneSpec
+from featherweight.distillation.spec import DistillSpec
+from featherweight.pruning.spec import PruneSpec
 from tasks.distill import distill
 from tasks.generate import generate
 from tasks.prune import prune

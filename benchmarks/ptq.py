@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stories import SEEDS, Stories, over_seeds
-from featherweight.recipe import QuantizeSpec
+from featherweight.quantization.spec import QuantizeSpec
 
 METHODS: dict[str, dict[str, str]] = {
     "RTN": {"method": "rtn"},

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.stories import SEEDS, Stories
-from featherweight.recipe import QuantizeSpec
+from featherweight.quantization.spec import QuantizeSpec
 
 PLACES = {"int4": {"scale": "absmax"}, "int4-g32": {"scale": "mse"}}
 """The grids, per row and in GenAI's blocks of 32, embedding and head on the same one; and the scales that GPTQ begins with."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stories import SEEDS, Stories, over_seeds
-from featherweight.recipe import FinetuneSpec, PruneSpec
+from featherweight.pruning.spec import PruneSpec
+from featherweight.training.spec import FinetuneSpec
 from tasks.finetune import finetune
 from tasks.prune import prune
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from featherweight import surgery
-from featherweight.plan import SPLITS
-from featherweight.recipe import QuantizeSpec, Split, TextSpec, WorkloadSpec, load_recipe
-from featherweight.text import Window, load_tokenizer, token_windows
+from featherweight.checkpoint import opening
+from featherweight.measure.spec import WorkloadSpec
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.plan import SPLITS
+from featherweight.recipe.reading import load_recipe
+from featherweight.spec import Split
+from featherweight.text.spec import TextSpec
+from featherweight.text.tokens import Window, load_tokenizer, token_windows
 from tasks.quantize import quantize
 from tasks.text import text
 
@@ -61,7 +65,7 @@ class Stories:
         """Cross-entropy of the windows by PyTorch in float32, each window by itself."""
         import torch
 
-        model = surgery.load_model(checkpoint).eval()
+        model = opening.load_model(checkpoint).eval()
         nats = 0.0
         with torch.inference_mode():
             for window in self.windows:

@@ -88,3 +88,8 @@ class IntegrityError(FeatherweightError):
     """An artifact's bytes are not those that its manifest records."""
 
     exit_code = 9
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, its type told where the message alone does not."""
+    return one_line(error, 2000) if isinstance(error, FeatherweightError) else one_line(f"{type(error).__name__}: {error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class Progress:
     """The silent listener, and the interface of all others."""
@@ -11,3 +13,6 @@ class Progress:
 
     def note(self, text: str) -> None:
         """One short line about what happens now, such as 'starting the vLLM server'."""
+
+
+Metrics = Mapping[str, float]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import GateError, IntegrityError
-from featherweight.lineage import Lineage, Verdict, from_registry, verify
-from featherweight.registry import Registry
-from featherweight.result import OptimizationResult
-from featherweight.workspace import Workspace
+from featherweight.registry.lineage import Lineage, Verdict, from_registry, verify
+from featherweight.registry.registry import Registry
+from featherweight.report.result import OptimizationResult
+from featherweight.store.workspace import Workspace
+from flows.parent_run import connect
 from flows.promote import parse_reference
-from flows.session import connect
 
 RESULT = "result.json"
 

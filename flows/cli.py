@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from featherweight.errors import FeatherweightError, GateError, StageError, ToolchainError, one_line
-from flows.view import view_for
+from flows.progress_view import view_for
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
 6 server, store or disk · 7 toolchain missing · 8 refused by a gate, or no variant keeps the constraints · 9 damaged artifact ·
@@ -50,7 +50,7 @@ def optimize(
 
     Stop it at any moment; the same command resumes and recomputes no finished stage.
     """
-    from featherweight.recipe import load_recipe
+    from featherweight.recipe.reading import load_recipe
     from flows.launch import launch
 
     result = launch(load_recipe(recipe, tuple(overrides)), workspace, view_for(quiet))
@@ -58,7 +58,7 @@ def optimize(
     if as_json:
         _print_json(result.to_dict())
     else:
-        from featherweight.result import terminal_table
+        from featherweight.report.tables import terminal_table
 
         _console().print(terminal_table(result))
         _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
@@ -79,8 +79,8 @@ def plan(
     as_json: JsonOpt = False,
 ) -> None:
     """Show the tree of variants, what they share, what was ruled out and why, and the estimated cost. Runs nothing."""
-    from featherweight.recipe import load_recipe
-    from flows.preview import plan_tree, preview
+    from featherweight.recipe.reading import load_recipe
+    from flows.plan_view import plan_tree, preview
 
     shown = preview(load_recipe(recipe, tuple(overrides)), workspace)
     if as_json:
@@ -97,7 +97,7 @@ def variants(
     as_json: JsonOpt = False,
 ) -> None:
     """Show the table of a finished optimization."""
-    from featherweight.result import markdown_table, terminal_table
+    from featherweight.report.tables import markdown_table, terminal_table
     from flows.audit import past_result
 
     result = past_result(_workspace(workspace), run)
@@ -166,7 +166,7 @@ def watch(
     quiet: QuietOpt = False,
 ) -> None:
     """Optimize every complete new checkpoint below SOURCE, once each, as a scheduled Prefect flow."""
-    from flows.watching import serve_watch
+    from flows.watch_schedule import serve_watch
 
     seen = serve_watch(source, recipe, tuple(overrides), workspace, every, once, view_for(quiet))
     if as_json:
@@ -232,8 +232,8 @@ def _fail(error: Exception, line: str, code: int) -> None:
 
 def _workspace(root: Path) -> Any:
     """The workspace in `root`, its environment configured before MLflow or Prefect is imported."""
-    from featherweight.services import configure
-    from featherweight.workspace import Workspace
+    from featherweight.store.workspace import Workspace
+    from featherweight.system.services import configure
 
     configure(root)
     return Workspace.at(root)

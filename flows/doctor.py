@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from featherweight import machine, toolchain
 from featherweight.errors import ServiceError, ToolchainError
-from featherweight.services import check_url
+from featherweight.system import machine, toolchains
+from featherweight.system.services import check_url
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import RenderableType
 
 State = Literal["ok", "warn", "missing"]
-LOCK = toolchain.ROOT / "infra" / "toolchains" / "main.txt"
+LOCK = toolchains.ROOT / "infra" / "toolchains" / "main.txt"
 GIB = 2**30
 # A run keeps every variant's files; below the second figure even the demo does not fit.
 ROOMY_BYTES, TIGHT_BYTES = 10 * GIB, 2 * GIB
@@ -153,9 +153,9 @@ def _libraries(lock: Path = LOCK) -> Check:
     absent = [name for name, version in installed.items() if version is None]
     moved = [f"{name} {version} (locked: {pins[name]})" for name, version in installed.items() if _differs(version, pins.get(name))]
     if absent:
-        return Check("libraries", "missing", f"not installed: {', '.join(absent)}", toolchain.REMEDY, essential=True)
+        return Check("libraries", "missing", f"not installed: {', '.join(absent)}", toolchains.REMEDY, essential=True)
     if moved:
-        return Check("libraries", "warn", f"other versions than tested: {', '.join(moved)}", toolchain.REMEDY)
+        return Check("libraries", "warn", f"other versions than tested: {', '.join(moved)}", toolchains.REMEDY)
     against = "at their locked versions" if pins else f"installed; no lock at {lock} to compare with"
     return Check("libraries", "ok", f"all {len(installed)} dependencies {against}")
 
@@ -199,7 +199,7 @@ def _differs(version: str | None, pinned: str | None) -> bool:
 
 
 def _toolchains() -> Iterator[Check]:
-    for found in toolchain.status():
+    for found in toolchains.status():
         name = f"toolchain {found.name}"
         if found.ready:
             yield Check(name, "ok", f"{found.package or found.name} at {found.python}")

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.errors import Stopped
-from featherweight.plan import expand
-from featherweight.recipe import Recipe
-from featherweight.services import check_url, configure, prefect_server
-from featherweight.workspace import Workspace
-from flows.view import View
+from featherweight.recipe.plan import expand
+from featherweight.recipe.recipe import Recipe
+from featherweight.store.workspace import Workspace
+from featherweight.system.services import check_url, configure, prefect_server
+from flows.progress_view import View
 
 if TYPE_CHECKING:
-    from featherweight.result import OptimizationResult
+    from featherweight.report.result import OptimizationResult
 
 
 def launch(recipe: Recipe, root: Path, view: View) -> OptimizationResult:

@@ -9,17 +9,18 @@ from typing import Any
 
 from prefect import flow
 
-from featherweight.artifact import ArtifactRef
-from featherweight.errors import FeatherweightError, ToolchainError
-from featherweight.plan import Node, Plan, expand
-from featherweight.recipe import Recipe, load_recipe
-from featherweight.result import OptimizationResult
-from featherweight.workspace import Workspace
-from flows import conclude
-from flows.session import open_session
-from flows.view import PlainView, View
-from tasks.stage import Session, run_node, told
-from tasks.table import stage_named
+from featherweight.errors import FeatherweightError, ToolchainError, told
+from featherweight.recipe.plan import Node, Plan, expand
+from featherweight.recipe.reading import load_recipe
+from featherweight.recipe.recipe import Recipe
+from featherweight.report.result import OptimizationResult
+from featherweight.store.artifact import ArtifactRef
+from featherweight.store.workspace import Workspace
+from flows import conclusion
+from flows.parent_run import open_session
+from flows.progress_view import PlainView, View
+from tasks.stage import Session, run_node
+from tasks.stages import stage_named
 
 # Without these there is nothing to measure, or nothing to measure against.
 ESSENTIAL = ("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate")
@@ -62,7 +63,7 @@ def optimize(
     """Run, decide, register, promote, report. Call it inside a Prefect flow. Raises FeatherweightError."""
     with open_session(recipe, plan, workspace, view.listener, tags or {}) as session:
         outcomes = run_plan(plan, session, view)
-        return conclude.conclude(recipe, plan, outcomes, session, view)
+        return conclusion.conclude(recipe, plan, outcomes, session, view)
 
 
 def run_plan(plan: Plan, session: Session, view: View) -> dict[str, Outcome]:

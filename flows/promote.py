@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from featherweight.errors import RecipeError
-from featherweight.history import GateResult, StageName
-from featherweight.registry import Registry
-from featherweight.workspace import Workspace
+from featherweight.registry.history import GateResult, StageName
+from featherweight.registry.registry import Registry
+from featherweight.store.workspace import Workspace
 from tasks.promote import promote as promote_version
 from tasks.promote import rollback as roll_back
 

@@ -7,9 +7,9 @@ import time
 import webbrowser
 from contextlib import ExitStack
 
-from featherweight.processes import free_port
-from featherweight.services import LOCAL, await_url, check_url, start_mlflow, start_prefect, stop
-from featherweight.workspace import Workspace
+from featherweight.store.workspace import Workspace
+from featherweight.system.processes import free_port
+from featherweight.system.services import LOCAL, await_url, check_url, start_mlflow, start_prefect, stop
 
 
 def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser: bool) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from prefect import flow
 
-from featherweight.arrivals import Arrival, arrivals
-from featherweight.recipe import load_recipe
-from featherweight.workspace import Workspace
+from featherweight.checkpoint.new_checkpoints import Arrival, arrivals
+from featherweight.recipe.reading import load_recipe
+from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
-from flows.session import connect
+from flows.parent_run import connect
 
 CHECKPOINT = "featherweight.checkpoint_fingerprint"
 

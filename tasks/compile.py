@@ -8,19 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import genai_pack
-from featherweight.compatibility import grid_refusal
+from featherweight.checkpoint.files import copy_tokenizer, link, link_checkpoint
 from featherweight.errors import RecipeError, StageError
 from featherweight.grid import GRIDS
-from featherweight.links import copy_tokenizer, link, link_checkpoint
-from featherweight.progress import Progress
-from featherweight.quantized import QuantizedWeights
-from featherweight.recipe import CompileSpec
-from featherweight.rows import QuantizedRows, move_to_grid, round_to_nearest
-from featherweight.serving import Serving
-from featherweight.surgery import head_dim
-from tasks.parity import EXACT, Reference, load_reference
-from tasks.stage import Metrics, stage
+from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.model.surgery import head_dim
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.refusals import grid_refusal
+from featherweight.runtimes.onnx_genai import pack
+from featherweight.runtimes.packing import QuantizedRows
+from featherweight.runtimes.parity import EXACT, Reference, load_reference
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.store.served_folder import Serving
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ def compile(
     """Write to `out` what `spec.engine` serves.
 
     Quantized weights of the checkpoint reach ONNX Runtime as they are; float ones are rounded to nearest where
-    `spec.precision` says so. Metrics: `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats, see tasks.parity), and for
+    `spec.precision` says so. Metrics: `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats, see runtimes.parity), and for
     quantized weights `parity_weights_max_abs`, the same with activations in float.
     Raises RecipeError for weights on a grid that the engine does not hold, StageError for an unknown architecture, ParityError
     where the engine does not compute what PyTorch computes.
@@ -98,7 +99,7 @@ def _write_genai(checkpoint: Path, out: Path, rows: QuantizedRows | None) -> Non
     built = out / "float32"
     built.mkdir()
     build_decoder(checkpoint, built, fuse_qkv=_one_grid_per_attention(rows.quantized))
-    genai_pack.pack(built, out, rows)
+    pack.pack(built, out, rows)
     shutil.move(built / "genai_config.json", out)
     shutil.rmtree(built)
 
@@ -150,9 +151,9 @@ def _check_weights(reference: Reference, served: Path) -> Metrics:
     """Hold the packed weights to the exact bound, with a twin of the graph that leaves activations in float."""
     twin = served / "twin"
     twin.mkdir()
-    genai_pack.set_accuracy_level(served / genai_pack.MODEL, twin / genai_pack.MODEL, genai_pack.FLOAT_ACTIVATIONS)
+    pack.set_accuracy_level(served / pack.MODEL, twin / pack.MODEL, pack.FLOAT_ACTIVATIONS)
     for path in served.iterdir():
-        if path.is_file() and path.name != genai_pack.MODEL:
+        if path.is_file() and path.name != pack.MODEL:
             link(path, twin / path.name)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)

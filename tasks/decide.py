@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from featherweight.measurement import Comparison, choose_winner
-from featherweight.progress import Progress
-from featherweight.recipe import DecideSpec
+from featherweight.measure.goals import choose_winner
+from featherweight.measure.measurement import Comparison
+from featherweight.measure.spec import DecideSpec
+from featherweight.progress import Metrics, Progress
 from tasks.gate import check_metrics
-from tasks.stage import Metrics, stage
+from tasks.stage import stage
 
 FILE = "decision.json"
 

@@ -6,18 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight import surgery, training
-from featherweight.architecture import LAYOUTS
+from featherweight.checkpoint import opening
+from featherweight.distillation.losses import distillation_loss
+from featherweight.distillation.matching import Matcher, Pair, layer_pairs
+from featherweight.distillation.spec import DistillSpec
+from featherweight.distillation.students import make_student, require_same_tokens, student_sizes
+from featherweight.distillation.teacher_answers import Answers, answers_of
 from featherweight.errors import RecipeError, StageError
-from featherweight.examples import example_blocks, inputs_and_labels, real_positions
-from featherweight.progress import Progress
-from featherweight.recipe import DistillSpec
-from featherweight.sparsity import Sparsity, Zeros
-from tasks.distillers.answers import Answers, answers_of
-from tasks.distillers.losses import distillation_loss
-from tasks.distillers.matching import Matcher, Pair, layer_pairs
-from tasks.distillers.students import make_student, require_same_tokens, student_sizes
-from tasks.stage import Metrics, stage
+from featherweight.model import surgery
+from featherweight.model.architecture import LAYOUTS
+from featherweight.model.sparsity import Sparsity, Zeros
+from featherweight.progress import Metrics, Progress
+from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
+from featherweight.training import loop
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,36 +53,36 @@ def distill(
     layers that the teacher does not have, CheckpointError for a student with another tokenizer, StageError for an
     architecture it cannot cut and on divergence.
     """
-    config = surgery.load_config(checkpoint)
+    config = opening.load_config(checkpoint)
     pairs = check(spec, checkpoint, config, student, text)
     blocks = training_blocks(spec, checkpoint, config, text, generated, seed)
-    teacher = surgery.load_model(checkpoint)
+    teacher = opening.load_model(checkpoint)
     pupil = make_student(spec, teacher, checkpoint, student, calibration, seed)
     sparsity = sparsity_of(pupil, checkpoint, student)
     zeros = Zeros.of(pupil, sparsity)
     with zeros.held(pupil):
         run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
-    surgery.save_model(pupil, out, student or checkpoint)
+    opening.save_model(pupil, out, student or checkpoint)
     if sparsity:
         sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
-        "teacher_loss": training.mean_loss(teacher, compared),
-        "student_loss": training.mean_loss(pupil, compared),
-        "parameters_teacher": surgery.parameters(teacher),
-        "parameters": surgery.parameters(pupil),
+        "teacher_loss": loop.mean_loss(teacher, compared),
+        "student_loss": loop.mean_loss(pupil, compared),
+        "parameters_teacher": opening.parameters(teacher),
+        "parameters": opening.parameters(pupil),
         **zeros.metrics(),
     }
 
 
 def check(spec: DistillSpec, checkpoint: Path, config: PreTrainedConfig, student: Path | None, text: Path) -> tuple[Pair, ...]:
     """Refuse what cannot work before any weight is read; the pairs of layers that are to be matched."""
-    surgery.require_context(config, spec.sequence, "distill")
+    opening.require_context(config, spec.sequence, "distill")
     if student is None and spec.layers is None:
         raise RecipeError("distill: a student that is given or pruned is an input of the stage; give its folder")
     if student is not None:
         require_same_tokens(checkpoint, student, text)
-        surgery.require_context(surgery.load_config(student), spec.sequence, "distill")
+        opening.require_context(opening.load_config(student), spec.sequence, "distill")
     matched = spec.hidden_weight or spec.attention_weight
     if student is not None and not matched:
         return ()
@@ -136,14 +138,14 @@ def train_student(
     matcher = Matcher(teacher, student, pairs, spec, seed) if pairs else None
     trained: Any = torch.nn.ModuleList([student, *([matcher.projections] if matcher else [])])
     trained.config = student.config  # the loop asks for it
-    loss_fn: training.LossFunction
+    loss_fn: loop.LossFunction
     if matcher:
         loss_fn = matching_loss(teacher, student, matcher, spec)
     elif spec.kl_weight == 0:
-        loss_fn = partial(training.token_loss, student)
+        loss_fn = partial(loop.token_loss, student)
     else:
         loss_fn = answer_loss(student, answers_of(teacher, blocks, spec), spec)
-    return training.timed_loop(
+    return loop.timed_loop(
         trained,
         blocks,
         steps=spec.steps,
@@ -157,7 +159,7 @@ def train_student(
     )
 
 
-def answer_loss(student: PreTrainedModel, answers: Answers, spec: DistillSpec) -> training.LossFunction:
+def answer_loss(student: PreTrainedModel, answers: Answers, spec: DistillSpec) -> loop.LossFunction:
     """The loss on what the teacher answers: block ids [batch, block] -> scalar."""
 
     def loss(ids: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def answer_loss(student: PreTrainedModel, answers: Answers, spec: DistillSpec) -
     return loss
 
 
-def matching_loss(teacher: PreTrainedModel, student: PreTrainedModel, matcher: Matcher, spec: DistillSpec) -> training.LossFunction:
+def matching_loss(teacher: PreTrainedModel, student: PreTrainedModel, matcher: Matcher, spec: DistillSpec) -> loop.LossFunction:
     """The loss on answers, hidden states and attention maps: block ids [batch, block] -> scalar."""
     import torch
 

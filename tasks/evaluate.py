@@ -12,17 +12,17 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from featherweight.architecture import Family, family_of
 from featherweight.errors import RecipeError, StageError
-from featherweight.examples import scoring_windows
-from featherweight.machine import available_cores, hardware_fingerprint, physical_cores
-from featherweight.measurement import Comparison, Measurement, Quality, Speed
-from featherweight.progress import Progress
-from featherweight.recipe import WorkloadSpec
+from featherweight.measure.measurement import Comparison, Measurement, Quality, Speed
+from featherweight.measure.spec import WorkloadSpec
+from featherweight.model.architecture import Family, family_of
+from featherweight.progress import Metrics, Progress
 from featherweight.runtimes import Timing, engine_class, open_worker
-from featherweight.serving import Serving
-from featherweight.text import Window
-from tasks.stage import Metrics, stage
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import available_cores, hardware_fingerprint, physical_cores
+from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.tokens import Window
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

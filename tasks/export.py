@@ -6,24 +6,28 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import ct2_pack, surgery, torch_pack, vllm_pack
-from featherweight.compatibility import BITSANDBYTES, SIXTEEN_BITS, grid_refusal, machine_refusal
+from featherweight.checkpoint import opening
+from featherweight.checkpoint.files import copy_tokenizer, link, link_checkpoint
+from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError, StageError, ToolchainError
-from featherweight.examples import decoder_prefix
 from featherweight.grid import GRIDS, Grid
-from featherweight.links import copy_tokenizer, link, link_checkpoint
-from featherweight.machine import INT8_DOT, cpu_features, gpus
-from featherweight.padding import without_padding
-from featherweight.progress import Progress
-from featherweight.quantized import QuantizedWeights
-from featherweight.recipe import ExportSpec
-from featherweight.rows import QuantizedRows, move_to_grid, round_to_nearest
-from featherweight.serving import Serving
-from featherweight.surgery import load_config
-from featherweight.text import load_tokenizer, token_windows
-from tasks.parity import EXACT, Reference, load_reference
-from tasks.stage import Metrics, stage
-from tasks.static_ranges import input_ranges, simulated
+from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.padding import without_padding
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.refusals import BITSANDBYTES, SIXTEEN_BITS, grid_refusal, machine_refusal
+from featherweight.runtimes.ctranslate2 import pack as ctranslate2_pack
+from featherweight.runtimes.packing import QuantizedRows
+from featherweight.runtimes.parity import EXACT, Reference, load_reference
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.torch import pack as torch_pack
+from featherweight.runtimes.torch.static_ranges import input_ranges, simulated
+from featherweight.runtimes.vllm import pack as vllm_pack
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import INT8_DOT, cpu_features, gpus
+from featherweight.text.model_inputs import decoder_prefix
+from featherweight.text.tokens import load_tokenizer, token_windows
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,10 +52,10 @@ def export(
     `kv_cache: fp8` keeps keys and values in e4m3, with scales from the calibration text.
     For PyTorch: bitsandbytes' 'nf4' and 'llm.int8', on CUDA; it rounds at load.
     Quantized weights of the checkpoint are packed as they are; float ones are rounded to nearest where compute_type, or the
-    name of one of PyTorch's quantized engines (featherweight.torch_pack), says so.
+    name of one of PyTorch's quantized engines (featherweight.runtimes.torch.pack), says so.
     Metrics: none for 'torch' where it is the reference itself or rounds by itself; else `parity_max_abs`, `parity_mean_abs`,
-    `parity_bound` (nats, see tasks.parity), and where CTranslate2 or PyTorch rounds activations also `parity_weights_max_abs`, the
-    same with activations in float.
+    `parity_bound` (nats, see runtimes.parity), and where CTranslate2 or PyTorch rounds activations also
+    `parity_weights_max_abs`, the same with activations in float.
     Raises RecipeError for weights on a grid that the engine does not hold, ToolchainError where this machine has no kernel for
     them, StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
     """
@@ -77,7 +81,7 @@ def export(
     elif spec.engine == "vllm":
         _write_vllm(spec, model, quantized, checkpoint, out, calibration)
     else:
-        surgery.save_model(model, out, checkpoint)
+        opening.save_model(model, out, checkpoint)
         Serving("torch", options={"dtype": spec.compute_type}).write(out)
     reference = Reference.of(model.float(), checkpoint, calibration)
     del model, quantized
@@ -169,7 +173,7 @@ def _write_ctranslate2(
     model, quantized = without_padding(model, quantized)
     rows = QuantizedRows.of(model, quantized) if quantized else None
     sixteen = spec.compute_type in SIXTEEN_BITS
-    ct2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows, spec.compute_type if sixteen else None)
+    ctranslate2_pack.convert(model, checkpoint, out / CT2_FOLDER, rows, spec.compute_type if sixteen else None)
     copy_tokenizer(checkpoint, out)
     on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
     on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
@@ -191,7 +195,7 @@ def _write_vllm(
     """`calibration`: text whose keys and values set the scales of an fp8 cache."""
     options: dict[str, str] = {"dtype": spec.compute_type} if spec.compute_type in SIXTEEN_BITS else {}
     if options and spec.kv_cache is None:
-        surgery.save_model(model, out, checkpoint)
+        opening.save_model(model, out, checkpoint)
     elif quantized is None and spec.kv_cache is None:
         link_checkpoint(checkpoint, out)
     else:

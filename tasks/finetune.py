@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import lora, surgery, training
+from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
-from featherweight.examples import example_blocks
-from featherweight.progress import Progress
-from featherweight.recipe import FinetuneSpec
-from featherweight.sparsity import Sparsity, Zeros
-from featherweight.team import launched, leads
-from tasks.stage import Metrics, stage
-from tasks.worker import run_in_processes
+from featherweight.model.sparsity import Sparsity, Zeros
+from featherweight.progress import Metrics, Progress
+from featherweight.text.model_inputs import example_blocks
+from featherweight.training import loop, lora
+from featherweight.training.processes import launched, leads
+from featherweight.training.spec import FinetuneSpec
+from tasks.stage import stage
+from tasks.training_processes import run_in_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,17 +46,17 @@ def finetune(
     if spec.processes > 1 and not launched():
         folders = {"checkpoint": checkpoint, "text": text, "calibration": calibration, "scratch": scratch, "out": out}
         return run_in_processes("finetune", spec, folders, seed, spec.processes, progress)
-    config = surgery.load_config(checkpoint)
-    surgery.require_context(config, spec.sequence, "finetune")
+    config = opening.load_config(checkpoint)
+    opening.require_context(config, spec.sequence, "finetune")
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     held_out = held_out_text(spec, checkpoint, config, calibration)
-    model = surgery.load_model(checkpoint)
+    model = opening.load_model(checkpoint)
     sparsity = Sparsity.read(checkpoint)
     zeros = Zeros.of(model, sparsity)
     adapted = lora.attach(model, spec.lora, seed) if spec.lora else None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     with zeros.held(model):
-        run = training.timed_loop(
+        run = loop.timed_loop(
             model,
             blocks,
             steps=spec.steps,
@@ -74,17 +75,17 @@ def finetune(
         model = lora.merge(adapted)
     zeros.restore(model)
     if leads():
-        surgery.save_model(model, out, checkpoint)
+        opening.save_model(model, out, checkpoint)
         if sparsity:
             sparsity.write(out)
-    return run | {"parameters": surgery.parameters(model), "parameters_trained": trained} | zeros.metrics()
+    return run | {"parameters": opening.parameters(model), "parameters_trained": trained} | zeros.metrics()
 
 
-def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> training.HeldOut | None:
+def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> loop.HeldOut | None:
     """What the recipe wants measured while training, None for nothing. Raises RecipeError where it has no text for it."""
     if spec.patience is None and spec.evaluate_every is None:
         return None
     if text is None:
         raise RecipeError("finetune.patience and evaluate_every need held-out text: give the stage a calibration input")
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=HELD_OUT)
-    return training.HeldOut(blocks, spec.evaluate_every or max(1, spec.steps // 10), spec.patience)
+    return loop.HeldOut(blocks, spec.evaluate_every or max(1, spec.steps // 10), spec.patience)

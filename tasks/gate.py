@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import DataError, StageError
-from featherweight.expectations import Validation, check_texts
-from featherweight.expectations import check_metrics as metrics_suite
-from featherweight.progress import Progress
-from featherweight.recipe import GateSpec
-from tasks.stage import Metrics, stage
+from featherweight.progress import Metrics, Progress
+from featherweight.text.expectations import Validation, check_texts
+from featherweight.text.expectations import check_metrics as metrics_suite
+from featherweight.text.spec import GateSpec
+from tasks.stage import stage
 
 
 @stage("gate", libraries=("great-expectations",))
@@ -39,7 +39,7 @@ def gate(
 
 
 def check_metrics(table: Iterable[Mapping[str, Any]], out: Path | None = None) -> Validation:
-    """Check the metrics of all variants (`name` and the keys of featherweight/result.py) before a winner is chosen.
+    """Check the metrics of all variants (`name` and the keys of featherweight/report/result.py) before a winner is chosen.
 
     Writes `metrics.json` and `metrics.html` into `out`. Raises StageError, naming the variants, if a critical one fails.
     """

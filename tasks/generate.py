@@ -12,15 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from featherweight import ct2_pack, surgery
-from featherweight.architecture import TASKS, Family, family_of
-from featherweight.compatibility import writing_refusal
+from featherweight.checkpoint import opening
+from featherweight.distillation.spec import GenerateSpec
 from featherweight.errors import RecipeError, StageError
-from featherweight.examples import decoder_start, token_pairs
-from featherweight.progress import Progress
-from featherweight.recipe import GenerateSpec
-from featherweight.text import Document, load_tokenizer, token_windows, write_documents
-from tasks.stage import Metrics, stage
+from featherweight.model.architecture import TASKS, Family, family_of
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.refusals import writing_refusal
+from featherweight.runtimes.ctranslate2 import pack
+from featherweight.text.documents import Document, write_documents
+from featherweight.text.model_inputs import decoder_start, token_pairs
+from featherweight.text.tokens import load_tokenizer, token_windows
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +52,7 @@ def generate(
     Metrics: `documents`, `tokens`, `tokens_per_s`, `by_ctranslate2` (1 where that engine wrote, 0 where PyTorch did).
     Raises RecipeError for an encoder, DataError for too little text.
     """
-    config, tokenizer = surgery.load_config(checkpoint), load_tokenizer(checkpoint)
+    config, tokenizer = opening.load_config(checkpoint), load_tokenizer(checkpoint)
     family = family_of(config)
     if reason := writing_refusal(TASKS[family], spec):
         raise RecipeError(reason)
@@ -89,9 +91,9 @@ def _writer(
     spec: GenerateSpec, checkpoint: Path, family: Family, folder: Path, prompts: Tokens, seed: int, progress: Progress
 ) -> Writer:
     """The fast engine where it can be had and agrees with PyTorch, else PyTorch."""
-    slow = TorchWriter(surgery.load_model(checkpoint), family, spec, seed)
+    slow = TorchWriter(opening.load_model(checkpoint), family, spec, seed)
     try:
-        ct2_pack.convert(slow.model, checkpoint, folder / "ctranslate2", None)
+        pack.convert(slow.model, checkpoint, folder / "ctranslate2", None)
         fast = CTranslate2Writer(folder / "ctranslate2", load_tokenizer(checkpoint), family, spec, seed)
         require_agreement(slow, fast, prompts[:COMPARED])
     except StageError as refusal:

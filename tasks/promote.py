@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.errors import GateError
-from featherweight.history import GateResult, StageName
-from featherweight.recipe import ConstraintsSpec
-from featherweight.registry import RegisteredVersion, Registry
+from featherweight.measure.spec import ConstraintsSpec
+from featherweight.registry.history import GateResult, StageName
+from featherweight.registry.registry import RegisteredVersion, Registry
 
 # constraint: (metric whose confidence bound is judged, the same metric's point estimate, whether more is better)
 CONSTRAINTS = {

@@ -1,15 +1,16 @@
-"""prune: a smaller or sparser checkpoint, by one of the methods of tasks/pruners."""
+"""prune: a smaller or sparser checkpoint, by one of the methods of featherweight/pruning."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from featherweight import surgery, training
-from featherweight.progress import Progress
-from featherweight.recipe import PruneSpec
-from tasks.pruners import METHODS
-from tasks.pruners.job import Job
-from tasks.stage import Metrics, stage
+from featherweight.checkpoint import opening
+from featherweight.progress import Metrics, Progress
+from featherweight.pruning.catalog import METHODS
+from featherweight.pruning.job import Job
+from featherweight.pruning.spec import PruneSpec
+from featherweight.training import loop
+from tasks.stage import stage
 
 
 @stage("prune", version="1", libraries=("torch", "transformers", "torch-pruning", "llmcompressor"))
@@ -23,11 +24,11 @@ def prune(
     Raises RecipeError for what no engine could load, StageError for an architecture that the method cannot cut.
     """
     job = Job(spec, checkpoint, calibration, out, seed, progress)
-    surgery.require_context(job.config, spec.sequence, "prune")
+    opening.require_context(job.config, spec.sequence, "prune")
     pruned = METHODS[spec.method](job)
-    surgery.save_model(pruned.model, out, checkpoint)
+    opening.save_model(pruned.model, out, checkpoint)
     before = {"parameters_before": pruned.parameters_before, "loss_before": pruned.loss_before, **pruned.metrics}
     blocks = job.blocks
     del job, pruned  # the model goes before its copy comes
-    saved = surgery.load_model(out)
-    return {**before, "parameters": surgery.parameters(saved), "loss_after": training.mean_loss(saved, blocks)}
+    saved = opening.load_model(out)
+    return {**before, "parameters": opening.parameters(saved), "loss_after": loop.mean_loss(saved, blocks)}

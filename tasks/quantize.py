@@ -1,4 +1,4 @@
-"""quantize: move a checkpoint's weights to a grid, by one of the methods of tasks/quantizers."""
+"""quantize: move a checkpoint's weights to a grid, by one of the methods of featherweight/quantization."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import surgery, training
-from featherweight.architecture import TASKS, family_of
-from featherweight.checkpoint import CONFIG, INDEX, Listing, needed_files
-from featherweight.compatibility import calibration_refusal, fills_zeros
+from featherweight.checkpoint import opening
+from featherweight.checkpoint.files import CONFIG, INDEX, Listing, needed_files
 from featherweight.errors import CheckpointError, RecipeError, StageError
-from featherweight.examples import example_blocks
 from featherweight.grid import Grid, grid_named
-from featherweight.progress import Progress
-from featherweight.quantized import DESCRIPTION
-from featherweight.recipe import QuantizeSpec
-from featherweight.sensitivity import Sensitivity
-from featherweight.sparsity import Sparsity, Zeros
-from tasks.quantizers import METHODS
-from tasks.quantizers.job import Choice, Job
-from tasks.quantizers.smoothing import smoothed
-from tasks.stage import Metrics, stage
+from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.quantized_weights import DESCRIPTION
+from featherweight.model.sparsity import Sparsity, Zeros
+from featherweight.progress import Metrics, Progress
+from featherweight.quantization.catalog import METHODS
+from featherweight.quantization.job import Choice, Job
+from featherweight.quantization.sensitivity import Sensitivity
+from featherweight.quantization.smoothing import smoothed
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.refusals import calibration_refusal, fills_zeros
+from featherweight.text.model_inputs import example_blocks
+from featherweight.training import loop
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ def quantize(
     scratch: where a killed training (QAT) resumes from.
 
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
-    featherweight/quantized.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
+    model/quantized_weights.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
     token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), for
     mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`, and the method's own.
     Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros,
@@ -61,7 +62,7 @@ def quantize(
     """
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
-    model = surgery.load_model(checkpoint)
+    model = opening.load_model(checkpoint)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
@@ -69,9 +70,9 @@ def quantize(
     job = smoothed(job)
     choice = METHODS[spec.method](job)
     error = write_checkpoint(job, choice, out)
-    saved = surgery.load_model(out)
+    saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
-    after = training.mean_loss(saved, blocks[:COMPARED])
+    after = loop.mean_loss(saved, blocks[:COMPARED])
     if not math.isfinite(after):
         raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
     return {
@@ -102,8 +103,8 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     filled = fills_zeros(spec)
     if filled and Sparsity.read(checkpoint):
         raise RecipeError(f"quantize: the checkpoint is sparse: {filled}")
-    config = surgery.load_config(checkpoint)
-    surgery.require_context(config, spec.sequence, "quantize")
+    config = opening.load_config(checkpoint)
+    opening.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():
         raise CheckpointError(
             f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
@@ -116,7 +117,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
 
 def _loss_before(job: Job) -> float:
     """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
-    loss = training.mean_loss(job.model, job.calibration[:COMPARED])
+    loss = loop.mean_loss(job.model, job.calibration[:COMPARED])
     if math.isfinite(loss):
         return loss
     for name, tensor in job.tensors():
@@ -142,7 +143,7 @@ def _first_not_finite(job: Job) -> str:
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in job.model.named_modules()]
-    training.mean_loss(job.model, job.calibration[:COMPARED])
+    loop.mean_loss(job.model, job.calibration[:COMPARED])
     for handle in handles:
         handle.remove()
     return found[0] if found else "the loss"

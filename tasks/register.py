@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from featherweight.errors import GateError, IntegrityError
-from featherweight.lineage import LineageGraph
-from featherweight.registry import RegisteredVersion, Registry, WinnerRecord
+from featherweight.registry.lineage import LineageGraph
+from featherweight.registry.registry import RegisteredVersion, Registry, WinnerRecord
 
 
 def register(registry: Registry, winner: WinnerRecord) -> RegisteredVersion:

@@ -6,15 +6,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight import surgery
+from featherweight.checkpoint import opening
 from featherweight.errors import StageError
-from featherweight.examples import IGNORED, example_blocks, inputs_and_labels
 from featherweight.grid import Grid, grid_named
-from featherweight.progress import Progress
-from featherweight.recipe import QuantizeSpec, SensitivitySpec
-from featherweight.sensitivity import Matrix, Sensitivity
-from tasks.quantizers.job import Job, start_scales
-from tasks.stage import Metrics, stage
+from featherweight.progress import Metrics, Progress
+from featherweight.quantization.job import Job, start_scales
+from featherweight.quantization.sensitivity import Matrix, Sensitivity
+from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
+from featherweight.text.model_inputs import IGNORED, example_blocks, inputs_and_labels
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,7 @@ def sensitivity(
     squared rounding error does. Writes sensitivity.json and sensitivity.html. Metrics: `matrices`, `loss` (nats per token),
     `predicted_quality_loss` (all matrices on the coarse grid). Raises StageError where the model computes what is no number.
     """
-    model = surgery.load_model(checkpoint).eval()
+    model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     rounding = QuantizeSpec(grid=spec.grid, head=spec.head, scale=spec.scale)
     grids = Job(rounding, checkpoint, model, blocks, calibration, seed, progress).grids

@@ -6,10 +6,7 @@ MLflow nested run, progress, timing, peak memory, the manifest and the lineage e
 
 from __future__ import annotations
 
-import ast
 import errno
-import importlib.metadata
-import importlib.util
 import inspect
 import logging
 import shutil
@@ -22,22 +19,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
-from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError, one_line
-from featherweight.loss_curve import loss_page
-from featherweight.plan import Node
-from featherweight.processes import WORKERS_PEAK, highest, resident_bytes
-from featherweight.progress import Progress
-from featherweight.recipe import Spec
-from featherweight.workspace import Workspace
+from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError, told
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.plan import Node
+from featherweight.report.loss_curve import loss_page
+from featherweight.spec import Spec
+from featherweight.store.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
+from featherweight.store.workspace import Workspace
+from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
+from tasks.cache_key import code_digest, hardware, library_versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-Metrics = Mapping[str, float]
-PACKAGES = ("featherweight", "tasks")
-# Modules whose text does not shape a stage's result: specs enter the key by value.
-INERT = {"featherweight.recipe", "featherweight.errors", "featherweight.progress", "tasks.stage"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Stage:
                 "inputs": dict(digests),
                 "seed": node.seed,
                 "libraries": library_versions(self.libraries),
-                "hardware": _hardware() if self.hardware else None,
+                "hardware": hardware() if self.hardware else None,
             }
         )
 
@@ -256,58 +249,6 @@ def method(spec: Spec) -> str:
     return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name) and name not in spec.unread)
 
 
-def told(error: BaseException) -> str:
-    """An error in one line, its type told where the message alone does not."""
-    return one_line(error, 2000) if isinstance(error, FeatherweightError) else one_line(f"{type(error).__name__}: {error}")
-
-
-def library_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions; a library that is not installed is said to be absent."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
-
-
-@cache
-def code_digest(module: str) -> str:
-    """Digest of the code that a stage's module reaches inside this project, comments and layout aside."""
-    seen: dict[str, str] = {}
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name in seen or name in INERT:
-            continue
-        tree = _syntax(name)
-        if tree is None:
-            continue
-        seen[name] = ast.dump(tree)
-        pending += _imports(tree)
-    return content_digest(seen)
-
-
-def _syntax(module: str) -> ast.Module | None:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return None
-    return ast.parse(Path(spec.origin).read_text())
-
-
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """Names of this project's modules that a syntax tree imports, wherever the import stands."""
-    for item in ast.walk(tree):
-        if isinstance(item, ast.ImportFrom) and item.module and item.module.split(".")[0] in PACKAGES:
-            yield item.module
-            for alias in item.names:
-                if (Path(__file__).parents[1] / item.module.replace(".", "/") / f"{alias.name}.py").exists():
-                    yield f"{item.module}.{alias.name}"
-        elif isinstance(item, ast.Import):
-            yield from (alias.name for alias in item.names if alias.name.split(".")[0] in PACKAGES)
-
-
 def _silence(libraries: tuple[str, ...]) -> None:
     """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view.
 
@@ -401,17 +342,10 @@ def _evidence(client: MlflowClient, run_id: str, out: Path) -> Iterator[None]:
 
 
 @cache
-def _hardware() -> str:
-    from featherweight.machine import hardware_fingerprint
-
-    return hardware_fingerprint()
-
-
-@cache
 def _machine() -> dict[str, Any]:
     import platform
 
-    return {"platform": platform.platform(), "python": platform.python_version(), "hardware": _hardware()}
+    return {"platform": platform.platform(), "python": platform.python_version(), "hardware": hardware()}
 
 
 def _now() -> str:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from featherweight.errors import DataError, RecipeError
-from featherweight.overlap import NEAR_COPY, copied_shares, digest, ngrams
-from featherweight.progress import Progress
-from featherweight.recipe import DataSpec, TextSpec
-from featherweight.sources import read_source, source_fingerprint
-from featherweight.text import Document, write_documents
-from tasks.stage import Metrics, stage
+from featherweight.progress import Metrics, Progress
+from featherweight.text.documents import Document, write_documents
+from featherweight.text.overlap import NEAR_COPY, copied_shares, digest, ngrams
+from featherweight.text.sources import read_source, source_fingerprint
+from featherweight.text.spec import DataSpec, TextSpec
+from tasks.stage import stage
 
 SPLITS = ("train", "calibration", "evaluation")
 Split = Literal["train", "calibration", "evaluation"]

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight import surgery, training
+from featherweight.checkpoint import opening
 from featherweight.errors import DataError, RecipeError
-from featherweight.progress import Progress
-from featherweight.recipe import TrainSpec
-from featherweight.text import read_documents, token_blocks
-from tasks.stage import Metrics, stage
+from featherweight.progress import Metrics, Progress
+from featherweight.text.documents import read_documents
+from featherweight.text.tokens import token_blocks
+from featherweight.training import loop
+from featherweight.training.spec import TrainSpec
+from tasks.stage import stage
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,7 +43,7 @@ def train(
     tokenizer = train_tokenizer(text, spec)
     model = new_model(spec, tokenizer, seed)
     blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
-    run = training.timed_loop(
+    run = loop.timed_loop(
         model,
         blocks,
         steps=spec.steps,
@@ -52,9 +54,9 @@ def train(
         seed=seed,
         progress=progress,
     )
-    surgery.save_model(model, out)
+    opening.save_model(model, out)
     tokenizer.save_pretrained(out)
-    return run | {"parameters": surgery.parameters(model)}
+    return run | {"parameters": opening.parameters(model)}
 
 
 def check_sizes(spec: TrainSpec) -> None:
@@ -116,7 +118,7 @@ def new_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(spec, tokenizer))
         _damp_residuals(model, spec.layers)
-    return surgery.to_device(model)
+    return opening.to_device(model)
 
 
 def _config(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.processes import free_port
+from featherweight.system.processes import free_port
 
 SILENT = {
     "DO_NOT_TRACK": "1",
@@ -56,7 +56,7 @@ def _own_tracking_store() -> Iterator[None]:
 @pytest.fixture
 def without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that compare with transformers themselves: an export's own comparison starts a process for every folder."""
-    from tasks.parity import Reference
+    from featherweight.runtimes.parity import Reference
 
     monkeypatch.setattr(Reference, "check", lambda *_: {})
 

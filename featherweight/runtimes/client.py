@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from featherweight.errors import CheckpointError, StageError, ToolchainError
-from featherweight.processes import end_children
-from featherweight.runtimes.engine import Generation, Timing, Tokens
-from featherweight.runtimes.registry import engine_available
-from featherweight.serving import Serving
-from featherweight.text import Window
+from featherweight.runtimes.catalog import engine_available
+from featherweight.runtimes.interface import Generation, Timing, Tokens
+from featherweight.store.served_folder import Serving
+from featherweight.system.processes import end_children
+from featherweight.text.tokens import Window
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
@@ -65,7 +65,7 @@ class Worker:
     def logprobs(self, windows: Tokens, sources: Tokens | None = None) -> list[list[float]]:
         """Natural-log probabilities of ids[1:] of each window given their prefixes, from the engine itself.
 
-        sources: those of the windows of a seq2seq model or an encoder (see featherweight.text.Window).
+        sources: those of the windows of a seq2seq model or an encoder (see featherweight.text.tokens.Window).
         """
         longest = max((len(ids) for ids in (*windows, *(sources or ()))), default=0)
         if longest > self.max_tokens or any(len(ids) < 2 for ids in windows):

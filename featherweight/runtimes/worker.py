@@ -17,10 +17,10 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from featherweight.errors import FeatherweightError, one_line
-from featherweight.processes import end_children
-from featherweight.runtimes.engine import Engine, Limits
-from featherweight.runtimes.registry import engine_class
-from featherweight.serving import Serving
+from featherweight.runtimes.catalog import engine_class
+from featherweight.runtimes.interface import Engine, Limits
+from featherweight.store.served_folder import Serving
+from featherweight.system.processes import end_children
 
 Reply = dict[str, Any]
 

@@ -1,0 +1,211 @@
+"""The files of a checkpoint folder, wherever they lie: which there are, which a checkpoint needs, and whether all are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featherweight.errors import CheckpointError
+from featherweight.model.sparsity import FILE as SPARSITY
+
+CONFIG = "config.json"
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "source.spm",
+    "target.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+# safetensors itself refuses longer headers.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A checkpoint's files wherever they lie: sizes in bytes by name, and `read(name, n)` for the first n bytes of one."""
+
+    where: str
+    sizes: Mapping[str, int]
+    read: Callable[[str, int], bytes]
+
+    @classmethod
+    def of(cls, folder: Path) -> Listing:
+        """The files right inside a local folder; raises CheckpointError where it is missing."""
+        if not folder.is_dir():
+            problem = "is a file, not a folder" if folder.is_file() else "does not exist"
+            raise CheckpointError(f"checkpoint folder {folder} {problem}; check its path in the recipe")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        return cls(str(folder), sizes, lambda name, length: _head(folder / name, length))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files that hold the tensors. `index` maps each tensor to its shard; None where there is one file only."""
+
+    files: tuple[str, ...]
+    index: Mapping[str, str] | None = None
+    pickled: bool = False
+
+
+def _head(path: Path, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def is_complete(listing: Listing) -> bool:
+    """Whether everything that a checkpoint needs is there, every shard in full length."""
+    return missing_part(listing) is None
+
+
+def missing_part(listing: Listing) -> str | None:
+    """What a checkpoint still lacks, in one line; None when it is complete. Reads headers only, so that polling is cheap."""
+    try:
+        read_json(listing, CONFIG)
+        weights = find_weights(listing, allow_pickle=True)
+        for name in weights.files if not weights.pickled else ():
+            check_length(listing, name)
+        require_tokenizer(listing)
+        for name in ("tokenizer.json", *COMPANIONS):
+            if name in listing.sizes and name.endswith(".json"):
+                read_json(listing, name)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def needed_files(listing: Listing, weights: Weights, *, trust_remote_code: bool = False) -> list[str]:
+    """Names of the files to take: configuration, weights, their zeros, tokenizer; code only where it is trusted. Nothing else."""
+    wanted = {CONFIG, SPARSITY, *weights.files, *TOKENIZERS, *COMPANIONS}
+    if weights.index is not None:
+        wanted.add(PICKLE_INDEX if weights.pickled else INDEX)
+    return [name for name in sorted(listing.sizes) if name in wanted or (trust_remote_code and name.endswith(".py"))]
+
+
+def find_weights(listing: Listing, *, allow_pickle: bool = False) -> Weights:
+    """The weight files, safetensors first. Raises CheckpointError where there are none, a shard is missing, or only pickles."""
+    if WEIGHTS in listing.sizes:
+        return Weights((WEIGHTS,))
+    if INDEX in listing.sizes:
+        return _shards(listing, INDEX)
+    if PICKLE not in listing.sizes and PICKLE_INDEX not in listing.sizes:
+        raise CheckpointError(f"{listing.where} holds no weights: expected {WEIGHTS}, or shards and {INDEX}")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{listing.where} holds its weights as a pickle ({PICKLE}), which can run code; ask for a safetensors copy, "
+            "or set checkpoint.allow_pickle: true to convert it"
+        )
+    if PICKLE in listing.sizes:
+        return Weights((PICKLE,), pickled=True)
+    return _shards(listing, PICKLE_INDEX, pickled=True)
+
+
+def _shards(listing: Listing, index: str, *, pickled: bool = False) -> Weights:
+    mapping = read_json(listing, index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
+        raise CheckpointError(f"{listing.where}/{index} has no weight_map of tensors to shards; copy it again")
+    files = tuple(sorted(set(mapping.values())))
+    missing = [name for name in files if name not in listing.sizes]
+    if missing:
+        raise CheckpointError(
+            f"{listing.where}: {index} names shard {missing[0]}, which is missing "
+            f"({len(files) - len(missing)} of {len(files)} shards are there); copy the whole checkpoint"
+        )
+    return Weights(files, mapping, pickled)
+
+
+def read_json(listing: Listing, name: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint."""
+    if name not in listing.sizes:
+        adapter = name == CONFIG and "adapter_config.json" in listing.sizes
+        hint = "it is an adapter: merge it into its base model first" if adapter else "is it a Hugging Face checkpoint?"
+        raise CheckpointError(f"{listing.where} has no {name}; {hint}")
+    try:
+        value = json.loads(listing.read(name, listing.sizes[name]))
+    except ValueError as error:
+        raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{listing.where}/{name} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_length(listing: Listing, name: str) -> None:
+    """Compare a safetensors file's size with what its header promises."""
+    size = listing.sizes[name]
+    lead = listing.read(name, 8)
+    length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1
+    try:
+        if length > _MAX_HEADER:
+            raise ValueError("no header length")
+        expected = 8 + length
+        if size >= expected:
+            header = json.loads(listing.read(name, expected)[8:])
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            expected += max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{listing.where}/{name} ({size} bytes) has no safetensors header; copy it again") from error
+    if size != expected:
+        least = "at least " if size < 8 + length else ""
+        problem = "is truncated" if size < expected else "has bytes after its end"
+        raise CheckpointError(f"{listing.where}/{name} {problem}: {size} of {least}{expected} bytes; copy it again")
+
+
+def require_tokenizer(listing: Listing) -> None:
+    if not any(name in listing.sizes for name in TOKENIZERS):
+        raise CheckpointError(f"{listing.where} has no tokenizer (expected tokenizer.json or tokenizer.model); copy it in too")
+
+
+def link(source: Path, target: Path) -> None:
+    """`source` again at the new path `target`; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def copy_tokenizer(checkpoint: Path, out: Path) -> None:
+    """The tokenizer's files, and the configuration by which transformers knows its class. Replaces what is there."""
+    for name in (CONFIG, *TOKENIZERS, *COMPANIONS):
+        if (checkpoint / name).is_file():
+            _copy(checkpoint / name, out / name)
+
+
+def link_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Everything that transformers loads: configuration, weights, tokenizer. Not a quantize stage's integers."""
+    listing = Listing.of(checkpoint)
+    weights = find_weights(listing)
+    for name in needed_files(listing, weights):
+        (link if name in weights.files else _copy)(checkpoint / name, out / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A new file: never the bytes of whatever inode `target` shares."""
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,103 @@
+"""Checkpoints of the Hugging Face hub: hf:org/name@revision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, TOKENIZERS, WEIGHTS, Listing, find_weights, needed_files
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError, ServiceError, one_line
+from featherweight.model.sparsity import FILE as SPARSITY
+from featherweight.progress import Progress
+
+
+def fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
+    """Download the needed files of a repository into huggingface_hub's own cache, which resumes and deduplicates."""
+    from huggingface_hub import snapshot_download
+
+    repo, revision = _repository(spec)
+    progress.note(f"downloading {spec.source}")
+    with _hub_explained(spec):
+        names = _hub_names(spec)
+        offline = names is None
+        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *TOKENIZERS, *COMPANIONS]
+        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline, **_hub_places())
+    return Path(folder)
+
+
+def _repository(spec: LoadSpec) -> tuple[str, str]:
+    repo, _, revision = str(spec.source).removeprefix("hf:").partition("@")
+    return repo, revision or "main"
+
+
+def _hub_places() -> dict[str, Any]:
+    """Read now: huggingface_hub itself reads the environment only when it is first imported."""
+    return {"endpoint": os.environ.get("HF_ENDPOINT") or None, "cache_dir": os.environ.get("HF_HUB_CACHE") or None}
+
+
+def _hub_info(spec: LoadSpec) -> Any:
+    """What the hub says about the repository at the revision; None where the hub is out of reach."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    repo, revision = _repository(spec)
+    try:
+        return HfApi(_hub_places()["endpoint"]).model_info(repo, revision=revision, files_metadata=True, timeout=20)
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        return None
+
+
+def _hub_names(spec: LoadSpec) -> list[str] | None:
+    """Names to download; None where the hub is out of reach. Refuses a pickle before anything is downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    info = _hub_info(spec)
+    if info is None:
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings if "/" not in file.rfilename}
+
+    def read(name: str, length: int) -> bytes:
+        path = hf_hub_download(_repository(spec)[0], name, revision=info.sha, **_hub_places())
+        return Path(path).read_bytes()
+
+    listing = Listing(str(spec.source), sizes, read)
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    return needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+
+
+@contextmanager
+def _hub_explained(spec: LoadSpec) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line."""
+    from huggingface_hub import errors
+
+    repo, revision = _repository(spec)
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"'{spec.source}' names no repository; expected hf:org/name or hf:org/name@revision") from error
+    except errors.GatedRepoError as error:
+        raise ServiceError(f"{spec.source}: access is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{spec.source}: '{repo}' has no revision '{revision}'; check the branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{spec.source}: there is no repository '{repo}', or it is private: then set HF_TOKEN") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ServiceError(
+            f"{spec.source}: the Hugging Face hub is out of reach and nothing is cached; check the network, or give a folder"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise ServiceError(f"{spec.source}: the Hugging Face hub answered: {one_line(error)}") from error
+
+
+def identify_hf(spec: LoadSpec) -> list[str]:
+    """The commit that the revision stands for, asked of the hub, else of the local cache."""
+    with _hub_explained(spec):
+        info = _hub_info(spec)
+        if info is not None:
+            return [_repository(spec)[0], info.sha]
+    return [_repository(spec)[0], fetch_hf(spec, Path(), Progress()).name]

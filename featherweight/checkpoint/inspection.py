@@ -1,0 +1,252 @@
+"""The checks that a checkpoint passes before anything is built on it.
+
+Nothing here loads a model. Names and shapes come from the files' headers and are compared with the architecture on
+torch's meta device; values are read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
+from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
+from featherweight.errors import CheckpointError, one_line
+from featherweight.model.architecture import TASKS, family_of, head_class
+from featherweight.spec import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# What encoders were pre-trained with beside their masked-language-model head, and need no more.
+_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is. `parameters` counts tied weights once; `context` is in tokens, 0 where there is no bound."""
+
+    architecture: str
+    model_type: str
+    parameters: int
+    size_bytes: int
+    vocab: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    context: int
+
+
+def inspect_checkpoint(
+    folder: Path,
+    *,
+    task: Task | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    check_values: bool = True,
+) -> CheckpointInfo:
+    """Check a checkpoint folder from its headers to its values, and say what it is.
+
+    Compares tensor names and shapes with the architecture that config.json describes, and the tokenizer with the embedding.
+    task: what it must be made for; None where that does not matter.
+    check_values: also look for NaN and infinity, reading every tensor once, one at a time.
+    Raises CheckpointError with one line that names the file or the tensor.
+    """
+    listing = Listing.of(folder)
+    _check_config(listing, trust_remote_code)
+    weights = find_weights(listing, allow_pickle=allow_pickle)
+    require_tokenizer(listing)
+    shapes = read_shapes(listing, folder, weights)
+    model = dry_load(folder, shapes, task, trust_remote_code=trust_remote_code)
+    _check_vocabulary(folder, _rows(model), trust_remote_code)
+    if check_values:
+        require_finite(folder, weights)
+    return _describe(model, folder, weights, sum(listing.sizes[name] for name in weights.files))
+
+
+def _check_config(listing: Listing, trust_remote_code: bool) -> None:
+    """Refuse what config.json says we cannot take: no model type, packed weights, code of its own."""
+    config = read_json(listing, CONFIG)
+    where = f"{listing.where}/{CONFIG}"
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{where} names no model_type; is it a transformers checkpoint?")
+    if config.get("quantization_config"):
+        packed = config["quantization_config"]
+        method = packed.get("quant_method", "unknown method") if isinstance(packed, dict) else packed
+        raise CheckpointError(f"{where}: the weights are quantized already ({method}); start from the float checkpoint")
+    for name in (CONFIG, "tokenizer_config.json"):
+        if name in listing.sizes and not trust_remote_code and read_json(listing, name).get("auto_map"):
+            raise CheckpointError(
+                f"{listing.where}/{name} wants code of its own to run (auto_map); read that code, then set "
+                "checkpoint.trust_remote_code: true, or remove auto_map to use what transformers has"
+            )
+
+
+def dry_load(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], task: Task | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The architecture on the meta device (no memory), after transformers' own loading of tensors with these shapes.
+
+    Raises CheckpointError where the model is for another task, or a tensor is missing, unexpected or mis-shaped; tied weights
+    need be there once only.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            _check_task(folder, config, task)
+            model, info = _model_class(config, folder, trust_remote_code).from_pretrained(
+                None,
+                config=config,
+                state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # a config can fail in as many ways as there are architectures
+        raise CheckpointError(f"{folder / CONFIG} describes no model that transformers can build: {one_line(error)}") from error
+    check_loading(folder, model, info)
+    return model
+
+
+def _check_task(folder: Path, config: Any, task: Task | None) -> None:
+    """Refuse a model that is made for another task."""
+    found = TASKS[family_of(config)]
+    if task is not None and task != found:
+        kind = (config.architectures or [config.model_type])[0]
+        raise CheckpointError(f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}")
+
+
+def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that config.json names: transformers' own, or the folder's where that is trusted.
+
+    An encoder or an encoder-decoder must have the head that it is measured by, whatever config.json names.
+    """
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and remote:
+        return get_class_from_dynamic_module(remote, folder)
+    if family_of(config) != "causal" and (headed := head_class(config)):
+        return headed
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"transformers {transformers.__version__} has no architecture '{name}'")
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars, no load report: what matters of it becomes an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Turn transformers' loading info into a CheckpointError where it tells of any difference."""
+    architecture, ties = type(model).__name__, model.all_tied_weights_keys
+    # Of tied weights that are all missing, name the one that should have been stored.
+    missing = sorted(info["missing_keys"], key=lambda name: (name in ties, name))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _BESIDE.search(name))
+    mismatched = sorted(info["mismatched_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}; copy it again")
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name} has shape {list(found)}, but {CONFIG} asks for {list(wanted)}{_more(mismatched)}; "
+            "weights and config.json do not belong together"
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{folder}: tensor {unexpected[0]} has no place in {architecture}{_more(unexpected)}; "
+            "weights and config.json do not belong together"
+        )
+    if info["error_msgs"]:
+        raise CheckpointError(f"{folder}: {one_line(info['error_msgs'][0])}")
+
+
+def _more(names: list[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
+    """The tokenizer loads, and none of its ids lies outside the embedding."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    except Exception as error:  # each tokenizer family fails in its own way
+        raise CheckpointError(f"{folder}: the tokenizer does not load: {one_line(error)}") from error
+    if size == 0:
+        raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
+    if size > rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has ids up to {size - 1}, but the embedding has only {rows} rows; "
+            "tokenizer and weights do not belong together"
+        )
+
+
+def _describe(model: PreTrainedModel, folder: Path, weights: Weights, size_bytes: int) -> CheckpointInfo:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    tied, copies = _ties(model, folder, weights)
+    return CheckpointInfo(
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()) - copies,
+        size_bytes=size_bytes,
+        vocab=_rows(model),
+        layers=getattr(config, "num_hidden_layers", 0),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0),
+        tied=tied,
+        context=getattr(config, "max_position_embeddings", None) or 0,
+    )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """Rows of the embedding: how many token ids the model knows."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _ties(model: PreTrainedModel, folder: Path, weights: Weights) -> tuple[bool, int]:
+    """(is the output head the embedding, parameters stored twice). Where a file holds both, equal values count as tied."""
+    output, source = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is None or source is None or output.weight.shape != source.weight.shape:
+        return False, 0
+    if output.weight is source.weight:
+        return True, 0
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    pair = (names[id(output.weight)], names[id(source.weight)])
+    if pair[0] not in model.all_tied_weights_keys:
+        return False, 0
+    stored = {name: tensor for _, name, tensor in stream_tensors(folder, weights) if name in pair}
+    equal = len(stored) == 2 and bool(stored[pair[0]].equal(stored[pair[1]]))
+    return equal, output.weight.numel() if equal else 0

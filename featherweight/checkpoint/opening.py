@@ -1,0 +1,99 @@
+"""Opening and saving the models of checkpoint folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from featherweight.errors import CheckpointError, RecipeError, StageError
+from featherweight.model.architecture import GATED_DECODERS, auto_class
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+Model = TypeVar("Model", bound="nn.Module")
+
+
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
+"""What a checkpoint folder holds beside the model: copied byte for byte from a stage's input to its output."""
+
+
+def model_type(folder: Path) -> str:
+    """The `model_type` of a checkpoint folder; raises CheckpointError where config.json is missing or damaged."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a checkpoint folder with a config") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
+    return str(config.get("model_type"))
+
+
+def require_llama_like(folder: Path, stage: str) -> None:
+    """Refuse a checkpoint whose architecture `stage` cannot cut, before any weight is read."""
+    found = model_type(folder)
+    if found not in GATED_DECODERS:
+        raise StageError(f"{stage} handles {', '.join(GATED_DECODERS)} models, not '{found}'; leave the stage out for it")
+
+
+def require_context(config: PreTrainedConfig, sequence: int, stage: str) -> None:
+    """Refuse to train on sequences longer than the positions that the model knows."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and sequence > context:
+        raise RecipeError(f"{stage}.sequence {sequence} is longer than the model's context of {context}; lower it")
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder with its family's head, float32, from local safetensors only."""
+    import torch
+
+    model = auto_class(load_config(folder)).from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    return to_device(model)
+
+
+def to_device(model: Model) -> Model:
+    """`model` on the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.nn.Module.to(model, torch.device("cuda"))
+    return model
+
+
+def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
+    """Write `model` to `out` as safetensors, with the tokenizer and the generation settings of the folder `source`."""
+    from transformers import GenerationConfig
+
+    # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(out, max_shard_size="5GB")
+    if source is not None:
+        for path in [path for pattern in CARRIED for path in source.glob(pattern)]:
+            shutil.copyfile(path, out / path.name)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights, tied ones once."""
+    return sum(weight.numel() for weight in model.parameters())

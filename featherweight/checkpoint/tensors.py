@@ -1,0 +1,112 @@
+"""The tensors of a checkpoint folder, read one by one from safetensors or from a pickle of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.files import Listing, Weights, check_length
+from featherweight.errors import CheckpointError, ServiceError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_CHUNK = 1 << 24
+
+
+def read_shapes(listing: Listing, folder: Path, weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, from the headers; checks each file's length and the shard index."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weights.files:
+        if not weights.pickled:
+            check_length(listing, file)
+        found = _pickled_shapes(folder / file) if weights.pickled else _header_shapes(folder / file)
+        for name, shard in (weights.index or {}).items():
+            if shard == file and name not in found:
+                raise CheckpointError(f"{folder / file} lacks tensor {name}, which the shard index puts there; copy it again")
+        shapes |= found
+    return shapes
+
+
+def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in load_pickle(path).items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A memory-mapped safetensors file, its header validated."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is corrupt ({one_line(error)}); copy it again") from error
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict, memory-mapped where the format allows it; anything but tensors is refused."""
+    import pickle
+    import zipfile
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a pickle of plain tensors ({one_line(error)}); it was not loaded") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} must hold a mapping of names to tensors; it was not loaded")
+    return state
+
+
+def require_finite(folder: Path, weights: Weights) -> None:
+    """Name the first tensor that holds NaN or infinity."""
+    for file, name, tensor in stream_tensors(folder, weights):
+        if not _is_finite(tensor):
+            raise CheckpointError(f"{folder / file}: tensor {name} holds NaN or infinite values; take an earlier checkpoint")
+
+
+def stream_tensors(folder: Path, weights: Weights) -> Iterator[tuple[str, str, Tensor]]:
+    """(file, name, tensor) one by one; the tensors are memory-mapped."""
+    for file in weights.files:
+        if weights.pickled:
+            yield from ((file, name, tensor) for name, tensor in load_pickle(folder / file).items())
+            continue
+        with _opened(folder / file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield file, name, opened.get_tensor(name)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In one pass without temporaries: the extremes of a tensor are finite exactly when all of it is."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    for chunk in tensor.flatten().split(_CHUNK):
+        wide = chunk.float() if chunk.element_size() == 1 else chunk
+        if not torch.isfinite(torch.stack(torch.aminmax(wide))).all():
+            return False
+    return True
+
+
+@contextmanager
+def saving(out: Path) -> Iterator[None]:
+    """safetensors tells of a full disk in words only."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" not in str(error) and "No space left" not in str(error):
+            raise
+        raise ServiceError(f"no space left on the disk while writing {out}; free some, run it again") from error

@@ -1,0 +1,1 @@
+"""Distillation: what a student minimises, what it reads of the teacher, and the students themselves."""

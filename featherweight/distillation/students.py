@@ -1,0 +1,86 @@
+"""The student that a distillation trains: some of the teacher's own layers, or a checkpoint with the same tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint import opening
+from featherweight.distillation.spec import DistillSpec, StackLayers
+from featherweight.errors import CheckpointError, RecipeError
+from featherweight.model import surgery
+from featherweight.model.architecture import Role, family_of
+from featherweight.pruning.block_influence import block_influence, most_influential
+from featherweight.text.documents import read_documents
+from featherweight.text.model_inputs import example_blocks
+from featherweight.text.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SAMPLES = 32
+"""Blocks of calibration text that block influence is measured on."""
+PROBED = 8
+"""Documents on which two tokenizers are compared beside their vocabularies."""
+
+
+def student_sizes(spec: DistillSpec, config: PreTrainedConfig, student: Path | None) -> dict[Role, int]:
+    """Layers of the student's stacks, by config alone. Raises RecipeError for layers that the teacher lacks."""
+    if student is not None:
+        return surgery.stack_sizes(opening.load_config(student))
+    return {role: len(layers) for role, layers in even_layers(spec, surgery.stack_sizes(config)).items()}
+
+
+def even_layers(spec: DistillSpec, sizes: Mapping[Role, int]) -> dict[Role, tuple[int, ...]]:
+    """The layers of each stack that `spec.layers` names, evenly spaced where it gives their number only.
+
+    Raises RecipeError for a stack or layers that the teacher lacks.
+    """
+    if isinstance(spec.layers, StackLayers):
+        spec.layers.require_known("distill.layers", sizes)
+    chosen = {}
+    for role, total in sizes.items():
+        wanted: Any = getattr(spec.layers, role) if isinstance(spec.layers, StackLayers) else spec.layers
+        chosen[role] = surgery.chosen_layers(total if wanted is None else wanted, total)
+    return chosen
+
+
+def make_student(
+    spec: DistillSpec, teacher: PreTrainedModel, checkpoint: Path, student: Path | None, calibration: Path | None, seed: int
+) -> PreTrainedModel:
+    """The student before training. `checkpoint` is the teacher's folder, `student` that of a student made elsewhere."""
+    if student is not None:
+        return opening.load_model(student)
+    layers = even_layers(spec, surgery.stack_sizes(teacher.config))
+    if spec.choose == "block_influence":
+        if calibration is None:
+            raise RecipeError("distill.choose: block_influence is measured on calibration text: give the stage that input")
+        blocks = example_blocks(checkpoint, teacher.config, calibration, spec.sequence, limit=SAMPLES, seed=seed)
+        influence = block_influence(teacher, blocks)
+        layers = {role: most_influential(influence[role], len(kept)) for role, kept in layers.items()}
+    return surgery.copy_layers(teacher, layers)
+
+
+def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:
+    """Refuse a student that reads or writes other token ids than its teacher. Raises CheckpointError, before any weight is read."""
+    configs = [opening.load_config(folder) for folder in (checkpoint, student)]
+    families = [family_of(config) for config in configs]
+    if families[0] != families[1]:
+        raise CheckpointError(
+            f"distill.student is a {families[1]} model and its teacher a {families[0]} one; give one of that kind"
+        )
+    ends = ("pad_token_id", "decoder_start_token_id") if families[0] == "seq2seq" else ()
+    for name in ("vocab_size", *ends):
+        theirs, own = (getattr(config, name, None) for config in configs)
+        if theirs != own:
+            raise CheckpointError(f"distill.student has {name} {own} and its teacher {theirs}; give a student of the teacher's own")
+    tokenizers = [load_tokenizer(folder) for folder in (checkpoint, student)]
+    vocabulary, others = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    differing = sorted(token for token, place in vocabulary.items() if others.get(token) != place)
+    if differing or len(vocabulary) != len(others):
+        named = f"{len(differing)} of {len(vocabulary)} tokens, such as {differing[0]!r}," if differing else "some tokens"
+        raise CheckpointError(f"distill.student has another tokenizer than its teacher: {named} differ; give one with the same")
+    for document, _ in zip(read_documents(text), range(PROBED), strict=False):
+        if len({tuple(tokenizer(document.text, verbose=False).input_ids) for tokenizer in tokenizers}) > 1:
+            raise CheckpointError(f"distill.student's tokenizer cuts document {document.id} into other tokens than its teacher's")

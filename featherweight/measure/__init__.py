@@ -1,0 +1,1 @@
+"""Measurements, their statistics, and the choice of the winner."""

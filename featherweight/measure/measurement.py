@@ -1,0 +1,196 @@
+"""Measurements of served variants, and their comparison with the baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.statistics import Estimate, bootstrap_median_ratio, bootstrap_ratio
+
+FILE = "measurement.json"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Per window of text: summed negative log-likelihood in nats, scored tokens, and the UTF-8 bytes that they stand for."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(sum(self.nll) / sum(self.tokens))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Cross-entropy per byte of text: comparable across tokenizers, unlike perplexity."""
+        return sum(self.nll) / math.log(2) / sum(self.bytes)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Timed generations of `batch_size` prompts of `prompt_tokens` to `new_tokens` new ones each, in seconds.
+
+    total_s, ttft_s: round after round, `repeats` generations in each (a quick engine runs several in its turn).
+    warmup_s: the first generation, with what the engine compiles for it. probe: what the thread counts that were tried took.
+    """
+
+    batch_size: int
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    total_s: tuple[float, ...]
+    ttft_s: tuple[float, ...]
+    repeats: int = 1
+    warmup_s: float = 0.0
+    probe: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def rounds_s(self) -> list[float]:
+        """One latency per round: the median of its generations."""
+        starts = range(0, len(self.total_s), self.repeats)
+        return [median(self.total_s[start : start + self.repeats]) for start in starts]
+
+    def latency_s(self, share: float) -> float:
+        """The quantile `share` of the latency of one whole generation."""
+        return quantile(self.total_s, share)
+
+    @property
+    def median_ttft_s(self) -> float:
+        """Time to first token."""
+        return median(self.ttft_s)
+
+    @property
+    def inter_token_s(self) -> float:
+        """Time between two tokens of one sequence, after the first."""
+        steps = max(1, self.new_tokens - 1)
+        return median((total - first) / steps for total, first in zip(self.total_s, self.ttft_s, strict=True))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second, all sequences together, at the median latency."""
+        return self.batch_size * self.new_tokens / median(self.total_s)
+
+    @property
+    def noise(self) -> float:
+        """Spread of the rounds: largest less smallest, over the median."""
+        return (max(self.rounds_s) - min(self.rounds_s)) / median(self.rounds_s)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds."""
+
+    engine: str
+    quality: Quality
+    speeds: tuple[Speed, ...]
+    peak_memory_bytes: int
+    size_bytes: int
+    startup_s: float
+
+    def speed(self, batch_size: int) -> Speed:
+        """The measurement at a batch size; raises StageError if there is none."""
+        for speed in self.speeds:
+            if speed.batch_size == batch_size:
+                return speed
+        measured = ", ".join(str(speed.batch_size) for speed in self.speeds)
+        raise StageError(f"batch size {batch_size} was not measured; measured: {measured}")
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Measurement:
+        """The inverse of `dataclasses.asdict` and a trip through JSON."""
+        quality = Quality(**{key: tuple(values) for key, values in tree["quality"].items()})
+        return cls(**{**tree, "quality": quality, "speeds": tuple(_speed(speed) for speed in tree["speeds"])})
+
+
+def _speed(tree: Mapping[str, Any]) -> Speed:
+    probe = {int(count): tuple(times) for count, times in tree["probe"].items()}
+    return Speed(**{**tree, "probe": probe, "total_s": tuple(tree["total_s"]), "ttft_s": tuple(tree["ttft_s"])})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant beside the baseline that ran in turns with it: round i of one is paired with round i of the other."""
+
+    variant: Measurement
+    baseline: Measurement
+    machine: str = ""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes that were measured."""
+        return tuple(speed.batch_size for speed in self.variant.speeds)
+
+    def speedup(self, batch_size: int) -> Estimate:
+        """How many times faster than the baseline, by the median over paired rounds."""
+        return bootstrap_median_ratio(
+            self.baseline.speed(batch_size).rounds_s, self.variant.speed(batch_size).rounds_s, seed=batch_size
+        )
+
+    @cached_property
+    def quality_change(self) -> Estimate:
+        """Relative change of bits per byte, paired by window; worse is positive."""
+        if self.variant.quality.bytes != self.baseline.quality.bytes:
+            raise StageError("the variant and the baseline were scored on different windows; evaluate both anew")
+        return bootstrap_ratio(self.variant.quality.nll, self.baseline.quality.nll).shifted(-1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """Everything as flat figures: N in a name is a batch size, `_low` and `_high` bound a 95 % confidence interval."""
+        quality, variant = self.variant.quality, self.variant
+        figures = {"bits_per_byte": quality.bits_per_byte, "perplexity": quality.perplexity, "windows": len(quality.nll)}
+        figures |= _bounded("quality_change", self.quality_change)
+        figures |= {key: getattr(variant, key) for key in ("peak_memory_bytes", "size_bytes", "startup_s")}
+        for batch_size in self.batch_sizes:
+            figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
+            figures |= {f"{key}_{batch_size}": value for key, value in _figures(variant.speed(batch_size)).items()}
+            figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
+        return {key: float(value) for key, value in figures.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/measurement.json`: every raw figure of both sides, and the metrics made of them."""
+        tree = asdict(self) | {"metrics": self.metrics()}
+        (folder / FILE).write_text(json.dumps(tree, indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Comparison:
+        """Read what `write` wrote; raises IntegrityError where there is nothing, or nothing sensible."""
+        try:
+            tree = json.loads((folder / FILE).read_text())
+            variant, baseline = (Measurement.from_json(tree[side]) for side in ("variant", "baseline"))
+            return cls(variant, baseline, tree["machine"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{folder / FILE} is no measurement ({error}); evaluate the variant anew") from error
+
+
+def quantile(values: tuple[float, ...], share: float) -> float:
+    """Linear interpolation between the ordered values, as numpy's default."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _bounded(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _figures(speed: Speed) -> dict[str, float]:
+    """The figures of one batch size, by their names without it."""
+    latencies = {f"p{round(100 * share)}_latency_s": speed.latency_s(share) for share in (0.5, 0.95, 0.99)}
+    return latencies | {
+        "tokens_per_s": speed.tokens_per_s,
+        "ttft_s": speed.median_ttft_s,
+        "inter_token_s": speed.inter_token_s,
+        "threads": speed.threads,
+        "warmup_s": speed.warmup_s,
+    }

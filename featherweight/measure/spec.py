@@ -1,0 +1,44 @@
+"""What a recipe says of measuring and choosing: the workload, the constraints, the objective."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from featherweight.spec import Positive, SequenceLength, Spec
+
+
+class WorkloadSpec(Spec):
+    """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
+
+    A seq2seq model encodes a source of `prompt_tokens` and decodes `new_tokens`. For an encoder one pass over `prompt_tokens` is
+    a generation: `new_tokens` plays no role, and tokens per second are those that it has read.
+
+    threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
+    """
+
+    prompt_tokens: Positive = 16
+    new_tokens: Positive = 64
+    batch_sizes: tuple[Positive, ...] = (1, 8)
+    rounds: Positive = 5
+    windows: Positive = 60
+    window_tokens: SequenceLength = 256
+    threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+
+
+class ConstraintsSpec(Spec):
+    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte."""
+
+    max_quality_loss: float | None = None
+    min_speedup: float | None = None
+    max_size_bytes: Positive | None = None
+    max_p95_latency_s: float | None = None
+    max_peak_memory_bytes: Positive | None = None
+
+
+class DecideSpec(Spec):
+    """How the winner is chosen among the measured variants."""
+
+    constraints: ConstraintsSpec
+    objective: str

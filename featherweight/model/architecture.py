@@ -1,0 +1,354 @@
+"""Where a transformer keeps its parts: stacks of blocks, the attentions and the feed-forward network of each.
+
+What prunes, distils or quantizes by structure asks here, and so works alike on decoders, encoders and encoder-decoders. A new
+model type is one line in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from featherweight.errors import StageError
+from featherweight.spec import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Family = Literal["causal", "seq2seq", "encoder"]
+Role = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a block. Query heads share `kv_heads` key/value heads; o takes heads * head_dim channels in.
+
+    norm: what feeds it and nothing else; None in a post-norm block, whose norms feed the residual too.
+    """
+
+    name: str
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    module: nn.Module
+    norm: nn.Module | None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The MLP of a block: a hidden channel is a row of every matrix of `inputs` and a column of `output`.
+
+    proportional: that of `inputs` whose channels, scaled, scale those that `output` reads: beside a gate or behind a ReLU.
+    norm: as in Attention.
+    """
+
+    name: str
+    inputs: tuple[nn.Linear, ...]
+    output: nn.Linear
+    proportional: nn.Linear | None
+    norm: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of a stack; `name` is its module's name in the model. A decoder of an encoder-decoder has two attentions."""
+
+    name: str
+    module: nn.Module
+    attentions: tuple[Attention, ...]
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after another. `layers` is the list that holds them, `count` the config's name of their number."""
+
+    role: Role
+    layers: nn.ModuleList
+    count: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What a config says of each block of a stack, and under which names (`layers_key` ...).
+
+    free_heads: the config has a head width of its own, so the number of heads can change without the hidden size.
+    """
+
+    role: Role
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    channels: int
+    layers_key: str
+    heads_key: str
+    channels_key: str
+    free_heads: bool
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Names inside a model type, below its base model. attentions: path in a block -> names of q, k, v, o below it.
+
+    norms: path of an attention, or MLP, -> the norm that feeds it alone; empty where blocks are post-norm.
+    """
+
+    role: Role
+    layers: str
+    count: str
+    attentions: Mapping[str, tuple[str, str, str, str]]
+    inputs: tuple[str, ...]
+    output: str
+    heads: str = "num_attention_heads"
+    head_dim: str | None = None
+    channels: str = "intermediate_size"
+    activation: str = "hidden_act"
+    norms: Mapping[str, str] = field(default_factory=dict)
+
+
+MLP = "mlp"
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_BART = ("q_proj", "k_proj", "v_proj", "out_proj")
+_T5 = ("q", "k", "v", "o")
+_LLAMA = (
+    _Layout(
+        "decoder",
+        "layers",
+        "num_hidden_layers",
+        {"self_attn": _QKVO},
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj",
+        head_dim="head_dim",
+        norms={"self_attn": "input_layernorm", MLP: "post_attention_layernorm"},
+    ),
+)
+_BART_POST_NORM = (
+    _Layout(
+        "encoder",
+        "encoder.layers",
+        "encoder_layers",
+        {"self_attn": _BART},
+        ("fc1",),
+        "fc2",
+        "encoder_attention_heads",
+        channels="encoder_ffn_dim",
+        activation="activation_function",
+    ),
+    _Layout(
+        "decoder",
+        "decoder.layers",
+        "decoder_layers",
+        {"self_attn": _BART, "encoder_attn": _BART},
+        ("fc1",),
+        "fc2",
+        "decoder_attention_heads",
+        channels="decoder_ffn_dim",
+        activation="activation_function",
+    ),
+)
+_BART_NORMS = {"self_attn": "self_attn_layer_norm", "encoder_attn": "encoder_attn_layer_norm", MLP: "final_layer_norm"}
+_BART_PRE_NORM = tuple(replace(layout, norms=_BART_NORMS) for layout in _BART_POST_NORM)
+_SEQ2SEQ_T5 = (
+    _Layout(
+        "encoder",
+        "encoder.block",
+        "num_layers",
+        {"layer.0.SelfAttention": _T5},
+        ("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"),
+        "layer.1.DenseReluDense.wo",
+        "num_heads",
+        "d_kv",
+        "d_ff",
+        "dense_act_fn",
+        {"layer.0.SelfAttention": "layer.0.layer_norm", MLP: "layer.1.layer_norm"},
+    ),
+    _Layout(
+        "decoder",
+        "decoder.block",
+        "num_decoder_layers",
+        {"layer.0.SelfAttention": _T5, "layer.1.EncDecAttention": _T5},
+        ("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1"),
+        "layer.2.DenseReluDense.wo",
+        "num_heads",
+        "d_kv",
+        "d_ff",
+        "dense_act_fn",
+        {
+            "layer.0.SelfAttention": "layer.0.layer_norm",
+            "layer.1.EncDecAttention": "layer.1.layer_norm",
+            MLP: "layer.2.layer_norm",
+        },
+    ),
+)
+_BERT = (
+    _Layout(
+        "encoder",
+        "encoder.layer",
+        "num_hidden_layers",
+        {"attention": ("self.query", "self.key", "self.value", "output.dense")},
+        ("intermediate.dense",),
+        "output.dense",
+    ),
+)
+_DISTILBERT = (
+    _Layout(
+        "encoder",
+        "transformer.layer",
+        "n_layers",
+        {"attention": ("q_lin", "k_lin", "v_lin", "out_lin")},
+        ("ffn.lin1",),
+        "ffn.lin2",
+        "n_heads",
+        channels="hidden_dim",
+        activation="activation",
+    ),
+)
+
+LAYOUTS: Mapping[str, tuple[_Layout, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("bart", "marian"), _BART_POST_NORM),
+    **dict.fromkeys(("mbart", "m2m_100", "pegasus"), _BART_PRE_NORM),
+    **dict.fromkeys(("t5", "mt5"), _SEQ2SEQ_T5),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _BERT),
+    "distilbert": _DISTILBERT,
+}
+"""Where each model type keeps its stacks, an encoder before its decoder."""
+
+GATED_DECODERS = tuple(name for name, layouts in LAYOUTS.items() if layouts is _LLAMA)
+"""Model types whose blocks are those of a Llama: causal, gated MLP, grouped-query attention."""
+
+PRE_NORM = tuple(name for name, layouts in LAYOUTS.items() if all(layout.norms for layout in layouts))
+"""Model types whose norms feed one sublayer each, and nothing else."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """What a checkpoint is for: text from a prefix (causal), text from a text (seq2seq), or filling in masks (encoder)."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    kinds = getattr(config, "architectures", None) or []
+    one_way = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+    bidirectional = any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
+    return (
+        "encoder" if bidirectional or (not one_way and LAYOUTS.get(config.model_type, _LLAMA)[-1].role == "encoder") else "causal"
+    )
+
+
+TASKS: Mapping[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
+"""What a recipe calls the task of each family."""
+
+_ROLES: Mapping[Task, tuple[Role, ...]] = {
+    "text-generation": ("decoder",),
+    "text2text-generation": ("encoder", "decoder"),
+    "fill-mask": ("encoder",),
+}
+
+
+def model_types(task: Task) -> tuple[str, ...]:
+    """The model types of the table that are made for `task`."""
+    return tuple(name for name, layouts in LAYOUTS.items() if tuple(layout.role for layout in layouts) == _ROLES[task])
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' Auto class that opens a checkpoint of this config with the head that its family is measured by."""
+    import transformers
+
+    names = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "encoder": "AutoModelForMaskedLM"}
+    return getattr(transformers, names[family_of(config)])
+
+
+def head_class(config: PreTrainedConfig) -> Any:
+    """The very class that `auto_class` chooses; None where transformers has none for this config."""
+    return auto_class(config)._model_mapping.get(type(config), None)
+
+
+def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+    """The stacks of blocks of a model; raises StageError for a model type that is not in the table."""
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(_stack(model, layout, names) for layout in _layouts(model.config))
+
+
+def dimensions(config: PreTrainedConfig) -> tuple[Dimensions, ...]:
+    """The sizes of every stack by its config alone; raises StageError for a model type that is not in the table."""
+    return tuple(_dimensions(config, layout) for layout in _layouts(config))
+
+
+def _layouts(config: PreTrainedConfig) -> tuple[_Layout, ...]:
+    found = LAYOUTS.get(config.model_type)
+    if found is None:
+        known = ", ".join(sorted(LAYOUTS))
+        raise StageError(f"the structure of a '{config.model_type}' model is not known here; known: {known}")
+    return found
+
+
+def _dimensions(config: PreTrainedConfig, layout: _Layout) -> Dimensions:
+    heads = getattr(config, layout.heads)
+    told = getattr(config, layout.head_dim, None) if layout.head_dim else None
+    return Dimensions(
+        layout.role,
+        getattr(config, layout.count),
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        told or config.hidden_size // heads,
+        getattr(config, layout.channels),
+        layout.count,
+        layout.heads,
+        layout.channels,
+        layout.head_dim is not None,
+    )
+
+
+def blocks(model: PreTrainedModel) -> list[Block]:
+    """The blocks of every stack, in order."""
+    return [block for stack in stacks(model) for block in stack.blocks]
+
+
+def _stack(model: PreTrainedModel, layout: _Layout, names: Mapping[nn.Module, str]) -> Stack:
+    layers: Any = model.base_model.get_submodule(layout.layers)
+    return Stack(layout.role, layers, layout.count, tuple(_block(model.config, layout, layer, names[layer]) for layer in layers))
+
+
+def _block(config: PreTrainedConfig, layout: _Layout, module: nn.Module, name: str) -> Block:
+    attentions = tuple(_attention(config, layout, module, path, parts, name) for path, parts in layout.attentions.items())
+    return Block(name, module, attentions, _feed_forward(config, layout, module, name))
+
+
+def _feed_forward(config: PreTrainedConfig, layout: _Layout, block: nn.Module, name: str) -> FeedForward:
+    inputs = tuple(found for path in layout.inputs if (found := _optional(block, path)) is not None)
+    output: Any = block.get_submodule(layout.output)
+    proportional = inputs[-1] if len(inputs) > 1 or getattr(config, layout.activation) == "relu" else None
+    return FeedForward(_joined(name, layout.output.rpartition(".")[0]), inputs, output, proportional, _norm(layout, block, MLP))
+
+
+def _norm(layout: _Layout, block: nn.Module, sublayer: str) -> nn.Module | None:
+    return block.get_submodule(layout.norms[sublayer]) if sublayer in layout.norms else None
+
+
+def _attention(
+    config: PreTrainedConfig, layout: _Layout, block: nn.Module, path: str, parts: tuple[str, str, str, str], name: str
+) -> Attention:
+    module = block.get_submodule(path)
+    q, k, v, o = (cast("nn.Linear", module.get_submodule(part)) for part in parts)
+    told = getattr(config, layout.head_dim, None) if layout.head_dim else None
+    head_dim = told or q.out_features // getattr(config, layout.heads)
+    heads, kv_heads = q.out_features // head_dim, k.out_features // head_dim
+    return Attention(f"{name}.{path}", q, k, v, o, heads, kv_heads, head_dim, module, _norm(layout, block, path))
+
+
+def _joined(name: str, path: str) -> str:
+    return f"{name}.{path}" if path else name
+
+
+def _optional(module: nn.Module, path: str) -> Any:
+    """The submodule at `path`; None where there is none, as in an MLP without a gate."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None

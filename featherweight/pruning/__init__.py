@@ -1,0 +1,1 @@
+"""Pruning: a file a method."""

@@ -1,0 +1,61 @@
+"""Multi-head attention to grouped-query or multi-query attention: the key and value heads of each group become their mean.
+
+Ainslie et al.: "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", EMNLP 2023. The uptraining
+is the recovery training after this stage. Every query head stays; the KV cache shrinks with the heads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint import opening
+from featherweight.errors import RecipeError, StageError
+from featherweight.model import surgery
+from featherweight.model.architecture import Attention, blocks
+from featherweight.pruning.job import Job, Pruned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+
+def prune(job: Job) -> Pruned:
+    """Pool every layer's key/value heads to `spec.kv_heads`. A metric of its own: `kv_heads`.
+
+    Raises StageError where the config cannot say how many heads share a key, RecipeError where the heads do not divide.
+    """
+    wanted = target_heads(job.spec.kv_heads, job.config)
+    before, loss = opening.parameters(job.model), job.loss()
+    for block in blocks(job.model):
+        for attention in block.attentions:
+            pool(attention, wanted)
+    config = surgery.resized_config(job.config, {"num_key_value_heads": wanted})
+    return Pruned(surgery.with_config(job.model, config), before, loss, {"kv_heads": wanted})
+
+
+def target_heads(wanted: int | None, config: PreTrainedConfig) -> int:
+    """The key/value heads to be left, checked by the config alone."""
+    heads = getattr(config, "num_key_value_heads", None)
+    if heads is None:
+        raise StageError(
+            f"prune.method attention: the config of a {config.model_type} has no num_key_value_heads, its query heads cannot "
+            "share keys; leave the stage out for it"
+        )
+    if wanted is None or wanted >= heads or heads % wanted:
+        fitting = ", ".join(str(count) for count in range(1, heads) if heads % count == 0)
+        raise RecipeError(f"prune.kv_heads {wanted}: the model has {heads} key/value heads; give one of {fitting or 'none'}")
+    return wanted
+
+
+def pool(attention: Attention, wanted: int) -> None:
+    """Replace the key and value heads of an attention by the means of `wanted` equal groups of neighbours, biases too."""
+    for linear in (attention.k, attention.v):
+        surgery.replace_weight(linear, pooled(linear.weight, wanted, attention.head_dim))
+        if linear.bias is not None:
+            surgery.replace_bias(linear, pooled(linear.bias, wanted, attention.head_dim))
+
+
+def pooled(rows: Tensor, wanted: int, head_dim: int) -> Tensor:
+    """[heads * head_dim, ...] -> [wanted * head_dim, ...]: the mean over each group of heads, channel by channel."""
+    heads = len(rows) // head_dim
+    return rows.view(wanted, heads // wanted, head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)

@@ -1,0 +1,74 @@
+"""What a pruning method is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint import opening
+from featherweight.progress import Progress
+from featherweight.pruning.spec import PruneSpec
+from featherweight.text.model_inputs import example_blocks
+from featherweight.training import loop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pruning. The weights and the text are read when first asked for: a method refuses what it can from `config` before.
+
+    out: the folder of the result, for what a method keeps beside the checkpoint.
+    """
+
+    spec: PruneSpec
+    checkpoint: Path
+    calibration: Path
+    out: Path
+    seed: int
+    progress: Progress
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The checkpoint's config."""
+        return opening.load_config(self.checkpoint)
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """`spec.samples` blocks of calibration text (see featherweight.text.model_inputs), spread over many documents."""
+        return sample_blocks(self.spec, self.checkpoint, self.calibration, self.seed)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The checkpoint's model, float32, which a method may change."""
+        return opening.load_model(self.checkpoint)
+
+    def loss(self) -> float:
+        """Mean loss of `model`, as it is now, on the calibration blocks (nats per token)."""
+        return loop.mean_loss(self.model, self.blocks)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method made: the model to save; size and loss of the checkpoint before; the method's own metrics."""
+
+    model: PreTrainedModel
+    parameters_before: int
+    loss_before: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def sample_blocks(spec: PruneSpec, checkpoint: Path, calibration: Path, seed: int) -> Tensor:
+    """`spec.samples` blocks of calibration text, spread over many documents."""
+    import torch
+
+    blocks = example_blocks(
+        checkpoint, opening.load_config(checkpoint), calibration, spec.sequence, limit=32 * spec.samples, seed=seed
+    )
+    spread = torch.linspace(0, len(blocks) - 1, min(spec.samples, len(blocks))).round().long()
+    return blocks[spread]

@@ -1,0 +1,1 @@
+"""Quantization: a file a method."""

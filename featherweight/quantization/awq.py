@@ -1,0 +1,64 @@
+"""AWQ (Lin et al. 2023) through llm-compressor, before rounding: channels that carry large activations get finer steps.
+
+Each input channel of a layer is scaled up by its mean |activation| to a power that a search on the calibration text finds, and
+the layer before it down by as much. The function of the model does not change; what rounding costs it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from featherweight.model.architecture import LAYOUTS
+from featherweight.model.quantized_weights import HEADS
+from featherweight.quantization import oneshot
+from featherweight.quantization.channels import inner_pairs, norm_pairs
+from featherweight.quantization.job import Job
+
+
+def smooth(job: Job) -> None:
+    """Scale the channels of `job.model` in place, by the search on the grid of the blocks' weights."""
+    with _without_pinned_memory():
+        oneshot.run(job.model, lambda: _modifiers(job), job.calibration)
+
+
+def _modifiers(job: Job) -> list[Any]:
+    """AWQ and, since it asks the model for its schemes, a quantization that it searches with."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+
+    known = job.model.config.model_type in LAYOUTS
+    pairs = [*norm_pairs(job.model), *inner_pairs(job.model)] if known else []
+    mappings = [AWQMapping(pair.source, pair.readers) for pair in pairs] or None
+    return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=_groups(job))]
+
+
+def _groups(job: Job) -> dict[str, Any]:
+    """Schemes of the search. It knows no short last group: a matrix that would need one is searched with one scale per row."""
+    groups: dict[str, Any] = {}
+    for name, tensor in job.tensors():
+        if name in job.grids and not name.endswith(HEADS):
+            grid = job.grids[name]
+            grid = replace(grid, group_size=None) if grid.group_size and tensor.shape[1] % grid.group_size else grid
+            group = groups.setdefault(f"{grid.name}-{grid.group_size}", {"targets": [], "weights": oneshot.weights_scheme(grid)})
+            group["targets"].append(name.removesuffix(".weight"))
+    return groups
+
+
+@contextmanager
+def _without_pinned_memory() -> Iterator[None]:
+    """The search pins its cache for the copy to an accelerator, which raises where there is none."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.accelerator.is_available():
+        yield
+        return
+    pinned = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda *args, **options: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pinned  # type: ignore[method-assign]

@@ -1,0 +1,16 @@
+"""Quantization methods, one file each: `choose(job) -> Choice`. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from featherweight.quantization import gptq, qat, rtn
+from featherweight.quantization.job import Choice, Job
+
+METHODS: dict[str, Callable[[Job], Choice]] = {
+    "rtn": rtn.choose,
+    "gptq": gptq.choose,
+    "smoothquant": rtn.choose,  # after smoothing, see smoothing.py
+    "awq": rtn.choose,
+    "qat": qat.choose,
+}

@@ -1,0 +1,106 @@
+"""GPTQ (Frantar et al. 2022) through llm-compressor: each rounding error is made good by the columns still to be rounded."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from featherweight.grid import Grid, grid_named
+from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.quantization import oneshot
+from featherweight.quantization.job import Choice, Job, merged, round_to_nearest, start_scales
+
+OBSERVER = "featherweight"
+
+
+def choose(job: Job) -> Choice:
+    """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
+    names = [name.removesuffix(".weight") for name in job.grids if not name.endswith(HEADS)]
+    (modifier,) = oneshot.run(job.model, lambda: [_modifier(job, names)], job.calibration)
+    quantized = merged(_extract(job, names), round_to_nearest(job, job.head()))
+    return Choice(quantized, metrics={"gptq_fallbacks": modifier.fallbacks})
+
+
+def _modifier(job: Job, names: list[str]) -> Any:
+    by_grid: dict[Grid, list[str]] = {}
+    for name in names:
+        by_grid.setdefault(job.grids[f"{name}.weight"], []).append(name)
+    groups = {grid.name: scheme(grid, members, job.spec.scale) for grid, members in by_grid.items()}
+    modifier = _modifier_class()(config_groups=groups, bypass_divisibility_checks=True)
+    modifier.report_to(job.progress, len(names))
+    return modifier
+
+
+def scheme(grid: Grid, names: list[str], scale: str) -> dict[str, Any]:
+    """llm-compressor's description of `grid` for the modules `names`: weights only, scales from our own observer."""
+    observer = {"observer": _observer(), "observer_kwargs": {"grid": grid.name, "search": scale}}
+    return {"targets": names, "weights": oneshot.weights_scheme(grid) | observer}
+
+
+def _extract(job: Job, names: list[str]) -> QuantizedWeights:
+    """The integers and scales that GPTQ left in the modules, on our grid.
+
+    llm-compressor lets symmetric integers reach -2^(b-1); where our grid ends one step earlier they are moved by that step.
+    """
+    modules = dict(job.model.named_modules())
+    grids, q, scales = {}, {}, {}
+    for module, name in ((modules[name], f"{name}.weight") for name in names):
+        grids[name] = job.grids[name]
+        found = module.weight_scale.detach().float().cpu()
+        q[name], scales[name] = grids[name].quantize(module.weight.detach().cpu(), found)
+    return QuantizedWeights(grids, q, scales, job.spec.method)
+
+
+@cache
+def _observer() -> str:
+    """Register an observer that takes the scales from our Grid, signs included, and return its name."""
+    import torch
+    from llmcompressor.observers import Observer
+
+    @Observer.register(OBSERVER)
+    class GridObserver(Observer):
+        _stats_attrs = ["grid_scales"]  # noqa: RUF012 (the library's own way)
+
+        def update_statistics_from_observed(self, observed: torch.Tensor) -> None:
+            raise NotImplementedError("scales are taken from the whole weight, in forward")
+
+        @torch.no_grad()
+        def forward(self, observed: torch.Tensor) -> Any:  # type: ignore[override]
+            options = self.args.observer_kwargs
+            self.grid_scales = start_scales(grid_named(options["grid"]), observed, options["search"])
+            return self
+
+        def get_qparams(self) -> Any:  # type: ignore[override]
+            scale = self.grid_scales
+            del self.grid_scales
+            return {"scale": scale, "zero_point": torch.zeros_like(scale, dtype=torch.int8), "global_scale": None}
+
+    return OBSERVER
+
+
+@cache
+def _modifier_class() -> Any:
+    """llm-compressor's GPTQModifier, saying how far it is and how many modules it had to round to nearest."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from pydantic import PrivateAttr
+
+    class Gptq(GPTQModifier):
+        fallbacks: int = 0
+        _progress: Progress = PrivateAttr(default_factory=Progress)
+        _total: int = PrivateAttr(default=0)
+        _done: int = PrivateAttr(default=0)
+
+        def report_to(self, progress: Progress, total: int) -> None:
+            self._progress, self._total = progress, total
+
+        def compress_module_list(self, module_list: list[Any]) -> None:
+            super().compress_module_list(module_list)
+            self._done += len(module_list)
+            if module_list:
+                self._progress.step(self._done, self._total)
+
+        def _log_rtn_fallback_summary(self) -> None:
+            self.fallbacks = len(self._rtn_fallback_module_names)
+
+    return Gptq

@@ -1,0 +1,126 @@
+"""What a quantization method is given, what it gives back, and the rounding that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.files import Listing, Weights, find_weights
+from featherweight.checkpoint.tensors import stream_tensors
+from featherweight.errors import StageError
+from featherweight.grid import Grid, grid_named
+from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.quantization.spec import QuantizeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+IN_A_BLOCK = re.compile(r"(^|\.)(layers?|block)\.\d+\..+\.weight$")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
+
+    finer: grids of the matrices that mixed precision keeps on another than the spec's.
+    scratch: where a method that trains resumes from after a kill.
+    smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
+    """
+
+    spec: QuantizeSpec
+    checkpoint: Path
+    model: PreTrainedModel
+    calibration: Tensor
+    text: Path
+    seed: int
+    progress: Progress
+    smoothed: Mapping[str, Tensor] = field(default_factory=dict)
+    finer: Mapping[str, Grid] = field(default_factory=dict)
+    scratch: Path | None = None
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's weight files."""
+        return find_weights(Listing.of(self.checkpoint))
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grid of each parameter to quantize: every Linear of a block, and the embedding and head where they have one."""
+        body = grid_named(self.spec.grid)
+        head = None if self.spec.head is None else grid_named(self.spec.head)
+        wanted = {name: self._grid_of(name, tensor.ndim, body, head) for name, tensor in self.tensors()}
+        grids = {name: self.finer.get(name, grid) for name, grid in wanted.items() if grid is not None}
+        if all(name.endswith(HEADS) for name in grids):
+            raise StageError(f"{self.checkpoint} has no Linear weights in blocks named '…layers.N…', '…layer.N…' or '…block.N…'")
+        return grids
+
+    def _grid_of(self, name: str, ndim: int, body: Grid, head: Grid | None) -> Grid | None:
+        if ndim != 2:
+            return None
+        return body if name in self.linear and IN_A_BLOCK.search(name) else head if name.endswith(HEADS) else None
+
+    @cached_property
+    def linear(self) -> frozenset[str]:
+        """Names of the weights of Linear layers: a block may hold an embedding too, such as T5's of relative positions."""
+        from torch import nn
+
+        return frozenset(f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+
+    @cached_property
+    def copies(self) -> frozenset[str]:
+        """Names of parameters that are another's second name. T5's config calls every model tied: so the model is asked."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        ties = self.model.all_tied_weights_keys
+        return frozenset(name for name, source in ties.items() if name in named and named[name] is named.get(source))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
+        return ((name, tensor) for _, name, tensor in self.files())
+
+    def files(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(file, name, tensor), likewise."""
+        for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
+            if name not in self.copies:
+                yield file, name, self.smoothed.get(name, tensor)
+
+    def head(self) -> Iterator[tuple[str, Tensor]]:
+        """The embedding and, where it is not tied, the output head."""
+        return ((name, tensor) for name, tensor in self.tensors() if name.endswith(HEADS))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose. `changed` holds what replaces float tensors of the checkpoint, such as norms; `metrics` its own."""
+
+    quantized: QuantizedWeights
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
+    """The scales of `weight` before anything is learned or compensated: float32 [rows, groups]."""
+    return grid.mse_scales(weight) if search == "mse" else grid.scales(weight)
+
+
+def round_to_nearest(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
+    """Those of `tensors` that have a grid, rounded to it one by one."""
+    q, scales = {}, {}
+    for name, tensor in tensors:
+        if name in job.grids:
+            grid = job.grids[name]
+            q[name], scales[name] = grid.quantize(tensor, start_scales(grid, tensor, job.spec.scale))
+    return QuantizedWeights({name: job.grids[name] for name in q}, q, scales, job.spec.method)
+
+
+def merged(*parts: QuantizedWeights) -> QuantizedWeights:
+    """Disjoint sets of quantized weights as one."""
+    grids = {name: grid for part in parts for name, grid in part.grids.items()}
+    q = {name: tensor for part in parts for name, tensor in part.q.items()}
+    scales = {name: tensor for part in parts for name, tensor in part.scales.items()}
+    return QuantizedWeights(grids, q, scales, parts[0].method)

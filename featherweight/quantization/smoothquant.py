@@ -1,0 +1,42 @@
+"""SmoothQuant (Xiao et al. 2022) through llm-compressor, before rounding.
+
+The ranges of the activations move into the weights, so that an engine which rounds activations to 8 bits loses less. The
+inverse goes into the norms: the function of the model does not change, its norm weights do.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from featherweight.model.architecture import LAYOUTS
+from featherweight.quantization import oneshot
+from featherweight.quantization.channels import norm_pairs
+from featherweight.quantization.job import Job
+
+STRENGTH = 0.5
+
+
+def smooth(job: Job) -> None:
+    """Smooth `job.model` in place: input channel j of what reads a norm is scaled by sqrt(max|X_j| / max|W_j|)."""
+    known = job.model.config.model_type in LAYOUTS
+    mappings = [(pair.readers, pair.source) for pair in norm_pairs(job.model)] if known else None
+    oneshot.run(job.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH, mappings=mappings)], job.calibration)
+
+
+@cache
+def _modifier_class() -> Any:
+    """llm-compressor's SmoothQuantModifier, by the paper's max|X| where the library takes half of max(X) - min(X).
+
+    Activations are rounded symmetrically, so the larger side of a lopsided channel is the one that counts.
+    """
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    class SmoothQuant(SmoothQuantModifier):
+        def _apply_smoothing(self, model: Any) -> None:
+            for seen in (self.scales_ or {}).values():
+                peak = seen.max_channel_vals.maximum(-seen.min_channel_vals)
+                seen.max_channel_vals, seen.min_channel_vals = peak, -peak
+            super()._apply_smoothing(model)
+
+    return SmoothQuant

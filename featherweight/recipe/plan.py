@@ -1,0 +1,261 @@
+"""The plan: a recipe expanded into a trie of stage nodes. Every path from the root to a leaf is a variant."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import get_args
+
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.distillation.spec import DistillSpec
+from featherweight.errors import RecipeError
+from featherweight.pruning.spec import PruneSpec
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.recipe import Recipe, VariantsSpec
+from featherweight.recipe.refusals import (
+    calibration_refusal,
+    machine_refusal,
+    refusal,
+    shape_refusal,
+    sparse_refusal,
+    task_refusal,
+    writing_refusal,
+)
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.spec import Spec, Split, Task
+from featherweight.text.spec import GateSpec, TextSpec
+
+NONE = "none"
+BASELINE = "baseline"
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids."""
+
+    id: str
+    stage: str
+    label: str
+    spec: Spec
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A path of the trie: the node that serves it, the node that measures it, and the names of its choices."""
+
+    name: str
+    choices: tuple[str, ...]
+    served: str
+    measured: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nodes in an order that respects their inputs; variants; and the combinations ruled out, each with its reason."""
+
+    nodes: Mapping[str, Node]
+    variants: tuple[Variant, ...]
+    ruled_out: Mapping[str, str]
+
+    def path(self, node: str) -> list[str]:
+        """Ids of `node` and everything it is made from, in running order."""
+        wanted = {node}
+        for id in reversed(list(self.nodes)):
+            if id in wanted:
+                wanted.update(self.nodes[id].inputs.values())
+        return [id for id in self.nodes if id in wanted]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a variant would be made by, as far as its parts can be at odds; None for a stage that is left out."""
+
+    task: Task
+    distill: DistillSpec | None
+    prune: PruneSpec | None
+    quantize: QuantizeSpec | None
+    serve: CompileSpec | ExportSpec
+
+    @property
+    def student(self) -> PruneSpec | None:
+        """How the student of a distillation is pruned."""
+        return self.distill.prune if self.distill else None
+
+
+REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
+    lambda chosen: task_refusal(chosen.task, chosen.serve),
+    lambda chosen: writing_refusal(chosen.task, chosen.distill.generate if chosen.distill else None),
+    lambda chosen: calibration_refusal(chosen.task, chosen.quantize),
+    lambda chosen: sparse_refusal(chosen.prune or chosen.student, chosen.quantize),
+    lambda chosen: refusal(chosen.quantize, chosen.serve),
+    lambda chosen: shape_refusal(chosen.prune, chosen.serve),
+    lambda chosen: shape_refusal(chosen.student, chosen.serve),
+    lambda chosen: machine_refusal(chosen.serve),
+)
+"""What rules a combination out, each with its reason in one line; the first that applies is told."""
+
+
+def expand(recipe: Recipe) -> Plan:
+    """The plan of a recipe. Raises RecipeError where nothing is left to run, or a name is unknown."""
+    nodes = {node.id: node for node in _roots(recipe)}
+    variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
+    ruled_out: dict[str, str] = {}
+    for choice in _choices(recipe):
+        name = "/".join(part for part in choice if part != NONE)
+        if reason := _obstacle(recipe, choice):
+            ruled_out[name] = reason
+            continue
+        chain = _chain(recipe, *choice)
+        nodes.update({node.id: node for node in chain})
+        variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
+    if ruled_out and len(variants) == 1:
+        name, reason = next(iter(ruled_out.items()))
+        raise RecipeError(f"every combination is impossible; {name}: {reason}")
+    return Plan(nodes, tuple(variants), ruled_out)
+
+
+def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str]) -> str | None:
+    """Why a (distill, prune, quantize, serve) cannot or should not be run; None where it can."""
+    distill, prune, quantize, serve = choice
+    stages = recipe.stages
+    made = stages.distill.get(distill), stages.prune.get(prune), stages.quantize.get(quantize)
+    chosen = _Chosen(recipe.task, *made, _serve(recipe)[serve])
+    return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
+
+
+def _serve(recipe: Recipe) -> dict[str, CompileSpec | ExportSpec]:
+    """Alternatives of the last stage, by name."""
+    both = recipe.stages.compile.keys() & recipe.stages.export.keys()
+    if both:
+        raise RecipeError(f"'{min(both)}' names both a compile and an export alternative; rename one")
+    return {**recipe.stages.compile, **recipe.stages.export}
+
+
+def _choices(recipe: Recipe) -> Iterable[tuple[str, str, str, str]]:
+    """Every wanted (distill, prune, quantize, serve), in order and once."""
+    stages = recipe.stages
+    every = VariantsSpec(distill=(NONE, "*"), prune=(NONE, "*"), quantize=(NONE, "*"))
+    seen: dict[tuple[str, str, str, str], None] = {}
+    for line in (every,) if recipe.variants is None else recipe.variants:
+        product = itertools.product(
+            _pick("distill", line.distill, stages.distill),
+            _pick("prune", line.prune, stages.prune),
+            _pick("quantize", line.quantize, stages.quantize),
+            _pick("serve", line.serve, _serve(recipe)),
+        )
+        seen.update(dict.fromkeys(product))
+    return seen
+
+
+def _pick(stage: str, patterns: tuple[str, ...], known: Mapping[str, Spec]) -> list[str]:
+    """Alternatives that the patterns name, in the patterns' order."""
+    picked: list[str] = []
+    for pattern in patterns:
+        found = [NONE] if pattern == NONE and stage != "serve" else fnmatch.filter(known, pattern)
+        if not found and pattern != "*":
+            raise RecipeError(f"variants: '{pattern}' names no alternative of {stage}; known: {', '.join(known) or NONE}")
+        picked += [name for name in found if name not in picked]
+    return picked
+
+
+def _roots(recipe: Recipe) -> list[Node]:
+    """What every variant shares: the text, its gate, the checkpoint, and the baseline's measurement."""
+    text = [Node(f"text/{s}", "text", s, TextSpec(data=recipe.data, split=s), seed=recipe.seed) for s in SPLITS]
+    gate = Node("gate", "gate", "text", GateSpec(), {split: f"text/{split}" for split in SPLITS})
+    made = recipe.checkpoint.train
+    if made is not None:
+        root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
+    else:
+        wanted = LoadSpec(**recipe.checkpoint.model_dump(), task=recipe.task)
+        root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
+    served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
+    measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)
+    return [*text, gate, root, served, measured]
+
+
+def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
+    """The nodes of one variant below the checkpoint; equal prefixes of two variants give equal ids."""
+    stages, nodes, path, parent = recipe.stages, [], "", "checkpoint"
+
+    def add(stage: str, label: str, spec: Spec, **inputs: str) -> None:
+        nonlocal parent
+        nodes.append(Node(path, stage, label, spec, {"checkpoint": parent, **inputs}, recipe.seed))
+        parent = path
+
+    if distill != NONE:
+        before = _before_distill(recipe, distill)
+        nodes += before.values()
+        path = distill
+        calibrated = {"calibration": "text/calibration"} if stages.distill[distill].choose == "block_influence" else {}
+        made = {name: node.id for name, node in before.items()}
+        add("distill", distill, stages.distill[distill], text="text/train", **calibrated, **made)
+    if prune != NONE:
+        spec = stages.prune[prune]
+        path = _join(path, prune)
+        add("prune", prune, spec, calibration="text/calibration")
+        if spec.finetune:
+            path = f"{path}+finetune"
+            add("finetune", prune, spec.finetune, text="text/train", calibration="text/calibration")
+    if quantize != NONE:
+        path = _join(path.removesuffix("+finetune"), quantize)
+        scan = _before_quantize(recipe, quantize, path, parent)
+        nodes += scan.values()
+        made = {name: node.id for name, node in scan.items()}
+        add("quantize", quantize, stages.quantize[quantize], text="text/train", calibration="text/calibration", **made)
+    path = _join(path.removesuffix("+finetune"), serve)
+    stage = "compile" if serve in stages.compile else "export"
+    add(stage, serve, _serve(recipe)[serve], calibration="text/calibration")
+    measure = Node(
+        f"{path}/evaluate",
+        "evaluate",
+        serve,
+        recipe.workload,
+        _evaluation_inputs(nodes[-1], f"{BASELINE}/evaluate"),
+        recipe.seed,
+    )
+    return [*nodes, measure]
+
+
+def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:
+    """What a distillation reads beside text and teacher, by input name: a student of its own, the teacher's generations."""
+    spec, seed, teacher = recipe.stages.distill[name], recipe.seed, {"checkpoint": "checkpoint"}
+    nodes = {}
+    if spec.student is not None:
+        nodes["student"] = Node(f"{name}+student", "load", spec.student, _student_source(recipe, spec.student))
+    if spec.prune is not None:
+        inputs = {**teacher, "calibration": "text/calibration"}
+        pruning = spec.prune.model_copy(update={"finetune": None})
+        nodes["student"] = Node(f"{name}+student", "prune", name, pruning, inputs, seed)
+    if spec.generate is not None:
+        nodes["generated"] = Node(f"{name}+text", "generate", name, spec.generate, {**teacher, "text": "text/train"}, seed)
+    return nodes
+
+
+def _before_quantize(recipe: Recipe, name: str, path: str, parent: str) -> dict[str, Node]:
+    """What a quantization at `path` reads beside text and checkpoint, by input name: the scan that mixed precision asks for."""
+    spec, inputs = recipe.stages.quantize[name].sensitivity, {"checkpoint": parent, "calibration": "text/calibration"}
+    return {"sensitivity": Node(f"{path}+sensitivity", "sensitivity", name, spec, inputs, recipe.seed)} if spec else {}
+
+
+def _student_source(recipe: Recipe, source: str) -> LoadSpec:
+    """A student does what the recipe's own checkpoint does, and is trusted as far."""
+    trust = recipe.checkpoint.model_dump(include={"allow_pickle", "trust_remote_code"})
+    return LoadSpec(source=source, task=recipe.task, **trust)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _serving_inputs(checkpoint: Node) -> dict[str, str]:
+    return {"checkpoint": checkpoint.id, "calibration": "text/calibration"}
+
+
+def _evaluation_inputs(served: Node, baseline_measurement: str | None) -> dict[str, str]:
+    inputs = {"served": served.id, "baseline": BASELINE, "evaluation": "text/evaluation"}
+    return inputs if baseline_measurement is None else {**inputs, "baseline_measurement": baseline_measurement}

@@ -1,0 +1,79 @@
+"""Reading a recipe: YAML, the overrides of a command line, and one line for what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from featherweight.errors import RecipeError, nearest, one_line
+from featherweight.recipe.recipe import Recipe
+from featherweight.spec import Spec
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read and validate a recipe; `overrides` are 'a.b=c' with c in YAML. Raises RecipeError with one line."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{path.name}: {_explain(error, tree)}") from error
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one 'a.b=c'."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set wants KEY.KEY=VALUE, got '{override}'")
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: '{key}' holds a value, not keys")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {one_line(error)}") from error
+
+
+def _explain(error: ValidationError, tree: Any) -> str:
+    """The first problem of a validation error, in one line, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] != "extra_forbidden":
+        return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+    known = _known_keys(first["loc"][:-1])
+    return f"unknown key '{where}'; {nearest(str(first['loc'][-1]), sorted(known))}{more}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that stands at `location` in a recipe."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(model, type) and issubclass(model, Spec) and part in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+        model = _spec_inside(model)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Spec) else []
+
+
+def _spec_inside(annotation: Any) -> Any:
+    """The Spec class that an annotation such as `dict[Name, X]`, `X | None` or `tuple[X, ...]` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _spec_inside(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,84 @@
+"""The recipe: what to start from, which alternatives to try at each stage, and what counts as winning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from featherweight.checkpoint.spec import CheckpointSpec
+from featherweight.distillation.spec import DistillSpec
+from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
+from featherweight.pruning.spec import PruneSpec
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.spec import Name, Spec, Task
+from featherweight.text.spec import DataSpec
+
+
+class StagesSpec(Spec):
+    """Named alternatives of each stage; the names make up the names of the variants."""
+
+    distill: dict[Name, DistillSpec] = Field(default_factory=dict)
+    prune: dict[Name, PruneSpec] = Field(default_factory=dict)
+    quantize: dict[Name, QuantizeSpec] = Field(default_factory=dict)
+    compile: dict[Name, CompileSpec] = Field(default_factory=dict)
+    export: dict[Name, ExportSpec] = Field(default_factory=dict)
+
+
+class VariantsSpec(Spec):
+    """One product of choices: names of alternatives, 'none' to leave the stage out, '*' for every alternative."""
+
+    distill: tuple[str, ...] = ("none",)
+    prune: tuple[str, ...] = ("none",)
+    quantize: tuple[str, ...] = ("none",)
+    serve: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: (v,) if isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+
+class PromoteSpec(Spec):
+    """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'."""
+
+    model: str
+    stage: Literal["none", "staging", "production"] = "production"
+
+
+class Recipe(Spec):
+    """A whole optimization.
+
+    task: text from a prefix (Llama, Qwen ...), text from a text (T5, mBART, Marian ...), or filling in masks (BERT, RoBERTa ...).
+    """
+
+    name: Name
+    checkpoint: CheckpointSpec
+    task: Task = "text-generation"
+    data: DataSpec
+    stages: StagesSpec = StagesSpec()
+    variants: tuple[VariantsSpec, ...] | None = None
+    workload: WorkloadSpec = WorkloadSpec()
+    constraints: ConstraintsSpec = ConstraintsSpec()
+    objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
+    promote: PromoteSpec
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _trains_what_it_wants(self) -> Recipe:
+        if self.checkpoint.train is not None and self.task != "text-generation":
+            raise ValueError(f"checkpoint.train makes a Llama, which is no model for {self.task}; give checkpoint.source")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Recipe:
+        names = [name for stage in type(self.stages).model_fields for name in getattr(self.stages, stage)]
+        reserved = {"none", "baseline", "checkpoint", "gate", "text"}
+        for name in names:
+            if names.count(name) > 1 or name in reserved:
+                why = "is reserved" if name in reserved else "stands twice"
+                raise ValueError(f"the name '{name}' {why} among the stages' alternatives; variants need distinct names")
+        return self

@@ -1,0 +1,317 @@
+"""Lineage: where a variant comes from, told and checked from its registered version alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from featherweight.errors import FeatherweightError, IntegrityError
+from featherweight.registry.history import Transition
+from featherweight.store import artifact
+from featherweight.store.artifact import ArtifactRef, Manifest
+from featherweight.store.workspace import local_path
+
+if TYPE_CHECKING:
+    from featherweight.registry.registry import RegisteredVersion, Registry
+
+State = Literal["ok", "missing", "altered"]
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LineageNode:
+    """One stage run. `parents` maps the names of its inputs to the digests of the artifacts that they were."""
+
+    id: str
+    stage: str
+    spec: Mapping[str, Any]
+    digest: str
+    uri: str
+    run_id: str
+    parents: Mapping[str, str]
+    metrics: Mapping[str, float]
+    environment: Mapping[str, str]
+    machine: Mapping[str, Any]
+    started: str
+    finished: str
+    seed: int = 0
+
+    @classmethod
+    def of(cls, ref: ArtifactRef, manifest: Manifest) -> LineageNode:
+        """The node of an artifact and its manifest."""
+        told = {name: getattr(manifest, name) for name in ("stage", "spec", "digest", "parents", "metrics", "seed")}
+        where = {name: getattr(manifest, name) for name in ("environment", "machine", "started", "finished")}
+        return cls(id=ref.node, uri=ref.uri, run_id=ref.run_id, **told, **where)
+
+
+@dataclass(frozen=True)
+class LineageGraph:
+    """What `lineage.json` stores: the variant, the run that made it, and every stage run that it goes back to.
+
+    served: digest of the served artifact. recipe: the recipe's text. commit: of Featherweight's own code.
+    nodes: parents before children.
+    """
+
+    variant: str
+    served: str
+    recipe: str
+    commit: str
+    run_id: str
+    flow_run_id: str
+    metrics: Mapping[str, float]
+    nodes: tuple[LineageNode, ...]
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """The stored form, the same text for the same graph."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> LineageGraph:
+        """Read the stored form. Raises IntegrityError where it is none, or of a later version of Featherweight."""
+        try:
+            fields = json.loads(text)
+            if fields["version"] > VERSION:
+                raise IntegrityError(f"lineage of version {fields['version']}; this Featherweight reads up to {VERSION}")
+            fields["nodes"] = tuple(LineageNode(**node) for node in fields["nodes"])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(f"not a readable lineage: {error}") from error
+
+    @property
+    def checkpoint(self) -> LineageNode | None:
+        """The stage run that the weights start from: what was loaded or trained."""
+        return next((node for node in self.nodes if node.stage in ("load", "train")), None)
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Digests of the texts that went in, by node."""
+        return {node.id: node.digest for node in self.nodes if node.stage == "text"}
+
+    def parents(self, node: LineageNode) -> list[tuple[str, LineageNode]]:
+        """(input name, parent) of a node; content-addressed, so an equal artifact is the same parent."""
+        by_digest = {one.digest: one for one in reversed(self.nodes)}
+        return [(name, by_digest[digest]) for name, digest in node.parents.items() if digest in by_digest]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A registered version's whole story: the stored graph, and what the registry knows since."""
+
+    model: str
+    version: str
+    stage: str
+    aliases: tuple[str, ...]
+    engine: str
+    digest: str
+    graph: LineageGraph
+    history: tuple[Transition, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """Everything, for a program to read."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    def to_text(self) -> str:
+        """Everything that fits a terminal: facts, the tree of stage runs, the numbers, the history."""
+        return "\n".join([*_facts(self), "", *_tree(self.graph), "", *_numbers(self.graph), "", *_told(self.history)])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one part of a lineage still is what it was: 'ok', 'missing' (no longer reachable) or 'altered'."""
+
+    part: str
+    state: State
+    reason: str = ""
+
+
+def build(
+    artifacts: Iterable[tuple[ArtifactRef, Manifest]],
+    served: str,
+    *,
+    variant: str,
+    recipe: str,
+    run_id: str,
+    flow_run_id: str = "",
+    commit: str | None = None,
+    measured: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> LineageGraph:
+    """The lineage of the artifact with digest `served`: it and all that it goes back to, among `artifacts`.
+
+    measured: digest of the variant's measurement, which brings in the evaluation text and the baseline. commit: of the
+    code, asked of git if not given. Raises IntegrityError where a parent is not among `artifacts`.
+    """
+    nodes: dict[str, LineageNode] = {}
+    for ref, manifest in artifacts:
+        nodes.setdefault(manifest.digest, LineageNode.of(ref, manifest))
+    order: dict[str, LineageNode] = {}
+    for digest in filter(None, (served, measured)):
+        _collect(digest, nodes, order, set())
+    return LineageGraph(
+        variant=variant,
+        served=served,
+        recipe=recipe,
+        commit=code_commit() if commit is None else commit,
+        run_id=run_id,
+        flow_run_id=flow_run_id,
+        metrics=dict(metrics or {}),
+        nodes=tuple(order.values()),
+    )
+
+
+def _collect(digest: str, nodes: Mapping[str, LineageNode], order: dict[str, LineageNode], above: set[str]) -> None:
+    """Add a node to `order` behind its parents; a stage that changed nothing is its own parent by digest, and stops here."""
+    if digest in order or digest in above:
+        return
+    if digest not in nodes:
+        raise IntegrityError(f"lineage is incomplete: no artifact with digest {digest[:12]} among the run's artifacts")
+    for parent in nodes[digest].parents.values():
+        _collect(parent, nodes, order, above | {digest})
+    order[digest] = nodes[digest]
+
+
+def code_commit() -> str:
+    """Commit of the running code, '+' behind it where the working tree differs, 'unknown' outside a git checkout."""
+    here = Path(__file__).parent
+    ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def from_registry(registry: Registry, model: str, ref: str = "champion") -> Lineage:
+    """The lineage of a version (number or alias) from the registry alone.
+
+    Raises GateError for an unknown model, version or alias, IntegrityError where the stored lineage was altered.
+    """
+    version = registry.get(model, ref)
+    text = registry.lineage_json(version)
+    if hashlib.sha256(text.encode()).hexdigest() != version.tag("lineage"):
+        raise IntegrityError(f"lineage.json of {version.uri} was altered after it was registered")
+    return _lineage(registry, version, LineageGraph.from_json(text))
+
+
+def _lineage(registry: Registry, version: RegisteredVersion, graph: LineageGraph) -> Lineage:
+    history = tuple(entry for entry in registry.history(version.model) if entry.version == version.version)
+    return Lineage(
+        model=version.model,
+        version=version.version,
+        stage=version.stage,
+        aliases=version.aliases,
+        engine=version.tag("engine"),
+        digest=version.digest,
+        graph=graph,
+        history=history,
+    )
+
+
+def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
+    """Recompute the digest of every artifact still reachable, of the registered files and of the history.
+
+    Reads every byte of them: seconds per gigabyte on a local store, a download from a remote one.
+    """
+    version = registry.get(lineage.model, lineage.version)
+    registered = "registered files"
+    with tempfile.TemporaryDirectory() as scratch:
+        verdicts = [_judge(registered, lineage.digest, lambda: registry.served_folder(version, Path(scratch)))]
+        if lineage.graph.served != lineage.digest:
+            verdicts.append(Verdict("served digest", "altered", "the registered digest is not the lineage's"))
+        for number, node in enumerate(lineage.graph.nodes):
+            folder = Path(scratch) / str(number)
+            verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f)))
+    faults = registry.history_faults(lineage.model)
+    return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults or ())] + (
+        [] if faults else [Verdict("history", "ok")]
+    )
+
+
+def _judge(part: str, digest: str, fetch: Any) -> Verdict:
+    """Fetch an artifact and recompute its digest."""
+    try:
+        folder = fetch()
+        if not Path(folder).is_dir():
+            return Verdict(part, "missing", f"{folder} is not there")
+    except FeatherweightError as error:
+        return Verdict(part, "missing", str(error))
+    try:
+        artifact.verify(Path(folder), digest)
+    except IntegrityError as error:
+        return Verdict(part, "altered", str(error))
+    return Verdict(part, "ok")
+
+
+def _fetch(registry: Registry, uri: str, folder: Path) -> Path:
+    return local_path(uri) or registry.download(uri, folder)
+
+
+def _facts(lineage: Lineage) -> list[str]:
+    graph, root = lineage.graph, lineage.graph.checkpoint
+    machine = next((node.machine for node in reversed(graph.nodes) if node.machine), {})
+    versions = next((node.environment for node in reversed(graph.nodes) if node.environment), {})
+    named = f" ({', '.join(lineage.aliases)})" if lineage.aliases else ""
+    facts = {
+        "model": f"{lineage.model} version {lineage.version}{named}, {lineage.stage}",
+        "variant": f"{graph.variant} on {lineage.engine}",
+        "digest": lineage.digest,
+        "checkpoint": f"{root.digest[:12]} {_source(root)}" if root else "unknown",
+        "data": ", ".join(f"{name} {digest[:12]}" for name, digest in graph.data.items()) or "none",
+        "recipe": f"sha256 {hashlib.sha256(graph.recipe.encode()).hexdigest()[:12]}, {len(graph.recipe.splitlines())} lines",
+        "code": graph.commit,
+        "libraries": ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown",
+        "machine": ", ".join(f"{name} {value}" for name, value in machine.items()) or "unknown",
+        "MLflow run": graph.run_id,
+        "Prefect run": graph.flow_run_id or "none",
+    }
+    return [f"{name:<12} {value}" for name, value in facts.items()]
+
+
+def _source(root: LineageNode) -> str:
+    return f"from {root.spec.get('source')}" if root.spec.get("source") else f"trained here ({root.stage})"
+
+
+def _tree(graph: LineageGraph) -> list[str]:
+    """The served artifact at the top, what it was made from below it; a node that stands there already is not unfolded again."""
+    lines: list[str] = []
+    shown: set[str] = set()
+
+    def show(node: LineageNode, name: str, lead: str, last: bool, top: bool) -> None:
+        branch = "" if top else ("└─ " if last else "├─ ")
+        again = node.id in shown
+        label = f"{name}: " if name else ""
+        lines.append(f"{lead}{branch}{label}{node.stage} {node.id} [{node.digest[:12]}]{' ↑' if again else ''}")
+        if again:
+            return
+        shown.add(node.id)
+        above = graph.parents(node)
+        for place, (child_name, child) in enumerate(above):
+            deeper = lead if top else lead + ("   " if last else "│  ")
+            show(child, child_name, deeper, place == len(above) - 1, False)
+
+    tops = [node for node in graph.nodes if node.digest == graph.served] + [
+        node for node in graph.nodes[-1:] if node.digest != graph.served
+    ]
+    for node in tops:
+        show(node, "", "", True, True)
+    return lines
+
+
+def _numbers(graph: LineageGraph) -> list[str]:
+    return [f"{name:<28} {value:.6g}" for name, value in sorted(graph.metrics.items())]
+
+
+def _told(history: Iterable[Transition]) -> list[str]:
+    lines = [
+        f"{entry.when[:19]}Z  {entry.source} → {entry.target}  by {entry.who}: {entry.why}"
+        + "".join(f"\n    {'✓' if gate.passed else '✗'} {gate.gate}: {gate.reason}" for gate in entry.gates)
+        for entry in history
+    ]
+    return lines or ["never promoted"]

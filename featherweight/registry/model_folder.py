@@ -1,0 +1,91 @@
+"""The MLflow model of a served variant: a pyfunc from code, around the variant's own files."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.files import link
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+CODE = Path(__file__).with_name("pyfunc_model.py")
+SERVED = "artifacts/served"
+LINEAGE = "lineage.json"
+EXAMPLE = ["Once upon a time"]
+MAX_NEW_TOKENS = 64
+
+_COMMON = ("mlflow", "pandas", "transformers", "featherweight")
+_ENGINES = {
+    "torch": ("torch",),
+    "torch-compile": ("torch",),
+    "torch-dynamic": ("torch", "torchao", "accelerate"),
+    "torch-static": ("torch", "torchao", "accelerate"),
+    "torchao-int8": ("torch", "torchao", "accelerate"),
+    "torchao-int4": ("torch", "torchao", "accelerate"),
+    "torchao-int8-dynamic": ("torch", "torchao", "accelerate"),
+    "onnxruntime-genai": ("onnxruntime-genai",),
+    "ctranslate2": ("ctranslate2",),
+    "vllm": (),  # lives in its own toolchain, which `make setup` builds
+}
+
+
+def requirements(engine: str) -> list[str]:
+    """The distributions that serve a variant of `engine`, at the versions installed here, without a '+cpu' of a local build."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *_ENGINES[engine])]
+
+
+def signature() -> ModelSignature:
+    """Texts in, texts out; `max_new_tokens` and `stop_at_end` as optional parameters."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    texts = Schema([ColSpec("string")])
+    params = ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS), ParamSpec("stop_at_end", "boolean", True)])
+    return ModelSignature(texts, texts, params)
+
+
+def write_model_folder(
+    folder: Path,
+    *,
+    engine: str,
+    digest: str,
+    size_bytes: int,
+    config: dict[str, int],
+    lineage: str,
+    model_id: str,
+    run_id: str,
+) -> None:
+    """Write everything of the MLflow model but the served files, which the caller puts at `folder/artifacts/served`.
+
+    MLflow's own `artifacts=` would copy the weights twice on the way (to a staging folder, then to the store).
+    """
+    from mlflow.models import Model
+    from mlflow.models.utils import _save_example
+    from mlflow.pyfunc import save_model
+
+    save_model(
+        path=str(folder),
+        python_model=str(CODE),
+        mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
+        pip_requirements=requirements(engine),
+        model_config=config,
+        metadata={"featherweight.digest": digest, "featherweight.engine": engine},
+    )
+    model = Model.load(str(folder))
+    model.signature = signature()
+    model.model_size_bytes = size_bytes
+    served = {"path": SERVED, "uri": f"sha256:{digest}"}
+    model.flavors["python_function"] |= {"artifacts": {"served": served}, "model_code_path": CODE.name}
+    _save_example(model, EXAMPLE, str(folder))
+    model.save(str(folder / "MLmodel"))
+    (folder / LINEAGE).write_text(lineage, encoding="utf-8")
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """`source` again at `target`, by hard links where the file system can, so that weights lie on disk once."""
+    shutil.copytree(source, target, copy_function=lambda a, b: link(Path(a), Path(b)), dirs_exist_ok=True)

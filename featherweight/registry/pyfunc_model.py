@@ -1,0 +1,38 @@
+"""The MLflow model of every registered variant, whichever engine serves it (models from code).
+
+MLflow copies this file into the model and executes it to load the model; nothing of Featherweight imports it.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from featherweight.registry.generator import Generator
+
+
+class ServedVariant(PythonModel):
+    """Greedy text generation (or the filling in of masks) by the variant's own engine, which runs in a process of its own.
+
+    MLflow keeps the model object alive in a global, but its context only as long as the loaded model: so the engine belongs to the
+    context, and ends with it or with this process.
+    """
+
+    def __init__(self) -> None:
+        self._generators: weakref.WeakKeyDictionary[PythonModelContext, Generator] = weakref.WeakKeyDictionary()
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Start the engine. model_config: threads, max_tokens (prompt and new ones), max_batch."""
+        config = context.model_config or {}
+        generator = Generator(Path(context.artifacts["served"]), **config)
+        weakref.finalize(context, generator.close)
+        self._generators[context] = generator
+
+    def predict(self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+        """What follows each prompt. params: max_new_tokens, stop_at_end."""
+        return self._generators[context](model_input, **(params or {}))
+
+
+set_model(ServedVariant())

@@ -1,0 +1,383 @@
+"""The registry: winners as registered model versions, their promotion, and the history of it, all held by MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from featherweight.errors import FeatherweightError, GateError, ServiceError, one_line
+from featherweight.registry import history
+from featherweight.registry.history import GateResult, StageName, Transition
+from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
+from featherweight.registry.versions import CHAMPION, TAG, Book, RegisteredVersion, locked, pages
+from featherweight.store.served_folder import Serving
+from featherweight.store.workspace import local_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+PING_S = 5.0
+
+__all__ = ["GateResult", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
+
+
+@dataclass(frozen=True)
+class WinnerRecord:
+    """What an optimization hands to the registry: a served folder, its digest, and everything known of it.
+
+    served: the artifact's folder, `serving.json` at its root. run_id: the optimization's parent run.
+    metrics: the variant's measurement. lineage: JSON of a featherweight.lineage.LineageGraph.
+    checkpoint, evaluation: digests of the checkpoint it was made from and of the text it was measured on.
+    constraints, objective: the recipe's, so that promotion can judge by the registry alone.
+    threads, max_tokens: how the engine is opened when the model is loaded.
+    model_id: the variant's LoggedModel (`Registry.log_variant`), to hold the weights; made here if not given.
+    """
+
+    model: str
+    variant: str
+    digest: str
+    served: Path
+    run_id: str
+    metrics: Mapping[str, float]
+    lineage: str
+    recipe: str = ""
+    checkpoint: str = ""
+    evaluation: str = ""
+    machine: str = ""
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    objective: str = "speedup@1"
+    threads: int = 1
+    max_tokens: int = 512
+    model_id: str | None = None
+
+
+class Registry:
+    """MLflow's tracking and registry API at one URI. Every method raises ServiceError where MLflow cannot be reached."""
+
+    def __init__(self, tracking_uri: str) -> None:
+        self.tracking_uri = tracking_uri
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The client, of this URI only: nothing global is set."""
+        from mlflow import MlflowClient
+
+        with self._service():
+            return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    def check(self) -> None:
+        """Raise ServiceError within seconds where the server is down, hangs, or refuses the credentials."""
+        if self.tracking_uri.startswith(("http://", "https://")):
+            _ping(self.tracking_uri)
+        with self._service():
+            self.client.search_registered_models(max_results=1)
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """Names of all registered models."""
+        with self._service():
+            return sorted(model.name for model in pages(self.client.search_registered_models))
+
+    def get(self, model: str, version: str) -> RegisteredVersion:
+        """A version by number or alias. Raises GateError where there is none."""
+        return self._book(model).pick(version)
+
+    def versions(self, model: str) -> list[RegisteredVersion]:
+        """All versions of a model, oldest first."""
+        return list(self._book(model).versions.values())
+
+    def champion(self, model: str) -> RegisteredVersion | None:
+        """The version in production, None where there is none."""
+        return self._book(model).holder(CHAMPION)
+
+    def find(self, model: str, digest: str) -> RegisteredVersion | None:
+        """The version that serves the artifact of that digest, None where there is none."""
+        with self._service():
+            if not self.client.search_registered_models(f"name = '{model}'"):
+                return None
+        return next((one for one in self.versions(model) if one.digest == digest), None)
+
+    def history(self, model: str) -> list[Transition]:
+        """Every transition of the model's versions, oldest first."""
+        return self._book(model).history
+
+    def history_faults(self, model: str) -> list[str]:
+        """Entries of the history that were altered or removed by other hands, in words."""
+        return history.faults(self._book(model).tags)
+
+    def lineage_json(self, version: RegisteredVersion) -> str:
+        """The `lineage.json` that was registered with a version."""
+        local = local_path(version.source)
+        with self._service(), tempfile.TemporaryDirectory() as folder:
+            got = local / LINEAGE if local else self._artifacts(version.source).download_artifacts(LINEAGE, folder)
+            return Path(got).read_text(encoding="utf-8")
+
+    def download(self, uri: str, folder: Path) -> Path:
+        """An artifact folder of a remote store, downloaded into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._service():
+            return Path(self._artifacts(uri).download_artifacts("", str(folder)))
+
+    def served_folder(self, version: RegisteredVersion, folder: Path) -> Path:
+        """The served files of a version: where they lie on a local store, else downloaded into `folder`."""
+        local = local_path(version.source)
+        if local is not None:
+            return local / SERVED
+        with self._service():
+            return Path(self._artifacts(version.source).download_artifacts(SERVED, str(folder)))
+
+    # -- what is written ----------------------------------------------------------------------------------------------
+
+    def log_variant(
+        self,
+        run_id: str,
+        name: str,
+        metrics: Mapping[str, float],
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Log a variant as a LoggedModel of the run, with its metrics; returns its id. Holds no files until it wins."""
+        from mlflow.entities import Metric
+
+        with self._service():
+            model = self._create_logged_model(run_id, name, params or {}, {**(tags or {}), f"{TAG}variant": name})
+            now = int(time.time() * 1000)
+            numbers = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
+            self.client.log_batch(run_id, numbers)
+            self.client.finalize_logged_model(model.model_id, "READY")
+            return model.model_id
+
+    def register(self, winner: WinnerRecord) -> RegisteredVersion:
+        """Register a winner as a new version; the version that is there already where its digest is registered.
+
+        The served files are hard-linked into a local artifact store, uploaded to a remote one. Nothing is left behind
+        on failure. Raises ServiceError, or IntegrityError where the folder is not a served variant.
+        """
+        _check_name(winner.model)
+        engine = Serving.read(winner.served).engine
+        self.check()
+        known = self.find(winner.model, winner.digest)
+        if known is not None:
+            return known
+        with self._service():
+            logged = self._log_files(winner, engine)
+            try:
+                return self._create_version(winner, engine, logged)
+            except BaseException:
+                self._discard(winner, logged)
+                raise
+
+    def transition(
+        self,
+        model: str,
+        version: str,
+        to: StageName,
+        *,
+        who: str,
+        why: str,
+        gates: Sequence[GateResult] = (),
+        expect_champion: str | None = None,
+    ) -> RegisteredVersion:
+        """Move a version to a stage and append that to the history; nothing happens where it stands there already.
+
+        The aliases champion, challenger and previous are the truth. A displaced champion is archived and becomes `previous`,
+        a displaced challenger goes back to none. The entry is written before the aliases move, so that no promotion can
+        go unrecorded. expect_champion: the version number that the gates compared with, '' for none: GateError where another
+        has become champion meanwhile. None does not look.
+        """
+        _check_words(to, who, why)
+        with self._service(), locked(self.client, model) as book:
+            moved, champion = book.pick(version), book.holder(CHAMPION)
+            present = champion.version if champion else ""
+            if expect_champion is not None and present != expect_champion:
+                raise GateError(f"version {present or 'none'} of '{model}' became champion meanwhile; promote again")
+            if moved.stage != to:
+                book.move(moved, to, who, why, gates)
+        return self.get(model, moved.version)
+
+    def rollback(self, model: str, who: str, why: str) -> RegisteredVersion:
+        """Make the champion before the present one champion again; a second rollback goes one further back.
+
+        Raises GateError where there is no champion to go back to.
+        """
+        _check_words("production", who, why)
+        with self._service(), locked(self.client, model) as book:
+            book.go_back(who, why)
+        return self.get(model, CHAMPION)
+
+    # -- how ------------------------------------------------------------------------------------------------------------
+
+    def _book(self, model: str) -> Book:
+        with self._service():
+            return Book.read(self.client, model)
+
+    def _ensure_model(self, model: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with self._service():
+            try:
+                self.client.create_registered_model(model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
+    def _create_logged_model(self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> LoggedModel:
+        """A pending LoggedModel, as an output of the run. MLflow allows no / : . % or quote in its name."""
+        from mlflow.entities import LoggedModelOutput
+
+        experiment = self.client.get_run(run_id).info.experiment_id
+        plain = re.sub(r"[/:.%\"']+", "-", name)
+        model = self.client.create_logged_model(experiment, plain, run_id, dict(tags), dict(params), "featherweight")
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        return model
+
+    def _log_files(self, winner: WinnerRecord, engine: str) -> LoggedModel:
+        """The LoggedModel that holds the winner's files."""
+        tags = {f"{TAG}variant": winner.variant, f"{TAG}digest": winner.digest}
+        if winner.model_id is None:
+            logged = self._create_logged_model(winner.run_id, winner.variant, {}, tags)
+        else:
+            logged = self.client.get_logged_model(winner.model_id)
+            self.client.set_logged_model_tags(logged.model_id, tags)
+        try:
+            self._store(winner, engine, logged)
+            self.client.finalize_logged_model(logged.model_id, "READY")
+        except BaseException:
+            self._discard(winner, logged)
+            raise
+        return logged
+
+    def _store(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> None:
+        """Put the model's files into the LoggedModel's place, what makes it loadable last."""
+        size = sum(path.stat().st_size for path in winner.served.rglob("*") if path.is_file())
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            write_model_folder(
+                folder,
+                engine=engine,
+                digest=winner.digest,
+                size_bytes=size,
+                config={"threads": winner.threads, "max_tokens": winner.max_tokens},
+                lineage=winner.lineage,
+                model_id=logged.model_id,
+                run_id=winner.run_id,
+            )
+            place = local_path(logged.artifact_location)
+            if place is None:
+                store = self._artifacts(logged.artifact_location)
+                store.log_artifacts(str(winner.served), SERVED)
+                store.log_artifacts(str(folder))
+                return
+            link_tree(winner.served, place / SERVED)
+            shutil.copytree(folder, place, dirs_exist_ok=True)
+
+    def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
+        """The registered version, all tags in the one call that creates it."""
+        self._ensure_model(winner.model)
+        with locked(self.client, winner.model) as book:
+            known = next((one for one in book.versions.values() if one.digest == winner.digest), None)
+            if known is not None:
+                self._discard(winner, logged)
+                return known
+            made = self.client.create_model_version(
+                winner.model,
+                logged.artifact_location,
+                winner.run_id,
+                _version_tags(winner, engine, logged.model_id),
+                description=f"{winner.variant} on {engine}",
+                await_creation_for=0,
+                model_id=logged.model_id,
+            )
+        return replace(RegisteredVersion.of(made, {}), new=True)
+
+    def _discard(self, winner: WinnerRecord, logged: LoggedModel) -> None:
+        """Take back what a failed registration wrote; a LoggedModel that was there before keeps its metrics."""
+        place = local_path(logged.artifact_location)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        if winner.model_id is None:
+            self.client.delete_logged_model(logged.model_id)
+
+    def _artifacts(self, uri: str) -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        return get_artifact_repository(uri, tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+
+    @contextmanager
+    def _service(self) -> Iterator[None]:
+        """Turn what MLflow, its HTTP client and its database raise into one ServiceError line."""
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except FeatherweightError:
+            raise
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            reason = one_line(error, 300) or type(error).__name__
+            raise ServiceError(f"MLflow at {_shown(self.tracking_uri)} failed: {reason}") from error
+
+
+def _ping(url: str) -> None:
+    """Raise ServiceError where the server does not answer its health check in PING_S seconds."""
+    import httpx
+
+    try:
+        status = httpx.get(f"{url.rstrip('/')}/health", timeout=PING_S, follow_redirects=True).status_code
+    except httpx.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise ServiceError(f"the MLflow server at {_shown(url)} does not answer ({reason}); is it running?") from error
+    if status >= 500:
+        raise ServiceError(f"the MLflow server at {_shown(url)} answers {status}; look into its log")
+
+
+def _shown(uri: str) -> str:
+    """The URI without its password."""
+    return re.sub(r"//([^:/@]+):[^@]+@", r"//\1:***@", uri)
+
+
+def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str, str]:
+    values = {
+        "digest": winner.digest,
+        "variant": winner.variant,
+        "engine": engine,
+        "recipe": winner.recipe,
+        "run_id": winner.run_id,
+        "model_id": model_id,
+        "checkpoint": winner.checkpoint,
+        "evaluation": winner.evaluation,
+        "machine": winner.machine,
+        "objective": winner.objective,
+        "constraints": json.dumps(dict(winner.constraints)),
+        "metrics": json.dumps(dict(winner.metrics)),
+        "lineage": hashlib.sha256(winner.lineage.encode()).hexdigest(),
+        "stage": "none",
+    }
+    return {f"{TAG}{name}": value for name, value in values.items()}
+
+
+def _check_name(model: str) -> None:
+    if not re.fullmatch(r"\w[\w .-]*", model):
+        raise GateError(f"'{model}' cannot name a registered model; use letters, digits, spaces, '-', '_' and '.'")
+
+
+def _check_words(to: str, who: str, why: str) -> None:
+    if to not in get_args(StageName):
+        raise GateError(f"no stage '{to}'; stages: {', '.join(get_args(StageName))}")
+    if not who.strip() or not why.strip():
+        raise GateError("a transition needs who does it and why")
+    if len(why) > history.WHY_LIMIT or len(who) > history.WHY_LIMIT:
+        raise GateError(f"who and why hold at most {history.WHY_LIMIT} characters each")

@@ -1,0 +1,1 @@
+"""What an optimization shows: its result, tables, pictures and pages."""

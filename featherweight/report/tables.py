@@ -1,0 +1,118 @@
+"""The tables of a result: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from featherweight.report.figures import MISSING, loss_with_interval, mebibytes, milliseconds, percent, rate, times
+from featherweight.report.result import OptimizationResult, VariantRow, ranked
+from featherweight.spec import Task
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables: its heading, what it means, its text and its sort key for a row; `brief` ones fit a terminal."""
+
+    title: str
+    meaning: str
+    text: Callable[[VariantRow], str]
+    order: Callable[[VariantRow], float]
+    brief: bool = False
+
+
+SCORED: Mapping[Task, str] = {
+    "text-generation": "on the held-out text",
+    "text2text-generation": "of the held-out targets, given their sources",
+    "fill-mask": "of the masked tokens of the held-out text",
+}
+"""What the quality of a model for each task is about."""
+
+
+def columns(result: OptimizationResult) -> list[Column]:
+    """The numeric columns of a result's tables, those left out that no variant has a value for."""
+    batches = result.batch_sizes
+    scored, counted = SCORED[result.task], "tokens read" if result.task == "fill-mask" else "new tokens"
+    found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_change", brief=True)]
+    for batch in batches:
+        at = f"batch {batch}"
+        found += [
+            _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup_{batch}", times, brief=True),
+            _metric(f"tokens/s, {at}", f"{counted} per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
+            _metric(f"TTFT, {at}", "time to first token", f"ttft_s_{batch}", milliseconds),
+            _metric(f"p50, {at}", "median latency of a generation", f"p50_latency_s_{batch}", milliseconds),
+            _metric(
+                f"p95, {at}", "95th percentile of the latency", f"p95_latency_s_{batch}", milliseconds, brief=batch == batches[0]
+            ),
+        ]
+    found += [
+        _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
+        _metric("peak memory", "of the serving process", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
+        _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
+        _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
+        _metric("zeros", "share of zeros in the pruned matrices", "zero_share", lambda value: percent(value).removeprefix("+")),
+        Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
+    ]
+    return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
+
+
+def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
+    text = (lambda row: show(row.get(key))) if show else loss_with_interval
+    return Column(title, meaning, text, lambda row: row.get(key), brief)
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else MISSING
+
+
+def _threads(row: VariantRow) -> str:
+    counts = [str(row.threads[batch]) for batch in sorted(row.threads, key=int)]
+    return MISSING if not counts else counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+
+
+def terminal_table(result: OptimizationResult) -> Table:
+    """The variants as a rich table; failed ones with their reasons, the ruled out only counted."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [column for column in columns(result) if column.brief]
+    ruled_out = sum(row.status == "ruled-out" for row in result.variants)
+    caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
+    table = Table(title=result.name, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("variant", overflow="fold", min_width=12)
+    for column in shown:
+        table.add_column(column.title.replace(", ", "\n").replace(" (", "\n("), justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold", min_width=12)
+    styles = {"winner": "bold green", "baseline": "cyan"}
+    for row in ranked(result):
+        fate = row.status if row.status in styles else row.reason
+        cells = [row.name, *(column.text(row) for column in shown), fate]
+        table.add_row(*map(Text, cells), style=styles.get(row.status))
+    for row in result.variants:
+        if row.status in ("failed", "skipped"):
+            blanks = [MISSING] * len(shown)
+            table.add_row(*map(Text, [row.name, *blanks, f"{row.status}: {row.reason}"]), style="dim")
+    return table
+
+
+def markdown_table(result: OptimizationResult) -> str:
+    """The measured variants as a table for a README."""
+    shown = [column for column in columns(result) if column.brief]
+    lines = ["| variant | " + " | ".join(column.title for column in shown) + " |"]
+    lines.append("|---|" + "---:|" * len(shown))
+    for row in ranked(result):
+        mark = "**" if row.status == "winner" else ""
+        cells = [f"{mark}{cell}{mark}" for cell in [_escaped(row.name), *(column.text(row) for column in shown)]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("\n", " ")

@@ -1,0 +1,93 @@
+"""CTranslate2's generator or translator: one worker (inter_threads), `threads` OpenMP threads inside it."""
+
+from __future__ import annotations
+
+import json
+from time import perf_counter
+from typing import Any
+
+from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+
+SHARED = "shared_vocabulary.json"
+
+
+class CTranslate2(Engine):
+    """A converted folder (model.bin, config.json, vocabularies). A seq2seq model has a vocabulary of sources and one of targets.
+
+    options: `compute_type` (float32) and `device` (cpu); `first_token`, the id that every target begins with, if any.
+    """
+
+    def load(self) -> None:
+        import ctranslate2
+
+        self.seq2seq = (self.weights / SHARED).exists() or (self.weights / "target_vocabulary.json").exists()
+        self.vocabulary = self._tokens("target" if self.seq2seq else "")
+        self.sources = self._tokens("source") if self.seq2seq else self.vocabulary
+        kind = ctranslate2.Translator if self.seq2seq else ctranslate2.Generator
+        self.generator: Any = kind(
+            str(self.weights),
+            device=self.options.get("device", "cpu"),
+            inter_threads=1,
+            intra_threads=self.threads,
+            compute_type=self.options.get("compute_type", "float32"),
+        )
+
+    def _tokens(self, side: str) -> list[str]:
+        """The vocabulary of the sources, of the targets, or of a decoder alone."""
+        path = self.weights / (f"{side}_vocabulary.json" if side else "vocabulary.json")
+        return json.loads((path if path.exists() or not side else self.weights / SHARED).read_text())
+
+    def unload(self) -> None:
+        del self.generator
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        import numpy
+
+        scores: list[list[float]] = [[] for _ in windows]
+        most = windows_at_once(self.limits.max_tokens, len(self.vocabulary))
+        for batch in by_length(windows, most):
+            ids = numpy.array([windows[index] for index in batch], dtype=numpy.int32)
+            every = numpy.asarray(self.generator.forward_batch(ids[:, :-1].tolist(), return_log_probs=True))
+            chosen = numpy.take_along_axis(every, ids[:, 1:, None], -1)[..., 0]
+            for index, row in zip(batch, chosen.tolist(), strict=True):
+                scores[index] = row
+        return scores
+
+    def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
+        """By the translator's own scoring, which starts the decoder itself and closes every target with the end token."""
+        end = json.loads((self.weights / "config.json").read_text())["eos_token"]
+        targets = [[self.vocabulary[token] for token in window[1:]] for window in windows]
+        open_ended = [target[:-1] if target[-1] == end else target for target in targets]
+        results = self.generator.score_batch(self._spelt(sources), open_ended, max_input_length=0, max_batch_size=1)
+        return [result.log_probs[: len(target)] for result, target in zip(results, targets, strict=True)]
+
+    def _spelt(self, sources: Tokens) -> list[list[str]]:
+        return [[self.sources[token] for token in source] for source in sources]
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        waiting, first, began = set(range(len(prompts))), 0.0, perf_counter()
+
+        def seen(step: Any) -> bool:
+            nonlocal first
+            waiting.discard(step.batch_id)
+            first = first or (0.0 if waiting else perf_counter() - began)
+            return False
+
+        write = self._translate if self.seq2seq else self._continue
+        # Nothing ends a text; `min_length` would forbid the end token instead, and change the text.
+        tokens = write(prompts, new_tokens, {"end_token": [], "beam_size": 1, "sampling_topk": 1, "callback": seen})
+        total = perf_counter() - began
+        return Generation(tokens, Timing(first or total, total))
+
+    def _continue(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
+        starts = [[self.vocabulary[token] for token in prompt] for prompt in prompts]
+        options |= {"max_length": new_tokens, "include_prompt_in_result": False}
+        return [list(result.sequences_ids[0]) for result in self.generator.generate_batch(starts, **options)]
+
+    def _translate(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
+        ids = {token: index for index, token in enumerate(self.vocabulary)}
+        forced = self.options.get("first_token")
+        prefix = None if forced is None else [[self.vocabulary[int(forced)]]] * len(prompts)
+        options |= {"max_decoding_length": new_tokens, "max_input_length": 0, "target_prefix": prefix}
+        results = self.generator.translate_batch(self._spelt(prompts), **options)
+        return [[ids[token] for token in result.hypotheses[0][:new_tokens]] for result in results]

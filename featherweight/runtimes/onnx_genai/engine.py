@@ -1,0 +1,109 @@
+"""ONNX Runtime GenAI on the CPU: log-probabilities and greedy generation from its own generator."""
+
+from __future__ import annotations
+
+import json
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import StageError
+from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+class OnnxGenai(Engine):
+    """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads.
+
+    GenAI always stops at an end token, which must be one of the vocabulary. Here nothing may stop it, so it is told that the
+    last token, the rarest, is the end; if the model ever writes that one, the one before it takes its place.
+    """
+
+    spoilt: frozenset[int] = frozenset()
+
+    def load(self) -> None:
+        import onnxruntime_genai
+
+        described = json.loads((self.weights / "genai_config.json").read_text())["model"]
+        self.vocabulary: int = described["vocab_size"]
+        self.stopper = self.vocabulary - 1 - len(self.spoilt)
+        config = onnxruntime_genai.Config(str(self.weights))
+        config.overlay(json.dumps({"model": self._overlay()}))
+        self.model: Any = onnxruntime_genai.Model(config)
+
+    def _overlay(self) -> dict[str, Any]:
+        # A single number replaces the file's end tokens; a list would be merged into theirs.
+        session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
+        return {"eos_token_id": self.stopper, "pad_token_id": self.stopper, "decoder": {"session_options": session}}
+
+    def unload(self) -> None:
+        del self.model
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        import numpy
+
+        scores: list[list[float]] = [[] for _ in windows]
+        for batch in self._batches(windows, windows_at_once(self.limits.max_tokens, self.vocabulary)):
+            ids = numpy.array([windows[index] for index in batch], dtype=numpy.int32)
+            for index, row in zip(batch, self._score(ids).tolist(), strict=True):
+                scores[index] = row
+        return scores
+
+    def _score(self, ids: ndarray) -> ndarray:
+        """[batch, tokens] -> log-probabilities of ids[:, 1:], float32 [batch, tokens - 1]."""
+        import numpy
+
+        generator = self._generator(*ids.shape)
+        generator.append_tokens(ids)
+        logits = generator.get_output("logits")[:, :-1].astype(numpy.float32, copy=False)
+        chosen = numpy.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
+        top = logits.max(-1)
+        # In place: the logits are by far the largest array here, and nobody needs them any more.
+        numpy.exp(numpy.subtract(logits, top[..., None], out=logits), out=logits)
+        return chosen - top - numpy.log(logits.sum(-1))
+
+    def _batches(self, sequences: Tokens, most: int) -> Any:
+        """Batches of equal length; what ends in the padding token goes alone, or GenAI would cut it off as padding."""
+        for batch in by_length(sequences, most):
+            alone = [index for index in batch if sequences[index][-1] == self.stopper]
+            yield from ([index] for index in alone)
+            if together := [index for index in batch if index not in alone]:
+                yield together
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        while True:
+            tokens, timing = self._generate(prompts, new_tokens)
+            if all(self.stopper not in row[:-1] and len(row) == new_tokens for row in tokens):
+                return Generation(tokens, timing)
+            self.spoilt = self.spoilt | {self.stopper}
+            if len(self.spoilt) == self.vocabulary:
+                raise StageError("the model writes every token of its vocabulary, so that none can serve as an end")
+            self.set_threads(self.threads)
+
+    def _generate(self, prompts: Tokens, new_tokens: int) -> tuple[Tokens, Timing]:
+        """Greedy text, cut short where the model wrote the stopper."""
+        import numpy
+
+        tokens: Tokens = [[] for _ in prompts]
+        began, first = perf_counter(), 0.0
+        for batch in self._batches(prompts, self.limits.max_batch):
+            ids = numpy.array([prompts[index] for index in batch], dtype=numpy.int32)
+            generator = self._generator(len(batch), ids.shape[1] + new_tokens)
+            generator.append_tokens(ids)
+            generator.generate_next_token()
+            first = perf_counter() - began
+            while not generator.is_done():
+                generator.generate_next_token()
+            for row, index in enumerate(batch):
+                tokens[index] = generator.get_sequence(row)[ids.shape[1] :].tolist()
+        return tokens, Timing(first, perf_counter() - began)
+
+    def _generator(self, batch: int, length: int) -> Any:
+        """A greedy generator for `batch` sequences of `length` tokens in all."""
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(self.model)
+        # Greedy search draws no random numbers, yet without a seed GenAI asks the system for 624 of them: 12 ms a generator.
+        parameters.set_search_options(batch_size=batch, max_length=length, do_sample=False, random_seed=1)
+        return onnxruntime_genai.Generator(self.model, parameters)

@@ -1,0 +1,190 @@
+"""Packing quantized weights into an ONNX Runtime GenAI decoder, without a second rounding.
+
+The decoder's graph is built in float32 first, by GenAI's own model builder. Then every MatMul whose weight is quantized becomes
+a MatMulNBits that holds the very integers and scales of the checkpoint, and the embedding becomes a GatherBlockQuantized that
+shares the output head's storage where the two are tied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.grid import Grid
+from featherweight.runtimes.packing import Packable, QuantizedRows
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+CONTRIB = "com.microsoft"
+FLOAT_ACTIVATIONS = 1
+"""MatMulNBits' accuracy_level that computes in float32."""
+INT8_ACTIVATIONS = 4
+"""The one that rounds activations to int8, block by block: 2 to 50 times as fast."""
+# Shape inference reads small tensors such as the target of a Reshape, and cannot when they lie in the data file.
+SMALL_BYTES = 1024
+
+
+def pack(built: Path, out: Path, rows: QuantizedRows, accuracy_level: int = INT8_ACTIVATIONS) -> None:
+    """Write the float32 decoder in `built` to `out` with quantized weights wherever `rows` knows them.
+
+    Raises StageError where a quantized weight has no place in the graph, or would share a matrix with one on another grid.
+    """
+    import onnx_ir
+
+    model = onnx_ir.load(built / MODEL)
+    packer = _Packer(model.graph, rows)
+    for node in list(model.graph):
+        if node.op_type == "MatMul":
+            packer.replace_matmul(node, accuracy_level)
+        elif node.op_type == "Gather":
+            packer.replace_gather(node)
+    rows.require_all_used("ONNX Runtime GenAI")
+    _drop_unused(model.graph)
+    onnx_ir.save(model, out / MODEL, external_data=DATA, size_threshold_bytes=SMALL_BYTES)
+
+
+def set_accuracy_level(path: Path, out: Path, level: int) -> None:
+    """Write the graph at `path` to `out` with another accuracy_level; the weights stay in the data file beside `path`."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    onnx.save(model, out)
+
+
+def block_size(grid: Grid, columns: int) -> int:
+    """Weights per block: the grid's group; for one scale per row 64 where that divides the row, else 32.
+
+    Larger blocks are a little faster still, but activations are rounded block by block and lose more in larger ones.
+    """
+    return grid.group_size or (64 if columns % 64 == 0 else 32)
+
+
+def pack_blocks(matrix: Packable) -> tuple[Tensor, Tensor]:
+    """(uint8 [rows, blocks, block_size * bits / 8], float32 [rows, blocks]) as MatMulNBits reads them.
+
+    Integers are stored with an offset of 2^(bits - 1), the operator's zero point where none is given; two 4-bit integers share
+    a byte, the earlier in the low half. A scale per row is repeated over its blocks, and a short last block is padded with zeros.
+    """
+    import torch
+
+    bits, (rows, columns) = matrix.grid.bits, matrix.q.shape
+    size = block_size(matrix.grid, columns)
+    blocks = -(-columns // size)
+    stored = torch.nn.functional.pad(matrix.q.view(torch.uint8), (0, blocks * size - columns)).view(rows, blocks, size)
+    stored = stored + (1 << (bits - 1))  # modulo 256, which is two's complement to offset binary
+    if bits == 4:
+        stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
+    return stored.contiguous(), matrix.scales.float().expand(rows, blocks).contiguous()
+
+
+class _Packer:
+    """One pass over a graph: a matrix that two operators read is packed once."""
+
+    def __init__(self, graph: ir.Graph, rows: QuantizedRows) -> None:
+        self.graph = graph
+        self.rows = rows
+        self.packed: dict[bytes, tuple[ir.Value, ir.Value]] = {}
+
+    def replace_matmul(self, node: ir.Node, accuracy_level: int) -> None:
+        """MatMul with a constant [columns, rows] on its right becomes MatMulNBits."""
+        import onnx_ir
+
+        weight = node.inputs[1]
+        matrix = self._find(_constant(weight, transposed=True))
+        if matrix is None or weight is None:
+            return
+        (rows, columns), attributes = matrix.q.shape, _layout(matrix)
+        attributes |= {"K": columns, "N": rows, "accuracy_level": accuracy_level}
+        inputs = [node.inputs[0], *self._store(weight, matrix)]
+        self._swap(node, onnx_ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=f"{node.name}NBits"))
+
+    def replace_gather(self, node: ir.Node) -> None:
+        """Gather from an embedding [rows, columns], or from the transpose of a head, becomes GatherBlockQuantized."""
+        import onnx_ir
+
+        source = node.inputs[0]
+        turned = source is not None and (producer := source.producer()) is not None and producer.op_type == "Transpose"
+        weight = producer.inputs[0] if turned else source  # type: ignore[union-attr]
+        matrix = self._find(_constant(weight, transposed=turned))
+        if matrix is None or weight is None:
+            return
+        q, scales = self._store(weight, matrix)
+        (rows, columns), attributes = matrix.q.shape, _layout(matrix)
+        padded = -(-columns // attributes["block_size"]) * attributes["block_size"]
+        flat = self._integers(f"{node.name}/shape", [rows, padded * matrix.grid.bits // 8])
+        reshape = onnx_ir.node("Reshape", [q, flat], name=f"{node.name}/Reshape")
+        attributes |= {"gather_axis": 0, "quantize_axis": 1}
+        inputs = [reshape.outputs[0], node.inputs[1], scales]
+        nodes = [reshape, onnx_ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB, name=f"{node.name}NBits")]
+        if padded != columns:
+            bounds = {"start": 0, "end": columns, "axis": -1}
+            ends = [self._integers(f"{node.name}/{name}", [value]) for name, value in bounds.items()]
+            nodes.append(onnx_ir.node("Slice", [nodes[-1].outputs[0], *ends], name=f"{node.name}/Slice"))
+        self._swap(node, *nodes)
+
+    def _find(self, matrix: Tensor | None) -> Packable | None:
+        return None if matrix is None else self.rows.find(matrix)
+
+    def _store(self, weight: ir.Value, matrix: Packable) -> tuple[ir.Value, ir.Value]:
+        """The initializers (integers, scales) of a matrix, those of an equal one where the graph has them already."""
+        blocks, scales = (tensor.numpy() for tensor in pack_blocks(matrix))
+        key = hashlib.blake2b(blocks.data).digest() + hashlib.blake2b(scales.data).digest()
+        if key not in self.packed:
+            self.packed[key] = (
+                self._initializer(f"{weight.name}.q", blocks),
+                self._initializer(f"{weight.name}.scales", scales),
+            )
+        return self.packed[key]
+
+    def _integers(self, name: str, values: list[int]) -> ir.Value:
+        import numpy
+
+        return self._initializer(name, numpy.array(values, dtype=numpy.int64))
+
+    def _initializer(self, name: str, array: Any) -> ir.Value:
+        import onnx_ir
+
+        value = onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def _swap(self, old: ir.Node, *new: ir.Node) -> None:
+        """Put `new` in `old`'s place; the last of them takes over its output."""
+        import onnx_ir
+
+        onnx_ir.convenience.replace_nodes_and_values(self.graph, old, [old], list(new), old.outputs, new[-1].outputs)
+
+
+def _layout(matrix: Packable) -> dict[str, Any]:
+    return {"bits": matrix.grid.bits, "block_size": block_size(matrix.grid, matrix.q.shape[1])}
+
+
+def _constant(value: ir.Value | None, *, transposed: bool) -> Tensor | None:
+    """The float matrix [rows, columns] behind a graph's value; None where it is computed, or is no matrix of floats."""
+    import numpy
+    import torch
+
+    if value is None or value.const_value is None:
+        return None
+    array = value.const_value.numpy()
+    if array.ndim != 2 or array.dtype != numpy.float32:
+        return None
+    return torch.from_numpy(numpy.array(array.T if transposed else array, order="C"))
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove what the float weights leave behind: the transposed view of a tied head, and the weights themselves."""
+    for node in list(graph):
+        if node.op_type == "Transpose" and not any(output.uses() for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]

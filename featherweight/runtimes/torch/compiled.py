@@ -1,0 +1,61 @@
+"""torch.compile (Inductor): the decode step as one compiled graph over a static key-value cache; prefill stays eager.
+
+An encoder's one pass is a graph as a whole.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.runtimes.torch.eager import TorchEager
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Static caches come in lengths of a multiple of this, so that neighbouring lengths share a graph.
+STEP = 128
+
+
+class TorchCompile(TorchEager):
+    """One graph per batch size, length (of the cache, or of an encoder's text) and number of threads, made when first needed."""
+
+    slow_to_switch = True
+
+    def load(self) -> None:
+        import torch
+
+        super().load()
+        torch._dynamo.config.recompile_limit = 64
+        self.caches: dict[tuple[int, int], Any] = {}
+        self.step = torch.compile(self._next, dynamic=False, fullgraph=True)
+        self.read = torch.compile(self._likeliest, dynamic=False, fullgraph=True)
+
+    def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            cache = self._cache(ids.shape[0], ids.shape[1] + new_tokens)
+            ids = self._next(ids.clone(), cache)
+            first, new = perf_counter(), [ids]
+            for _ in range(new_tokens - 1):
+                ids = self.step(ids, cache)
+                new.append(ids)
+            return torch.cat(new, dim=1), first
+
+    def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            return self.read(ids.clone()), perf_counter()
+
+    def _cache(self, batch: int, tokens: int) -> Any:
+        """An empty static cache for `batch` sequences of `tokens`, the same object each time: a graph is tied to it."""
+        from transformers import StaticCache
+
+        length = min(-(-tokens // STEP) * STEP, self.limits.max_tokens)
+        if (batch, length) not in self.caches:
+            self.caches[batch, length] = StaticCache(config=self.model.config, max_cache_len=length)
+        cache = self.caches[batch, length]
+        cache.reset()
+        return cache

@@ -1,0 +1,139 @@
+"""PyTorch eager, SDPA attention, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.model.architecture import auto_class, family_of
+from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, by_shape, windows_at_once
+from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TorchEager(Engine):
+    """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it).
+
+    options: `dtype`, float32 unless told otherwise. `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and
+    computes in float16 on a CUDA GPU.
+    """
+
+    def load(self) -> None:
+        import torch
+        from transformers import AutoConfig
+
+        torch.set_num_threads(self.threads)
+        rounded = self.options.get("bitsandbytes")
+        config = AutoConfig.from_pretrained(self.weights, local_files_only=True)
+        model: Any = auto_class(config).from_pretrained(
+            self.weights,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
+        )
+        self.model = model.eval()
+
+    def set_threads(self, threads: int) -> None:
+        import torch
+
+        self.threads = threads
+        torch.set_num_threads(threads)
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        return self.logprobs_given(windows, [[] for _ in windows])
+
+    def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
+        import torch
+
+        scores: list[list[float]] = [[] for _ in windows]
+        most = windows_at_once(self.limits.max_tokens, self.model.config.vocab_size)
+        with torch.inference_mode():
+            for batch in by_shape(windows, sources, most):
+                ids, source = (self._batch(rows, batch) for rows in (windows, sources))
+                for index, row in zip(batch, self._score(ids, source), strict=True):
+                    scores[index] = row
+        return scores
+
+    def _batch(self, rows: Tokens, batch: list[int]) -> Tensor:
+        import torch
+
+        return torch.tensor([rows[index] for index in batch], device=self.model.device)
+
+    def _score(self, ids: Tensor, source: Tensor) -> list[list[float]]:
+        """Log-probabilities of what is to be predicted in each of some windows of one shape."""
+        inputs, labels = window_inputs(self.model.config, ids, source)
+        logits = self.model(**inputs).logits.float()
+        chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        scores = chosen - logits.logsumexp(-1)
+        return [row[wanted != IGNORED].tolist() for row, wanted in zip(scores, labels, strict=True)]
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        import torch
+
+        tokens: Tokens = [[] for _ in prompts]
+        run = {"causal": self._greedy, "seq2seq": self._translate, "encoder": self._fill}[family_of(self.model.config)]
+        began, firsts = perf_counter(), 0.0
+        with torch.inference_mode():
+            for batch in by_length(prompts, self.limits.max_batch):
+                new, first = run(self._batch(prompts, batch), new_tokens)
+                firsts = first - began
+                for index, row in zip(batch, new.tolist(), strict=True):
+                    tokens[index] = row
+        return Generation(tokens, Timing(firsts, perf_counter() - began))
+
+    def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+        """[batch, prompt] -> ([batch, new_tokens], the moment at which the first of them was there)."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        ids = self._next(ids, cache)
+        first, new = perf_counter(), [ids]
+        for _ in range(new_tokens - 1):
+            ids = self._next(ids, cache)
+            new.append(ids)
+        return torch.cat(new, dim=1), first
+
+    def _next(self, ids: Tensor, cache: Any) -> Tensor:
+        """The likeliest next token of each sequence, [batch, 1]; appends the keys and values of `ids` to the cache."""
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def _translate(self, source: Tensor, new_tokens: int) -> tuple[Tensor, float]:
+        """The same for the decoder of a seq2seq model: the source is encoded once, and its keys and values are kept."""
+        import torch
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        prefix = torch.tensor([decoder_prefix(self.model)], device=source.device).repeat(len(source), 1)
+        encoded = self.model.get_encoder()(source)
+        cache = EncoderDecoderCache(DynamicCache(config=self.model.config), DynamicCache(config=self.model.config))
+        ids = self._next_target(prefix, encoded, cache)
+        first, new = perf_counter(), [prefix[:, 1:], ids]
+        for _ in range(new_tokens - prefix.shape[1]):
+            ids = self._next_target(ids, encoded, cache)
+            new.append(ids)
+        return torch.cat(new, dim=1)[:, :new_tokens], first
+
+    def _next_target(self, ids: Tensor, encoded: Any, cache: Any) -> Tensor:
+        """The likeliest next token of each target, [batch, 1]."""
+        logits = self.model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
+        """The likeliest token at every position, int64 [batch, tokens]."""
+        return self._likeliest(ids), perf_counter()
+
+    def _likeliest(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits.argmax(-1)
+
+
+def _bitsandbytes(rounded: str) -> dict[str, Any]:
+    """Options of from_pretrained for 4-bit NormalFloat (Dettmers et al. 2023) or LLM.int8 (Dettmers et al. 2022)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16}
+    config = BitsAndBytesConfig(**nf4 if rounded == "nf4" else {"load_in_8bit": True})
+    return {"quantization_config": config, "dtype": torch.float16, "device_map": {"": 0}}

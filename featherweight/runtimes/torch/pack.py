@@ -1,0 +1,123 @@
+"""Quantized models for PyTorch's own engines: any transformers model, its Linear layers replaced by torch's or torchao's.
+
+The folder holds the integers (see featherweight/runtimes/torch/storage.py); the layers are rebuilt around them when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.checkpoint.opening import load_config
+from featherweight.errors import IntegrityError
+from featherweight.model.architecture import auto_class
+from featherweight.model.matrices import ends, matrices
+from featherweight.runtimes.torch.storage import Packed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from featherweight.model.quantized_weights import QuantizedWeights
+    from featherweight.runtimes.torch.linear import InputRange, Matrix
+
+RANGE = ".input_range"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one of the engines computes.
+
+    body, head: grids that float weights are rounded to. activations: how inputs of a layer are rounded.
+    vocabulary: the embedding and the output head stay integers in memory; else they become float as they are loaded, because
+    the library would turn the whole matrix into float at every token.
+    """
+
+    body: str
+    head: str
+    activations: Literal["float", "dynamic", "static"]
+    vocabulary: bool
+
+    def layer(self) -> Callable[[Matrix], nn.Module]:
+        """What makes one Linear layer."""
+        from featherweight.runtimes.torch import linear
+
+        if self.vocabulary:
+            return linear.StaticLinear if self.activations == "static" else linear.DynamicLinear
+        return linear.torchao_dynamic if self.activations == "dynamic" else linear.weight_only
+
+
+FORMATS = {
+    "torch-dynamic": Format("int8", "int8", "dynamic", vocabulary=True),
+    "torch-static": Format("int8", "int8", "static", vocabulary=True),
+    "torchao-int8": Format("int8", "int8", "float", vocabulary=False),
+    "torchao-int4": Format("int4-g32", "int8", "float", vocabulary=False),
+    "torchao-int8-dynamic": Format("int8", "int8", "dynamic", vocabulary=False),
+}
+WEIGHT_ONLY = "torchao-int8"
+"""The engine that computes with float activations whatever lies in a folder."""
+
+
+def write(model: PreTrainedModel, quantized: QuantizedWeights, ranges: Mapping[str, InputRange], out: Path) -> None:
+    """Write `quantized`, the ranges of inputs by the path of their layer, and all that `model` has besides, to `out`."""
+    seen = {id(parameter) for name, parameter, _ in matrices(model) if name in quantized.q}
+    rest = {path + RANGE: here.stored() for path, here in ranges.items()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            rest[name] = tensor.detach()
+    Packed(quantized, rest).write(out)
+
+
+def load(folder: Path, engine: str) -> PreTrainedModel:
+    """The model in `folder`, its quantized layers as `engine` makes them; raises IntegrityError where a tensor is missing."""
+    packed, model = Packed.read(folder), skeleton(folder)
+    kind = FORMATS[engine]
+    weights = {id(parameter): name for name, parameter, _ in matrices(model) if name in packed.quantized.q}
+    identities = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state = dict(packed.rest)
+    if not kind.vocabulary:
+        for identity in ends(model) & weights.keys():
+            name = weights.pop(identity)
+            state[name] = packed.quantized.dequantize(name)
+    _replace(model, weights, packed, kind)
+    # transformers cannot tie what is no parameter any more, so all names of a tensor are given it here.
+    given = {identities[name]: tensor for name, tensor in state.items() if name in identities}
+    state |= {name: given[identity] for name, identity in identities.items() if identity in given}
+    model.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise IntegrityError(f"{folder} lacks tensor {missing[0]}; export the variant again")
+    return model.eval()
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The architecture that config.json names, float32, its parameters without memory."""
+    import torch
+    from accelerate import init_empty_weights
+
+    config = load_config(folder)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(config).from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+def _replace(model: PreTrainedModel, weights: Mapping[int, str], packed: Packed, kind: Format) -> None:
+    """Put quantized layers in the place of all modules whose weight (by identity) `weights` names."""
+    from torch import nn
+
+    from featherweight.runtimes.torch.linear import InputRange, Matrix, RowEmbedding
+
+    make, quantized = kind.layer(), packed.quantized
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        name = weights.get(id(getattr(module, "weight", None)))
+        if name is None:
+            continue
+        stored = packed.rest.get(path + RANGE)
+        here = None if stored is None else InputRange.of(stored)
+        bias = packed.rest.get(f"{path}.bias")
+        matrix = Matrix(quantized.grids[name], quantized.q[name], quantized.scales[name], bias, here)
+        model.set_submodule(path, RowEmbedding(matrix) if isinstance(module, nn.Embedding) else make(matrix))

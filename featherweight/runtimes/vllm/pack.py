@@ -1,0 +1,183 @@
+"""Writing quantized weights for vLLM: a Hugging Face folder in compressed-tensors' formats, without a second rounding.
+
+The names, shapes and configuration are those that llm-compressor writes (the tests compare).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from featherweight.errors import RecipeError
+from featherweight.grid import Grid
+from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+FLOAT8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A compressed-tensors format. grouped: whether it holds a scale per group of weights, or one per row only.
+
+    activations: 'int8' and 'fp8' are rounded per token at run time; 'float' stays in the engine's float type.
+    """
+
+    name: str
+    format: str
+    bits: int
+    kind: Literal["int", "float"]
+    activations: Literal["int8", "fp8", "float"]
+    grouped: bool
+
+    def holds(self, grid: Grid) -> bool:
+        """Whether weights on `grid` are packed exactly."""
+        return (grid.bits, grid.kind) == (self.bits, self.kind) and (self.grouped or grid.group_size is None)
+
+    @property
+    def weights(self) -> str:
+        """What it holds, in words."""
+        unit = "8-bit float" if self.kind == "float" else f"{self.bits}-bit integer"
+        return f"{unit} weights with one scale per row" + (" or group" if self.grouped else "")
+
+
+SCHEMES = {
+    "int8": Scheme("W8A8", "int-quantized", 8, "int", "int8", grouped=False),
+    "w8a16": Scheme("W8A16", "pack-quantized", 8, "int", "float", grouped=True),
+    "w4a16": Scheme("W4A16", "pack-quantized", 4, "int", "float", grouped=True),
+    "fp8": Scheme("FP8", "float-quantized", 8, "float", "fp8", grouped=False),
+}
+
+
+def check(quantized: QuantizedWeights, scheme: Scheme) -> None:
+    """Raise RecipeError for a matrix on a grid that `scheme` does not hold, on another than the rest, or with a short last group.
+
+    vLLM fuses q, k and v, and gate and up, so that several grids in a model would meet in one matrix.
+    """
+    shared = next(iter(_linear(quantized).values()), None)
+    for name, grid in _linear(quantized).items():
+        if grid != shared or not scheme.holds(grid):
+            raise RecipeError(f"vLLM's {scheme.name} holds {scheme.weights}, all on one grid, and {name} lies on {grid.name}")
+        columns = quantized.q[name].shape[1]
+        if grid.group_size and columns % grid.group_size:
+            raise RecipeError(
+                f"vLLM wants groups that divide a row: {name} has {columns} columns, and {grid.name} groups of {grid.group_size}; "
+                "take a grid of smaller groups, or one scale per row"
+            )
+
+
+def pack(
+    model: PreTrainedModel,
+    quantized: QuantizedWeights | None,
+    checkpoint: Path,
+    out: Path,
+    scheme: Scheme | None,
+    cache_scales: Mapping[str, float] | None = None,
+) -> None:
+    """Write configuration and weights to `out`: the integers and scales of Linear layers, all else in the float that `model` has.
+
+    vLLM keeps embedding and output head in float; where they are quantized theirs are the float values on the grid, which
+    `model` already holds. cache_scales: what keys and values are divided by before they are kept in fp8, by parameter name.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    linear = _linear(quantized) if quantized else {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in _once(model).items():
+        if quantized and scheme and name in linear:
+            tensors |= _packed(name, quantized, scheme)
+        else:
+            tensors[name] = value.contiguous()
+    tensors |= {name: torch.tensor([scale]) for name, scale in (cache_scales or {}).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    grid = next(iter(linear.values()), None)
+    described = quantization_config(scheme, grid, _float_layers(model, set(linear)), cache=bool(cache_scales))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": described}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _linear(quantized: QuantizedWeights) -> dict[str, Grid]:
+    """The grids of the weights that vLLM serves quantized."""
+    return {name: grid for name, grid in quantized.grids.items() if not name.endswith(HEADS)}
+
+
+def _packed(name: str, quantized: QuantizedWeights, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors that stand for one weight."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    q, scales = quantized.q[name].contiguous(), {f"{name}_scale": quantized.scales[name].float().contiguous()}
+    if scheme.format != "pack-quantized":
+        return {name: q, **scales}
+    packed = pack_to_int32(q, scheme.bits).contiguous()
+    return {f"{name}_packed": packed, f"{name}_shape": torch.tensor(q.shape), **scales}
+
+
+def quantization_config(scheme: Scheme | None, grid: Grid | None, ignored: list[str], cache: bool) -> dict[str, Any]:
+    """compressed-tensors' description of weights on `grid` in `scheme`, and of an fp8 cache; both symmetric."""
+    groups = {}
+    if scheme and grid:
+        strategy = {"strategy": "group" if grid.group_size else "channel", "group_size": grid.group_size}
+        rounded = _numbers(8, scheme.kind) | {"strategy": "token", "dynamic": True}
+        groups["group_0"] = {
+            "targets": ["Linear"],
+            "weights": _numbers(grid.bits, grid.kind) | strategy | {"dynamic": False},
+            "input_activations": None if scheme.activations == "float" else rounded,
+            "format": scheme.format,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": scheme.format if scheme else "dense",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "kv_cache_scheme": _numbers(8, "float") | {"strategy": "tensor", "dynamic": False} if cache else None,
+        "ignore": ignored,
+    }
+
+
+def _numbers(bits: int, kind: str) -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "symmetric": True}
+
+
+def cache_scales(model: PreTrainedModel, windows: list[list[int]]) -> dict[str, float]:
+    """One scale for the keys and one for the values of each layer, by the names that vLLM reads them under.
+
+    The largest key or value of the windows of token ids (positions included, as the cache holds them) becomes fp8's largest number.
+    """
+    import torch
+
+    scales: dict[str, float] = {}
+    for ids in windows:
+        with torch.inference_mode():
+            cache = model(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+        for index, layer in enumerate(cache.layers):
+            for kind, values in (("k", layer.keys), ("v", layer.values)):
+                name = f"model.layers.{index}.self_attn.{kind}_scale"
+                scales[name] = max(scales.get(name, 0.0), values.abs().max().item() / FLOAT8_MAX)
+    return scales
+
+
+def _once(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of `model`, without the second name of tied weights."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            state[name] = value
+    return state
+
+
+def _float_layers(model: PreTrainedModel, quantized: set[str]) -> list[str]:
+    from torch import nn
+
+    modules = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in modules if f"{name}.weight" not in quantized]

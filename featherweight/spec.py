@@ -1,0 +1,85 @@
+"""Specs: what a recipe says of one subject, frozen and strict, and the words that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from featherweight.errors import RecipeError
+from featherweight.grid import grid_named
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+# The first token of a sequence is only read: one alone leaves nothing to predict.
+SequenceLength = Annotated[int, Field(ge=2)]
+
+
+Split = Literal["train", "calibration", "evaluation"]
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+Task = Literal["text-generation", "text2text-generation", "fill-mask"]
+
+
+ComputeType = Literal[
+    "float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"
+]
+
+
+TorchEngine = Literal["torch-dynamic", "torch-static", "torchao-int8", "torchao-int4", "torchao-int8-dynamic"]
+
+
+def _known_grid(name: str) -> str:
+    try:
+        return grid_named(name).name
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+GridName = Annotated[str, AfterValidator(_known_grid)]
+
+
+class Spec(BaseModel):
+    """Frozen, and strict: a key that is misspelt, or that the rest leaves without a meaning, is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Keys without a meaning here, such as the criterion of a method that asks none, and what makes them so."""
+        return {}
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        for key, reason in self.unread.items():
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} plays no role {reason}; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that a dump is valid in its turn, and that no cache key holds what changes nothing."""
+        return {key: value for key, value in dump(self).items() if key not in self.unread}
+
+
+Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class ByStack(Spec):
+    """Something for each stack of an encoder-decoder; null where it is not said."""
+
+    encoder: Any = None
+    decoder: Any = None
+
+    def require_known(self, key: str, stacks: Collection[str]) -> None:
+        """Raise RecipeError, which names the recipe's `key`, for a stack that the model does not have."""
+        for role in self.model_dump(exclude_none=True).keys() - set(stacks):
+            raise RecipeError(f"{key}.{role}: the model has no {role}; leave it out")

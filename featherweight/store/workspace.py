@@ -1,0 +1,143 @@
+"""The workspace: where runs, artifacts and results live. MLflow's artifact store is the only store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+from featherweight.errors import IntegrityError, ServiceError
+from featherweight.store.artifact import MANIFEST, ArtifactRef, Manifest, verify
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ARTIFACT = "artifact"
+SCRATCH_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`root` holds what is local: work in progress, the cache of remote artifacts, and by default the MLflow and Prefect stores."""
+
+    root: Path
+    tracking_uri: str
+
+    @classmethod
+    def at(cls, root: Path) -> Workspace:
+        """The workspace in `root`, tracked by $MLFLOW_TRACKING_URI or by a SQLite file in it."""
+        root = root.absolute()
+        try:
+            for folder in ("work", "cache", "artifacts"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServiceError(f"cannot create the workspace {root}: {error.strerror}") from error
+        return cls(root, os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}")
+
+    def client(self) -> MlflowClient:
+        """A client of the tracking server, registry included."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    def experiment(self, client: MlflowClient, name: str) -> str:
+        """Id of the experiment of that name, made where there is none."""
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        local = self.tracking_uri.startswith("sqlite:")
+        return client.create_experiment(name, (self.root / "artifacts").as_uri() if local else None)
+
+    @contextmanager
+    def working_folder(self) -> Iterator[Path]:
+        """An empty folder beside the artifacts, gone afterwards unless it was published."""
+        folder = Path(tempfile.mkdtemp(dir=self.root / "work"))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def scratch_folder(self, key: str) -> Path:
+        """The folder of a piece of work that may be killed and resumed, made where it is not there yet.
+
+        Those that nobody has come back to for SCRATCH_DAYS are removed on the way.
+        """
+        base = self.root / "resume"
+        folder = base / key[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+        oldest = time.time() - SCRATCH_DAYS * 86400
+        for other in base.iterdir():
+            if other.stat().st_mtime < oldest:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
+    def publish(self, client: MlflowClient, run_id: str, folder: Path) -> str:
+        """Hand `folder` (manifest written) to the run's artifact store; returns its URI. A local store moves it."""
+        base = client.get_run(run_id).info.artifact_uri
+        local = local_path(base)
+        if local is None:
+            return self._upload(client, run_id, folder, base)
+        local.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(local / ARTIFACT)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copytree(folder, local / f"{ARTIFACT}.part")
+            (local / f"{ARTIFACT}.part").rename(local / ARTIFACT)
+        return (local / ARTIFACT).as_uri()
+
+    def _upload(self, client: MlflowClient, run_id: str, folder: Path, base: str) -> str:
+        """Everything but the manifest first, so that a manifest means a complete upload; then keep it as the cached copy."""
+        manifest = Manifest.read(folder)
+        (folder / MANIFEST).unlink()
+        client.log_artifacts(run_id, str(folder), ARTIFACT)
+        manifest.write(folder)
+        client.log_artifact(run_id, str(folder / MANIFEST), ARTIFACT)
+        cached = self.root / "cache" / manifest.digest
+        if not cached.exists():
+            folder.rename(cached)
+        return f"{base}/{ARTIFACT}"
+
+    def materialize(self, ref: ArtifactRef, check: bool = True) -> Path:
+        """A local, verified folder with the artifact's files. Raises IntegrityError or ServiceError."""
+        local = local_path(ref.uri)
+        if local is not None:
+            if check:
+                verify(local, ref.digest)
+            return local
+        cached = self.root / "cache" / ref.digest
+        if not cached.exists():
+            self._download(ref, cached)
+        elif check:
+            verify(cached, ref.digest)
+        return cached
+
+    def _download(self, ref: ArtifactRef, cached: Path) -> None:
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        with self.working_folder() as folder:
+            try:
+                got = download_artifacts(artifact_uri=ref.uri, dst_path=str(folder), tracking_uri=self.tracking_uri)
+            except (MlflowException, OSError) as error:
+                raise IntegrityError(f"artifact {ref.node} cannot be fetched from {ref.uri}: {error}") from error
+            verify(Path(got), ref.digest)
+            Path(got).rename(cached)
+
+
+def local_path(uri: str) -> Path | None:
+    """The local folder that a `file:` URI or a plain path names, None for a remote one."""
+    parsed = urlparse(uri)
+    if parsed.scheme not in ("", "file"):
+        return None
+    return Path(unquote(parsed.path))

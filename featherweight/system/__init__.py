@@ -1,0 +1,1 @@
+"""The machine, its processes, the services and toolchains on it."""

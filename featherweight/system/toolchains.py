@@ -1,0 +1,78 @@
+"""Toolchains: engines whose pins cannot live in the main environment, each in a virtual environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from featherweight.errors import ToolchainError
+
+ROOT = Path(__file__).resolve().parents[2]
+REMEDY = "run `make setup`"
+# What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
+RECORD = "{name}.json"
+
+TOOLCHAINS = {"vllm": "vLLM, an inference server with an OpenAI-compatible HTTP API"}
+
+
+@dataclass(frozen=True)
+class ToolchainStatus:
+    """Whether a toolchain can be used; `reason` and `remedy` are empty where it can."""
+
+    name: str
+    purpose: str
+    ready: bool
+    python: Path
+    package: str = ""
+    reason: str = ""
+    remedy: str = ""
+
+
+def location() -> Path:
+    """Folder of all toolchains: $FEATHERWEIGHT_TOOLCHAINS, else `.toolchains` in the repository's root."""
+    given = os.environ.get("FEATHERWEIGHT_TOOLCHAINS")
+    return Path(given).expanduser() if given else ROOT / ".toolchains"
+
+
+def interpreter(environment: Path) -> Path:
+    """The Python of a virtual environment, wherever this operating system puts it."""
+    return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def status_of(name: str) -> ToolchainStatus:
+    """The state of one toolchain; raises ToolchainError for a name that does not exist."""
+    if name not in TOOLCHAINS:
+        raise ToolchainError(f"unknown toolchain '{name}'; known: {', '.join(TOOLCHAINS)}")
+    python, record = interpreter(location() / name), _record(name)
+    package, purpose = record.get("package", ""), TOOLCHAINS[name]
+    if record.get("error"):
+        reason = f"its installation failed: {record['error']}"
+        return ToolchainStatus(name, purpose, False, python, package, reason, f"{REMEDY} to try again")
+    if not python.is_file():
+        return ToolchainStatus(name, purpose, False, python, package, f"{python} does not exist", REMEDY)
+    return ToolchainStatus(name, purpose, True, python, package)
+
+
+def status() -> list[ToolchainStatus]:
+    """The state of every toolchain."""
+    return [status_of(name) for name in TOOLCHAINS]
+
+
+def python(name: str) -> Path:
+    """The Python of a ready toolchain; raises ToolchainError saying why it is not ready and how to get it."""
+    found = status_of(name)
+    if not found.ready:
+        raise ToolchainError(f"toolchain '{name}' is not ready: {found.reason}; {found.remedy}")
+    return found.python
+
+
+def _record(name: str) -> dict[str, str]:
+    """What set-up noted about a toolchain; empty where it noted nothing readable."""
+    try:
+        record = json.loads((location() / RECORD.format(name=name)).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

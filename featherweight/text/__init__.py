@@ -1,0 +1,1 @@
+"""Text: sources, documents, blocks of tokens, and what must hold of them."""

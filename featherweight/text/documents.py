@@ -1,0 +1,46 @@
+"""Folders of documents: text as the stages pass it on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = "documents.jsonl"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document and the name by which a report can point at it; `target` is what a seq2seq model is to make of the text."""
+
+    id: str
+    text: str
+    target: str | None = None
+
+
+def write_documents(folder: Path, documents: list[Document]) -> None:
+    """Write a text folder: `documents.jsonl`, one {"id", "text"} a line, and "target" where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("w", encoding="utf-8") as lines:
+        for document in documents:
+            fields = {"id": document.id, "text": document.text}
+            fields |= {} if document.target is None else {"target": document.target}
+            lines.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+
+def read_documents(folder: Path) -> Iterator[Document]:
+    """The documents of a text folder, in order."""
+    with (folder / FILE).open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Document(**json.loads(line))
+
+
+def shuffled_documents(folder: Path, seed: int | None) -> Iterable[Document]:
+    """The documents of a text folder, in a random order where there is a `seed`."""
+    if seed is None:
+        return read_documents(folder)
+    documents = list(read_documents(folder))
+    random.Random(seed).shuffle(documents)
+    return documents

@@ -1,0 +1,229 @@
+"""Examples: what a model of each family reads and what it has to predict, from one block of token ids.
+
+A block is int64 [length] for causal models: every token is to be predicted from those before it. For the other families it is
+int64 [2 * length], a source and a target: a text and its translation (or its first and second half), padded; or a text with
+15 % of its tokens masked, and the text itself. So every stage handles blocks alike, and only this module knows the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import CheckpointError, DataError
+from featherweight.model.architecture import Role, family_of
+from featherweight.text.documents import shuffled_documents
+from featherweight.text.tokens import Window, load_tokenizer, token_blocks, token_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+MASKED = 0.15
+"""Share of the tokens that an encoder has to fill in (Devlin et al. 2018)."""
+IGNORED = -100
+"""The label of a position where nothing is to be predicted."""
+SHORTEST = 8
+"""Fewest tokens of a text of which an encoder is to fill in some."""
+
+
+def example_blocks(
+    checkpoint: Path, config: PreTrainedConfig, text: Path, length: int, limit: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Blocks of `text` for the model in `checkpoint`: int64 [blocks, length], or [blocks, 2 * length] (see the module).
+
+    With a `seed` the documents come in a random order, so that a `limit` takes a sample. Raises DataError for too little text.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    family = family_of(config)
+    if family == "seq2seq":
+        return _pairs(config, tokenizer, text, length, limit, seed)
+    ids = token_blocks(text, tokenizer, length, limit=limit, seed=seed)
+    return _masked(ids, tokenizer, seed or 0) if family == "encoder" else ids
+
+
+def inputs_and_labels(config: Any, ids: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Keyword arguments of a model's forward for `ids` [batch, block], and the labels of its logits.
+
+    The labels are aligned with the logits (int64 [batch, positions]), IGNORED where nothing is to be predicted.
+    """
+    import torch
+
+    family = family_of(config)
+    if family == "causal":
+        return {"input_ids": ids, "use_cache": False}, next_tokens(ids)
+    source, target = ids.chunk(2, dim=1)
+    if family == "encoder":
+        return {"input_ids": source}, torch.where(source == target, IGNORED, target)
+    pad = _pad(config)
+    decoder = torch.cat([torch.full_like(target[:, :1], decoder_start(config)), target[:, :-1]], dim=1)
+    inputs = {"input_ids": source, "attention_mask": (source != pad).long(), "decoder_input_ids": decoder, "use_cache": False}
+    return inputs, torch.where(target == pad, IGNORED, target)
+
+
+def unpadded_inputs(config: Any, ids: Tensor, batch: int) -> list[dict[str, Any]]:
+    """Keyword arguments of a model's forward for the blocks `ids`, up to `batch` of one shape together: no position is padding."""
+    import torch
+
+    inputs, labels = inputs_and_labels(config, ids)
+    if "decoder_input_ids" not in inputs:
+        return [inputs_and_labels(config, part)[0] for part in ids.split(batch)]
+    real = real_positions(inputs, labels)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for row, shape in enumerate(zip(_lengths(real["encoder"]), _lengths(real["decoder"]), strict=True)):
+        shapes.setdefault(shape, []).append(row)
+    ends = {"input_ids": 0, "attention_mask": 0, "decoder_input_ids": 1}
+    return [
+        {name: inputs[name][rows, : shape[end]] for name, end in ends.items()} | {"use_cache": False}
+        for shape, every in shapes.items()
+        for rows in torch.tensor(every).split(batch)
+    ]
+
+
+def _lengths(real: Tensor) -> list[int]:
+    """Positions of each row of `real` up to its last true one; one at least."""
+    import torch
+
+    lengths: list[int] = (real * torch.arange(1, real.shape[1] + 1)).amax(1).clamp(min=1).tolist()
+    return lengths
+
+
+def scoring_windows(checkpoint: Path, config: PreTrainedConfig, text: Path, length: int, limit: int) -> list[Window]:
+    """Up to `limit` windows of `text`, of at most `length` tokens a sequence, for the model in `checkpoint`; see Window.
+
+    The same checkpoint and text give the same windows, masks included. Raises DataError for too little text.
+    """
+    tokenizer, family = load_tokenizer(checkpoint), family_of(config)
+    if family == "causal":
+        return token_windows(text, tokenizer, length, limit)
+    return (_pair_windows if family == "seq2seq" else _masked_windows)(config, tokenizer, text, length, limit)
+
+
+def _pair_windows(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int
+) -> list[Window]:
+    start, windows = decoder_start(config), []
+    for source, target in token_pairs(text, tokenizer, length - 1, seed=0):
+        size = len(str(tokenizer.decode(target, skip_special_tokens=True)).encode())
+        if source and size:
+            windows.append(Window([start, *target], size, source))
+        if len(windows) == limit:
+            break
+    if not windows:
+        raise DataError("the text holds no document of two tokens to make a source and a target of; give more text")
+    return windows
+
+
+def _masked_windows(_: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int) -> list[Window]:
+    """Texts as the tokenizer frames them ([CLS] ... [SEP]), some of their tokens masked, the same ones every time."""
+    import torch
+
+    frame = tokenizer("").input_ids
+    lead = 0 if tokenizer.bos_token_id is None else 1
+    windows = []
+    for number, window in enumerate(token_windows(text, tokenizer, length - len(frame) + lead, limit, SHORTEST)):
+        ids = torch.tensor([[*frame[:1], *window.ids[lead:], *frame[1:]]])
+        source, ids = _masked(ids, tokenizer, number).chunk(2, dim=1)
+        size = len(str(tokenizer.decode(ids[source != ids].tolist())).encode())
+        windows.append(Window(ids[0].tolist(), size, source[0].tolist()))
+    return windows
+
+
+def window_inputs(config: Any, ids: Tensor, source: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Like `inputs_and_labels`, for the `ids` and the `source` of windows of one shape (int64 [batch, length] each)."""
+    import torch
+
+    family = family_of(config)
+    if family == "encoder":
+        return {"input_ids": source}, torch.where(source == ids, IGNORED, ids)
+    inputs = {"input_ids": ids[:, :-1]} if family == "causal" else {"input_ids": source, "decoder_input_ids": ids[:, :-1]}
+    return {**inputs, "use_cache": False}, ids[:, 1:]
+
+
+def decoder_prefix(model: Any) -> list[int]:
+    """What a seq2seq decoder is given to begin with: its start token, and the language that its checkpoint forces, if any."""
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    return [decoder_start(model.config), *([] if forced is None else [int(forced)])]
+
+
+def real_positions(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tensor]:
+    """Positions of each stack that are no padding, bool [batch, positions]."""
+    import torch
+
+    if "decoder_input_ids" in inputs:
+        return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    return {"encoder": everywhere, "decoder": everywhere}
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """Labels aligned with the logits: ids moved one to the left, IGNORED at the end. int64 [batch, length]."""
+    import torch
+
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+
+
+def decoder_start(config: PreTrainedConfig) -> int:
+    """The token that a seq2seq decoder begins with."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise CheckpointError("the seq2seq checkpoint names no decoder_start_token_id in its config.json; add it")
+    return int(start)
+
+
+def _pad(config: PreTrainedConfig) -> int:
+    if config.pad_token_id is None:
+        raise CheckpointError("the seq2seq checkpoint names no pad_token_id in its config.json; add it")
+    return int(config.pad_token_id)
+
+
+def _masked(ids: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+    """[blocks, length] -> [blocks, 2 * length]: a masked copy of each, then the block. At least one token is masked."""
+    import torch
+
+    if tokenizer.mask_token_id is None:
+        raise CheckpointError("the encoder's tokenizer has no mask token, which training and measuring it needs; add one")
+    draws = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    draws[torch.isin(ids, torch.tensor(tokenizer.all_special_ids))] = 1.0
+    chosen = draws < MASKED
+    chosen.scatter_(1, draws.argmin(1, keepdim=True), True)
+    return torch.cat([ids.masked_fill(chosen, tokenizer.mask_token_id), ids], dim=1)
+
+
+def _pairs(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int | None, seed: int | None
+) -> Tensor:
+    """[blocks, 2 * length]: a source and a target each, cut and padded to `length`."""
+    import torch
+
+    pad = _pad(config)
+    pairs = islice(token_pairs(text, tokenizer, length, seed), limit)
+    rows = [_padded(source, length, pad) + _padded(target, length, pad) for source, target in pairs]
+    if not rows:
+        raise DataError("the text holds no document of two tokens to make a source and a target of; give more text")
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def token_pairs(
+    text: Path, tokenizer: PreTrainedTokenizerBase, length: int, seed: int | None = None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(source ids, target ids) of the documents, at most `length` of each, special tokens included.
+
+    A document with a target of its own gives one pair. Any other is cut into pieces of up to two lengths, and the model is to
+    go on from a piece's first half to its second.
+    """
+    for document in shuffled_documents(text, seed):
+        if document.target is not None:
+            source, target = tokenizer(document.text).input_ids, tokenizer(text_target=document.target).input_ids
+            yield source[:length], target[:length]
+            continue
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        for start in range(0, len(ids) - 1, 2 * length):
+            piece = ids[start : start + 2 * length]
+            yield piece[: (len(piece) + 1) // 2], piece[(len(piece) + 1) // 2 :]
+
+
+def _padded(ids: list[int], length: int, pad: int) -> list[int]:
+    return ids + [pad] * (length - len(ids))

@@ -1,0 +1,233 @@
+"""Sources of text: the standard library, files, folders and S3 prefixes, read as documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from featherweight.errors import DataError
+from featherweight.text.documents import Document
+from featherweight.text.overlap import digest
+from featherweight.text.spec import DataSpec
+
+STDLIB = "python-stdlib"
+
+# Tests; two old applications; generated tables and topics, which are data rather than code.
+_STDLIB_LEFT_OUT = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"}
+)
+_CHUNK = (2000, 4000)
+_PARAGRAPH = re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read from one source: its documents without exact copies, and how many copies there were."""
+
+    documents: list[Document]
+    duplicates: int = 0
+
+
+def read_source(source: str, data: DataSpec) -> Source:
+    """All documents of one source, exact copies dropped. Raises DataError where there is none."""
+    with _local(source, data) as files:
+        documents = _distinct(_capped(files, data))
+    if not documents.documents:
+        raise DataError(f"{source} holds no text; expected at least one document that is not blank")
+    if len(documents.documents) < 3:
+        chunks = _distinct(chunk for document in documents.documents for chunk in _chunks(document))
+        return replace(chunks, duplicates=chunks.duplicates + documents.duplicates)
+    return documents
+
+
+def _distinct(documents: Iterator[Document]) -> Source:
+    """First copy of each document, blank ones left out."""
+    kept: dict[str, Document] = {}
+    seen = 0
+    for document in documents:
+        if document.text.strip():
+            seen += 1
+            kept.setdefault(digest(document.text), document)
+    return Source(list(kept.values()), seen - len(kept))
+
+
+def _capped(files: list[tuple[str, Path]], data: DataSpec) -> Iterator[Document]:
+    """The documents of all files, in order; under `max_bytes` from a spread of files, the last document cut at a line."""
+    if data.max_bytes is None:
+        for name, path in files:
+            yield from _read_file(name, path, data)
+        return
+    left = data.max_bytes
+    taken: list[tuple[str, list[Document]]] = []
+    for name, path in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+        taken.append((name, []))
+        for document in _read_file(name, path, data):
+            taken[-1][1].append(_cut(document, left))
+            left -= len(document.text.encode(errors="surrogatepass"))
+            if left <= 0:
+                break
+        if left <= 0:
+            break
+    for _, documents in sorted(taken, key=lambda item: item[0]):
+        yield from documents
+
+
+def _cut(document: Document, size: int) -> Document:
+    """The document's first `size` bytes, back to the last full line."""
+    encoded = document.text.encode(errors="surrogatepass")
+    if len(encoded) <= size:
+        return document
+    head = encoded[:size].decode(errors="ignore")
+    return replace(document, text=head[: head.rfind("\n") + 1] or head)
+
+
+def _read_file(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
+    """The documents of one file."""
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(name, path, data.field, data.target)
+        return
+    content = _read_utf8(name, path)
+    if data.separator is None:
+        yield Document(name, content)
+        return
+    for number, piece in enumerate(content.split(data.separator)):
+        yield Document(f"{name}#{number}", piece.strip("\n"))
+
+
+def _read_utf8(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it, or leave it out with data.pattern") from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def _read_jsonl(name: str, path: Path, key: str, target: str | None) -> Iterator[Document]:
+    """One document a line. Lines are split at "\\n" only: JSON strings may hold the other line ends of Unicode."""
+    for number, line in enumerate(_read_utf8(name, path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name} line {number} is not JSON: {error.msg}") from error
+        if not isinstance(value, dict) or not isinstance(value.get(key), str):
+            found = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+            raise DataError(f"{name} line {number} has no text under '{key}' (found: {found}); set data.field")
+        if target is not None and not isinstance(value.get(target), str):
+            raise DataError(
+                f"{name} line {number} has no text under '{target}' (found: {', '.join(sorted(value))}); set data.target"
+            )
+        yield Document(f"{name}#{number}", value[key], value[target] if target is not None else None)
+
+
+def _chunks(document: Document) -> Iterator[Document]:
+    """A document cut at blank lines into pieces of 2000 to 4000 characters; the last may be shorter."""
+    for number, chunk in enumerate(_joined(_paragraphs(document.text)), 1):
+        yield Document(f"{document.id}#{number}", chunk.strip("\n"))
+
+
+def _joined(pieces: Iterator[str]) -> Iterator[str]:
+    pending = ""
+    for piece in pieces:
+        if pending and len(pending) + len(piece) > _CHUNK[1]:
+            yield pending
+            pending = ""
+        pending += piece
+        if len(pending) >= _CHUNK[0]:
+            yield pending
+            pending = ""
+    if pending:
+        yield pending
+
+
+def _paragraphs(content: str) -> Iterator[str]:
+    """Paragraphs with the blank lines that follow them; one that is too long for a chunk, cut at a line end or a space."""
+    for match in _PARAGRAPH.finditer(content):
+        paragraph = match.group()
+        while len(paragraph) > _CHUNK[1]:
+            cut = max(paragraph.rfind("\n", 0, _CHUNK[1]), 0) or max(paragraph.rfind(" ", 0, _CHUNK[1]), 0) or _CHUNK[1] - 1
+            yield paragraph[: cut + 1]
+            paragraph = paragraph[cut + 1 :]
+        yield paragraph
+
+
+@contextmanager
+def _local(source: str, data: DataSpec) -> Iterator[list[tuple[str, Path]]]:
+    """The files of a source, as (name, path) in the order of their names, for as long as the context lasts."""
+    if source == STDLIB:
+        yield _stdlib_files()
+    elif source.startswith("s3://"):
+        from featherweight.checkpoint.s3 import download
+
+        with tempfile.TemporaryDirectory(prefix="featherweight-text-") as folder:
+            files = Path(folder) / "files"
+            download(source, files)
+            yield _folder_files(files, data.pattern, source)
+    else:
+        yield _path_files(Path(source), data.pattern)
+
+
+def _stdlib_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [(path.relative_to(root), path) for path in root.rglob("*.py")]
+    return sorted((name.as_posix(), path) for name, path in files if _in_stdlib(name))
+
+
+def _in_stdlib(name: Path) -> bool:
+    """Whether a file is the library's code, the same on every machine of that version."""
+    machine = any(part.startswith(("_sysconfigdata", "config-")) for part in name.parts)
+    return not machine and _STDLIB_LEFT_OUT.isdisjoint(name.parts)
+
+
+def _path_files(path: Path, pattern: str) -> list[tuple[str, Path]]:
+    if path.is_dir():
+        return _folder_files(path, pattern, str(path))
+    if not path.is_file():
+        raise DataError(f"{path} does not exist (looked in {Path.cwd()}); expected a file, a folder, {STDLIB} or s3://...")
+    return [(path.name, path)]
+
+
+def _folder_files(folder: Path, pattern: str, source: str) -> list[tuple[str, Path]]:
+    """Files that `pattern` matches; hidden ones are left out."""
+    names = (path.relative_to(folder) for path in folder.glob(pattern) if path.is_file())
+    files = sorted((name.as_posix(), folder / name) for name in names if not any(p.startswith(".") for p in name.parts))
+    if not files:
+        raise DataError(f"{source} holds no file that matches '{pattern}'; set data.pattern")
+    return files
+
+
+def source_fingerprint(data: DataSpec) -> str:
+    """sha256 over the names and bytes of every file that the recipe's text is read from: what a cache key must know.
+
+    Of S3 objects the names, sizes and ETags are taken, without reading them. Raises DataError for a missing source.
+    """
+    found = hashlib.sha256()
+    for source in (data.source, data.evaluation, data.calibration):
+        if isinstance(source, str):
+            found.update(_identity(source, data.pattern).encode())
+    return found.hexdigest()
+
+
+def _identity(source: str, pattern: str) -> str:
+    if source.startswith("s3://"):
+        from featherweight.checkpoint.s3 import list_objects
+
+        lines = [f"{item.key} {item.size} {item.etag}" for item in list_objects(source)]
+    else:
+        files = _stdlib_files() if source == STDLIB else _path_files(Path(source), pattern)
+        lines = [f"{name} {_sha256(path)}" for name, path in files]
+    return "\n".join([str(len(lines)), *lines, ""])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

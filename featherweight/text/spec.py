@@ -1,0 +1,34 @@
+"""What a recipe says of text: where it lies, how it is split, what must hold of it."""
+
+from __future__ import annotations
+
+from featherweight.spec import Positive, Share, Spec, Split
+
+
+class DataSpec(Spec):
+    """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own.
+
+    field, target: keys of a .jsonl line; `target` is what a seq2seq model is to make of the text (a translation, a summary).
+    """
+
+    source: str
+    pattern: str = "**/*"
+    field: str = "text"
+    target: str | None = None
+    separator: str | None = None
+    evaluation: Share | str = 0.05
+    calibration: Share | str = 0.05
+    max_bytes: Positive | None = None
+
+
+class TextSpec(Spec):
+    """One split of the recipe's text."""
+
+    data: DataSpec
+    split: Split
+
+
+class GateSpec(Spec):
+    """Bounds of the data gate. A document overlaps another split where that share of its 13-word shingles stands there."""
+
+    max_overlap: Share = 0.5

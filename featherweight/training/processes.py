@@ -1,0 +1,114 @@
+"""The processes and devices that train one model together: one by default, several through `accelerate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from featherweight.system.machine import available_cores, physical_cores
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LAUNCHED = "WORLD_SIZE"
+"""The variable by which torch's and accelerate's launchers tell a process how many there are."""
+
+
+class Team:
+    """This process among those that train together: `rank` of `size`.
+
+    Each holds a whole copy of the model. Gradients are summed here, by hand, and not by DDP's hooks on the model's forward:
+    a loss function closes over the bare model, and may run a teacher beside it.
+    """
+
+    def __init__(self) -> None:
+        self._accelerator = _accelerator()
+        self.rank = self._accelerator.process_index if self._accelerator else 0
+        self.size = self._accelerator.num_processes if self._accelerator else 1
+
+    def place(self, model: nn.Module) -> None:
+        """Move the model to this process's device."""
+        if self._accelerator:
+            model.to(self._accelerator.device)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of `rows`; the parts differ by one row at most."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def add_gradients(self, weights: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over the processes."""
+        if self.size > 1:
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad.copy_(self._sum(weight.grad))
+
+    def add(self, *values: float) -> list[float]:
+        """Sums of the values over the processes, the same in each."""
+        import torch
+
+        if self.size == 1:
+            return list(values)
+        assert self._accelerator
+        return self._sum(torch.tensor(values, dtype=torch.float64, device=self._accelerator.device)).tolist()
+
+    def gather(self, row: Tensor) -> Tensor:
+        """One row of every process: [size, ...], the same in each."""
+        if self.size == 1:
+            return row[None]
+        assert self._accelerator
+        return self._accelerator.gather(row[None].to(self._accelerator.device)).cpu()
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        assert self._accelerator
+        return self._accelerator.reduce(tensor, reduction="sum")
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get(LAUNCHED, "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes what all have made: the only one, or the first."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _accelerator() -> Any:
+    """accelerate's view of this process, None for a single one on a CPU, which needs nothing of it."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not launched():
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not on_gpu)
+
+
+def training_threads() -> int:
+    """Threads that torch trains with: the cores in reach, and no more than OMP_NUM_THREADS allows.
+
+    torch counts the machine's cores itself, but not a container's CPU quota: there it would start more threads than it may run.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores(), int(told)) if told.isdigit() and int(told) else cores()
+
+
+def cores() -> int:
+    """Cores that this process may compute on; two hyper-threads of one share the arithmetic that training is made of."""
+    return min(available_cores(), physical_cores())
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """torch computes with `training_threads` inside, and with as many as before afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(training_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,72 @@
+"""What a recipe says of training: from nothing, and of recovery."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from featherweight.spec import Positive, SequenceLength, Spec
+
+
+class TrainSpec(Spec):
+    """A small Llama and its byte-level BPE tokenizer, from nothing."""
+
+    vocab_size: Positive = 2048
+    hidden_size: Positive = 256
+    intermediate_size: Positive = 688
+    layers: Positive = 6
+    heads: Positive = 8
+    kv_heads: Positive = 4
+    context: SequenceLength = 256
+    steps: Positive = 300
+    batch: Positive = 8
+    learning_rate: float = Field(default=3e-3, gt=0)
+    tokenizer_bytes: Positive = 4_000_000
+
+
+class TrainingSpec(Spec):
+    """What every training on text is told: how long, on how much at once, how fast."""
+
+    steps: Positive = 100
+    batch: Positive = 8
+    sequence: SequenceLength = 128
+    learning_rate: float = Field(default=3e-4, gt=0)
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters, merged into the weights when trained: W + alpha / rank · B A.
+
+    targets: names of linear layers, such as q_proj; by default all but the output head.
+    """
+
+    rank: Positive = 8
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+class FinetuneSpec(TrainingSpec):
+    """Recovery training, AdamW with warm-up and a cosine schedule: of all weights, or of `lora` adapters alone.
+
+    warmup: share of the steps over which the learning rate rises.
+    accumulate: parts that a batch is computed in, one after the other: less memory, the same step.
+    patience: stop after so many measurements of the held-out loss in a row above the best, whose weights are kept.
+    evaluate_every: steps between these measurements; by default a tenth of all steps where `patience` is given.
+    save_every_s: seconds between the saves that a killed training resumes from.
+    processes: how many compute each batch together, one device each, or their share of the cores.
+    """
+
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    accumulate: Positive = 1
+    lora: LoraSpec | None = None
+    patience: Positive | None = None
+    evaluate_every: Positive | None = None
+    save_every_s: float = Field(default=60.0, ge=0)
+    processes: Positive = 1
+
+    @model_validator(mode="after")
+    def _parts_are_not_empty(self) -> FinetuneSpec:
+        if self.batch < self.accumulate * self.processes:
+            raise ValueError(f"batch {self.batch} cannot be split into accumulate {self.accumulate} x processes {self.processes}")
+        return self

@@ -1,0 +1,125 @@
+"""Opening and closing the MLflow parent run of an optimization."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from featherweight.errors import FeatherweightError, ServiceError, told
+from featherweight.progress import Progress
+from featherweight.recipe.plan import Node, Plan
+from featherweight.recipe.recipe import Recipe
+from featherweight.registry.lineage import code_commit
+from featherweight.store.artifact import content_digest
+from featherweight.store.workspace import Workspace
+from featherweight.system.services import check_url
+from flows.promote import who
+from tasks.stage import Session
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress], extra_tags: Mapping[str, str]
+) -> Iterator[Session]:
+    """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down."""
+    client = connect(workspace)
+    experiment = workspace.experiment(client, recipe.name)
+    _bury_the_dead(client, experiment)
+    tags = _tags(recipe)
+    own = {**tags, **extra_tags, "featherweight.kind": "optimization"}
+    run = client.create_run(experiment, run_name=f"optimize {recipe.name}", tags=own)
+    run_id = run.info.run_id
+    client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
+    client.log_text(run_id, json.dumps(describe(plan), indent=1), "plan.json")
+    try:
+        with _ambient(workspace.tracking_uri):
+            yield Session(workspace, client, experiment, run_id, tags, listen)
+    except BaseException as error:
+        client.set_tag(run_id, "featherweight.error", told(error))
+        client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+@contextmanager
+def _ambient(tracking_uri: str) -> Iterator[None]:
+    """`models:/` sources are resolved by MLflow's own environment variable."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def connect(workspace: Workspace) -> MlflowClient:
+    """A client of a tracking server that answers; raises ServiceError in one line otherwise."""
+    check_url(workspace.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
+    try:
+        client = workspace.client()
+        client.search_experiments(max_results=1)
+    except FeatherweightError:
+        raise
+    except Exception as error:
+        raise ServiceError(f"the MLflow store {_masked(workspace.tracking_uri)} refuses: {told(error)}") from error
+    return client
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe with every default spelt out, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(plan: Plan) -> dict[str, object]:
+    """The plan as JSON."""
+    return {
+        "nodes": [
+            {"id": n.id, "stage": n.stage, "inputs": dict(n.inputs), "spec": n.spec.model_dump(mode="json")}
+            for n in plan.nodes.values()
+        ],
+        "variants": [{"name": v.name, "served": v.served, "measured": v.measured} for v in plan.variants],
+        "ruled_out": dict(plan.ruled_out),
+    }
+
+
+def _tags(recipe: Recipe) -> dict[str, str]:
+    """What every run of this optimization carries."""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    flow_run = str(context.flow_run.id) if context and context.flow_run else ""
+    return {
+        "featherweight.recipe": recipe.name,
+        "featherweight.recipe_sha256": content_digest(recipe.model_dump(mode="json")),
+        "featherweight.process": f"{socket.gethostname()}:{os.getpid()}",
+        "featherweight.prefect_flow_run": flow_run,
+        "mlflow.user": who(),
+        "mlflow.source.git.commit": code_commit(),
+    }
+
+
+def _masked(uri: str) -> str:
+    """A store URI without its password."""
+    head, at, tail = uri.rpartition("@")
+    return f"{head.partition('://')[0]}://…@{tail}" if at else uri
+
+
+def _bury_the_dead(client: MlflowClient, experiment: str) -> None:
+    """Runs that a killed process of this machine left open are closed as KILLED."""
+    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=200):
+        host, _, pid = run.data.tags.get("featherweight.process", "").partition(":")
+        if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            client.set_terminated(run.info.run_id, "KILLED")

@@ -1,0 +1,238 @@
+"""Checkpoints that are quantized already: layouts packed here by their definitions, and by llm-compressor itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from featherweight.checkpoint.opening import load_model
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError
+from featherweight.grid import GRIDS
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.refusals import grid_refusal
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.runtimes.vllm import pack
+from featherweight.text.documents import Document, write_documents
+from tasks.export import export
+from tasks.load import load
+from tasks.quantize import quantize
+from tests.conftest import STORY
+from tests.support.serving_models import llm_compressor
+
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def words(values: np.ndarray, order: tuple[int, ...] | None = None, bits: int = 4) -> np.ndarray:
+    """Unsigned integers [n, m] -> int32 [n, m * bits / 32]: value `order[k]` of each run stands at bit k * bits."""
+    per = 32 // bits
+    runs = values.astype(np.uint64).reshape(values.shape[0], -1, per)
+    packed = np.zeros(runs.shape[:2], dtype=np.uint64)
+    for place, taken in enumerate(order or range(per)):
+        packed |= runs[:, :, taken] << np.uint64(place * bits)
+    return packed.astype(np.uint32).view(np.int32)
+
+
+def gptq(q: np.ndarray, zeros: np.ndarray, bits: int, lead: int) -> dict[str, np.ndarray]:
+    """AutoGPTQ: columns run down the words of `qweight`, rows along those of `qzeros`; zero points are stored less `lead`."""
+    return {"qweight": words(q, bits=bits).T, "qzeros": words((zeros.T - lead) % 2**bits, bits=bits)}
+
+
+def awq(q: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
+    """AutoAWQ, gemm: rows run along the words of both."""
+    return {"qweight": words(q.T, AWQ_ORDER), "qzeros": words(zeros.T, AWQ_ORDER)}
+
+
+def make(source: Path, out: Path, method: str, *, bits: int = 4, asymmetric: bool = False, act_order: bool = False, lead: int = 1):
+    """A checkpoint in one of the layouts; returns (unsigned q, zeros, scales, group of each column) by parameter, in numpy."""
+    shutil.copytree(source, out)
+    tensors, truth = load_file(source / "model.safetensors"), {}
+    random = np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors.pop(name).shape
+        groups = columns // GROUP
+        q = random.integers(0, 2**bits, (rows, columns))
+        zeros = random.integers(1, 2**bits, (rows, groups)) if asymmetric else np.full((rows, groups), 2 ** (bits - 1))
+        scales = (random.random((rows, groups)) * 0.02 / 2**bits * 8 + 0.001).astype(np.float16)
+        index = random.permutation(columns) // GROUP if act_order else np.arange(columns) // GROUP
+        packed = awq(q, zeros) if method == "awq" else gptq(q, zeros, bits, lead) | {"g_idx": index.astype(np.int32)}
+        module = name.removesuffix(".weight")
+        packed["scales"] = scales.T
+        tensors |= {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in packed.items()}
+        truth[name] = (q, zeros, scales, index)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    settings: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": GROUP}
+    settings |= {"version": "gemm", "zero_point": asymmetric} if method == "awq" else {"desc_act": act_order, "sym": not asymmetric}
+    settings |= {"checkpoint_format": "gptq_v2"} if method == "gptq" and lead == 0 else {}
+    describe(out, settings)
+    return truth
+
+
+def describe(folder: Path, settings: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16", "quantization_config": settings}))
+
+
+def loaded(source: Path, tmp_path: Path, progress: Progress = Progress()) -> tuple[Path, dict[str, float]]:
+    out = tmp_path / "loaded"
+    out.mkdir()
+    return out, dict(load(LoadSpec(source=str(source)), out=out, progress=progress))
+
+
+CASES = {
+    "gptq": ("gptq", {}, "int4-g32"),
+    "gptq-v2": ("gptq", {"lead": 0}, "int4-g32"),
+    "gptq-8-bits": ("gptq", {"bits": 8}, "int8-g32"),
+    "awq": ("awq", {}, "int4-g32"),
+    "gptq-zero-points": ("gptq", {"asymmetric": True}, None),
+    "gptq-act-order": ("gptq", {"act_order": True}, None),
+    "gptq-2-bits": ("gptq", {"bits": 2}, None),
+    "awq-zero-points": ("awq", {"asymmetric": True}, None),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "grid"), CASES.values(), ids=CASES.keys())
+def test_every_integer_scale_and_zero_point_is_read(method, options, grid, tiny_checkpoint, tmp_path):
+    truth, notes = make(tiny_checkpoint, tmp_path / "source", method, **options), Notes()
+    out, metrics = loaded(tmp_path / "source", tmp_path, notes)
+    state = load_model(out).state_dict()
+    for name, (q, zeros, scales, index) in truth.items():
+        expected = (q - zeros[:, index]) * scales.astype(np.float64)[:, index]
+        np.testing.assert_array_equal(state[name].numpy(), expected.astype(np.float32))
+    found = QuantizedWeights.read(out)
+    assert (found and found.grid) == grid
+    if found is None:
+        assert metrics["dequantized_layers"] == len(truth) == 14 and metrics["quantized_layers"] == 0
+        assert "14 of 14 layers become float" in notes.texts[-1]
+        return
+    assert metrics["quantized_layers"] == 14 and set(found.q) == set(truth)
+    for name, (q, zeros, scales, _) in truth.items():
+        np.testing.assert_array_equal(found.q[name].numpy(), q - zeros[:, :1])
+        np.testing.assert_array_equal(found.scales[name].numpy(), scales.astype(np.float32))
+        assert torch.equal(found.dequantize(name), state[name])
+
+
+def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding(tiny_checkpoint, tmp_path):
+    make(tiny_checkpoint, tmp_path / "source", "gptq")
+    out, _ = loaded(tmp_path / "source", tmp_path)
+    body = GRIDS["int4-g32"]
+    assert grid_refusal(body, None, ExportSpec(engine="torchao-int4")) is None
+    assert grid_refusal(body, None, CompileSpec(engine="onnxruntime-genai", precision="int4")) is None
+    text, served = tmp_path / "text", tmp_path / "served"
+    for folder in (text, served, tmp_path / "again"):
+        folder.mkdir()
+    write_documents(text, [Document("a", STORY)])
+    with pytest.raises(CheckpointError, match=r"quantized already .* leave the quantize stage out"):
+        quantize(QuantizeSpec(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=tmp_path / "again")
+    export(ExportSpec(engine="torch"), checkpoint=out, calibration=text, out=served)  # the baseline: its float values
+    assert torch.equal(load_model(served).lm_head.weight, load_model(out).lm_head.weight)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes packs weights for its CUDA kernels"),
+     ({"quant_method": "aqlm"}, r"quantized already \(aqlm\); known: gptq, awq, compressed-tensors"),
+     ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not read here; known: gemm"),
+     ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' are not read"),
+     ({"quant_method": "gptq", "bits": 3}, "gptq weights of 3 bits"),
+     ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}, "known: pack-quantized")],
+)  # fmt: skip
+def test_what_is_not_read_is_refused_in_one_line(settings, reason, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    describe(tmp_path / "source", settings)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        loaded(tmp_path / "source", tmp_path)
+    assert "\n" not in str(caught.value) and not list((tmp_path / "loaded").iterdir())
+
+
+def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
+    make(tiny_checkpoint, tmp_path / "source", "gptq")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"cannot be unpacked \('model\.layers\.1\.mlp\.up_proj\.scales'\); copy it again"):
+        loaded(tmp_path / "source", tmp_path)
+
+
+# compressed-tensors, written by llm-compressor
+
+
+def scheme(bits: int, kind: str, strategy: str, activations: bool, symmetric: bool = True) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "dynamic": False}
+    weights |= {"group": {"group_size": GROUP}, "block": {"block_structure": [16, 16]}}.get(strategy, {})
+    dynamic = {"num_bits": bits, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    return {"targets": ["Linear"], "weights": weights} | ({"input_activations": dynamic} if activations else {})
+
+
+SCHEMES = {
+    "w4a16": (scheme(4, "int", "group", False), "int4-g32"),
+    "w4a16-per-row": (scheme(4, "int", "channel", False), "int4"),
+    "w8a16": (scheme(8, "int", "channel", False), "int8-full"),
+    "w8a8": (scheme(8, "int", "channel", True), "int8-full"),
+    "w8a8-one-scale": (scheme(8, "int", "tensor", True), "int8-full"),
+    "w4a16-zero-points": (scheme(4, "int", "group", False, symmetric=False), None),
+    "fp8": (scheme(8, "float", "channel", True), "fp8"),
+    "fp8-one-scale": (scheme(8, "float", "tensor", True), "fp8"),
+    "fp8-weights-only": (scheme(8, "float", "channel", False), "fp8"),
+    "fp8-blocks": (scheme(8, "float", "block", False), None),
+}
+
+
+def written_by_llm_compressor(source: Path, out: Path, recipe: dict[str, Any]) -> None:
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*"))
+    llm_compressor(source, out, {"ignore": ["lm_head"], **recipe})
+
+
+@pytest.mark.parametrize(("described", "grid"), SCHEMES.values(), ids=SCHEMES.keys())
+def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, tiny_checkpoint, tmp_path):
+    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+
+    written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", {"config_groups": {"group_0": described}})
+    out, metrics = loaded(tmp_path / "source", tmp_path)
+    reader = CompressedTensorsDequantizer(str(tmp_path / "source"), ["re:.*embed.*", "re:.*norm.*"], dtype=torch.float32)
+    expected = reader.process(load_file(tmp_path / "source/model.safetensors"))
+    state, found = load_file(out / "model.safetensors"), QuantizedWeights.read(out)
+    assert set(state) == set(expected) and all(torch.equal(state[name].float(), expected[name].float()) for name in expected)
+    assert (found and found.grid) == grid
+    assert metrics["quantized_layers" if grid else "dequantized_layers"] == 14
+    assert found is None or all(torch.equal(found.dequantize(name), expected[name]) for name in found.q)
+
+
+FP8: dict[str, dict[str, Any]] = {
+    "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC", "targets": "Linear"},
+    "one scale": {"config_groups": {"group_0": scheme(8, "float", "tensor", True)}},
+}
+
+
+@pytest.mark.parametrize("recipe", FP8.values(), ids=FP8.keys())
+def test_fp8_weights_go_on_to_vllm_bit_for_bit(recipe, tiny_checkpoint, tmp_path):
+    written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", recipe)
+    out, _ = loaded(tmp_path / "source", tmp_path)
+    found = QuantizedWeights.read(out)
+    assert found and set(found.grids.values()) == {GRIDS["fp8"]}
+    (tmp_path / "again").mkdir()
+    pack.pack(load_model(out), found, out, tmp_path / "again", pack.SCHEMES["fp8"])
+    theirs, again = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "again"))
+    for name in found.q:
+        assert torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
+        scale = theirs[f"{name}_scale"].float()
+        assert torch.equal(again[f"{name}_scale"], scale.reshape(-1, 1).expand(len(found.q[name]), 1)), name

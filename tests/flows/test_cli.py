@@ -1,0 +1,102 @@
+"""The front door: exit codes, one-line errors, JSON, and what refuses before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user calls it."""
+    command = str(Path(sys.executable).with_name("featherweight"))
+    env = {**os.environ, **environment}
+    return subprocess.run([command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line that a refusal is; nothing on standard output."""
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("featherweight: ")
+    return lines[0]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> dict:
+    return yaml.safe_load((RECIPES / "demo.yaml").read_text())
+
+
+def saved(tree: dict, folder: Path) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return "recipe.yaml"
+
+
+def test_plan_prints_the_tree_and_runs_nothing(tmp_path: Path) -> None:
+    done = call("plan", str(RECIPES / "demo.yaml"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "half/quarter/qat4/ort4" in done.stdout
+    assert "ruled out" in done.stdout
+    assert "if every variant paid for itself alone" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_speaks_json_and_takes_overrides(tmp_path: Path) -> None:
+    done = call("plan", str(RECIPES / "demo.yaml"), "--json", "--set", "variants=[{serve: ort}]", cwd=tmp_path)
+    tree = json.loads(done.stdout)
+    assert tree["variants"] == ["baseline", "ort"]
+    assert tree["seconds"] > 0
+
+
+@pytest.mark.parametrize("command", ["optimize", "plan"])
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, demo: dict, command: str) -> None:
+    demo["constrains"] = demo.pop("constraints")
+    line = refused(call(command, saved(demo, tmp_path), cwd=tmp_path), 2)
+    assert "did you mean 'constraints'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_an_impossible_recipe_is_refused_before_anything_starts(tmp_path: Path, demo: dict) -> None:
+    demo["variants"] = [{"quantize": "qat4", "serve": "ct2-int8"}]
+    line = refused(call("optimize", saved(demo, tmp_path), cwd=tmp_path), 2)
+    assert "CTranslate2 packs int8 and float only" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_dead_mlflow_or_prefect_server_is_named(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "demo.yaml")
+    line = refused(call("optimize", recipe, "-q", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
+    assert "MLflow server at http://127.0.0.1:9" in line
+    line = refused(call("optimize", recipe, "-q", cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:9/api"), 6)
+    assert "Prefect server at http://127.0.0.1:9/api" in line
+    line = refused(call("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
+    assert "MLflow" in line
+
+
+def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
+    assert "run `featherweight optimize" in refused(call("variants", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(call("lineage", "ghost", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(call("promote", "ghost/1", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(call("rollback", "ghost", cwd=tmp_path), 8)
+    assert "unknown stage 'moon'" in refused(call("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
+
+
+def test_debug_shows_the_trace(tmp_path: Path) -> None:
+    done = call("--debug", "plan", "absent.yaml", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "Traceback" not in call("plan", "absent.yaml", cwd=tmp_path).stderr
+
+
+def test_version_and_every_help(tmp_path: Path) -> None:
+    assert call("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
+    for command in ("optimize", "plan", "variants", "lineage", "promote", "rollback", "watch", "doctor", "ui"):
+        assert "Usage" in call(command, "--help", cwd=tmp_path).stdout

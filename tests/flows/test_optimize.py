@@ -1,0 +1,180 @@
+"""The main job end to end, through the command line, on every engine; then what its user does with the result."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featherweight.runtimes import engine_available
+from featherweight.store.workspace import Workspace
+
+RECIPE = Path(__file__).parents[1] / "support" / "tiny.yaml"
+COMMAND = str(Path(sys.executable).with_name("featherweight"))
+
+
+def featherweight(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.run([COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny recipe has run; `result.json` holds what it printed."""
+    folder = tmp_path_factory.mktemp("optimize")
+    finished = featherweight("optimize", str(RECIPE), "--json", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    (folder / "result.json").write_text(finished.stdout)
+    (folder / "progress.txt").write_text(finished.stderr)
+    return folder
+
+
+@pytest.fixture
+def result(done: Path) -> dict:
+    return json.loads((done / "result.json").read_text())
+
+
+def test_every_variant_is_measured_on_its_engine(result: dict) -> None:
+    rows = {row["name"]: row for row in result["variants"]}
+    assert rows["two/half/qat4/ct2-int8"]["status"] == "ruled-out"
+    engines = {row["engine"] for row in rows.values() if row["status"] in ("winner", "loser", "baseline")}
+    expected = {"torch", "torch-compile", "onnxruntime-genai", "ctranslate2"}
+    assert expected <= engines
+    if engine_available("vllm") is None:
+        assert rows["two/half/vllm"]["status"] in ("winner", "loser"), rows["two/half/vllm"]["reason"]
+    for row in rows.values():
+        if row["status"] in ("winner", "loser"):
+            metrics = row["metrics"]
+            assert metrics["quality_change_low"] <= metrics["quality_change"] <= metrics["quality_change_high"]
+            assert metrics["speedup_1"] > 0
+            assert metrics["tokens_per_s_2"] > 0
+            assert metrics["peak_memory_bytes"] > 1e6
+            assert row["threads"]
+
+
+def test_float_exports_compute_what_pytorch_computes(result: dict) -> None:
+    rows = {row["name"]: row for row in result["variants"]}
+    assert abs(rows["ct2"]["metrics"]["quality_change"]) < 1e-4
+    assert rows["ct2"]["metrics"]["parity"] < 1e-3
+
+
+def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Path, result: dict) -> None:
+    row = next(row for row in result["variants"] if row["name"] == "sparse24/ct2")
+    assert row["metrics"]["zero_share"] == 0.5
+    assert row["metrics"]["parity"] < 1e-3
+    (note,) = row["notes"]
+    assert note.startswith("50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain")
+    dense = next(row for row in result["variants"] if row["name"] == "ct2")
+    assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
+    assert note in html.unescape((done / "report.html").read_text())
+    assert f"sparse24/ct2: {note}" in featherweight("variants", cwd=done).stdout
+
+
+def test_the_winner_is_promoted_and_each_loser_has_a_reason(done: Path, result: dict) -> None:
+    assert result["winner"]
+    assert all(row["reason"] for row in result["variants"] if row["status"] not in ("winner", "baseline"))
+    told = featherweight("lineage", "tiny@champion", "--verify", "--json", cwd=done)
+    assert told.returncode == 0, told.stderr
+    lineage = json.loads(told.stdout)
+    assert lineage["graph"]["variant"] == result["winner"]
+    assert {verdict["state"] for verdict in lineage["verdicts"]} == {"ok"}
+    stages = {node["stage"] for node in lineage["graph"]["nodes"]}
+    assert {"text", "train", "evaluate"} <= stages
+
+
+def test_it_says_what_it_does(done: Path) -> None:
+    lines = (done / "progress.txt").read_text().splitlines()
+    assert any("start" in line and "checkpoint" in line for line in lines)
+    assert any("winner:" in line for line in lines)
+
+
+def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
+    again = featherweight("optimize", str(RECIPE), "--json", cwd=done)
+    assert again.returncode == 0, again.stderr
+    second = json.loads(again.stdout)
+    assert {node["status"] for node in second["nodes"]} <= {"cached", "skipped"}
+    assert second["winner"] == result["winner"]
+    versions = Workspace.at(done / ".featherweight").client().search_model_versions("name='tiny'")
+    assert len(versions) == 1
+
+
+def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
+    hot = ["--set", "stages.prune.half.finetune.learning_rate=1e9", "--set", "variants=[{prune: half, serve: ct2}]"]
+    failed = featherweight("optimize", str(RECIPE), *hot, "--json", cwd=done)
+    assert failed.returncode == 5
+    assert failed.stderr.splitlines()[-1].startswith("featherweight: no variant was made, and nothing registered")
+    told = json.loads(failed.stdout)
+    rows = {row["name"]: row for row in told["variants"]}
+    assert told["winner"] is None and told["registered"] == ""
+    assert rows["half/ct2"]["status"] == "failed" and "diverged" in rows["half/ct2"]["reason"]
+
+
+def test_plan_knows_what_is_cached(done: Path) -> None:
+    shown = json.loads(featherweight("plan", str(RECIPE), "--json", cwd=done).stdout)
+    assert {node["basis"] for node in shown["nodes"]} <= {"cached", "measured", "estimated"}
+    assert sum(node["basis"] == "cached" for node in shown["nodes"]) >= len(shown["nodes"]) - 2
+
+
+def test_mlflow_holds_the_runs_the_variants_and_the_report(done: Path, result: dict) -> None:
+    client = Workspace.at(done / ".featherweight").client()
+    run = client.get_run(result["runs"]["mlflow"])
+    assert {"report.html", "result.json", "recipe.yaml", "plan.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    nested = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert {"train", "prune", "quantize", "evaluate", "gate"} <= {r.data.tags["featherweight.stage"] for r in nested}
+    models = client.search_logged_models([run.info.experiment_id])
+    assert {"baseline", "ct2"} <= {model.name for model in models}
+
+
+def test_prefect_shows_stage_variant_and_method(done: Path) -> None:
+    with sqlite3.connect(done / ".featherweight" / "prefect" / "prefect.db") as prefect:
+        names = {name for (name,) in prefect.execute("select name from task_run")}
+    assert {"gptq8 [quantize gptq int8]", "gptq8/ort8 [compile onnxruntime-genai int8]", "two [distill]"} <= names
+
+
+def test_the_champion_answers(done: Path) -> None:
+    script = (
+        "import mlflow; model = mlflow.pyfunc.load_model('models:/tiny@champion');"
+        "print(list(model.predict(['def add('], params={'max_new_tokens': 5})))"
+    )
+    env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{done / '.featherweight' / 'mlflow.db'}"}
+    answer = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip().startswith("[")
+
+
+def test_a_kill_resumes_without_recomputing(tmp_path: Path) -> None:
+    """SIGKILL once the checkpoint is trained, again a little later; what was done stays done."""
+    options = ["optimize", str(RECIPE), "--json", "--set", "variants=[{serve: [ct2]}, {quantize: gptq8, serve: ort8}]"]
+    finished: set[str] = set()
+    for _ in range(2):
+        process = subprocess.Popen([COMMAND, *options], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        finished |= _read_until_done(process, finished, 5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = featherweight(*options, cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+    nodes = {node["id"]: node["status"] for node in json.loads(last.stdout)["nodes"]}
+    assert "checkpoint" in finished
+    assert all(nodes[id] == "cached" for id in finished)
+    runs = Workspace.at(tmp_path / ".featherweight").client().search_runs(["1"], "attributes.status = 'RUNNING'")
+    assert runs == []
+
+
+def _read_until_done(process: subprocess.Popen[str], known: set[str], wanted: int) -> set[str]:
+    """Ids of the nodes that finished, read from the progress lines until `wanted` new ones have."""
+    assert process.stderr
+    found: set[str] = set()
+    for line in process.stderr:
+        words = line.split()
+        if len(words) > 2 and words[1] == "done":
+            found.add(words[2])
+        if len(found - known) >= wanted:
+            break
+    return found

@@ -1,0 +1,129 @@
+"""Running a plan: what one variant's failure costs the others, and what a stopped training costs itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from featherweight.checkpoint.spec import CheckpointSpec
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.plan import Node, Plan
+from featherweight.store.artifact import ArtifactRef
+from featherweight.store.workspace import Workspace
+from featherweight.system.processes import WORKERS_PEAK
+from featherweight.text.documents import Document, write_documents
+from featherweight.training import processes
+from featherweight.training.spec import FinetuneSpec
+from tasks.finetune import finetune
+from tasks.stage import Session, stage
+
+
+@stage("given")
+def given(spec: CheckpointSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    """A folder that is there already."""
+    shutil.copytree(str(spec.source), out, dirs_exist_ok=True)
+    return {}
+
+
+class Stop(Progress):
+    """Ctrl-C at a step; remembers what it was told."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.notes, self.steps = at, [], []
+
+    def step(self, done: int, total: int, **values: float) -> None:
+        self.steps.append(done)
+        if done == self.at:
+            raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def open_session(root: Path) -> Session:
+    workspace = Workspace.at(root)
+    client = workspace.client()
+    experiment = workspace.experiment(client, "test")
+    parent = client.create_run(experiment).info.run_id
+    return Session(workspace, client, experiment, parent, {}, lambda node: Progress())
+
+
+def inputs_of_finetune(session: Session, checkpoint: Path, text: Path) -> dict[str, ArtifactRef]:
+    """References to a checkpoint and to text, which is written to the folder `text` before."""
+    write_documents(text, [Document("json", Path(json.__file__).read_text())])
+    sources = {"checkpoint": checkpoint, "text": text}
+    nodes = {name: Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()}
+    return {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
+
+
+def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    session = open_session(tmp_path / "workspace")
+    refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")
+    node = Node("recovery", "finetune", "recovery", FinetuneSpec(steps=6, batch=2, sequence=32, save_every_s=0))
+    whole = finetune.execute(node, refs, session, "another key")
+    key, stop, again = finetune.key(node, {name: ref.digest for name, ref in refs.items()}), Stop(at=4), Stop()
+    with pytest.raises(KeyboardInterrupt):
+        finetune.execute(node, refs, dataclasses.replace(session, listen=lambda node: stop), key)
+    assert [folder.name for folder in (session.workspace.root / "resume").iterdir()] == [key[:32]]
+    resumed = finetune.execute(node, refs, dataclasses.replace(session, listen=lambda node: again), key)
+    assert again.notes == ["resuming at step 3"]
+    assert resumed.digest == whole.digest
+    curve = session.client.get_metric_history(resumed.run_id, "live_loss")
+    assert [point.step for point in curve] == [1, 2, 3, 4, 5, 6]
+    assert not list((session.workspace.root / "resume").iterdir())
+
+
+@pytest.mark.skipif(processes.cores() < 2, reason="needs two cores")
+def test_the_recorded_peak_counts_the_processes_that_train(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    session = open_session(tmp_path / "workspace")
+    refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")
+    node = Node("recovery", "finetune", "recovery", FinetuneSpec(steps=1, batch=2, sequence=32, processes=2))
+    logged = session.client.get_run(finetune.execute(node, refs, session, "key").run_id).data.metrics
+    assert logged[WORKERS_PEAK] > 2 * 1e8, "each of them imports torch"
+    assert logged["stage_peak_memory_bytes"] > logged[WORKERS_PEAK] + 1e8
+
+
+def test_nan_weights_cost_their_own_variant_only(
+    tiny_checkpoint: Path, tmp_path: Path, harness: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import Flow
+
+    from flows import optimize
+    from flows.progress_view import View
+
+    write_documents(tmp_path / "text", [Document("json", Path(json.__file__).read_text())])
+    damaged = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    sources = {"text": tmp_path / "text", "damaged": damaged, "sound": tiny_checkpoint}
+    nodes = [Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()]
+    spec = FinetuneSpec(steps=2, batch=2, sequence=32)
+    for name in ("damaged", "sound"):
+        inputs = {"checkpoint": name, "text": "text", "calibration": "text"}
+        nodes.append(Node(f"{name}+finetune", "finetune", name, spec, inputs))
+    plan, view = Plan({node.id: node for node in nodes}, (), {}), View()
+    session = open_session(tmp_path / "workspace")
+    client, experiment = session.client, session.experiment_id
+    monkeypatch.setattr(optimize, "stage_named", {"given": given, "finetune": finetune}.__getitem__)
+    view.begin(plan)
+    outcomes = Flow(lambda: optimize.run_plan(plan, session, view), name="test", persist_result=False)()
+    assert {id: outcome.status for id, outcome in outcomes.items()} == {
+        "text": "done",
+        "damaged": "done",
+        "sound": "done",
+        "damaged+finetune": "failed",
+        "sound+finetune": "done",
+    }
+    assert outcomes["damaged+finetune"].reason.startswith("training diverged at step 1: loss nan")
+    (failed,) = client.search_runs([experiment], "attributes.status = 'FAILED'")
+    assert [file.path for file in client.list_artifacts(failed.info.run_id, "failure")] == ["failure/loss.html"]
+    (sound,) = client.search_runs([experiment], "attributes.run_name = 'sound+finetune'")
+    assert len(client.get_metric_history(sound.info.run_id, "live_loss")) == 2
+    assert not list((session.workspace.root / "resume").iterdir())

@@ -1,0 +1,283 @@
+"""Statistics of measurements, and the choice of a winner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.goals import choose_winner
+from featherweight.measure.measurement import FILE, Comparison, Measurement, Quality, Speed, quantile
+from featherweight.measure.spec import ConstraintsSpec
+from featherweight.measure.statistics import bootstrap_median_ratio, bootstrap_ratio
+
+positive = st.floats(0.01, 100.0)
+samples = st.lists(positive, min_size=1, max_size=20)
+
+
+def speed(total_s, ttft_s=None, batch_size=1, **more):
+    total = tuple(total_s)
+    return Speed(batch_size, 1, 16, 64, total, tuple(ttft_s or [value / 10 for value in total]), **more)
+
+
+def measurement(latency_s=1.0, nll=100.0, size=1000, memory=5000, spread=0.0, batches=(1, 8)):
+    """A made-up variant: five rounds spread evenly around a latency, ten windows around a negative log-likelihood."""
+    rounds = [latency_s * (1 + spread * step) for step in (-1, -0.5, 0, 0.5, 1)]
+    quality = Quality(tuple(nll + window for window in range(10)), (50,) * 10, (200,) * 10)
+    return Measurement("torch", quality, tuple(speed(rounds, batch_size=batch) for batch in batches), memory, size, 1.0)
+
+
+def comparison(**variant):
+    return Comparison(measurement(**variant), measurement())
+
+
+# Bootstrap
+
+
+def test_the_interval_of_a_mean_is_that_of_normal_theory():
+    draw = numpy.random.default_rng(1)
+    values = draw.normal(10.0, 2.0, 400)
+    estimate = bootstrap_ratio(values.tolist(), [1.0] * 400)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(400)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_the_interval_of_an_unpaired_ratio_is_that_of_the_delta_method():
+    draw = numpy.random.default_rng(2)
+    a, b = draw.normal(10.0, 1.0, 300), draw.normal(5.0, 1.0, 300)
+    estimate = bootstrap_ratio(a.tolist(), b.tolist(), paired=False)
+    relative = math.sqrt((a.var(ddof=1) / a.mean() ** 2 + b.var(ddof=1) / b.mean() ** 2) / 300)
+    half = 1.96 * relative * a.mean() / b.mean()
+    assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.15)
+
+
+def test_intervals_cover_as_often_as_they_promise():
+    draw = numpy.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        ease = draw.gamma(20, 1, 60)
+        estimate = bootstrap_ratio((ease * draw.normal(1.05, 0.05, 60)).tolist(), ease.tolist(), seed=trial, resamples=500)
+        hits += estimate.low <= 1.05 <= estimate.high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_pairing_takes_out_what_both_sides_share():
+    draw = numpy.random.default_rng(4)
+    ease = draw.gamma(5, 1, 60)
+    a, b = (ease * 1.01).tolist(), ease.tolist()
+    paired, unpaired = bootstrap_ratio(a, b), bootstrap_ratio(a, b, paired=False)
+    assert paired.high - paired.low < 0.01 * (unpaired.high - unpaired.low)
+    assert paired.low > 1 > unpaired.low
+
+
+@given(samples)
+def test_the_same_samples_have_the_ratio_one(values):
+    for estimate in (bootstrap_ratio(values, values, resamples=50), bootstrap_median_ratio(values, values, resamples=50)):
+        assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+
+
+@given(st.lists(st.tuples(positive, positive), min_size=1, max_size=20), st.floats(0.1, 10), st.integers(0, 3))
+def test_an_estimate_lies_in_its_interval_scales_with_its_unit_and_repeats(pairs, unit, seed):
+    a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    for function in (bootstrap_ratio, bootstrap_median_ratio):
+        one = function(a, b, resamples=50, seed=seed)
+        scaled = function([value * unit for value in a], b, resamples=50, seed=seed)
+        assert one.low <= one.value <= one.high
+        assert one == function(a, b, resamples=50, seed=seed)
+        assert [scaled.low, scaled.value, scaled.high] == pytest.approx([one.low * unit, one.value * unit, one.high * unit])
+
+
+def test_one_disturbed_round_does_not_move_the_median_of_ratios():
+    calm = bootstrap_median_ratio([2.0, 2.02, 1.98, 2.01, 2.0], [1.0] * 5)
+    disturbed = bootstrap_median_ratio([2.0, 2.02, 1.98, 2.01, 20.0], [1.0] * 5)
+    assert disturbed.value == pytest.approx(calm.value, rel=0.01)
+
+
+@pytest.mark.parametrize(("a", "b", "paired"), [([], [1.0], False), ([1.0], [], False), ([1.0, 2.0], [1.0], True)])
+def test_samples_that_cannot_be_compared_are_refused(a, b, paired):
+    with pytest.raises(StageError, match="cannot compare"):
+        bootstrap_ratio(a, b, paired)
+
+
+# Figures
+
+
+@given(samples, st.floats(0, 1))
+def test_quantiles_are_numpys(values, share):
+    assert quantile(tuple(values), share) == pytest.approx(float(numpy.quantile(values, share)))
+
+
+def test_a_uniform_model_has_its_vocabulary_as_perplexity():
+    nll = 9 * math.log(512)
+    quality = Quality((nll, nll), (9, 9), (36, 36))
+    assert quality.perplexity == pytest.approx(512)
+    assert quality.bits_per_byte == pytest.approx(9 / 4)
+
+
+def test_figures_of_speed():
+    one = speed([1.0, 2.0, 3.0, 4.0], [0.37, 0.37, 0.37, 0.37], batch_size=8, repeats=2)
+    assert one.rounds_s == [1.5, 3.5]
+    assert one.tokens_per_s == pytest.approx(8 * 64 / 2.5)
+    assert one.inter_token_s == pytest.approx((2.5 - 0.37) / 63)
+    assert one.latency_s(0.95) == pytest.approx(3.85)
+    assert one.noise == pytest.approx(2.0 / 2.5)
+
+
+def test_a_variant_beside_its_baseline():
+    metrics = comparison(latency_s=0.25, nll=110.0).metrics()
+    assert metrics["speedup_1"] == metrics["speedup_8"] == 4.0
+    assert metrics["quality_change_low"] <= metrics["quality_change"] <= metrics["quality_change_high"]
+    assert metrics["quality_change"] == pytest.approx(10 / 104.5)
+    assert metrics["bits_per_byte"] == pytest.approx(114.5 / math.log(2) / 200)
+    assert metrics["p95_latency_s_1"] == pytest.approx(0.25)
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_the_baseline_beside_itself_is_once_as_fast_and_as_good():
+    metrics = comparison().metrics()
+    assert [metrics[f"speedup_1{bound}"] for bound in ("", "_low", "_high")] == [1.0, 1.0, 1.0]
+    assert [metrics[f"quality_change{bound}"] for bound in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
+
+
+@given(st.floats(0.01, 10), st.floats(1, 1e3), st.integers(1, 10**12))
+@settings(max_examples=20)
+def test_a_measurement_survives_json(tmp_path_factory, latency_s, nll, size):
+    folder = tmp_path_factory.mktemp("measurement")
+    variant = measurement(latency_s, nll, size)
+    variant = replace(variant, speeds=(replace(variant.speeds[0], probe={1: (0.5,), 2: (0.25, 0.26)}, warmup_s=2.0),))
+    written = Comparison(variant, measurement(batches=(1,)), "fingerprint")
+    written.write(folder)
+    assert Comparison.read(folder) == written
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"variant": 1, "baseline": 2}'])
+def test_what_is_no_measurement_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / FILE).write_text(content)
+    with pytest.raises(IntegrityError, match=r"measurement\.json"):
+        Comparison.read(tmp_path)
+
+
+def test_other_windows_and_unmeasured_batch_sizes_are_refused():
+    variant = measurement()
+    other = replace(variant, quality=replace(variant.quality, bytes=(201,) * 10))
+    with pytest.raises(StageError, match="different windows"):
+        _ = Comparison(variant, other).quality_change
+    with pytest.raises(StageError, match="batch size 4 was not measured; measured: 1, 8"):
+        comparison().speedup(4)
+
+
+# The choice
+
+
+def test_the_fastest_that_keeps_the_constraints_wins():
+    decision = choose_winner(
+        ConstraintsSpec(max_quality_loss=0.02),
+        "speedup@1",
+        {
+            "int8": comparison(latency_s=0.125, nll=100.1),
+            "int4": comparison(latency_s=0.07, nll=106.0),
+            "float": comparison(latency_s=0.5),
+        },
+    )
+    assert decision.winner == "int8"
+    assert "8.00x" in decision.summary
+    assert "quality loss +5.74%" in decision.reasons["int4"] and "allowed 2.00%" in decision.reasons["int4"]
+    assert decision.reasons["float"].startswith("2.00x") and "8.00x" in decision.reasons["float"]
+    assert decision.pareto == ("int4", "int8", "float")
+
+
+def test_a_constraint_is_kept_with_its_confidence_bound_not_with_its_estimate():
+    noisy, steady = comparison(latency_s=0.24, spread=0.5), comparison(latency_s=0.24)
+    assert noisy.speedup(1).value > 4 > noisy.speedup(1).low
+    decision = choose_winner(ConstraintsSpec(min_speedup=4.0), "speedup@1", {"noisy": noisy, "steady": steady})
+    assert decision.winner == "steady"
+    assert "wanted 4x" in decision.reasons["noisy"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "named"),
+    [
+        ({"max_quality_loss": 0.0}, "quality loss"),
+        ({"min_speedup": 100}, "speed 2.00x"),
+        ({"max_size_bytes": 999}, "size 0.0 MB"),
+        ({"max_p95_latency_s": 0.4}, "p95 latency 0.5 s"),
+        ({"max_peak_memory_bytes": 4999}, "peak memory"),
+    ],
+)
+def test_each_constraint_refuses_with_its_numbers(bounds, named):
+    decision = choose_winner(ConstraintsSpec(**bounds), "speedup@1", {"only": comparison(latency_s=0.5, nll=101.0)})
+    assert decision.winner is None
+    assert named in decision.reasons["only"]
+    assert decision.pareto == ("only",)
+
+
+def test_level_within_the_noise_the_better_quality_wins():
+    variants = {
+        "faster": comparison(latency_s=0.100, nll=101.0, spread=0.05),
+        "better": comparison(latency_s=0.102, nll=100.1, spread=0.05),
+    }
+    decision = choose_winner(ConstraintsSpec(), "speedup@1", variants)
+    assert decision.winner == "better"
+    assert "level" in decision.reasons["faster"] and "quality" in decision.reasons["faster"]
+
+
+def test_a_clear_lead_beats_better_quality():
+    variants = {"faster": comparison(latency_s=0.05, nll=101.0), "better": comparison(latency_s=0.1, nll=100.1)}
+    assert choose_winner(ConstraintsSpec(), "speedup@1", variants).winner == "faster"
+
+
+def test_the_objective_may_be_size_or_quality_or_another_batch_size():
+    small, good = comparison(latency_s=0.4, nll=102.0, size=10), comparison(latency_s=0.5, nll=99.0, size=500)
+    fast = Comparison(replace(measurement(), speeds=(speed([1.0] * 5), speed([0.1] * 5, batch_size=8))), measurement())
+    variants = {"small": small, "good": good, "fast": fast}
+    winners = {o: choose_winner(ConstraintsSpec(), o, variants).winner for o in ("size", "quality", "speedup@8", "speedup@1")}
+    assert winners == {"size": "small", "quality": "good", "speedup@8": "fast", "speedup@1": "small"}
+
+
+def test_nobody_wins_among_none():
+    decision = choose_winner(ConstraintsSpec(), "speedup@1", {})
+    assert (decision.winner, decision.pareto) == (None, ())
+
+
+variants = st.dictionaries(
+    st.sampled_from("abcdef"),
+    st.builds(
+        comparison,
+        latency_s=st.floats(0.05, 2),
+        nll=st.floats(90, 120),
+        size=st.integers(1, 2000),
+        spread=st.sampled_from([0.0, 0.02, 0.3]),
+    ),
+    min_size=1,
+)
+
+
+@given(variants, st.sampled_from(["speedup@1", "speedup@8", "size", "quality"]), st.sampled_from([None, 0.0, 0.1]))
+@settings(max_examples=40, deadline=None)
+def test_a_choice_is_sound(measured, objective, max_loss):
+    bounds = ConstraintsSpec(max_quality_loss=max_loss)
+    decision = choose_winner(bounds, objective, measured)
+    keeping = {name for name, one in measured.items() if max_loss is None or one.quality_change.high <= max_loss}
+    assert (decision.winner in keeping) if keeping else decision.winner is None
+    assert decision.reasons.keys() == measured.keys() - {decision.winner}
+    assert all(decision.reasons.values())
+    for name in decision.pareto:
+        mine = measured[name]
+        assert not any(
+            other.quality_change.value < mine.quality_change.value and other.speedup(1).value > mine.speedup(1).value
+            for other in measured.values()
+        )
+    if decision.winner and objective == "size":
+        assert measured[decision.winner].variant.size_bytes == min(measured[name].variant.size_bytes for name in keeping)
+    if decision.winner and objective.startswith("speedup"):
+        batch = int(objective[-1])
+        best = max(measured[name].speedup(batch).low for name in keeping)
+        assert measured[decision.winner].speedup(batch).value >= best

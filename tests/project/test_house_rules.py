@@ -1,0 +1,197 @@
+"""House rules: imports go down only, nothing of one machine is committed, what is shipped is valid, what is documented works."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from featherweight.recipe.reading import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("featherweight", "tasks", "flows")
+# Seconds of import each; whoever uses them imports them in the function that does.
+HEAVY = {"torch", "transformers", "mlflow", "prefect", "great_expectations", "ctranslate2", "onnx", "onnxruntime"}
+HEAVY |= {"onnxruntime_genai", "llmcompressor", "torch_pruning", "boto3", "plotly", "pandas"}
+# Programs of an engine's own process, the model file that MLflow loads, the modules that only a flow loads.
+MAY_BE_HEAVY = re.compile(r"featherweight/(runtimes/|registry/pyfunc_model\.py)|flows/(optimize|watch)\.py")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DIRECT = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+
+
+def modules(layer: str) -> list[Path]:
+    return sorted((ROOT / layer).rglob("*.py"))
+
+
+def imported(nodes: list[ast.stmt] | Iterator[ast.AST]) -> set[str]:
+    """Top-level names of the packages that these nodes import."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout, so there are no tracked files to look at")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_down_only(layer):
+    above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"tests", "benchmarks"}
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(found)
+        for path in modules(layer)
+        if (found := imported(ast.walk(ast.parse(path.read_text()))) & above)
+    }
+    assert modules(layer), f"{layer} holds no modules"
+    assert not wrong
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_heavy_libraries_are_imported_where_they_are_used(layer):
+    wrong = {
+        name: sorted(found)
+        for path in modules(layer)
+        if not MAY_BE_HEAVY.match(name := path.relative_to(ROOT).as_posix())
+        and (found := imported(ast.parse(path.read_text()).body) & HEAVY)
+    }
+    assert not wrong
+
+
+def test_the_folder_mlflow_never_shadows_the_package():
+    assert not [path for path in (ROOT / "mlflow").rglob("*") if path.suffix in (".py", ".pyc", ".pyi", ".so")]
+
+
+def test_nothing_of_one_machine_is_tracked():
+    # Written in pieces, so that this file does not match itself.
+    folders = "|".join(["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/", "/op" + "t/wheels", "/op" + "t/pypi"])
+    hosts = "|".join(["pypi" + r"\.org", "python" + r"hosted\.org", "download" + r"\.pytorch\.org", "arti" + "factory"])
+    private = re.compile(rf"(?<![\w.}}~])(?:{folders})|{hosts}|index-url[= ]+https?:")
+    wrong = []
+    for path in tracked():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        wrong += [f"{path.relative_to(ROOT)}: {match.group()}" for match in private.finditer(text)]
+    assert not wrong
+
+
+def test_nothing_that_runs_code_when_it_is_read_is_tracked():
+    suffixes = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
+    assert not [path for path in tracked() if path.suffix in suffixes]
+
+
+def test_there_are_recipes():
+    assert {"demo.yaml", "stories15m.yaml"} <= {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_has_variants(path):
+    from featherweight.recipe.plan import expand
+
+    assert expand(load_recipe(path)).variants
+
+
+@pytest.mark.parametrize("line", [*DIRECT, "uv", "vllm"])
+def test_every_dependency_is_a_decision(line):
+    name = Requirement(line).name
+    text = (ROOT / "docs" / "decisions" / "dependencies.md").read_text()
+    entry = re.search(rf"^### {re.escape(name)}\n((?:- .*\n?)+)", text, re.MULTILINE)
+    assert entry, f"docs/decisions/dependencies.md has no entry '### {name}'"
+    starts = [item.partition(":")[0] for item in entry.group(1).splitlines()]
+    assert starts == ["- Why", "- Considered", "- Cost"]
+
+
+@pytest.mark.parametrize("line", DIRECT)
+def test_every_dependency_is_locked_within_its_bounds(line):
+    wanted = Requirement(line)
+    lock = (ROOT / "infra" / "toolchains" / "main.txt").read_text()
+    pin = re.search(rf"^{re.escape(wanted.name)}==([^\s;]+)", lock, re.MULTILINE)
+    assert pin, f"{wanted.name} is not in infra/toolchains/main.txt; run infra/lock"
+    assert wanted.specifier.contains(pin.group(1)), f"{pin.group()} is outside '{line}'; run infra/lock"
+
+
+def test_continuous_integration_lints_and_tests():
+    path = ROOT / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    called = re.findall(r"make --no-print-directory (\w+)", path.read_text())
+    assert called == ["lint", "test"]
+
+
+def test_licence():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_help_takes_less_than_a_second():
+    """CPU seconds, the best of three, so that a busy machine does not decide."""
+    program = Path(sys.executable).parent / "featherweight"
+    if not program.exists():
+        pytest.skip("featherweight is not installed in this environment; run `make setup`")
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        shown = subprocess.run([str(program), "--help"], capture_output=True, text=True, check=True).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert "optimize" in shown and "doctor" in shown
+    assert min(seconds) < 1.0
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command line of the ```sh blocks of the README."""
+    path = ROOT / "README.md"
+    if not path.exists():
+        return []
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", path.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
+    return [found for found in words if found]
+
+
+def test_the_readme_opens_with_the_two_commands():
+    first = [" ".join(words) for words in readme_commands()[:2]]
+    assert first == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_the_readmes_commands_exist(words):
+    program = Path(words[0]).name
+    if program == "make":
+        verbs = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= verbs
+    elif program == "featherweight":
+        _check_featherweight(words[1:])
+    else:
+        assert shutil.which(program) or program in (".", "cd", "export", "pip", "git"), f"what is {program}?"
+
+
+def _check_featherweight(words: list[str]) -> None:
+    """The sub-command, every option given to it and every recipe named exist."""
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    command = [words[0]] if words and not words[0].startswith("-") else []
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.output))
+    assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known
+    assert all((ROOT / word).exists() for word in words if word.startswith("recipes/"))

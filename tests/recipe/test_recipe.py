@@ -1,0 +1,137 @@
+"""Recipes are strict, and say what is wrong in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featherweight.distillation.spec import DistillSpec
+from featherweight.errors import RecipeError
+from featherweight.pruning.spec import PruneSpec
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.reading import load_recipe
+from featherweight.recipe.recipe import Recipe
+from featherweight.runtimes.spec import ExportSpec
+
+MINIMAL = {
+    "name": "x",
+    "checkpoint": {"source": "folder"},
+    "data": {"source": "text.txt"},
+    "promote": {"model": "x"},
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(**changes: object) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+        return path
+
+    return _write
+
+
+def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
+    recipe = load_recipe(write())
+    assert recipe.workload.batch_sizes == (1, 8)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"constrains": {}}, "unknown key 'constrains'; did you mean 'constraints'"),
+        ({"stages": {"quantise": {}}}, "did you mean 'quantize'"),
+        ({"stages": {"quantize": {"a": {"metod": "rtn"}}}}, "unknown key 'stages.quantize.a.metod'; did you mean 'method'"),
+        ({"stages": {"prune": {"p": {"finetune": {"step": 3}}}}}, "did you mean 'steps'"),
+        ({"checkpoint": {}}, "exactly one of 'source' and 'train'"),
+        ({"objective": "fast"}, "objective: "),
+        ({"stages": {"quantize": {"a": {}}, "prune": {"a": {}}}}, "recipe.yaml: the name 'a' stands twice"),
+        ({"stages": {"quantize": {"none": {}}}}, "'none' is reserved"),
+        ({"stages": {"quantize": {"A B": {}}}}, "stages.quantize.A B"),
+        ({"stages": {"distill": {"a": {"layers": 1, "sequence": 1}}}}, "a.sequence: Input should be greater"),
+        ({"stages": {"prune": {"a": {"sequence": 1}}}}, "a.sequence: Input should be greater"),
+        (
+            {"stages": {"prune": {"a": {"finetune": {"sequence": 1}}}}},
+            "finetune.sequence: Input should be greater",
+        ),
+        ({"stages": {"quantize": {"a": {"sequence": 1}}}}, "a.sequence: Input should be greater"),
+        ({"workload": {"window_tokens": 1}}, "window_tokens: Input should be greater"),
+        ({"stages": {"quantize": {"a": {"grid": "int4g32"}}}}, "a.grid: unknown grid 'int4g32'; did you mean 'int4-g32'?"),
+        ({"stages": {"quantize": {"a": {"head": "int-8"}}}}, "a.head: unknown grid 'int-8'; did you mean 'int8'?"),
+        ({"stages": {"quantize": {"a": {"mixed": {"grid": "int9"}}}}}, "a.mixed.grid: unknown grid 'int9'; did you mean 'int8'?"),
+    ],
+)
+def test_mistakes_are_named(write, changes: dict, message: str) -> None:
+    refused(write(**changes), message)
+
+
+@pytest.mark.parametrize(
+    ("stage", "spec", "message"),
+    [
+        ("quantize", {"method": "qat", "grid": "fp8"}, "qat trains on integer grids"),
+        ("quantize", {"method": "qat", "head": "fp8"}, "qat trains on integer grids"),
+        ("quantize", {"method": "gptq", "steps": 9}, "steps plays no role with method gptq; leave it out"),
+        ("quantize", {"generated_tokens": 9}, "generated_tokens plays no role with method rtn"),
+        ("quantize", {"grid": "int8", "mixed": {"grid": "int4-g32"}}, "mixed.grid int4-g32 is no finer than grid int8"),
+        ("quantize", {"grid": "int8-g32", "mixed": {}}, "mixed.grid int8-g32 is no finer than grid int8-g32"),
+        ("distill", {"layers": 1, "layer_map": "last"}, "layer_map plays no role without hidden_weight or attention_weight"),
+        ("distill", {"student": "x", "choose": "uniform"}, "choose plays no role without layers"),
+        ("distill", {"layers": 1, "teacher_cache": "none", "top_k": 8}, "top_k plays no role with teacher_cache none"),
+        ("distill", {"layers": 1, "hidden_weight": 1, "top_k": 8}, "top_k plays no role beside hidden_weight or attention_weight"),
+        ("distill", {"layers": 1, "kl_weight": 0, "temperature": 3.0}, "temperature plays no role with kl_weight 0"),
+        ("distill", {"layers": 1, "kl_weight": 0, "divergence": "reverse_kl"}, "divergence plays no role with kl_weight 0"),
+        ("distill", {"layers": 1, "attention_loss": "mse"}, "attention_loss plays no role without attention_weight"),
+        ("export", {"engine": "torch-dynamic", "compute_type": "int8"}, "compute_type plays no role with engine torch-dynamic"),
+        ("export", {"engine": "vllm", "reduce_range": True}, "reduce_range plays no role with engine vllm"),
+    ],
+)
+def test_what_has_no_meaning_is_named(write, stage: str, spec: dict, message: str) -> None:
+    refused(write(stages={stage: {"a": spec}}), f"stages.{stage}.a: {message}")
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dump_leaves_out_what_plays_no_role() -> None:
+    for spec in (
+        PruneSpec(method="depth", layers=2),
+        PruneSpec(method="attention", kv_heads=1),
+        DistillSpec(layers=1, kl_weight=0),
+        QuantizeSpec(),
+        ExportSpec(engine="torchao-int4"),
+    ):
+        dump = spec.model_dump(mode="json")
+        assert not dump.keys() & spec.unread.keys()
+        assert type(spec).model_validate(dump) == spec
+
+
+@pytest.mark.parametrize("content", ["", "- a", "a: [", "\x00\xff"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="cannot read recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_overrides_reach_any_key(write) -> None:
+    path = write()
+    recipe = load_recipe(path, ("workload.batch_sizes=[2]", "constraints.max_quality_loss=0.02", "seed=7"))
+    assert (recipe.workload.batch_sizes, recipe.constraints.max_quality_loss, recipe.seed) == ((2,), 0.02, 7)
+    for wrong in ("seed", "=3", "seed.x=1", "seed={"):
+        with pytest.raises(RecipeError):
+            load_recipe(path, (wrong,))
+    with pytest.raises(RecipeError, match="did you mean 'rounds'"):
+        load_recipe(path, ("workload.round=3",))
+
+
+def test_a_recipe_survives_its_own_dump() -> None:
+    recipe = Recipe.model_validate(MINIMAL)
+    assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe

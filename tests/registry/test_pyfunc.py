@@ -1,0 +1,232 @@
+"""The champion answers: loaded by MLflow, and served by it over HTTP, whichever engine won."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from featherweight.errors import DataError, StageError
+from featherweight.registry.generator import Generator
+from featherweight.registry.lineage import build
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.store.artifact import Manifest
+from featherweight.store.served_folder import Serving
+from featherweight.system.processes import free_port
+from featherweight.text.documents import Document, write_documents
+from tests.support.registering import METRICS, MODEL, Bench, bench
+
+PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return bench(tmp_path_factory.mktemp("pyfunc"))
+
+
+def torch_folder(checkpoint: Path, out: Path, _text: Path) -> None:
+    shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+    Serving("torch").write(out)
+
+
+def ctranslate2_folder(checkpoint: Path, out: Path, text: Path) -> None:
+    from tasks.export import export
+
+    export(ExportSpec(engine="ctranslate2"), checkpoint=checkpoint, calibration=text, out=out)
+
+
+def genai_folder(checkpoint: Path, out: Path, text: Path) -> None:
+    from tasks.compile import compile
+
+    compile(CompileSpec(engine="onnxruntime-genai"), checkpoint=checkpoint, calibration=text, out=out)
+
+
+def promote(desk: Bench, tiny_checkpoint: Path, name: str, make: Callable[[Path, Path, Path], None]) -> str:
+    """Register a served folder of that engine as the champion of a model of its own; returns the model's name."""
+    out, text = desk.root / name, desk.root / f"{name}-text"
+    out.mkdir()
+    write_documents(text, [Document(str(i), "It was heavy, and it wanted to be light. " * 40) for i in range(4)])
+    make(tiny_checkpoint, out, text)
+    ref, manifest = desk.publish(out, name)
+    graph = build([(ref, manifest)], ref.digest, variant=name, recipe="", run_id=desk.run_id, metrics=METRICS)
+    winner = replace(desk.record(name, ref, graph), model=f"{MODEL}-{name}", max_tokens=128)
+    desk.registry.register(winner)
+    desk.registry.transition(winner.model, "1", "production", who="ada", why="a test")
+    return winner.model
+
+
+@pytest.fixture(scope="module")
+def torch_model(desk: Bench, tiny_checkpoint: Path) -> str:
+    return promote(desk, tiny_checkpoint, "torch", torch_folder)
+
+
+@pytest.fixture
+def load(desk: Bench) -> Iterator[Callable[..., Any]]:
+    """Loads `models:/NAME@champion` as a user would, with MLflow's global URI, which is put back."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(desk.registry.tracking_uri)
+    yield lambda model, **options: mlflow.pyfunc.load_model(f"models:/{model}@champion", **options)
+    mlflow.set_tracking_uri(before)
+
+
+def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
+    """Engine processes below this one."""
+    every = (of or psutil.Process()).children(recursive=True)
+    return [one for one in every if "featherweight.runtimes.worker" in " ".join(one.cmdline())]
+
+
+def greedy(checkpoint: Path, prompt: str, new: int) -> str:
+    """What transformers itself generates."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    full = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
+    return tokenizer.decode(full, skip_special_tokens=True)[len(prompt) :]
+
+
+ENGINES = {"torch": torch_folder, "ctranslate2": ctranslate2_folder, "onnxruntime-genai": genai_folder}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_champion_of_every_engine_answers(desk: Bench, tiny_checkpoint: Path, load: Callable[..., Any], engine: str) -> None:
+    name = promote(desk, tiny_checkpoint, f"every-{engine}", ENGINES[engine])
+    model = load(name)
+    answers = model.predict(PROMPTS, params={"max_new_tokens": NEW, "stop_at_end": False})
+    assert answers == [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS]
+    assert desk.registry.champion(name).tag("engine") == engine
+
+
+def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_model: str, load: Callable[..., Any]) -> None:
+    import pandas
+
+    gc.collect()
+    before = set(workers())
+    model = load(torch_model)
+    (engine,) = set(workers()) - before
+    params = {"max_new_tokens": NEW}
+    assert model.predict(pandas.DataFrame({"prompt": PROMPTS}), params=params) == model.predict(PROMPTS, params=params)
+    assert model.input_example == ["Once upon a time"]
+    (answer,) = model.predict(model.input_example)
+    assert len(answer) > len(model.predict(model.input_example, params=params)[0])
+    assert [(one.name, one.default) for one in model.metadata.signature.params] == [
+        ("max_new_tokens", 64),
+        ("stop_at_end", True),
+    ]
+    del model
+    gc.collect()
+    assert engine.pid not in psutil.pids()
+
+
+def test_model_says_what_it_needs(desk: Bench, torch_model: str) -> None:
+    import torch
+
+    served = desk.registry.served_folder(desk.registry.get(torch_model, "champion"), desk.root)
+    lines = (served.parents[1] / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in lines
+    assert [line.partition("==")[0] for line in lines[:4]] == ["mlflow", "pandas", "transformers", "featherweight"]
+    described = (served.parents[1] / "MLmodel").read_text()
+    assert str(Path(__file__).parents[2]) not in described
+    size = sum(path.stat().st_size for path in served.iterdir())
+    assert f"model_size_bytes: {size}" in described
+    assert Manifest.read(served).digest == desk.registry.get(torch_model, "champion").digest
+
+
+@pytest.fixture(scope="module")
+def generator(desk: Bench, torch_model: str) -> Iterator[Generator]:
+    made = Generator(desk.root / "torch", max_tokens=64, max_batch=3)
+    yield made
+    made.close()
+
+
+def test_more_prompts_than_a_batch_are_answered_in_order(generator: Generator) -> None:
+    prompts = [f"{'light ' * (index % 3)}{index}" for index in range(7)]
+    assert generator(prompts, NEW) == [generator([prompt], NEW)[0] for prompt in prompts]
+    assert len(set(generator(prompts, NEW))) > 1
+
+
+def test_text_stops_at_the_end_token(generator: Generator) -> None:
+    (whole,) = generator(PROMPTS[:1], NEW, stop_at_end=False)
+    (ids,) = generator._generate([generator._encode(PROMPTS[0], NEW)], NEW)
+    end, generator._tokenizer.eos_token = generator._tokenizer.eos_token, generator._tokenizer.convert_ids_to_tokens(ids[3])
+    (short,) = generator(PROMPTS[:1], NEW)
+    assert generator(PROMPTS[:1], NEW, stop_at_end=False)[0] == whole
+    generator._tokenizer.eos_token = end
+    assert whole.startswith(short)
+    assert len(short) < len(whole)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [("light " * 100, 8), ("light", 64), ("light", 0)])
+def test_prompts_that_do_not_fit_are_refused(generator: Generator, prompt: str, new: int) -> None:
+    with pytest.raises(DataError, match="this model is served with room for 64 tokens"):
+        generator([prompt], new)
+    assert generator(["light"], 4)
+
+
+def test_engine_that_died_is_started_anew(generator: Generator) -> None:
+    answer = generator(PROMPTS, NEW)
+    (engine,) = [one for one in workers() if str(generator.served.resolve()) in one.cmdline()]
+    engine.kill()
+    with pytest.raises(StageError, match="torch died"):
+        generator(PROMPTS, NEW)
+    assert generator(PROMPTS, NEW) == answer
+
+
+def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tiny_checkpoint: Path) -> None:
+    port, log = free_port(), desk.root / "serve.log"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{torch_model}@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": desk.registry.tracking_uri, "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment | {"PATH": path}, start_new_session=True)
+    try:
+        _await(f"http://127.0.0.1:{port}/ping", server, log)
+        engines = workers(psutil.Process(server.pid))
+        assert len(engines) == 1
+        asked = {"inputs": PROMPTS[:2], "params": {"max_new_tokens": NEW, "stop_at_end": False}}
+        reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60)
+        assert reply.status_code == 200, reply.text
+        assert reply.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
+        framed = {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPTS[0]]]}, "params": asked["params"]}
+        reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=framed, timeout=60)
+        assert reply.json()["predictions"] == [greedy(tiny_checkpoint, PROMPTS[0], NEW)]
+        wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=60)
+        assert wrong.status_code == 400
+        long = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": ["light " * 200]}, timeout=60)
+        assert "this model is served with room for 128 tokens" in json.dumps(long.json())
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    _, alive = psutil.wait_procs(engines, timeout=15)
+    assert alive == []
+
+
+def _await(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)

@@ -1,0 +1,120 @@
+"""Small models of several families, and quantized checkpoints, for the tests of compile, export and parity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.grid import GRIDS, Grid
+from featherweight.model.matrices import matrices, move_to_grid
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.runtimes.parity import load_reference
+from featherweight.text.documents import Document, write_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
+GROUPED = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
+# Two heads of 16 at hidden size 72: as after pruning, and no multiple of any block. Where the hidden size is a multiple of the
+# heads a pruned Llama stays a Llama ("narrow" below), whose head width CTranslate2 overlooks; it does not a Mistral's.
+PRUNED = SHAPE | {"hidden_size": 72, "intermediate_size": 88, "num_attention_heads": 2, "num_key_value_heads": 1}
+PRUNED |= {"head_dim": 16, "sliding_window": None}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", GROUPED | {"tie_word_embeddings": True}),
+    "untied": ("Llama", GROUPED | {"tie_word_embeddings": False}),
+    "narrow": ("Llama", GROUPED | {"num_attention_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "pruned": ("Mistral", PRUNED | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", GROUPED | {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+}
+
+
+def make(family: str, folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    """A random checkpoint of a family, biases included."""
+    import torch
+    import transformers
+
+    name, shape = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}Config")
+    model_class = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = config_class(**shape | ends | {"vocab_size": len(tokenizer), "initializer_range": 0.1} | changes)
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def quantize(source: Path, out: Path, grids: dict[str, str]) -> QuantizedWeights:
+    """A quantized checkpoint whose weights are not those that rounding to nearest would choose.
+
+    grids: by ending of the parameter's name, the first that fits; '' fits all. A parameter without one stays in float.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_reference(source)
+    quantized = QuantizedWeights({}, {}, {}, "test")
+    for name, parameter, _ in matrices(model):
+        ending = next((ending for ending in grids if name.endswith(ending)), None)
+        if ending is not None:
+            _choose(quantized, name, parameter.detach(), GRIDS[grids[ending]])
+    save(model, quantized, out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    return quantized
+
+
+def _choose(quantized: QuantizedWeights, name: str, weight: Any, grid: Grid) -> None:
+    """Narrower scales than the largest weight asks for, as GPTQ and QAT learn them; some of them zero rows."""
+    scales = grid.scales(weight) * 0.9
+    quantized.grids[name] = grid
+    quantized.q[name], quantized.scales[name] = grid.quantize(weight, scales)
+    quantized.q[name][1] = 0
+
+
+def save(model: PreTrainedModel, quantized: QuantizedWeights, out: Path) -> None:
+    """Write `model` moved to its grids, and the integers beside it."""
+    move_to_grid(model, quantized)
+    model.save_pretrained(out)
+    quantized.write(out)
+
+
+def llm_compressor(source: Path, out: Path, recipe: dict[str, Any], **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`source` quantized and written to `out` by llm-compressor: the tensors, and what config.json says of them."""
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from safetensors.torch import load_file
+
+    model = load_reference(source)
+    try:
+        oneshot(model=model, recipe=QuantizationModifier(**recipe), **options)
+        model.save_pretrained(out, save_compressed=True)
+    finally:
+        reset_session()
+    return load_file(out / "model.safetensors"), quantization_of(out)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What config.json says of quantized weights."""
+    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by its path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_text(folder: Path, text: str) -> Path:
+    """A text folder of six documents."""
+    write_documents(folder, [Document(str(index), text * 2) for index in range(6)])
+    return folder

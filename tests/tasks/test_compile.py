@@ -1,0 +1,194 @@
+"""compile: the very integers and scales of the checkpoint in the ONNX graph, and an engine that agrees with PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from featherweight.errors import RecipeError, StageError
+from featherweight.grid import GRIDS
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.runtimes import engine_available, open_worker
+from featherweight.runtimes.onnx_genai import pack
+from featherweight.runtimes.packing import Packable
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.store.served_folder import Serving
+from tasks.compile import build_decoder, compile
+from tests.conftest import STORY, _tokenizer
+from tests.support import serving_models as models
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def genai(precision: str = "float32") -> CompileSpec:
+    return CompileSpec(engine="onnxruntime-genai", precision=precision)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_text(tmp_path_factory.mktemp("text"), STORY)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Checkpoints by family. Served folders share inodes with them, so at the end not a byte of theirs may have changed."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {family: models.make(family, root / family, _tokenizer()) for family in models.FAMILIES}
+    before = models.digests(root)
+    yield folders
+    assert models.digests(root) == before
+
+
+def unpack(blocks: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """MatMulNBits' storage read by its definition: offset binary, low half first. int [rows, columns]."""
+    flat = blocks.reshape(blocks.shape[0], -1).astype(np.int64)
+    if bits == 4:
+        flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
+    return flat[:, :columns] - 2 ** (bits - 1)
+
+
+def read_packed(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(integers [rows, columns], float weights) of every MatMulNBits in a graph, in its order."""
+    model = onnx.load(folder / "model.onnx")
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    result = []
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            q = unpack(arrays[node.input[1]], attributes["bits"], attributes["K"])
+            scales = np.repeat(arrays[node.input[2]], attributes["block_size"], axis=1)[:, : attributes["K"]]
+            result.append((q, q.astype(np.float32) * scales))
+    return result
+
+
+def expected(quantized: QuantizedWeights, *names: str) -> tuple[np.ndarray, np.ndarray]:
+    """(integers, float weights) of parameters stacked row by row."""
+    q = torch.cat([quantized.q[name] for name in names]).numpy()
+    return q, torch.cat([quantized.dequantize(name) for name in names]).numpy()
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS.values() if grid.kind == "int"], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("columns", [64, 88, 160])
+def test_blocks_hold_the_integers_and_scales_of_any_grid(grid, columns):
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    q, scales = grid.quantize(weight)
+    blocks, repeated = pack.pack_blocks(Packable(grid, q, scales))
+    size = pack.block_size(grid, columns)
+    assert blocks.shape == (5, -(-columns // size), size * grid.bits // 8)
+    found = unpack(blocks.numpy(), grid.bits, columns)
+    np.testing.assert_array_equal(found, q.numpy())
+    spread = np.repeat(repeated.numpy(), size, axis=1)[:, :columns]
+    np.testing.assert_array_equal(found.astype(np.float32) * spread, grid.dequantize(q, scales).numpy())
+
+
+def test_quantized_weights_reach_the_graph_without_a_second_rounding(checkpoints, text, tmp_path):
+    quantized = models.quantize(checkpoints["llama"], tmp_path / "q", {"embed_tokens.weight": "int8", "": "int4-g32"})
+    (tmp_path / "out").mkdir()
+    metrics = compile(genai("int4"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+    prefix, found = "model.layers.0.self_attn.", read_packed(tmp_path / "out")
+    wanted = [
+        expected(quantized, *(f"{prefix}{part}_proj.weight" for part in "qkv")),
+        expected(quantized, f"{prefix}o_proj.weight"),
+    ]
+    for (q, weights), (wanted_q, wanted_weights) in zip(found, wanted, strict=False):
+        np.testing.assert_array_equal(q, wanted_q)
+        np.testing.assert_array_equal(weights, wanted_weights)
+    np.testing.assert_array_equal(found[-1][1], expected(quantized, "model.embed_tokens.weight")[1])
+    assert len(found) == 2 * 5 + 1
+    assert metrics["parity_weights_max_abs"] < 1e-4
+    assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
+    assert Serving.read(tmp_path / "out") == Serving("onnxruntime-genai", grid="int4-g32")
+
+
+def test_a_tied_embedding_and_head_are_stored_once(checkpoints, text, tmp_path):
+    compile(genai("int8"), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    by_operator = {node.op_type: node for node in model.graph.node}
+    head = next(node for node in model.graph.node if node.output[0] == "logits")
+    assert by_operator["GatherBlockQuantized"].input[2] == head.input[2]
+    assert by_operator["Reshape"].input[0] == head.input[1]
+    assert sum(tensor.dims[0] == 320 for tensor in model.graph.initializer) == 2  # integers and scales, of 320 tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "genai_config.json", "generation_config.json", "model.onnx", "model.onnx.data",
+        "serving.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["untied", "pruned", "qwen2"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_families_compute_what_pytorch_computes(family, precision, checkpoints, text, tmp_path):
+    metrics = compile(genai(precision), checkpoint=checkpoints[family], calibration=text, out=tmp_path)
+    assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
+    assert metrics["parity_weights_max_abs" if precision != "float32" else "parity_max_abs"] < 1e-4
+    assert Serving.read(tmp_path).grid == {"float32": None, "int8": "int8", "int4": "int4-g32"}[precision]
+
+
+def test_grids_may_differ_between_query_key_and_value_and_the_head_may_stay_float(checkpoints, text, tmp_path):
+    grids = {"q_proj.weight": "int8", "_proj.weight": "int4-g32"}
+    quantized = models.quantize(checkpoints["untied"], tmp_path / "q", grids)
+    assert quantized.head is None
+    (tmp_path / "out").mkdir()
+    metrics = compile(genai("int4"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+    assert metrics["parity_weights_max_abs"] < 1e-4
+    assert len(read_packed(tmp_path / "out")) == 2 * 7
+
+
+def test_an_architecture_that_the_builder_does_not_know(checkpoints, text, tmp_path):
+    with pytest.raises(StageError, match="does not know the architecture in gpt2"):
+        compile(genai(), checkpoint=checkpoints["gpt2"], calibration=text, out=tmp_path)
+
+
+def test_heads_that_the_attention_kernel_would_refuse(text, tmp_path):
+    narrow = models.make("llama", tmp_path / "narrow", _tokenizer(), num_attention_heads=8)
+    with pytest.raises(StageError, match=r"multiple of 16 channels, these have 8"):
+        compile(genai(), checkpoint=narrow, calibration=text, out=tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "reason"), [("int8", "round them again"), ("float32", "full size")])
+def test_a_precision_that_is_not_the_grids(precision, reason, checkpoints, text, tmp_path):
+    models.quantize(checkpoints["llama"], tmp_path / "q", {"": "int4-g32"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match=reason):
+        compile(genai(precision), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_builder_says_nothing(checkpoints, tmp_path, capfd):
+    build_decoder(checkpoints["llama"], tmp_path)
+    assert "Reading" not in capfd.readouterr().out
+    assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["context_length"] == 256
+
+
+def test_the_graph_names_the_builders_version_and_no_repositorys_commit(checkpoints, tmp_path):
+    build_decoder(checkpoints["llama"], tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert model.producer_version == version("onnxruntime-genai")
+
+
+@pytest.mark.skipif(engine_available("torch-compile") is not None, reason="torch.compile cannot run here")
+def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_path):
+    spec = CompileSpec(engine="torch-compile")
+    metrics = compile(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_ino == (checkpoints["llama"] / "model.safetensors").stat().st_ino
+    assert metrics["parity_max_abs"] <= metrics["parity_bound"]
+
+
+@pytest.mark.skipif(not (SHARED / "models/stories15M").exists(), reason="no stories15M beside the repository")
+def test_int4_of_a_real_model_is_faster_than_float32(tmp_path, text):
+    seconds = {}
+    for precision in ("float32", "int4"):
+        out = tmp_path / precision
+        out.mkdir()
+        compile(genai(precision), checkpoint=SHARED / "models/stories15M", calibration=text, out=out)
+        with open_worker(out, threads=1) as worker:
+            worker.time([[1] * 16], 16)
+            seconds[precision] = min(worker.time([[1] * 16], 48).total_s for _ in range(5))
+    assert seconds["int4"] < seconds["float32"] / 1.5

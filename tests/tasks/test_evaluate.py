@@ -1,0 +1,179 @@
+"""The evaluate stage, on real engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tasks.evaluate
+from featherweight.errors import IntegrityError, RecipeError, StageError
+from featherweight.measure.measurement import FILE, Comparison
+from featherweight.measure.spec import WorkloadSpec
+from featherweight.progress import Progress
+from featherweight.store.served_folder import Serving
+from featherweight.text.documents import Document, write_documents
+from featherweight.text.tokens import load_tokenizer, token_windows
+from tasks.evaluate import _same, _thread_counts, evaluate
+
+SPEC = WorkloadSpec(prompt_tokens=8, new_tokens=24, batch_sizes=(1, 2), rounds=3, windows=6, window_tokens=48, threads=(1,))
+
+
+class Recorder(Progress):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[tuple[int, int, dict[str, float]]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, done: int, total: int, **values: float) -> None:
+        self.steps.append((done, total, values))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    stories = [f"Once upon a time there was a little checkpoint number {i}. It wanted to be light. " * 4 for i in range(4)]
+    write_documents(folder, [Document(str(index), story) for index, story in enumerate(stories)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("baseline") / "torch"
+    shutil.copytree(tiny_checkpoint, folder)
+    Serving("torch").write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ctranslate2(tiny_checkpoint, tmp_path_factory) -> Path:
+    import ctranslate2
+
+    folder = tmp_path_factory.mktemp("variant")
+    ctranslate2.converters.TransformersConverter(str(tiny_checkpoint)).convert(str(folder / "model"), quantization="int8")
+    Serving("ctranslate2", "model", {"compute_type": "int8"}).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(baseline, text, tmp_path_factory) -> Path:
+    """The baseline's own evaluation."""
+    out = tmp_path_factory.mktemp("measured")
+    evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=out)
+    return out
+
+
+def test_the_baseline_is_measured_as_pytorch_computes_it(measured, baseline, text):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    windows = token_windows(text, load_tokenizer(baseline), 48, 6)
+    model = AutoModelForCausalLM.from_pretrained(baseline).eval()
+    nll = 0.0
+    with torch.no_grad():
+        for window in windows:
+            ids = torch.tensor([window.ids])
+            nll += float(model(ids, labels=ids).loss) * (len(window.ids) - 1)
+    comparison = Comparison.read(measured)
+    metrics = comparison.metrics()
+    assert metrics["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(w.text_bytes for w in windows), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nll / sum(len(w.ids) - 1 for w in windows)), rel=1e-5)
+    assert metrics["speedup_1"] == metrics["speedup_2"] == 1.0
+    assert metrics["quality_change"] == metrics["quality_change_high"] == 0.0
+    assert comparison.baseline == comparison.variant
+    assert [path.name for path in measured.iterdir()] == [FILE]
+
+
+def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured_again(
+    measured, baseline, ctranslate2, text, tmp_path
+):
+    heard = Recorder()
+    inputs = {"served": ctranslate2, "baseline": baseline, "evaluation": text, "baseline_measurement": measured}
+    metrics = evaluate(SPEC, **inputs, out=tmp_path, progress=heard)
+    comparison, before = Comparison.read(tmp_path), Comparison.read(measured).variant
+    assert metrics == comparison.metrics() == json.loads((tmp_path / FILE).read_text())["metrics"]
+    assert comparison.variant.engine == "ctranslate2" and comparison.baseline.engine == "torch"
+    assert comparison.baseline.quality == before.quality
+    assert comparison.baseline.speed(1).total_s != before.speed(1).total_s, "speed is always measured in turns"
+    assert sum(note.startswith("scoring") for note in heard.notes) == 1
+    assert abs(metrics["quality_change"]) < 0.05 and metrics["quality_change_low"] < metrics["quality_change_high"]
+    assert metrics["speedup_1_low"] <= metrics["speedup_1"] <= metrics["speedup_1_high"]
+    for batch in (1, 2):
+        speed = comparison.variant.speed(batch)
+        assert len(speed.total_s) == 3 * speed.repeats and len(speed.rounds_s) == 3
+        assert 0 < metrics[f"ttft_s_{batch}"] < metrics[f"p50_latency_s_{batch}"] <= metrics[f"p95_latency_s_{batch}"]
+        assert metrics[f"tokens_per_s_{batch}"] == pytest.approx(batch * 24 / metrics[f"p50_latency_s_{batch}"])
+    assert metrics["size_bytes"] == sum(path.stat().st_size for path in ctranslate2.rglob("*") if path.is_file())
+    assert 1e7 < metrics["peak_memory_bytes"] < before.peak_memory_bytes
+    assert [step[:2] for step in heard.steps] == [(1, 3), (2, 3), (3, 3)] * 2
+    assert heard.steps[-1][2]["tokens_per_s_2"] > 0
+
+
+def test_other_windows_than_the_baselines_are_scored_anew_and_threads_are_probed(measured, baseline, ctranslate2, text, tmp_path):
+    spec = SPEC.model_copy(update={"windows": 3, "batch_sizes": (1,), "rounds": 1, "threads": (1, 2)})
+    inputs = {"served": ctranslate2, "baseline": baseline, "evaluation": text, "baseline_measurement": measured}
+    evaluate(spec, **inputs, out=tmp_path)
+    comparison = Comparison.read(tmp_path)
+    assert len(comparison.baseline.quality.nll) == len(comparison.variant.quality.nll) == 3
+    for side in (comparison.variant, comparison.baseline):
+        probe = side.speed(1).probe
+        assert set(probe) == {1, 2} and all(probe.values())
+        assert min(probe[side.speed(1).threads]) <= 1.03 * min(min(times) for times in probe.values())
+
+
+def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_starts(baseline, text, tmp_path):
+    heard, spec = Recorder(), SPEC.model_copy(update={"new_tokens": 250})
+    with pytest.raises(RecipeError, match="make 258 tokens, but the model's context holds 256; lower them"):
+        evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, progress=heard)
+    assert not heard.notes and not list(tmp_path.iterdir())
+
+
+def test_a_variant_that_computes_no_numbers_fails(measured, baseline, text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(baseline, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = math.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    spec = SPEC.model_copy(update={"batch_sizes": (1,), "rounds": 1})
+    inputs = {"served": broken, "baseline": baseline, "evaluation": text, "baseline_measurement": measured}
+    with pytest.raises(StageError, match="torch gives log-probabilities that are no numbers in 6 of 6 windows"):
+        evaluate(spec, **inputs, out=out)
+    assert not list(out.iterdir())
+
+
+def test_what_was_not_served_or_not_measured_is_named(baseline, text, tmp_path):
+    with pytest.raises(IntegrityError, match="not a served variant"):
+        evaluate(SPEC, served=text, baseline=baseline, evaluation=text, out=tmp_path)
+    with pytest.raises(IntegrityError, match=r"measurement\.json is no measurement"):
+        evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, baseline_measurement=text)
+
+
+@pytest.mark.parametrize(
+    ("cores", "slow", "counts"),
+    [(1, False, [1]), (2, False, [1, 2]), (2, True, [1, 2]), (6, False, [1, 2, 4, 6]), (8, False, [1, 2, 4, 8]), (8, True, [1, 8])],
+)
+def test_thread_counts_to_try(monkeypatch, cores, slow, counts):
+    monkeypatch.setattr(tasks.evaluate, "physical_cores", lambda: cores)
+    monkeypatch.setattr(tasks.evaluate, "available_cores", lambda: 2 * cores)
+    assert _thread_counts(None, slow) == counts
+    assert _thread_counts((3, 1, 3), slow) == [3, 1]
+
+
+def test_folders_are_the_same_by_their_bytes(tmp_path):
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for folder, content in ((one, "abc"), (two, "abc"), (three, "abd")):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "weights").write_text(content)
+    assert _same(one, one) and _same(one, two) and not _same(one, three)
+    (two / "more").write_text("")
+    assert not _same(one, two)

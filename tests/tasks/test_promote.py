@@ -1,0 +1,182 @@
+"""The promotion gate: what it compares, what it refuses and why, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from featherweight.errors import GateError, IntegrityError
+from featherweight.measure.spec import ConstraintsSpec
+from featherweight.registry.registry import RegisteredVersion
+from tasks.promote import promote, promotion_gate, rollback
+from tasks.register import register
+from tests.support.registering import METRICS, MODEL, Bench, desk
+
+__all__ = ["desk"]
+FREE = ConstraintsSpec()
+
+
+def version(number: str = "2", /, evaluation: str = "e1", checkpoint: str = "c1", **changes: float) -> RegisteredVersion:
+    """A version with METRICS, changed; a quality change moves bits per byte along (baseline: 2.0)."""
+    metrics = METRICS | changes
+    if "quality_change" in changes:
+        around = {f"quality_change_{end}": changes["quality_change"] + way for end, way in (("low", -0.005), ("high", 0.005))}
+        metrics = METRICS | {"bits_per_byte": 2.0 * (1 + changes["quality_change"])} | around | changes
+    tags = {"metrics": json.dumps(metrics), "evaluation": evaluation, "checkpoint": checkpoint, "variant": f"v{number}"}
+    tags = {f"featherweight.{name}": value for name, value in {**tags, "digest": number, "objective": "speedup@1"}.items()}
+    return RegisteredVersion(MODEL, number, "none", (), "run", "", tags, 0.0)
+
+
+def faster(**changes: float) -> dict[str, float]:
+    return {"speedup_1": 9.0, "speedup_1_low": 8.6, "speedup_1_high": 9.4, **changes}
+
+
+CHAMPION = version("1")
+
+
+def test_without_a_champion_only_the_constraints_judge() -> None:
+    gates = promotion_gate(version(), None, ConstraintsSpec(max_quality_loss=0.02, min_speedup=7.0))
+    assert [(gate.gate, gate.passed) for gate in gates] == [
+        ("max_quality_loss", True),
+        ("min_speedup", True),
+        ("champion", True),
+    ]
+    assert (gates[0].value, gates[0].bound) == (0.015, 0.02)
+    assert gates[1].reason == "speedup_1_low 7.5 keeps >= 7"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "said"),
+    [
+        ({"max_quality_loss": 0.012}, "max_quality_loss: quality_change_high 0.015 breaks <= 0.012"),
+        ({"min_speedup": 7.8}, "min_speedup: speedup_1_low 7.5 breaks >= 7.8"),
+        ({"max_size_bytes": 999}, "max_size_bytes: size_bytes 1000 breaks <= 999"),
+        ({"max_peak_memory_bytes": 4999}, "max_peak_memory_bytes: peak_memory_bytes 5000 breaks <= 4999"),
+        ({"max_p95_latency_s": 1.0}, "max_p95_latency_s: p95_latency_s_1 was not measured"),
+    ],
+)
+def test_constraints_hold_with_the_confidence_bound(constraint: dict[str, float], said: str) -> None:
+    with pytest.raises(GateError) as caught:
+        promotion_gate(version(), None, ConstraintsSpec(**constraint))
+    assert str(caught.value) == f"refused to promote version 2 (v2) of 'little-llama'; {said}"
+
+
+def test_faster_candidate_of_equal_quality_passes() -> None:
+    gates = {gate.gate: gate for gate in promotion_gate(version(**faster()), CHAMPION, FREE)}
+    assert all(gate.passed for gate in gates.values())
+    assert gates["objective speedup@1"].reason == "speedup_1 9 [8.6, 9.4] is not worse than the champion's 8 [7.5, 8.5]"
+    assert gates["progress"].reason == "better in speedup 9 against 8"
+
+
+def test_slower_candidate_is_refused_with_the_numbers() -> None:
+    slow = version(speedup_1=7.0, speedup_1_low=6.8, speedup_1_high=7.2, quality_change=0.001)
+    with pytest.raises(GateError, match=r"speedup_1 7 \[6.8, 7.2\] is worse than the champion's 8 \[7.5, 8.5\]") as caught:
+        promotion_gate(slow, CHAMPION, FREE)
+    assert "over version 1 (v1)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_worse_quality_is_refused_beyond_the_intervals_only() -> None:
+    assert promotion_gate(version(**faster(quality_change=0.018)), CHAMPION, FREE)
+    with pytest.raises(GateError, match=r"quality: bits per byte 2\.06 .* is worse than the champion's 2\.02"):
+        promotion_gate(version(**faster(quality_change=0.03)), CHAMPION, FREE)
+
+
+def test_loss_that_the_recipe_allows_is_no_reason_to_refuse() -> None:
+    allowed = ConstraintsSpec(max_quality_loss=0.04)
+    assert promotion_gate(version(**faster(quality_change=0.03)), CHAMPION, allowed)
+    with pytest.raises(GateError, match=r"max_quality_loss: quality_change_high 0\.065 breaks <= 0\.04"):
+        promotion_gate(version(**faster(quality_change=0.06)), CHAMPION, allowed)
+
+
+def test_new_checkpoint_is_judged_by_bits_per_byte() -> None:
+    """Its loss against its own, worse, baseline is small; what counts is what it serves."""
+    worse = version("2", "e1", "c2", **faster(bits_per_byte=2.5))
+    with pytest.raises(GateError, match=r"quality: bits per byte 2\.5 .* is worse than the champion's 2\.02"):
+        promotion_gate(worse, CHAMPION, FREE)
+    better = version("2", "e1", "c2", bits_per_byte=1.9)
+    assert promotion_gate(better, CHAMPION, FREE)[-1].reason == "better in quality 1.9 against 2.02"
+
+
+def test_other_text_is_judged_by_the_loss_against_the_common_checkpoint() -> None:
+    assert promotion_gate(version("2", "e2", "c1", **faster(bits_per_byte=3.0)), CHAMPION, FREE)
+    worse = version("2", "e2", "c1", **faster(quality_change=0.03))
+    with pytest.raises(GateError, match=r"relative change of bits per byte 0\.03 .* is worse than the champion's 0\.01"):
+        promotion_gate(worse, CHAMPION, FREE)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(GateError, match="comparable: measured on other evaluation text and from another checkpoint"):
+        promotion_gate(version("2", "e2", "c2", **faster()), CHAMPION, FREE)
+
+
+def test_candidate_that_is_better_in_nothing_is_refused() -> None:
+    """Within the noise on every count: champions must not drift downwards."""
+    dim = version(speedup_1=7.9, bits_per_byte=2.021, size_bytes=1001)
+    with pytest.raises(GateError, match="progress: better than the champion in none of quality, speed and size"):
+        promotion_gate(dim, CHAMPION, FREE)
+    assert promotion_gate(version(speedup_1=7.9, size_bytes=900), CHAMPION, FREE)
+
+
+def test_other_objectives_compare_their_own_figure() -> None:
+    small = version(speedup_1=5.0, speedup_1_low=4.0, speedup_1_high=6.0, size_bytes=500)
+    assert promotion_gate(small, CHAMPION, FREE, "size")
+    with pytest.raises(GateError, match="objective size: size_bytes 2000 is worse than the champion's 1000"):
+        promotion_gate(version(**faster(size_bytes=2000)), CHAMPION, FREE, "size")
+    with pytest.raises(GateError, match="quality: bits per byte"):
+        promotion_gate(version(**faster(quality_change=0.03)), CHAMPION, ConstraintsSpec(max_quality_loss=0.5), "quality")
+    with pytest.raises(GateError, match="objective speedup@8: speedup_8 was not measured"):
+        promotion_gate(version(**faster()), CHAMPION, FREE, "speedup@8")
+
+
+# -- on a registry -----------------------------------------------------------------------------------------------------
+
+
+def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk: Bench) -> None:
+    first = register(desk.registry, desk.winner("one", constraints={"min_speedup": 7.0}))
+    done = promote(desk.registry, MODEL, first.version, who="ada", why="first")
+    assert (done.changed, done.former, done.version.stage) == (True, None, "production")
+    (entry,) = desk.registry.history(MODEL)
+    assert entry.gates == done.gates
+    assert [gate.gate for gate in entry.gates] == ["min_speedup", "champion"]
+    slow = METRICS | {"speedup_1": 7.2, "speedup_1_low": 7.1, "speedup_1_high": 7.3}
+    second = register(desk.registry, desk.winner("two", metrics=slow, constraints={"min_speedup": 7.0}))
+    before = desk.state()
+    with pytest.raises(GateError, match=r"refused to promote version 2 \(two\) of 'little-llama' over version 1 \(one\)"):
+        promote(desk.registry, MODEL, second.version, who="ada", why="second")
+    assert desk.state() == before
+    forced = promote(desk.registry, MODEL, "2", who="ada", why="I know", force=True)
+    (gate,) = desk.registry.history(MODEL)[1].gates
+    assert (forced.version.aliases, gate.gate, gate.passed) == (("champion",), "forced", False)
+    assert "speedup_1 7.2 [7.1, 7.3] is worse" in gate.reason
+    assert rollback(desk.registry, MODEL, "ada", "slow indeed").version == "1"
+
+
+def test_same_artifact_as_the_champion_is_nothing_to_do(desk: Bench) -> None:
+    winner = desk.winner()
+    register(desk.registry, winner)
+    promote(desk.registry, MODEL, "1", who="ada", why="first")
+    before = desk.state()
+    again = promote(desk.registry, MODEL, register(desk.registry, winner).version, who="ada", why="again")
+    assert (again.changed, again.reason) == (False, "version 1 is in production already")
+    assert desk.state() == before
+
+
+def test_staging_needs_no_gate(desk: Bench) -> None:
+    register(desk.registry, desk.winner(constraints={"min_speedup": 99.0}))
+    done = promote(desk.registry, MODEL, "1", "staging", who="ada", why="to try")
+    assert (done.changed, done.gates, done.version.aliases) == (True, (), ("challenger",))
+    before = desk.state()
+    with pytest.raises(GateError, match=r"min_speedup: speedup_1_low 7\.5 breaks >= 99"):
+        promote(desk.registry, MODEL, "challenger", who="ada", why="now")
+    assert desk.state() == before
+
+
+def test_winner_without_numbers_or_with_other_lineage_is_not_registered(desk: Bench) -> None:
+    before = desk.state()
+    with pytest.raises(GateError, match="variant one has no measurement"):
+        register(desk.registry, desk.winner("one", metrics={}))
+    with pytest.raises(IntegrityError, match=r"the lineage is of .*, the winner two is 0000"):
+        register(desk.registry, desk.winner("two", digest="0" * 64))
+    assert desk.state() == before
