@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
@@ -68,6 +77,47 @@ class Spec(BaseModel):
     def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a dump is valid in its turn, and that no cache key holds what changes nothing."""
         return {key: value for key, value in dump(self).items() if key not in self.unread}
+
+
+class NamedSpec(Spec):
+    """A spec whose keys depend on a name in it, an engine's or a method's: validating it gives the class that reads that name's.
+
+    A field of this type is `SerializeAsAny`, so that a dump has the keys of that class.
+    """
+
+    named_by: ClassVar[str]
+    """The key that holds the name."""
+
+    @classmethod
+    def kind(cls, name: str | None) -> type[Self] | None:
+        """The class that reads the keys of `name` (its default, where that is None); None where there is none of the name."""
+        raise NotImplementedError
+
+    @classmethod
+    def kinds(cls) -> Collection[type[Self]]:
+        """All of these classes: what one of them reads and another does not is told by its name."""
+        raise NotImplementedError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_its_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        name = value.get(cls.named_by) if isinstance(value, dict) else value
+        if not isinstance(value, dict) or not isinstance(name, str | None):
+            return handler(value)
+        kind = cls.kind(name) or cls
+        if issubclass(kind, cls) and kind is not cls:
+            return kind.model_validate(value)
+        if kind is cls:
+            cls._refuse_unread(value)
+        return handler(value)
+
+    @classmethod
+    def _refuse_unread(cls, value: dict[str, Any]) -> None:
+        """Raise ValueError for a key that plays no role with this name, but does with another."""
+        foreign = value.keys() - cls.model_fields.keys()
+        for key in sorted(foreign) if foreign else ():
+            if any(key in kind.model_fields for kind in cls.kinds()):
+                raise ValueError(f"{key} plays no role with {cls.named_by} {value.get(cls.named_by)}; leave it out")
 
 
 Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING
 from featherweight.errors import RecipeError, ToolchainError
 
 if TYPE_CHECKING:
-    from featherweight.runtimes.interface import Engine
+    from featherweight.runtimes.interface import LoadedModel
 
-TORCH_QUANTIZED = "torch.quantized:TorchQuantized"
+TORCH_QUANTIZED = "torch.quantized:QuantizedTorchModel"
 ENGINES = {
-    "torch": ("torch.eager:TorchEager", "torch"),
-    "torch-compile": ("torch.compiled:TorchCompile", "torch"),
+    "torch": ("torch.eager:TorchModel", "torch"),
+    "torch-compile": ("torch.compiled:CompiledTorchModel", "torch"),
     "torch-dynamic": (TORCH_QUANTIZED, "torch"),
     "torch-static": (TORCH_QUANTIZED, "torchao"),
     "torchao-int8": (TORCH_QUANTIZED, "torchao"),
     "torchao-int4": (TORCH_QUANTIZED, "torchao"),
     "torchao-int8-dynamic": (TORCH_QUANTIZED, "torchao"),
-    "onnxruntime-genai": ("onnx_genai.engine:OnnxGenai", "onnxruntime_genai"),
-    "ctranslate2": ("ctranslate2.engine:CTranslate2", "ctranslate2"),
-    "vllm": ("vllm.engine:Vllm", None),
+    "onnxruntime-genai": ("onnx_genai.loaded:GenaiModel", "onnxruntime_genai"),
+    "ctranslate2": ("ctranslate2.loaded:CTranslate2Model", "ctranslate2"),
+    "vllm": ("vllm.loaded:VllmModel", None),
 }
 
 
-def engine_class(name: str) -> type[Engine]:
+def engine_class(name: str) -> type[LoadedModel]:
     """The class of an engine, imported only now; raises RecipeError naming the known ones."""
     if name not in ENGINES:
         raise RecipeError(f"unknown engine '{name}'; known: {', '.join(ENGINES)}")

@@ -78,7 +78,7 @@ class Worker:
         return self.logprobs([window.ids for window in windows], sources if any(sources) else None)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
-        """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token does not stop them. See Engine.generate."""
+        """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token stops none. See LoadedModel.generate."""
         return self._generation(prompts, new_tokens).tokens
 
     def time(self, prompts: Tokens, new_tokens: int) -> Timing:

@@ -41,7 +41,7 @@ class Generation:
     timing: Timing
 
 
-class Engine(ABC):
+class LoadedModel(ABC):
     """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew.
 
     slow_to_switch: doing so takes tens of seconds, so that few counts of threads are worth trying.

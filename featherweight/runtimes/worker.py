@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from featherweight.errors import FeatherweightError, one_line
 from featherweight.runtimes.catalog import engine_class
-from featherweight.runtimes.interface import Engine, Limits
+from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.store.served_folder import Serving
 from featherweight.system.processes import end_children
 
@@ -61,7 +61,7 @@ class Calls:
 
     def __init__(self, parent: int) -> None:
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.engine: Engine | None = None
+        self.engine: LoadedModel | None = None
         self.parent = parent
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -88,7 +88,7 @@ class Calls:
             os._exit(0)
 
 
-def _load(served: Path, limits: Limits) -> tuple[Reply, Engine | None]:
+def _load(served: Path, limits: Limits) -> tuple[Reply, LoadedModel | None]:
     try:
         serving = Serving.read(served)
         return {"result": None}, engine_class(serving.engine)(served, serving, limits)
@@ -96,7 +96,7 @@ def _load(served: Path, limits: Limits) -> tuple[Reply, Engine | None]:
         return _failure(error), None
 
 
-def _answer(engine: Engine, line: str) -> Reply:
+def _answer(engine: LoadedModel, line: str) -> Reply:
     try:
         call = json.loads(line)
         result = getattr(engine, call["name"])(*call["arguments"])

@@ -18,7 +18,7 @@ import pytest
 from featherweight.errors import IntegrityError, RecipeError, StageError, ToolchainError
 from featherweight.runtimes import ENGINES, client, engine_available, open_worker
 from featherweight.runtimes.interface import by_length, windows_at_once
-from featherweight.runtimes.vllm.engine import _ERROR, _cache_bytes
+from featherweight.runtimes.vllm.loaded import _ERROR, _cache_bytes
 from featherweight.store.served_folder import Serving
 
 PROMPTS = [[0, 33, 60, 61], [0, 44, 51, 70, 71], [0, 90, 91, 92]]
@@ -251,7 +251,7 @@ def test_what_libraries_print_never_reaches_the_protocol():
 def test_workers_import_no_library_of_another_engine():
     code = (
         "import sys; from featherweight.runtimes import worker\n"
-        "from featherweight.runtimes.registry import ENGINES, engine_class\n"
+        "from featherweight.runtimes.catalog import ENGINES, engine_class\n"
         "[engine_class(name) for name in ENGINES]\n"
         "print({'torch', 'transformers', 'ctranslate2', 'onnxruntime_genai', 'httpx'} & set(sys.modules))"
     )

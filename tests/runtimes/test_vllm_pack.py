@@ -21,7 +21,7 @@ from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.parity import FP8, HALF, INT8_ACTIVATIONS, Bound, Reference, bound_of, load_reference
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.vllm import pack
-from featherweight.runtimes.vllm.engine import Vllm
+from featherweight.runtimes.vllm.loaded import VllmModel
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import cpu_features, gpus
 from tasks import export as exporting
@@ -212,7 +212,7 @@ def test_bounds_follow_what_is_rounded_at_run_time(options: dict[str, str], grid
 
 def test_the_server_is_told_what_the_folder_wants(checkpoint: Path) -> None:
     for options, dtype, cache in (({}, "float32", "auto"), ({"dtype": "float16", "kv_cache_dtype": "fp8"}, "float16", "fp8")):
-        engine = object.__new__(Vllm)
+        engine = object.__new__(VllmModel)
         engine.weights = engine.served = checkpoint
         engine.options, engine.limits = options, Limits(threads=1)
         arguments = engine._arguments(8000)

@@ -14,7 +14,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
 from featherweight.runtimes import Limits, engine_available, engine_class
-from featherweight.runtimes.interface import Engine
+from featherweight.runtimes.interface import LoadedModel
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.store.served_folder import Serving
@@ -62,13 +62,13 @@ def served(checkpoint: Path, text: Path, out: Path, engine: EngineName = "torch"
     return out
 
 
-def opened(folder: Path) -> Engine:
+def opened(folder: Path) -> LoadedModel:
     """The engine of a served folder, in this process: a worker for each would spend most of the time importing."""
     serving = Serving.read(folder)
     return engine_class(serving.engine)(folder, serving, Limits(threads=1, max_tokens=64))
 
 
-def score(engine: Engine, windows: list[Window]) -> list[list[float]]:
+def score(engine: LoadedModel, windows: list[Window]) -> list[list[float]]:
     return engine.logprobs_given([window.ids for window in windows], [window.source for window in windows])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from featherweight.runtimes.torch.eager import TorchEager
+from featherweight.runtimes.torch.eager import TorchModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STEP = 128
 
 
-class TorchCompile(TorchEager):
+class CompiledTorchModel(TorchModel):
     """One graph per batch size, length (of the cache, or of an encoder's text) and number of threads, made when first needed."""
 
     slow_to_switch = True

@@ -6,14 +6,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import auto_class, family_of
-from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, by_shape, windows_at_once
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, by_shape, windows_at_once
 from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TorchEager(Engine):
+class TorchModel(LoadedModel):
     """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it).
 
     options: `dtype`, float32 unless told otherwise. `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from featherweight.runtimes.torch.eager import TorchEager
+from featherweight.runtimes.torch.eager import TorchModel
 from featherweight.store.served_folder import Serving
 
 
-class TorchQuantized(TorchEager):
+class QuantizedTorchModel(TorchModel):
     """One class for all of featherweight.runtimes.torch.pack.FORMATS; serving.json says which."""
 
     def load(self) -> None:

@@ -12,7 +12,7 @@ from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
-from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re
 _ECHOES = ("EngineDeadError", "See root cause above")
 
 
-class Vllm(Engine):
+class VllmModel(LoadedModel):
     """A server of this worker's own, in a process group of its own.
 
     options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same.

@@ -7,13 +7,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
-from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 
-class OnnxGenai(Engine):
+class GenaiModel(LoadedModel):
     """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads.
 
     GenAI always stops at an end token, which must be one of the vocabulary. Here nothing may stop it, so it is told that the

@@ -6,12 +6,12 @@ import json
 from time import perf_counter
 from typing import Any
 
-from featherweight.runtimes.interface import Engine, Generation, Timing, Tokens, by_length, windows_at_once
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
 SHARED = "shared_vocabulary.json"
 
 
-class CTranslate2(Engine):
+class CTranslate2Model(LoadedModel):
     """A converted folder (model.bin, config.json, vocabularies). A seq2seq model has a vocabulary of sources and one of targets.
 
     options: `compute_type` (float32) and `device` (cpu); `first_token`, the id that every target begins with, if any.
