@@ -24,7 +24,7 @@ from featherweight.runtimes.torch import pack as torch_pack
 from featherweight.runtimes.torch.static_ranges import input_ranges, simulated
 from featherweight.runtimes.vllm import pack as vllm_pack
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import INT8_DOT, cpu_features, gpus
+from featherweight.system.machine import INT8_DOT, cpu_features, describe, gpus
 from featherweight.text.model_inputs import decoder_prefix
 from featherweight.text.tokens import load_tokenizer, token_windows
 from tasks.stage import stage
@@ -131,7 +131,7 @@ def refuse(quantized: QuantizedWeights | None, spec: ExportSpec) -> None:
     reason = grid_refusal(GRIDS[body] if body else None, GRIDS[head] if head else None, spec)
     if reason:
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
-    if reason := machine_refusal(spec):
+    if reason := machine_refusal(spec, describe()):
         raise ToolchainError(reason)
     if quantized and spec.engine == "vllm":
         vllm_pack.check(quantized, vllm_pack.SCHEMES[spec.compute_type])

@@ -25,6 +25,7 @@ from featherweight.recipe.refusals import (
 )
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import Spec, Split, Task
+from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
 
 NONE = "none"
@@ -73,13 +74,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What a variant would be made by, as far as its parts can be at odds; None for a stage that is left out."""
+    """What a variant would be made by and served on, as far as these can be at odds; None for a stage that is left out."""
 
     task: Task
     distill: DistillSpec | None
     prune: PruneSpec | None
     quantize: QuantizeSpec | None
     serve: CompileSpec | ExportSpec
+    machine: Machine
 
     @property
     def student(self) -> PruneSpec | None:
@@ -95,19 +97,23 @@ REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
     lambda chosen: refusal(chosen.quantize, chosen.serve),
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student, chosen.serve),
-    lambda chosen: machine_refusal(chosen.serve),
+    lambda chosen: machine_refusal(chosen.serve, chosen.machine),
 )
 """What rules a combination out, each with its reason in one line; the first that applies is told."""
 
 
-def expand(recipe: Recipe) -> Plan:
-    """The plan of a recipe. Raises RecipeError where nothing is left to run, or a name is unknown."""
+def expand(recipe: Recipe, machine: Machine | None = None) -> Plan:
+    """The plan of a recipe for `machine`, this one by default.
+
+    Raises RecipeError where nothing is left to run, or a name is unknown.
+    """
+    machine = machine or describe()
     nodes = {node.id: node for node in _roots(recipe)}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
-        if reason := _obstacle(recipe, choice):
+        if reason := _obstacle(recipe, choice, machine):
             ruled_out[name] = reason
             continue
         chain = _chain(recipe, *choice)
@@ -119,12 +125,12 @@ def expand(recipe: Recipe) -> Plan:
     return Plan(nodes, tuple(variants), ruled_out)
 
 
-def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str]) -> str | None:
-    """Why a (distill, prune, quantize, serve) cannot or should not be run; None where it can."""
+def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine) -> str | None:
+    """Why a (distill, prune, quantize, serve) cannot or should not be run on `machine`; None where it can."""
     distill, prune, quantize, serve = choice
     stages = recipe.stages
     made = stages.distill.get(distill), stages.prune.get(prune), stages.quantize.get(quantize)
-    chosen = _Chosen(recipe.task, *made, _serve(recipe)[serve])
+    chosen = _Chosen(recipe.task, *made, _serve(recipe)[serve], machine)
     return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
 
 

@@ -18,7 +18,7 @@ from featherweight.quantization.spec import MixedSpec, QuantizeSpec
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.runtimes.vllm.pack import SCHEMES
 from featherweight.spec import Task
-from featherweight.system.machine import cpu_features, gpus
+from featherweight.system.machine import Machine
 
 MATMUL_BLOCKS = (16, 32, 64, 128, 256)
 PRECISION_BITS = {"int8": 8, "int4": 4}
@@ -148,14 +148,14 @@ def grid_refusal(body: Grid | None, head: Grid | None, serve: CompileSpec | Expo
     return {"ctranslate2": _ctranslate2, "vllm": _vllm, "torch": _torch}.get(serve.engine, _torch_quantized)(body, head, serve)
 
 
-def machine_refusal(serve: CompileSpec | ExportSpec) -> str | None:
-    """Why this machine has no kernel for `serve`, in one line that names what it needs; None where it has, or may have."""
+def machine_refusal(serve: CompileSpec | ExportSpec, machine: Machine) -> str | None:
+    """Why `machine` has no kernel for `serve`, in one line that names what it needs; None where it has, or may have."""
     if isinstance(serve, CompileSpec):
         return None
-    if gpus():
+    if machine.gpus:
         missing = serve.compute_type in BITSANDBYTES and find_spec("bitsandbytes") is None
         return f"{serve.compute_type} needs bitsandbytes, which is not installed; pip install bitsandbytes" if missing else None
-    wanted, avx512 = f"{serve.engine} {serve.compute_type}", "avx512f" in cpu_features()
+    wanted, avx512 = f"{serve.engine} {serve.compute_type}", "avx512f" in machine.cpu_features
     if serve.compute_type in CUDA_ONLY.get(serve.engine, ()):
         return f"{wanted} needs a CUDA GPU, and there is none here; take a CPU type such as int8"
     if serve.compute_type == "w8a16":

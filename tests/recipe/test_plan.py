@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from featherweight.errors import RecipeError
 from featherweight.recipe.cost import estimate
 from featherweight.recipe.plan import Plan, expand
-from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.recipe import Recipe, VariantsSpec
+from featherweight.system.machine import Machine
 
 STAGES: dict[str, Any] = {
     "distill": {"half": {"layers": 2}},
@@ -139,3 +140,12 @@ def test_engines_without_a_place_for_the_task_are_ruled_out(task: str, left: set
     assert plan.nodes["checkpoint"].spec.model_dump()["task"] == task
     with pytest.raises(ValueError, match=f"makes a Llama, which is no model for {task}"):
         Recipe.model_validate({**tree, "task": task, "checkpoint": {"train": {}}})
+
+
+@pytest.mark.parametrize(("features", "left"), [({"avx2"}, ["baseline", "w8"]), ({"avx2", "avx512f"}, ["baseline", "w4", "w8"])])
+def test_a_plan_can_be_made_for_another_machine(features: set[str], left: list[str]) -> None:
+    other = Machine("Linux", "x86_64", "some", frozenset(features), 2, 2, 2**33, ())
+    exports = {"w4": {"engine": "vllm", "compute_type": "w4a16"}, "w8": {"engine": "vllm", "compute_type": "w8a8"}}
+    recipe, _ = plan_of([{"serve": "vllm"}], STAGES | {"export": STAGES["export"] | exports})
+    wanted = recipe.model_copy(update={"variants": (VariantsSpec(serve=("w4", "w8")),)})
+    assert [variant.name for variant in expand(wanted, other).variants] == left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import refusals
 from featherweight.recipe.refusals import calibration_refusal, machine_refusal, refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
-from featherweight.system.machine import Gpu
+from featherweight.system.machine import Gpu, Machine
 
 METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -22,6 +23,11 @@ def serve(text: str) -> CompileSpec | ExportSpec:
     compiled = engine in ("onnxruntime-genai", "torch-compile")
     key = "precision" if compiled else "compute_type"
     return (CompileSpec if compiled else ExportSpec).model_validate({"engine": engine, **({key: precision} if precision else {})})
+
+
+def machine(features: Collection[str] = (), gpus: tuple[Gpu, ...] = ()) -> Machine:
+    """A machine with these CPU features and GPUs."""
+    return Machine("Linux", "x86_64", "some", frozenset(features), 2, 2, 2**33, gpus)
 
 
 @pytest.mark.parametrize(
@@ -107,29 +113,24 @@ CUDA = ["ctranslate2 int8_float16", "ctranslate2 float16", "ctranslate2 bfloat16
      ("vllm w4a16", {"avx2"}, "CUDA GPU or a CPU with AVX-512"), ("vllm w4a16", {"avx2", "avx512f"}, None),
      ("vllm int8", {"avx2"}, None), ("vllm fp8", {"avx2"}, None), ("ctranslate2 int8", {"avx2"}, None)],
 )  # fmt: skip
-def test_what_this_machine_has_no_kernel_for(engine, features, reason, monkeypatch):
-    monkeypatch.setattr(refusals, "cpu_features", lambda: frozenset(features))
-    monkeypatch.setattr(refusals, "gpus", lambda: ())
-    found = machine_refusal(serve(engine))
+def test_what_a_machine_has_no_kernel_for(engine, features, reason, monkeypatch):
+    found = machine_refusal(serve(engine), machine(features))
     assert found is None if reason is None else reason in found
-    monkeypatch.setattr(refusals, "gpus", lambda: (Gpu("some", 2**34),))
     monkeypatch.setattr(refusals, "find_spec", lambda name: name)
-    assert machine_refusal(serve(engine)) is None
+    assert machine_refusal(serve(engine), machine(gpus=(Gpu("some", 2**34),))) is None
 
 
 def test_bitsandbytes_is_asked_for_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(refusals, "gpus", lambda: (Gpu("some", 2**34),))
+    accelerated = machine(gpus=(Gpu("some", 2**34),))
     monkeypatch.setattr(refusals, "find_spec", lambda name: None)
-    assert "pip install bitsandbytes" in machine_refusal(serve("torch nf4"))
-    assert machine_refusal(serve("vllm w8a16")) is None
+    assert "pip install bitsandbytes" in machine_refusal(serve("torch nf4"), accelerated)
+    assert machine_refusal(serve("vllm w8a16"), accelerated) is None
 
 
-def test_an_fp8_cache_is_vllms_and_wants_wide_registers(monkeypatch):
-    monkeypatch.setattr(refusals, "gpus", lambda: ())
+def test_an_fp8_cache_is_vllms_and_wants_wide_registers():
     spec = ExportSpec(engine="vllm", kv_cache="fp8")
-    for features, refused in ((frozenset({"avx2"}), True), (frozenset({"avx2", "avx512f"}), False)):
-        monkeypatch.setattr(refusals, "cpu_features", lambda features=features: features)
-        assert ("leave kv_cache out" in (machine_refusal(spec) or "")) == refused
+    for features, refused in (({"avx2"}, True), ({"avx2", "avx512f"}, False)):
+        assert ("leave kv_cache out" in (machine_refusal(spec, machine(features)) or "")) == refused
     assert refusal(None, spec) is None
     assert "vLLM's" in refusal(None, ExportSpec(engine="ctranslate2", kv_cache="fp8"))
 

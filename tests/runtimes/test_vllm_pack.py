@@ -23,7 +23,7 @@ from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.loaded import VllmModel
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import cpu_features, gpus
+from featherweight.system.machine import cpu_features, describe, gpus
 from tasks import export as exporting
 from tasks.export import export
 from tasks.load import load
@@ -125,7 +125,7 @@ def assert_within(ours: Any, theirs: Any) -> None:
 def test_what_vllm_has_no_place_for_is_refused_before_anything_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
     narrow = models.make("pruned", tmp_path / "narrow", _tokenizer())
     for name, grids, reason in (
         ("short", {"_proj.weight": "int4-g32"}, "88 columns, and int4-g32 groups of 32"),
@@ -162,7 +162,7 @@ def test_what_only_a_gpu_runs_is_refused_in_one_line(spec: ExportSpec, checkpoin
     ids=["ctranslate2-int8_float16", "bitsandbytes-nf4", "bitsandbytes-llm.int8"],
 )  # fmt: skip
 def test_a_gpu_runs_it(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    if reason := machine_refusal(spec):
+    if reason := machine_refusal(spec, describe()):
         pytest.skip(reason)
     export(spec, checkpoint=checkpoint, calibration=text, out=tmp_path)
     reference = Reference.of(load_reference(checkpoint), checkpoint, text)
@@ -191,7 +191,7 @@ def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, t
 
 
 def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
     monkeypatch.setattr(exporting, "gpus", lambda: ())
     narrow = models.make("llama", tmp_path / "narrow", _tokenizer())
     (tmp_path / "out").mkdir()

@@ -258,7 +258,7 @@ def test_vllm_and_ctranslate2_take_the_same_sixteen_bits(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CTranslate2 computes with these files in float32 on a CPU: then they must give the logits of the rounded weights."""
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec: None)
+    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
     monkeypatch.setattr(Reference, "check", lambda reference, served: {})
     for engine in ("torch", "vllm", "ctranslate2"):
         (tmp_path / engine).mkdir()
