@@ -7,7 +7,7 @@ from pathlib import Path
 from featherweight.checkpoint import opening
 from featherweight.progress import Metrics, Progress
 from featherweight.pruning.catalog import METHODS
-from featherweight.pruning.job import Job
+from featherweight.pruning.interface import PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.training import loop
 from tasks.stage import stage
@@ -23,12 +23,12 @@ def prune(
     latter of the saved checkpoint read again), and the method's own. Recovery training is the stage after this.
     Raises RecipeError for what no engine could load, StageError for an architecture that the method cannot cut.
     """
-    job = Job(spec, checkpoint, calibration, out, seed, progress)
-    opening.require_context(job.config, spec.sequence, "prune")
-    pruned = METHODS[spec.method](job)
+    given = PruningInput(spec, checkpoint, calibration, out, seed, progress)
+    opening.require_context(given.config, spec.sequence, "prune")
+    pruned = METHODS[spec.method](given)
     opening.save_model(pruned.model, out, checkpoint)
     before = {"parameters_before": pruned.parameters_before, "loss_before": pruned.loss_before, **pruned.metrics}
-    blocks = job.blocks
-    del job, pruned  # the model goes before its copy comes
+    blocks = given.blocks
+    del given, pruned  # the model goes before its copy comes
     saved = opening.load_model(out)
     return {**before, "parameters": opening.parameters(saved), "loss_after": loop.mean_loss(saved, blocks)}

@@ -19,7 +19,7 @@ from featherweight.model.quantized_weights import DESCRIPTION
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.catalog import METHODS
-from featherweight.quantization.job import Choice, Job
+from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
@@ -65,11 +65,11 @@ def quantize(
     model = opening.load_model(checkpoint)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    job = Job(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
-    before = _loss_before(job)
-    job = smoothed(job)
-    choice = METHODS[spec.method](job)
-    error = write_checkpoint(job, choice, out)
+    given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
+    before = _loss_before(given)
+    given = smoothed(given)
+    choice = METHODS[spec.method](given)
+    error = write_checkpoint(given, choice, out)
     saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
     after = loop.mean_loss(saved, blocks[:COMPARED])
@@ -115,20 +115,20 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 
 
-def _loss_before(job: Job) -> float:
+def _loss_before(given: QuantizationInput) -> float:
     """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
-    loss = loop.mean_loss(job.model, job.calibration[:COMPARED])
+    loss = loop.mean_loss(given.model, given.calibration[:COMPARED])
     if math.isfinite(loss):
         return loss
-    for name, tensor in job.tensors():
+    for name, tensor in given.tensors():
         _require_finite(name, tensor)
     raise StageError(
-        f"the checkpoint's loss on the calibration text is {loss}: {_first_not_finite(job)} gives NaN or infinite activations "
+        f"the checkpoint's loss on the calibration text is {loss}: {_first_not_finite(given)} gives NaN or infinite activations "
         "though all weights are finite; check the checkpoint's config and the text"
     )
 
 
-def _first_not_finite(job: Job) -> str:
+def _first_not_finite(given: QuantizationInput) -> str:
     """Name of the first module whose output holds NaN or infinity on the calibration text."""
     import torch
 
@@ -142,8 +142,8 @@ def _first_not_finite(job: Job) -> str:
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in job.model.named_modules()]
-    loop.mean_loss(job.model, job.calibration[:COMPARED])
+    handles = [module.register_forward_hook(watch(name)) for name, module in given.model.named_modules()]
+    loop.mean_loss(given.model, given.calibration[:COMPARED])
     for handle in handles:
         handle.remove()
     return found[0] if found else "the loss"
@@ -154,21 +154,21 @@ def _require_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} holds NaN or infinite weights; take an earlier checkpoint")
 
 
-def write_checkpoint(job: Job, choice: Choice, out: Path) -> float:
+def write_checkpoint(given: QuantizationInput, choice: Choice, out: Path) -> float:
     """Write the quantized checkpoint, file by file; returns the relative RMS error of the quantized weights."""
     squares = [0.0, 0.0]
     shards: dict[str, str] = {}
     size = 0
-    for file, members in groupby(job.files(), key=lambda member: member[0]):
+    for file, members in groupby(given.files(), key=lambda member: member[0]):
         tensors = {name: _final(name, tensor, choice, squares) for _, name, tensor in members}
         _save(tensors, out / file)
         shards |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    if job.weights.index is not None:
+    if given.weights.index is not None:
         index = {"metadata": {"total_size": size}, "weight_map": shards}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     choice.quantized.write(out)
-    _write_companions(job, out)
+    _write_companions(given, out)
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
 
@@ -190,12 +190,12 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _write_companions(job: Job, out: Path) -> None:
+def _write_companions(given: QuantizationInput, out: Path) -> None:
     """config.json, with the type that the weights now have, and the tokenizer's files."""
-    config = json.loads((job.checkpoint / CONFIG).read_text())
+    config = json.loads((given.checkpoint / CONFIG).read_text())
     config.pop("torch_dtype", None)
     (out / CONFIG).write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    written = {CONFIG, INDEX, *job.weights.files}
-    for name in needed_files(Listing.of(job.checkpoint), job.weights):
+    written = {CONFIG, INDEX, *given.weights.files}
+    for name in needed_files(Listing.of(given.checkpoint), given.weights):
         if name not in written:
-            shutil.copyfile(job.checkpoint / name, out / name)
+            shutil.copyfile(given.checkpoint / name, out / name)

@@ -10,7 +10,7 @@ from featherweight.checkpoint import opening
 from featherweight.errors import StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.progress import Metrics, Progress
-from featherweight.quantization.job import Job, start_scales
+from featherweight.quantization.interface import QuantizationInput, start_scales
 from featherweight.quantization.sensitivity import Matrix, Sensitivity
 from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.text.model_inputs import IGNORED, example_blocks, inputs_and_labels
@@ -35,7 +35,7 @@ def sensitivity(
     model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     rounding = QuantizeSpec(grid=spec.grid, head=spec.head, scale=spec.scale)
-    grids = Job(rounding, checkpoint, model, blocks, calibration, seed, progress).grids
+    grids = QuantizationInput(rounding, checkpoint, model, blocks, calibration, seed, progress).grids
     loss, divergences = scan(model, grids, blocks, spec.scale, progress)
     finer = grid_named(spec.finer)
     weights = dict(model.named_parameters(remove_duplicate=False))

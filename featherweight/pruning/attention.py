@@ -12,25 +12,25 @@ from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import Attention, blocks
-from featherweight.pruning.job import Job, Pruned
+from featherweight.pruning.interface import Pruned, PruningInput
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
 
-def prune(job: Job) -> Pruned:
+def prune(given: PruningInput) -> Pruned:
     """Pool every layer's key/value heads to `spec.kv_heads`. A metric of its own: `kv_heads`.
 
     Raises StageError where the config cannot say how many heads share a key, RecipeError where the heads do not divide.
     """
-    wanted = target_heads(job.spec.kv_heads, job.config)
-    before, loss = opening.parameters(job.model), job.loss()
-    for block in blocks(job.model):
+    wanted = target_heads(given.spec.kv_heads, given.config)
+    before, loss = opening.parameters(given.model), given.loss()
+    for block in blocks(given.model):
         for attention in block.attentions:
             pool(attention, wanted)
-    config = surgery.resized_config(job.config, {"num_key_value_heads": wanted})
-    return Pruned(surgery.with_config(job.model, config), before, loss, {"kv_heads": wanted})
+    config = surgery.resized_config(given.config, {"num_key_value_heads": wanted})
+    return Pruned(surgery.with_config(given.model, config), before, loss, {"kv_heads": wanted})
 
 
 def target_heads(wanted: int | None, config: PreTrainedConfig) -> int:

@@ -14,7 +14,7 @@ from featherweight.errors import RecipeError
 from featherweight.model import surgery
 from featherweight.model.architecture import Role, Stack, dimensions, stacks
 from featherweight.pruning.block_influence import block_influence, most_influential
-from featherweight.pruning.job import Job, Pruned
+from featherweight.pruning.interface import Pruned, PruningInput
 from featherweight.pruning.spec import PruneSpec
 
 if TYPE_CHECKING:
@@ -24,21 +24,21 @@ BATCH = 8
 """Calibration blocks per forward pass."""
 
 
-def prune(job: Job) -> Pruned:
+def prune(given: PruningInput) -> Pruned:
     """Drop layers. Metrics of its own: `layers` (of the last stack) and `influence_dropped` (the dropped layers' sum).
 
     Raises RecipeError for layers that the model does not have, or where none would go.
     """
-    wanted = wanted_layers(job.spec, job.config)
-    before, loss = opening.parameters(job.model), job.loss()
-    influence = block_influence(job.model, job.blocks)
+    wanted = wanted_layers(given.spec, given.config)
+    before, loss = opening.parameters(given.model), given.loss()
+    influence = block_influence(given.model, given.blocks)
     kept = {role: most_influential(influence[role], one) if isinstance(one, int) else one for role, one in wanted.items()}
-    job.progress.note("keeping " + "; ".join(f"{role} layers {', '.join(map(str, layers))}" for role, layers in kept.items()))
-    for stack in stacks(job.model):
+    given.progress.note("keeping " + "; ".join(f"{role} layers {', '.join(map(str, layers))}" for role, layers in kept.items()))
+    for stack in stacks(given.model):
         keep_layers(stack, kept[stack.role])
     dropped = sum(value for role, values in influence.items() for place, value in enumerate(values) if place not in kept[role])
-    model = surgery.with_config(job.model, shallower(job.config, kept))
-    return Pruned(model, before, loss, {"layers": len(kept[dimensions(job.config)[-1].role]), "influence_dropped": dropped})
+    model = surgery.with_config(given.model, shallower(given.config, kept))
+    return Pruned(model, before, loss, {"layers": len(kept[dimensions(given.config)[-1].role]), "influence_dropped": dropped})
 
 
 def wanted_layers(spec: PruneSpec, config: PreTrainedConfig) -> dict[Role, int | tuple[int, ...]]:

@@ -16,7 +16,7 @@ from featherweight.model.architecture import blocks
 from featherweight.model.blockwise import BATCH, Visit, linears, matrices, visits
 from featherweight.model.sparsity import UNSTRUCTURED, Sparsity, Zeros
 from featherweight.progress import Progress
-from featherweight.pruning.job import Job, Pruned
+from featherweight.pruning.interface import Pruned, PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.model_inputs import unpadded_inputs
 
@@ -69,17 +69,17 @@ class Target:
                 )
 
 
-def prune(job: Job) -> Pruned:
+def prune(given: PruningInput) -> Pruned:
     """Make the checkpoint sparse, with `sparsity.json` beside it. A metric of its own: `zero_share`.
 
     Raises RecipeError for a pattern that the matrices do not hold, StageError for an architecture that is not known.
     """
-    target = Target.of_spec(job.spec)
-    target.require_fitting(job.spec.criterion, job.config)
-    before = job.loss()
-    sparsity = sparsify(job.model, job.spec.criterion, target, job.blocks, job.progress)
-    sparsity.write(job.out)
-    return Pruned(job.model, opening.parameters(job.model), before, Zeros.of(job.model, sparsity).metrics())
+    target = Target.of_spec(given.spec)
+    target.require_fitting(given.spec.criterion, given.config)
+    before = given.loss()
+    sparsity = sparsify(given.model, given.spec.criterion, target, given.blocks, given.progress)
+    sparsity.write(given.out)
+    return Pruned(given.model, opening.parameters(given.model), before, Zeros.of(given.model, sparsity).metrics())
 
 
 def sparsify(model: PreTrainedModel, criterion: str, target: Target, examples: Tensor, progress: Progress = Progress()) -> Sparsity:

@@ -17,7 +17,7 @@ from featherweight.model import surgery
 from featherweight.model.architecture import Attention, FeedForward, Role, Stack, dimensions, stacks
 from featherweight.pruning.counts import kept_channels, kept_groups, nearest
 from featherweight.pruning.importance import Group, Member, importance, keep_best
-from featherweight.pruning.job import Job, Pruned
+from featherweight.pruning.interface import Pruned, PruningInput
 from featherweight.pruning.spec import PruneSpec
 
 if TYPE_CHECKING:
@@ -44,25 +44,27 @@ class Part:
     feed_forward: FeedForward | None = None
 
 
-def prune(job: Job) -> Pruned:
+def prune(given: PruningInput) -> Pruned:
     """Cut every layer by `spec.ratio`. Metrics of its own: `kv_heads`, `intermediate_size` (the decoder's, where there are two).
 
     Where channels are ranked across layers, a layer that keeps fewer than the widest has zeros in their place (see
     featherweight.padding), and the metrics `channels_least`, `channels_mean` and `padding` (such zeros) say so.
     Raises RecipeError for a ratio, heads or layers that no engine could load, StageError for an architecture it cannot cut.
     """
-    shapes = target_shapes(job.spec, job.config)
-    pruned_config(job.config, shapes)
-    if job.spec.attention == "auto" and not _free_heads(job.config):
-        job.progress.note(f"all heads stay: the config of a {job.config.model_type} cannot say that there are fewer")
-    before = opening.parameters(job.model)
-    found = parts(job.model)
-    scores, loss = importance(job.model, [part.group for part in found], job.spec.criterion, job.blocks, job.seed, job.progress)
+    shapes = target_shapes(given.spec, given.config)
+    pruned_config(given.config, shapes)
+    if given.spec.attention == "auto" and not _free_heads(given.config):
+        given.progress.note(f"all heads stay: the config of a {given.config.model_type} cannot say that there are fewer")
+    before = opening.parameters(given.model)
+    found = parts(given.model)
+    scores, loss = importance(
+        given.model, [part.group for part in found], given.spec.criterion, given.blocks, given.seed, given.progress
+    )
     metrics: dict[str, float] = {}
-    if job.spec.scope == "global":
-        shapes, metrics = level(found, scores, shapes, job.config)
+    if given.spec.scope == "global":
+        shapes, metrics = level(found, scores, shapes, given.config)
     cut(found, scores, shapes)
-    model = surgery.with_config(job.model, pruned_config(job.config, shapes))
+    model = surgery.with_config(given.model, pruned_config(given.config, shapes))
     return Pruned(model, before, loss, metrics | {"kv_heads": shapes[-1].kv_heads, "intermediate_size": shapes[-1].channels})
 
 

@@ -17,7 +17,7 @@ from featherweight.model import surgery
 from featherweight.model.architecture import blocks, dimensions
 from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
-from featherweight.pruning.job import Job, Pruned
+from featherweight.pruning.interface import Pruned, PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.model_inputs import inputs_and_labels
 
@@ -26,20 +26,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def prune(job: Job) -> Pruned:
+def prune(given: PruningInput) -> Pruned:
     """Cut the hidden size to `spec.hidden`, or by `spec.ratio`. A metric of its own: `hidden_size`.
 
     Raises StageError where the hidden size follows from the heads, RecipeError for a size out of range.
     """
-    size = target_size(job.spec, job.config)
-    before = opening.parameters(job.model)
-    if job.spec.criterion == "activation":
-        score, loss = activations(job.model, job.blocks), job.loss()
+    size = target_size(given.spec, given.config)
+    before = opening.parameters(given.model)
+    if given.spec.criterion == "activation":
+        score, loss = activations(given.model, given.blocks), given.loss()
     else:
-        (score,), loss = importance(job.model, [residual_group(job.model)], job.spec.criterion, job.blocks, job.seed, job.progress)
-    cut(job.model, keep_best(score, size))
-    config = surgery.resized_config(job.config, _sizes(job.config, size))
-    return Pruned(surgery.with_config(job.model, config), before, loss, {"hidden_size": size})
+        (score,), loss = importance(
+            given.model, [residual_group(given.model)], given.spec.criterion, given.blocks, given.seed, given.progress
+        )
+    cut(given.model, keep_best(score, size))
+    config = surgery.resized_config(given.config, _sizes(given.config, size))
+    return Pruned(surgery.with_config(given.model, config), before, loss, {"hidden_size": size})
 
 
 def target_size(spec: PruneSpec, config: PreTrainedConfig) -> int:

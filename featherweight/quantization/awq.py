@@ -15,32 +15,32 @@ from featherweight.model.architecture import LAYOUTS
 from featherweight.model.quantized_weights import HEADS
 from featherweight.quantization import oneshot
 from featherweight.quantization.channels import inner_pairs, norm_pairs
-from featherweight.quantization.job import Job
+from featherweight.quantization.interface import QuantizationInput
 
 
-def smooth(job: Job) -> None:
-    """Scale the channels of `job.model` in place, by the search on the grid of the blocks' weights."""
+def smooth(given: QuantizationInput) -> None:
+    """Scale the channels of `given.model` in place, by the search on the grid of the blocks' weights."""
     with _without_pinned_memory():
-        oneshot.run(job.model, lambda: _modifiers(job), job.calibration)
+        oneshot.run(given.model, lambda: _modifiers(given), given.calibration)
 
 
-def _modifiers(job: Job) -> list[Any]:
+def _modifiers(given: QuantizationInput) -> list[Any]:
     """AWQ and, since it asks the model for its schemes, a quantization that it searches with."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
-    known = job.model.config.model_type in LAYOUTS
-    pairs = [*norm_pairs(job.model), *inner_pairs(job.model)] if known else []
+    known = given.model.config.model_type in LAYOUTS
+    pairs = [*norm_pairs(given.model), *inner_pairs(given.model)] if known else []
     mappings = [AWQMapping(pair.source, pair.readers) for pair in pairs] or None
-    return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=_groups(job))]
+    return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=_groups(given))]
 
 
-def _groups(job: Job) -> dict[str, Any]:
+def _groups(given: QuantizationInput) -> dict[str, Any]:
     """Schemes of the search. It knows no short last group: a matrix that would need one is searched with one scale per row."""
     groups: dict[str, Any] = {}
-    for name, tensor in job.tensors():
-        if name in job.grids and not name.endswith(HEADS):
-            grid = job.grids[name]
+    for name, tensor in given.tensors():
+        if name in given.grids and not name.endswith(HEADS):
+            grid = given.grids[name]
             grid = replace(grid, group_size=None) if grid.group_size and tensor.shape[1] % grid.group_size else grid
             group = groups.setdefault(f"{grid.name}-{grid.group_size}", {"targets": [], "weights": oneshot.weights_scheme(grid)})
             group["targets"].append(name.removesuffix(".weight"))

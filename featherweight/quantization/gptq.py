@@ -9,26 +9,26 @@ from featherweight.grid import Grid, grid_named
 from featherweight.model.quantized_weights import HEADS, QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization import oneshot
-from featherweight.quantization.job import Choice, Job, merged, round_to_nearest, start_scales
+from featherweight.quantization.interface import Choice, QuantizationInput, merged, round_to_nearest, start_scales
 
 OBSERVER = "featherweight"
 
 
-def choose(job: Job) -> Choice:
+def choose(given: QuantizationInput) -> Choice:
     """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
-    names = [name.removesuffix(".weight") for name in job.grids if not name.endswith(HEADS)]
-    (modifier,) = oneshot.run(job.model, lambda: [_modifier(job, names)], job.calibration)
-    quantized = merged(_extract(job, names), round_to_nearest(job, job.head()))
+    names = [name.removesuffix(".weight") for name in given.grids if not name.endswith(HEADS)]
+    (modifier,) = oneshot.run(given.model, lambda: [_modifier(given, names)], given.calibration)
+    quantized = merged(_extract(given, names), round_to_nearest(given, given.head()))
     return Choice(quantized, metrics={"gptq_fallbacks": modifier.fallbacks})
 
 
-def _modifier(job: Job, names: list[str]) -> Any:
+def _modifier(given: QuantizationInput, names: list[str]) -> Any:
     by_grid: dict[Grid, list[str]] = {}
     for name in names:
-        by_grid.setdefault(job.grids[f"{name}.weight"], []).append(name)
-    groups = {grid.name: scheme(grid, members, job.spec.scale) for grid, members in by_grid.items()}
+        by_grid.setdefault(given.grids[f"{name}.weight"], []).append(name)
+    groups = {grid.name: scheme(grid, members, given.spec.scale) for grid, members in by_grid.items()}
     modifier = _modifier_class()(config_groups=groups, bypass_divisibility_checks=True)
-    modifier.report_to(job.progress, len(names))
+    modifier.report_to(given.progress, len(names))
     return modifier
 
 
@@ -38,18 +38,18 @@ def scheme(grid: Grid, names: list[str], scale: str) -> dict[str, Any]:
     return {"targets": names, "weights": oneshot.weights_scheme(grid) | observer}
 
 
-def _extract(job: Job, names: list[str]) -> QuantizedWeights:
+def _extract(given: QuantizationInput, names: list[str]) -> QuantizedWeights:
     """The integers and scales that GPTQ left in the modules, on our grid.
 
     llm-compressor lets symmetric integers reach -2^(b-1); where our grid ends one step earlier they are moved by that step.
     """
-    modules = dict(job.model.named_modules())
+    modules = dict(given.model.named_modules())
     grids, q, scales = {}, {}, {}
     for module, name in ((modules[name], f"{name}.weight") for name in names):
-        grids[name] = job.grids[name]
+        grids[name] = given.grids[name]
         found = module.weight_scale.detach().float().cpu()
         q[name], scales[name] = grids[name].quantize(module.weight.detach().cpu(), found)
-    return QuantizedWeights(grids, q, scales, job.spec.method)
+    return QuantizedWeights(grids, q, scales, given.spec.method)
 
 
 @cache

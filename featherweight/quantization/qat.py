@@ -20,7 +20,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Progress
 from featherweight.quantization import gptq, rtn
-from featherweight.quantization.job import Choice, Job
+from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from featherweight.training import loop
@@ -35,43 +35,43 @@ EDGE = 0.49
 """How far from its integer, in steps, a weight may lie at the start. Below one half, so that it rounds to that integer."""
 
 
-def choose(job: Job) -> Choice:
+def choose(given: QuantizationInput) -> Choice:
     """Train on the recipe's text, and on what the checkpoint itself writes where the spec asks for it."""
-    blocks = training_blocks(job)
-    start = STARTS[job.spec.start](dataclasses.replace(job, model=copy.deepcopy(job.model), progress=Progress()))
-    student = copy.deepcopy(job.model)
+    blocks = training_blocks(given)
+    start = STARTS[given.spec.start](dataclasses.replace(given, model=copy.deepcopy(given.model), progress=Progress()))
+    student = copy.deepcopy(given.model)
     module = fake_quantized(student, start.quantized)
-    with Zeros.of(student, Sparsity.read(job.checkpoint)).held(student):
+    with Zeros.of(student, Sparsity.read(given.checkpoint)).held(student):
         metrics = loop.timed_loop(
             module,
             blocks,
-            steps=job.spec.steps,
-            batch=job.spec.batch,
-            learning_rate=job.spec.learning_rate,
-            loss_fn=_distillation(job.model, module) if job.spec.distill else None,
+            steps=given.spec.steps,
+            batch=given.spec.batch,
+            learning_rate=given.spec.learning_rate,
+            loss_fn=_distillation(given.model, module) if given.spec.distill else None,
             weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
-            scratch=job.scratch,
-            seed=job.seed,
-            progress=job.progress,
+            scratch=given.scratch,
+            seed=given.seed,
+            progress=given.progress,
         )
     state = student.state_dict()
-    changed = {name: state[name].float().cpu() for name, _ in job.tensors() if name in state and name not in job.grids}
+    changed = {name: state[name].float().cpu() for name, _ in given.tensors() if name in state and name not in given.grids}
     return Choice(module.quantized(), changed, {**start.metrics, **metrics})
 
 
-def training_blocks(job: Job) -> Tensor:
+def training_blocks(given: QuantizationInput) -> Tensor:
     """Token ids to train on, int64 [blocks, sequence]: of the text, then what the checkpoint writes on from passages of it."""
     import torch
 
-    spec = job.spec
+    spec = given.spec
     limit = spec.steps * spec.batch
-    blocks = example_blocks(job.checkpoint, job.model.config, job.text, spec.sequence, limit=limit, seed=job.seed)
+    blocks = example_blocks(given.checkpoint, given.model.config, given.text, spec.sequence, limit=limit, seed=given.seed)
     if spec.generated_tokens == 0:
         return blocks
-    job.progress.note(f"the checkpoint writes {spec.generated_tokens} tokens to train on")
+    given.progress.note(f"the checkpoint writes {spec.generated_tokens} tokens to train on")
     count = -(-spec.generated_tokens // spec.sequence)
-    passages = draw_passages(job.model, blocks, count, max(1, spec.sequence // PASSAGE), job.seed)
-    return torch.cat([blocks, generate_blocks(job.model, passages, spec.sequence, job.seed)])
+    passages = draw_passages(given.model, blocks, count, max(1, spec.sequence // PASSAGE), given.seed)
+    return torch.cat([blocks, generate_blocks(given.model, passages, spec.sequence, given.seed)])
 
 
 def fake_quantized(model: nn.Module, start: QuantizedWeights) -> Any:

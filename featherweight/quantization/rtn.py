@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from featherweight.quantization.job import Choice, Job, round_to_nearest
+from featherweight.quantization.interface import Choice, QuantizationInput, round_to_nearest
 
 
-def choose(job: Job) -> Choice:
+def choose(given: QuantizationInput) -> Choice:
     """Round the checkpoint's weights as they are."""
-    return Choice(round_to_nearest(job, job.tensors()))
+    return Choice(round_to_nearest(given, given.tensors()))

@@ -12,16 +12,16 @@ from typing import Any
 from featherweight.model.architecture import LAYOUTS
 from featherweight.quantization import oneshot
 from featherweight.quantization.channels import norm_pairs
-from featherweight.quantization.job import Job
+from featherweight.quantization.interface import QuantizationInput
 
 STRENGTH = 0.5
 
 
-def smooth(job: Job) -> None:
-    """Smooth `job.model` in place: input channel j of what reads a norm is scaled by sqrt(max|X_j| / max|W_j|)."""
-    known = job.model.config.model_type in LAYOUTS
-    mappings = [(pair.readers, pair.source) for pair in norm_pairs(job.model)] if known else None
-    oneshot.run(job.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH, mappings=mappings)], job.calibration)
+def smooth(given: QuantizationInput) -> None:
+    """Smooth `given.model` in place: input channel j of what reads a norm is scaled by sqrt(max|X_j| / max|W_j|)."""
+    known = given.model.config.model_type in LAYOUTS
+    mappings = [(pair.readers, pair.source) for pair in norm_pairs(given.model)] if known else None
+    oneshot.run(given.model, lambda: [_modifier_class()(smoothing_strength=STRENGTH, mappings=mappings)], given.calibration)
 
 
 @cache

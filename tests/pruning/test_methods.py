@@ -19,7 +19,7 @@ from featherweight.progress import Progress
 from featherweight.pruning import attention, depth, structured, width
 from featherweight.pruning.block_influence import block_influence
 from featherweight.pruning.importance import importance, keep_best
-from featherweight.pruning.job import sample_blocks
+from featherweight.pruning.interface import sample_blocks
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.refusals import shape_refusal

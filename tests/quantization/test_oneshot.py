@@ -20,7 +20,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.catalog import METHODS
 from featherweight.quantization.channels import inner_pairs
-from featherweight.quantization.job import Job
+from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.spec import ExportSpec
@@ -68,11 +68,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def job_of(checkpoint: Path, text: Path, **options: Any) -> Job:
+def input_of(checkpoint: Path, text: Path, **options: Any) -> QuantizationInput:
     spec = QuantizeSpec.model_validate({"sequence": 16, "samples": 24, "grid": "int4-g32", "head": None, **options})
     model = opening.load_model(checkpoint)
     ids = example_blocks(checkpoint, model.config, text, spec.sequence, limit=spec.samples, seed=0)
-    return Job(spec, checkpoint, model, ids, text, 0, Progress())
+    return QuantizationInput(spec, checkpoint, model, ids, text, 0, Progress())
 
 
 def logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -97,11 +97,11 @@ def inputs_of(block: Any, model: Any, ids: torch.Tensor) -> dict[str, torch.Tens
 @pytest.mark.parametrize("kind", ["t5", "m2m_100", "marian", "bert", "distilbert"])
 def test_gptq_is_the_formula_for_every_matrix(kind: str, checkpoint: Any, text: Path) -> None:
     """Each block reads what the quantized ones before it put out, and a cross-attention the quantized encoder's text."""
-    job = job_of(checkpoint(kind), text, method="gptq")
-    found = METHODS["gptq"](job).quantized
+    given = input_of(checkpoint(kind), text, method="gptq")
+    found = METHODS["gptq"](given).quantized
     model, agreed, losses = opening.load_model(checkpoint(kind)).eval(), [], torch.zeros(3, dtype=torch.float64)
     for block in blocks(model):
-        for name, inputs in inputs_of(block, model, job.calibration).items():
+        for name, inputs in inputs_of(block, model, given.calibration).items():
             weight, ours = model.get_submodule(name).weight.detach(), found.dequantize(f"{name}.weight")
             expected, nearest = reference_gptq(weight, inputs, "int4-g32"), grid_named("int4-g32").fake_quantize(weight)
             agreed.append(torch.isclose(ours.double(), expected, atol=1e-5).double().mean().item())
@@ -122,38 +122,38 @@ def test_gptq_loses_less_than_rounding(kind: str, text: Path, tmp_path: Path) ->
     folder = family_checkpoint(kind, tmp_path / "checkpoint", **wide)
     losses = {}
     for method in ("rtn", "gptq"):
-        job = job_of(folder, text, method=method, grid="int4", samples=40)
-        expected = logprobs(job.model, job.calibration)
-        state = {name: found.dequantize(name) for found in [METHODS[method](job).quantized] for name in found.q}
+        given = input_of(folder, text, method=method, grid="int4", samples=40)
+        expected = logprobs(given.model, given.calibration)
+        state = {name: found.dequantize(name) for found in [METHODS[method](given).quantized] for name in found.q}
         model = opening.load_model(folder)
         model.load_state_dict(state, strict=False)
-        found = logprobs(model, job.calibration)
+        found = logprobs(model, given.calibration)
         losses[method] = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
     assert 0 < losses["gptq"] < 0.7 * losses["rtn"]
 
 
 @pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart")])
 def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path) -> None:
-    job = job_of(checkpoint(kind), text, method=method)
-    source, target = job.calibration.chunk(2, dim=1)
+    given = input_of(checkpoint(kind), text, method=method)
+    source, target = given.calibration.chunk(2, dim=1)
     assert (source == 0).any() and (target == 0).any()
     longer = torch.cat([torch.nn.functional.pad(part, (0, 9)) for part in (source, target)], dim=1)
-    padded = dataclasses.replace(job, model=opening.load_model(job.checkpoint), calibration=longer)
-    ours, theirs = ({"gptq": METHODS["gptq"]}.get(method, smoothed)(one) for one in (job, padded))
+    padded = dataclasses.replace(given, model=opening.load_model(given.checkpoint), calibration=longer)
+    ours, theirs = ({"gptq": METHODS["gptq"]}.get(method, smoothed)(one) for one in (given, padded))
     found, expected = (one.quantized.q if method == "gptq" else one.smoothed for one in (ours, theirs))
     assert found and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(("method", "kind"), SMOOTHINGS)
 def test_smoothing_keeps_the_function(method: str, kind: str, checkpoint: Any, text: Path) -> None:
-    job = job_of(checkpoint(kind), text, method=method)
-    unseen = example_blocks(checkpoint(kind), job.model.config, text, 16, limit=6, seed=1)
-    before = logprobs(job.model, unseen)
-    found = smoothed(job)
+    given = input_of(checkpoint(kind), text, method=method)
+    unseen = example_blocks(checkpoint(kind), given.model.config, text, 16, limit=6, seed=1)
+    before = logprobs(given.model, unseen)
+    found = smoothed(given)
     assert torch.allclose(logprobs(found.model, unseen), before, atol=1e-4)
     norms = {name for name in found.smoothed if "norm" in name.lower()}
     assert bool(norms) == (kind in PRE_NORM)
-    inside = {f"{pair.source}.weight" for pair in inner_pairs(job.model)}
+    inside = {f"{pair.source}.weight" for pair in inner_pairs(given.model)}
     assert method == "smoothquant" or inside & found.smoothed.keys()
 
 
@@ -164,11 +164,11 @@ def named(model: Any) -> dict[Any, str]:
 @pytest.mark.parametrize("kind", ["mt5", "mbart"])
 def test_smoothquant_is_the_papers_formula(kind: str, checkpoint: Any, text: Path) -> None:
     """s_j = sqrt(max|X_j| / max|W_j|) over the matrices that read X; before a cross-attention that is its query alone."""
-    job = job_of(checkpoint(kind), text, method="smoothquant")
-    model, found = opening.load_model(checkpoint(kind)), smoothed(job).smoothed
+    given = input_of(checkpoint(kind), text, method="smoothquant")
+    model, found = opening.load_model(checkpoint(kind)), smoothed(given).smoothed
     names = named(model)
     for block in blocks(model):
-        inputs = inputs_of(block, model, job.calibration)
+        inputs = inputs_of(block, model, given.calibration)
         own, *across = block.attentions
         readers = [(own.norm, (own.q, own.k, own.v)), *((one.norm, (one.q,)) for one in across)]
         for norm, matrices in [*readers, (block.feed_forward.norm, block.feed_forward.inputs)]:

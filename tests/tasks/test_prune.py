@@ -19,7 +19,7 @@ from featherweight.progress import Progress
 from featherweight.pruning import structured as pruning
 from featherweight.pruning.counts import kept_channels, kept_groups
 from featherweight.pruning.importance import Group, importance, keep_best, taylor
-from featherweight.pruning.job import sample_blocks
+from featherweight.pruning.interface import sample_blocks
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.training import loop

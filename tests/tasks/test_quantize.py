@@ -18,7 +18,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization import gptq, qat
 from featherweight.quantization.catalog import METHODS
-from featherweight.quantization.job import Job
+from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
@@ -156,9 +156,9 @@ def outliers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def job_of(checkpoint: Path, text: Path, **options: object) -> Job:
+def input_of(checkpoint: Path, text: Path, **options: object) -> QuantizationInput:
     blocks = token_blocks(text, load_tokenizer(checkpoint), 32, limit=12, seed=0)
-    return Job(spec(**options), checkpoint, opening.load_model(checkpoint), blocks, text, 0, Progress())
+    return QuantizationInput(spec(**options), checkpoint, opening.load_model(checkpoint), blocks, text, 0, Progress())
 
 
 def logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -169,22 +169,22 @@ def logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{"method": "smoothquant"}, {"method": "awq"}, {"method": "gptq", "smooth": "awq"}])
 @pytest.mark.parametrize("grid", ["int8", "int4-g32"])
 def test_smoothing_moves_ranges_and_keeps_the_function(options: dict, grid: str, outliers: Path, text: Path) -> None:
-    job = job_of(outliers, text, grid=grid, **options)
+    given = input_of(outliers, text, grid=grid, **options)
     ids = token_blocks(text, load_tokenizer(outliers), 32, limit=4, seed=1)
     before = logprobs(opening.load_model(outliers), ids)
-    found = smoothed(job)
+    found = smoothed(given)
     assert torch.allclose(logprobs(found.model, ids), before, atol=1e-4)
     assert {"model.layers.0.input_layernorm.weight", "model.layers.1.mlp.gate_proj.weight"} <= set(found.smoothed)
     assert "model.embed_tokens.weight" not in found.smoothed
     tensors = dict(found.tensors())
-    assert set(tensors) == {name for name, _ in job.tensors()}
+    assert set(tensors) == {name for name, _ in given.tensors()}
     assert all(torch.equal(found.model.state_dict()[name], tensor) for name, tensor in tensors.items())
     assert not any(hasattr(module, "quantization_scheme") for module in found.model.modules())
 
 
 def test_smoothquant_is_the_papers_formula(outliers: Path, text: Path) -> None:
     """s_j = max|X_j|^a / max|W_j|^(1-a) at a = 0.5, over all matrices that read X."""
-    job = job_of(outliers, text, method="smoothquant")
+    given = input_of(outliers, text, method="smoothquant")
     model, seen = opening.load_model(outliers), {}
     readers = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
     readers["post_attention_layernorm"] = ["mlp.gate_proj", "mlp.up_proj"]
@@ -192,8 +192,8 @@ def test_smoothquant_is_the_papers_formula(outliers: Path, text: Path) -> None:
         layer = model.get_submodule(f"model.layers.1.{norm}")
         layer.register_forward_hook(lambda _, args, out, norm=norm: seen.__setitem__(norm, out.flatten(0, 1).double()))
     with torch.inference_mode():
-        model(input_ids=job.calibration)
-    found, state = smoothed(job).smoothed, model.state_dict()
+        model(input_ids=given.calibration)
+    found, state = smoothed(given).smoothed, model.state_dict()
     for norm, names in readers.items():
         weights = torch.cat([state[f"model.layers.1.{name}.weight"] for name in names]).double()
         scales = (seen[norm].abs().amax(0) / weights.abs().amax(0)).sqrt()

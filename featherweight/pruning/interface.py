@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class PruningInput:
     """One pruning. The weights and the text are read when first asked for: a method refuses what it can from `config` before.
 
     out: the folder of the result, for what a method keeps beside the checkpoint.

@@ -25,7 +25,7 @@ IN_A_BLOCK = re.compile(r"(^|\.)(layers?|block)\.\d+\..+\.weight$")
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizationInput:
     """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
 
     finer: grids of the matrices that mixed precision keeps on another than the spec's.
@@ -108,14 +108,14 @@ def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
     return grid.mse_scales(weight) if search == "mse" else grid.scales(weight)
 
 
-def round_to_nearest(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
+def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
     """Those of `tensors` that have a grid, rounded to it one by one."""
     q, scales = {}, {}
     for name, tensor in tensors:
-        if name in job.grids:
-            grid = job.grids[name]
-            q[name], scales[name] = grid.quantize(tensor, start_scales(grid, tensor, job.spec.scale))
-    return QuantizedWeights({name: job.grids[name] for name in q}, q, scales, job.spec.method)
+        if name in given.grids:
+            grid = given.grids[name]
+            q[name], scales[name] = grid.quantize(tensor, start_scales(grid, tensor, given.spec.scale))
+    return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method)
 
 
 def merged(*parts: QuantizedWeights) -> QuantizedWeights:
