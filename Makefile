@@ -1,6 +1,6 @@
 # `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint stack clean
+.PHONY: help setup demo test test-fast bench lint stack clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -9,6 +9,8 @@ SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUITS)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 # Asked for by name, set-up tries again what failed last time.
 SETUP = @$(PYTHON) infra/bootstrap.py $(if $(filter setup,$(MAKECMDGOALS)),--retry)
+# One worker a core, one thread a worker; four at most, because each holds torch and its engines in memory.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 # Nothing phones home from here.
 export DO_NOT_TRACK := 1
 export GX_ANALYTICS_ENABLED := false
@@ -18,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export VLLM_NO_USAGE_STATS := 1
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv and the toolchains (again in a second; retries a toolchain that failed)
 	$(SETUP)
@@ -29,17 +31,22 @@ demo: ## run the main job: recipes/demo.yaml, from nothing to a promoted champio
 
 test: ## run the tests
 	$(SETUP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-fast: ## run the tests that start no engine and no server and take a moment: what one runs while writing
+	$(SETUP)
+	@$(PYTEST) -m "not engine and not server and not slow" $(ARGS)
 
 bench: ## run the benchmarks
 	$(SETUP)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-lint: ## check style, format and types
+lint: ## check style, format, types and who imports whom
 	$(SETUP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 stack: ## start PostgreSQL, S3, MLflow and Prefect here, without Docker (Ctrl-C stops them)
 	$(SETUP) --extras dev,stack

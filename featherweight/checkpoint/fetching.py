@@ -40,8 +40,6 @@ def source_fingerprint(spec: LoadSpec) -> str:
 
 
 def source_of(spec: LoadSpec) -> tuple[str, Source]:
-    if spec.source is None:
-        raise CheckpointError("there is nothing to load: the recipe trains its checkpoint (checkpoint.train)")
     kind = next((kind for kind in SOURCES if spec.source.startswith(kind)), "")
     return kind, SOURCES.get(kind, LOCAL)
 

@@ -177,7 +177,7 @@ def _roots(recipe: Recipe) -> list[Node]:
     if made is not None:
         root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
     else:
-        wanted = LoadSpec(**recipe.checkpoint.model_dump(), task=recipe.task)
+        wanted = LoadSpec(**recipe.checkpoint.model_dump(exclude={"train"}), task=recipe.task)
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
     served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
     measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from featherweight.checkpoint.spec import CheckpointSpec
 from featherweight.distillation.spec import DistillSpec
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
 from featherweight.pruning.spec import PruneSpec
@@ -14,6 +13,22 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import Name, Spec, Task
 from featherweight.text.spec import DataSpec
+from featherweight.training.spec import TrainSpec
+
+
+class CheckpointSpec(Spec):
+    """Either `source` (a checkpoint to load) or `train` (one to make)."""
+
+    source: str | None = None
+    train: TrainSpec | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> CheckpointSpec:
+        if (self.source is None) == (self.train is None):
+            raise ValueError("give exactly one of 'source' and 'train'")
+        return self
 
 
 class StagesSpec(Spec):

@@ -15,10 +15,14 @@ from featherweight.text.documents import Document, write_documents
 STAGES = """
 import json, sys
 from pathlib import Path
-from featherweight.artifact import describe_files, merkle_digest
-from featherweight.recipe import CompileSpec, DistillSpec, ExportSpec, FinetuneSpec, GateSpec, GenerateSpec, PruneSpec
-from featherweight.recipe import QuantizeSpec, TrainSpec
-from featherweight.text import Document, write_documents
+from featherweight.distillation.spec import DistillSpec, GenerateSpec
+from featherweight.pruning.spec import PruneSpec
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.store.artifact import describe_files, merkle_digest
+from featherweight.text.documents import Document, write_documents
+from featherweight.text.spec import GateSpec
+from featherweight.training.spec import FinetuneSpec, TrainSpec
 from tasks.table import stage_named
 
 text, root = Path(sys.argv[1]), Path(sys.argv[2])

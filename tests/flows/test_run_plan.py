@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint.spec import CheckpointSpec
+from featherweight.checkpoint.spec import LoadSpec
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.plan import Node, Plan
 from featherweight.store.artifact import ArtifactRef
@@ -25,7 +25,7 @@ from tasks.stage import Session, stage
 
 
 @stage("given")
-def given(spec: CheckpointSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+def given(spec: LoadSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
     """A folder that is there already."""
     shutil.copytree(str(spec.source), out, dirs_exist_ok=True)
     return {}
@@ -58,7 +58,7 @@ def inputs_of_finetune(session: Session, checkpoint: Path, text: Path) -> dict[s
     """References to a checkpoint and to text, which is written to the folder `text` before."""
     write_documents(text, [Document("json", Path(json.__file__).read_text())])
     sources = {"checkpoint": checkpoint, "text": text}
-    nodes = {name: Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()}
+    nodes = {name: Node(name, "given", name, LoadSpec(source=str(path))) for name, path in sources.items()}
     return {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
 
 
@@ -103,7 +103,7 @@ def test_nan_weights_cost_their_own_variant_only(
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     sources = {"text": tmp_path / "text", "damaged": damaged, "sound": tiny_checkpoint}
-    nodes = [Node(name, "given", name, CheckpointSpec(source=str(path))) for name, path in sources.items()]
+    nodes = [Node(name, "given", name, LoadSpec(source=str(path))) for name, path in sources.items()]
     spec = FinetuneSpec(steps=2, batch=2, sequence=32)
     for name in ("damaged", "sound"):
         inputs = {"checkpoint": name, "text": "text", "calibration": "text"}

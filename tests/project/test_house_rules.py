@@ -1,4 +1,4 @@
-"""House rules: imports go down only, nothing of one machine is committed, what is shipped is valid, what is documented works."""
+"""House rules: light imports, nothing of one machine is committed, what is shipped is valid, what is documented works."""
 
 from __future__ import annotations
 
@@ -51,18 +51,6 @@ def tracked() -> list[Path]:
         pytest.skip("not a git checkout, so there are no tracked files to look at")
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_go_down_only(layer):
-    above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"tests", "benchmarks"}
-    wrong = {
-        str(path.relative_to(ROOT)): sorted(found)
-        for path in modules(layer)
-        if (found := imported(ast.walk(ast.parse(path.read_text()))) & above)
-    }
-    assert modules(layer), f"{layer} holds no modules"
-    assert not wrong
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -175,7 +163,7 @@ def test_the_readme_opens_with_the_two_commands():
 def test_the_readmes_commands_exist(words):
     program = Path(words[0]).name
     if program == "make":
-        verbs = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        verbs = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert {word for word in words[1:] if "=" not in word} <= verbs
     elif program == "featherweight":
         _check_featherweight(words[1:])

@@ -1,0 +1,135 @@
+"""The ladder: imports go down only, in no circle, and take nothing private; the README shows the folders."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("featherweight", "tasks", "flows")
+FILES = {path: ast.parse(path.read_text()) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))}
+
+# Every module is imported by itself, in a fork that has forgotten all of ours but keeps the libraries that they use.
+ALONE = """
+import importlib, os, sys, traceback
+layers, names = tuple(sys.argv[1].split(",")), sys.argv[2:]
+for name in names:
+    importlib.import_module(name)
+failed = False
+for name in names:
+    child = os.fork()
+    if child == 0:
+        for known in [known for known in sys.modules if known.partition(".")[0] in layers]:
+            del sys.modules[known]
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            print(name, traceback.format_exc(limit=-2), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    failed |= os.waitpid(child, 0)[1] != 0
+sys.exit(failed)
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def program(name: str) -> str:
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        pytest.skip(f"{name} is not installed; run `make setup`")
+    return str(path)
+
+
+def test_imports_go_down_only():
+    done = subprocess.run([program("lint-imports"), "--no-logo", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nothing_that_is_shipped_imports_the_tests_or_the_benchmarks(layer):
+    trees = {path: tree for path, tree in FILES.items() if path.is_relative_to(ROOT / layer)}
+    assert trees, f"{layer} holds no modules"
+    wrong = {
+        module_name(path)
+        for path, tree in trees.items()
+        for name in imports(tree)
+        if name.partition(".")[0] in ("tests", "benchmarks")
+    }
+    assert not wrong
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The dotted names of the modules that a file imports, or takes names from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """What a file takes of our other modules that is private to them: `from m import _x`, or `m._x`."""
+    ours: set[str] = set()
+    known = {module_name(path) for path in FILES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in LAYERS:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if private(alias.name))
+            ours |= {alias.asname or alias.name for alias in node.names if f"{node.module}.{alias.name}" in known}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours and private(node.attr):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def test_a_private_name_is_noticed():
+    tree = ast.parse("from featherweight.checkpoint import s3\nfrom tasks.stage import _x, y\ns3._get(), s3.get(), y._z")
+    assert list(private_names(tree)) == ["tasks.stage._x", "s3._get"]
+
+
+def test_no_module_uses_what_is_private_to_another():
+    wrong = {module_name(path): found for path, tree in FILES.items() if (found := sorted(private_names(tree)))}
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_that_is_imported():
+    """No circles: whatever is imported first finds all that it needs."""
+    names = [name for path in FILES if (name := module_name(path)).rpartition(".")[2] != "__main__"]
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, ",".join(LAYERS), *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def readme_tree() -> set[str]:
+    """The folders that the README's tree names, one a line, as paths: indentation says which lies in which."""
+    text = (ROOT / "README.md").read_text()
+    block = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "featherweight/ " in block)
+    above: list[tuple[int, str]] = []
+    found = set()
+    for indent, name in re.findall(r"^( *)([\w-]+)/ ", block, re.MULTILINE):
+        above = [(depth, path) for depth, path in above if depth < len(indent)]
+        above.append((len(indent), f"{above[-1][1]}/{name}" if above else name))
+        found.add(above[-1][1])
+    return found
+
+
+def test_the_readmes_tree_names_every_folder():
+    """And no other: a folder holds modules, or what belongs to them (templates)."""
+    here = {path.parent.relative_to(ROOT).as_posix() for path in FILES}
+    shown = readme_tree()
+    assert here <= shown
+    assert not {name for name in shown if not (ROOT / name).is_dir()}
