@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,6 +23,11 @@ SILENT = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
 }
 os.environ.update({name: value for name, value in SILENT.items() if name not in os.environ})
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread a worker, and for the processes that it starts; libraries read this when they are imported.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
+
+STARTS_A_SERVER = {"harness", "s3_server", "_rclone"}
 
 STORY = (
     "Once upon a time there was a little checkpoint. It was heavy, and it wanted to be light. "
@@ -43,6 +49,23 @@ class S3Server:
     def folder(self) -> Path:
         """Where the objects of `bucket` lie on disk."""
         return self.root / self.bucket
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for a fixture that starts a server is marked as its user."""
+    for item in items:
+        if STARTS_A_SERVER & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Random numbers that are the same whatever ran before, and on whichever worker."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ def test_features_are_the_kernels():
 
 
 def test_fingerprint_is_stable_across_processes():
-    script = "from featherweight.machine import hardware_fingerprint; print(hardware_fingerprint())"
+    script = "from featherweight.system.machine import hardware_fingerprint; print(hardware_fingerprint())"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == machine.hardware_fingerprint()
 
@@ -56,7 +56,7 @@ def test_int8_dot_product(features, exact):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processor affinity on this system")
 def test_cores_follow_the_affinity_mask():
     mask = os.sched_getaffinity(0)
-    script = "import os; os.sched_setaffinity(0, {%d}); from featherweight.machine import available_cores as a; print(a())"
+    script = "import os; os.sched_setaffinity(0, {%d}); from featherweight.system.machine import available_cores as a; print(a())"
     one = subprocess.run([sys.executable, "-c", script % min(mask)], capture_output=True, text=True, check=True)
     assert one.stdout.strip() == "1"
 
