@@ -2,7 +2,9 @@
 
 Sources, as a recipe's `data.source` (and `data.evaluation`, `data.calibration` where they are sources of their own) names them:
 - `python-stdlib`: the running interpreter's own standard library, a module each document;
-- a file: `.jsonl` (one document a line, text under `field`), any other (documents between `separator`, or the whole file);
+- a file, which is what its content says: JSON (lines, an array, an object with a list), CSV or TSV, Parquet, each with the text
+  under `field`; or prose, documents between `separator` or the whole file. Any of them but Parquet may be compressed (gzip, bzip2,
+  xz, Zstandard) and in any Unicode encoding with a byte order mark, UTF-8 without one. Anything else is refused;
 - a folder: each file that `pattern` matches, read as above;
 - `s3://bucket/key-or-prefix/`: the same, from S3.
 A source of fewer than three documents cannot be split, so it is cut at blank lines into documents of 2000 to 4000 characters.
@@ -55,7 +57,7 @@ class Splits:
 def text(spec: TextSpec, *, out: Path, seed: int = 0, progress: Progress = Progress()) -> Metrics:
     """Write one split of the text as a text folder. All splits of a recipe must be made with the same seed.
 
-    Raises DataError for a source that is missing, empty, not UTF-8 or too small to split.
+    Raises DataError for a source that is missing, empty, no text, without the field, or too small to split.
     """
     progress.note(f"reading {spec.data.source}")
     splits = split_text(spec.data, seed)

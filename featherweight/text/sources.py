@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sysconfig
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from featherweight.errors import DataError
 from featherweight.text.documents import Document
+from featherweight.text.formats import read_file
 from featherweight.text.overlap import digest
 from featherweight.text.spec import DataSpec
 
@@ -36,7 +36,11 @@ class Source:
 
 
 def read_source(source: str, data: DataSpec) -> Source:
-    """All documents of one source, exact copies dropped. Raises DataError where there is none."""
+    """All documents of one source, exact copies dropped. Raises DataError where there is none.
+
+    What a file is, its content tells (see featherweight.text.formats), but the standard library's modules are read as prose.
+    """
+    data = data.model_copy(update={"format": "text"}) if source == STDLIB else data
     with _local(source, data) as files:
         documents = _distinct(_capped(files, data))
     if not documents.documents:
@@ -62,13 +66,13 @@ def _capped(files: list[tuple[str, Path]], data: DataSpec) -> Iterator[Document]
     """The documents of all files, in order; under `max_bytes` from a spread of files, the last document cut at a line."""
     if data.max_bytes is None:
         for name, path in files:
-            yield from _read_file(name, path, data)
+            yield from read_file(name, path, data)
         return
     left = data.max_bytes
     taken: list[tuple[str, list[Document]]] = []
     for name, path in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
         taken.append((name, []))
-        for document in _read_file(name, path, data):
+        for document in read_file(name, path, data):
             taken[-1][1].append(_cut(document, left))
             left -= len(document.text.encode(errors="surrogatepass"))
             if left <= 0:
@@ -86,47 +90,6 @@ def _cut(document: Document, size: int) -> Document:
         return document
     head = encoded[:size].decode(errors="ignore")
     return replace(document, text=head[: head.rfind("\n") + 1] or head)
-
-
-def _read_file(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
-    """The documents of one file."""
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(name, path, data.field, data.target)
-        return
-    content = _read_utf8(name, path)
-    if data.separator is None:
-        yield Document(name, content)
-        return
-    for number, piece in enumerate(content.split(data.separator)):
-        yield Document(f"{name}#{number}", piece.strip("\n"))
-
-
-def _read_utf8(name: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it, or leave it out with data.pattern") from error
-    except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
-
-
-def _read_jsonl(name: str, path: Path, key: str, target: str | None) -> Iterator[Document]:
-    """One document a line. Lines are split at "\\n" only: JSON strings may hold the other line ends of Unicode."""
-    for number, line in enumerate(_read_utf8(name, path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name} line {number} is not JSON: {error.msg}") from error
-        if not isinstance(value, dict) or not isinstance(value.get(key), str):
-            found = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
-            raise DataError(f"{name} line {number} has no text under '{key}' (found: {found}); set data.field")
-        if target is not None and not isinstance(value.get(target), str):
-            raise DataError(
-                f"{name} line {number} has no text under '{target}' (found: {', '.join(sorted(value))}); set data.target"
-            )
-        yield Document(f"{name}#{number}", value[key], value[target] if target is not None else None)
 
 
 def _chunks(document: Document) -> Iterator[Document]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from featherweight.spec import Positive, Share, Spec, Split
+
+Format = Literal["text", "json", "csv", "parquet"]
 
 
 class DataSpec(Spec):
     """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own.
 
-    field, target: keys of a .jsonl line; `target` is what a seq2seq model is to make of the text (a translation, a summary).
+    field, target: the key or column of the text; `target` is what a seq2seq model is to make of it (a translation, a summary).
+    format: what the files are, where their content is not to tell it: JSON that is to be read as prose, say.
     """
 
     source: str
@@ -16,6 +21,7 @@ class DataSpec(Spec):
     field: str = "text"
     target: str | None = None
     separator: str | None = None
+    format: Format | None = None
     evaluation: Share | str = 0.05
     calibration: Share | str = 0.05
     max_bytes: Positive | None = None

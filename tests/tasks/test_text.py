@@ -161,7 +161,7 @@ def test_standard_library():
     ("name", "content", "message"),
     [
         ("empty.txt", b"  \n\n ", r"empty.txt holds no text"),
-        ("latin.txt", "caf\xe9 noir".encode("latin-1"), r"latin.txt is not UTF-8 text \(byte 3\)"),
+        ("latin.txt", "caf\xe9 noir".encode("latin-1"), r"latin.txt is not UTF-8 text \(byte 3, line 1\)"),
         (
             "a.jsonl",
             b'{"text": "ok"}\n{"body": ""}\n',
