@@ -1,0 +1,26 @@
+"""Which engines and servers this process has started, told by Python itself whenever it starts a program."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+PROGRAMS = {
+    "engine": re.compile(r"featherweight\.runtimes\.\w*worker"),
+    "server": re.compile(r"rclone serve|prefect server|mlflow (server|models serve)|uvicorn|gunicorn|bin/postgres"),
+}
+_seen: set[str] = set()
+
+
+def notice(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: keeps the kinds of the programs that are started."""
+    if event == "subprocess.Popen":
+        line = " ".join(map(str, arguments[1]))
+        _seen.update(kind for kind, program in PROGRAMS.items() if program.search(line))
+
+
+def kinds() -> set[str]:
+    """The kinds started since it was asked last."""
+    found = set(_seen)
+    _seen.clear()
+    return found
