@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread a worker, and for the processes that it starts; libraries read this when they are imported.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 
-STARTS_A_SERVER = {"harness", "s3_server", "_rclone"}
+sys.addaudithook(started.notice)
 
 STORY = (
     "Once upon a time there was a little checkpoint. It was heavy, and it wanted to be light. "
@@ -54,8 +54,17 @@ class S3Server:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever asks for a fixture that starts a server is marked as its user."""
     for item in items:
-        if STARTS_A_SERVER & set(getattr(item, "fixturenames", ())):
+        if {"harness", "s3_server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Markers are held: what starts an engine or a server says so, or `make test-fast` would start it as well."""
+    yield
+    missing = started.kinds() - {marker.name for marker in item.iter_markers()}
+    if missing:
+        pytest.fail(f"it started a process of the kind {', '.join(sorted(missing))}: mark it so", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
