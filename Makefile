@@ -10,7 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SUITS)' 2
 # Asked for by name, set-up tries again what failed last time.
 SETUP = @$(PYTHON) infra/bootstrap.py $(if $(filter setup,$(MAKECMDGOALS)),--retry)
 # One worker a core, one thread a worker; four at most, because each holds torch and its engines in memory.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# A file stays on one worker, so that what its tests share is made once; in order, because the longest come early.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Nothing phones home from here.
 export DO_NOT_TRACK := 1
 export GX_ANALYTICS_ENABLED := false
@@ -35,7 +36,7 @@ test: ## run the tests
 
 test-fast: ## run the tests that start no engine and no server and take a moment: what one runs while writing
 	$(SETUP)
-	@$(PYTEST) -m "not engine and not server and not slow" $(ARGS)
+	@$(PYTEST) -m "not engine and not server and not slow" --durations 3 $(ARGS)
 
 bench: ## run the benchmarks
 	$(SETUP)

@@ -71,6 +71,7 @@ def test_an_impossible_recipe_is_refused_before_anything_starts(tmp_path: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_a_dead_mlflow_or_prefect_server_is_named(tmp_path: Path) -> None:
     recipe = str(RECIPES / "demo.yaml")
     line = refused(call("optimize", recipe, "-q", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
@@ -81,6 +82,7 @@ def test_a_dead_mlflow_or_prefect_server_is_named(tmp_path: Path) -> None:
     assert "MLflow" in line
 
 
+@pytest.mark.slow
 def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "run `featherweight optimize" in refused(call("variants", cwd=tmp_path), 8)
     assert "no registered model 'ghost'" in refused(call("lineage", "ghost", cwd=tmp_path), 8)
@@ -96,6 +98,7 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
     assert "Traceback" not in call("plan", "absent.yaml", cwd=tmp_path).stderr
 
 
+@pytest.mark.slow
 def test_version_and_every_help(tmp_path: Path) -> None:
     assert call("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
     for command in ("optimize", "plan", "variants", "lineage", "promote", "rollback", "watch", "doctor", "ui"):

@@ -16,6 +16,8 @@ import pytest
 from featherweight.runtimes import engine_available
 from featherweight.store.workspace import Workspace
 
+pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
+
 RECIPE = Path(__file__).parents[1] / "support" / "tiny.yaml"
 COMMAND = str(Path(sys.executable).with_name("featherweight"))
 

@@ -15,6 +15,8 @@ from featherweight.runtimes import engine_available
 from tests.flows.test_optimize import featherweight
 from tests.support.families import WORDS, family_checkpoint
 
+pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
+
 RECIPE: dict[str, Any] = {
     "workload": {"prompt_tokens": 8, "new_tokens": 8, "batch_sizes": [1], "rounds": 2, "windows": 6, "window_tokens": 32},
     "constraints": {"max_quality_loss": 5.0},

@@ -81,6 +81,7 @@ def _digests(text: Path, root: Path, hash_seed: str) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_stage_gives_the_same_digest_again(text: Path, tmp_path: Path) -> None:
     first, second = (_digests(text, tmp_path / seed, seed) for seed in ("1", "2"))
     assert first == second

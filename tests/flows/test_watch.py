@@ -12,6 +12,8 @@ from featherweight.checkpoint.new_checkpoints import arrivals
 from featherweight.errors import DataError
 from featherweight.store.workspace import Workspace
 
+pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
+
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:

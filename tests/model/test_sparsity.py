@@ -95,6 +95,7 @@ def test_a_sparse_checkpoint_says_what_it_is(model_type: str, criterion: str, te
     assert metrics["loss_after"] != metrics["loss_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [None, LoraSpec(rank=4, alpha=64)], ids=["full", "lora"])
 @pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
 def test_zeros_stay_in_finetuning(model_type: str, adapters: LoraSpec | None, text: Path, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_zeros_stay_in_finetuning(model_type: str, adapters: LoraSpec | None, te
         assert moved[~mask].float().mean() > 0.5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
 def test_zeros_of_a_student_stay_in_distillation(model_type: str, text: Path, tmp_path: Path) -> None:
     source = family_checkpoint(model_type, tmp_path / "source")

@@ -24,6 +24,7 @@ SPEC.loader.exec_module(stack)
 PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200}
 
 
+@pytest.mark.slow
 def test_deployments_are_what_prefect_reads():
     from prefect.cli.deploy._models import PrefectYamlModel
 

@@ -86,6 +86,7 @@ def broken(tmp_path, monkeypatch):
     return bootstrap.Environment("broken", tmp_path / "broken", record, "nothing", arguments, (wanted,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("uv") is None, reason="uv is not installed here")
 def test_a_failing_toolchain_is_noted_and_retried_on_demand_only(broken, capsys):
     main = bootstrap.Environment("main", Path(sys.prefix), ROOT / "none.json", "", (), ())

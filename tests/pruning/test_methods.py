@@ -357,6 +357,7 @@ def test_a_global_ranking_keeps_as_many_channels_but_not_in_every_layer(text: Pa
     assert metrics["padding"] == max(counts) - min(counts) > 0
 
 
+@pytest.mark.engine
 def test_training_leaves_padding_zero_and_ctranslate2_leaves_it_out(text: Path, tmp_path: Path) -> None:
     spec = PruneSpec(**SMALL, scope="global", ratio=0.5)
     metrics = pruned(spec, uneven(tmp_path / "source"), text, tmp_path / "out")
@@ -418,6 +419,7 @@ def test_keys_that_would_be_ignored_are_refused(options: dict[str, Any], told: s
         PruneSpec(**options)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "options",
     [

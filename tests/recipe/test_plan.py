@@ -96,6 +96,7 @@ def test_no_variants_section_means_every_combination() -> None:
     assert len(plan.variants) - 1 + len(plan.ruled_out) == 2 * 3 * 3 * 3
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(

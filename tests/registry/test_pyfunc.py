@@ -105,6 +105,7 @@ def greedy(checkpoint: Path, prompt: str, new: int) -> str:
 ENGINES = {"torch": torch_folder, "ctranslate2": ctranslate2_folder, "onnxruntime-genai": genai_folder}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_champion_of_every_engine_answers(desk: Bench, tiny_checkpoint: Path, load: Callable[..., Any], engine: str) -> None:
     name = promote(desk, tiny_checkpoint, f"every-{engine}", ENGINES[engine])
@@ -114,6 +115,7 @@ def test_champion_of_every_engine_answers(desk: Bench, tiny_checkpoint: Path, lo
     assert desk.registry.champion(name).tag("engine") == engine
 
 
+@pytest.mark.engine
 def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_model: str, load: Callable[..., Any]) -> None:
     import pandas
 
@@ -156,12 +158,14 @@ def generator(desk: Bench, torch_model: str) -> Iterator[Generator]:
     made.close()
 
 
+@pytest.mark.engine
 def test_more_prompts_than_a_batch_are_answered_in_order(generator: Generator) -> None:
     prompts = [f"{'light ' * (index % 3)}{index}" for index in range(7)]
     assert generator(prompts, NEW) == [generator([prompt], NEW)[0] for prompt in prompts]
     assert len(set(generator(prompts, NEW))) > 1
 
 
+@pytest.mark.engine
 def test_text_stops_at_the_end_token(generator: Generator) -> None:
     (whole,) = generator(PROMPTS[:1], NEW, stop_at_end=False)
     (ids,) = generator._generate([generator._encode(PROMPTS[0], NEW)], NEW)
@@ -173,6 +177,7 @@ def test_text_stops_at_the_end_token(generator: Generator) -> None:
     assert len(short) < len(whole)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("prompt", "new"), [("light " * 100, 8), ("light", 64), ("light", 0)])
 def test_prompts_that_do_not_fit_are_refused(generator: Generator, prompt: str, new: int) -> None:
     with pytest.raises(DataError, match="this model is served with room for 64 tokens"):
@@ -180,6 +185,7 @@ def test_prompts_that_do_not_fit_are_refused(generator: Generator, prompt: str, 
     assert generator(["light"], 4)
 
 
+@pytest.mark.engine
 def test_engine_that_died_is_started_anew(generator: Generator) -> None:
     answer = generator(PROMPTS, NEW)
     (engine,) = [one for one in workers() if str(generator.served.resolve()) in one.cmdline()]
@@ -189,6 +195,8 @@ def test_engine_that_died_is_started_anew(generator: Generator) -> None:
     assert generator(PROMPTS, NEW) == answer
 
 
+@pytest.mark.server
+@pytest.mark.engine
 def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tiny_checkpoint: Path) -> None:
     port, log = free_port(), desk.root / "serve.log"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{torch_model}@champion"]

@@ -49,6 +49,7 @@ def served(pruned: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+@pytest.mark.engine
 def test_a_faithful_export_is_within_the_exact_bound(pruned, served, text):
     metrics = check_parity(pruned, served, text)
     assert metrics["parity_max_abs"] <= 1e-5
@@ -56,12 +57,14 @@ def test_a_faithful_export_is_within_the_exact_bound(pruned, served, text):
     assert metrics["parity_bound"] == EXACT.value
 
 
+@pytest.mark.engine
 def test_other_weights_are_told_with_the_numbers(served, text, tmp_path):
     other = models.make("pruned", tmp_path / "other", _tokenizer(), rms_norm_eps=0.1)
     with pytest.raises(ParityError, match=r"ctranslate2 \(float\).*max \|difference\|.*nats over \d+ tokens, bound 0\.001"):
         check_parity(other, served, text)
 
 
+@pytest.mark.engine
 def test_what_is_not_a_number_is_above_any_bound(pruned, served, text):
     reference = Reference.of(load_reference(pruned), pruned, text)
     reference.logprobs[2][5] = math.nan
@@ -76,6 +79,7 @@ def test_windows_stay_within_the_models_context(tmp_path, text):
     assert [len(row) for row in reference.logprobs] == [31] * len(reference.windows)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
 def test_pruned_heads_without_their_width_fail(compute_type, text, tmp_path, monkeypatch):
     narrow = models.make("narrow", tmp_path / "narrow", _tokenizer())
@@ -85,6 +89,7 @@ def test_pruned_heads_without_their_width_fail(compute_type, text, tmp_path, mon
         export(spec, checkpoint=narrow, calibration=text, out=tmp_path)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("stage", "spec"),
     [(compile, CompileSpec(engine="onnxruntime-genai", precision="int4")),

@@ -120,6 +120,7 @@ def served(checkpoint, tmp_path_factory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("engine", list(MAKERS))
 def test_an_engine_computes_what_pytorch_computes(engine, served, reference):
     if reason := engine_available(engine):
@@ -144,6 +145,7 @@ def test_an_engine_computes_what_pytorch_computes(engine, served, reference):
         assert 2e7 < worker.peak_memory_bytes() < 2e9
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(engine_available("vllm") is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
 def test_vllm_computes_what_pytorch_computes_and_leaves_nothing_behind(tmp_path, tiny_checkpoint):
     import torch
@@ -174,6 +176,7 @@ def test_vllm_computes_what_pytorch_computes_and_leaves_nothing_behind(tmp_path,
 # The process
 
 
+@pytest.mark.engine
 def test_a_worker_has_its_threads_before_its_libraries_and_a_memory_of_its_own(served):
     ballast = bytearray(os.urandom(1 << 20)) * 400
     with open_worker(served("ctranslate2"), threads=3, max_tokens=64) as worker:
@@ -183,6 +186,7 @@ def test_a_worker_has_its_threads_before_its_libraries_and_a_memory_of_its_own(s
         assert worker.startup_s > 0
 
 
+@pytest.mark.engine
 def test_a_worker_refuses_what_it_was_not_opened_for_and_goes_on(served):
     with open_worker(served("ctranslate2"), threads=1, max_tokens=16, max_batch=2) as worker:
         for wrong in ([[0] * 17], [[0]]):
@@ -197,6 +201,7 @@ def test_a_worker_refuses_what_it_was_not_opened_for_and_goes_on(served):
         assert len(worker.generate([[0]], 4)[0]) == 4
 
 
+@pytest.mark.engine
 def test_a_worker_that_dies_says_so(served):
     with open_worker(served("ctranslate2"), threads=1, max_tokens=64) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
@@ -204,6 +209,7 @@ def test_a_worker_that_dies_says_so(served):
             worker.generate(PROMPTS, 4)
 
 
+@pytest.mark.engine
 def test_a_worker_that_hangs_is_ended_with_a_clear_error(served, monkeypatch):
     monkeypatch.setattr(client, "CALL_TIMEOUT_S", 0.5)
     with open_worker(served("ctranslate2"), threads=1, max_tokens=64) as worker:
@@ -213,6 +219,7 @@ def test_a_worker_that_hangs_is_ended_with_a_clear_error(served, monkeypatch):
         assert worker._process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.engine
 def test_an_engine_that_cannot_load_is_one_clear_line(tmp_path):
     Serving("ctranslate2", "model").write(tmp_path)
     with pytest.raises(StageError, match=r"^ctranslate2 failed while starting: FileNotFoundError: .*vocabulary\.json") as caught:

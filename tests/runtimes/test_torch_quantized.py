@@ -141,6 +141,7 @@ def test_tokens_of_zeros_are_numbers():
     torch.testing.assert_close(DynamicLinear(m)(x), m.bias.expand(2, 3, 48), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(48, 72), (64, 64)])
 def test_a_static_layer_is_what_torchao_lowers_pt2e_to(bias, rows, columns):
@@ -187,6 +188,7 @@ def quantized_folder(engine: str, source: Path, text: Path, folder: Path):
     return pack.load(folder, engine), model, ranges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5", "marian", "bert", "gpt2"])
 def test_every_family_computes_what_its_float_weights_compute(family, text, tmp_path):
     make = models.make("gpt2", tmp_path / "m", _tokenizer()) if family == "gpt2" else family_checkpoint(family, tmp_path / "m")
@@ -202,6 +204,7 @@ def test_every_family_computes_what_its_float_weights_compute(family, text, tmp_
         assert not [name for name, parameter in served.named_parameters() if parameter.is_meta]
 
 
+@pytest.mark.slow
 def test_a_reference_is_as_it_was_after_calibration(llama, text):
     model = load_model(llama)
     before = copy.deepcopy(model.state_dict())
@@ -215,6 +218,7 @@ def test_a_reference_is_as_it_was_after_calibration(llama, text):
 # The stage
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("engine", "grids"),
     [("torchao-int4", {"embed_tokens.weight": "int8", "": "int4-g32"}), ("torch-static", {"": "int8-reduced"})],

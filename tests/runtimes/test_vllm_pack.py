@@ -93,6 +93,7 @@ def test_what_we_packed_loads_as_the_very_same_numbers(compute_type: str, checkp
         assert torch.equal(found.scales[name], quantized.scales[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
 def test_the_format_is_llm_compressors_own(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
     """The same tensors, shapes and types, and every key that we write with the same value."""
@@ -220,6 +221,7 @@ def test_the_server_is_told_what_the_folder_wants(checkpoint: Path) -> None:
         assert arguments[arguments.index("--kv-cache-dtype") + 1] == cache
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(engine_available("vllm") is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
 @pytest.mark.skipif("avx512f" not in cpu_features() and not gpus(), reason="vLLM's kernels for these want AVX-512 or a GPU")
 def test_vllm_serves_4_bit_weights_and_an_fp8_cache(checkpoint: Path, text: Path, tmp_path: Path) -> None:

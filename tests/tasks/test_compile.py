@@ -89,6 +89,7 @@ def test_blocks_hold_the_integers_and_scales_of_any_grid(grid, columns):
     np.testing.assert_array_equal(found.astype(np.float32) * spread, grid.dequantize(q, scales).numpy())
 
 
+@pytest.mark.engine
 def test_quantized_weights_reach_the_graph_without_a_second_rounding(checkpoints, text, tmp_path):
     quantized = models.quantize(checkpoints["llama"], tmp_path / "q", {"embed_tokens.weight": "int8", "": "int4-g32"})
     (tmp_path / "out").mkdir()
@@ -108,6 +109,7 @@ def test_quantized_weights_reach_the_graph_without_a_second_rounding(checkpoints
     assert Serving.read(tmp_path / "out") == Serving("onnxruntime-genai", grid="int4-g32")
 
 
+@pytest.mark.engine
 def test_a_tied_embedding_and_head_are_stored_once(checkpoints, text, tmp_path):
     compile(genai("int8"), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
@@ -122,6 +124,7 @@ def test_a_tied_embedding_and_head_are_stored_once(checkpoints, text, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("family", ["untied", "pruned", "qwen2"])
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
 def test_families_compute_what_pytorch_computes(family, precision, checkpoints, text, tmp_path):
@@ -131,6 +134,7 @@ def test_families_compute_what_pytorch_computes(family, precision, checkpoints, 
     assert Serving.read(tmp_path).grid == {"float32": None, "int8": "int8", "int4": "int4-g32"}[precision]
 
 
+@pytest.mark.engine
 def test_grids_may_differ_between_query_key_and_value_and_the_head_may_stay_float(checkpoints, text, tmp_path):
     grids = {"q_proj.weight": "int8", "_proj.weight": "int4-g32"}
     quantized = models.quantize(checkpoints["untied"], tmp_path / "q", grids)
@@ -173,6 +177,7 @@ def test_the_graph_names_the_builders_version_and_no_repositorys_commit(checkpoi
     assert model.producer_version == version("onnxruntime-genai")
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(engine_available("torch-compile") is not None, reason="torch.compile cannot run here")
 def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_path):
     spec = CompileSpec(engine="torch-compile")
@@ -181,6 +186,8 @@ def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_p
     assert metrics["parity_max_abs"] <= metrics["parity_bound"]
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models/stories15M").exists(), reason="no stories15M beside the repository")
 def test_int4_of_a_real_model_is_faster_than_float32(tmp_path, text):
     seconds = {}

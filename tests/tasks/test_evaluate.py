@@ -70,6 +70,7 @@ def measured(baseline, text, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.engine
 def test_the_baseline_is_measured_as_pytorch_computes_it(measured, baseline, text):
     import torch
     from transformers import AutoModelForCausalLM
@@ -91,6 +92,7 @@ def test_the_baseline_is_measured_as_pytorch_computes_it(measured, baseline, tex
     assert [path.name for path in measured.iterdir()] == [FILE]
 
 
+@pytest.mark.engine
 def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured_again(
     measured, baseline, ctranslate2, text, tmp_path
 ):
@@ -116,6 +118,7 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
     assert heard.steps[-1][2]["tokens_per_s_2"] > 0
 
 
+@pytest.mark.engine
 def test_other_windows_than_the_baselines_are_scored_anew_and_threads_are_probed(measured, baseline, ctranslate2, text, tmp_path):
     spec = SPEC.model_copy(update={"windows": 3, "batch_sizes": (1,), "rounds": 1, "threads": (1, 2)})
     inputs = {"served": ctranslate2, "baseline": baseline, "evaluation": text, "baseline_measurement": measured}
@@ -135,6 +138,7 @@ def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_sta
     assert not heard.notes and not list(tmp_path.iterdir())
 
 
+@pytest.mark.engine
 def test_a_variant_that_computes_no_numbers_fails(measured, baseline, text, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -94,6 +94,7 @@ def test_pytorch_folder_is_the_checkpoint_linked(quantized, checkpoints, text, t
     assert Serving.read(tmp_path) == Serving("torch")
 
 
+@pytest.mark.engine
 def test_integers_reach_ctranslate2_without_a_second_rounding(quantized, text, tmp_path):
     metrics = export(ctranslate2("int8"), checkpoint=quantized, calibration=text, out=tmp_path)
     wanted, found = QuantizedWeights.read(quantized), read_ctranslate2(tmp_path / "ctranslate2/model.bin")
@@ -116,6 +117,7 @@ def test_integers_reach_ctranslate2_without_a_second_rounding(quantized, text, t
     assert not (tmp_path / "twin").exists()
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("family", ["untied", "narrow", "pruned", "qwen2", "gpt2"])
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
 def test_families_compute_what_pytorch_computes(family, compute_type, checkpoints, text, tmp_path):
@@ -124,6 +126,7 @@ def test_families_compute_what_pytorch_computes(family, compute_type, checkpoint
     assert metrics["parity_weights_max_abs" if compute_type == "int8" else "parity_max_abs"] < 1e-4
 
 
+@pytest.mark.engine
 def test_int8_float32_stores_a_quarter_and_computes_in_float(checkpoints, text, tmp_path):
     sizes, metrics = {}, {}
     for compute_type in ("float32", "int8_float32"):
@@ -147,6 +150,7 @@ def test_reduced_range_is_chosen_where_the_cpu_would_saturate(monkeypatch):
         assert grids_here(ExportSpec(engine="vllm", compute_type="int8"))[0].name == "int8"
 
 
+@pytest.mark.engine
 def test_reduced_range_uses_63_steps(checkpoints, text, tmp_path):
     export(ctranslate2("int8", reduce_range=True), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
     found = read_ctranslate2(tmp_path / "ctranslate2/model.bin")
@@ -169,6 +173,7 @@ def test_grids_that_ctranslate2_does_not_hold(grids, compute_type, reason, check
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.engine
 def test_a_float_head_is_kept_by_int8_float32(checkpoints, text, tmp_path):
     models.quantize(checkpoints["untied"], tmp_path / "q", {"_proj.weight": "int8"})
     (tmp_path / "out").mkdir()
@@ -209,6 +214,7 @@ def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkp
     assert 0 < np.mean([abs(a - b) for a, b in pairs]) < 0.05
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("spec", "write"),
     [(ExportSpec(engine="torch"), None), (ExportSpec(engine="vllm"), _write_vllm),
@@ -243,6 +249,7 @@ def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, t
             export(spec, checkpoint=checkpoint, calibration=text, out=tmp_path)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_sixteen_bits_are_stored_and_served(checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str) -> None:
     metrics = export(ExportSpec(engine="torch", compute_type=name), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
@@ -253,6 +260,7 @@ def test_sixteen_bits_are_stored_and_served(checkpoints: dict[str, Path], text: 
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == name
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_vllm_and_ctranslate2_take_the_same_sixteen_bits(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -158,6 +158,7 @@ def test_a_language_that_the_checkpoint_forces_comes_first(
     assert found == [greedy(model, prompt)] and found[0][0] == 9
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", ["t5", "bert"])
 def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: Path, tmp_path: Path, kind: str) -> None:
     baseline, out = served(checkpoint(kind), text, tmp_path / "served"), tmp_path / "out"
@@ -170,6 +171,7 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
     assert metrics["bits_per_byte"] > 0 and metrics["windows"] == 4
 
 
+@pytest.mark.engine
 def test_text_goes_in_and_its_translation_or_its_filled_masks_come_out(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     import torch
 
@@ -228,6 +230,7 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_on_its_grid(checkpoint: Any, text:
     assert not torch.allclose(found, tensors["shared.weight"], atol=0.1)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kind", ["t5", "mbart"])
 def test_quantized_translators_are_packed_as_they_are(checkpoint: Any, text: Path, tmp_path: Path, kind: str) -> None:
     """Parity holds the packed integers to 0.001 nats with float activations, and the int8 engine to its own bound."""
@@ -242,6 +245,7 @@ def test_quantized_translators_are_packed_as_they_are(checkpoint: Any, text: Pat
     assert Serving.read(out).grid == "int8-reduced"
 
 
+@pytest.mark.engine
 def test_an_encoder_is_compiled_as_a_whole(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     if reason := engine_available("torch-compile"):
         pytest.skip(reason)

@@ -134,6 +134,7 @@ def test_it_stops_early_on_held_out_text(tiny_checkpoint: Path, text: Path, tmp_
         finetune(spec, checkpoint=tiny_checkpoint, text=text, out=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WITHOUT_DROPOUT)
 def test_every_family_is_finetuned_whole_and_by_adapters(model_type: str, tmp_path: Path) -> None:
     """Blocks of these families are padded or masked, so that equal parts of a batch predict different numbers of tokens."""
@@ -155,6 +156,7 @@ def test_every_family_is_finetuned_whole_and_by_adapters(model_type: str, tmp_pa
     assert curves[1][:4] == pytest.approx(curves[0][:4], rel=1e-4)  # rounding grows from step to step
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(processes.cores() < 2, reason="needs two cores")
 def test_two_processes_train_as_one_even_when_interrupted(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """The same losses and weights as one process with the whole batch; the second launch goes on where the first was stopped."""

@@ -50,6 +50,7 @@ def refused(folders: dict[str, Path]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_clean_text_passes_with_its_figures_and_no_word_of_the_library(texts, caplog):
     folders = texts()
     metrics = gate(GateSpec(), **folders)

@@ -69,6 +69,7 @@ def assert_on_grid(folder: Path, grid: str, head: str | None) -> None:
         assert torch.equal(expected.quantize(saved[name], scales)[0].float(), q.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "grid"),
     [(method, name) for method in ("rtn", "gptq", "awq", "qat") for name in GRIDS if (method, name) != ("qat", "fp8")],
@@ -103,6 +104,7 @@ def test_the_folder_loads_plainly_and_holds_nothing_else(
     assert "WARNING" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = {"generated_tokens": 64} if method == "qat" else {}
@@ -306,6 +308,7 @@ def test_fake_quantization_agrees_with_torchao() -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_recovers_what_rounding_lost(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Four bits per row hurt a random model; a few steps towards its own logits bring most of them back."""
     options = {"grid": "int4", "head": "int4"}
@@ -459,6 +462,7 @@ def test_quantized_weights_survive_the_disk(tmp_path: Path) -> None:
     assert QuantizedWeights.read(tmp_path / "elsewhere") is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models" / "stories260K").exists(), reason="no real model under ../shared")
 def test_gptq_beats_rounding_on_a_real_model(tmp_path: Path) -> None:
     stories = (SHARED / "data" / "tinystories-excerpt" / "tinystories.txt").read_text().split("\n\nOnce upon a time")
@@ -472,6 +476,7 @@ def test_gptq_beats_rounding_on_a_real_model(tmp_path: Path) -> None:
     assert 0 < lost["gptq"] < 0.85 * lost["rtn"]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_weights(
     tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ def test_muon_updates_every_weight_and_only_decays_the_matrices() -> None:
     assert all("proj" in name for name, weight in model.named_parameters() if weight in set(matrices["params"]))
 
 
+@pytest.mark.slow
 def test_muon_learns_in_fewer_steps_than_adamw(text: Path) -> None:
     tokenizer = train_tokenizer(text, SPEC)
     blocks = token_blocks(text, tokenizer, 32)

@@ -58,6 +58,7 @@ def start(scratch: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     killed = start(tmp_path, tmp_path / "never")
     assert killed.stdout
