@@ -17,6 +17,7 @@ from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.workspace import Workspace
 from flows.progress_view import View
+from tests.support.stores import new_workspace
 
 STORY = "The little model number {0} went for a walk of {0} steps and then it counted all of its {0} weights again, twice over. "
 
@@ -55,7 +56,7 @@ def refusal(recipe: Recipe, root: Path) -> FeatherweightError:
 
     from flows.optimize import optimize
 
-    workspace, view, plan = Workspace.at(root), View(), expand(recipe)
+    workspace, view, plan = new_workspace(root), View(), expand(recipe)
     view.begin(plan)
     with pytest.raises(FeatherweightError) as caught:
         Flow(lambda: optimize(recipe, plan, workspace, view), name="bad")()

@@ -15,13 +15,13 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.plan import Node, Plan
 from featherweight.store.artifact import ArtifactRef
-from featherweight.store.workspace import Workspace
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.text.documents import Document, write_documents
 from featherweight.training import processes
 from featherweight.training.spec import FinetuneSpec
 from tasks.finetune import finetune
 from tasks.stage import Session, stage
+from tests.support.stores import new_workspace
 
 
 @stage("given")
@@ -47,7 +47,7 @@ class Stop(Progress):
 
 
 def open_session(root: Path) -> Session:
-    workspace = Workspace.at(root)
+    workspace = new_workspace(root)
     client = workspace.client()
     experiment = workspace.experiment(client, "test")
     parent = client.create_run(experiment).info.run_id

@@ -24,7 +24,8 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import locked
 from featherweight.store import artifact
 from featherweight.system.processes import free_port
-from tests.support.registering import METRICS, MODEL, Bench, bench, desk, empty_store
+from tests.support.registering import METRICS, MODEL, Bench, bench, desk
+from tests.support.stores import empty_store
 
 __all__ = ["desk"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from featherweight.registry.registry import Registry, WinnerRecord
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
 from featherweight.store.served_folder import Serving
 from featherweight.store.workspace import local_path
+from tests.support.stores import empty_store
 
 MODEL = "little-llama"
 METRICS = {
@@ -28,14 +27,6 @@ METRICS = {
     "size_bytes": 1000.0,
     "peak_memory_bytes": 5000.0,
 }
-
-
-@functools.cache
-def empty_store() -> bytes:
-    """A SQLite file with MLflow's tables: they take seconds to make and nothing to copy."""
-    with tempfile.TemporaryDirectory() as folder:
-        Registry(f"sqlite:///{folder}/mlflow.db").check()
-        return Path(folder, "mlflow.db").read_bytes()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from featherweight.training.spec import TrainSpec
 from tasks.load import load
 from tests.conftest import S3Server
 from tests.support.families import family_checkpoint
+from tests.support.stores import empty_store
 
 PROMPT = "Once upon a time"
 
@@ -414,6 +415,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     import mlflow
 
     root, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
+    (root / "mlflow.db").write_bytes(empty_store())
     mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
     client = mlflow.MlflowClient()
     experiment = client.create_experiment("tests", (root / "artifacts").as_uri())

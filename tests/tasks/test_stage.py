@@ -16,11 +16,12 @@ from featherweight.recipe.plan import Node
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, Manifest
-from featherweight.store.workspace import Workspace, local_path
+from featherweight.store.workspace import local_path
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.training.spec import FinetuneSpec
 from tasks.cache_key import code_digest
 from tasks.stage import Session, Stage, method, run_node, stage
+from tests.support.stores import new_workspace
 
 CALLS: list[str] = []
 
@@ -73,7 +74,7 @@ def team(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Met
 
 @pytest.fixture
 def session(tmp_path: Path, harness: None) -> Session:
-    workspace = Workspace.at(tmp_path / "workspace")
+    workspace = new_workspace(tmp_path / "workspace")
     client = workspace.client()
     experiment = workspace.experiment(client, "test")
     parent = client.create_run(experiment).info.run_id
