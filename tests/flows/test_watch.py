@@ -12,8 +12,6 @@ from featherweight.checkpoint.new_checkpoints import arrivals
 from featherweight.errors import DataError
 from featherweight.store.workspace import Workspace
 
-pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
@@ -64,6 +62,7 @@ def test_arrivals_in_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert len(arrivals(str(tmp_path))) == 2
 
 
+@pytest.mark.engine
 def test_a_checkpoint_on_s3_is_optimized_once(
     harness: None, tiny_checkpoint: Path, s3_server, recipe: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +81,7 @@ def test_a_checkpoint_on_s3_is_optimized_once(
     assert version.tags["featherweight.stage"] == "staging"
 
 
+@pytest.mark.engine
 def test_a_bad_checkpoint_is_tried_once_and_does_not_stop_the_others(
     harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path
 ) -> None:
