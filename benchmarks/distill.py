@@ -87,7 +87,7 @@ def _student(options: Mapping[str, Any], stories: Stories, seed: int) -> float:
 
 def _made(spec: DistillSpec, stories: Stories, folder: Path, seed: int) -> Path | None:
     """The student that is not made of the teacher's layers by the distillation itself."""
-    how = spec.prune or (PruneSpec(method="depth", layers=3) if spec.student else None)
+    how = spec.prune or (PruneSpec.of(method="depth", layers=3) if spec.student else None)
     if how is None:
         return None
     prune(how, checkpoint=stories.checkpoint, calibration=stories.text["calibration"], out=folder / "student", seed=seed)

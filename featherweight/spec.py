@@ -66,6 +66,15 @@ class Spec(BaseModel):
         """Keys without a meaning here, such as the criterion of a method that asks none, and what makes them so."""
         return {}
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods and engines that it names, as 'module:attribute': what they are made of shapes the result."""
+        return ()
+
+    def operations(self, parameters: int) -> float:
+        """About how many floating-point operations its stage takes for a model of so many parameters."""
+        return 0.0
+
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         for key, reason in self.unread.items():
@@ -98,6 +107,11 @@ class NamedSpec(Spec):
         """All of these classes: what one of them reads and another does not is told by its name."""
         raise NotImplementedError
 
+    @classmethod
+    def of(cls, **keys: Any) -> Self:
+        """The spec of these keys, in the class that reads them."""
+        return cls.model_validate(keys)
+
     @model_validator(mode="wrap")
     @classmethod
     def _as_its_kind(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -117,7 +131,8 @@ class NamedSpec(Spec):
         foreign = value.keys() - cls.model_fields.keys()
         for key in sorted(foreign) if foreign else ():
             if any(key in kind.model_fields for kind in cls.kinds()):
-                raise ValueError(f"{key} plays no role with {cls.named_by} {value.get(cls.named_by)}; leave it out")
+                name = value.get(cls.named_by) or cls.model_fields[cls.named_by].default
+                raise ValueError(f"{key} plays no role with {cls.named_by} {name}; leave it out")
 
 
 Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]

@@ -16,8 +16,8 @@ from featherweight.checkpoint import opening
 from featherweight.distillation.spec import GenerateSpec
 from featherweight.errors import RecipeError, StageError
 from featherweight.model.architecture import TASKS, Family, family_of
+from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
-from featherweight.recipe.refusals import writing_refusal
 from featherweight.runtimes.ctranslate2 import pack
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import decoder_start, token_pairs
@@ -54,7 +54,7 @@ def generate(
     """
     config, tokenizer = opening.load_config(checkpoint), load_tokenizer(checkpoint)
     family = family_of(config)
-    if reason := writing_refusal(TASKS[family], spec):
+    if reason := spec.refusal(Parent(TASKS[family], config.model_type)):
         raise RecipeError(reason)
     prompts = _prompts(spec, family, text, tokenizer)
     with tempfile.TemporaryDirectory() as folder:

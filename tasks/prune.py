@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from featherweight.checkpoint import opening
+from featherweight.errors import RecipeError
+from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
-from featherweight.pruning.catalog import METHODS
+from featherweight.pruning.catalog import PRUNERS
 from featherweight.pruning.interface import PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.training import loop
 from tasks.stage import stage
 
 
-@stage("prune", version="1", libraries=("torch", "transformers", "torch-pruning", "llmcompressor"))
+@stage("prune", version="1", libraries=("torch", "transformers"))
 def prune(
     spec: PruneSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
@@ -24,8 +27,10 @@ def prune(
     Raises RecipeError for what no engine could load, StageError for an architecture that the method cannot cut.
     """
     given = PruningInput(spec, checkpoint, calibration, out, seed, progress)
+    if reason := spec.refusal(Parent(TASKS[family_of(given.config)], given.config.model_type)):
+        raise RecipeError(f"prune: {reason}")
     opening.require_context(given.config, spec.sequence, "prune")
-    pruned = METHODS[spec.method](given)
+    pruned = PRUNERS[spec.method].prune(given)
     opening.save_model(pruned.model, out, checkpoint)
     before = {"parameters_before": pruned.parameters_before, "loss_before": pruned.loss_before, **pruned.metrics}
     blocks = given.blocks

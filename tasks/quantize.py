@@ -8,22 +8,22 @@ import shutil
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
 from featherweight.checkpoint.files import CONFIG, INDEX, Listing, needed_files
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
-from featherweight.quantization.catalog import METHODS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe.refusals import calibration_refusal, fills_zeros
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training import loop
 from tasks.stage import stage
@@ -35,7 +35,7 @@ COMPARED = 16
 """Calibration blocks on which the checkpoint and its quantized copy are compared."""
 
 
-@stage("quantize", version="2", libraries=("torch", "llmcompressor", "compressed-tensors", "transformers"))
+@stage("quantize", version="2", libraries=("torch", "transformers"))
 def quantize(
     spec: QuantizeSpec,
     *,
@@ -68,7 +68,7 @@ def quantize(
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
     before = _loss_before(given)
     given = smoothed(given)
-    choice = METHODS[spec.method](given)
+    choice = QUANTIZERS[spec.method].choose(given)
     error = write_checkpoint(given, choice, out)
     saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
@@ -100,22 +100,20 @@ def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Met
 
 def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     """Refuse what cannot work before any weight is read."""
-    filled = fills_zeros(spec)
-    if filled and Sparsity.read(checkpoint):
-        raise RecipeError(f"quantize: the checkpoint is sparse: {filled}")
     config = opening.load_config(checkpoint)
     opening.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():
         raise CheckpointError(
             f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
         )
-    if reason := calibration_refusal(TASKS[family_of(config)], spec, config.model_type):
+    parent = Parent(TASKS[family_of(config)], config.model_type, sparse=Sparsity.read(checkpoint) is not None)
+    if reason := spec.refusal(parent):
         raise RecipeError(f"quantize: {reason}")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 
 
-def _loss_before(given: QuantizationInput) -> float:
+def _loss_before(given: QuantizationInput[Any]) -> float:
     """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
     loss = loop.mean_loss(given.model, given.calibration[:COMPARED])
     if math.isfinite(loss):
@@ -128,7 +126,7 @@ def _loss_before(given: QuantizationInput) -> float:
     )
 
 
-def _first_not_finite(given: QuantizationInput) -> str:
+def _first_not_finite(given: QuantizationInput[Any]) -> str:
     """Name of the first module whose output holds NaN or infinity on the calibration text."""
     import torch
 
@@ -154,7 +152,7 @@ def _require_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} holds NaN or infinite weights; take an earlier checkpoint")
 
 
-def write_checkpoint(given: QuantizationInput, choice: Choice, out: Path) -> float:
+def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -> float:
     """Write the quantized checkpoint, file by file; returns the relative RMS error of the quantized weights."""
     squares = [0.0, 0.0]
     shards: dict[str, str] = {}
@@ -190,7 +188,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _write_companions(given: QuantizationInput, out: Path) -> None:
+def _write_companions(given: QuantizationInput[Any], out: Path) -> None:
     """config.json, with the type that the weights now have, and the tokenizer's files."""
     config = json.loads((given.checkpoint / CONFIG).read_text())
     config.pop("torch_dtype", None)

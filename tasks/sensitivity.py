@@ -34,7 +34,7 @@ def sensitivity(
     """
     model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    rounding = QuantizeSpec(grid=spec.grid, head=spec.head, scale=spec.scale)
+    rounding = QuantizeSpec.of(grid=spec.grid, head=spec.head, scale=spec.scale)
     grids = QuantizationInput(rounding, checkpoint, model, blocks, calibration, seed, progress).grids
     loss, divergences = scan(model, grids, blocks, spec.scale, progress)
     finer = grid_named(spec.finer)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
+from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
 from featherweight.spec import ByStack, Layers, Positive, SequenceLength, Spec
 from featherweight.training.spec import TrainingSpec
@@ -48,6 +49,15 @@ class GenerateSpec(WritingSpec):
 
     sequence: SequenceLength
 
+    def refusal(self, parent: Parent) -> str | None:
+        """Why `parent` cannot write it, in one line; None where it can."""
+        if parent.task != "fill-mask":
+            return None
+        return f"{parent.task} + distill.sequence_level: an encoder fills in masks and writes no text; leave it out"
+
+    def operations(self, parameters: int) -> float:
+        return 2.0 * parameters * self.beams * self.samples * self.sequence
+
 
 class SequenceLevelSpec(WritingSpec):
     """Sequence-level distillation (Kim and Rush 2016): the teacher's own text makes up this `share` of what the student reads."""
@@ -73,7 +83,7 @@ class DistillSpec(TrainingSpec):
     layers: Layers | StackLayers | None = None
     choose: Literal["uniform", "block_influence"] = "uniform"
     student: str | None = None
-    prune: PruneSpec | None = None
+    prune: SerializeAsAny[PruneSpec] | None = None
     temperature: float = Field(default=2.0, gt=0)
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
@@ -104,6 +114,14 @@ class DistillSpec(TrainingSpec):
         if self.sequence_level is None:
             return None
         return GenerateSpec(sequence=self.sequence, **self.sequence_level.model_dump(exclude={"share"}))
+
+    def refusal(self, parent: Parent) -> str | None:
+        """Why `parent` cannot be a teacher so, in one line; None where it can."""
+        asked = (self.generate, self.prune)
+        return next((reason for one in asked if one and (reason := one.refusal(parent))), None)
+
+    def operations(self, parameters: int) -> float:
+        return 8.0 * parameters * self.steps * self.batch * self.sequence
 
     @model_validator(mode="after")
     def _room_after_the_prompt(self) -> DistillSpec:

@@ -6,20 +6,37 @@ is the recovery training after this stage. Every query head stays; the KV cache 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import Attention, blocks
-from featherweight.pruning.interface import Pruned, PruningInput
+from featherweight.pruning.interface import Pruned, Pruner, PruningInput
+from featherweight.pruning.spec import PruneSpec
+from featherweight.spec import Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
 
-def prune(given: PruningInput) -> Pruned:
+class AttentionSpec(PruneSpec):
+    """Key/value heads pooled to `kv_heads` (1: multi-query), all query heads stay."""
+
+    method: Literal["attention"] = "attention"
+    kv_heads: Positive | None = None
+
+    @model_validator(mode="after")
+    def _heads_are_said(self) -> Self:
+        if self.kv_heads is None:
+            raise ValueError("method attention wants kv_heads: how many key/value heads are to be left (1: multi-query)")
+        return self
+
+
+def prune(given: PruningInput[AttentionSpec]) -> Pruned:
     """Pool every layer's key/value heads to `spec.kv_heads`. A metric of its own: `kv_heads`.
 
     Raises StageError where the config cannot say how many heads share a key, RecipeError where the heads do not divide.
@@ -59,3 +76,6 @@ def pooled(rows: Tensor, wanted: int, head_dim: int) -> Tensor:
     """[heads * head_dim, ...] -> [wanted * head_dim, ...]: the mean over each group of heads, channel by channel."""
     heads = len(rows) // head_dim
     return rows.view(wanted, heads // wanted, head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)
+
+
+ATTENTION = Pruner(AttentionSpec, prune)

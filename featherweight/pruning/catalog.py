@@ -1,16 +1,25 @@
-"""Pruning methods, one file each: `prune(given) -> Pruned`. A new one is a file and a line here."""
+"""The pruning methods: a file and a line each. Another package adds its own through an entry point."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from featherweight.pruning import attention, depth, sparse, structured, width
-from featherweight.pruning.interface import Pruned, PruningInput
+from featherweight.catalog import Catalog
 
-METHODS: dict[str, Callable[[PruningInput], Pruned]] = {
-    "structured": structured.prune,
-    "depth": depth.prune,
-    "width": width.prune,
-    "attention": attention.prune,
-    "sparse": sparse.prune,
-}
+if TYPE_CHECKING:
+    from featherweight.pruning.interface import Pruner
+
+DEFAULT = "structured"
+"""The method of a recipe that names none."""
+
+PRUNERS: Catalog[Pruner[Any]] = Catalog(
+    "pruning method",
+    "featherweight.pruners",
+    {
+        "structured": "featherweight.pruning.structured:STRUCTURED",
+        "depth": "featherweight.pruning.depth:DEPTH",
+        "width": "featherweight.pruning.width:WIDTH",
+        "attention": "featherweight.pruning.attention:ATTENTION",
+        "sparse": "featherweight.pruning.sparse:SPARSE",
+    },
+)

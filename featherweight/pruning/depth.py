@@ -7,15 +7,16 @@ Men et al.: "ShortGPT: Layers in Large Language Models are More Redundant Than Y
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
 from featherweight.model import surgery
 from featherweight.model.architecture import Role, Stack, dimensions, stacks
 from featherweight.pruning.block_influence import block_influence, most_influential
-from featherweight.pruning.interface import Pruned, PruningInput
+from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
+from featherweight.spec import Positive, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,7 +25,20 @@ BATCH = 8
 """Calibration blocks per forward pass."""
 
 
-def prune(given: PruningInput) -> Pruned:
+class DepthSpec(PruneSpec):
+    """Whole layers of least influence, down to `layers` (a number, or which to keep), or by `ratio`, in every `stack` or one."""
+
+    method: Literal["depth"] = "depth"
+    ratio: Share = 0.25
+    layers: Positive | tuple[int, ...] | None = None
+    stack: Literal["all", "encoder", "decoder"] = "all"
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return {} if self.layers is None else {"ratio": "beside layers"}
+
+
+def prune(given: PruningInput[DepthSpec]) -> Pruned:
     """Drop layers. Metrics of its own: `layers` (of the last stack) and `influence_dropped` (the dropped layers' sum).
 
     Raises RecipeError for layers that the model does not have, or where none would go.
@@ -41,7 +55,7 @@ def prune(given: PruningInput) -> Pruned:
     return Pruned(model, before, loss, {"layers": len(kept[dimensions(given.config)[-1].role]), "influence_dropped": dropped})
 
 
-def wanted_layers(spec: PruneSpec, config: PreTrainedConfig) -> dict[Role, int | tuple[int, ...]]:
+def wanted_layers(spec: DepthSpec, config: PreTrainedConfig) -> dict[Role, int | tuple[int, ...]]:
     """How many layers each stack keeps, or which; by the config alone."""
     sizes = dimensions(config)
     if spec.stack not in ("all", *(size.role for size in sizes)):
@@ -56,7 +70,7 @@ def wanted_layers(spec: PruneSpec, config: PreTrainedConfig) -> dict[Role, int |
     return whole | wanted
 
 
-def _wanted(spec: PruneSpec, total: int) -> int | tuple[int, ...]:
+def _wanted(spec: DepthSpec, total: int) -> int | tuple[int, ...]:
     if spec.layers is None:
         return max(1, total - round(total * spec.ratio))
     if isinstance(spec.layers, int):
@@ -83,3 +97,6 @@ def shallower(config: PreTrainedConfig, kept: Mapping[Role, Sequence[int]]) -> P
     if kinds:
         values["layer_types"] = [kinds[place] for place in kept["decoder"]]
     return surgery.resized_config(config, values)
+
+
+DEPTH = Pruner(DepthSpec, prune)

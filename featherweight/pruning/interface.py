@@ -1,14 +1,18 @@
-"""What a pruning method is given, and what it gives back."""
+"""What a pruning method is: what it is given, and what it gives back.
+
+To add one: a file with its spec, its `prune` and a `Pruner` that names them, and a line in catalog.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from featherweight.checkpoint import opening
+from featherweight.model.parent import Parent
 from featherweight.progress import Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.model_inputs import example_blocks
@@ -19,14 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+SpecT = TypeVar("SpecT", bound=PruneSpec)
+SpecT_co = TypeVar("SpecT_co", bound=PruneSpec, covariant=True)
+
+
 @dataclass(frozen=True)
-class PruningInput:
+class PruningInput(Generic[SpecT_co]):
     """One pruning. The weights and the text are read when first asked for: a method refuses what it can from `config` before.
 
     out: the folder of the result, for what a method keeps beside the checkpoint.
     """
 
-    spec: PruneSpec
+    spec: SpecT_co
     checkpoint: Path
     calibration: Path
     out: Path
@@ -61,6 +69,36 @@ class Pruned:
     parameters_before: int
     loss_before: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def nothing_refused(spec: PruneSpec, parent: Parent) -> str | None:
+    """What a method says that judges by the checkpoint's config alone, in its `prune`."""
+    return None
+
+
+def gradient_operations(spec: PruneSpec, parameters: int) -> float:
+    """What it costs to see the calibration text once, forward and backward."""
+    return 6.0 * parameters * spec.samples * spec.sequence
+
+
+@dataclass(frozen=True)
+class Pruner(Generic[SpecT]):
+    """All that is known of a method.
+
+    spec: the recipe's keys that it reads. prune: makes the smaller or sparser model; it refuses what the config tells it.
+    libraries: distributions whose versions shape its result, beside torch and transformers.
+    refusal: why it cannot handle a checkpoint, in one line that names both; asked by the plan, and again once the model type is
+        known.
+    operations: floating-point operations that it takes for a model of so many parameters.
+    sparse: the result has zeros that are to stay.
+    """
+
+    spec: type[SpecT]
+    prune: Callable[[PruningInput[SpecT]], Pruned]
+    libraries: tuple[str, ...] = ()
+    refusal: Callable[[SpecT, Parent], str | None] = nothing_refused
+    operations: Callable[[SpecT, int], float] = gradient_operations
+    sparse: bool = False
 
 
 def sample_blocks(spec: PruneSpec, checkpoint: Path, calibration: Path, seed: int) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
@@ -16,8 +18,9 @@ from featherweight.model.architecture import blocks
 from featherweight.model.blockwise import BATCH, Visit, linears, matrices, visits
 from featherweight.model.sparsity import UNSTRUCTURED, Sparsity, Zeros
 from featherweight.progress import Progress
-from featherweight.pruning.interface import Pruned, PruningInput
+from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
+from featherweight.spec import Positive, SequenceLength, Share
 from featherweight.text.model_inputs import unpadded_inputs
 
 if TYPE_CHECKING:
@@ -30,6 +33,35 @@ DAMPENING = 0.01
 """Share of the mean diagonal of the Hessian that SparseGPT adds to it, as in the paper."""
 
 
+class SparseSpec(PruneSpec):
+    """Single weights become zero, in matrices of the same shape: the share `sparsity` of them, or all but N of every M.
+
+    The share is 0.5 where neither it nor a `pattern` such as "2:4" (of neighbours in a row) is said. No engine here is faster for
+    it.
+    """
+
+    method: Literal["sparse"] = "sparse"
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
+    sparsity: Share | None = None
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = None
+    samples: Positive = 64
+    sequence: SequenceLength = 128
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half(cls, value: Any) -> Any:
+        return value if not isinstance(value, dict) or value.get("pattern") else {"sparsity": 0.5, **value}
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError("give either sparsity (a share) or pattern ('2:4'), not both")
+        kept, _, of = (self.pattern or "1:2").partition(":")
+        if int(kept) >= int(of):
+            raise ValueError(f"pattern {self.pattern} removes nothing; N:M keeps N of every M weights, as 2:4 does")
+        return self
+
+
 @dataclass(frozen=True)
 class Target:
     """What is to go: `share` of the weights, or all but `kept` of every `of` neighbours in a row where `of` is not 0."""
@@ -39,7 +71,7 @@ class Target:
     of: int = 0
 
     @classmethod
-    def of_spec(cls, spec: PruneSpec) -> Target:
+    def of_spec(cls, spec: SparseSpec) -> Target:
         """The target of a recipe."""
         if spec.pattern is None:
             return cls(spec.sparsity or 0.5)
@@ -69,7 +101,7 @@ class Target:
                 )
 
 
-def prune(given: PruningInput) -> Pruned:
+def prune(given: PruningInput[SparseSpec]) -> Pruned:
     """Make the checkpoint sparse, with `sparsity.json` beside it. A metric of its own: `zero_share`.
 
     Raises RecipeError for a pattern that the matrices do not hold, StageError for an architecture that is not known.
@@ -165,3 +197,6 @@ class Statistics:
 
 def _set(linear: nn.Linear, weight: Tensor) -> None:
     linear.weight.data.copy_(weight)
+
+
+SPARSE = Pruner(SparseSpec, prune, ("llmcompressor",), sparse=True)

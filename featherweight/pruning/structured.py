@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
@@ -17,8 +19,9 @@ from featherweight.model import surgery
 from featherweight.model.architecture import Attention, FeedForward, Role, Stack, dimensions, stacks
 from featherweight.pruning.counts import kept_channels, kept_groups, nearest
 from featherweight.pruning.importance import Group, Member, importance, keep_best
-from featherweight.pruning.interface import Pruned, PruningInput
-from featherweight.pruning.spec import PruneSpec
+from featherweight.pruning.interface import Pruned, Pruner, PruningInput
+from featherweight.pruning.spec import Criterion, PruneSpec
+from featherweight.spec import Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +47,32 @@ class Part:
     feed_forward: FeedForward | None = None
 
 
-def prune(given: PruningInput) -> Pruned:
+class StructuredSpec(PruneSpec):
+    """LLM-Pruner's cut of attention groups and MLP channels by `ratio`.
+
+    attention: heads too; auto: where a config can have a number of heads that its hidden size does not follow from.
+    scope: global ranks the MLP channels of all layers together, which CTranslate2 alone serves at a gain.
+    """
+
+    method: Literal["structured"] = "structured"
+    criterion: Criterion = "param_first"
+    ratio: Share = 0.25
+    scope: Literal["uniform", "global"] = "uniform"
+    attention: bool | Literal["auto"] = "auto"
+    mlp: bool = True
+
+    @property
+    def uneven(self) -> bool:
+        return self.scope == "global"
+
+    @model_validator(mode="after")
+    def _channels_to_rank(self) -> Self:
+        if self.scope == "global" and not self.mlp:
+            raise ValueError("scope global ranks MLP channels: it wants mlp")
+        return self
+
+
+def prune(given: PruningInput[StructuredSpec]) -> Pruned:
     """Cut every layer by `spec.ratio`. Metrics of its own: `kv_heads`, `intermediate_size` (the decoder's, where there are two).
 
     Where channels are ranked across layers, a layer that keeps fewer than the widest has zeros in their place (see
@@ -68,7 +96,7 @@ def prune(given: PruningInput) -> Pruned:
     return Pruned(model, before, loss, metrics | {"kv_heads": shapes[-1].kv_heads, "intermediate_size": shapes[-1].channels})
 
 
-def target_shapes(spec: PruneSpec, config: PreTrainedConfig) -> tuple[Shape, ...]:
+def target_shapes(spec: StructuredSpec, config: PreTrainedConfig) -> tuple[Shape, ...]:
     """What the layers of each stack keep at `spec.ratio`; RecipeError where nothing would go, or nothing could load it."""
     sizes = dimensions(config)
     heads = cuts_heads(spec, config)
@@ -88,7 +116,7 @@ def target_shapes(spec: PruneSpec, config: PreTrainedConfig) -> tuple[Shape, ...
     return shapes
 
 
-def cuts_heads(spec: PruneSpec, config: PreTrainedConfig) -> bool:
+def cuts_heads(spec: StructuredSpec, config: PreTrainedConfig) -> bool:
     """Whether heads are to go. RecipeError where the recipe wants it and transformers could not load the result."""
     if spec.attention is True and not _free_heads(config):
         raise RecipeError(
@@ -191,3 +219,6 @@ def kept_across(scores: Sequence[Tensor], wanted: int) -> list[int]:
 
     threshold = torch.cat(list(scores)).sort(descending=True).values[wanted - 1]
     return [nearest(int((score >= threshold).sum()), len(score)) for score in scores]
+
+
+STRUCTURED = Pruner(StructuredSpec, prune, ("torch-pruning",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
@@ -17,8 +17,9 @@ from featherweight.model import surgery
 from featherweight.model.architecture import blocks, dimensions
 from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
-from featherweight.pruning.interface import Pruned, PruningInput
-from featherweight.pruning.spec import PruneSpec
+from featherweight.pruning.interface import Pruned, Pruner, PruningInput
+from featherweight.pruning.spec import Criterion, PruneSpec
+from featherweight.spec import Positive, Share
 from featherweight.text.model_inputs import inputs_and_labels
 
 if TYPE_CHECKING:
@@ -26,7 +27,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def prune(given: PruningInput) -> Pruned:
+class WidthSpec(PruneSpec):
+    """The hidden size, to `hidden` or by `ratio`; criterion activation is Minitron's."""
+
+    method: Literal["width"] = "width"
+    criterion: Literal[Criterion, "activation"] = "param_first"
+    ratio: Share = 0.25
+    hidden: Positive | None = None
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return {} if self.hidden is None else {"ratio": "beside hidden"}
+
+
+def prune(given: PruningInput[WidthSpec]) -> Pruned:
     """Cut the hidden size to `spec.hidden`, or by `spec.ratio`. A metric of its own: `hidden_size`.
 
     Raises StageError where the hidden size follows from the heads, RecipeError for a size out of range.
@@ -44,7 +58,7 @@ def prune(given: PruningInput) -> Pruned:
     return Pruned(surgery.with_config(given.model, config), before, loss, {"hidden_size": size})
 
 
-def target_size(spec: PruneSpec, config: PreTrainedConfig) -> int:
+def target_size(spec: WidthSpec, config: PreTrainedConfig) -> int:
     """The hidden size to be left, checked by the config alone."""
     if not all(size.free_heads for size in dimensions(config)):
         raise StageError(
@@ -155,3 +169,6 @@ def _keep_scale(model: PreTrainedModel, whole: int, size: int) -> None:
         return
     with torch.no_grad():
         model.base_model.get_parameter("decoder.final_layer_norm.weight").mul_((size / whole) ** 0.5)
+
+
+WIDTH = Pruner(WidthSpec, prune)

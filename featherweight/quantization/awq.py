@@ -9,22 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from featherweight.model.architecture import LAYOUTS
+from featherweight.model.parent import Parent, walking_refusal
 from featherweight.model.quantized_weights import HEADS
-from featherweight.quantization import oneshot
+from featherweight.quantization import oneshot, rtn
 from featherweight.quantization.channels import inner_pairs, norm_pairs
-from featherweight.quantization.interface import QuantizationInput
+from featherweight.quantization.interface import QuantizationInput, Quantizer, calibration_operations
+from featherweight.quantization.spec import QuantizeSpec
 
 
-def smooth(given: QuantizationInput) -> None:
+class AwqSpec(QuantizeSpec):
+    """Channels scaled by a search on `samples` blocks of calibration text, then every weight to its nearest grid point."""
+
+    method: Literal["awq"] = "awq"
+
+
+def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
+    """A model whose blocks are not known."""
+    return walking_refusal("awq", parent)
+
+
+def smooth(given: QuantizationInput[QuantizeSpec]) -> None:
     """Scale the channels of `given.model` in place, by the search on the grid of the blocks' weights."""
     with _without_pinned_memory():
         oneshot.run(given.model, lambda: _modifiers(given), given.calibration)
 
 
-def _modifiers(given: QuantizationInput) -> list[Any]:
+def _modifiers(given: QuantizationInput[QuantizeSpec]) -> list[Any]:
     """AWQ and, since it asks the model for its schemes, a quantization that it searches with."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
@@ -35,7 +48,7 @@ def _modifiers(given: QuantizationInput) -> list[Any]:
     return [AWQModifier(mappings=mappings), QuantizationModifier(config_groups=_groups(given))]
 
 
-def _groups(given: QuantizationInput) -> dict[str, Any]:
+def _groups(given: QuantizationInput[QuantizeSpec]) -> dict[str, Any]:
     """Schemes of the search. It knows no short last group: a matrix that would need one is searched with one scale per row."""
     groups: dict[str, Any] = {}
     for name, tensor in given.tensors():
@@ -62,3 +75,6 @@ def _without_pinned_memory() -> Iterator[None]:
         yield
     finally:
         IntermediatesCache.pin_memory = pinned  # type: ignore[method-assign]
+
+
+AWQ = Quantizer(AwqSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations)

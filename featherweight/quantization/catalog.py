@@ -1,16 +1,25 @@
-"""Quantization methods, one file each: `choose(given) -> Choice`. A new one is a file and a line here."""
+"""The quantization methods: a file and a line each. Another package adds its own through an entry point."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from featherweight.quantization import gptq, qat, rtn
-from featherweight.quantization.interface import Choice, QuantizationInput
+from featherweight.catalog import Catalog
 
-METHODS: dict[str, Callable[[QuantizationInput], Choice]] = {
-    "rtn": rtn.choose,
-    "gptq": gptq.choose,
-    "smoothquant": rtn.choose,  # after smoothing, see smoothing.py
-    "awq": rtn.choose,
-    "qat": qat.choose,
-}
+if TYPE_CHECKING:
+    from featherweight.quantization.interface import Quantizer
+
+DEFAULT = "rtn"
+"""The method of a recipe that names none."""
+
+QUANTIZERS: Catalog[Quantizer[Any]] = Catalog(
+    "quantization method",
+    "featherweight.quantizers",
+    {
+        "rtn": "featherweight.quantization.rtn:RTN",
+        "gptq": "featherweight.quantization.gptq:GPTQ",
+        "smoothquant": "featherweight.quantization.smoothquant:SMOOTHQUANT",
+        "awq": "featherweight.quantization.awq:AWQ",
+        "qat": "featherweight.quantization.qat:QAT",
+    },
+)

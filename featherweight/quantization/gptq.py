@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from featherweight.grid import Grid, grid_named
+from featherweight.model.parent import Parent, walking_refusal
 from featherweight.model.quantized_weights import HEADS, QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization import oneshot
-from featherweight.quantization.interface import Choice, QuantizationInput, merged, round_to_nearest, start_scales
+from featherweight.quantization.interface import (
+    Choice,
+    QuantizationInput,
+    Quantizer,
+    calibration_operations,
+    merged,
+    round_to_nearest,
+    start_scales,
+)
+from featherweight.quantization.spec import QuantizeSpec
 
 OBSERVER = "featherweight"
 
 
-def choose(given: QuantizationInput) -> Choice:
+class GptqSpec(QuantizeSpec):
+    """Weights rounded column by column, on `samples` blocks of calibration text."""
+
+    method: Literal["gptq"] = "gptq"
+
+
+def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
+    """Rounding on grids symmetric about zero maps zero to zero; GPTQ's updates move every weight."""
+    if parent.sparse:
+        return (
+            f"sparse + {spec.method}-{spec.grid}: GPTQ makes rounding errors good in the weights still to come, and so fills the "
+            "zeros; take rtn, or qat with start: rtn"
+        )
+    return walking_refusal("gptq", parent)
+
+
+def choose(given: QuantizationInput[QuantizeSpec]) -> Choice:
     """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
     names = [name.removesuffix(".weight") for name in given.grids if not name.endswith(HEADS)]
     (modifier,) = oneshot.run(given.model, lambda: [_modifier(given, names)], given.calibration)
@@ -22,7 +48,7 @@ def choose(given: QuantizationInput) -> Choice:
     return Choice(quantized, metrics={"gptq_fallbacks": modifier.fallbacks})
 
 
-def _modifier(given: QuantizationInput, names: list[str]) -> Any:
+def _modifier(given: QuantizationInput[QuantizeSpec], names: list[str]) -> Any:
     by_grid: dict[Grid, list[str]] = {}
     for name in names:
         by_grid.setdefault(given.grids[f"{name}.weight"], []).append(name)
@@ -38,7 +64,7 @@ def scheme(grid: Grid, names: list[str], scale: str) -> dict[str, Any]:
     return {"targets": names, "weights": oneshot.weights_scheme(grid) | observer}
 
 
-def _extract(given: QuantizationInput, names: list[str]) -> QuantizedWeights:
+def _extract(given: QuantizationInput[QuantizeSpec], names: list[str]) -> QuantizedWeights:
     """The integers and scales that GPTQ left in the modules, on our grid.
 
     llm-compressor lets symmetric integers reach -2^(b-1); where our grid ends one step earlier they are moved by that step.
@@ -104,3 +130,6 @@ def _modifier_class() -> Any:
             self.fallbacks = len(self._rtn_fallback_module_names)
 
     return Gptq
+
+
+GPTQ = Quantizer(GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True)

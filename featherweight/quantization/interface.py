@@ -1,18 +1,22 @@
-"""What a quantization method is given, what it gives back, and the rounding that all of them share."""
+"""What a quantization method is: what it is given, what it gives back, and the rounding that all of them share.
+
+To add one: a file with its spec, its functions and a `Quantizer` that names them, and a line in catalog.py.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from featherweight.checkpoint.files import Listing, Weights, find_weights
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.errors import StageError
 from featherweight.grid import Grid, grid_named
+from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import HEADS, QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
@@ -21,11 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+SpecT = TypeVar("SpecT", bound=QuantizeSpec)
+SpecT_co = TypeVar("SpecT_co", bound=QuantizeSpec, covariant=True)
 IN_A_BLOCK = re.compile(r"(^|\.)(layers?|block)\.\d+\..+\.weight$")
 
 
 @dataclass(frozen=True)
-class QuantizationInput:
+class QuantizationInput(Generic[SpecT_co]):
     """One quantization. `model` is the float checkpoint, which a method may change; `calibration` is int64 [blocks, length].
 
     finer: grids of the matrices that mixed precision keeps on another than the spec's.
@@ -33,7 +39,7 @@ class QuantizationInput:
     smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
     """
 
-    spec: QuantizeSpec
+    spec: SpecT_co
     checkpoint: Path
     model: PreTrainedModel
     calibration: Tensor
@@ -101,6 +107,43 @@ class Choice:
     quantized: QuantizedWeights
     changed: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def nothing_refused(spec: QuantizeSpec, parent: Parent) -> str | None:
+    """What a method says that handles every checkpoint."""
+    return None
+
+
+def no_operations(spec: QuantizeSpec, parameters: int) -> float:
+    """What a method costs that looks at each weight once."""
+    return 0.0
+
+
+def calibration_operations(spec: QuantizeSpec, parameters: int) -> float:
+    """What it costs to see the calibration text block by block: forward, the statistics, forward again."""
+    return 6.0 * parameters * spec.samples * spec.sequence
+
+
+@dataclass(frozen=True)
+class Quantizer(Generic[SpecT]):
+    """All that is known of a method.
+
+    spec: the recipe's keys that it reads. choose: chooses the integers and scales.
+    libraries: distributions whose versions shape its result, beside torch and transformers.
+    smooth: for a method that smooths: scales the channels of the model in place, before its own or another's `choose`.
+    refusal: why it cannot handle a checkpoint, in one line that names both; asked by the plan, and again once the model type is
+        known. Of a spec of another method, too, where that one smooths with it or starts from it: then it reads the shared keys.
+    operations: floating-point operations that it takes for a model of so many parameters.
+    starts_training: training may begin from its integers; it reads none but the shared keys.
+    """
+
+    spec: type[SpecT]
+    choose: Callable[[QuantizationInput[SpecT]], Choice]
+    libraries: tuple[str, ...] = ()
+    smooth: Callable[[QuantizationInput[SpecT]], None] | None = None
+    refusal: Callable[[SpecT, Parent], str | None] = nothing_refused
+    operations: Callable[[SpecT, int], float] = no_operations
+    starts_training: bool = False
 
 
 def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-LIBRARIES = ("llmcompressor", "compressed_tensors")
+LIBRARIES = ("llmcompressor", "compressed-tensors")
+"""Distributions whose versions shape a calibration."""
+MODULES = ("llmcompressor", "compressed_tensors")
 
 
 def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tensor) -> list[Any]:
@@ -107,13 +109,13 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     shown = tqdm.__init__
     tqdm.__init__ = lambda bar, *args, **options: shown(bar, *args, **(options | {"disable": True}))
-    for library in LIBRARIES:
-        logger.disable(library)
+    for module in MODULES:
+        logger.disable(module)
     try:
         yield
     finally:
         tqdm.__init__ = shown
-        for library in LIBRARIES:
-            logger.enable(library)
+        for module in MODULES:
+            logger.enable(module)
         if threads is None:
             del os.environ["TOKENIZERS_PARALLELISM"]

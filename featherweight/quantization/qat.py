@@ -12,33 +12,83 @@ from __future__ import annotations
 import copy
 import dataclasses
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from featherweight.distillation.losses import distillation_loss
-from featherweight.grid import Grid
+from featherweight.grid import Grid, grid_named
+from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Progress
-from featherweight.quantization import gptq, rtn
-from featherweight.quantization.interface import Choice, QuantizationInput
+from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.interface import Choice, QuantizationInput, Quantizer
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.spec import Positive
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from featherweight.training import loop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STARTS = {"rtn": rtn.choose, "gptq": gptq.choose}
 PASSAGE = 4
 """Share of a generated block that is the recipe's text: one part in so many."""
 EDGE = 0.49
 """How far from its integer, in steps, a weight may lie at the start. Below one half, so that it rounds to that integer."""
 
 
-def choose(given: QuantizationInput) -> Choice:
+class QatSpec(QuantizeSpec):
+    """Weights trained on their grid for `steps` steps of `batch` blocks.
+
+    distill: on what the float checkpoint says (KL on its logits), else on the text itself.
+    start: the rounding that training begins from.
+    generated_tokens: text that the checkpoint itself writes to train on, beside the recipe's.
+    """
+
+    method: Literal["qat"] = "qat"
+    steps: Positive = 100
+    batch: Positive = 8
+    learning_rate: float = Field(default=1e-5, gt=0)
+    distill: bool = True
+    start: str = "gptq"
+    generated_tokens: int = Field(default=0, ge=0)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (*super().methods, self.start)
+
+    @model_validator(mode="after")
+    def _on_integers(self) -> Self:
+        if any(grid_named(name).kind == "float" for name in self.grids):
+            raise ValueError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
+        return self
+
+    @model_validator(mode="after")
+    def _a_start(self) -> Self:
+        starts = [name for name in QUANTIZERS if QUANTIZERS[name].starts_training]
+        if self.start not in starts:
+            raise ValueError(f"start {self.start}: training does not begin from it; known: {', '.join(starts)}")
+        return self
+
+
+def refusal(spec: QatSpec, parent: Parent) -> str | None:
+    """Where there is no text of the checkpoint's own; training holds the zeros of a sparse one."""
+    if parent.task != "text-generation" and spec.generated_tokens:
+        return f"{parent.task}: only decoders write text of their own to train on; drop generated_tokens"
+    return None
+
+
+def operations(spec: QatSpec, parameters: int) -> float:
+    """Forward and backward, and the float checkpoint's forward where it is the target."""
+    return (8.0 if spec.distill else 6.0) * parameters * spec.steps * spec.batch * spec.sequence
+
+
+def choose(given: QuantizationInput[QatSpec]) -> Choice:
     """Train on the recipe's text, and on what the checkpoint itself writes where the spec asks for it."""
     blocks = training_blocks(given)
-    start = STARTS[given.spec.start](dataclasses.replace(given, model=copy.deepcopy(given.model), progress=Progress()))
+    start = QUANTIZERS[given.spec.start].choose(dataclasses.replace(given, model=copy.deepcopy(given.model), progress=Progress()))
     student = copy.deepcopy(given.model)
     module = fake_quantized(student, start.quantized)
     with Zeros.of(student, Sparsity.read(given.checkpoint)).held(student):
@@ -59,7 +109,7 @@ def choose(given: QuantizationInput) -> Choice:
     return Choice(module.quantized(), changed, {**start.metrics, **metrics})
 
 
-def training_blocks(given: QuantizationInput) -> Tensor:
+def training_blocks(given: QuantizationInput[QatSpec]) -> Tensor:
     """Token ids to train on, int64 [blocks, sequence]: of the text, then what the checkpoint writes on from passages of it."""
     import torch
 
@@ -167,3 +217,6 @@ def _rounding() -> Any:
             return upstream[0] * inside, None, None
 
     return Rounding
+
+
+QAT = Quantizer(QatSpec, choose, refusal=refusal, operations=operations)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from featherweight.quantization.interface import Choice, QuantizationInput, round_to_nearest
+from typing import Literal
+
+from featherweight.quantization.interface import Choice, QuantizationInput, Quantizer, round_to_nearest
+from featherweight.quantization.spec import QuantizeSpec
 
 
-def choose(given: QuantizationInput) -> Choice:
+class RtnSpec(QuantizeSpec):
+    """Every weight to its nearest grid point."""
+
+    method: Literal["rtn"] = "rtn"
+
+
+def choose(given: QuantizationInput[QuantizeSpec]) -> Choice:
     """Round the checkpoint's weights as they are."""
     return Choice(round_to_nearest(given, given.tensors()))
+
+
+RTN = Quantizer(RtnSpec, choose, starts_training=True)

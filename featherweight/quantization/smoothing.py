@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from featherweight.checkpoint import opening
-from featherweight.quantization import awq, smoothquant
-from featherweight.quantization.interface import QuantizationInput
+from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.interface import QuantizationInput, SpecT
 from featherweight.quantization.spec import QuantizeSpec
 
-SMOOTHERS: dict[str, Callable[[QuantizationInput], None]] = {"smoothquant": smoothquant.smooth, "awq": awq.smooth}
+
+def smoother(spec: QuantizeSpec) -> Callable[[QuantizationInput[Any]], None] | None:
+    """What smooths first: the method itself, where it smooths, or the one that `spec.smooth` names."""
+    return next((found for name in spec.methods if (found := QUANTIZERS[name].smooth)), None)
 
 
-def smoother(spec: QuantizeSpec) -> Callable[[QuantizationInput], None] | None:
-    """What smooths first: the method itself, where it is one of smoothing and rounding to nearest, else `spec.smooth`."""
-    return SMOOTHERS.get(spec.method) or SMOOTHERS.get(spec.smooth)
-
-
-def smoothed(given: QuantizationInput) -> QuantizationInput:
+def smoothed(given: QuantizationInput[SpecT]) -> QuantizationInput[SpecT]:
     """The same on the smoothed model and its tensors, or as it is where the spec asks for no smoothing."""
     import torch
 

@@ -7,17 +7,35 @@ inverse goes into the norms: the function of the model does not change, its norm
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-from featherweight.model.architecture import LAYOUTS
-from featherweight.quantization import oneshot
+from featherweight.model.architecture import LAYOUTS, PRE_NORM
+from featherweight.model.parent import Parent, walking_refusal
+from featherweight.quantization import oneshot, rtn
 from featherweight.quantization.channels import norm_pairs
-from featherweight.quantization.interface import QuantizationInput
+from featherweight.quantization.interface import QuantizationInput, Quantizer, calibration_operations
+from featherweight.quantization.spec import QuantizeSpec
 
 STRENGTH = 0.5
 
 
-def smooth(given: QuantizationInput) -> None:
+class SmoothQuantSpec(QuantizeSpec):
+    """Ranges of activations moved into the weights on `samples` blocks of calibration text, then every weight to its nearest."""
+
+    method: Literal["smoothquant"] = "smoothquant"
+
+
+def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
+    """A model whose blocks are not known, or whose norms feed the residual too."""
+    if reason := walking_refusal("smoothquant", parent):
+        return reason
+    if parent.task == "text-generation" or any(name in PRE_NORM for name in parent.model_types):
+        return None
+    whose = f"a '{parent.model_type}' model" if parent.model_type else "every encoder known here"
+    return f"{parent.task} + smoothquant: the norms of {whose} feed the residual too and cannot be scaled; take awq or gptq"
+
+
+def smooth(given: QuantizationInput[QuantizeSpec]) -> None:
     """Smooth `given.model` in place: input channel j of what reads a norm is scaled by sqrt(max|X_j| / max|W_j|)."""
     known = given.model.config.model_type in LAYOUTS
     mappings = [(pair.readers, pair.source) for pair in norm_pairs(given.model)] if known else None
@@ -40,3 +58,6 @@ def _modifier_class() -> Any:
             super()._apply_smoothing(model)
 
     return SmoothQuant
+
+
+SMOOTHQUANT = Quantizer(SmoothQuantSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations)

@@ -1,13 +1,22 @@
-"""What a recipe says of quantization, and of the scan that mixed precision asks for."""
+"""What a recipe says of quantization, whatever the method, and of the scan that mixed precision asks for."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
-from featherweight.spec import GridName, Positive, SequenceLength, Spec
+from featherweight.model.parent import Parent
+from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
+from featherweight.spec import GridName, NamedSpec, Positive, SequenceLength, Spec
+
+NONE = "none"
+"""No smoothing."""
+SCANNED = 100
+"""A scan runs the model once for each matrix: seven a layer, and few models of interest have under a dozen layers."""
 
 
 class MixedSpec(Spec):
@@ -31,38 +40,62 @@ class SensitivitySpec(Spec):
     samples: Positive
     sequence: SequenceLength
 
+    def operations(self, parameters: int) -> float:
+        return SCANNED * 2.0 * parameters * self.samples * self.sequence
 
-QAT_KEYS = ("steps", "batch", "learning_rate", "distill", "start", "generated_tokens")
 
-
-class QuantizeSpec(Spec):
+class QuantizeSpec(NamedSpec):
     """Weights moved to a grid. `head` is the grid of the embedding and the output head; null leaves both in float.
 
-    smooth: channels scaled against each other before the method rounds. The methods smoothquant and awq are rtn with it.
+    The keys that every method reads; a method with keys of its own adds them in its file.
+    smooth: channels scaled against each other before the method rounds, by a method that smooths ('none': not at all). Such a
+        method itself is rtn behind its own smoothing.
     scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
-    start: the rounding that QAT begins from.
-    generated_tokens: text that the checkpoint itself writes for QAT to train on, beside the recipe's.
     mixed: keeps the most sensitive matrices on a finer grid, whatever the method.
     """
 
-    method: Literal["rtn", "gptq", "smoothquant", "awq", "qat"] = "rtn"
-    smooth: Literal["none", "smoothquant", "awq"] = "none"
+    named_by = "method"
+
+    method: str = DEFAULT
+    smooth: str = NONE
     grid: GridName = "int8"
     head: GridName | None = "int8"
     samples: Positive = 64
     sequence: SequenceLength = 128
-    steps: Positive = 100
-    batch: Positive = 8
-    learning_rate: float = Field(default=1e-5, gt=0)
-    distill: bool = True
     scale: Literal["absmax", "mse"] = "absmax"
-    start: Literal["rtn", "gptq"] = "gptq"
-    generated_tokens: int = Field(default=0, ge=0)
     mixed: MixedSpec | None = None
 
+    @classmethod
+    def kind(cls, name: str | None) -> type[QuantizeSpec]:
+        try:
+            return QUANTIZERS[name or DEFAULT].spec
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def kinds(cls) -> Collection[type[QuantizeSpec]]:
+        return [QUANTIZERS[name].spec for name in QUANTIZERS]
+
     @property
-    def unread(self) -> dict[str, str]:
-        return {} if self.method == "qat" else dict.fromkeys(QAT_KEYS, f"with method {self.method}")
+    def grids(self) -> list[GridName]:
+        """Every grid that weights are to lie on."""
+        return [name for name in (self.grid, self.head, self.mixed and self.mixed.grid) if name]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the result is made by, as the catalog names them: this one, and what smooths before it."""
+        return (self.method, *(() if self.smooth in (NONE, self.method) else (self.smooth,)))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(QUANTIZERS.reference(name) for name in self.methods)
+
+    def refusal(self, parent: Parent) -> str | None:
+        """Why this cannot be done to `parent`, in one line; None where it can."""
+        return next((reason for name in self.methods if (reason := QUANTIZERS[name].refusal(self, parent))), None)
+
+    def operations(self, parameters: int) -> float:
+        return sum(QUANTIZERS[name].operations(self, parameters) for name in self.methods)
 
     @property
     def sensitivity(self) -> SensitivitySpec | None:
@@ -73,20 +106,17 @@ class QuantizeSpec(Spec):
         return SensitivitySpec(finer=self.mixed.grid, samples=self.mixed.samples, **given)
 
     @model_validator(mode="after")
-    def _smooth_once(self) -> QuantizeSpec:
-        if self.method in ("smoothquant", "awq") and self.smooth not in ("none", self.method):
-            raise ValueError(f"method {self.method} smooths already; for another smoothing take method rtn, gptq or qat")
+    def _smooth_once(self) -> Self:
+        smoothers = [name for name in QUANTIZERS if QUANTIZERS[name].smooth] if self.smooth != NONE else []
+        if self.smooth not in (NONE, *smoothers):
+            raise ValueError(f"smooth {self.smooth}: no method that smooths; known: {', '.join((NONE, *smoothers))}")
+        if self.method in smoothers and self.smooth != self.method:
+            others = ", ".join(name for name in QUANTIZERS if name not in smoothers)
+            raise ValueError(f"method {self.method} smooths already; for another smoothing take another method: {others}")
         return self
 
     @model_validator(mode="after")
-    def _qat_on_integers(self) -> QuantizeSpec:
-        names = [self.grid, self.head, self.mixed and self.mixed.grid]
-        if self.method == "qat" and any(grid_named(name).kind == "float" for name in names if name):
-            raise ValueError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
-        return self
-
-    @model_validator(mode="after")
-    def _mixed_is_finer(self) -> QuantizeSpec:
+    def _mixed_is_finer(self) -> Self:
         if self.mixed is not None and grid_named(self.mixed.grid).fineness <= grid_named(self.grid).fineness:
             raise ValueError(f"mixed.grid {self.mixed.grid} is no finer than grid {self.grid}; give a finer one")
         return self

@@ -7,13 +7,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from featherweight.distillation.spec import DistillSpec, GenerateSpec
-from featherweight.pruning.spec import PruneSpec
-from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.recipe import Recipe
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.training.spec import FinetuneSpec, TrainSpec
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
 FIXED_S = {
@@ -29,8 +25,6 @@ FIXED_S = {
     "generate": 6,
 }
 SERVER_S = 45
-# A scan runs the model once for each matrix: seven a layer, and few models of interest have under a dozen layers.
-SCANNED = 100
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def estimate(plan: Plan, recipe: Recipe, measured: dict[str, float], cached: set
         elif id in measured:
             costs[id] = Cost(measured[id], "measured")
         else:
-            costs[id] = Cost(_arithmetic(node, parameters) / flops + _fixed(node, plan), "estimated")
+            costs[id] = Cost(node.spec.operations(parameters) / flops + _fixed(node, plan), "estimated")
     return costs
 
 
@@ -93,26 +87,3 @@ def _fixed(node: Node, plan: Plan) -> float:
     if node.stage == "evaluate":
         return 8
     return 5 if isinstance(node.spec, ExportSpec) else FIXED_S.get(node.stage, 1)
-
-
-def _arithmetic(node: Node, parameters: int) -> float:
-    """Floating-point operations of a node: 2 per weight and token forward, 6 with the backward pass."""
-    spec = node.spec
-    if isinstance(spec, TrainSpec):
-        return 6.0 * parameters * spec.steps * spec.batch * spec.context
-    if isinstance(spec, DistillSpec):
-        return 8.0 * parameters * spec.steps * spec.batch * spec.sequence
-    if isinstance(spec, FinetuneSpec):
-        # Adapters need no gradient of the weights, which is a third of the work.
-        return (4.0 if spec.lora else 6.0) * parameters * spec.steps * spec.batch * spec.sequence
-    if isinstance(spec, SensitivitySpec):
-        return SCANNED * 2.0 * parameters * spec.samples * spec.sequence
-    if isinstance(spec, GenerateSpec):
-        return 2.0 * parameters * spec.beams * spec.samples * spec.sequence
-    if isinstance(spec, QuantizeSpec):
-        if spec.method == "qat":
-            return (8.0 if spec.distill else 6.0) * parameters * spec.steps * spec.batch * spec.sequence
-        return 0.0 if spec.method == "rtn" else 6.0 * parameters * spec.samples * spec.sequence
-    if isinstance(spec, PruneSpec):
-        return 6.0 * parameters * spec.samples * spec.sequence
-    return 0.0

@@ -11,17 +11,15 @@ from typing import get_args
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import RecipeError
+from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.recipe import Recipe, VariantsSpec
 from featherweight.recipe.refusals import (
-    calibration_refusal,
     machine_refusal,
     refusal,
     shape_refusal,
-    sparse_refusal,
     task_refusal,
-    writing_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import Spec, Split, Task
@@ -88,12 +86,18 @@ class _Chosen:
         """How the student of a distillation is pruned."""
         return self.distill.prune if self.distill else None
 
+    @property
+    def pruned(self) -> Parent:
+        """What is known of the checkpoint that is quantized."""
+        last = self.prune or self.student
+        return Parent(self.task, sparse=last is not None and last.sparse)
+
 
 REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
     lambda chosen: task_refusal(chosen.task, chosen.serve),
-    lambda chosen: writing_refusal(chosen.task, chosen.distill.generate if chosen.distill else None),
-    lambda chosen: calibration_refusal(chosen.task, chosen.quantize),
-    lambda chosen: sparse_refusal(chosen.prune or chosen.student, chosen.quantize),
+    lambda chosen: chosen.distill.refusal(Parent(chosen.task)) if chosen.distill else None,
+    lambda chosen: chosen.prune.refusal(Parent(chosen.task)) if chosen.prune else None,
+    lambda chosen: chosen.quantize.refusal(chosen.pruned) if chosen.quantize else None,
     lambda chosen: refusal(chosen.quantize, chosen.serve),
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student, chosen.serve),

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from featherweight.errors import RecipeError, nearest, one_line
 from featherweight.recipe.recipe import Recipe
-from featherweight.spec import Spec
+from featherweight.spec import NamedSpec, Spec
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -54,17 +54,19 @@ def _explain(error: ValidationError, tree: Any) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] != "extra_forbidden":
         return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{more}"
-    known = _known_keys(first["loc"][:-1])
+    known = _known_keys(first["loc"][:-1], tree)
     return f"unknown key '{where}'; {nearest(str(first['loc'][-1]), sorted(known))}{more}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model that stands at `location` in a recipe."""
+def _known_keys(location: tuple[int | str, ...], tree: Any) -> list[str]:
+    """Field names of the model that stands at `location` in a recipe, of the class that reads what the `tree` says there."""
     model: Any = Recipe
     for part in location:
         if isinstance(model, type) and issubclass(model, Spec) and part in model.model_fields:
             model = model.model_fields[str(part)].annotation
-        model = _spec_inside(model)
+        model, tree = _spec_inside(model), tree[part]
+        if isinstance(model, type) and issubclass(model, NamedSpec):
+            model = model.kind(tree.get(model.named_by)) or model
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, Spec) else []
 
 

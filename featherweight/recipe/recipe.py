@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from featherweight.distillation.spec import DistillSpec
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
@@ -35,8 +35,8 @@ class StagesSpec(Spec):
     """Named alternatives of each stage; the names make up the names of the variants."""
 
     distill: dict[Name, DistillSpec] = Field(default_factory=dict)
-    prune: dict[Name, PruneSpec] = Field(default_factory=dict)
-    quantize: dict[Name, QuantizeSpec] = Field(default_factory=dict)
+    prune: dict[Name, SerializeAsAny[PruneSpec]] = Field(default_factory=dict)
+    quantize: dict[Name, SerializeAsAny[QuantizeSpec]] = Field(default_factory=dict)
     compile: dict[Name, CompileSpec] = Field(default_factory=dict)
     export: dict[Name, ExportSpec] = Field(default_factory=dict)
 

@@ -1,18 +1,15 @@
 """Which grids an engine holds exactly, and so which combinations of quantize and serve make sense.
 
-All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs; `calibration_refusal` is asked
-again once the checkpoint's model type is known. What an engine cannot pack without a second rounding is refused, and so is what it
-could only serve at a loss: float32 of rounded weights is neither smaller nor faster than float32 of the weights before rounding,
-and worse.
+All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs. What an engine cannot pack without
+a second rounding is refused, and so is what it could only serve at a loss: float32 of rounded weights is neither smaller nor faster
+than float32 of the weights before rounding, and worse.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-from featherweight.distillation.spec import GenerateSpec
 from featherweight.grid import Grid, grid_named
-from featherweight.model.architecture import LAYOUTS, PRE_NORM, model_types
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import MixedSpec, QuantizeSpec
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
@@ -44,41 +41,12 @@ NOT_FOR: dict[tuple[str, Task], str] = {
     ("ctranslate2", "fill-mask"): "its encoders end before the masked-language-model head; take torch or torch-compile",
 }
 """Engines that do not serve a task, and why."""
-CALIBRATED = {"gptq", "awq", "smoothquant"}
-"""Methods that go through the blocks of a model one by one."""
 
 
 def task_refusal(task: Task, serve: CompileSpec | ExportSpec) -> str | None:
     """Why the engine cannot serve a model for `task`, in one line; None where it can."""
     reason = NOT_FOR.get((serve.engine, task))
     return reason and f"{task} + {serve.engine}: {reason}"
-
-
-def writing_refusal(task: Task, generate: GenerateSpec | None) -> str | None:
-    """Why a teacher for `task` cannot write what `generate` asks for, in one line; None where it can, or nothing is asked."""
-    if generate is None or task != "fill-mask":
-        return None
-    return f"{task} + distill.sequence_level: an encoder fills in masks and writes no text; leave it out"
-
-
-def calibration_refusal(task: Task, quantize: QuantizeSpec | None, model_type: str | None = None) -> str | None:
-    """Why `quantize` cannot handle a model for `task`, in one line; None where it can.
-
-    model_type: as the checkpoint's config names it; None before it is known, when only what no model for `task` can is refused.
-    """
-    if quantize is None or task == "text-generation":
-        return None
-    asked = CALIBRATED & {quantize.method, quantize.smooth, *([quantize.start] if quantize.method == "qat" else [])}
-    types = [model_type] if model_type else model_types(task)
-    if asked and not any(name in LAYOUTS for name in types):
-        known = ", ".join(model_types(task))
-        return f"{task} + {max(asked)}: where a '{model_type}' model keeps its blocks is not known here; known: {known}"
-    if "smoothquant" in asked and not any(name in PRE_NORM for name in types):
-        whose = f"a '{model_type}' model" if model_type else "every encoder known here"
-        return f"{task} + smoothquant: the norms of {whose} feed the residual too and cannot be scaled; take awq or gptq"
-    return (
-        f"{task}: only decoders write text of their own to train on; drop generated_tokens" if quantize.generated_tokens else None
-    )
 
 
 def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> str | None:
@@ -91,26 +59,6 @@ def refusal(quantize: QuantizeSpec | None, serve: CompileSpec | ExportSpec) -> s
     body, head = grid_named(quantize.grid), grid_named(quantize.head) if quantize.head else None
     reason = grid_refusal(body, head, serve) or (_mixed_refusal(quantize.mixed, head, serve) if quantize.mixed else None)
     return reason and f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}"
-
-
-def fills_zeros(quantize: QuantizeSpec) -> str | None:
-    """Why `quantize` would not keep the zeros of a sparse checkpoint, in one line; None where it does.
-
-    Rounding on grids symmetric about zero maps zero to zero; training holds the zeros; GPTQ's updates move every weight.
-    """
-    if quantize.method == "gptq" or (quantize.method == "qat" and quantize.start == "gptq"):
-        return (
-            "GPTQ makes rounding errors good in the weights still to come, and so fills the zeros; take rtn, or qat with start: rtn"
-        )
-    return None
-
-
-def sparse_refusal(prune: PruneSpec | None, quantize: QuantizeSpec | None) -> str | None:
-    """Why `quantize` should not follow `prune`, in one line; None where it can."""
-    if prune is None or quantize is None or prune.method != "sparse":
-        return None
-    reason = fills_zeros(quantize)
-    return reason and f"sparse + {quantize.method}-{quantize.grid}: {reason}"
 
 
 def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | ExportSpec) -> str | None:
@@ -127,7 +75,7 @@ def _mixed_refusal(mixed: MixedSpec, head: Grid | None, serve: CompileSpec | Exp
 
 def shape_refusal(prune: PruneSpec | None, serve: CompileSpec | ExportSpec) -> str | None:
     """Why `serve` gains nothing from layers of different widths, in one line; None where it does, or they are alike."""
-    if prune is None or prune.scope == "uniform" or serve.engine == "ctranslate2":
+    if prune is None or not prune.uneven or serve.engine == "ctranslate2":
         return None
     return (
         f"prune.scope global + {serve.engine}: it loads layers of one shape, and would serve the narrower ones filled up with "

@@ -24,6 +24,9 @@ class TrainSpec(Spec):
     learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
 
+    def operations(self, parameters: int) -> float:
+        return 6.0 * parameters * self.steps * self.batch * self.context
+
 
 class TrainingSpec(Spec):
     """What every training on text is told: how long, on how much at once, how fast."""
@@ -64,6 +67,10 @@ class FinetuneSpec(TrainingSpec):
     evaluate_every: Positive | None = None
     save_every_s: float = Field(default=60.0, ge=0)
     processes: Positive = 1
+
+    def operations(self, parameters: int) -> float:
+        """Adapters need no gradient of the weights, which is a third of the work."""
+        return (4.0 if self.lora else 6.0) * parameters * self.steps * self.batch * self.sequence
 
     @model_validator(mode="after")
     def _parts_are_not_empty(self) -> FinetuneSpec:

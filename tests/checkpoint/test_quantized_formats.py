@@ -141,7 +141,7 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
         folder.mkdir()
     write_documents(text, [Document("a", STORY)])
     with pytest.raises(CheckpointError, match=r"quantized already .* leave the quantize stage out"):
-        quantize(QuantizeSpec(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=tmp_path / "again")
+        quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=tmp_path / "again")
     export(ExportSpec(engine="torch"), checkpoint=out, calibration=text, out=served)  # the baseline: its float values
     assert torch.equal(load_model(served).lm_head.weight, load_model(out).lm_head.weight)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())

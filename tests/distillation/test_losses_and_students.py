@@ -392,7 +392,7 @@ def test_the_plan_brings_what_a_distillation_reads() -> None:
 
 
 def test_a_pruned_student_is_taught_by_the_whole_model(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    spec = DistillSpec(prune=PruneSpec(ratio=0.5, samples=4, sequence=16), steps=12, batch=4, sequence=24, learning_rate=3e-3)
+    spec = DistillSpec(prune=PruneSpec.of(ratio=0.5, samples=4, sequence=16), steps=12, batch=4, sequence=24, learning_rate=3e-3)
     assert spec.prune is not None
     for name in ("student", "out"):
         (tmp_path / name).mkdir()

@@ -44,15 +44,15 @@ written = run("generate", "generate", GenerateSpec(samples=4, sequence=24, tempe
 taught = {"sequence_level": {"temperature": 1.0}, "hidden_weight": 1}
 taught = DistillSpec(**steps | {"sequence": 24}, layers=1, **taught)
 model = run("distill", "distill", taught, checkpoint=model, text=text, generated=written)
-sparse = PruneSpec(method="sparse", criterion="sparsegpt", samples=4, sequence=16)
+sparse = PruneSpec.of(method="sparse", criterion="sparsegpt", samples=4, sequence=16)
 sparse = run("prune", "sparse", sparse, checkpoint=model, calibration=text)
 run("finetune", "finetune", FinetuneSpec(**steps, lora={"rank": 2, "dropout": 0.1}), checkpoint=sparse, text=text)
-model = run("prune", "prune", PruneSpec(ratio=0.5, attention=False, samples=4, sequence=16), checkpoint=model, calibration=text)
+model = run("prune", "prune", PruneSpec.of(ratio=0.5, attention=False, samples=4, sequence=16), checkpoint=model, calibration=text)
 few = {"samples": 8, "sequence": 16}
 for method, training in (("gptq", {}), ("qat", {"generated_tokens": 32, "steps": 3, "batch": 2})):
-    spec = QuantizeSpec(method=method, grid="int8", **training, **few)
+    spec = QuantizeSpec.of(method=method, grid="int8", **training, **few)
     quantized = run("quantize", method, spec, checkpoint=model, text=text, calibration=text)
-mixed = QuantizeSpec(grid="int4-g32", head=None, mixed={"budget": 10.0, "samples": 2}, **few)
+mixed = QuantizeSpec.of(grid="int4-g32", head=None, mixed={"budget": 10.0, "samples": 2}, **few)
 scan = run("sensitivity", "sensitivity", mixed.sensitivity, checkpoint=model, calibration=text)
 mixed = run("quantize", "mixed", mixed, checkpoint=model, text=text, calibration=text, sensitivity=scan)
 run("export", "torchao", ExportSpec(engine="torchao-int4"), checkpoint=mixed, calibration=text)

@@ -19,12 +19,12 @@ from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.parent import Parent
 from featherweight.model.sparsity import FILE, Sparsity, Zeros, runtime_note
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
-from featherweight.recipe.refusals import sparse_refusal
 from featherweight.report.page import render_report
 from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.report.tables import columns
@@ -56,7 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sparse_checkpoint(source: Path, text: Path, out: Path, **spec: Any) -> dict[str, float]:
     out.mkdir()
-    return prune(PruneSpec(method="sparse", **SMALL | spec), checkpoint=source, calibration=text, out=out)
+    return prune(PruneSpec.of(method="sparse", **SMALL | spec), checkpoint=source, calibration=text, out=out)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_zeros_stay_in_finetuning(model_type: str, adapters: LoraSpec | None, te
 def test_zeros_of_a_student_stay_in_distillation(model_type: str, text: Path, tmp_path: Path) -> None:
     source = family_checkpoint(model_type, tmp_path / "source")
     sparse_checkpoint(source, text, tmp_path / "student", criterion="magnitude")
-    spec = DistillSpec(prune=PruneSpec(method="sparse"), hidden_weight=0.5, attention_weight=0.5, **BRIEF)
+    spec = DistillSpec(prune=PruneSpec.of(method="sparse"), hidden_weight=0.5, attention_weight=0.5, **BRIEF)
     metrics = distill(spec, checkpoint=source, student=tmp_path / "student", text=text, out=tmp_path / "out")
     assert same_zeros(tmp_path / "out", tmp_path / "student")
     assert metrics["zero_share"] == loaded(tmp_path / "out", tmp_path / "loaded")["zero_share"] == pytest.approx(0.5, abs=0.01)
@@ -189,7 +189,7 @@ def test_held_zeros_get_no_step_at_all(sparse: Path) -> None:
     ids=lambda spec: spec["method"],
 )
 def test_zeros_stay_in_quantization(spec: dict[str, Any], sparse: Path, text: Path, tmp_path: Path) -> None:
-    metrics = quantize(QuantizeSpec(**SMALL | spec), checkpoint=sparse, text=text, calibration=text, out=tmp_path)
+    metrics = quantize(QuantizeSpec.of(**SMALL | spec), checkpoint=sparse, text=text, calibration=text, out=tmp_path)
     found = zeros_of(tmp_path)
     assert all(found[name][mask].all() for name, mask in zeros_of(sparse).items())
     assert metrics["zero_share"] == 0.5
@@ -197,13 +197,14 @@ def test_zeros_stay_in_quantization(spec: dict[str, Any], sparse: Path, text: Pa
 
 @pytest.mark.parametrize("spec", [{"method": "gptq"}, {"method": "qat"}])
 def test_gptq_would_fill_zeros_and_is_refused(spec: dict[str, Any], sparse: Path, text: Path, tmp_path: Path) -> None:
-    chosen = QuantizeSpec(**SMALL | spec)
-    with pytest.raises(RecipeError, match=r"sparse: GPTQ .* fills the zeros; take rtn"):
+    chosen = QuantizeSpec.of(**SMALL | spec)
+    with pytest.raises(RecipeError, match=r"^quantize: sparse \+ (gptq|qat)-int8: GPTQ .* fills the zeros; take rtn"):
         quantize(chosen, checkpoint=sparse, text=text, calibration=text, out=tmp_path)
     assert not list(tmp_path.iterdir())
-    assert "fills the zeros" in (sparse_refusal(PruneSpec(method="sparse"), chosen) or "")
-    assert sparse_refusal(PruneSpec(), chosen) is None
-    assert sparse_refusal(PruneSpec(method="sparse"), QuantizeSpec()) is None
+    assert "fills the zeros" in (chosen.refusal(Parent("text-generation", sparse=True)) or "")
+    assert chosen.refusal(Parent("text-generation")) is None
+    assert QuantizeSpec.of().refusal(Parent("text-generation", sparse=True)) is None
+    assert (PruneSpec.of(method="sparse").sparse, PruneSpec.of().sparse) == (True, False)
 
 
 def loaded(source: Path, out: Path) -> dict[str, float]:
@@ -220,8 +221,8 @@ def test_a_sparse_source_stays_sparse(sparse: Path, text: Path, tmp_path: Path) 
     spec = FinetuneSpec(steps=2, batch=2, sequence=16, learning_rate=1e-2)
     finetune(spec, checkpoint=tmp_path / "loaded", text=text, out=tmp_path / "tuned")
     assert same_zeros(tmp_path / "tuned", sparse)
-    gptq = QuantizeSpec(method="gptq", **SMALL)
-    with pytest.raises(RecipeError, match=r"^quantize: the checkpoint is sparse: GPTQ .* take rtn") as refused:
+    gptq = QuantizeSpec.of(method="gptq", **SMALL)
+    with pytest.raises(RecipeError, match=r"^quantize: sparse \+ gptq-int8: GPTQ .* take rtn") as refused:
         quantize(gptq, checkpoint=tmp_path / "loaded", text=text, calibration=text, out=tmp_path / "refused")
     assert "\n" not in str(refused.value)
     export(ExportSpec(engine="torch"), checkpoint=tmp_path / "tuned", calibration=text, out=tmp_path / "served")
@@ -291,21 +292,25 @@ def test_what_does_not_fit_the_matrices_is_refused_before_any_weight_is_read(tex
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ({"method": "sparse", "criterion": "l2"}, "criterion l2 is not for method sparse"),
-        ({"criterion": "wanda"}, "criterion wanda is for method sparse"),
+        ({"method": "sparse", "criterion": "l2"}, "criterion\n.*magnitude"),
+        ({"criterion": "wanda"}, "criterion\n.*vectorize"),
         ({"method": "sparse", "pattern": "4:4"}, "4:4 removes nothing"),
         ({"method": "sparse", "pattern": "2:4", "sparsity": 0.5}, "either sparsity"),
     ],
 )
 def test_what_makes_no_sense_is_refused(spec: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        PruneSpec(**spec)
+        PruneSpec.of(**spec)
 
 
 def test_a_recipe_can_be_written_and_read_again() -> None:
-    for spec in (PruneSpec(method="sparse"), PruneSpec(method="sparse", pattern="2:4", criterion="sparsegpt"), PruneSpec()):
+    for spec in (
+        PruneSpec.of(method="sparse"),
+        PruneSpec.of(method="sparse", pattern="2:4", criterion="sparsegpt"),
+        PruneSpec.of(),
+    ):
         assert PruneSpec.model_validate(spec.model_dump()) == spec
-    assert (PruneSpec(method="sparse").criterion, PruneSpec(method="sparse").sparsity) == ("wanda", 0.5)
+    assert (PruneSpec.of(method="sparse").criterion, PruneSpec.of(method="sparse").sparsity) == ("wanda", 0.5)
 
 
 @pytest.mark.parametrize("told", ["{", "[]", '{"criterion": "wanda", "pattern": "2-4", "shares": {"a": 0.5}}',

@@ -18,7 +18,7 @@ from featherweight.model.architecture import PRE_NORM, blocks, model_types
 from featherweight.model.blockwise import linears
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
-from featherweight.quantization.catalog import METHODS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.channels import inner_pairs
 from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.smoothing import smoothed
@@ -98,7 +98,7 @@ def inputs_of(block: Any, model: Any, ids: torch.Tensor) -> dict[str, torch.Tens
 def test_gptq_is_the_formula_for_every_matrix(kind: str, checkpoint: Any, text: Path) -> None:
     """Each block reads what the quantized ones before it put out, and a cross-attention the quantized encoder's text."""
     given = input_of(checkpoint(kind), text, method="gptq")
-    found = METHODS["gptq"](given).quantized
+    found = QUANTIZERS["gptq"].choose(given).quantized
     model, agreed, losses = opening.load_model(checkpoint(kind)).eval(), [], torch.zeros(3, dtype=torch.float64)
     for block in blocks(model):
         for name, inputs in inputs_of(block, model, given.calibration).items():
@@ -124,7 +124,7 @@ def test_gptq_loses_less_than_rounding(kind: str, text: Path, tmp_path: Path) ->
     for method in ("rtn", "gptq"):
         given = input_of(folder, text, method=method, grid="int4", samples=40)
         expected = logprobs(given.model, given.calibration)
-        state = {name: found.dequantize(name) for found in [METHODS[method](given).quantized] for name in found.q}
+        state = {name: found.dequantize(name) for found in [QUANTIZERS[method].choose(given).quantized] for name in found.q}
         model = opening.load_model(folder)
         model.load_state_dict(state, strict=False)
         found = logprobs(model, given.calibration)
@@ -139,7 +139,7 @@ def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path)
     assert (source == 0).any() and (target == 0).any()
     longer = torch.cat([torch.nn.functional.pad(part, (0, 9)) for part in (source, target)], dim=1)
     padded = dataclasses.replace(given, model=opening.load_model(given.checkpoint), calibration=longer)
-    ours, theirs = ({"gptq": METHODS["gptq"]}.get(method, smoothed)(one) for one in (given, padded))
+    ours, theirs = ({"gptq": QUANTIZERS["gptq"].choose}.get(method, smoothed)(one) for one in (given, padded))
     found, expected = (one.quantized.q if method == "gptq" else one.smoothed for one in (ours, theirs))
     assert found and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
@@ -189,7 +189,7 @@ def test_smoothquant_is_the_papers_formula(kind: str, checkpoint: Any, text: Pat
     ],
 )
 def test_every_method_works_or_is_refused(options: Any, kind: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
-    spec = QuantizeSpec(**options, head=None, sequence=16, samples=8)
+    spec = QuantizeSpec.of(**options, head=None, sequence=16, samples=8)
     stage = {"checkpoint": checkpoint(kind), "text": text, "calibration": text, "out": tmp_path}
     if spec.method == "smoothquant" and kind not in PRE_NORM:
         with pytest.raises(
@@ -207,7 +207,7 @@ def test_every_method_works_or_is_refused(options: Any, kind: str, checkpoint: A
 def test_a_structure_that_is_not_known_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "led", "is_encoder_decoder": true}')
     with pytest.raises(RecipeError, match="text2text-generation \\+ gptq: where a 'led' model keeps its blocks is not known here"):
-        quantize(QuantizeSpec(method="gptq"), checkpoint=tmp_path, text=text, calibration=text, out=tmp_path)
+        quantize(QuantizeSpec.of(method="gptq"), checkpoint=tmp_path, text=text, calibration=text, out=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,10 @@ def refused(path: Path, message: str) -> None:
 
 def test_a_dump_leaves_out_what_plays_no_role() -> None:
     for spec in (
-        PruneSpec(method="depth", layers=2),
-        PruneSpec(method="attention", kv_heads=1),
+        PruneSpec.of(method="depth", layers=2),
+        PruneSpec.of(method="attention", kv_heads=1),
         DistillSpec(layers=1, kl_weight=0),
-        QuantizeSpec(),
+        QuantizeSpec.of(),
         ExportSpec(engine="torchao-int4"),
     ):
         dump = spec.model_dump(mode="json")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from featherweight.grid import GRIDS
+from featherweight.model.parent import Parent
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import refusals
-from featherweight.recipe.refusals import calibration_refusal, machine_refusal, refusal
+from featherweight.recipe.refusals import machine_refusal, refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.system.machine import Gpu, Machine
 
@@ -66,7 +67,7 @@ def test_precisions_that_an_engine_does_not_have(engine, reason):
      ("int4-g32", "int8", "vllm w4a16"), ("int4", None, "vllm w4a16"), ("fp8", "fp8", "vllm fp8")],
 )  # fmt: skip
 def test_grids_that_an_engine_holds(grid, head, engine):
-    assert refusal(QuantizeSpec(grid=grid, head=head), serve(engine)) is None
+    assert refusal(QuantizeSpec.of(grid=grid, head=head), serve(engine)) is None
 
 
 @pytest.mark.parametrize(
@@ -89,19 +90,19 @@ def test_grids_that_an_engine_holds(grid, head, engine):
      ("int8", "int8", "torch nf4", "give it float ones")],
 )  # fmt: skip
 def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
-    assert reason in refusal(QuantizeSpec(method="gptq", grid=grid, head=head), serve(engine))
+    assert reason in refusal(QuantizeSpec.of(method="gptq", grid=grid, head=head), serve(engine))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime-genai", "torch-compile", "torch", "ctranslate2", "vllm"])
 def test_float32_of_rounded_weights_is_a_useless_duplicate(engine):
-    assert "no smaller and no faster" in refusal(QuantizeSpec(), serve(engine))
+    assert "no smaller and no faster" in refusal(QuantizeSpec.of(), serve(engine))
 
 
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2", "vllm"])
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_sixteen_bits_are_for_float_weights(engine, name):
     assert refusal(None, serve(f"{engine} {name}")) is None
-    assert f"{name} would store rounded weights" in refusal(QuantizeSpec(), serve(f"{engine} {name}"))
+    assert f"{name} would store rounded weights" in refusal(QuantizeSpec.of(), serve(f"{engine} {name}"))
 
 
 CUDA = ["ctranslate2 int8_float16", "ctranslate2 float16", "ctranslate2 bfloat16", "vllm w8a16", "torch nf4", "torch llm.int8"]
@@ -140,20 +141,20 @@ def test_w8a8_is_what_int8_means_to_vllm():
 
 
 def test_the_reason_names_the_combination():
-    reason = refusal(QuantizeSpec(method="gptq", grid="int4-g32"), serve("ctranslate2 int8"))
+    reason = refusal(QuantizeSpec.of(method="gptq", grid="int4-g32"), serve("ctranslate2 int8"))
     assert reason == "gptq-int4-g32 + ctranslate2: CTranslate2 packs int8 and float only"
 
 
 def test_an_explicit_reduced_range_does_not_round_again():
     spec = ExportSpec(engine="ctranslate2", compute_type="int8", reduce_range=True)
-    assert "second rounding" in refusal(QuantizeSpec(grid="int8"), spec)
-    assert refusal(QuantizeSpec(grid="int8-reduced", head="int8-reduced"), spec) is None
+    assert "second rounding" in refusal(QuantizeSpec.of(grid="int8"), spec)
+    assert refusal(QuantizeSpec.of(grid="int8-reduced", head="int8-reduced"), spec) is None
 
 
 def test_every_grid_has_an_engine():
     engines = [*(serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)), serve("vllm fp8")]
     for name in GRIDS:
-        assert any(refusal(QuantizeSpec(grid=name, head=name), engine) is None for engine in engines), name
+        assert any(refusal(QuantizeSpec.of(grid=name, head=name), engine) is None for engine in engines), name
 
 
 @pytest.mark.parametrize(
@@ -165,11 +166,11 @@ def test_every_grid_has_an_engine():
 def test_the_docs_name_the_grids_that_a_format_holds(row, engine):
     (line,) = [line for line in METHODS.read_text().splitlines() if line.startswith(f"| {row} |")]
     told = [name for name in GRIDS if f"`{name}`" in line.split(" | ")[4]]
-    assert told == [name for name in GRIDS if refusal(QuantizeSpec(grid=name, head=name), serve(engine)) is None]
+    assert told == [name for name in GRIDS if refusal(QuantizeSpec.of(grid=name, head=name), serve(engine)) is None]
 
 
 def test_torchao_holds_mixed_precision_where_it_is_weight_only():
-    mixed = QuantizeSpec(grid="int4-g32", mixed={"grid": "int8"})
+    mixed = QuantizeSpec.of(grid="int4-g32", mixed={"grid": "int8"})
     assert refusal(mixed, serve("torchao-int4")) is None
     assert "take torchao-int4" in refusal(mixed, serve("torch-dynamic"))
 
@@ -187,5 +188,5 @@ def test_torchao_holds_mixed_precision_where_it_is_weight_only():
      ("fill-mask", None, {"method": "qat", "generated_tokens": 64}, "drop generated_tokens")],
 )  # fmt: skip
 def test_calibrated_methods_know_tasks_and_model_types(task, model_type, options, reason):
-    found = calibration_refusal(task, QuantizeSpec(**options), model_type)
+    found = QuantizeSpec.of(**options).refusal(Parent(task, model_type))
     assert found is None if reason is None else reason in found and found.startswith(task)

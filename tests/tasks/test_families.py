@@ -224,7 +224,7 @@ def test_a_t5_with_a_head_of_its_own_keeps_it_on_its_grid(checkpoint: Any, text:
     tensors = load_file(source / "model.safetensors")
     head = torch.randn(tensors["shared.weight"].shape)
     save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
-    quantize(QuantizeSpec(sequence=16, samples=4), checkpoint=source, text=text, calibration=text, out=out)
+    quantize(QuantizeSpec.of(sequence=16, samples=4), checkpoint=source, text=text, calibration=text, out=out)
     found = load_reference(out).get_output_embeddings().weight
     assert torch.allclose(found, head, atol=head.abs().max().item() / 200)
     assert not torch.allclose(found, tensors["shared.weight"], atol=0.1)
@@ -237,7 +237,7 @@ def test_quantized_translators_are_packed_as_they_are(checkpoint: Any, text: Pat
     rounded, out = tmp_path / "rounded", tmp_path / "served"
     rounded.mkdir()
     out.mkdir()
-    grid = QuantizeSpec(grid="int8-reduced", head="int8-reduced", sequence=16, samples=4)
+    grid = QuantizeSpec.of(grid="int8-reduced", head="int8-reduced", sequence=16, samples=4)
     quantize(grid, checkpoint=checkpoint(kind), text=text, calibration=text, out=rounded)
     spec = ExportSpec(engine="ctranslate2", compute_type="int8")
     metrics = export(spec, checkpoint=rounded, calibration=text, out=out)

@@ -79,7 +79,7 @@ def groups_of(model: Any) -> list[Group]:
 def test_it_is_llm_pruner(method: str, tmp_path: Path) -> None:
     expected = json.loads((REFERENCE / "expected.json").read_text())[method]
     blocks = torch.tensor(json.loads((REFERENCE / "calibration_ids.json").read_text()))
-    spec = PruneSpec(criterion=METHODS[method], ratio=0.25)
+    spec = PruneSpec.of(criterion=METHODS[method], ratio=0.25)
     model = opening.load_model(REFERENCE)
     (shape,) = pruning.target_shapes(spec, model.config)
     scores, before = importance(model, groups_of(model), spec.criterion, blocks, 0, Progress())
@@ -101,7 +101,7 @@ def test_the_saved_model_is_the_whole_one_with_the_rest_set_to_zero(
     family: str, tied: bool, tiny_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint, family, tie_word_embeddings=tied)
-    spec, out = PruneSpec(ratio=0.25, samples=6, sequence=32), tmp_path / "out"
+    spec, out = PruneSpec.of(ratio=0.25, samples=6, sequence=32), tmp_path / "out"
     out.mkdir()
     metrics = prune(spec, checkpoint=source, calibration=text, out=out)
     model, blocks = opening.load_model(source), sample_blocks(spec, source, text, 0)
@@ -130,7 +130,7 @@ def silence(model: Any, kept: list[set[int]], size: int, name: str) -> None:
 def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     source = checkpoint(tmp_path / "source", tiny_checkpoint, rope_theta=5000.0, rms_norm_eps=1e-5)
-    prune(PruneSpec(samples=2, sequence=32), checkpoint=source, calibration=text, out=tmp_path / "out")
+    prune(PruneSpec.of(samples=2, sequence=32), checkpoint=source, calibration=text, out=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
     assert config["sliding_window"] is None
@@ -142,14 +142,14 @@ def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tiny_chec
 def test_a_llama_whose_heads_still_divide_its_width_stays_a_llama(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
-    prune(PruneSpec(ratio=0.5, samples=2, sequence=32), checkpoint=source, calibration=text, out=tmp_path / "out")
+    prune(PruneSpec.of(ratio=0.5, samples=2, sequence=32), checkpoint=source, calibration=text, out=tmp_path / "out")
     config = opening.load_config(tmp_path / "out")
     assert (config.model_type, config.num_attention_heads, config.head_dim) == ("llama", 4, 8)
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_either_half_can_be_left_alone(part: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    spec = PruneSpec(samples=2, sequence=32, attention=part == "attention", mlp=part == "mlp")
+    spec = PruneSpec.of(samples=2, sequence=32, attention=part == "attention", mlp=part == "mlp")
     (tmp_path / "out").mkdir()
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
     metrics = prune(spec, checkpoint=source, calibration=text, out=tmp_path / "out")
@@ -159,7 +159,7 @@ def test_either_half_can_be_left_alone(part: str, tiny_checkpoint: Path, text: P
 
 def test_every_criterion_ranks_and_they_differ(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
-    blocks = sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
+    blocks = sample_blocks(PruneSpec.of(samples=4, sequence=32), source, text, 0)
     model = opening.load_model(source)
     ranks = {}
     for criterion in CRITERIA:
@@ -172,7 +172,7 @@ def test_every_criterion_ranks_and_they_differ(tiny_checkpoint: Path, text: Path
 
 def test_the_mixed_criterion_is_slope_minus_half_the_curvature(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
-    blocks = sample_blocks(PruneSpec(samples=4, sequence=32), source, text, 0)
+    blocks = sample_blocks(PruneSpec.of(samples=4, sequence=32), source, text, 0)
     model = opening.load_model(source)
     gradients = []
     for block in blocks:
@@ -223,14 +223,14 @@ def test_what_no_engine_could_load_is_refused(
     changes: dict[str, Any], named: str, tiny_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=named):
-        prune(PruneSpec(**changes), checkpoint=tiny_checkpoint, calibration=text, out=tmp_path)
+        prune(PruneSpec.of(**changes), checkpoint=tiny_checkpoint, calibration=text, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_llama_with_biases_that_no_mistral_holds_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", tiny_checkpoint, attention_bias=True)
     with pytest.raises(StageError, match="Llama with biases cannot have 6 heads at hidden size 64"):
-        prune(PruneSpec(), checkpoint=source, calibration=text, out=tmp_path)
+        prune(PruneSpec.of(), checkpoint=source, calibration=text, out=tmp_path)
 
 
 def test_an_architecture_without_such_groups_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -238,12 +238,12 @@ def test_an_architecture_without_such_groups_is_refused(tiny_checkpoint: Path, t
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(StageError, match="the structure of a 'mamba' model is not known here"):
-        prune(PruneSpec(), checkpoint=source, calibration=text, out=tmp_path)
+        prune(PruneSpec.of(), checkpoint=source, calibration=text, out=tmp_path)
 
 
 @pytest.mark.parametrize("criterion", ["param_mix", "random"])
 def test_the_same_seed_gives_the_same_bytes(criterion: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    spec = PruneSpec(criterion=criterion, samples=4, sequence=32)
+    spec = PruneSpec.of(criterion=criterion, samples=4, sequence=32)
     source = checkpoint(tmp_path / "source", tiny_checkpoint)
     digests = []
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):

@@ -17,7 +17,7 @@ from featherweight.grid import GRIDS, grid_named
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization import gptq, qat
-from featherweight.quantization.catalog import METHODS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.quantization.smoothing import smoothed
@@ -84,7 +84,7 @@ def test_every_weight_is_its_integer_times_its_scale(
     assert metrics["loss_after"] == pytest.approx(metrics["loss_before"], rel=0.1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_the_folder_loads_plainly_and_holds_nothing_else(
     method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -105,7 +105,7 @@ def test_the_folder_loads_plainly_and_holds_nothing_else(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = {"generated_tokens": 64} if method == "qat" else {}
     for name in ("a", "b"):
@@ -121,7 +121,7 @@ def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_pat
     assert torch.equal(before[EMBEDDING], after[EMBEDDING])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_an_untied_sharded_checkpoint_of_odd_widths(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Rows of 88 weights end in a short group; bfloat16 comes out as float32; the head has integers of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM

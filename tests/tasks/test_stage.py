@@ -117,9 +117,9 @@ def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Sessio
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [(PruneSpec(), "structured param_first"), (PruneSpec(method="depth"), "depth"),
-     (PruneSpec(method="attention", kv_heads=1), "attention"), (PruneSpec(method="sparse"), "sparse wanda"),
-     (PruneSpec(method="width", criterion="activation"), "width activation"), (QuantizeSpec(method="gptq"), "gptq int8"),
+    [(PruneSpec.of(), "structured param_first"), (PruneSpec.of(method="depth"), "depth"),
+     (PruneSpec.of(method="attention", kv_heads=1), "attention"), (PruneSpec.of(method="sparse"), "sparse wanda"),
+     (PruneSpec.of(method="width", criterion="activation"), "width activation"), (QuantizeSpec.of(method="gptq"), "gptq int8"),
      (ExportSpec(engine="torch-dynamic"), "torch-dynamic"), (ExportSpec(engine="torch"), "torch float32"), (FinetuneSpec(), "")],
 )  # fmt: skip
 def test_a_node_is_called_by_what_its_method_reads(spec: Spec, words: str) -> None:

@@ -1,0 +1,37 @@
+"""The checkpoint that a method is to change, as far as it is known: in the plan, and once it lies there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from featherweight.model.architecture import LAYOUTS, model_types
+from featherweight.spec import Task
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a method is asked about before any weight is read.
+
+    model_type: as the checkpoint's config names it; None before that is known, when only what no model for `task` can is refused.
+    sparse: whether it has zeros that are to stay.
+    """
+
+    task: Task
+    model_type: str | None = None
+    sparse: bool = False
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """What its model type may be."""
+        return (self.model_type,) if self.model_type else model_types(self.task)
+
+
+def walking_refusal(method: str, parent: Parent) -> str | None:
+    """Why `method`, which goes through the blocks of a model one by one, cannot go through `parent`'s; None where it can.
+
+    Decoders are traced, whatever their type.
+    """
+    if parent.task == "text-generation" or any(name in LAYOUTS for name in parent.model_types):
+        return None
+    known = ", ".join(model_types(parent.task))
+    return f"{parent.task} + {method}: where a '{parent.model_type}' model keeps its blocks is not known here; known: {known}"
