@@ -23,9 +23,9 @@ def decide(spec: DecideSpec, *, out: Path, seed: int = 0, progress: Progress = P
     Writes decision.json (winner, why it won, why each other lost, the Pareto front), metrics.json and metrics.html.
     Raises StageError, naming the variants, where their metrics cannot be compared.
     """
-    comparisons = {name: Comparison.read(folder) for name, folder in measurements.items()}
+    variants = {name: Comparison.read(folder).metrics() for name, folder in measurements.items()}
     progress.note("checking the metrics")
-    check_metrics(({"name": name, **comparison.metrics()} for name, comparison in comparisons.items()), out)
-    decision = choose_winner(spec.constraints, spec.objective, comparisons)
+    check_metrics(({"name": name, **metrics} for name, metrics in variants.items()), out)
+    decision = choose_winner(spec.constraints, spec.objective, variants)
     (out / FILE).write_text(json.dumps(asdict(decision), indent=1))
-    return {"variants": len(comparisons), "on_pareto_front": len(decision.pareto)}
+    return {"variants": len(variants), "on_pareto_front": len(decision.pareto)}

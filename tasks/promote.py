@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from featherweight.errors import GateError
+from featherweight.measure import goals
+from featherweight.measure.figures import with_interval
+from featherweight.measure.goals import BITS_PER_BYTE, QUALITY, SIZE, Figure
 from featherweight.measure.spec import ConstraintsSpec
+from featherweight.measure.statistics import Estimate
 from featherweight.registry.history import GateResult, StageName
 from featherweight.registry.registry import RegisteredVersion, Registry
-
-# constraint: (metric whose confidence bound is judged, the same metric's point estimate, whether more is better)
-CONSTRAINTS = {
-    "max_quality_loss": ("quality_change_high", "quality_change", False),
-    "min_speedup": ("speedup_1_low", "speedup_1", True),
-    "max_size_bytes": ("size_bytes", "size_bytes", False),
-    "max_p95_latency_s": ("p95_latency_s_1", "p95_latency_s_1", False),
-    "max_peak_memory_bytes": ("peak_memory_bytes", "peak_memory_bytes", False),
-}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its confidence interval; the figure itself three times where none was measured."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.value:.4g}"
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 @dataclass(frozen=True)
@@ -61,12 +41,13 @@ def promotion_gate(
     candidate if not given. Raises GateError, with the reasons, if any gate refuses.
     """
     bounds = _registered_constraints(candidate) if constraints is None else constraints
-    goal = objective or candidate.tag("objective") or "speedup@1"
-    gates = _constraint_gates(candidate.metrics, bounds)
+    objective = objective or candidate.tag("objective") or goals.OBJECTIVE
+    judged = goals.judge(bounds, objective, candidate.metrics)
+    gates = [GateResult(one.constraint, one.kept, one.reason, one.value, one.bound) for one in judged]
     if champion is None:
         gates.append(GateResult("champion", True, "there is no champion yet"))
     else:
-        gates += _champion_gates(candidate, champion, bounds, goal)
+        gates += _champion_gates(candidate, champion, bounds, objective)
     refused = [f"{gate.gate}: {gate.reason}" for gate in gates if not gate.passed]
     if refused:
         over = f" over version {champion.version} ({champion.variant})" if champion else ""
@@ -129,22 +110,6 @@ def _registered_constraints(candidate: RegisteredVersion) -> ConstraintsSpec:
     return ConstraintsSpec(**stored)
 
 
-def _constraint_gates(metrics: Mapping[str, float], constraints: ConstraintsSpec) -> list[GateResult]:
-    """One gate per constraint that the recipe sets."""
-    gates = []
-    for name, bound in constraints.model_dump(exclude_none=True).items():
-        bounded, plain, more = CONSTRAINTS[name]
-        value = metrics.get(bounded, metrics.get(plain))
-        if value is None:
-            gates.append(GateResult(name, False, f"{plain} was not measured", bound=bound))
-            continue
-        kept = value >= bound if more else value <= bound
-        sign = ">=" if more else "<="
-        reason = f"{bounded} {value:.6g} {'keeps' if kept else 'breaks'} {sign} {bound:.6g}"
-        gates.append(GateResult(name, kept, reason, value, bound))
-    return gates
-
-
 def _champion_gates(
     candidate: RegisteredVersion, champion: RegisteredVersion, constraints: ConstraintsSpec, objective: str
 ) -> list[GateResult]:
@@ -152,11 +117,11 @@ def _champion_gates(
     if not _comparable(candidate, champion):
         reason = "measured on other evaluation text and from another checkpoint; re-evaluate the champion, or force"
         return [GateResult("comparable", False, reason)]
-    progress = _progress_gate(candidate, champion)
+    progress = _progress_gate(candidate, champion, objective)
     if objective == "quality":
         return [_quality_gate(candidate, champion, 0.0), progress]
-    goal = _objective_gate(candidate.metrics, champion.metrics, objective)
-    return [_quality_gate(candidate, champion, constraints.max_quality_loss or 0.0), goal, progress]
+    allowance = constraints.max_quality_loss or 0.0
+    return [_quality_gate(candidate, champion, allowance), _objective_gate(candidate, champion, objective), progress]
 
 
 def _comparable(candidate: RegisteredVersion, champion: RegisteredVersion) -> bool:
@@ -168,66 +133,55 @@ def _same(one: RegisteredVersion, other: RegisteredVersion, tag: str) -> bool:
     return one.tag(tag) == other.tag(tag)
 
 
-def _quality(one: RegisteredVersion, other: RegisteredVersion) -> Interval | None:
+def _quality(one: RegisteredVersion, other: RegisteredVersion) -> tuple[Figure, Estimate | None]:
     """Quality as a loss: bits per byte on one text, else the change from the checkpoint that both come from."""
-    change = _interval(one.metrics, "quality_change")
+    change = QUALITY.read(one.metrics)
     if not _same(one, other, "evaluation"):
-        return change
-    bits = one.metrics.get("bits_per_byte")
+        return QUALITY, change
+    bits = BITS_PER_BYTE.read(one.metrics)
     if bits is None or change is None:
-        return None if bits is None else Interval(bits, bits, bits)
-    scale = bits / (1 + change.value)
-    return Interval(bits, scale * (1 + change.low), scale * (1 + change.high))
+        return BITS_PER_BYTE, bits
+    scale = bits.value / (1 + change.value)
+    return BITS_PER_BYTE, Estimate(bits.value, scale * (1 + change.low), scale * (1 + change.high))
 
 
 def _quality_gate(candidate: RegisteredVersion, champion: RegisteredVersion, allowance: float) -> GateResult:
     """Not worse than the champion's, beyond both intervals and the loss that the recipe allows."""
-    new, old = _quality(candidate, champion), _quality(champion, candidate)
+    (figure, new), (_, old) = _quality(candidate, champion), _quality(champion, candidate)
     if new is None or old is None:
-        return GateResult("quality", False, "quality was not measured")
-    relative = _same(candidate, champion, "evaluation")
-    what = "bits per byte" if relative else "relative change of bits per byte"
-    bound = old.high * (1 + allowance) if relative else old.high + allowance
-    passed = new.low <= bound
-    allowed = f", allowed loss {allowance:.2%}" if allowance else ""
-    verdict = "is not worse than" if passed else "is worse than"
-    return GateResult("quality", passed, f"{what} {new} {verdict} the champion's {old}{allowed}", new.low, bound)
+        return GateResult("quality", False, goals.not_measured(figure))
+    bound = old.high * (1 + allowance) if figure is BITS_PER_BYTE else old.high + allowance
+    gate = _not_worse("quality", figure, new, old, bound)
+    return replace(gate, reason=f"{gate.reason}, allowed loss {allowance:.2%}") if allowance else gate
 
 
-def _objective_gate(new: Mapping[str, float], old: Mapping[str, float], objective: str) -> GateResult:
+def _objective_gate(candidate: RegisteredVersion, champion: RegisteredVersion, objective: str) -> GateResult:
     """Not worse than the champion's in what the recipe maximises, beyond both intervals."""
-    metric, more = _objective_metric(objective)
-    mine, theirs = _interval(new, metric), _interval(old, metric)
-    if mine is None or theirs is None:
-        return GateResult(f"objective {objective}", False, f"{metric} was not measured")
-    passed = mine.high >= theirs.low if more else mine.low <= theirs.high
+    name, figure = f"objective {objective}", goals.Objective.of(objective, candidate.metrics).figure
+    new, old = figure.read(candidate.metrics), figure.read(champion.metrics)
+    if new is None or old is None:
+        whose = "" if new is None else " of the champion"
+        return GateResult(name, False, f"{goals.not_measured(figure)}{whose}")
+    return _not_worse(name, figure, new, old, figure.worst(old))
+
+
+def _not_worse(name: str, figure: Figure, new: Estimate, old: Estimate, bound: float) -> GateResult:
+    """The gate that the good side of the new interval has to reach the bound."""
+    passed = figure.keeps(figure.best(new), bound)
     verdict = "is not worse than" if passed else "is worse than"
-    value, bound = (mine.high, theirs.low) if more else (mine.low, theirs.high)
-    return GateResult(f"objective {objective}", passed, f"{metric} {mine} {verdict} the champion's {theirs}", value, bound)
+    reason = f"{figure.text(new)} {verdict} the champion's {with_interval(old, figure.show)}"
+    return GateResult(name, passed, reason, figure.best(new), bound)
 
 
-def _objective_metric(objective: str) -> tuple[str, bool]:
-    """The metric that an objective names, and whether more of it is better."""
-    if objective.startswith("speedup@"):
-        return f"speedup_{objective.removeprefix('speedup@')}", True
-    return "size_bytes", False
-
-
-def _progress_gate(candidate: RegisteredVersion, champion: RegisteredVersion) -> GateResult:
+def _progress_gate(candidate: RegisteredVersion, champion: RegisteredVersion, objective: str) -> GateResult:
     """Better in something: noise alone must not let champions drift downwards step by step."""
-    new, old = candidate.metrics, champion.metrics
-    bits = "bits_per_byte" if _same(candidate, champion, "evaluation") else "quality_change"
+    speed = goals.speed(goals.judged_batch(objective, candidate.metrics))
+    quality = BITS_PER_BYTE if _same(candidate, champion, "evaluation") else QUALITY
+    pairs = [(one, one.read(candidate.metrics), one.read(champion.metrics)) for one in (quality, speed, SIZE)]
     better = [
-        f"{name} {new[key]:.4g} against {old[key]:.4g}"
-        for name, key, sign in (("quality", bits, -1), ("speedup", "speedup_1", 1), ("size", "size_bytes", -1))
-        if key in new and key in old and sign * new[key] > sign * old[key]
+        f"{figure.name} {figure.show(new.value)} against {figure.show(old.value)}"
+        for figure, new, old in pairs
+        if new and old and not figure.keeps(old.value, new.value)
     ]
     reason = f"better in {', '.join(better)}" if better else "better than the champion in none of quality, speed and size"
     return GateResult("progress", bool(better), reason)
-
-
-def _interval(metrics: Mapping[str, float], name: str) -> Interval | None:
-    if name not in metrics:
-        return None
-    value = metrics[name]
-    return Interval(value, metrics.get(f"{name}_low", value), metrics.get(f"{name}_high", value))

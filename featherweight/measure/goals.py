@@ -1,13 +1,171 @@
-"""Goals: the constraints that a winner keeps, the objective that it maximises, and the choice of the winner."""
+"""Goals: what a recipe asks of a variant, judged by the flat metrics of `Comparison.metrics()`.
+
+The decide stage and the promotion gate both judge here, so that neither accepts what the other refuses. Speed and latency are
+judged at the batch size that the objective names ('speedup@8'); 'size' and 'quality' name none and take the smallest measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from featherweight.measure.measurement import Comparison
+from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, times, with_interval
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
+from featherweight.progress import Metrics
+
+OBJECTIVE = "speedup@1"
+"""Where nobody says another."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a variant: its key among the metrics, what it is called, how it is written, and whether more is better.
+
+    interval: measured with a confidence interval, `KEY_low` to `KEY_high`; a figure without one is its own interval.
+    at: the batch size in words, where the figure has one.
+    """
+
+    key: str
+    name: str
+    show: Callable[[float], str]
+    more: bool = False
+    interval: bool = False
+    at: str = ""
+
+    def read(self, metrics: Metrics) -> Estimate | None:
+        """The figure of a variant, None where it, or its interval, was not measured or is no finite number."""
+        keys = (self.key, f"{self.key}_low", f"{self.key}_high") if self.interval else (self.key,) * 3
+        values = [metrics.get(key, math.nan) for key in keys]
+        return Estimate(*values) if all(map(math.isfinite, values)) else None
+
+    def loss(self, value: float) -> float:
+        """The value turned so that less is better."""
+        return -value if self.more else value
+
+    def worst(self, estimate: Estimate) -> float:
+        """The bound of the interval that bad luck may have left standing."""
+        return estimate.low if self.more else estimate.high
+
+    def best(self, estimate: Estimate) -> float:
+        """The bound of the interval on the good side."""
+        return estimate.high if self.more else estimate.low
+
+    def keeps(self, value: float, bound: float) -> bool:
+        """Whether a value is as good as a bound."""
+        return self.loss(value) <= self.loss(bound)
+
+    def text(self, estimate: Estimate) -> str:
+        """The figure in words: 'speed 7.93x [7.85, 8.01] at batch 8'."""
+        return f"{self.name} {with_interval(estimate, self.show)}{self.at}"
+
+
+QUALITY = Figure("quality_change", "quality loss", percent, interval=True)
+BITS_PER_BYTE = Figure("bits_per_byte", "bits per byte", plain)
+SIZE = Figure("size_bytes", "size", mebibytes)
+PEAK_MEMORY = Figure("peak_memory_bytes", "peak memory", mebibytes)
+
+
+def speed(batch_size: int) -> Figure:
+    """How many times faster than the baseline."""
+    return Figure(f"speedup_{batch_size}", "speed", times, more=True, interval=True, at=f" at batch {batch_size}")
+
+
+def p95_latency(batch_size: int) -> Figure:
+    """The 95th percentile of the latency of one whole generation."""
+    return Figure(f"p95_latency_s_{batch_size}", "p95 latency", milliseconds, at=f" at batch {batch_size}")
+
+
+CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
+    "max_quality_loss": lambda _: QUALITY,
+    "min_speedup": speed,
+    "max_size_bytes": lambda _: SIZE,
+    "max_p95_latency_s": p95_latency,
+    "max_peak_memory_bytes": lambda _: PEAK_MEMORY,
+}
+"""The figure that each key of ConstraintsSpec bounds, at a batch size."""
+
+
+def measured_batches(metrics: Iterable[str]) -> list[int]:
+    """The batch sizes that a speed was measured at, the smallest first, by the names of the metrics."""
+    return sorted({int(found[1]) for key in metrics if (found := re.fullmatch(r"speedup_(\d+)", key))})
+
+
+def judged_batch(objective: str, metrics: Iterable[str]) -> int:
+    """The batch size that speed and latency are judged at: see the head of this file; 1 where none was measured."""
+    _, _, named = objective.partition("@")
+    return int(named) if named else next(iter(measured_batches(metrics)), 1)
+
+
+def bound_shown(constraint: str, bound: float) -> str:
+    """The bound of a constraint as people read it."""
+    return CONSTRAINTS[constraint](1).show(bound)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the winner is best in, and what decides among those that are level in it."""
+
+    figure: Figure
+    tie: Figure
+
+    @classmethod
+    def of(cls, name: str, metrics: Metrics) -> Objective:
+        """The objective of that name for a variant with these metrics."""
+        batch_speed = speed(judged_batch(name, metrics))
+        if name == "quality":
+            return cls(QUALITY, batch_speed)
+        return cls(SIZE if name == "size" else batch_speed, QUALITY)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a constraint is surely kept, in words with its numbers. value: the bound of the interval that was judged."""
+
+    constraint: str
+    kept: bool
+    reason: str
+    value: float | None
+    bound: float
+
+
+def judge(constraints: ConstraintsSpec, objective: str, metrics: Metrics) -> list[Verdict]:
+    """One verdict for each constraint that is set: kept by the worse bound of the confidence interval, not by the estimate.
+
+    What was not measured is not kept.
+    """
+    batch_size = judged_batch(objective, metrics)
+    bounds = constraints.model_dump(exclude_none=True)
+    return [_verdict(name, CONSTRAINTS[name](batch_size), bound, metrics) for name, bound in bounds.items()]
+
+
+def _verdict(name: str, figure: Figure, bound: float, metrics: Metrics) -> Verdict:
+    estimate = figure.read(metrics)
+    if estimate is None:
+        return Verdict(name, False, not_measured(figure), None, bound)
+    asked = "wanted" if figure.more else "allowed"
+    value = figure.worst(estimate)
+    return Verdict(name, figure.keeps(value, bound), f"{figure.text(estimate)}, {asked} {figure.show(bound)}", value, bound)
+
+
+def not_measured(figure: Figure) -> str:
+    """Why a figure cannot be judged."""
+    return f"{figure.key} was not measured" + (" with its confidence interval" if figure.interval else "")
+
+
+def pareto_front(variants: Mapping[str, Metrics], batch_size: int) -> tuple[str, ...]:
+    """Names that no other beats in both speed and quality, by point estimates, the fastest first; the unmeasured left out."""
+    axes = (speed(batch_size), QUALITY)
+    points = {name: [axis.loss(metrics.get(axis.key, math.nan)) for axis in axes] for name, metrics in variants.items()}
+    measured = (name for name, point in points.items() if all(map(math.isfinite, point)))
+    front: list[str] = []
+    for name in sorted(measured, key=lambda name: points[name]):
+        if not front or points[name][1] < points[front[-1]][1]:
+            front.append(name)
+    return tuple(front)
 
 
 @dataclass(frozen=True)
@@ -23,108 +181,77 @@ class Decision:
     pareto: tuple[str, ...]
 
 
-def choose_winner(constraints: ConstraintsSpec, objective: str, measurements: Mapping[str, Comparison]) -> Decision:
+def choose_winner(constraints: ConstraintsSpec, objective: str, variants: Mapping[str, Metrics]) -> Decision:
     """Keep who satisfies every constraint with its confidence bound, then maximise the objective.
 
-    objective: 'speedup@N', 'size' or 'quality'. Who is not surely behind the leader is level with it, and of those that are
-    level the better quality wins (for 'quality': the faster), so that noise alone never decides.
+    objective: 'speedup@N', 'size' or 'quality'. variants: metrics by name. Who is not surely behind the leader is level with
+    it, and of those that are level the better quality wins (for 'quality': the faster), so that noise alone never decides.
     """
-    candidates = [_Candidate(name, comparison, objective) for name, comparison in measurements.items()]
-    broken = {one.name: "; ".join(one.broken(constraints)) for one in candidates}
-    kept = [one for one in candidates if not broken[one.name]]
-    front = _pareto(candidates)
+    broken = {name: "; ".join(_refusals(constraints, objective, metrics)) for name, metrics in variants.items()}
+    kept = [_Candidate.of(name, Objective.of(objective, variants[name]), variants[name]) for name in variants if not broken[name]]
+    front = pareto_front(variants, judged_batch(objective, chain.from_iterable(variants.values())))
     if not kept:
         return Decision(None, "no variant keeps every constraint with its confidence bound", broken, front)
     leader = min(kept, key=lambda one: (one.sure, one.tie_break))
-    level = [one for one in kept if one.score.value <= leader.sure]
+    level = [one for one in kept if one.score <= leader.sure]
     winner = min(level, key=lambda one: (one.tie_break, one.sure))
-    reasons = {one.name: broken[one.name] or one.behind(winner, one in level) for one in candidates if one is not winner}
+    behind = {one.name: one.behind(winner, one in level) for one in kept if one is not winner}
+    reasons = {name: broken[name] or behind[name] for name in variants if name != winner.name}
     return Decision(winner.name, winner.praise(len(kept), len(level)), reasons, front)
 
 
+def _refusals(constraints: ConstraintsSpec, objective: str, metrics: Metrics) -> list[str]:
+    """Why a variant may not win: constraints that are not surely kept, figures of the objective that were not measured."""
+    wanted = Objective.of(objective, metrics)
+    missing = [not_measured(figure) for figure in (wanted.figure, wanted.tie) if figure.read(metrics) is None]
+    return list(dict.fromkeys([*(one.reason for one in judge(constraints, objective, metrics) if not one.kept), *missing]))
+
+
+@dataclass(frozen=True)
 class _Candidate:
-    """A variant in the light of an objective. `score` is what counts, smaller is better; `sure` is its bad-luck bound."""
+    """A variant that keeps every constraint, in the light of an objective; of its numbers, less is better."""
 
-    def __init__(self, name: str, comparison: Comparison, objective: str) -> None:
-        self.name, self.comparison, self.objective = name, comparison, objective
-        _, _, batch = objective.partition("@")
-        self.batch_size = int(batch) if batch else min(comparison.batch_sizes)
-        self.speedup = comparison.speedup(self.batch_size)
-        self.quality = comparison.quality_change
-        self.size = comparison.variant.size_bytes
-        self.score = self._score()
-        self.sure = self.score.high
+    name: str
+    objective: Objective
+    value: Estimate
+    tie: Estimate
 
-    def _score(self) -> Estimate:
-        if self.objective == "quality":
-            return self.quality
-        if self.objective == "size":
-            return Estimate(self.size, self.size, self.size)
-        return Estimate(-self.speedup.value, -self.speedup.high, -self.speedup.low)
+    @classmethod
+    def of(cls, name: str, objective: Objective, metrics: Metrics) -> _Candidate:
+        value, tie = objective.figure.read(metrics), objective.tie.read(metrics)
+        assert value is not None and tie is not None, "refused before"
+        return cls(name, objective, value, tie)
+
+    @property
+    def score(self) -> float:
+        return self.objective.figure.loss(self.value.value)
+
+    @property
+    def sure(self) -> float:
+        """The score with bad luck."""
+        return self.objective.figure.loss(self.objective.figure.worst(self.value))
 
     @property
     def tie_break(self) -> float:
-        """Smaller is better among those that are level in the objective."""
-        return -self.speedup.low if self.objective == "quality" else self.quality.value
-
-    def broken(self, bounds: ConstraintsSpec) -> Iterator[str]:
-        """Each constraint that is not surely kept, with its numbers."""
-        variant = self.comparison.variant
-        p95_s = variant.speed(self.batch_size).latency_s(0.95)
-        if bounds.max_quality_loss is not None and self.quality.high > bounds.max_quality_loss:
-            yield f"quality loss {_percent(self.quality)}, allowed {bounds.max_quality_loss:.2%}"
-        if bounds.min_speedup is not None and self.speedup.low < bounds.min_speedup:
-            yield f"speed {_times(self.speedup)} at batch {self.batch_size}, wanted {bounds.min_speedup:g}x"
-        if bounds.max_size_bytes is not None and self.size > bounds.max_size_bytes:
-            yield f"size {_mb(self.size)}, allowed {_mb(bounds.max_size_bytes)}"
-        if bounds.max_p95_latency_s is not None and p95_s > bounds.max_p95_latency_s:
-            yield f"p95 latency {p95_s:.3g} s at batch {self.batch_size}, allowed {bounds.max_p95_latency_s:g} s"
-        if bounds.max_peak_memory_bytes is not None and variant.peak_memory_bytes > bounds.max_peak_memory_bytes:
-            yield f"peak memory {_mb(variant.peak_memory_bytes)}, allowed {_mb(bounds.max_peak_memory_bytes)}"
-
-    def shown(self) -> str:
-        """The objective's figure."""
-        if self.objective == "quality":
-            return f"quality loss {_percent(self.quality)}"
-        if self.objective == "size":
-            return f"size {_mb(self.size)}"
-        return f"{_times(self.speedup)} at batch {self.batch_size}"
-
-    def _tie(self) -> str:
-        if self.objective == "quality":
-            return f"{_times(self.speedup)} at batch {self.batch_size}"
-        return f"quality loss {_percent(self.quality)}"
+        """What decides among those that are level. Speed by its bad-luck bound: its rounds are noisier than paired quality."""
+        tie = self.objective.tie
+        return tie.loss(self.tie.value) if tie is QUALITY else tie.loss(tie.worst(self.tie))
 
     def behind(self, winner: _Candidate, level: bool) -> str:
         """Why this one lost to `winner` although it keeps every constraint."""
-        against = f"{self.shown()}, against the winner's {winner.shown()}"
-        return f"{against}: level; {self._tie()}, against {winner._tie()}" if level else against
+        against = f"{self._shown()}, against the winner's {winner._shown()}"
+        return f"{against}: level; {self._tie_shown()}, against {winner._tie_shown()}" if level else against
 
     def praise(self, kept: int, level: int) -> str:
         """Why this one won, among `kept` that keep every constraint, of which `level` are level in the objective."""
-        figures = f"{self.shown()}, {self._tie()}"
+        figures = f"{self._shown()}, {self._tie_shown()}"
         if level > 1:
-            second = "speed" if self.objective == "quality" else "quality"
+            second = "quality" if self.objective.tie is QUALITY else "speed"
             return f"{figures}: the best in {second} of {level} that are level within the noise ({kept} keep every constraint)"
         return f"{figures}: the best of {kept} that keep every constraint"
 
+    def _shown(self) -> str:
+        return self.objective.figure.text(self.value)
 
-def _pareto(candidates: list[_Candidate]) -> tuple[str, ...]:
-    """Names on the front of quality against speed, by point estimates."""
-    front: list[_Candidate] = []
-    for one in sorted(candidates, key=lambda one: (-one.speedup.value, one.quality.value)):
-        if not front or one.quality.value < front[-1].quality.value:
-            front.append(one)
-    return tuple(one.name for one in front)
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{estimate.value:+.2%} [{estimate.low:+.2%}, {estimate.high:+.2%}]"
-
-
-def _times(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]"
-
-
-def _mb(size_bytes: float) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
+    def _tie_shown(self) -> str:
+        return self.objective.tie.text(self.tie)

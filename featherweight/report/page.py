@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featherweight.report.figures import MISSING, loss_with_interval, mebibytes, percent, rate, times
+from featherweight.measure.figures import MISSING, mebibytes, percent, rate, times
+from featherweight.measure.goals import bound_shown
 from featherweight.report.lineage_picture import lineage_picture, winner_path
 from featherweight.report.pareto_chart import chart_points, engine_index, pareto_chart
-from featherweight.report.result import OptimizationResult, VariantRow, pareto_front, ranked
+from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.report.tables import columns
 
 
@@ -62,7 +63,7 @@ def _cards(result: OptimizationResult, winner: VariantRow | None) -> list[tuple[
 
 
 def _quality_note(winner: VariantRow) -> str:
-    interval = loss_with_interval(winner).removeprefix(percent(winner.get("quality_change"))).strip(" []")
+    interval = winner.quality_loss.removeprefix(percent(winner.get("quality_change"))).strip(" []")
     sign = "+ is worse" if winner.get("quality_change") > 0 else "− is better"
     return f"95 % CI {interval.replace(',', ' to')} %; {sign}" if interval else sign
 
@@ -73,7 +74,7 @@ def _chart(result: OptimizationResult, batch: int) -> dict[str, Any]:
         "batch": batch,
         "wide": pareto_chart(result, batch, 920, 500),
         "narrow": pareto_chart(result, batch, 350, 400, full_names=False),
-        "front": [row.name for row in pareto_front(result.measured, batch)],
+        "front": [row.name for row in result.pareto_front(batch)],
     }
 
 
@@ -81,7 +82,7 @@ def _table(result: OptimizationResult) -> dict[str, Any]:
     """Headings and rows; each cell is its text and its sort key."""
     shown = columns(result)
     rows = [(row, [(column.text(row), _sort_key(column.order(row))) for column in shown]) for row in ranked(result)]
-    front = {row.name for row in pareto_front(result.measured, result.main_batch)}
+    front = {row.name for row in result.pareto_front(result.main_batch)}
     return {"columns": shown, "rows": rows, "front": front}
 
 
@@ -106,7 +107,7 @@ def _facts(result: OptimizationResult) -> list[tuple[str, Mapping[str, str]]]:
         "started": result.started,
         "took": _duration(result.seconds),
     }
-    limits = {name: f"{value:g}" for name, value in result.constraints.items() if value is not None}
+    limits = {name: bound_shown(name, value) for name, value in result.constraints.items() if value is not None}
     tables = [
         ("Objective and constraints", {**settings, **limits}),
         ("Machine", result.machine),

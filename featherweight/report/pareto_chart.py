@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from featherweight.report.figures import loss_with_interval, mebibytes, percent, rate, times
-from featherweight.report.result import OptimizationResult, VariantRow, pareto_front, ranked
+from featherweight.measure.figures import mebibytes, percent, rate, times
+from featherweight.report.result import OptimizationResult, VariantRow, ranked
 
 FONT = 11.5
 _GLYPH = 0.56 * FONT
@@ -123,7 +123,7 @@ def pareto_chart(result: OptimizationResult, batch: int, width: int, height: int
     plot = Box(72, 14, width - 14, height - 44)
     constraints = _constraints(result, batch)
     scale = _scale(plot, rows, batch, constraints)
-    front = pareto_front(rows, batch)
+    front = result.pareto_front(batch)
     parts = [*_axes(scale, width, height, batch), *_bounds(scale, constraints), _front_line(scale, front, batch)]
     parts += [_whiskers(scale, row, batch) for row in rows]
     labels = place_labels(result, rows, front, batch, scale, full_names)
@@ -303,7 +303,7 @@ def _point(result: OptimizationResult, row: VariantRow, on_front: bool, batch: i
     x, y = _spot(row, batch, scale)
     facts = [
         f"{times(row.get(f'speedup_{batch}'))} at batch {batch}, {rate(row.get(f'tokens_per_s_{batch}'))} tokens/s",
-        f"bits per byte {loss_with_interval(row)}",
+        f"bits per byte {row.quality_loss}",
         f"{mebibytes(row.get('size_bytes'))}, {row.engine}",
         "on the Pareto front" if on_front else "beaten in both speed and quality",
     ]

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from featherweight.report.figures import loss_with_interval, mebibytes, times
+from featherweight.measure.figures import mebibytes, percent, times, with_interval
+from featherweight.measure.goals import judged_batch, measured_batches, pareto_front
+from featherweight.measure.statistics import Estimate
 from featherweight.spec import Task
 
 Status = Literal["winner", "loser", "baseline", "failed", "skipped", "ruled-out"]
@@ -51,6 +53,12 @@ class VariantRow:
     def get(self, key: str) -> float:
         """A metric, NaN where it was not measured."""
         return self.metrics.get(key, math.nan)
+
+    @property
+    def quality_loss(self) -> str:
+        """The change of quality with its confidence interval, where there is one, as people read it."""
+        change = Estimate(*(self.get(f"quality_change{end}") for end in ("", "_low", "_high")))
+        return with_interval(change, percent)
 
 
 @dataclass(frozen=True)
@@ -123,14 +131,20 @@ class OptimizationResult:
     @property
     def batch_sizes(self) -> list[int]:
         """Batch sizes that a speed-up was measured at."""
-        keys = {key for row in self.variants for key in row.metrics}
-        return sorted(int(found[1]) for key in keys if (found := re.fullmatch(r"speedup_(\d+)", key)))
+        return measured_batches(self._metric_names())
 
     @property
     def main_batch(self) -> int:
-        """The batch size that the objective names, else the smallest measured."""
-        _, _, batch = self.objective.partition("@")
-        return int(batch) if batch else next(iter(self.batch_sizes), 1)
+        """The batch size that speed is judged at."""
+        return judged_batch(self.objective, self._metric_names())
+
+    def _metric_names(self) -> Iterator[str]:
+        return chain.from_iterable(row.metrics for row in self.variants)
+
+    def pareto_front(self, batch: int) -> list[VariantRow]:
+        """Rows that no other beats in both speed at that batch size and quality, fastest first."""
+        rows = {row.name: row for row in self.measured}
+        return [rows[name] for name in pareto_front({name: row.metrics for name, row in rows.items()}, batch)]
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:
@@ -153,7 +167,7 @@ class OptimizationResult:
             return f"No variant kept every constraint ({tried} measured); the baseline stays."
         parts = [f"{times(winner.get(f'speedup_{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]
         parts.append(f"{mebibytes(winner.get('size_bytes'))}{self._smaller(winner)}")
-        parts.append(f"bits per byte {loss_with_interval(winner)}")
+        parts.append(f"bits per byte {winner.quality_loss}")
         return f"{winner.name}: {', '.join(parts)}."
 
     def _smaller(self, row: VariantRow) -> str:
@@ -205,16 +219,6 @@ def gate_rows(validation: Path) -> tuple[GateRow, ...]:
 def _finding(found: Mapping[str, Any]) -> str:
     more = f" and {found['count'] - len(found['rows'])} more" if found["count"] > len(found["rows"]) else ""
     return f"{found['text']}: {', '.join(found['rows'])}{more}" if found["rows"] else found["text"]
-
-
-def pareto_front(rows: Iterable[VariantRow], batch: int) -> list[VariantRow]:
-    """Rows that no other beats in both speed at that batch size and quality, fastest first."""
-    points = [row for row in rows if math.isfinite(row.get(f"speedup_{batch}")) and math.isfinite(row.get("quality_change"))]
-    front: list[VariantRow] = []
-    for row in sorted(points, key=lambda row: (-row.get(f"speedup_{batch}"), row.get("quality_change"))):
-        if not front or row.get("quality_change") < front[-1].get("quality_change"):
-            front.append(row)
-    return front
 
 
 def ranked(result: OptimizationResult) -> list[VariantRow]:

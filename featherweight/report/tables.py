@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.report.figures import MISSING, loss_with_interval, mebibytes, milliseconds, percent, rate, times
+from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, rate, times
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import Task
 
@@ -63,7 +63,7 @@ def columns(result: OptimizationResult) -> list[Column]:
 
 
 def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
-    text = (lambda row: show(row.get(key))) if show else loss_with_interval
+    text = (lambda row: show(row.get(key))) if show else (lambda row: row.quality_loss)
     return Column(title, meaning, text, lambda row: row.get(key), brief)
 
 

@@ -11,29 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
-from featherweight.measure.goals import choose_winner
-from featherweight.measure.measurement import FILE, Comparison, Measurement, Quality, Speed, quantile
-from featherweight.measure.spec import ConstraintsSpec
+from featherweight.measure.measurement import FILE, Comparison, Quality, quantile
 from featherweight.measure.statistics import bootstrap_median_ratio, bootstrap_ratio
+from tests.support.comparisons import comparison, measurement, speed
 
 positive = st.floats(0.01, 100.0)
 samples = st.lists(positive, min_size=1, max_size=20)
-
-
-def speed(total_s, ttft_s=None, batch_size=1, **more):
-    total = tuple(total_s)
-    return Speed(batch_size, 1, 16, 64, total, tuple(ttft_s or [value / 10 for value in total]), **more)
-
-
-def measurement(latency_s=1.0, nll=100.0, size=1000, memory=5000, spread=0.0, batches=(1, 8)):
-    """A made-up variant: five rounds spread evenly around a latency, ten windows around a negative log-likelihood."""
-    rounds = [latency_s * (1 + spread * step) for step in (-1, -0.5, 0, 0.5, 1)]
-    quality = Quality(tuple(nll + window for window in range(10)), (50,) * 10, (200,) * 10)
-    return Measurement("torch", quality, tuple(speed(rounds, batch_size=batch) for batch in batches), memory, size, 1.0)
-
-
-def comparison(**variant):
-    return Comparison(measurement(**variant), measurement())
 
 
 # Bootstrap
@@ -172,112 +155,3 @@ def test_other_windows_and_unmeasured_batch_sizes_are_refused():
         _ = Comparison(variant, other).quality_change
     with pytest.raises(StageError, match="batch size 4 was not measured; measured: 1, 8"):
         comparison().speedup(4)
-
-
-# The choice
-
-
-def test_the_fastest_that_keeps_the_constraints_wins():
-    decision = choose_winner(
-        ConstraintsSpec(max_quality_loss=0.02),
-        "speedup@1",
-        {
-            "int8": comparison(latency_s=0.125, nll=100.1),
-            "int4": comparison(latency_s=0.07, nll=106.0),
-            "float": comparison(latency_s=0.5),
-        },
-    )
-    assert decision.winner == "int8"
-    assert "8.00x" in decision.summary
-    assert "quality loss +5.74%" in decision.reasons["int4"] and "allowed 2.00%" in decision.reasons["int4"]
-    assert decision.reasons["float"].startswith("2.00x") and "8.00x" in decision.reasons["float"]
-    assert decision.pareto == ("int4", "int8", "float")
-
-
-def test_a_constraint_is_kept_with_its_confidence_bound_not_with_its_estimate():
-    noisy, steady = comparison(latency_s=0.24, spread=0.5), comparison(latency_s=0.24)
-    assert noisy.speedup(1).value > 4 > noisy.speedup(1).low
-    decision = choose_winner(ConstraintsSpec(min_speedup=4.0), "speedup@1", {"noisy": noisy, "steady": steady})
-    assert decision.winner == "steady"
-    assert "wanted 4x" in decision.reasons["noisy"]
-
-
-@pytest.mark.parametrize(
-    ("bounds", "named"),
-    [
-        ({"max_quality_loss": 0.0}, "quality loss"),
-        ({"min_speedup": 100}, "speed 2.00x"),
-        ({"max_size_bytes": 999}, "size 0.0 MB"),
-        ({"max_p95_latency_s": 0.4}, "p95 latency 0.5 s"),
-        ({"max_peak_memory_bytes": 4999}, "peak memory"),
-    ],
-)
-def test_each_constraint_refuses_with_its_numbers(bounds, named):
-    decision = choose_winner(ConstraintsSpec(**bounds), "speedup@1", {"only": comparison(latency_s=0.5, nll=101.0)})
-    assert decision.winner is None
-    assert named in decision.reasons["only"]
-    assert decision.pareto == ("only",)
-
-
-def test_level_within_the_noise_the_better_quality_wins():
-    variants = {
-        "faster": comparison(latency_s=0.100, nll=101.0, spread=0.05),
-        "better": comparison(latency_s=0.102, nll=100.1, spread=0.05),
-    }
-    decision = choose_winner(ConstraintsSpec(), "speedup@1", variants)
-    assert decision.winner == "better"
-    assert "level" in decision.reasons["faster"] and "quality" in decision.reasons["faster"]
-
-
-def test_a_clear_lead_beats_better_quality():
-    variants = {"faster": comparison(latency_s=0.05, nll=101.0), "better": comparison(latency_s=0.1, nll=100.1)}
-    assert choose_winner(ConstraintsSpec(), "speedup@1", variants).winner == "faster"
-
-
-def test_the_objective_may_be_size_or_quality_or_another_batch_size():
-    small, good = comparison(latency_s=0.4, nll=102.0, size=10), comparison(latency_s=0.5, nll=99.0, size=500)
-    fast = Comparison(replace(measurement(), speeds=(speed([1.0] * 5), speed([0.1] * 5, batch_size=8))), measurement())
-    variants = {"small": small, "good": good, "fast": fast}
-    winners = {o: choose_winner(ConstraintsSpec(), o, variants).winner for o in ("size", "quality", "speedup@8", "speedup@1")}
-    assert winners == {"size": "small", "quality": "good", "speedup@8": "fast", "speedup@1": "small"}
-
-
-def test_nobody_wins_among_none():
-    decision = choose_winner(ConstraintsSpec(), "speedup@1", {})
-    assert (decision.winner, decision.pareto) == (None, ())
-
-
-variants = st.dictionaries(
-    st.sampled_from("abcdef"),
-    st.builds(
-        comparison,
-        latency_s=st.floats(0.05, 2),
-        nll=st.floats(90, 120),
-        size=st.integers(1, 2000),
-        spread=st.sampled_from([0.0, 0.02, 0.3]),
-    ),
-    min_size=1,
-)
-
-
-@given(variants, st.sampled_from(["speedup@1", "speedup@8", "size", "quality"]), st.sampled_from([None, 0.0, 0.1]))
-@settings(max_examples=40, deadline=None)
-def test_a_choice_is_sound(measured, objective, max_loss):
-    bounds = ConstraintsSpec(max_quality_loss=max_loss)
-    decision = choose_winner(bounds, objective, measured)
-    keeping = {name for name, one in measured.items() if max_loss is None or one.quality_change.high <= max_loss}
-    assert (decision.winner in keeping) if keeping else decision.winner is None
-    assert decision.reasons.keys() == measured.keys() - {decision.winner}
-    assert all(decision.reasons.values())
-    for name in decision.pareto:
-        mine = measured[name]
-        assert not any(
-            other.quality_change.value < mine.quality_change.value and other.speedup(1).value > mine.speedup(1).value
-            for other in measured.values()
-        )
-    if decision.winner and objective == "size":
-        assert measured[decision.winner].variant.size_bytes == min(measured[name].variant.size_bytes for name in keeping)
-    if decision.winner and objective.startswith("speedup"):
-        batch = int(objective[-1])
-        best = max(measured[name].speedup(batch).low for name in keeping)
-        assert measured[decision.winner].speedup(batch).value >= best

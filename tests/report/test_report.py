@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.report.figures import loss_with_interval, mebibytes, milliseconds, percent, times
+from featherweight.measure.figures import mebibytes, milliseconds, percent, times
 from featherweight.report.lineage_picture import lineage_layout, winner_path
 from featherweight.report.page import render_report
 from featherweight.report.pareto_chart import Box, Scale, chart_points, place_labels
-from featherweight.report.result import GateRow, NodeRow, OptimizationResult, VariantRow, pareto_front, ranked
+from featherweight.report.result import GateRow, NodeRow, OptimizationResult, VariantRow, ranked
 from featherweight.report.tables import columns, markdown_table, terminal_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -129,17 +129,17 @@ def test_headline_tells_speed_size_and_quality():
 
 
 def test_pareto_front_keeps_only_the_undominated():
-    front = [row.name for row in pareto_front(sample().measured, 1)]
+    front = [row.name for row in sample().pareto_front(1)]
     assert front == [FIGURES[i][0] for i in (0, 5, 3, 4, 6)]
     blank = VariantRow("blank", "torch", "loser")
-    assert pareto_front([blank], 1) == []
+    assert sample(variants=(blank,)).pareto_front(1) == []
 
 
 def test_figures_as_text():
     assert [times(9.994), times(14.66), times(math.nan)] == ["9.99x", "14.7x", "–"]
     assert [percent(0.0011), percent(-0.053), percent(0.5), percent(2)] == ["+0.11 %", "−5.30 %", "+50.0 %", "+200 %"]
     assert [milliseconds(0.0012), milliseconds(0.25), mebibytes(3 * 2**29)] == ["1.20 ms", "250 ms", "1.50 GiB"]
-    assert loss_with_interval(VariantRow("a", "b", "loser")) == "–"
+    assert VariantRow("a", "b", "loser").quality_loss == "–"
 
 
 def test_columns_without_any_value_are_left_out():
@@ -186,7 +186,7 @@ def test_labels_do_not_lie_on_each_other(batch):
     rows = chart_points(result, batch)
     speeds, losses = [row.get(f"speedup_{batch}") for row in rows], [row.get("quality_change") for row in rows]
     scale = Scale.over(Box(72, 14, 906, 456), speeds, losses)
-    labels = place_labels(result, rows, pareto_front(rows, batch), batch, scale, full_names=True)
+    labels = place_labels(result, rows, result.pareto_front(batch), batch, scale, full_names=True)
     assert set(labels) == {row.name for row in rows}
     assert labels[result.winner].text == result.winner
     assert sum(not label.text.startswith("#") for label in labels.values()) >= 10

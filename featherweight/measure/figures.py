@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-if TYPE_CHECKING:
-    from featherweight.report.result import VariantRow
+from featherweight.measure.statistics import Estimate
 
 MISSING = "–"
 
@@ -33,8 +32,10 @@ def milliseconds(seconds: float) -> str:
 
 
 def mebibytes(size: float) -> str:
-    """A size in MiB."""
-    return MISSING if not math.isfinite(size) else f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
+    """A size in MiB, from 1024 of them on in GiB; below one with three digits."""
+    if not math.isfinite(size):
+        return MISSING
+    return f"{size / 2**20:.3g} MiB" if size < 2**20 else f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 
 def rate(tokens_per_s: float) -> str:
@@ -42,12 +43,19 @@ def rate(tokens_per_s: float) -> str:
     return MISSING if not math.isfinite(tokens_per_s) else f"{tokens_per_s:.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
 
 
-def loss_with_interval(row: VariantRow) -> str:
-    """Quality change with its 95 % confidence interval, where there is one."""
-    low, high = row.get("quality_change_low"), row.get("quality_change_high")
-    interval = f" [{_bare(low)}, {_bare(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return percent(row.get("quality_change")) + interval
+def plain(value: float) -> str:
+    """A number without a unit, four significant digits."""
+    return f"{value:.4g}" if math.isfinite(value) else MISSING
 
 
-def _bare(fraction: float) -> str:
-    return percent(fraction).removesuffix(" %")
+def with_interval(estimate: Estimate, show: Callable[[float], str] = plain) -> str:
+    """An estimate with its confidence interval, '8.00x [7.50, 8.50]', where it has one; `show` writes each number."""
+    low, high = estimate.low, estimate.high
+    if low == high or not math.isfinite(low) or not math.isfinite(high):
+        return show(estimate.value)
+    return f"{show(estimate.value)} [{_bare(show(low))}, {_bare(show(high))}]"
+
+
+def _bare(text: str) -> str:
+    """A figure without its unit."""
+    return text.removesuffix(" %").removesuffix("x")
