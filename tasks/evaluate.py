@@ -6,7 +6,7 @@ import filecmp
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import median
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.measure.measurement import Comparison, Measurement, Quality, Speed
+from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.architecture import Family, family_of
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes import Timing, engine_class, open_worker
+from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import available_cores, hardware_fingerprint, physical_cores
+from featherweight.system.machine import available_cores, hardware_fingerprint, memory_bandwidth_bytes_s, physical_cores
 from featherweight.text.model_inputs import scoring_windows
 from featherweight.text.tokens import Window
 from tasks.stage import stage
@@ -62,10 +64,20 @@ def evaluate(
         other = variant if _same(served, baseline) else _Side(workload, baseline, stack, progress, known)
         pairs = [_take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
         measured = variant.measurement([ours for ours, _ in pairs])
+        measured = replace(measured, roofline=_roofline(served, measured))
         reference = measured if other is variant else other.measurement([theirs for _, theirs in pairs])
     comparison = Comparison(measured, reference, hardware_fingerprint())
     comparison.write(out)
     return comparison.metrics()
+
+
+def _roofline(served: Path, measured: Measurement) -> Roofline | None:
+    """What tokens at batch 1 read, and what as many threads as it ran at can read; None where memory is not the roof."""
+    speed = next((speed for speed in measured.speeds if speed.batch_size == 1), None)
+    read = bytes_read(served) if speed else None
+    if speed is None or read is None:
+        return None
+    return Roofline(read.per_token(speed.prompt_tokens, speed.new_tokens), memory_bandwidth_bytes_s(speed.threads))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ def percent(fraction: float) -> str:
     return f"{fraction * 100:+.{digits}f} %".replace("-", "−")
 
 
+def share(fraction: float) -> str:
+    """A part of a whole as '12.5 %'."""
+    return percent(fraction).removeprefix("+")
+
+
 def milliseconds(seconds: float) -> str:
     """A time in ms, three significant digits."""
     if not math.isfinite(seconds):

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.roofline import Roofline
 from featherweight.measure.statistics import Estimate, bootstrap_median_ratio, bootstrap_ratio
 
 FILE = "measurement.json"
@@ -88,7 +89,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds."""
+    """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds.
+
+    roofline: what its tokens at batch 1 read, None where memory is not its roof.
+    """
 
     engine: str
     quality: Quality
@@ -96,6 +100,7 @@ class Measurement:
     peak_memory_bytes: int
     size_bytes: int
     startup_s: float
+    roofline: Roofline | None = None
 
     def speed(self, batch_size: int) -> Speed:
         """The measurement at a batch size; raises StageError if there is none."""
@@ -109,7 +114,9 @@ class Measurement:
     def from_json(cls, tree: Mapping[str, Any]) -> Measurement:
         """The inverse of `dataclasses.asdict` and a trip through JSON."""
         quality = Quality(**{key: tuple(values) for key, values in tree["quality"].items()})
-        return cls(**{**tree, "quality": quality, "speeds": tuple(_speed(speed) for speed in tree["speeds"])})
+        roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
+        speeds = tuple(_speed(speed) for speed in tree["speeds"])
+        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline})
 
 
 def _speed(tree: Mapping[str, Any]) -> Speed:
@@ -153,6 +160,9 @@ class Comparison:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
             figures |= {f"{key}_{batch_size}": value for key, value in _figures(variant.speed(batch_size)).items()}
             figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
+        if variant.roofline and 1 in self.batch_sizes:
+            figures["roofline_1"] = variant.roofline.share(variant.speed(1).tokens_per_s)
+            figures |= asdict(variant.roofline)
         return {key: float(value) for key, value in figures.items()}
 
     def write(self, folder: Path) -> None:

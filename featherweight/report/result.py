@@ -8,7 +8,8 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
 - `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;
-- `roofline_N`: share of the measured memory bandwidth that reading the weights once per step takes;
+- `roofline_1`: share of the measured memory bandwidth (`bandwidth_bytes_s`, at as many threads) that reading weights and cache at
+  batch 1 takes (`bytes_per_token`), see featherweight/measure/roofline.py; left out where memory is not the roof;
 - `zero_share`: share of zeros in the matrices that were pruned weight by weight.
 """
 

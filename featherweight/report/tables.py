@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, rate, times
+from featherweight.measure.figures import MISSING, mebibytes, milliseconds, rate, share, times
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import Task
 
@@ -34,6 +34,12 @@ SCORED: Mapping[Task, str] = {
 """What the quality of a model for each task is about."""
 
 
+ROOFLINE = (
+    "share of the memory bandwidth, measured at as many threads, that reading the weights and the cache for every token takes; "
+    "above 100 % the processor's own caches hold the model"
+)
+
+
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
     batches = result.batch_sizes
@@ -53,10 +59,11 @@ def columns(result: OptimizationResult) -> list[Column]:
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
         _metric("peak memory", "of the serving process", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("roofline, batch 1", ROOFLINE, "roofline_1", share),
         _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
         _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
-        _metric("zeros", "share of zeros in the pruned matrices", "zero_share", lambda value: percent(value).removeprefix("+")),
+        _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
