@@ -190,12 +190,10 @@ def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models/stories15M").exists(), reason="no stories15M beside the repository")
 def test_int4_of_a_real_model_is_faster_than_float32(tmp_path, text):
-    seconds = {}
     for precision in ("float32", "int4"):
-        out = tmp_path / precision
-        out.mkdir()
-        compile(genai(precision), checkpoint=SHARED / "models/stories15M", calibration=text, out=out)
-        with open_worker(out, threads=1) as worker:
-            worker.time([[1] * 16], 16)
-            seconds[precision] = min(worker.time([[1] * 16], 48).total_s for _ in range(5))
-    assert seconds["int4"] < seconds["float32"] / 1.5
+        (tmp_path / precision).mkdir()
+        compile(genai(precision), checkpoint=SHARED / "models/stories15M", calibration=text, out=tmp_path / precision)
+    with open_worker(tmp_path / "float32", threads=1) as plain, open_worker(tmp_path / "int4", threads=1) as packed:
+        rounds = [[worker.time([[1] * 16], 48).total_s for worker in (plain, packed)] for _ in range(6)]
+    seconds = [min(times) for times in zip(*rounds, strict=True)]
+    assert seconds[1] < seconds[0] / 1.5, "the best of six, in turns, so that a busy machine hits both"
