@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 
 from featherweight.errors import IntegrityError, RecipeError
+from featherweight.report.sensitivity_page import MatrixBar, sensitivity_page
 
 FILE = "sensitivity.json"
 PAGE = "sensitivity.html"
-WIDTH, ROW, LEFT, RIGHT = 900, 18, 300, 90
+SHOWN_BUDGETS = (0.005, 0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,9 @@ class Sensitivity:
 
 
 def _page(scan: Sensitivity) -> str:
-    """A page of its own: a bar for every matrix, and what a budget buys."""
-    title = f"Sensitivity to {scan.grid}"
-    rows = "".join(
-        f"<tr><td>{budget:.1%}</td><td>{_bought(scan, budget)}</td></tr>" for budget in (0.005, 0.01, 0.02, 0.05) if scan.matrices
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>'
-        "body{font:14px system-ui,sans-serif;margin:2rem;color:#1b1f24;background:#fff}svg text{font-size:12px}"
-        "td,th{padding:.2rem 1rem .2rem 0;text-align:left}.bar{fill:#2f6fb3}.finer{fill:#e08a1e}</style>"
-        f"<h1>{title}</h1><p>Each matrix rounded alone (blue; on {scan.finer} orange): how far the predictions move, "
-        "as a share of the loss.</p>"
-        f"{_bars(scan)}<h2>What a budget asks for</h2><table><tr><th>predicted loss at most</th>"
-        f"<th>matrices on {scan.finer}</th></tr>{rows}</table></html>"
-    )
+    bars = [MatrixBar(one.name, one.divergence / scan.loss, one.finer_divergence / scan.loss) for one in scan.matrices]
+    budgets = [(f"{budget:.1%}", _bought(scan, budget)) for budget in SHOWN_BUDGETS if scan.matrices]
+    return sensitivity_page(scan.grid, scan.finer, bars, budgets)
 
 
 def _bought(scan: Sensitivity, budget: float) -> str:
@@ -105,19 +94,3 @@ def _bought(scan: Sensitivity, budget: float) -> str:
         return "not enough"
     share = sum(one.weights for one in scan.matrices if one.name in chosen) / sum(one.weights for one in scan.matrices)
     return f"{len(chosen)} of {len(scan.matrices)}, {share:.0%} of the weights"
-
-
-def _bars(scan: Sensitivity) -> str:
-    most = max((one.divergence for one in scan.matrices), default=0.0) or 1.0
-    height = ROW * len(scan.matrices) + 10
-    room = WIDTH - LEFT - RIGHT
-    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-    parts = [f'<svg {size} role="img" aria-label="Sensitivity by matrix">']
-    for place, one in enumerate(scan.matrices):
-        top = place * ROW + 4
-        parts.append(f'<text x="{LEFT - 8}" y="{top + 11}" text-anchor="end">{escape(one.name.removesuffix(".weight"))}</text>')
-        for kind, value in (("bar", one.divergence), ("finer", one.finer_divergence)):
-            parts.append(f'<rect class="{kind}" x="{LEFT}" y="{top}" width="{room * value / most:.1f}" height="{ROW - 5}"/>')
-        label = f"{one.divergence / scan.loss:.2%}"
-        parts.append(f'<text x="{LEFT + room * one.divergence / most + 6:.1f}" y="{top + 11}">{label}</text>')
-    return "\n".join([*parts, "</svg>"])

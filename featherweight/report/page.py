@@ -11,16 +11,14 @@ from featherweight.measure.figures import MISSING, mebibytes, percent, rate, tim
 from featherweight.measure.goals import bound_shown
 from featherweight.report.lineage_picture import lineage_picture, winner_path
 from featherweight.report.pareto_chart import chart_points, engine_index, pareto_chart
+from featherweight.report.rendering import render_template
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.report.tables import columns
 
 
 def render_report(result: OptimizationResult, path: Path) -> None:
     """Write the report. Its charts are SVG, its script sorts the table and shows hints; all that users named is escaped."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("featherweight.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(**_context(result))
+    page = render_template("report.html.j2", **_context(result))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

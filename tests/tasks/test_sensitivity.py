@@ -94,7 +94,7 @@ def test_the_page_shows_every_matrix_and_what_a_budget_buys(scanned: Path) -> No
     page = (scanned / PAGE).read_text()
     for one in Sensitivity.read(scanned).matrices:
         assert one.name.removesuffix(".weight") in page
-    assert page.count("<rect") == 2 * len(Sensitivity.read(scanned).matrices)
+    assert page.count("fill: var(--first)") == len(Sensitivity.read(scanned).matrices)
     assert "of the weights" in page
 
 

@@ -1,0 +1,13 @@
+"""Pages from the templates of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def render_template(name: str, **values: Any) -> str:
+    """The template with its values, escaped unless it says otherwise."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("featherweight.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(name).render(**values)
