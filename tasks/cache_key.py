@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
+from importlib import import_module
+from typing import Any
 
+from featherweight.recipe.plan import Node
 from featherweight.store.artifact import content_digest
-
-PACKAGES = ("featherweight", "tasks")
-
-
-# Modules whose text does not shape a stage's result: specs enter the key by value.
-INERT = {"featherweight.recipe", "featherweight.errors", "featherweight.progress", "tasks.stage"}
+from featherweight.system import toolchains
+from tasks.code_slice import slice_of
 
 
-def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+def library_versions(names: Iterable[str]) -> dict[str, str]:
     """Installed versions; a library that is not installed is said to be absent."""
     versions = {}
     for name in names:
@@ -30,39 +26,43 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 @cache
-def code_digest(module: str) -> str:
-    """Digest of the code that a stage's module reaches inside this project, comments and layout aside."""
-    seen: dict[str, str] = {}
-    pending = [module]
-    while pending:
-        name = pending.pop()
-        if name in seen or name in INERT:
-            continue
-        tree = _syntax(name)
-        if tree is None:
-            continue
-        seen[name] = ast.dump(tree)
-        pending += _imports(tree)
-    return content_digest(seen)
+def code_digest(reference: str) -> str:
+    """Digest of the code that what 'module:attribute' names can run (see code_slice)."""
+    return content_digest(slice_of(reference))
 
 
-def _syntax(module: str) -> ast.Module | None:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return None
-    return ast.parse(Path(spec.origin).read_text())
+def code_references(function: Callable[..., Any], node: Node) -> tuple[str, ...]:
+    """Where the code starts that makes a node: its stage, its spec, whose methods a stage may ask, and its parts."""
+    kind = type(node.spec)
+    return (f"{function.__module__}:{function.__name__}", f"{kind.__module__}:{kind.__qualname__}", *node.parts)
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """Names of this project's modules that a syntax tree imports, wherever the import stands."""
-    for item in ast.walk(tree):
-        if isinstance(item, ast.ImportFrom) and item.module and item.module.split(".")[0] in PACKAGES:
-            yield item.module
-            for alias in item.names:
-                if (Path(__file__).parents[1] / item.module.replace(".", "/") / f"{alias.name}.py").exists():
-                    yield f"{item.module}.{alias.name}"
-        elif isinstance(item, ast.Import):
-            yield from (alias.name for alias in item.names if alias.name.split(".")[0] in PACKAGES)
+def made_by(function: Callable[..., Any], node: Node) -> dict[str, Any]:
+    """What the key of a node knows of the code that makes it, by reference; of a method or engine its libraries as well."""
+    digests: dict[str, Any] = {reference: code_digest(reference) for reference in code_references(function, node)}
+    return digests | {reference: _part(reference) for reference in node.parts}
+
+
+def _part(reference: str) -> list[Any]:
+    """The code of a part, the versions of its libraries, what its toolchain holds."""
+    toolchain = getattr(_load(reference), "toolchain", None)
+    installed = toolchains.distributions(toolchain) if toolchain else ()
+    return [code_digest(reference), library_versions(_libraries(reference)), list(installed)]
+
+
+def libraries_of(node: Node) -> tuple[str, ...]:
+    """The distributions that these methods and engines add to those of the stage."""
+    return tuple(dict.fromkeys(name for reference in node.parts for name in _libraries(reference)))
+
+
+def _libraries(reference: str) -> tuple[str, ...]:
+    return _load(reference).libraries
+
+
+def _load(reference: str) -> Any:
+    """What a part is declared as; importing it imports no library of its own."""
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 @cache

@@ -74,13 +74,13 @@ def _look_up(place: Place) -> tuple[str, Iterable[Place]]:
     if name == WHOLE:
         return "", [(module, one) for one in (*table.definitions, *table.imports)]
     if name in table.definitions:
-        one = _definition(module, name)
+        one = definition(module, name)
         return one.text, one.named | {(module, EFFECTS)} - {place}
     if name in table.imports:
         return "", table.imports[name]
     if name == EFFECTS:
         return "", ()
-    if _file_of(f"{module}.{name}"):
+    if file_of(f"{module}.{name}"):
         return "", ((f"{module}.{name}", EFFECTS),)
     return "", ((module, WHOLE),)
 
@@ -88,7 +88,7 @@ def _look_up(place: Place) -> tuple[str, Iterable[Place]]:
 @cache
 def read_module(name: str) -> Module | None:
     """The table of a module; None for one that has no source."""
-    path = _file_of(name)
+    path = file_of(name)
     if path is None:
         return None
     module = Module(name, path.name == "__init__.py")
@@ -98,7 +98,7 @@ def read_module(name: str) -> Module | None:
 
 
 @cache
-def _file_of(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
     """The source of a module; nothing is imported for it."""
     top, *rest = module.split(".")
     root = root_of(top)
@@ -124,7 +124,7 @@ def _enter(module: Module, statement: ast.stmt) -> None:
         for other in statement.orelse:
             _enter(module, other)
     elif not _is_text(statement):
-        for name in _bound(statement) or (EFFECTS,):
+        for name in bound_names(statement) or (EFFECTS,):
             module.definitions.setdefault(name, []).append(statement)
 
 
@@ -151,7 +151,7 @@ def _source(statement: ast.ImportFrom, module: Module) -> str:
     return ".".join([*parts, *([statement.module] if statement.module else [])])
 
 
-def _bound(statement: ast.stmt) -> set[str]:
+def bound_names(statement: ast.stmt) -> set[str]:
     """The names that a statement of a module's body binds."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
@@ -174,7 +174,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 @cache
-def _definition(module: str, name: str) -> Definition:
+def definition(module: str, name: str) -> Definition:
     table = read_module(module)
     assert table is not None
     if SILENT.fullmatch(name):
@@ -265,7 +265,7 @@ class _Names(ast.NodeVisitor):
     def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str) and REFERENCE.fullmatch(node.value):
             module, _, attribute = node.value.partition(":")
-            if self.module.follows(module) and _file_of(module):
+            if self.module.follows(module) and file_of(module):
                 self.places.add((module, attribute or WHOLE))
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -325,7 +325,7 @@ def _along(place: Place, chain: tuple[str, ...]) -> Iterator[Place]:
     if name != EFFECTS:
         table = read_module(module)
         inside = table is not None and (name in table.definitions or name in table.imports)
-        if inside or _file_of(f"{module}.{name}") is None:
+        if inside or file_of(f"{module}.{name}") is None:
             yield place
             return
         module = f"{module}.{name}"

@@ -27,7 +27,7 @@ from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
-from tasks.cache_key import code_digest, hardware, library_versions
+from tasks.cache_key import hardware, libraries_of, library_versions, made_by
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,7 +70,7 @@ class Stage:
             {
                 "stage": self.name,
                 "version": self.version,
-                "code": code_digest(self.function.__module__),
+                "code": made_by(self.function, node),
                 "spec": node.spec.model_dump(mode="json"),
                 "source": self.source(node.spec) if self.source else None,
                 "inputs": dict(digests),
@@ -145,7 +145,7 @@ class Stage:
                 seed=node.seed,
                 parents={name: ref.digest for name, ref in inputs.items()},
                 metrics=metrics,
-                environment=library_versions(self.libraries),
+                environment=library_versions((*self.libraries, *libraries_of(node))),
                 machine=_machine(),
                 started=started,
                 finished=_now(),

@@ -33,7 +33,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Node:
-    """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids."""
+    """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids.
+
+    engines: those that it measures; what serves is written by that of its spec.
+    """
 
     id: str
     stage: str
@@ -41,6 +44,12 @@ class Node:
     spec: Spec
     inputs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    engines: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods and engines that shape its result, each once, as 'module:attribute'."""
+        return tuple(dict.fromkeys(self.spec.parts))
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,13 @@ def python(name: str) -> Path:
     return found.python
 
 
+def distributions(name: str) -> tuple[str, ...]:
+    """Every distribution that a toolchain holds, as its folder `NAME-VERSION.dist-info`; none where it is not installed."""
+    environment = location() / name
+    folders = (environment / "Lib" / "site-packages", *environment.glob("lib/python*/site-packages"))
+    return tuple(sorted({path.name for folder in folders for path in folder.glob("*.dist-info")}))
+
+
 def _record(name: str) -> dict[str, str]:
     """What set-up noted about a toolchain; empty where it noted nothing readable."""
     try:

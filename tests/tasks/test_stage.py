@@ -19,7 +19,6 @@ from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.training.spec import FinetuneSpec
-from tasks.cache_key import code_digest
 from tasks.stage import Session, Stage, method, run_node, stage
 from tests.support.stores import new_workspace
 
@@ -189,21 +188,6 @@ def test_the_key_sees_inputs_seed_spec_version_and_library() -> None:
     assert plain != copy.key(node(steps=3), {"source": "d"})
     assert plain != dataclasses.replace(copy, version="2").key(node(), {"source": "d"})
     assert plain != dataclasses.replace(copy, libraries=("typer",)).key(node(), {"source": "d"})
-
-
-def test_the_code_digest_sees_code_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "tasks_probe.py"
-    monkeypatch.syspath_prepend(tmp_path)
-    digests = []
-    for text in (
-        "from featherweight.grid import Grid\nx = 1\n",
-        "from featherweight.grid import Grid  # why\n\nx = 1\n",
-        "x = 2\n",
-    ):
-        package.write_text(text)
-        code_digest.cache_clear()
-        digests.append(code_digest("tasks_probe"))
-    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_scratch_folder_outlives_an_interruption_but_not_a_failure_nor_the_end(session: Session) -> None:
