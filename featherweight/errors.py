@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+from featherweight.masking import masked
+
 
 def one_line(error: object, limit: int = 500) -> str:
-    """An error's text in one line of at most `limit` characters."""
-    text = " ".join(str(error).split())
+    """An error's text in one line of at most `limit` characters, secrets masked."""
+    text = " ".join(masked(error).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -19,9 +21,15 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 
 class FeatherweightError(Exception):
-    """Anything that Featherweight refuses or fails at; `exit_code` is what the command line returns."""
+    """Anything that Featherweight refuses or fails at; `exit_code` is what the command line returns.
+
+    The message is masked here, so that none carries a secret, whoever writes it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(message))
 
 
 class RecipeError(FeatherweightError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featherweight.errors import FeatherweightError, GateError, StageError, ToolchainError, one_line
+from featherweight.masking import masked
 from flows.progress_view import view_for
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
@@ -171,6 +173,9 @@ def watch(
     seen = serve_watch(source, recipe, tuple(overrides), workspace, every, once, view_for(quiet))
     if as_json:
         _print_json(seen)
+    failed = [one for one in seen if "error" in one]
+    if failed:
+        raise StageError(f"{len(failed)} of {len(seen)} new checkpoints failed, first {failed[0]['source']}: {failed[0]['error']}")
 
 
 @app.command()
@@ -224,9 +229,8 @@ def main() -> None:
 
 
 def _fail(error: Exception, line: str, code: int) -> None:
-    if "--debug" in sys.argv:
-        raise error
-    print(f"featherweight: {line}", file=sys.stderr)
+    trace = "".join(traceback.format_exception(error)) if "--debug" in sys.argv else ""
+    print(masked(trace) + f"featherweight: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from featherweight.errors import ServiceError, ToolchainError
+from featherweight.masking import masked
 from featherweight.system import machine, toolchains
 from featherweight.system.services import check_url
 
@@ -221,16 +221,10 @@ def _service(name: str, variables: tuple[str, ...], otherwise: str) -> Check:
     variable = next((candidate for candidate in variables if os.environ.get(candidate)), None)
     if variable is None:
         return Check(name, "ok", otherwise)
-    shown = _without_password(os.environ[variable])
+    shown = masked(os.environ[variable])
     try:
         check_url(os.environ[variable], name, variable)
     except ServiceError:
         remedy = f"start it (`make stack` starts one here), or unset {variable}"
         return Check(name, "missing", f"{shown} ({variable}) does not answer", remedy, essential=True)
     return Check(name, "ok", f"{shown} ({variable})" + (" answers" if shown.startswith("http") else ""))
-
-
-def _without_password(url: str) -> str:
-    """A URL fit to be printed."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else url

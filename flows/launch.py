@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.errors import Stopped
+from featherweight.masking import masked
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.workspace import Workspace
@@ -26,7 +27,7 @@ def launch(recipe: Recipe, root: Path, view: View) -> OptimizationResult:
     view.begin(plan)
     try:
         with prefect_server(root) as server:
-            view.say(f"Prefect UI while this runs: {server.url}")
+            view.say(f"Prefect UI while this runs: {masked(server.url)}")
             from prefect import Flow
 
             from flows.optimize import optimize

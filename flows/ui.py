@@ -7,6 +7,7 @@ import time
 import webbrowser
 from contextlib import ExitStack
 
+from featherweight.masking import masked
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import free_port
 from featherweight.system.services import LOCAL, await_url, check_url, start_mlflow, start_prefect, stop
@@ -17,7 +18,7 @@ def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser:
     with ExitStack() as stack:
         pages = [_prefect(workspace, prefect_port, stack), _mlflow(workspace, mlflow_port, stack)]
         for name, url in zip(("Prefect", "MLflow"), pages, strict=True):
-            print(f"{name}: {url}", flush=True)
+            print(f"{name}: {masked(url)}", flush=True)
             if browser:
                 webbrowser.open(url)
         print("Ctrl-C ends both", flush=True)

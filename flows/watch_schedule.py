@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from featherweight.masking import masked
 from featherweight.recipe.reading import load_recipe
 from featherweight.store.workspace import Workspace
 from featherweight.system.services import check_url, configure, prefect_server
@@ -31,7 +32,7 @@ def serve_watch(
         from flows.watch import watch_flow
 
         server.wait()
-        view.say(f"Prefect UI while this runs: {server.url}")
+        view.say(f"Prefect UI while this runs: {masked(server.url)}")
         if once:
             return watch_flow(**parameters)
         one_at_a_time = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
