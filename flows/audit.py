@@ -12,6 +12,7 @@ from featherweight.errors import GateError, IntegrityError
 from featherweight.registry.lineage import Lineage, Verdict, from_registry, verify
 from featherweight.registry.registry import Registry
 from featherweight.report.result import OptimizationResult
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from flows.parent_run import connect
 from flows.promote import parse_reference
@@ -65,12 +66,9 @@ def past_result(workspace: Workspace, run_id: str) -> OptimizationResult:
 
 def _read(workspace: Workspace, run_id: str) -> str:
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            uri = workspace.tracking_uri
+        uri, missing = workspace.tracking_uri, GateError(f"run '{run_id}' holds no result; `featherweight ui` lists the runs")
+        with mlflow_explained(uri, missing, files=True):
             got = download_artifacts(run_id=run_id, artifact_path=RESULT, dst_path=folder, tracking_uri=uri)
-        except (MlflowException, OSError) as error:
-            raise GateError(f"run '{run_id}' holds no result of an optimization; `featherweight ui` lists the runs") from error
         return Path(got).read_text()

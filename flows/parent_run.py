@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from featherweight.errors import FeatherweightError, ServiceError, told
+from featherweight.errors import told
+from featherweight.masking import masked_tree
 from featherweight.progress import Progress
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.lineage import code_commit
 from featherweight.store.artifact import content_digest
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from featherweight.system.services import check_url
 from flows.promote import who
@@ -32,9 +34,19 @@ def open_session(
     recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress], extra_tags: Mapping[str, str]
 ) -> Iterator[Session]:
     """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down."""
-    client = connect(workspace)
-    experiment = workspace.experiment(client, recipe.name)
-    _bury_the_dead(client, experiment)
+    with mlflow_explained(workspace.tracking_uri):
+        client = connect(workspace)
+        experiment = workspace.experiment(client, recipe.name)
+        _bury_the_dead(client, experiment)
+        with _parent_run(recipe, plan, client, experiment, extra_tags) as (run_id, tags), _ambient(workspace.tracking_uri):
+            yield Session(workspace, client, experiment, run_id, tags, listen)
+
+
+@contextmanager
+def _parent_run(
+    recipe: Recipe, plan: Plan, client: MlflowClient, experiment: str, extra_tags: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The run's id, and the tags that its nested runs carry too."""
     tags = _tags(recipe)
     own = {**tags, **extra_tags, "featherweight.kind": "optimization"}
     run = client.create_run(experiment, run_name=f"optimize {recipe.name}", tags=own)
@@ -42,8 +54,7 @@ def open_session(
     client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
     client.log_text(run_id, json.dumps(describe(plan), indent=1), "plan.json")
     try:
-        with _ambient(workspace.tracking_uri):
-            yield Session(workspace, client, experiment, run_id, tags, listen)
+        yield run_id, tags
     except BaseException as error:
         client.set_tag(run_id, "featherweight.error", told(error))
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
@@ -68,26 +79,22 @@ def _ambient(tracking_uri: str) -> Iterator[None]:
 def connect(workspace: Workspace) -> MlflowClient:
     """A client of a tracking server that answers; raises ServiceError in one line otherwise."""
     check_url(workspace.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
-    try:
+    with mlflow_explained(workspace.tracking_uri, files=True):
         client = workspace.client()
         client.search_experiments(max_results=1)
-    except FeatherweightError:
-        raise
-    except Exception as error:
-        raise ServiceError(f"the MLflow store {_masked(workspace.tracking_uri)} refuses: {told(error)}") from error
-    return client
+        return client
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe with every default spelt out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The recipe with every default spelt out, as YAML fit to be shown."""
+    return yaml.safe_dump(masked_tree(recipe.model_dump(mode="json")), sort_keys=False)
 
 
 def describe(plan: Plan) -> dict[str, object]:
     """The plan as JSON."""
     return {
         "nodes": [
-            {"id": n.id, "stage": n.stage, "inputs": dict(n.inputs), "spec": n.spec.model_dump(mode="json")}
+            {"id": n.id, "stage": n.stage, "inputs": dict(n.inputs), "spec": masked_tree(n.spec.model_dump(mode="json"))}
             for n in plan.nodes.values()
         ],
         "variants": [{"name": v.name, "served": v.served, "measured": v.measured} for v in plan.variants],
@@ -109,12 +116,6 @@ def _tags(recipe: Recipe) -> dict[str, str]:
         "mlflow.user": who(),
         "mlflow.source.git.commit": code_commit(),
     }
-
-
-def _masked(uri: str) -> str:
-    """A store URI without its password."""
-    head, at, tail = uri.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{tail}" if at else uri
 
 
 def _bury_the_dead(client: MlflowClient, experiment: str) -> None:

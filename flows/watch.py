@@ -8,7 +8,9 @@ from typing import Any
 from prefect import flow
 
 from featherweight.checkpoint.new_checkpoints import Arrival, arrivals
+from featherweight.masking import masked
 from featherweight.recipe.reading import load_recipe
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
 from flows.parent_run import connect
@@ -34,11 +36,12 @@ def watch_flow(
 def _known(workspace: Workspace, recipe: str) -> set[str]:
     """Fingerprints of the checkpoints that an optimization of this recipe has taken up; a killed one does not count."""
     client = connect(workspace)
-    experiment = client.get_experiment_by_name(recipe)
-    if experiment is None:
-        return set()
-    runs = client.search_runs([experiment.experiment_id], f"tags.`{CHECKPOINT}` != ''", max_results=5000)
-    return {run.data.tags[CHECKPOINT] for run in runs if run.info.status != "KILLED"}
+    with mlflow_explained(workspace.tracking_uri):
+        experiment = workspace.find_experiment(client, recipe)
+        if experiment is None:
+            return set()
+        runs = client.search_runs([experiment], f"tags.`{CHECKPOINT}` != ''", max_results=5000)
+        return {run.data.tags[CHECKPOINT] for run in runs if run.info.status != "KILLED"}
 
 
 def _optimize(arrival: Arrival, recipe: str, overrides: list[str], workspace: str) -> dict[str, Any]:
@@ -48,4 +51,4 @@ def _optimize(arrival: Arrival, recipe: str, overrides: list[str], workspace: st
     told = {"source": arrival.source, "fingerprint": arrival.fingerprint, "state": state.name}
     if state.is_completed():
         return {**told, "winner": state.result()["winner"]}
-    return {**told, "error": state.message}
+    return {**told, "error": masked(state.message)}

@@ -45,7 +45,7 @@ def promotion_gate(
     judged = goals.judge(bounds, objective, candidate.metrics)
     gates = [GateResult(one.constraint, one.kept, one.reason, one.value, one.bound) for one in judged]
     if champion is None:
-        gates.append(GateResult("champion", True, "there is no champion yet"))
+        gates.append(GateResult("champion", True, "there is no champion to compare with"))
     else:
         gates += _champion_gates(candidate, champion, bounds, objective)
     refused = [f"{gate.gate}: {gate.reason}" for gate in gates if not gate.passed]

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import DivergenceError, FeatherweightError, IntegrityError, ServiceError, StageError, told
+from featherweight.masking import masked, masked_tree
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, Manifest, content_digest, describe_files, merkle_digest
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from tasks.cache_key import hardware, libraries_of, library_versions, made_by
@@ -141,7 +143,7 @@ class Stage:
                 stage=self.name,
                 node=node.id,
                 key=key,
-                spec=node.spec.model_dump(mode="json"),
+                spec=masked_tree(node.spec.model_dump(mode="json")),
                 seed=node.seed,
                 parents={name: ref.digest for name, ref in inputs.items()},
                 metrics=metrics,
@@ -192,7 +194,8 @@ def run_node(
 
     def run_stage(parents: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ran.append(True)
-        return stage.execute(node, refs, session, key).model_dump()
+        with mlflow_explained(session.workspace.tracking_uri):
+            return stage.execute(node, refs, session, key).model_dump()
 
     task = Task(
         run_stage,
@@ -274,7 +277,7 @@ def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, second
 
     values = {**metrics, "stage_seconds": seconds, "stage_peak_memory_bytes": peak + metrics.get(WORKERS_PEAK, 0)}
     stamp = int(time.time() * 1000)
-    params = [Param(name, str(value)[:500]) for name, value in node.spec.model_dump(mode="json").items()]
+    params = [Param(name, masked(value)[:500]) for name, value in node.spec.model_dump(mode="json").items()]
     client.log_batch(run_id, [Metric(name, float(value), stamp, 0) for name, value in values.items()], params)
 
 

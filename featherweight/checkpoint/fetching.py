@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from featherweight.checkpoint.files import CONFIG, TOKENIZERS, Listing, find_wei
 from featherweight.checkpoint.gguf import gguf_file
 from featherweight.checkpoint.hub import fetch_hf, identify_hf
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import CheckpointError, FeatherweightError, ServiceError, one_line
+from featherweight.errors import CheckpointError, ServiceError
 from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest, file_sha256
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import FILE as SERVING
 from featherweight.store.served_folder import Serving
 from featherweight.store.workspace import local_path
@@ -116,19 +117,11 @@ def _model_location(spec: LoadSpec) -> str:
     return uri
 
 
-@contextmanager
-def _registry_explained(spec: LoadSpec) -> Iterator[None]:
-    """Turn what MLflow raises into one line."""
-    from mlflow.exceptions import MlflowException
+def _registry_explained(spec: LoadSpec) -> AbstractContextManager[None]:
+    from mlflow import get_tracking_uri
 
-    try:
-        yield
-    except FeatherweightError:
-        raise
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise CheckpointError(f"{spec.source}: the registry has no such model ({one_line(error)})") from error
-        raise ServiceError(f"{spec.source}: MLflow failed: {one_line(error)}; check MLFLOW_TRACKING_URI") from error
+    missing = CheckpointError(f"{spec.source}: the registry has no such model; `featherweight ui` lists what it has")
+    return mlflow_explained(get_tracking_uri(), missing, files=True)
 
 
 def _model_folder(root: Path, spec: LoadSpec) -> Path:

@@ -8,20 +8,22 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from featherweight.errors import FeatherweightError, GateError, ServiceError, one_line
+from featherweight.errors import GateError, ServiceError
 from featherweight.registry import history
 from featherweight.registry.history import GateResult, StageName, Transition
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
-from featherweight.registry.versions import CHAMPION, TAG, Book, RegisteredVersion, locked, pages
+from featherweight.registry.versions import CHAMPION, NAME, TAG, Book, RegisteredVersion, locked, pages, refuse_renamed
+from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.workspace import local_path
+from featherweight.system.services import check_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,6 +82,7 @@ class Registry:
         """Raise ServiceError within seconds where the server is down, hangs, or refuses the credentials."""
         if self.tracking_uri.startswith(("http://", "https://")):
             _ping(self.tracking_uri)
+        check_url(self.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
         with self._service():
             self.client.search_registered_models(max_results=1)
 
@@ -99,13 +102,17 @@ class Registry:
         return list(self._book(model).versions.values())
 
     def champion(self, model: str) -> RegisteredVersion | None:
-        """The version in production, None where there is none."""
+        """The version in production, None where there is none, or where it was deleted in MLflow."""
         return self._book(model).holder(CHAMPION)
 
     def find(self, model: str, digest: str) -> RegisteredVersion | None:
-        """The version that serves the artifact of that digest, None where there is none."""
+        """The version that serves the artifact of that digest, None where there is none.
+
+        Raises GateError where the model was renamed in MLflow: a second one of its old name would have no champion to beat.
+        """
         with self._service():
             if not self.client.search_registered_models(f"name = '{model}'"):
+                refuse_renamed(self.client, model)
                 return None
         return next((one for one in self.versions(model) if one.digest == digest), None)
 
@@ -224,6 +231,7 @@ class Registry:
             return Book.read(self.client, model)
 
     def _ensure_model(self, model: str) -> None:
+        """The registered model, with the name by which recipes know it in a tag, which stays where MLflow renames it."""
         from mlflow.exceptions import MlflowException
 
         with self._service():
@@ -232,6 +240,7 @@ class Registry:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
+            self.client.set_registered_model_tag(model, NAME, model)
 
     def _create_logged_model(self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> LoggedModel:
         """A pending LoggedModel, as an output of the run. MLflow allows no / : . % or quote in its name."""
@@ -315,20 +324,8 @@ class Registry:
 
         return get_artifact_repository(uri, tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
 
-    @contextmanager
-    def _service(self) -> Iterator[None]:
-        """Turn what MLflow, its HTTP client and its database raise into one ServiceError line."""
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except FeatherweightError:
-            raise
-        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-            reason = one_line(error, 300) or type(error).__name__
-            raise ServiceError(f"MLflow at {_shown(self.tracking_uri)} failed: {reason}") from error
+    def _service(self) -> AbstractContextManager[None]:
+        return mlflow_explained(self.tracking_uri, files=True)
 
 
 def _ping(url: str) -> None:
@@ -339,14 +336,9 @@ def _ping(url: str) -> None:
         status = httpx.get(f"{url.rstrip('/')}/health", timeout=PING_S, follow_redirects=True).status_code
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
-        raise ServiceError(f"the MLflow server at {_shown(url)} does not answer ({reason}); is it running?") from error
+        raise ServiceError(f"the MLflow server at {url} does not answer ({reason}); is it running?") from error
     if status >= 500:
-        raise ServiceError(f"the MLflow server at {_shown(url)} answers {status}; look into its log")
-
-
-def _shown(uri: str) -> str:
-    """The URI without its password."""
-    return re.sub(r"//([^:/@]+):[^@]+@", r"//\1:***@", uri)
+        raise ServiceError(f"the MLflow server at {url} answers {status}; look into its log")
 
 
 def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ HELD = {"production": CHAMPION, "staging": CHALLENGER}
 BELOW = {"production": "archived", "staging": "none"}
 TAG = "featherweight."
 LOCK = f"{TAG}lock."
+NAME = f"{TAG}name"
 LEASE_S = 60.0
 
 
@@ -111,6 +112,7 @@ class Book:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+            refuse_renamed(client, model)
             known = ", ".join(sorted(one.name for one in pages(client.search_registered_models))) or "none"
             raise GateError(f"no registered model '{model}'; registered: {known}") from error
         aliases = {alias: str(number) for alias, number in holder.aliases.items()}
@@ -125,15 +127,20 @@ class Book:
 
     def pick(self, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError, naming the known ones, where there is none."""
-        found = self.versions.get(self.aliases.get(version, version))
+        number = self.aliases.get(version, version)
+        found = self.versions.get(number)
+        if found is None and version in self.aliases:
+            left = ", ".join(self.versions) or "none"
+            way = f"promote another (`featherweight promote {self.model}/NUMBER`; versions: {left}), or roll back"
+            raise GateError(f"version {number} of '{self.model}', its {version}, was deleted in MLflow; {way}")
         if found is None:
             known = f"versions: {', '.join(self.versions) or 'none'}; aliases: {', '.join(sorted(self.aliases)) or 'none'}"
             raise GateError(f"model '{self.model}' has no version or alias '{version}'; {known}")
         return found
 
     def holder(self, alias: str) -> RegisteredVersion | None:
-        """The version that an alias names."""
-        return self.pick(alias) if alias in self.aliases else None
+        """The version that an alias names, None where there is none any more: some servers keep the alias of a deleted version."""
+        return self.versions.get(self.aliases.get(alias, ""))
 
     def move(self, moved: RegisteredVersion, to: str, who: str, why: str, gates: Sequence[GateResult]) -> None:
         """Move a version to a stage, and whoever stands there to the stage below.
@@ -153,7 +160,7 @@ class Book:
 
     def go_back(self, who: str, why: str) -> None:
         """Make `previous` champion, and the champion before it `previous`. Raises GateError where there is no previous one."""
-        back, champion = self.holder(PREVIOUS), self.holder(CHAMPION)
+        back, champion = self.pick(PREVIOUS) if PREVIOUS in self.aliases else None, self.holder(CHAMPION)
         if back is None:
             raise GateError(f"model '{self.model}' has no previous champion to go back to")
         if champion is not None:
@@ -207,6 +214,14 @@ class Book:
             except MlflowException as error:
                 if error.error_code not in ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
                     raise
+
+
+def refuse_renamed(client: MlflowClient, model: str) -> None:
+    """Raise GateError where a model of another name was registered under `model`."""
+    for one in pages(client.search_registered_models):
+        if one.tags.get(NAME) == model and one.name != model:
+            way = f"rename it back, or write `promote: {{model: {one.name}}}` in the recipe and use that name"
+            raise GateError(f"the registered model '{model}' was renamed to '{one.name}' in MLflow; {way}")
 
 
 @contextmanager

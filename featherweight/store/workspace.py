@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlparse
 
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.store.artifact import MANIFEST, ArtifactRef, Manifest, verify
+from featherweight.store.mlflow_errors import mlflow_explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,11 +49,22 @@ class Workspace:
 
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
-    def experiment(self, client: MlflowClient, name: str) -> str:
-        """Id of the experiment of that name, made where there is none."""
+    def find_experiment(self, client: MlflowClient, name: str) -> str | None:
+        """Id of the experiment of that name, None where there is none. Raises ServiceError where it was deleted by hand."""
         found = client.get_experiment_by_name(name)
+        if found is None:
+            return None
+        if found.lifecycle_stage != "active":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            where = f"MLFLOW_TRACKING_URI={self.tracking_uri}"
+            raise ServiceError(f"experiment '{name}' was deleted in MLflow; `{where} {restore}`, or give the recipe another name")
+        return found.experiment_id
+
+    def experiment(self, client: MlflowClient, name: str) -> str:
+        """Id of the experiment of that name, made where there is none. Raises ServiceError where it was deleted by hand."""
+        found = self.find_experiment(client, name)
         if found is not None:
-            return found.experiment_id
+            return found
         local = self.tracking_uri.startswith("sqlite:")
         return client.create_experiment(name, (self.root / "artifacts").as_uri() if local else None)
 
@@ -124,13 +136,11 @@ class Workspace:
 
     def _download(self, ref: ArtifactRef, cached: Path) -> None:
         from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
 
+        missing = IntegrityError(f"artifact {ref.node} is not at {ref.uri} any more")
         with self.working_folder() as folder:
-            try:
+            with mlflow_explained(self.tracking_uri, missing, files=True):
                 got = download_artifacts(artifact_uri=ref.uri, dst_path=str(folder), tracking_uri=self.tracking_uri)
-            except (MlflowException, OSError) as error:
-                raise IntegrityError(f"artifact {ref.node} cannot be fetched from {ref.uri}: {error}") from error
             verify(Path(got), ref.digest)
             Path(got).rename(cached)
 

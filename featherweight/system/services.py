@@ -37,6 +37,7 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 LOCAL = "127.0.0.1"
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 SCHEDULING = ("SCHEDULER", "LATE_RUNS", "PAUSE_EXPIRATIONS", "FOREMAN", "TRIGGERS", "CANCELLATION_CLEANUP", "REPOSSESSOR")
 
 
@@ -48,13 +49,19 @@ def configure(root: Path) -> None:
 
 
 def check_url(url: str, what: str, variable: str) -> None:
-    """Raise ServiceError where nobody listens at an http(s) URL."""
+    """Raise ServiceError where nobody listens at an http(s) URL, or at a database's that is on another machine."""
     parsed = urlparse(url)
-    if parsed.scheme not in ("http", "https"):
+    usual = PORTS.get(parsed.scheme.partition("+")[0])
+    socket_file = not parsed.netloc and not parsed.scheme.startswith("http")
+    if usual is None or socket_file:
         return
-    port = parsed.port or (443 if parsed.scheme == "https" else 80)
     try:
-        socket.create_connection((parsed.hostname or "", port), timeout=5).close()
+        host, port = parsed.hostname or "", parsed.port or usual
+    except ValueError:  # which tells a part of the password, so it is not told on
+        escape = "write the /, @, : and % of a password as %2F, %40, %3A and %25"
+        raise ServiceError(f"{variable} is not an address ({url}); {escape}") from None
+    try:
+        socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise ServiceError(f"the {what} server at {url} does not answer ({reason}); start it or unset {variable}") from error
@@ -113,10 +120,11 @@ def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Po
 
 
 def start_mlflow(tracking_uri: str, artifacts: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """Start an MLflow server on the workspace's own store."""
+    """Start an MLflow server on the workspace's own store, whose address may hold a password: others can read a command line."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", LOCAL, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", tracking_uri, "--default-artifact-root", artifacts.as_uri()]
-    return start(command, log, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # eight idle processes less, up in half the time
+    command += ["--default-artifact-root", artifacts.as_uri()]
+    fewer = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight idle processes less, up in half the time
+    return start(command, log, {"MLFLOW_BACKEND_STORE_URI": tracking_uri, **fewer})
 
 
 def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from featherweight.store.workspace import Workspace
+from tests.support.registering import empty_store
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -80,6 +83,33 @@ def test_a_dead_mlflow_or_prefect_server_is_named(tmp_path: Path) -> None:
     assert "Prefect server at http://127.0.0.1:9/api" in line
     line = refused(call("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
     assert "MLflow" in line
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_deleted_experiment_is_told_by_a_look_for_checkpoints_too(tmp_path: Path, demo: dict) -> None:
+    (tmp_path / ".featherweight").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".featherweight" / "mlflow.db").write_bytes(empty_store())
+    client = Workspace.at(tmp_path / ".featherweight").client()
+    client.delete_experiment(client.create_experiment(demo["name"]))
+    done = call("watch", "checkpoints", "--recipe", saved(demo, tmp_path), "--once", "-q", cwd=tmp_path)
+    assert done.returncode == 6, done.stderr
+    assert f"experiment '{demo['name']}' was deleted in MLflow" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
+    recipe, address = str(RECIPES / "demo.yaml"), "://ada:hunter2@127.0.0.1:9"
+    for name, scheme in {"MLFLOW_TRACKING_URI": "http", "PREFECT_API_URL": "https"}.items():
+        for flags in ((), ("--debug",)):
+            done = call(*flags, "optimize", recipe, "-q", cwd=tmp_path, **{name: f"{scheme}{address}"})
+            assert done.returncode == 6
+            assert f"{scheme}://***@127.0.0.1:9" in done.stderr
+            assert "hunter2" not in done.stdout + done.stderr
+    line = refused(call("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="postgresql://ada:hun/ter2@db/mlflow"), 6)
+    assert "MLFLOW_TRACKING_URI is not an address (postgresql://***@db/mlflow); write the /" in line
+    assert "ter2" not in line
 
 
 @pytest.mark.slow

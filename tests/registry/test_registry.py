@@ -333,8 +333,9 @@ def test_server_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        with pytest.raises(ServiceError, match="does not answer"):
+        with pytest.raises(ServiceError, match="does not answer") as caught:
             Registry(f"http://ada:secret@127.0.0.1:{mute.getsockname()[1]}").check()
+    assert "secret" not in str(caught.value)
 
 
 def test_store_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
@@ -342,10 +343,6 @@ def test_store_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=r"MLflow at sqlite:.* failed: ") as caught:
         Registry(f"sqlite:///{tmp_path}/mlflow.db").check()
     assert "\n" not in str(caught.value)
-
-
-def test_passwords_are_not_shown() -> None:
-    assert registry._shown("postgresql://ada:s3cr:et@db/mlflow") == "postgresql://ada:***@db/mlflow"
 
 
 def test_unknown_models_and_versions_name_the_known(desk: Bench) -> None:
