@@ -241,7 +241,7 @@ def test_stages_of_mlflow_are_set_without_a_warning(desk: Bench) -> None:
 
 def entries(desk: Bench) -> dict[str, str]:
     tags = desk.registry.client.get_registered_model(MODEL).tags
-    return {key: value for key, value in tags.items() if key.startswith("featherweight.")}
+    return {key: value for key, value in tags.items() if key.startswith("featherweight.history.")}
 
 
 def test_history_is_only_appended(desk: Bench) -> None:
