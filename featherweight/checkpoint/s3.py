@@ -1,26 +1,25 @@
-"""S3: listing a prefix and downloading it, in parallel ranges, resumed where a connection is cut, verified.
+"""S3: listing a prefix and downloading it, by boto3's transfer manager, verified.
 
 Everything that can go wrong becomes a ServiceError in one line; a download is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
-import hashlib
 import os
-import re
 import shutil
 import tempfile
 import threading
-import zlib
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featherweight.checkpoint import s3_checksums
 from featherweight.checkpoint.files import Listing
 from featherweight.errors import ServiceError, one_line
 from featherweight.progress import Progress
@@ -29,10 +28,8 @@ ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"
 WORKERS = 8
 RANGE_BYTES = 16 << 20
 ATTEMPTS = 5
-BACKOFF_S = 0.2
+LOOK_EVERY_S = 0.05
 _CHUNK = 1 << 20
-# Part sizes of the usual uploaders, for servers that do not tell the size of a part.
-_PART_SIZES = tuple(megabytes << 20 for megabytes in (8, 5, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512, 1024))
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken", "403"}
 
 
@@ -52,10 +49,6 @@ class _Bucket:
 
     client: Any
     name: str
-
-
-class _Cancelled(Exception):
-    """Another range of the same download failed."""
 
 
 def client() -> Any:
@@ -138,8 +131,9 @@ def download(uri: str, folder: Path, progress: Progress = Progress(), names: Col
         if ".." in PurePosixPath(item.name).parts or item.name.startswith("/"):
             raise ServiceError(f"{uri}: object key '{item.key}' leads out of the folder; it was not downloaded")
     with _explained(uri), _whole_or_nothing(folder) as work:
-        _make_files(work, objects)
+        _make_folders(work, objects)
         _fetch_all(bucket, objects, work, progress)
+        _verify_all(bucket, objects, work, progress)
 
 
 @contextmanager
@@ -156,77 +150,70 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _make_files(folder: Path, objects: list[S3Object]) -> None:
-    """Files of full length, still without content; refuses at once what will not fit."""
-    needed, free = sum(item.size for item in objects), shutil.disk_usage(folder).free
+def _make_folders(work: Path, objects: list[S3Object]) -> None:
+    """The folders of all files, and the empty files, of which there is nothing to fetch; refuses at once what will not fit."""
+    needed, free = sum(item.size for item in objects), shutil.disk_usage(work).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"needs {needed} bytes, {free} are free", str(folder))
+        raise OSError(errno.ENOSPC, f"needs {needed} bytes, {free} are free", str(work))
     for item in objects:
-        path = folder / item.name
+        path = work / item.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.truncate(item.size)
+        if item.size == 0:
+            path.touch()
 
 
-def _fetch_all(bucket: _Bucket, objects: list[S3Object], folder: Path, progress: Progress) -> None:
-    """Fetch every range of every object, then verify every file."""
-    cancel = threading.Event()
-    total, done = sum(item.size for item in objects), 0
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            ranges = [
-                pool.submit(_fetch, bucket, item, folder / item.name, start, cancel)
-                for item in objects
-                for start in range(0, item.size, RANGE_BYTES)
-            ]
-            for future in as_completed(ranges):
-                done += future.result()
-                progress.step(done, total)
-            verified = list(pool.map(lambda item: _verify(bucket, item, folder / item.name), objects))
-        except BaseException:
-            cancel.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    if not all(verified):
-        progress.note(f"{verified.count(False)} of {len(objects)} files: no checksum to compare, only the size was checked")
+def _fetch_all(bucket: _Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
+    """Let boto3's transfer manager fetch every object: in ranges side by side, each tried again where its connection is cut."""
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+    config = TransferConfig(RANGE_BYTES, WORKERS, RANGE_BYTES, ATTEMPTS, preferred_transfer_client="classic")
+    fetched = _Fetched()
+    with create_transfer_manager(bucket.client, config) as manager:
+        futures = [
+            manager.download(bucket.name, item.key, str(work / item.name), subscribers=[fetched.of(item)])
+            for item in objects
+            if item.size
+        ]
+        total = sum(item.size for item in objects)
+        while futures:
+            time.sleep(LOOK_EVERY_S)
+            # The result of what has failed is raised, and the manager then cancels the others.
+            futures = [future for future in futures if not future.done() or future.result() is not None]
+            progress.step(fetched.most(), total)
+    progress.step(total, total)
 
 
-def _fetch(bucket: _Bucket, item: S3Object, path: Path, start: int, cancel: threading.Event) -> int:
-    """Write one range of an object into its file; a cut connection is taken up where it broke. Returns its bytes."""
-    from botocore.exceptions import ConnectionClosedError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+class _Fetched:
+    """Counts the bytes that the manager's threads tell of; those of a range that is fetched again are taken back."""
 
-    stop, at = min(start + RANGE_BYTES, item.size), start
-    with path.open("r+b", buffering=0) as file:
-        for attempt in range(ATTEMPTS):
-            try:
-                for chunk in _body(bucket, item, at, stop):
-                    if cancel.is_set():
-                        raise _Cancelled
-                    _write(file.fileno(), chunk, at)
-                    at += len(chunk)
-                return stop - start
-            except (
-                ConnectionClosedError,
-                IncompleteReadError,
-                ReadTimeoutError,
-                ResponseStreamingError,
-                ConnectionError,
-            ) as error:
-                cut: Exception = error
-            if cancel.wait(BACKOFF_S * 2**attempt):
-                raise _Cancelled
-    raise ServiceError(
-        f"the connection to s3://{bucket.name}/{item.key} was cut {ATTEMPTS} times at byte {at} of {item.size}; "
-        "nothing was kept, run it again"
-    ) from cut
+    def __init__(self) -> None:
+        self._lock, self._bytes, self._most = threading.Lock(), 0, 0
 
+    def most(self) -> int:
+        """The most bytes that there have been so far."""
+        with self._lock:
+            self._most = max(self._most, self._bytes)
+            return self._most
 
-def _write(descriptor: int, data: bytes, at: int) -> None:
-    """All of `data` at an offset."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+
+    def of(self, item: S3Object) -> Any:
+        """What the manager is to know of an object, and whom it tells of its bytes."""
+        from s3transfer.subscribers import BaseSubscriber
+
+        fetched = self
+
+        class Subscriber(BaseSubscriber):
+            def on_queued(self, future: Any, **_: Any) -> None:
+                future.meta.provide_transfer_size(item.size)
+                future.meta.provide_object_etag(f'"{item.etag}"')  # every request then asks for the content that was listed
+
+            def on_progress(self, bytes_transferred: int, **_: Any) -> None:
+                fetched.add(bytes_transferred)
+
+        return Subscriber()
 
 
 def _body(bucket: _Bucket, item: S3Object, start: int, stop: int) -> Iterator[bytes]:
@@ -244,97 +231,42 @@ def _altered(bucket: _Bucket, item: S3Object) -> ServiceError:
     return ServiceError(f"s3://{bucket.name}/{item.key} was replaced while it was being read; run it again")
 
 
-def _verify(bucket: _Bucket, item: S3Object, path: Path) -> bool:
-    """Compare a file with its object's ETag or checksum; False where the server gives nothing to compare with.
+def _verify_all(bucket: _Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        verified = list(pool.map(lambda item: _verify(bucket, item, work / item.name), objects))
+    if not all(verified):
+        progress.note(f"{verified.count(False)} of {len(objects)} files: no checksum to compare, only the size was checked")
 
-    An ETag is the MD5 of the content, or of its parts' MD5s, unless the server encrypts with keys of its own.
-    """
-    if re.fullmatch("[0-9a-f]{32}", item.etag) and _hexdigest(path, "md5") == item.etag:
+
+def _verify(bucket: _Bucket, item: S3Object, path: Path) -> bool:
+    """Compare a file with its object's size, and ETag or checksum; False where the server gives no checksum to compare with."""
+    if s3_checksums.is_md5_of(item.etag, path):
         return True
     head = bucket.client.head_object(Bucket=bucket.name, Key=item.key, ChecksumMode="ENABLED")
     if head["ETag"].strip('"') != item.etag:
         raise _altered(bucket, item)
-    matches = _matches_checksum(head, path)
-    if matches is None and not _is_opaque(head):
-        matches = _matches_etag(bucket, item, path)
+    if path.stat().st_size != item.size:
+        raise ServiceError(f"s3://{bucket.name}/{item.key} has {path.stat().st_size} bytes here, {item.size} there; run it again")
+    part = partial(bucket.client.head_object, Bucket=bucket.name, Key=item.key, PartNumber=1)
+    matches = s3_checksums.matches(path, item.etag, head, part)
     if matches is False:
         raise ServiceError(f"s3://{bucket.name}/{item.key} arrived damaged (checksum differs); run it again")
     return bool(matches)
-
-
-def _hexdigest(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _is_opaque(head: dict[str, Any]) -> bool:
-    """Whether the ETag is no MD5, by the rules of S3's encryption."""
-    return head.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in head
-
-
-def _matches_checksum(head: dict[str, Any], path: Path) -> bool | None:
-    """Compare with a checksum of the whole object; None where there is none that we can compute."""
-    if head.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-        return None
-    computed: dict[str, Callable[[], bytes]] = {
-        "ChecksumSHA256": lambda: bytes.fromhex(_hexdigest(path, "sha256")),
-        "ChecksumSHA1": lambda: bytes.fromhex(_hexdigest(path, "sha1")),
-        "ChecksumCRC32": lambda: _crc32(path).to_bytes(4, "big"),
-    }
-    for name, compute in computed.items():
-        # A dash marks the checksum of a multipart upload's checksums.
-        if name in head and "-" not in head[name]:
-            return base64.b64encode(compute()).decode() == head[name]
-    return None
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _matches_etag(bucket: _Bucket, item: S3Object, path: Path) -> bool | None:
-    """Compare with an ETag that is an MD5, or `MD5-PARTS`; None where it is neither, or the parts' size is unknown."""
-    match = re.fullmatch(r"[0-9a-f]{32}(?:-(\d+))?", item.etag)
-    if match is None:
-        return None
-    if match[1] is None:
-        return False  # a plain MD5, compared before
-    first = bucket.client.head_object(Bucket=bucket.name, Key=item.key, PartNumber=1)
-    parts = int(match[1])
-    known = first.get("PartsCount") == parts
-    for size in (first["ContentLength"],) if known else _PART_SIZES:
-        if -(-item.size // size) == parts and multipart_etag(path, size) == item.etag:
-            return True
-    # Parts of uneven sizes, or of a size that we did not guess, prove nothing.
-    return False if known and -(-item.size // first["ContentLength"]) == parts else None
-
-
-def multipart_etag(path: Path, part_size: int) -> str:
-    """The ETag that S3 gives a file uploaded in parts of `part_size` bytes."""
-    digests = []
-    with path.open("rb") as file:
-        while True:
-            part, left = hashlib.md5(usedforsecurity=False), part_size
-            while left and (chunk := file.read(min(left, _CHUNK))):
-                part.update(chunk)
-                left -= len(chunk)
-            if left == part_size:
-                break
-            digests.append(part.digest())
-    return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
 
 
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Turn what boto3 and the disk raise into one ServiceError line."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
     try:
         yield
+    except RetriesExceededError as error:
+        cut = f"the connection was cut {ATTEMPTS} times ({one_line(error.last_exception)})"
+        raise ServiceError(f"{uri}: {cut}; nothing was kept, run it again") from error
+    except S3DownloadFailedError as error:
+        raise ServiceError(f"{uri} was replaced while it was being read ({one_line(error)}); run it again") from error
     except ClientError as error:
         raise ServiceError(_explain_answer(uri, error.response)) from error
     except BotoCoreError as error:
