@@ -19,6 +19,8 @@ from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
 from featherweight.training import loop
+from featherweight.training.losses import mean_loss, token_loss
+from featherweight.training.plan import TrainingPlan
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -67,8 +69,8 @@ def distill(
         sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
-        "teacher_loss": loop.mean_loss(teacher, compared),
-        "student_loss": loop.mean_loss(pupil, compared),
+        "teacher_loss": mean_loss(teacher, compared),
+        "student_loss": mean_loss(pupil, compared),
         "parameters_teacher": opening.parameters(teacher),
         "parameters": opening.parameters(pupil),
         **zeros.metrics(),
@@ -142,21 +144,11 @@ def train_student(
     if matcher:
         loss_fn = matching_loss(teacher, student, matcher, spec)
     elif spec.kl_weight == 0:
-        loss_fn = partial(loop.token_loss, student)
+        loss_fn = partial(token_loss, student)
     else:
         loss_fn = answer_loss(student, answers_of(teacher, blocks, spec), spec)
-    return loop.timed_loop(
-        trained,
-        blocks,
-        steps=spec.steps,
-        batch=spec.batch,
-        learning_rate=spec.learning_rate,
-        loss_fn=loss_fn,
-        weight_decay=0.01,
-        scratch=scratch,
-        seed=seed,
-        progress=progress,
-    )
+    plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, weight_decay=0.01, scratch=scratch, seed=seed)
+    return loop.timed_loop(trained, blocks, plan, loss_fn=loss_fn, progress=progress)
 
 
 def answer_loss(student: PreTrainedModel, answers: Answers, spec: DistillSpec) -> loop.LossFunction:

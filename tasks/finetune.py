@@ -11,10 +11,11 @@ from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training import loop, lora
-from featherweight.training.processes import launched, leads
+from featherweight.training.data_parallel import launched, leads
+from featherweight.training.launch import run_in_processes
+from featherweight.training.plan import HeldOut, TrainingPlan
 from featherweight.training.spec import FinetuneSpec
 from tasks.stage import stage
-from tasks.training_processes import run_in_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,7 +46,7 @@ def finetune(
     """
     if spec.processes > 1 and not launched():
         folders = {"checkpoint": checkpoint, "text": text, "calibration": calibration, "scratch": scratch, "out": out}
-        return run_in_processes("finetune", spec, folders, seed, spec.processes, progress)
+        return run_in_processes(f"{__name__}:finetune", spec, folders, seed, spec.processes, progress)
     config = opening.load_config(checkpoint)
     opening.require_context(config, spec.sequence, "finetune")
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
@@ -56,21 +57,7 @@ def finetune(
     adapted = lora.attach(model, spec.lora, seed) if spec.lora else None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     with zeros.held(model):
-        run = loop.timed_loop(
-            model,
-            blocks,
-            steps=spec.steps,
-            batch=spec.batch,
-            learning_rate=spec.learning_rate,
-            warmup=spec.warmup,
-            weight_decay=0.01,
-            accumulate=spec.accumulate,
-            held_out=held_out,
-            scratch=scratch,
-            save_every_s=spec.save_every_s,
-            seed=seed,
-            progress=progress,
-        )
+        run = loop.timed_loop(model, blocks, _plan(spec, held_out, scratch, seed), progress=progress)
     if adapted is not None:
         model = lora.merge(adapted)
     zeros.restore(model)
@@ -81,11 +68,26 @@ def finetune(
     return run | {"parameters": opening.parameters(model), "parameters_trained": trained} | zeros.metrics()
 
 
-def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> loop.HeldOut | None:
+def _plan(spec: FinetuneSpec, held_out: HeldOut | None, scratch: Path | None, seed: int) -> TrainingPlan:
+    return TrainingPlan(
+        steps=spec.steps,
+        batch=spec.batch,
+        learning_rate=spec.learning_rate,
+        warmup=spec.warmup,
+        weight_decay=0.01,
+        accumulate=spec.accumulate,
+        held_out=held_out,
+        scratch=scratch,
+        save_every_s=spec.save_every_s,
+        seed=seed,
+    )
+
+
+def held_out_text(spec: FinetuneSpec, checkpoint: Path, config: PreTrainedConfig, text: Path | None) -> HeldOut | None:
     """What the recipe wants measured while training, None for nothing. Raises RecipeError where it has no text for it."""
     if spec.patience is None and spec.evaluate_every is None:
         return None
     if text is None:
         raise RecipeError("finetune.patience and evaluate_every need held-out text: give the stage a calibration input")
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=HELD_OUT)
-    return loop.HeldOut(blocks, spec.evaluate_every or max(1, spec.steps // 10), spec.patience)
+    return HeldOut(blocks, spec.evaluate_every or max(1, spec.steps // 10), spec.patience)

@@ -12,7 +12,7 @@ from featherweight.progress import Metrics, Progress
 from featherweight.pruning.catalog import PRUNERS
 from featherweight.pruning.interface import PruningInput
 from featherweight.pruning.spec import PruneSpec
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss
 from tasks.stage import stage
 
 
@@ -36,4 +36,4 @@ def prune(
     blocks = given.blocks
     del given, pruned  # the model goes before its copy comes
     saved = opening.load_model(out)
-    return {**before, "parameters": opening.parameters(saved), "loss_after": loop.mean_loss(saved, blocks)}
+    return {**before, "parameters": opening.parameters(saved), "loss_after": mean_loss(saved, blocks)}

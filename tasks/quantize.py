@@ -25,7 +25,7 @@ from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.text.model_inputs import example_blocks
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def quantize(
     error = write_checkpoint(given, choice, out)
     saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
-    after = loop.mean_loss(saved, blocks[:COMPARED])
+    after = mean_loss(saved, blocks[:COMPARED])
     if not math.isfinite(after):
         raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
     return {
@@ -115,7 +115,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
 
 def _loss_before(given: QuantizationInput[Any]) -> float:
     """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
-    loss = loop.mean_loss(given.model, given.calibration[:COMPARED])
+    loss = mean_loss(given.model, given.calibration[:COMPARED])
     if math.isfinite(loss):
         return loss
     for name, tensor in given.tensors():
@@ -141,7 +141,7 @@ def _first_not_finite(given: QuantizationInput[Any]) -> str:
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in given.model.named_modules()]
-    loop.mean_loss(given.model, given.calibration[:COMPARED])
+    mean_loss(given.model, given.calibration[:COMPARED])
     for handle in handles:
         handle.remove()
     return found[0] if found else "the loss"

@@ -13,6 +13,7 @@ from featherweight.progress import Metrics, Progress
 from featherweight.text.documents import read_documents
 from featherweight.text.tokens import token_blocks
 from featherweight.training import loop
+from featherweight.training.plan import TrainingPlan
 from featherweight.training.spec import TrainSpec
 from tasks.stage import stage
 
@@ -43,17 +44,8 @@ def train(
     tokenizer = train_tokenizer(text, spec)
     model = new_model(spec, tokenizer, seed)
     blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
-    run = loop.timed_loop(
-        model,
-        blocks,
-        steps=spec.steps,
-        batch=spec.batch,
-        learning_rate=spec.learning_rate,
-        muon=True,
-        scratch=scratch,
-        seed=seed,
-        progress=progress,
-    )
+    plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, optimizer="muon", scratch=scratch, seed=seed)
+    run = loop.timed_loop(model, blocks, plan, progress=progress)
     opening.save_model(model, out)
     tokenizer.save_pretrained(out)
     return run | {"parameters": opening.parameters(model)}

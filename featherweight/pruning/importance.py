@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.errors import StageError
 from featherweight.progress import Progress
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss, token_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,12 +57,12 @@ def importance(
 
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(group.units, generator=generator) for group in groups], loop.mean_loss(model, blocks)
+        return [torch.rand(group.units, generator=generator) for group in groups], mean_loss(model, blocks)
     linears = [member.linear for group in groups for member in group.members]
     if criterion in ("l1", "l2"):
         power = 1 if criterion == "l1" else 2
         salience = [linear.weight.detach().abs().pow(power) for linear in linears]
-        loss = loop.mean_loss(model, blocks)
+        loss = mean_loss(model, blocks)
     else:
         salience, loss = taylor(model, [linear.weight for linear in linears], criterion, blocks, progress)
     parts = iter(salience)
@@ -120,7 +120,7 @@ def _gradients(model: PreTrainedModel, weights: list[Tensor], ids: Tensor) -> tu
     """Mean loss on `ids` and its gradients for `weights`; StageError where they are not finite."""
     import torch
 
-    loss = loop.token_loss(model, ids.to(weights[0].device))
+    loss = token_loss(model, ids.to(weights[0].device))
     value = loss.item()
     if not math.isfinite(value):
         raise StageError(f"prune: the loss on the calibration text is {value}; check the checkpoint's weights")

@@ -16,7 +16,7 @@ from featherweight.model.parent import Parent
 from featherweight.progress import Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.model_inputs import example_blocks
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class PruningInput(Generic[SpecT_co]):
 
     def loss(self) -> float:
         """Mean loss of `model`, as it is now, on the calibration blocks (nats per token)."""
-        return loop.mean_loss(self.model, self.blocks)
+        return mean_loss(self.model, self.blocks)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.spec import Positive
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from featherweight.training import loop
+from featherweight.training.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,18 +96,24 @@ def choose(given: QuantizationInput[QatSpec]) -> Choice:
         metrics = loop.timed_loop(
             module,
             blocks,
-            steps=given.spec.steps,
-            batch=given.spec.batch,
-            learning_rate=given.spec.learning_rate,
+            _plan(given),
             loss_fn=_distillation(given.model, module) if given.spec.distill else None,
-            weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
-            scratch=given.scratch,
-            seed=given.seed,
             progress=given.progress,
         )
     state = student.state_dict()
     changed = {name: state[name].float().cpu() for name, _ in given.tensors() if name in state and name not in given.grids}
     return Choice(module.quantized(), changed, {**start.metrics, **metrics})
+
+
+def _plan(given: QuantizationInput[QatSpec]) -> TrainingPlan:
+    return TrainingPlan(
+        steps=given.spec.steps,
+        batch=given.spec.batch,
+        learning_rate=given.spec.learning_rate,
+        weight_decay=0.0,  # decay pulls weights off the grid points that the loss has found
+        scratch=given.scratch,
+        seed=given.seed,
+    )
 
 
 def training_blocks(given: QuantizationInput[QatSpec]) -> Tensor:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from featherweight.errors import CheckpointError, StageError, ToolchainError
+from featherweight.errors import StageError, ToolchainError
 from featherweight.runtimes.catalog import engine_available
 from featherweight.runtimes.interface import Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving
-from featherweight.system.processes import end_children
+from featherweight.system.child_process import ChildProcess, error_of
 from featherweight.text.tokens import Window
 
 START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
-_KINDS = {"ToolchainError": ToolchainError, "CheckpointError": CheckpointError}
 
 
 def open_worker(served: Path, threads: int, max_tokens: int = 512, max_batch: int = 8) -> Worker:
@@ -45,16 +39,8 @@ class Worker:
             raise ToolchainError(f"{self.engine} cannot run here: {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads
         began = monotonic()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=environment(threads),
-            start_new_session=True,
-        )
-        self._buffer = b""
+        command = [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)]
+        self._child = ChildProcess(command, environment(threads))
         try:
             self._receive(START_TIMEOUT_S, "starting")
         except BaseException:
@@ -106,74 +92,32 @@ class Worker:
         return Generation(reply["tokens"], Timing(**reply["timing"]))
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        line = json.dumps({"name": name, "arguments": arguments}) + "\n"
-        assert self._process.stdin
         try:
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError) as error:
+            self._child.send({"name": name, "arguments": arguments})
+        except BrokenPipeError as error:
             raise self._died(name) from error
         return self._receive(CALL_TIMEOUT_S, name)
 
     def _receive(self, timeout_s: float, doing: str) -> Any:
         """The result of the next reply; whatever else comes instead of it becomes one clear error."""
-        line = self._line(timeout_s, doing)
-        reply = json.loads(line)
+        try:
+            reply = self._child.receive(timeout_s)
+        except TimeoutError as error:
+            self._child.kill()
+            raise StageError(f"{self.engine} hung while {_doing(doing)}: {error}; {self._child.tail()}") from error
+        if reply is None:
+            raise self._died(doing)
         if "error" in reply:
-            raise _KINDS.get(reply["kind"], StageError)(f"{self.engine} failed while {_doing(doing)}: {reply['error']}")
+            raise error_of(reply["error"], f"{self.engine} failed while {_doing(doing)}: ")
         return reply["result"]
 
-    def _line(self, timeout_s: float, doing: str) -> bytes:
-        assert self._process.stdout
-        stdout, deadline = self._process.stdout.fileno(), monotonic() + timeout_s
-        while b"\n" not in self._buffer:
-            if not select.select([stdout], [], [], max(0.0, deadline - monotonic()))[0]:
-                self._kill()
-                raise StageError(f"{self.engine} hung while {_doing(doing)}: no answer in {timeout_s:.0f} s; {self._tail()}")
-            chunk = os.read(stdout, 1 << 20)
-            if not chunk:
-                raise self._died(doing)
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
     def _died(self, doing: str) -> StageError:
-        self._kill()
-        code = self._process.returncode
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return StageError(f"{self.engine} died while {_doing(doing)} ({how}); {self._tail()}")
-
-    def _tail(self) -> str:
-        """The last lines that the worker wrote to stderr, as one line."""
-        if self._stderr.closed:
-            return "it was closed"
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - 4000))
-        lines = [" ".join(line.split()) for line in self._stderr.read().decode(errors="replace").splitlines()]
-        said = " | ".join([line for line in lines if line][-5:])
-        return f"its last words: {said}" if said else "it said nothing"
-
-    def _kill(self) -> None:
-        if self._process.poll() is None:
-            end_children(self._process.pid)
-            self._process.kill()
-        self._process.wait()
+        self._child.kill()
+        return StageError(f"{self.engine} died while {_doing(doing)} ({self._child.ending()}); {self._child.tail()}")
 
     def close(self) -> None:
-        """End the process: ask by closing its stdin, insist after 20 s."""
-        assert self._process.stdin and self._process.stdout
-        self._close_stdin()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._kill()
-        self._process.stdout.close()
-        self._stderr.close()
-
-    def _close_stdin(self) -> None:
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # what is left in the buffer has no reader any more
-            self._process.stdin.close()
+        """End the process: ask first, insist after a while."""
+        self._child.close()
 
     def __enter__(self) -> Self:
         return self

@@ -26,7 +26,7 @@ from featherweight.recipe.refusals import shape_refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import inputs_and_labels
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss
 from featherweight.training.spec import FinetuneSpec
 from tasks.export import export
 from tasks.finetune import finetune
@@ -440,7 +440,7 @@ def test_what_is_pruned_trains_and_is_served_by_ctranslate2(options: dict[str, A
     spec = FinetuneSpec(steps=8, sequence=12, learning_rate=3e-3)
     finetune(spec, checkpoint=tmp_path / "out", text=text, out=tmp_path / "trained")
     ids = sample_blocks(PruneSpec.of(**SMALL), source, text, 0)
-    before, after = (loop.mean_loss(opening.load_model(tmp_path / name), ids) for name in ("out", "trained"))
+    before, after = (mean_loss(opening.load_model(tmp_path / name), ids) for name in ("out", "trained"))
     assert after < before
     served = export(ExportSpec(engine="ctranslate2"), checkpoint=tmp_path / "trained", calibration=text, out=tmp_path / "served")
     assert served["parity_max_abs"] < 1e-4

@@ -22,7 +22,7 @@ from featherweight.pruning.importance import Group, importance, keep_best, taylo
 from featherweight.pruning.interface import sample_blocks
 from featherweight.pruning.spec import PruneSpec
 from featherweight.text.documents import Document, write_documents
-from featherweight.training import loop
+from featherweight.training.losses import mean_loss
 from tasks.prune import prune
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "llm_pruner"
@@ -92,7 +92,7 @@ def test_it_is_llm_pruner(method: str, tmp_path: Path) -> None:
     saved = opening.load_model(tmp_path)
     assert opening.parameters(saved) == expected["params_after"]
     assert before == pytest.approx(expected["loss_before"], abs=1e-5)
-    assert loop.mean_loss(saved, blocks) == pytest.approx(expected["loss_after"], abs=1e-5)
+    assert mean_loss(saved, blocks) == pytest.approx(expected["loss_after"], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +109,7 @@ def test_the_saved_model_is_the_whole_one_with_the_rest_set_to_zero(
     assert metrics["loss_before"] == pytest.approx(loss, abs=1e-6)
     silence(model, [set(keep_best(part, 3).tolist()) for part in scores[::2]], 16, "o_proj")
     silence(model, [set(keep_best(part, 72).tolist()) for part in scores[1::2]], 1, "down_proj")
-    assert metrics["loss_after"] == pytest.approx(loop.mean_loss(model, blocks), abs=1e-5)
+    assert metrics["loss_after"] == pytest.approx(mean_loss(model, blocks), abs=1e-5)
     saved = opening.load_model(out)
     assert (saved.config.num_attention_heads, saved.config.num_key_value_heads) == (6, 3)
     assert (saved.config.head_dim, saved.config.intermediate_size) == (8, 72)

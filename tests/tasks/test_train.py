@@ -16,7 +16,10 @@ from featherweight.progress import Progress
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import load_tokenizer, token_blocks
 from featherweight.training import loop
+from featherweight.training.losses import mean_loss, token_loss
 from featherweight.training.muon import Muon, orthogonal
+from featherweight.training.optimizer import adamw, rate_share
+from featherweight.training.plan import TrainingPlan
 from featherweight.training.spec import TrainSpec
 from tasks.train import new_model, train, train_tokenizer
 from tests.support.families import tiny_model as family_model
@@ -153,27 +156,27 @@ def test_a_new_model_is_undecided(text: Path) -> None:
     tokenizer = train_tokenizer(text, SPEC)
     model = new_model(SPEC, tokenizer, seed=0)
     blocks = token_blocks(text, tokenizer, 32)
-    assert loop.mean_loss(model, blocks) == pytest.approx(math.log(384), abs=0.1)
+    assert mean_loss(model, blocks) == pytest.approx(math.log(384), abs=0.1)
 
 
 def test_every_step_is_reported_and_the_losses_are_returned() -> None:
     listener = Steps()
     blocks = torch.randint(64, (6, 16))
-    losses = loop.train_loop(tiny_model(), blocks, steps=7, batch=4, learning_rate=1e-3, progress=listener)
+    losses = loop.train_loop(tiny_model(), blocks, TrainingPlan(7, 4, 1e-3), progress=listener)
     assert listener.seen == [(step + 1, 7, loss) for step, loss in enumerate(losses)]
 
 
 def test_divergence_names_the_step_and_the_losses() -> None:
     blocks = torch.randint(64, (32, 16))
     with pytest.raises(StageError, match=r"diverged at step \d+: .*last losses: .*lower learning_rate"):
-        loop.train_loop(tiny_model(), blocks, steps=200, batch=4, learning_rate=50.0)
+        loop.train_loop(tiny_model(), blocks, TrainingPlan(200, 4, 50.0))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 15])
 def test_a_run_too_short_for_a_trend_is_judged_by_its_end(steps: int) -> None:
     blocks = torch.randint(64, (8, 16))
     with pytest.raises(DivergenceError, match=rf"diverged at step {steps}: the first batch's loss has run away from") as caught:
-        loop.train_loop(tiny_model(), blocks, steps=steps, batch=4, learning_rate=2.0)
+        loop.train_loop(tiny_model(), blocks, TrainingPlan(steps, 4, 2.0))
     assert len(caught.value.losses) == steps
 
 
@@ -182,9 +185,9 @@ def test_batches_harder_than_the_first_are_no_divergence() -> None:
     easy = blocks[loop.batch_order(4, 1, 4, seed=0)[0, 0]]
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
-        return loop.token_loss(model, ids) * (0.01 if torch.equal(ids[0], easy) else 2.0)
+        return token_loss(model, ids) * (0.01 if torch.equal(ids[0], easy) else 2.0)
 
-    losses = loop.train_loop(model, blocks, steps=4, batch=1, learning_rate=1e-3, loss_fn=loss)
+    losses = loop.train_loop(model, blocks, TrainingPlan(4, 1, 1e-3), loss_fn=loss)
     assert min(losses[1:]) > 1.5 * losses[0] + 2
 
 
@@ -193,7 +196,7 @@ def test_a_nan_weight_stops_the_first_step() -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     with pytest.raises(StageError, match="diverged at step 1: loss nan"):
-        loop.train_loop(model, torch.randint(64, (4, 16)), steps=5, batch=4, learning_rate=1e-3)
+        loop.train_loop(model, torch.randint(64, (4, 16)), TrainingPlan(5, 4, 1e-3))
 
 
 def test_no_layer_is_dropped_while_training_and_the_rate_is_kept() -> None:
@@ -201,7 +204,7 @@ def test_no_layer_is_dropped_while_training_and_the_rate_is_kept() -> None:
     rates = [model.model.encoder.layerdrop, model.model.decoder.layerdrop]
     seen: set[float] = set()
     model.model.decoder.register_forward_pre_hook(lambda module, _: seen.add(module.layerdrop))
-    loop.train_loop(model, torch.randint(5, 40, (4, 16)), steps=2, batch=4, learning_rate=1e-3)
+    loop.train_loop(model, torch.randint(5, 40, (4, 16)), TrainingPlan(2, 4, 1e-3))
     assert seen == {0.0}
     assert [model.model.encoder.layerdrop, model.model.decoder.layerdrop] == rates == [0.05, 0.9]
 
@@ -212,7 +215,7 @@ def test_an_interrupt_leaves_the_loop() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loop.train_loop(tiny_model(), torch.randint(64, (4, 16)), steps=5, batch=4, learning_rate=1e-3, progress=Interrupt())
+        loop.train_loop(tiny_model(), torch.randint(64, (4, 16)), TrainingPlan(5, 4, 1e-3), progress=Interrupt())
 
 
 def test_an_epoch_reads_every_block_once() -> None:
@@ -222,7 +225,7 @@ def test_an_epoch_reads_every_block_once() -> None:
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    rates = [loop.rate_share(step, 100, 0.1, 0.1) for step in range(100)]
+    rates = [rate_share(step, 100, 0.1, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -232,13 +235,13 @@ def test_the_rate_warms_up_and_falls() -> None:
 def test_the_loss_is_that_of_transformers() -> None:
     model, ids = tiny_model(), torch.randint(64, (3, 16))
     expected = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(loop.token_loss(model, ids), expected)
-    assert loop.mean_loss(model, ids, batch=2) == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(token_loss(model, ids), expected)
+    assert mean_loss(model, ids, batch=2) == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_norms_are_not_decayed() -> None:
     model = tiny_model()
-    groups = loop.adamw(model, 1e-3, 0.1).param_groups
+    groups = adamw(model, 1e-3, 0.1).param_groups
     decays = {weight: group["weight_decay"] for group in groups for weight in group["params"]}
     assert decays[model.model.norm.weight] == 0
     assert decays[model.model.layers[0].mlp.up_proj.weight] == 0.1
@@ -258,7 +261,7 @@ def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape: t
 def test_muon_updates_every_weight_and_only_decays_the_matrices() -> None:
     model = tiny_model()
     before = [weight.detach().clone() for weight in model.parameters()]
-    loop.train_loop(model, torch.randint(64, (4, 16)), steps=2, batch=4, learning_rate=1e-3, muon=True)
+    loop.train_loop(model, torch.randint(64, (4, 16)), TrainingPlan(2, 4, 1e-3, optimizer="muon"))
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     *others, matrices = Muon(model, 1e-3, 0.1).param_groups
     assert matrices["weight_decay"] == 0.1
@@ -271,8 +274,8 @@ def test_muon_learns_in_fewer_steps_than_adamw(text: Path) -> None:
     tokenizer = train_tokenizer(text, SPEC)
     blocks = token_blocks(text, tokenizer, 32)
     lasts = {}
-    for muon in (False, True):
+    for optimizer in ("adamw", "muon"):
         model = new_model(SPEC, tokenizer, seed=0)
-        losses = loop.train_loop(model, blocks, steps=150, batch=4, learning_rate=6e-3, muon=muon)
-        lasts[muon] = sum(losses[-10:]) / 10
-    assert lasts[True] < lasts[False] - 0.3
+        losses = loop.train_loop(model, blocks, TrainingPlan(150, 4, 6e-3, optimizer=optimizer))
+        lasts[optimizer] = sum(losses[-10:]) / 10
+    assert lasts["muon"] < lasts["adamw"] - 0.3

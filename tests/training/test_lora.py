@@ -10,6 +10,8 @@ import torch
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
 from featherweight.training import loop, lora
+from featherweight.training.losses import mean_loss, token_loss
+from featherweight.training.plan import TrainingPlan
 from featherweight.training.spec import LoraSpec
 from tests.support.families import FAMILIES, tiny_model
 
@@ -24,7 +26,7 @@ def test_merged_weights_are_w_plus_scaled_b_a_and_the_rest_is_untouched(
     model = opening.load_model(tiny_checkpoint)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     adapted = lora.attach(model, spec)
-    loop.train_loop(model, IDS, steps=4, batch=4, learning_rate=1e-2)
+    loop.train_loop(model, IDS, TrainingPlan(4, 4, 1e-2))
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     deltas = {}
     for name, layer in layers.items():
@@ -47,9 +49,9 @@ def test_merged_weights_are_w_plus_scaled_b_a_and_the_rest_is_untouched(
 
 def test_fresh_adapters_change_nothing_and_train_only_themselves(tiny_checkpoint: Path) -> None:
     model = opening.load_model(tiny_checkpoint)
-    expected = loop.token_loss(model, IDS)
+    expected = token_loss(model, IDS)
     lora.attach(model, LoraSpec(rank=4), seed=1)
-    torch.testing.assert_close(loop.token_loss(model, IDS), expected, rtol=0, atol=0)
+    torch.testing.assert_close(token_loss(model, IDS), expected, rtol=0, atol=0)
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert len(trained) == 2 * 2 * 7
     assert all("lora_" in name for name in trained)
@@ -58,10 +60,10 @@ def test_fresh_adapters_change_nothing_and_train_only_themselves(tiny_checkpoint
 def test_merging_changes_what_is_computed_by_rounding_only(tiny_checkpoint: Path) -> None:
     model = opening.load_model(tiny_checkpoint)
     adapted = lora.attach(model, LoraSpec(rank=4))
-    losses = loop.train_loop(model, IDS, steps=10, batch=4, learning_rate=1e-2)
-    beside = loop.mean_loss(model, IDS)
+    losses = loop.train_loop(model, IDS, TrainingPlan(10, 4, 1e-2))
+    beside = mean_loss(model, IDS)
     assert beside < losses[0] - 0.1
-    assert loop.mean_loss(lora.merge(adapted), IDS) == pytest.approx(beside, abs=1e-5)
+    assert mean_loss(lora.merge(adapted), IDS) == pytest.approx(beside, abs=1e-5)
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones(tiny_checkpoint: Path) -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, load_model
 
 from featherweight.progress import Progress
 from featherweight.training import loop
+from featherweight.training.losses import mean_loss
+from featherweight.training.plan import HeldOut, TrainingPlan
 from featherweight.training.state import FILE, Record
 
 BLOCKS = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -40,7 +42,7 @@ class Printed(Progress):
 
 
 def long_run(trained: torch.nn.Module, scratch: Path | None, progress: Progress) -> None:
-    held_out = loop.HeldOut(BLOCKS[:5], every=3)
+    held_out = HeldOut(BLOCKS[:5], every=3)
     options = {"steps": 12, "seed": 3, "accumulate": 2, "held_out": held_out, "progress": progress}
     run(trained, scratch, **options)
 
@@ -97,17 +99,18 @@ def interrupted(scratch: Path, at: int = 5, **options: object) -> None:
 
 
 def run(trained: torch.nn.Module, scratch: Path | None, **options: object) -> list[float]:
-    settings = {"steps": 8, "batch": 4, "learning_rate": 1e-2, "save_every_s": 0.0}
-    return loop.train_loop(trained, BLOCKS, scratch=scratch, **(settings | options))
+    settings = {"steps": 8, "batch": 4, "learning_rate": 1e-2, "save_every_s": 0.0, "scratch": scratch}
+    beside = {name: options.pop(name) for name in ("progress", "record", "loss_fn") if name in options}
+    return loop.train_loop(trained, BLOCKS, TrainingPlan(**(settings | options)), **beside)
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_resumed_run_tells_its_whole_curve_and_ends_with_the_same_bits(muon: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_tells_its_whole_curve_and_ends_with_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     one, resumed = model(), model(seed=9)
-    whole = run(one, None, muon=muon)
-    interrupted(tmp_path, muon=muon)
+    whole = run(one, None, optimizer=optimizer)
+    interrupted(tmp_path, optimizer=optimizer)
     listener = Interrupt(at=-1)
-    assert run(resumed, tmp_path, progress=listener, muon=muon) == whole
+    assert run(resumed, tmp_path, progress=listener, optimizer=optimizer) == whole
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), resumed.parameters(), strict=True))
     assert listener.notes == ["resuming at step 4"]
     assert listener.steps == list(enumerate(whole, 1))
@@ -158,21 +161,21 @@ def test_training_stops_early_and_keeps_the_best_weights() -> None:
     """The model learns its text by heart, which makes it worse on any other."""
     other = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(1))
     seen = model(dropout=0)
-    held_out, record = loop.HeldOut(other, every=2, patience=3), Record()
+    held_out, record = HeldOut(other, every=2, patience=3), Record()
     losses = run(seen, None, steps=100, held_out=held_out, record=record)
     best = record.best_step
     assert best is not None
     assert len(losses) == best + 3 * 2 < 100
     assert record.held_out[best] == min(record.held_out.values()) < record.held_out[len(losses)]
-    assert loop.mean_loss(seen, other) == pytest.approx(record.held_out[best], abs=1e-6)
+    assert mean_loss(seen, other) == pytest.approx(record.held_out[best], abs=1e-6)
 
 
 def test_a_model_that_training_only_makes_worse_is_left_as_it_was() -> None:
     trained, own = model(dropout=0), torch.arange(16)[None].repeat(4, 1)
-    loop.train_loop(trained, own, steps=20, batch=4, learning_rate=1e-2)
+    loop.train_loop(trained, own, TrainingPlan(20, 4, 1e-2))
     before = [weight.detach().clone() for weight in trained.parameters()]
-    held_out = loop.HeldOut(own, every=4, patience=1)
-    metrics = loop.timed_loop(trained, BLOCKS, steps=12, batch=4, learning_rate=0.3, held_out=held_out)
+    held_out = HeldOut(own, every=4, patience=1)
+    metrics = loop.timed_loop(trained, BLOCKS, TrainingPlan(12, 4, 0.3, held_out=held_out))
     assert metrics["best_step"] == 0
     assert metrics["steps"] == 4
     assert metrics["held_out_loss"] == metrics["held_out_first"]
@@ -181,7 +184,7 @@ def test_a_model_that_training_only_makes_worse_is_left_as_it_was() -> None:
 
 def test_a_run_stopped_early_and_killed_then_does_not_go_on(tmp_path: Path) -> None:
     other = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(1))
-    options = {"steps": 100, "held_out": loop.HeldOut(other, every=2, patience=3)}
+    options = {"steps": 100, "held_out": HeldOut(other, every=2, patience=3)}
     first, again = model(dropout=0), model(seed=5, dropout=0)
     losses = run(first, tmp_path, **options)
     assert run(again, tmp_path, **options) == losses

@@ -1,4 +1,4 @@
-"""The cores that training uses, and a team of one."""
+"""The cores that training uses, and a group of one process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from featherweight.checkpoint import opening
-from featherweight.training import loop, processes
-from featherweight.training.processes import Team, all_cores, training_threads
+from featherweight.training import loop, threads
+from featherweight.training.data_parallel import DataParallelGroup
+from featherweight.training.losses import token_loss
+from featherweight.training.plan import TrainingPlan
+from featherweight.training.threads import all_cores, training_threads
 
 
 def cores(monkeypatch: pytest.MonkeyPatch, available: int, physical: int, told: str | None = None) -> None:
     """A machine of `physical` cores of which `available` logical ones are in reach, and what OMP_NUM_THREADS says."""
-    monkeypatch.setattr(processes, "available_cores", lambda: available)
-    monkeypatch.setattr(processes, "physical_cores", lambda: physical)
+    monkeypatch.setattr(threads, "available_cores", lambda: available)
+    monkeypatch.setattr(threads, "physical_cores", lambda: physical)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", told)
@@ -34,18 +37,18 @@ def test_threads_are_the_cores_in_reach_and_no_more_than_told(
 
 
 def test_training_computes_with_that_many_threads_and_no_others(tiny_checkpoint: Path) -> None:
-    """Beside those of the team of `training_threads` no thread of the process spends time while training."""
+    """Beside `training_threads` threads no thread of the process spends time while training."""
     model = opening.load_model(tiny_checkpoint)
     blocks = torch.randint(300, (32, 64), generator=torch.Generator().manual_seed(0))
     process, seen = psutil.Process(), set()
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         seen.add(torch.get_num_threads())
-        return loop.token_loss(model, ids)
+        return token_loss(model, ids)
 
     before = torch.get_num_threads()
     spent = {thread.id: thread.user_time for thread in process.threads()}
-    loop.train_loop(model, blocks, steps=10, batch=16, learning_rate=1e-3, loss_fn=loss)
+    loop.train_loop(model, blocks, TrainingPlan(10, 16, 1e-3), loss_fn=loss)
     busy = [thread for thread in process.threads() if thread.user_time - spent.get(thread.id, 0.0) > 0.05]
     assert seen == {training_threads()}
     assert len(busy) <= training_threads()
@@ -61,10 +64,10 @@ def test_the_number_of_threads_comes_back_after_an_error(monkeypatch: pytest.Mon
     assert torch.get_num_threads() == before
 
 
-def test_a_team_of_one_changes_nothing_and_needs_no_accelerate() -> None:
+def test_a_group_of_one_changes_nothing_and_needs_no_accelerate() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is placed on through accelerate")
-    alone, rows = Team(), torch.arange(6).view(3, 2)
+    alone, rows = DataParallelGroup(), torch.arange(6).view(3, 2)
     assert (alone.rank, alone.size, alone._accelerator) == (0, 1, None)
     assert alone.share(rows) is not None and torch.equal(alone.share(rows), rows)
     assert torch.equal(alone.gather(rows[0]), rows[:1])
