@@ -38,7 +38,7 @@ def _hexdigest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _is_opaque(head: dict[str, Any]) -> bool:
+def _is_opaque(head: Mapping[str, Any]) -> bool:
     """Whether the ETag is no MD5, by the rules of S3's encryption."""
     return head.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in head
 
