@@ -62,6 +62,7 @@ def inputs_of_finetune(session: Session, checkpoint: Path, text: Path) -> dict[s
     return {name: given.execute(node, {}, session, name) for name, node in nodes.items()}
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint: Path, tmp_path: Path) -> None:
     session = open_session(tmp_path / "workspace")
     refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")
@@ -79,6 +80,7 @@ def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint
     assert not list((session.workspace.root / "resume").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(processes.cores() < 2, reason="needs two cores")
 def test_the_recorded_peak_counts_the_processes_that_train(tiny_checkpoint: Path, tmp_path: Path) -> None:
     session = open_session(tmp_path / "workspace")

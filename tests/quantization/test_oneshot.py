@@ -94,6 +94,7 @@ def inputs_of(block: Any, model: Any, ids: torch.Tensor) -> dict[str, torch.Tens
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "m2m_100", "marian", "bert", "distilbert"])
 def test_gptq_is_the_formula_for_every_matrix(kind: str, checkpoint: Any, text: Path) -> None:
     """Each block reads what the quantized ones before it put out, and a cross-attention the quantized encoder's text."""
