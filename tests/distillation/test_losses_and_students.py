@@ -233,6 +233,7 @@ def test_the_matched_loss_is_the_sum_of_its_parts(kind: str, checkpoints: dict[s
     assert len(maps) == 6 and expected > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5", "marian", "m2m_100", "bert", "distilbert"])
 def test_answers_hidden_states_and_maps_are_learned_together(
     name: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path
@@ -335,6 +336,7 @@ def test_a_cached_teacher_is_asked_once_a_block(checkpoints: dict[str, Path], te
     assert not teacher_answers.cut_to_top_k(SPEC.model_copy(update={"hidden_weight": 1.0}), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.8}, {"beams": 2}])
 @pytest.mark.parametrize("name", ["llama", "t5", "marian"])
 def test_the_teacher_writes_the_same_text_again(

@@ -186,6 +186,7 @@ constraints = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(variants, st.sampled_from(["speedup@1", "speedup@8", "size", "quality"]), constraints)
 @settings(max_examples=60, deadline=None)
 def test_what_the_decision_accepts_the_promotion_gate_accepts(measured, objective, bounds):

@@ -76,6 +76,7 @@ def same_zeros(folder: Path, other: Path) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], mask) for name, mask in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_sparse_checkpoint_says_what_it_is(model_type: str, criterion: str, text: Path, tmp_path: Path) -> None:
@@ -229,6 +230,7 @@ def test_a_sparse_source_stays_sparse(sparse: Path, text: Path, tmp_path: Path) 
     assert loaded(tmp_path / "served", tmp_path / "again")["zero_share"] == 0.5  # what is registered, taken up again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "t5", "bert"])
 @pytest.mark.parametrize(
     ("spec", "pattern"), [({"pattern": "2:4"}, "2:4"), ({"sparsity": 0.6}, "unstructured"), ({"sparsity": 0.3}, None)]

@@ -161,6 +161,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_shallower_model_is_the_whole_one_with_layers_that_do_nothing(family: str, text: Path, tmp_path: Path) -> None:
     source = family_checkpoint(family, tmp_path / "source", **LAYERS[family])
@@ -239,6 +240,7 @@ def test_layers_that_cannot_go_are_refused(options: dict[str, Any], named: str) 
         depth.wanted_layers(PruneSpec.of(method="depth", **options), tiny_model("llama").config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5", "qwen3"])
 @pytest.mark.parametrize("criterion", ["param_first", "activation"])
 def test_a_narrower_model_is_the_whole_one_with_silent_channels(family: str, criterion: str, text: Path, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_each_criterion_keeps_more_of_the_output_than_the_one_before(
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_a_block_is_shown_what_it_reads_in_the_whole_model(model_type: str) -> None:
     """Each example goes through the model alone, cut where its text ends; the blocks are shown the same, in batches."""

@@ -116,6 +116,7 @@ def test_gptq_is_the_formula_for_every_matrix(kind: str, checkpoint: Any, text: 
     assert losses[0] < 0.8 * losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "bert"])
 def test_gptq_loses_less_than_rounding(kind: str, text: Path, tmp_path: Path) -> None:
     sizes = {"t5": {"d_model": 96, "d_ff": 192, "num_layers": 4, "initializer_factor": 0.7}}
@@ -133,6 +134,7 @@ def test_gptq_loses_less_than_rounding(kind: str, text: Path, tmp_path: Path) ->
     assert 0 < losses["gptq"] < 0.7 * losses["rtn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart")])
 def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path) -> None:
     given = input_of(checkpoint(kind), text, method=method)
@@ -145,6 +147,7 @@ def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path)
     assert found and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), SMOOTHINGS)
 def test_smoothing_keeps_the_function(method: str, kind: str, checkpoint: Any, text: Path) -> None:
     given = input_of(checkpoint(kind), text, method=method)
@@ -162,6 +165,7 @@ def named(model: Any) -> dict[Any, str]:
     return {module: name for name, module in model.named_modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mt5", "mbart"])
 def test_smoothquant_is_the_papers_formula(kind: str, checkpoint: Any, text: Path) -> None:
     """s_j = sqrt(max|X_j| / max|W_j|) over the matrices that read X; before a cross-attention that is its query alone."""

@@ -133,6 +133,7 @@ def test_s3_store_holds_the_files_and_gives_them_back(s3_server, tmp_path: Path)
 # -- promotion ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_promotion_moves_aliases_tags_and_stages(desk: Bench) -> None:
     three_versions(desk)
     assert desk.registry.champion(MODEL) is None
@@ -149,6 +150,7 @@ def test_promotion_moves_aliases_tags_and_stages(desk: Bench) -> None:
     assert champion.version == "2"
 
 
+@pytest.mark.slow
 def test_history_tells_who_when_why_and_the_gates(desk: Bench) -> None:
     three_versions(desk)
     move(desk, "1", "production", "the first")
@@ -172,6 +174,7 @@ def test_transition_to_where_it_stands_is_no_transition(desk: Bench) -> None:
     assert desk.state() == before
 
 
+@pytest.mark.slow
 def test_staging_displaces_the_challenger_and_archiving_clears_the_alias(desk: Bench) -> None:
     three_versions(desk)
     move(desk, "1", "staging")
@@ -183,6 +186,7 @@ def test_staging_displaces_the_challenger_and_archiving_clears_the_alias(desk: B
         desk.registry.get(MODEL, "challenger")
 
 
+@pytest.mark.slow
 def test_rollback_goes_back_one_champion_at_a_time(desk: Bench) -> None:
     three_versions(desk)
     for version in "123":
@@ -211,6 +215,7 @@ def test_champion_that_changed_meanwhile_stops_a_promotion(desk: Bench) -> None:
     assert moved.stage == "production"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "who", "why", "said"),
     [
