@@ -47,11 +47,13 @@ def bytes_read(served: Path) -> BytesRead | None:
     """What serving that folder reads; None where memory is not the roof, or not this machine's.
 
     That is so for an encoder, which reads its weights once for all tokens of a text, for an engine on a GPU, and for weights in
-    a format that is not known here.
+    a format that is not known here, or without the configuration beside them.
     """
     from transformers import AutoConfig
 
     serving = Serving.read(served)
+    if not (served / "config.json").is_file():
+        return None
     config = AutoConfig.from_pretrained(served, local_files_only=True)
     if family_of(config) == "encoder" or _on_gpu(serving):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,3 +38,22 @@ class Serving:
         if not path.is_file():
             raise IntegrityError(f"{folder} is not a served variant: it has no {FILE}")
         return cls(**json.loads(path.read_text()))
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same bytes."""
+    if one.resolve() == other.resolve():
+        return True
+    here, there = _files(one), _files(other)
+    if here.keys() != there.keys() or any(here[name].stat().st_size != there[name].stat().st_size for name in here):
+        return False
+    return all(here[name].samefile(there[name]) or filecmp.cmp(here[name], there[name], shallow=False) for name in here)
+
+
+def _files(folder: Path) -> dict[Path, Path]:
+    return {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+
+
+def served_bytes(folder: Path) -> int:
+    """Bytes of everything that is served."""
+    return sum(path.stat().st_size for path in _files(folder).values())

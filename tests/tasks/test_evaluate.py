@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-import tasks.evaluate
 from featherweight.errors import IntegrityError, RecipeError, StageError
 from featherweight.measure.measurement import FILE, Comparison
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Progress
+from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import load_tokenizer, token_windows
-from tasks.evaluate import _same, _thread_counts, evaluate
+from tasks.evaluate import evaluate
 
 SPEC = WorkloadSpec(prompt_tokens=8, new_tokens=24, batch_sizes=(1, 2), rounds=3, windows=6, window_tokens=48, threads=(1,))
 
@@ -58,6 +58,7 @@ def ctranslate2(tiny_checkpoint, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("variant")
     ctranslate2.converters.TransformersConverter(str(tiny_checkpoint)).convert(str(folder / "model"), quantization="int8")
+    shutil.copy(tiny_checkpoint / "config.json", folder)
     Serving("ctranslate2", "model", {"compute_type": "int8"}).write(folder)
     return folder
 
@@ -114,6 +115,9 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
         assert metrics[f"tokens_per_s_{batch}"] == pytest.approx(batch * 24 / metrics[f"p50_latency_s_{batch}"])
     assert metrics["size_bytes"] == sum(path.stat().st_size for path in ctranslate2.rglob("*") if path.is_file())
     assert 1e7 < metrics["peak_memory_bytes"] < before.peak_memory_bytes
+    assert metrics["bytes_per_token"] == bytes_read(ctranslate2).per_token(prompt_tokens=8, new_tokens=24)
+    share = metrics["tokens_per_s_1"] * metrics["bytes_per_token"] / metrics["bandwidth_bytes_s"]
+    assert metrics["roofline_1"] == pytest.approx(share)
     assert [step[:2] for step in heard.steps] == [(1, 3), (2, 3), (3, 3)] * 2
     assert heard.steps[-1][2]["tokens_per_s_2"] > 0
 
@@ -160,24 +164,3 @@ def test_what_was_not_served_or_not_measured_is_named(baseline, text, tmp_path):
         evaluate(SPEC, served=text, baseline=baseline, evaluation=text, out=tmp_path)
     with pytest.raises(IntegrityError, match=r"measurement\.json is no measurement"):
         evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, baseline_measurement=text)
-
-
-@pytest.mark.parametrize(
-    ("cores", "slow", "counts"),
-    [(1, False, [1]), (2, False, [1, 2]), (2, True, [1, 2]), (6, False, [1, 2, 4, 6]), (8, False, [1, 2, 4, 8]), (8, True, [1, 8])],
-)
-def test_thread_counts_to_try(monkeypatch, cores, slow, counts):
-    monkeypatch.setattr(tasks.evaluate, "physical_cores", lambda: cores)
-    monkeypatch.setattr(tasks.evaluate, "available_cores", lambda: 2 * cores)
-    assert _thread_counts(None, slow) == counts
-    assert _thread_counts((3, 1, 3), slow) == [3, 1]
-
-
-def test_folders_are_the_same_by_their_bytes(tmp_path):
-    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    for folder, content in ((one, "abc"), (two, "abc"), (three, "abd")):
-        (folder / "sub").mkdir(parents=True)
-        (folder / "sub" / "weights").write_text(content)
-    assert _same(one, one) and _same(one, two) and not _same(one, three)
-    (two / "more").write_text("")
-    assert not _same(one, two)

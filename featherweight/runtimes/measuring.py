@@ -1,0 +1,142 @@
+"""Measuring served variants on their own engines, by turns: threads, speed, memory, quality."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from featherweight.errors import StageError
+from featherweight.measure.measurement import Measurement, Quality, Speed
+from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
+from featherweight.progress import Progress
+from featherweight.runtimes.catalog import engine_class
+from featherweight.runtimes.client import open_worker
+from featherweight.runtimes.interface import Timing
+from featherweight.runtimes.workload import Workload
+from featherweight.store.served_folder import Serving, served_bytes
+
+PROBE_ROUNDS, PROBE_S = 3, 1.0
+# What a quick engine repeats its generation for in each of its turns, so that one hiccup of the machine is not its figure.
+TURN_S, MOST_REPEATS = 0.2, 8
+
+
+class MeasuredVariant:
+    """One served folder being measured: its worker, and its best number of threads for each batch size."""
+
+    def __init__(
+        self, workload: Workload, served: Path, stack: ExitStack, progress: Progress, known: Measurement | None = None
+    ) -> None:
+        self.workload, self.served, self.progress = workload, served, progress
+        self.known = known if known and known.quality.bytes == workload.quality_bytes else None
+        sizes = workload.spec.batch_sizes
+        self.engine = Serving.read(served).engine
+        self.slow = engine_class(self.engine).slow_to_switch
+        self.counts = thread_counts(workload.spec.threads, self.slow)
+        progress.note(f"starting {self.engine}")
+        self.worker = stack.enter_context(open_worker(served, self.counts[0], workload.max_tokens, max(sizes)))
+        self.warmup_s: dict[tuple[int, int], float] = {}
+        self.repeats = 1
+        self.probes = self._probe(sizes)
+
+    def _probe(self, batch_sizes: tuple[int, ...]) -> dict[int, Probe]:
+        """Latencies by batch size and number of threads; one count alone needs no probe."""
+        known = {speed.batch_size: speed for speed in self.known.speeds} if self.known else {}
+        probes: dict[int, Probe] = {size: dict(known[size].probe) if size in known else {} for size in batch_sizes}
+        wanted = [size for size in batch_sizes if size not in known]
+        for threads in self.counts if wanted and len(self.counts) > 1 else ():
+            self.progress.note(f"trying {self.engine} with {threads} thread{'s' if threads > 1 else ''}")
+            for size in wanted:
+                probes[size][threads] = self._try(size, threads, probes[size])
+        return probes
+
+    def _try(self, batch_size: int, threads: int, others: Probe) -> tuple[float, ...]:
+        """Latencies of a few shorter generations; only the first, which warms up, where that is hopeless already."""
+        self.worker.set_threads(threads)
+        wanted = self.workload.new_tokens
+        tokens = min(wanted, max(16, wanted // 4))
+        best = best_latency_s(others)
+        first_s = self._run(batch_size, tokens).total_s
+        self.warmup_s.setdefault((batch_size, threads), first_s)
+        if first_s > 2 * HOPELESS * best and not self.slow:
+            return (first_s,)
+        times: list[float] = []
+        while len(times) < PROBE_ROUNDS and sum(times) < PROBE_S and (not times or times[0] < HOPELESS * best):
+            times.append(self._run(batch_size, tokens).total_s)
+        return tuple(times)
+
+    def threads(self, batch_size: int) -> int:
+        """The best number of threads for a batch size, the only one where there was no choice."""
+        if self.known:
+            return self.known.speed(batch_size).threads
+        probe = self.probes[batch_size]
+        return best_count(probe) if probe else self.counts[0]
+
+    def prepare(self, batch_size: int) -> None:
+        """Switch to the best number of threads and generate unmeasured, to warm up and to see how often a turn repeats it."""
+        threads = self.threads(batch_size)
+        self.worker.set_threads(threads)
+        first_s = self._run(batch_size, self.workload.new_tokens).total_s
+        self.warmup_s.setdefault((batch_size, threads), first_s)
+        warm_s = self._run(batch_size, self.workload.new_tokens).total_s if first_s < TURN_S or self.slow else first_s
+        self.repeats = max(1, min(MOST_REPEATS, int(TURN_S / warm_s)))
+
+    def turn(self, batch_size: int) -> list[Timing]:
+        """One round's timed generations."""
+        return [self._run(batch_size, self.workload.new_tokens) for _ in range(self.repeats)]
+
+    def _run(self, batch_size: int, new_tokens: int) -> Timing:
+        return self.worker.time(self.workload.prompts(batch_size), new_tokens)
+
+    def speed(self, batch_size: int, timings: list[Timing]) -> Speed:
+        """The timings of all rounds as a measurement."""
+        threads, spec = self.threads(batch_size), self.workload.spec
+        return Speed(
+            batch_size,
+            threads,
+            spec.prompt_tokens,
+            self.workload.counted_tokens,
+            tuple(timing.total_s for timing in timings),
+            tuple(timing.ttft_s for timing in timings),
+            self.repeats,
+            self.warmup_s[batch_size, threads],
+            self.probes[batch_size],
+        )
+
+    def measurement(self, speeds: list[Speed]) -> Measurement:
+        """Everything about it. Memory is read before the windows are scored, which serving never does."""
+        peak = self.known.peak_memory_bytes if self.known else self.worker.peak_memory_bytes()
+        startup_s = self.known.startup_s if self.known else self.worker.startup_s
+        quality = self.known.quality if self.known else self._quality()
+        return Measurement(self.engine, quality, tuple(speeds), peak, served_bytes(self.served), startup_s)
+
+    def _quality(self) -> Quality:
+        windows = self.workload.windows
+        scores: list[list[float]] = []
+        for start in range(0, len(windows), 8):
+            self.progress.note(f"scoring window {start + 1} of {len(windows)}")
+            scores += self.worker.score(windows[start : start + 8])
+        nll = [-math.fsum(row) for row in scores]
+        broken = sum(not math.isfinite(value) for value in nll)
+        if broken:
+            raise StageError(f"{self.engine} gives log-probabilities that are no numbers in {broken} of {len(nll)} windows")
+        return Quality(tuple(nll), tuple(len(row) for row in scores), self.workload.quality_bytes)
+
+
+def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:
+    """Timed rounds, one of each side by turns, so that what slows the machine slows both; who begins alternates too."""
+    sides = [variant] if baseline is variant else [variant, baseline]
+    timings: dict[MeasuredVariant, list[Timing]] = {side: [] for side in sides}
+    for side in sides:
+        side.prepare(batch_size)
+    for turn in range(variant.workload.spec.rounds):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            timings[side] += side.turn(batch_size)
+        progress.step(turn + 1, variant.workload.spec.rounds, **_live(variant, batch_size, timings[variant]))
+    return variant.speed(batch_size, timings[variant]), baseline.speed(batch_size, timings[baseline])
+
+
+def _live(side: MeasuredVariant, batch_size: int, timings: list[Timing]) -> dict[str, float]:
+    tokens = batch_size * side.workload.counted_tokens
+    return {f"tokens_per_s_{batch_size}": tokens / median(timing.total_s for timing in timings)}

@@ -1,0 +1,83 @@
+"""What every variant of a recipe is measured on: prompts to go on from, and windows of text to score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.errors import RecipeError
+from featherweight.measure.spec import WorkloadSpec
+from featherweight.model.architecture import Family, family_of
+from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.tokens import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it."""
+
+    spec: WorkloadSpec
+    windows: list[Window]
+    max_tokens: int
+    family: Family = "causal"
+
+    @classmethod
+    def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
+        """The windows of a text folder, in the tokens of the model in `folder` and no longer than its context.
+
+        Raises RecipeError for a workload that does not fit it.
+        """
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        family, context = family_of(config), _context(config)
+        _require_context(spec, family, context)
+        length = min(spec.window_tokens, context)
+        windows = scoring_windows(folder, config, evaluation, length, spec.windows)
+        return cls(spec, windows, max(length, spec.prompt_tokens + spec.new_tokens), family)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens to generate: none by an encoder, which reads its prompt once."""
+        return 0 if self.family == "encoder" else self.spec.new_tokens
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens of a sequence that the speed is said in: those generated, or those that an encoder has read."""
+        return self.spec.prompt_tokens if self.family == "encoder" else self.spec.new_tokens
+
+    @property
+    def quality_bytes(self) -> tuple[int, ...]:
+        """UTF-8 bytes that each window stands for."""
+        return tuple(window.text_bytes for window in self.windows)
+
+    def prompts(self, batch_size: int) -> list[list[int]]:
+        """Prompts of equal length, each from the beginning of another window; short windows borrow from the next ones."""
+        length, prompts = self.spec.prompt_tokens, []
+        for first in range(batch_size):
+            here = first % len(self.windows)
+            ids = chain.from_iterable(window.source or window.ids for window in cycle([*self.windows[here:], *self.windows[:here]]))
+            prompts.append(list(islice(ids, length)))
+        return prompts
+
+
+def _require_context(spec: WorkloadSpec, family: Family, context: int) -> None:
+    """Refuse a workload that does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
+    prompt, new = spec.prompt_tokens, spec.new_tokens
+    needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
+    if needed > context:
+        raise RecipeError(
+            f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
+            f"but the model's context holds {context}; lower them"
+        )
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions
