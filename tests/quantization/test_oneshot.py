@@ -185,6 +185,7 @@ def test_smoothquant_is_the_papers_formula(kind: str, checkpoint: Any, text: Pat
                 torch.testing.assert_close(weight, one.weight * scales, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -215,6 +216,7 @@ def test_a_structure_that_is_not_known_is_refused_before_any_weight_is_read(text
         quantize(QuantizeSpec.of(method="gptq"), checkpoint=tmp_path, text=text, calibration=text, out=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "engine", "bound"),
     [
@@ -241,6 +243,7 @@ def test_what_was_calibrated_is_served_as_it_is(
         assert (torch.tensor(row) - expected).abs().mean() < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("mbart", {"method": "gptq", "smooth": "smoothquant"}), ("t5", {"method": "gptq"})])
 def test_calibrated_translators_are_packed_as_they_are(
     kind: str, options: Any, checkpoint: Any, text: Path, tmp_path: Path

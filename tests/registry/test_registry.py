@@ -280,6 +280,7 @@ def test_altered_and_removed_entries_are_found(desk: Bench) -> None:
         desk.registry.history(MODEL)
 
 
+@pytest.mark.slow
 def test_two_writers_lose_nothing(desk: Bench) -> None:
     three_versions(desk)
     failures: list[BaseException] = []
@@ -391,6 +392,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(20)
 
 
+@pytest.mark.server
 def test_everything_works_through_a_server(server: str, tmp_path: Path) -> None:
     proxied, linked = bench(tmp_path / "proxied", server, None), bench(tmp_path / "linked", server)
     for desk in (proxied, linked):  # noqa: F402

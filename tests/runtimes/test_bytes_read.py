@@ -73,6 +73,7 @@ def test_pytorchs_quantized_engines_hold_a_byte_a_weight(llama, tmp_path, engine
     assert bytes_read(tmp_path).step == LAYERS * (weights(LLAMA) + 4 * sum(groups)) + 4 * NORMS + head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "computed", "width"), [("float32", "float32", 4), ("int8", "int8", 1), ("int8", "float32", 4)])
 def test_ctranslate2_holds_what_it_computes_in(llama, tmp_path, stored, computed, width):
     import ctranslate2

@@ -229,6 +229,7 @@ def test_an_engine_that_cannot_load_is_one_clear_line(tmp_path):
         open_worker(tmp_path / "nowhere", threads=1)
 
 
+@pytest.mark.engine
 def test_nothing_survives_a_killed_parent(served):
     code = (
         "import sys, time; from pathlib import Path; from featherweight.runtimes import open_worker\n"
