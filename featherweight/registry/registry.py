@@ -22,6 +22,7 @@ from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, writ
 from featherweight.registry.versions import CHAMPION, NAME, TAG, Book, RegisteredVersion, locked, pages, refuse_renamed
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
+from featherweight.store.tracking import open_client
 from featherweight.store.workspace import local_path
 from featherweight.system.services import check_url
 
@@ -72,11 +73,9 @@ class Registry:
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The client, of this URI only: nothing global is set."""
-        from mlflow import MlflowClient
-
+        """The client, of this URI only."""
         with self._service():
-            return MlflowClient(self.tracking_uri, self.tracking_uri)
+            return open_client(self.tracking_uri)
 
     def check(self) -> None:
         """Raise ServiceError within seconds where the server is down, hangs, or refuses the credentials."""

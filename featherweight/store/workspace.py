@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.store.artifact import MANIFEST, ArtifactRef, Manifest, verify
 from featherweight.store.mlflow_errors import mlflow_explained
+from featherweight.store.tracking import open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,9 +46,7 @@ class Workspace:
 
     def client(self) -> MlflowClient:
         """A client of the tracking server, registry included."""
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.tracking_uri, self.tracking_uri)
+        return open_client(self.tracking_uri)
 
     def find_experiment(self, client: MlflowClient, name: str) -> str | None:
         """Id of the experiment of that name, None where there is none. Raises ServiceError where it was deleted by hand."""
@@ -62,11 +61,19 @@ class Workspace:
 
     def experiment(self, client: MlflowClient, name: str) -> str:
         """Id of the experiment of that name, made where there is none. Raises ServiceError where it was deleted by hand."""
+        from mlflow.exceptions import MlflowException
+
         found = self.find_experiment(client, name)
         if found is not None:
             return found
         local = self.tracking_uri.startswith("sqlite:")
-        return client.create_experiment(name, (self.root / "artifacts").as_uri() if local else None)
+        try:
+            return client.create_experiment(name, (self.root / "artifacts").as_uri() if local else None)
+        except MlflowException:  # another process may have made it between the two calls
+            found = self.find_experiment(client, name)
+            if found is None:
+                raise
+            return found
 
     @contextmanager
     def working_folder(self) -> Iterator[Path]:
@@ -104,8 +111,7 @@ class Workspace:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            shutil.copytree(folder, local / f"{ARTIFACT}.part")
-            (local / f"{ARTIFACT}.part").rename(local / ARTIFACT)
+            _copy_whole(folder, local / ARTIFACT)
         return (local / ARTIFACT).as_uri()
 
     def _upload(self, client: MlflowClient, run_id: str, folder: Path, base: str) -> str:
@@ -143,6 +149,18 @@ class Workspace:
                 got = download_artifacts(artifact_uri=ref.uri, dst_path=str(folder), tracking_uri=self.tracking_uri)
             verify(Path(got), ref.digest)
             Path(got).rename(cached)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder to another file system: `target` is there whole or not at all, whenever this ends."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        shutil.copytree(source, part)
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def local_path(uri: str) -> Path | None:

@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlparse
 
 from featherweight.errors import ServiceError
+from featherweight.system.locks import locked_file
 from featherweight.system.processes import end_group, end_with_parent, free_port
 
 QUIET = {
@@ -74,11 +76,13 @@ class PrefectServer:
     url: str
     process: subprocess.Popen[bytes] | None
     log: Path
+    came_up: Callable[[], None] = lambda: None
 
     def wait(self) -> None:
         """Return when the server answers; raises ServiceError where it does not come up."""
         if self.process is not None:
             await_url(f"{self.url}/api/health", self.process, "Prefect", self.log)
+            self.came_up()
 
 
 @contextmanager
@@ -93,14 +97,35 @@ def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer
         check_url(named, "Prefect", "PREFECT_API_URL")
         yield PrefectServer(named.removesuffix("/api"), None, log)
         return
-    port = free_port()
-    process = start_prefect(root, port, services)
-    os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
-    try:
-        yield PrefectServer(f"http://{LOCAL}:{port}", process, log)
-    finally:
-        del os.environ["PREFECT_API_URL"]
-        stop(process)
+    with ExitStack() as first:
+        came_up = _alone_the_first_time(root, first)
+        port = free_port()
+        process = start_prefect(root, port, services)
+        os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
+        try:
+            yield PrefectServer(f"http://{LOCAL}:{port}", process, log, came_up)
+        finally:
+            del os.environ["PREFECT_API_URL"]
+            stop(process)
+
+
+def _alone_the_first_time(root: Path, lock: ExitStack) -> Callable[[], None]:
+    """Let no other process start a server in the workspace until this one is up, unless one of this Prefect's version has been.
+
+    The first one makes the tables, and two that make them at once both fail. What is returned is to be called when it is up.
+    """
+    home = Path(os.environ.get("PREFECT_HOME") or root / "prefect")
+    done = home / f".tables-of-{version('prefect')}"
+    if done.exists():
+        return lock.close
+    home.mkdir(parents=True, exist_ok=True)
+    lock.enter_context(locked_file(home / ".tables.lock"))
+
+    def came_up() -> None:
+        done.touch()
+        lock.close()
+
+    return came_up
 
 
 def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Popen[bytes]:

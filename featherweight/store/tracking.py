@@ -1,0 +1,35 @@
+"""Opening MLflow's tracking store and registry."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.system.locks import locked_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def open_client(tracking_uri: str) -> MlflowClient:
+    """A client of the tracking store and the registry at one URI; nothing global is set.
+
+    A SQLite file gets its tables here, from one process at a time: MLflow does not lock it, and of several commands that begin in a
+    fresh workspace at once all but one would die of tables that are there already.
+    """
+    from mlflow import MlflowClient
+
+    with _turn(tracking_uri):
+        client = MlflowClient(tracking_uri, tracking_uri)
+        if tracking_uri.startswith("sqlite:"):
+            client.search_experiments(max_results=1)
+        return client
+
+
+def _turn(tracking_uri: str) -> AbstractContextManager[None]:
+    scheme, _, path = tracking_uri.partition(":///")
+    file = Path(path.partition("?")[0])
+    if scheme != "sqlite" or not file.name or not file.parent.is_dir():
+        return nullcontext()
+    return locked_file(file.with_name(f"{file.name}.lock"))
