@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "rtn"
 """The method of a recipe that names none."""
+START = "gptq"
+"""The rounding that training begins from, likewise."""
 
 QUANTIZERS: Catalog[Quantizer[Any]] = Catalog(
     "quantization method",

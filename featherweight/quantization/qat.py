@@ -22,7 +22,7 @@ from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Progress
-from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.catalog import QUANTIZERS, START
 from featherweight.quantization.interface import Choice, QuantizationInput, Quantizer
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.quantization.spec import QuantizeSpec
@@ -53,7 +53,7 @@ class QatSpec(QuantizeSpec):
     batch: Positive = 8
     learning_rate: float = Field(default=1e-5, gt=0)
     distill: bool = True
-    start: str = "gptq"
+    start: str = START
     generated_tokens: int = Field(default=0, ge=0)
 
     @property

@@ -115,6 +115,24 @@ def test_every_dependency_is_locked_within_its_bounds(line):
     assert wanted.specifier.contains(pin.group(1)), f"{pin.group()} is outside '{line}'; run infra/lock"
 
 
+def test_the_name_of_a_quantization_method_stands_in_its_file_and_the_catalog_alone():
+    """In strings, that is; checkpoints' formats bear such names too, and what an exporter rounds itself is rounded to nearest."""
+    from featherweight.quantization.catalog import QUANTIZERS
+
+    files = {QUANTIZERS.reference(name).partition(":")[0].replace(".", "/") + ".py": name for name in QUANTIZERS}
+    apart = {
+        ROOT / "featherweight" / name
+        for name in ("quantization/catalog.py", "checkpoint/quantized_formats.py", "model/matrices.py")
+    }
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for path in (path for layer in LAYERS for path in modules(layer) if path not in apart)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in set(QUANTIZERS) - {files.get(path.relative_to(ROOT).as_posix())}
+    ]
+    assert not wrong
+
+
 def test_continuous_integration_lints_and_tests():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
