@@ -51,6 +51,7 @@ def variant(name: str, engine: str, grid: str | None, one: float, eight: float, 
         metrics |= {f"tokens_per_s_{batch}": base * ratio, f"ttft_s_{batch}": 0.02 / ratio}
         metrics |= {f"p50_latency_s_{batch}": 64 * batch / base / ratio, f"p95_latency_s_{batch}": 70 * batch / base / ratio}
     metrics["peak_memory_bytes"] = size * 2**20 + 9e7
+    metrics["roofline_1"] = metrics["tokens_per_s_1"] * size * 2**20 / 18.2e9
     status = "winner" if name == FIGURES[0][0] else "loser"
     reason = "keeps every constraint and is fastest at batch 1" if status == "winner" else f"slower at batch 1: {times(one)}"
     parts = name.split("/")
@@ -95,7 +96,7 @@ def sample(**changes) -> OptimizationResult:
         "objective": "speedup@1",
         "winner": FIGURES[0][0],
         "variants": (*rows, baseline, *lost),
-        "constraints": {"max_quality_loss": 0.02, "min_speedup": 1.5},
+        "constraints": {"max_quality_loss": 0.02, "min_speedup": 1.5, "max_size_bytes": 60 * 2**20},
         "nodes": tuple(nodes(rows)),
         "gates": (
             GateRow("train text", 7, facts={"documents": 427, "bytes": 7934401}),
@@ -145,6 +146,9 @@ def test_figures_as_text():
 def test_columns_without_any_value_are_left_out():
     titles = [column.title for column in columns(sample())]
     assert {"speed ×, batch 1", "speed ×, batch 8", "threads", "parity"} <= set(titles)
+    (roofline,) = (column for column in columns(sample()) if column.title == "roofline, batch 1")
+    assert (roofline.text(sample().baseline), roofline.brief) == ("24.7 %", False)
+    assert "processor's own caches" in roofline.meaning
     rows = tuple(VariantRow(row.name, row.engine, row.status, metrics={"speedup_1": 2.0}) for row in sample().variants)
     assert [column.title for column in columns(sample(variants=rows))] == ["speed ×, batch 1"]
 
@@ -258,6 +262,7 @@ def test_page_is_whole_escaped_and_refers_to_nothing(tmp_path, result):
     assert EVIL not in text
     assert not re.search(r"url\(|@import|https?://", text)
     assert len(text) < 300_000
+    assert "60.0 MiB" in text and "1.50x" in text, "constraints in their units"
 
 
 def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
