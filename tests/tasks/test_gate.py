@@ -192,3 +192,8 @@ def test_missing_optional_metric_only_warns():
     validation = check_metrics([variant("a"), variant("b", **{"p95_latency_s_1": math.nan})])
     assert validation.critical == []
     assert [str(found) for found in validation.suites[0].findings] == ["expected no p95_latency_s_1 to be missing: b"]
+
+
+def test_a_variant_without_a_roofline_is_no_finding():
+    validation = check_metrics([variant("a", roofline_1=0.7, bytes_per_token=1e6), variant("b")])
+    assert validation.suites[0].findings == []
