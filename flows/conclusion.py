@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from featherweight.errors import FeatherweightError, GateError, told
 from featherweight.measure.spec import DecideSpec
-from featherweight.model.sparsity import Sparsity, runtime_note
+from featherweight.model.sparsity import Sparsity
 from featherweight.recipe.plan import BASELINE, Node, Plan, Variant
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.lineage import build
 from featherweight.registry.registry import Registry, WinnerRecord
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.served_folder import Serving
 from flows.parent_run import recipe_text
@@ -114,7 +115,7 @@ def _measured_row(
         metrics=metrics,
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
-        notes=(runtime_note(serving.engine, *zeros),) if zeros else (),
+        notes=(RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else (),
     )
 
 

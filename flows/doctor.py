@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.errors import ServiceError, ToolchainError
 from featherweight.masking import masked
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.system import machine, toolchains
 from featherweight.system.services import check_url
 
@@ -68,8 +69,8 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
     """Look at everything that a run in `folder` needs; takes about a second, most of it for the memory bandwidth."""
     here = machine.describe()
     bandwidth = machine.memory_bandwidth_bytes_s()
-    checks = [_machine(here), _cpu(here), _bandwidth(bandwidth, here), _gpus(here), _disk(folder), _compiler()]
-    checks += [_python(), _libraries(), *_toolchains(), *_services()]
+    checks = [_machine(here), _cpu(here), _bandwidth(bandwidth, here), _gpus(here), _disk(folder)]
+    checks += [_python(), _libraries(), *_engines(here), *_toolchains(), *_services()]
     return Diagnosis(tuple(checks), here, bandwidth)
 
 
@@ -94,17 +95,22 @@ def _machine(here: machine.Machine) -> Check:
 
 
 def _cpu(here: machine.Machine) -> Check:
-    """What the CPU's features mean for the engines."""
     features = ", ".join(sorted(here.cpu_features)) or "none that the system tells"
     if here.architecture in ("x86_64", "AMD64") and "avx2" not in here.cpu_features:
         return Check("CPU features", "warn", features, "without AVX2 the engines fall back to their slowest kernels")
-    if not here.int8_dot_product:
-        reason = "no VNNI: CTranslate2's int8 adds pairs of products in int16 and saturates"
-        return Check("CPU features", "warn", f"{features}; {reason}", "keep `reduce_range: auto` in exports, or true")
-    meaning = ["int8 products add up exactly"]
-    if here.architecture == "x86_64" and "avx512f" not in here.cpu_features:
-        meaning.append("no AVX-512: vLLM's 4-bit kernels are not in its build for this CPU")
-    return Check("CPU features", "ok", f"{features}; {'; '.join(meaning)}")
+    return Check("CPU features", "ok", features)
+
+
+def _engines(here: machine.Machine) -> Iterator[Check]:
+    """Which engines can be started, and what this processor means for them."""
+    for name in RUNTIMES:
+        runtime = RUNTIMES[name]
+        if reason := runtime.missing():
+            yield Check(f"engine {name}", "missing", f"its variants fail: {reason}")
+        elif note := runtime.machine_note(here):
+            yield Check(f"engine {name}", "warn", *note)
+        else:
+            yield Check(f"engine {name}", "ok", "can be started")
 
 
 def _bandwidth(bandwidth: float, here: machine.Machine) -> Check:
@@ -127,16 +133,6 @@ def _disk(folder: Path) -> Check:
         return Check("disk", "ok", found)
     remedy = "free some room, or keep the workspace elsewhere: --workspace FOLDER"
     return Check("disk", "warn" if free >= TIGHT_BYTES else "missing", found, remedy, essential=True)
-
-
-def _compiler() -> Check:
-    """torch.compile writes C++ and compiles it while it runs."""
-    given = os.environ.get("CXX", "")
-    path = next((found for name in (given, "g++", "clang++") if name and (found := shutil.which(name))), None)
-    if path is None:
-        remedy = "install g++ or clang++ (Debian: apt install g++), or leave torch-compile variants out"
-        return Check("C++ compiler", "missing", "none on the path; torch-compile variants fail", remedy)
-    return Check("C++ compiler", "ok", path)
 
 
 def _python() -> Check:
@@ -199,7 +195,8 @@ def _differs(version: str | None, pinned: str | None) -> bool:
 
 
 def _toolchains() -> Iterator[Check]:
-    for found in toolchains.status():
+    wanted = dict.fromkeys(toolchain for name in RUNTIMES if (toolchain := RUNTIMES[name].toolchain))
+    for found in map(toolchains.status_of, wanted):
         name = f"toolchain {found.name}"
         if found.ready:
             yield Check(name, "ok", f"{found.package or found.name} at {found.python}")

@@ -129,14 +129,3 @@ def follows(weight: Tensor, pattern: str) -> bool:
         return True
     kept, of = (int(part) for part in pattern.split(":"))
     return weight.shape[-1] % of == 0 and bool(((weight.reshape(-1, of) != 0).sum(1) <= kept).all())
-
-
-def runtime_note(engine: str, pattern: str, share: float) -> str:
-    """What the zeros of a served variant are worth on its engine, in one sentence for the report.
-
-    Every engine here computes with dense matrices. Only 2:4 has kernels at all, on NVIDIA GPUs from Ampere on (cuSPARSELt).
-    """
-    note = f"{share * 100:.0f} % of the pruned weights are zero; {engine} stores and multiplies them all: no gain in size or speed"
-    if pattern == SEMI_STRUCTURED:
-        return f"{note} (2:4 is fast on NVIDIA's sparse tensor cores alone, which {engine} does not use)"
-    return note

@@ -1,6 +1,6 @@
 """Weights pruned one by one: magnitude, Wanda and SparseGPT, a share of each matrix or N of every M neighbours.
 
-The matrices keep their shape, so nothing gets smaller or faster by itself (see featherweight.sparsity.runtime_note). Pruned is
+The matrices keep their shape, so nothing gets smaller or faster by itself (see Runtime.zeros_note). Pruned is
 every linear layer inside the blocks of decoders, encoders and encoder-decoders; embeddings, norms and the head stay.
 """
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.recipe import Recipe
-from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.spec import ServingSpec
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
 FIXED_S = {
@@ -21,10 +22,8 @@ FIXED_S = {
     "prune": 2,
     "finetune": 1,
     "quantize": 3,
-    "compile": 6,
     "generate": 6,
 }
-SERVER_S = 45
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ def estimate(plan: Plan, recipe: Recipe, measured: dict[str, float], cached: set
 
 def _fixed(node: Node, plan: Plan) -> float:
     """Seconds that do not depend on the model's size."""
-    engine = getattr(node.spec, "engine", None) or getattr(plan.nodes[node.inputs.get("served", node.id)].spec, "engine", None)
-    if engine == "vllm":
-        return SERVER_S
-    if node.stage == "evaluate":
-        return 8
-    return 5 if isinstance(node.spec, ExportSpec) else FIXED_S.get(node.stage, 1)
+    served = plan.nodes[node.inputs.get("served", node.id)].spec
+    if isinstance(served, ServingSpec):
+        runtime = RUNTIMES[served.engine]
+        return runtime.writing_s if node.spec is served else runtime.measuring_s
+    return FIXED_S.get(node.stage, 1)

@@ -21,7 +21,8 @@ from featherweight.recipe.refusals import (
     shape_refusal,
     task_refusal,
 )
-from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
+from featherweight.runtimes.spec import ExportSpec, ServingSpec
 from featherweight.spec import Spec, Split, Task
 from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
@@ -87,7 +88,7 @@ class _Chosen:
     distill: DistillSpec | None
     prune: PruneSpec | None
     quantize: QuantizeSpec | None
-    serve: CompileSpec | ExportSpec
+    serve: ServingSpec
     machine: Machine
 
     @property
@@ -147,7 +148,7 @@ def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machin
     return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
 
 
-def _serve(recipe: Recipe) -> dict[str, CompileSpec | ExportSpec]:
+def _serve(recipe: Recipe) -> dict[str, ServingSpec]:
     """Alternatives of the last stage, by name."""
     both = recipe.stages.compile.keys() & recipe.stages.export.keys()
     if both:
@@ -192,7 +193,8 @@ def _roots(recipe: Recipe) -> list[Node]:
     else:
         wanted = LoadSpec(**recipe.checkpoint.model_dump(exclude={"train"}), task=recipe.task)
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
-    served = Node(BASELINE, "export", "torch", ExportSpec(engine="torch"), _serving_inputs(root))
+    plain = ExportSpec.model_validate({"engine": BASELINE_ENGINE})
+    served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root))
     measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)
     return [*text, gate, root, served, measured]
 

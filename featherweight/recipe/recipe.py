@@ -37,8 +37,8 @@ class StagesSpec(Spec):
     distill: dict[Name, DistillSpec] = Field(default_factory=dict)
     prune: dict[Name, SerializeAsAny[PruneSpec]] = Field(default_factory=dict)
     quantize: dict[Name, SerializeAsAny[QuantizeSpec]] = Field(default_factory=dict)
-    compile: dict[Name, CompileSpec] = Field(default_factory=dict)
-    export: dict[Name, ExportSpec] = Field(default_factory=dict)
+    compile: dict[Name, SerializeAsAny[CompileSpec]] = Field(default_factory=dict)
+    export: dict[Name, SerializeAsAny[ExportSpec]] = Field(default_factory=dict)
 
 
 class VariantsSpec(Spec):

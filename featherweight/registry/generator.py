@@ -8,7 +8,7 @@ from pathlib import Path
 
 from featherweight.errors import DataError, StageError
 from featherweight.model.architecture import Family, family_of
-from featherweight.runtimes import Worker, open_worker
+from featherweight.runtimes.client import Worker, open_worker
 from featherweight.text.tokens import load_tokenizer
 
 

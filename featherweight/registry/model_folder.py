@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import link
+from featherweight.runtimes.catalog import RUNTIMES
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -19,23 +20,11 @@ EXAMPLE = ["Once upon a time"]
 MAX_NEW_TOKENS = 64
 
 _COMMON = ("mlflow", "pandas", "transformers", "featherweight")
-_ENGINES = {
-    "torch": ("torch",),
-    "torch-compile": ("torch",),
-    "torch-dynamic": ("torch", "torchao", "accelerate"),
-    "torch-static": ("torch", "torchao", "accelerate"),
-    "torchao-int8": ("torch", "torchao", "accelerate"),
-    "torchao-int4": ("torch", "torchao", "accelerate"),
-    "torchao-int8-dynamic": ("torch", "torchao", "accelerate"),
-    "onnxruntime-genai": ("onnxruntime-genai",),
-    "ctranslate2": ("ctranslate2",),
-    "vllm": (),  # lives in its own toolchain, which `make setup` builds
-}
 
 
 def requirements(engine: str) -> list[str]:
     """The distributions that serve a variant of `engine`, at the versions installed here, without a '+cpu' of a local build."""
-    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *_ENGINES[engine])]
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *RUNTIMES[engine].requirements)]
 
 
 def signature() -> ModelSignature:

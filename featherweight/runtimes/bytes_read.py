@@ -175,7 +175,7 @@ def _headers(folder: Path) -> Iterator[tuple[str, list[int], str, int]]:
 
 def _packed(folder: Path, engine: str, config: PreTrainedConfig) -> Iterator[HeldTensor]:
     """PyTorch's quantized engines: an integer takes a byte whatever its bits; the vocabulary is float where they say so."""
-    from featherweight.runtimes.torch.pack import FORMATS
+    from featherweight.runtimes.torch.formats import FORMATS
     from featherweight.runtimes.torch.storage import Packed
 
     roles, packed = _Roles(config), Packed.read(folder)

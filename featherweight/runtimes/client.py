@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from featherweight.errors import StageError, ToolchainError
-from featherweight.runtimes.catalog import engine_available
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import ChildProcess, error_of
@@ -35,7 +35,7 @@ class Worker:
 
     def __init__(self, served: Path, threads: int, max_tokens: int, max_batch: int) -> None:
         self.engine = Serving.read(served).engine
-        if reason := engine_available(self.engine):
+        if reason := RUNTIMES[self.engine].missing():
             raise ToolchainError(f"{self.engine} cannot run here: {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads
         began = monotonic()

@@ -1,4 +1,8 @@
-"""What every engine is: the part of a runtime that lives in the worker's process, next to the library that serves."""
+"""What every engine is to us: a Runtime, which declares it, and a LoadedModel, which serves a folder with it.
+
+A Runtime is light and lives wherever a recipe is read, planned, exported or registered; all that is known of an engine stands in
+it or is called by it. A LoadedModel lives in the worker's process, next to the library that serves.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,139 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from featherweight.errors import StageError
+from featherweight.errors import StageError, ToolchainError
+from featherweight.grid import Grid
+from featherweight.model.sparsity import SEMI_STRUCTURED
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, Bound
+from featherweight.runtimes.spec import ServingSpec
+from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
+from featherweight.system.machine import Machine
 from featherweight.system.processes import peak_bytes
+from featherweight.system.toolchains import python
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
 
 Tokens = list[list[int]]
+SpecOf = TypeVar("SpecOf", bound=ServingSpec)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What weights lie on: the body, the head (embedding and output head), the matrices that mixed precision keeps finer.
+
+    None for float, and for no finer ones.
+    """
+
+    body: Grid | None = None
+    head: Grid | None = None
+    finer: Grid | None = None
+
+
+class Runtime(ABC, Generic[SpecOf]):
+    """All that is known of an engine. Importing one imports no library of the engine.
+
+    A reason not to do something stands in a method that is named a refusal, in one line: such a method shapes no result, so that
+    no cache key knows it.
+    """
+
+    name: str
+    """What recipes call it."""
+    spec: type[SpecOf]
+    """The keys of a recipe that it reads; its base says whether `compile` or `export` makes what it serves."""
+    loads_with: str
+    """Its LoadedModel, as 'module:class'."""
+    modules: tuple[str, ...] = ()
+    """What must be importable here for it to serve."""
+    libraries: tuple[str, ...] = ()
+    """Distributions whose versions shape what it writes or computes."""
+    requirements: tuple[str, ...] = ()
+    """Distributions that a registered model needs to be served by it."""
+    toolchain: str | None = None
+    """The environment of its own that it runs in, where it cannot live in this one."""
+    writing_s: float = 5
+    measuring_s: float = 8
+    """Seconds of writing and of measuring a variant that do not depend on its size (seen on two AVX2 cores)."""
+    slow_to_switch: bool = False
+    """Another number of threads costs it tens of seconds, so that few are worth trying."""
+    layers_may_differ: bool = False
+    """It stores every layer in its own shape, and gains from narrower ones."""
+
+    @abstractmethod
+    def write(self, spec: SpecOf, source: Source, out: Path) -> None:
+        """Write what it serves, and `serving.json`, to the empty folder `out`.
+
+        Quantized weights of `source` are packed as they are; float ones are rounded where `spec`, or the engine's name, says so.
+        `source.model` is left with the weights that are served. Raises StageError for an unknown architecture.
+        """
+
+    def check(self, spec: SpecOf, source: Source, served: Path) -> Metrics:
+        """Compare what was written with PyTorch: metrics in nats (see Reference.check). Raises ParityError above the bound."""
+        reference = source.reference()
+        source.release()
+        return reference.check(served)
+
+    def bound(self, serving: Serving) -> Bound:
+        """How far its log-probabilities may be from PyTorch's, by how it handles activations."""
+        return EXACT
+
+    def task_refusal(self, task: Task) -> str | None:
+        """Why it does not serve a model for `task`; None where it does."""
+        return None
+
+    @abstractmethod
+    def grid_refusal(self, grids: Grids, spec: SpecOf) -> str | None:
+        """Why it cannot or should not serve weights on these grids as `spec` says; None where it can.
+
+        It packs exactly or not at all; and float32 of rounded weights is neither smaller nor faster than that of the weights
+        before rounding, and worse.
+        """
+
+    def machine_refusal(self, spec: SpecOf, machine: Machine) -> str | None:
+        """Why `machine` has no kernel for `spec`, naming what it needs; None where it has, or may have."""
+        return None
+
+    def model_refusal(self, spec: SpecOf, source: Source) -> str | None:
+        """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell."""
+        return None
+
+    def missing(self) -> str | None:
+        """None if it can be started here, else the reason why not and how to get it."""
+        if absent := [name for name in self.modules if find_spec(name) is None]:
+            return f"{absent[0]} is not installed; run 'make setup'"
+        try:
+            if self.toolchain:
+                python(self.toolchain)
+        except ToolchainError as error:
+            return str(error)
+        return None
+
+    def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        """What the machine's processor means for it, and what a recipe should say because of it; None where all is well."""
+        return None
+
+    def zeros_note(self, pattern: str, share: float) -> str:
+        """What zeros in `share` of the pruned weights, in `pattern`, are worth on it: one sentence for the report.
+
+        Here for engines that compute with dense matrices. 2:4 alone has kernels at all, on NVIDIA's GPUs from Ampere on.
+        """
+        note = f"{share * 100:.0f} % of the pruned weights are zero; "
+        note += f"{self.name} stores and multiplies them all: no gain in size or speed"
+        if pattern == SEMI_STRUCTURED:
+            return f"{note} (2:4 is fast on NVIDIA's sparse tensor cores alone, which {self.name} does not use)"
+        return note
+
+    def loaded_model(self) -> type[LoadedModel]:
+        """The class that `loads_with` names."""
+        module, _, attribute = self.loads_with.partition(":")
+        return getattr(import_module(module), attribute)
 
 
 @dataclass(frozen=True)
@@ -42,12 +171,7 @@ class Generation:
 
 
 class LoadedModel(ABC):
-    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew.
-
-    slow_to_switch: doing so takes tens of seconds, so that few counts of threads are worth trying.
-    """
-
-    slow_to_switch: ClassVar[bool] = False
+    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew."""
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served

@@ -11,7 +11,7 @@ from featherweight.errors import StageError
 from featherweight.measure.measurement import Measurement, Quality, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
-from featherweight.runtimes.catalog import engine_class
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Timing
 from featherweight.runtimes.workload import Workload
@@ -32,7 +32,7 @@ class MeasuredVariant:
         self.known = known if known and known.quality.bytes == workload.quality_bytes else None
         sizes = workload.spec.batch_sizes
         self.engine = Serving.read(served).engine
-        self.slow = engine_class(self.engine).slow_to_switch
+        self.slow = RUNTIMES[self.engine].slow_to_switch
         self.counts = thread_counts(workload.spec.threads, self.slow)
         progress.note(f"starting {self.engine}")
         self.worker = stack.enter_context(open_worker(served, self.counts[0], workload.max_tokens, max(sizes)))

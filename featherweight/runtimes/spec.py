@@ -1,44 +1,73 @@
-"""What a recipe says of the engines that serve."""
+"""What a recipe says of the engines that serve: which one, and the keys that it reads, which stand in its own spec."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, field_validator
 
-from featherweight.spec import ComputeType, Spec, TorchEngine
+from featherweight.errors import RecipeError, nearest
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.spec import NamedSpec
+
+Stage = Literal["compile", "export"]
+ComputeType = Annotated[
+    Literal["float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"],
+    BeforeValidator(lambda value: "int8" if value == "w8a8" else value),
+]
+"""Which numbers weights are stored in and computed with, in the words that engines share; w8a8 is another name of int8."""
+FLOATS: tuple[ComputeType, ...] = ("float32", "bfloat16", "float16")
+SIXTEEN_BITS = FLOATS[1:]
 
 
-class CompileSpec(Spec):
-    """ONNX Runtime GenAI, or torch.compile. `precision` rounds here only where no quantize stage chose the weights."""
+class ServingSpec(NamedSpec):
+    """An alternative of the last stage; its engine's own spec has the keys that this engine reads."""
 
-    engine: Literal["onnxruntime-genai", "torch-compile"]
-    precision: Literal["float32", "int8", "int4"] = "float32"
+    named_by = "engine"
+    stage: ClassVar[Stage]
+
+    engine: str
+
+    @classmethod
+    def kind(cls, name: str | None) -> type[Self] | None:
+        if name is None or name not in RUNTIMES:
+            return None
+        spec: Any = RUNTIMES[name].spec
+        return spec if spec.stage == cls.stage else None
+
+    @classmethod
+    def kinds(cls) -> tuple[type[Self], ...]:
+        return tuple(dict.fromkeys(kind for name in RUNTIMES if (kind := cls.kind(name))))
+
+    @field_validator("engine")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if cls.kind(name) is not None:
+            return name
+        try:
+            other = RUNTIMES[name].spec.stage
+        except RecipeError as error:
+            raise ValueError(f"unknown engine '{name}'; {nearest(name, list(cls._names()))}") from error
+        raise ValueError(f"{name} is made by {other}, not by {cls.stage}; move it there, or take {', '.join(cls._names())}")
+
+    @classmethod
+    def _names(cls) -> Iterator[str]:
+        return (name for name in RUNTIMES if cls.kind(name))
 
 
-class ExportSpec(Spec):
-    """CTranslate2, vLLM, the plain PyTorch folder, or PyTorch with quantized layers: torch's own, or torchao's.
+class CompileSpec(ServingSpec):
+    """An engine that serves a graph made of the checkpoint."""
 
-    compute_type, for CTranslate2: float32, int8, int8_float32, or on CUDA int8_float16, bfloat16, float16; for vLLM: float32,
-    bfloat16, float16, w8a8 (or int8), w8a16, w4a16, fp8; for torch: the three floats, or on CUDA bitsandbytes' nf4 and llm.int8.
-    reduce_range: 'auto' means where the CPU has no VNNI; CTranslate2's int8 only.
-    kv_cache: what vLLM keeps keys and values in, null for its own float.
+    stage = "compile"
+
+
+class ExportSpec(ServingSpec):
+    """An engine that serves the checkpoint's modules or its weights in another layout.
+
+    kv_cache: what it keeps keys and values in, null for its own float.
     """
 
-    engine: Literal["ctranslate2", "vllm", "torch", TorchEngine]
-    compute_type: ComputeType = "float32"
-    reduce_range: bool | Literal["auto"] = "auto"
+    stage = "export"
+
     kv_cache: Literal["fp8"] | None = None
-
-    @property
-    def unread(self) -> dict[str, str]:
-        cases = (("compute_type", self.engine in get_args(TorchEngine)), ("reduce_range", self.engine != "ctranslate2"))
-        return {key: f"with engine {self.engine}" for key, holds in cases if holds}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        """vLLM's w8a8 is what int8 means there."""
-        if isinstance(value, dict) and value.get("compute_type") == "w8a8":
-            return value | {"compute_type": "int8"}
-        return value

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 
-from featherweight.runtimes.catalog import engine_class
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import Channel, Message, Messages, failure
@@ -79,7 +79,7 @@ class Calls:
 def _load(served: Path, limits: Limits) -> tuple[Message, LoadedModel | None]:
     try:
         serving = Serving.read(served)
-        return {"result": None}, engine_class(serving.engine)(served, serving, limits)
+        return {"result": None}, RUNTIMES[serving.engine].loaded_model()(served, serving, limits)
     except Exception as error:
         return _failure(error), None
 

@@ -15,15 +15,12 @@ REMEDY = "run `make setup`"
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
 RECORD = "{name}.json"
 
-TOOLCHAINS = {"vllm": "vLLM, an inference server with an OpenAI-compatible HTTP API"}
-
 
 @dataclass(frozen=True)
 class ToolchainStatus:
     """Whether a toolchain can be used; `reason` and `remedy` are empty where it can."""
 
     name: str
-    purpose: str
     ready: bool
     python: Path
     package: str = ""
@@ -43,22 +40,15 @@ def interpreter(environment: Path) -> Path:
 
 
 def status_of(name: str) -> ToolchainStatus:
-    """The state of one toolchain; raises ToolchainError for a name that does not exist."""
-    if name not in TOOLCHAINS:
-        raise ToolchainError(f"unknown toolchain '{name}'; known: {', '.join(TOOLCHAINS)}")
+    """The state of one toolchain."""
     python, record = interpreter(location() / name), _record(name)
-    package, purpose = record.get("package", ""), TOOLCHAINS[name]
+    package = record.get("package", "")
     if record.get("error"):
         reason = f"its installation failed: {record['error']}"
-        return ToolchainStatus(name, purpose, False, python, package, reason, f"{REMEDY} to try again")
+        return ToolchainStatus(name, False, python, package, reason, f"{REMEDY} to try again")
     if not python.is_file():
-        return ToolchainStatus(name, purpose, False, python, package, f"{python} does not exist", REMEDY)
-    return ToolchainStatus(name, purpose, True, python, package)
-
-
-def status() -> list[ToolchainStatus]:
-    """The state of every toolchain."""
-    return [status_of(name) for name in TOOLCHAINS]
+        return ToolchainStatus(name, False, python, package, f"{python} does not exist", REMEDY)
+    return ToolchainStatus(name, True, python, package)
 
 
 def python(name: str) -> Path:

@@ -19,15 +19,15 @@ from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe.refusals import grid_refusal
-from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.vllm import pack
 from featherweight.text.documents import Document, write_documents
 from tasks.export import export
 from tasks.load import load
 from tasks.quantize import quantize
 from tests.conftest import STORY
-from tests.support.serving_models import llm_compressor
+from tests.support.serving_models import llm_compressor, serving_spec
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -133,16 +133,16 @@ def test_every_integer_scale_and_zero_point_is_read(method, options, grid, tiny_
 def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding(tiny_checkpoint, tmp_path):
     make(tiny_checkpoint, tmp_path / "source", "gptq")
     out, _ = loaded(tmp_path / "source", tmp_path)
-    body = GRIDS["int4-g32"]
-    assert grid_refusal(body, None, ExportSpec(engine="torchao-int4")) is None
-    assert grid_refusal(body, None, CompileSpec(engine="onnxruntime-genai", precision="int4")) is None
+    grids = Grids(GRIDS["int4-g32"])
+    for spec in (serving_spec("torchao-int4"), serving_spec("onnxruntime-genai", precision="int4")):
+        assert RUNTIMES[spec.engine].grid_refusal(grids, spec) is None
     text, served = tmp_path / "text", tmp_path / "served"
     for folder in (text, served, tmp_path / "again"):
         folder.mkdir()
     write_documents(text, [Document("a", STORY)])
     with pytest.raises(CheckpointError, match=r"quantized already .* leave the quantize stage out"):
         quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=tmp_path / "again")
-    export(ExportSpec(engine="torch"), checkpoint=out, calibration=text, out=served)  # the baseline: its float values
+    export(serving_spec(engine="torch"), checkpoint=out, calibration=text, out=served)  # the baseline: its float values
     assert torch.equal(load_model(served).lm_head.weight, load_model(out).lm_head.weight)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.system.machine import Machine
 from flows import doctor
 
@@ -33,10 +34,15 @@ def test_this_machine_can_run(tmp_path):
 
 
 def test_without_vnni_reduce_range_is_advised():
-    check = doctor._cpu(AVX2_ONLY)
+    check = next(check for check in doctor._engines(AVX2_ONLY) if check.name == "engine ctranslate2")
     assert check.state == "warn" and "saturates" in check.found and "reduce_range" in check.remedy
     with_vnni = replace(AVX2_ONLY, cpu_features=AVX2_ONLY.cpu_features | {"avx_vnni"})
-    assert doctor._cpu(with_vnni).state == "ok"
+    assert {check.state for check in doctor._engines(with_vnni) if check.name == "engine ctranslate2"} == {"ok"}
+
+
+def test_every_engine_of_the_catalog_has_its_line(tmp_path):
+    names = [check.name.removeprefix("engine ") for check in doctor.diagnose(tmp_path).checks if check.name.startswith("engine ")]
+    assert names == list(RUNTIMES)
 
 
 def test_a_missing_toolchain_is_shown_and_not_fatal(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.runtimes import engine_available
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.workspace import Workspace
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
@@ -49,7 +49,7 @@ def test_every_variant_is_measured_on_its_engine(result: dict) -> None:
     engines = {row["engine"] for row in rows.values() if row["status"] in ("winner", "loser", "baseline")}
     expected = {"torch", "torch-compile", "onnxruntime-genai", "ctranslate2"}
     assert expected <= engines
-    if engine_available("vllm") is None:
+    if RUNTIMES["vllm"].missing() is None:
         assert rows["two/half/vllm"]["status"] in ("winner", "loser"), rows["two/half/vllm"]["reason"]
     for row in rows.values():
         if row["status"] in ("winner", "loser"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featherweight.runtimes import engine_available
+from featherweight.runtimes.catalog import RUNTIMES
 from tests.flows.test_optimize import featherweight
 from tests.support.families import WORDS, family_checkpoint
 
@@ -60,7 +60,7 @@ def write_pairs(path: Path) -> None:
 def test_a_family_goes_through_every_stage_and_its_champion_answers(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "bert" and (reason := engine_available("torch-compile")):
+    if kind == "bert" and (reason := RUNTIMES["torch-compile"].missing()):
         pytest.skip(reason)
     family_checkpoint(kind, tmp_path / "checkpoint", **({"initializer_factor": 0.7} if kind == "t5" else {}))
     write_pairs(tmp_path / "pairs.jsonl")

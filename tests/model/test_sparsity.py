@@ -20,7 +20,7 @@ from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import TASKS, family_of
 from featherweight.model.parent import Parent
-from featherweight.model.sparsity import FILE, Sparsity, Zeros, runtime_note
+from featherweight.model.sparsity import FILE, Sparsity, Zeros
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import expand
@@ -28,7 +28,7 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.report.page import render_report
 from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.report.tables import columns
-from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.spec import FinetuneSpec, LoraSpec
@@ -40,6 +40,7 @@ from tasks.load import load
 from tasks.prune import prune
 from tasks.quantize import quantize
 from tests.support.families import FAMILIES, family_checkpoint
+from tests.support.serving_models import serving_spec
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 SMALL: dict[str, Any] = {"samples": 8, "sequence": 16}
@@ -226,7 +227,7 @@ def test_a_sparse_source_stays_sparse(sparse: Path, text: Path, tmp_path: Path) 
     with pytest.raises(RecipeError, match=r"^quantize: sparse \+ gptq-int8: GPTQ .* take rtn") as refused:
         quantize(gptq, checkpoint=tmp_path / "loaded", text=text, calibration=text, out=tmp_path / "refused")
     assert "\n" not in str(refused.value)
-    export(ExportSpec(engine="torch"), checkpoint=tmp_path / "tuned", calibration=text, out=tmp_path / "served")
+    export(serving_spec(engine="torch"), checkpoint=tmp_path / "tuned", calibration=text, out=tmp_path / "served")
     assert loaded(tmp_path / "served", tmp_path / "again")["zero_share"] == 0.5  # what is registered, taken up again
 
 
@@ -327,9 +328,9 @@ def test_a_damaged_description_is_refused(told: str, sparse: Path, tmp_path: Pat
 
 
 def test_the_page_and_the_terminal_say_what_zeros_are_worth(tmp_path: Path) -> None:
-    note = runtime_note("ctranslate2", "unstructured", 0.5)
+    note = RUNTIMES["ctranslate2"].zeros_note("unstructured", 0.5)
     assert note == "50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain in size or speed"
-    assert "NVIDIA's sparse tensor cores" in runtime_note("vllm", "2:4", 0.5)
+    assert "NVIDIA's sparse tensor cores" in RUNTIMES["vllm"].zeros_note("2:4", 0.5)
     rows = (
         VariantRow("baseline", "torch", "baseline"),
         VariantRow("half/ct2", "ctranslate2", "winner", metrics={"zero_share": 0.5}, notes=(note,)),

@@ -23,7 +23,6 @@ from featherweight.pruning.interface import sample_blocks
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.refusals import shape_refusal
-from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import inputs_and_labels
 from featherweight.training.losses import mean_loss
@@ -33,6 +32,7 @@ from tasks.finetune import finetune
 from tasks.prune import prune
 from tasks.quantize import quantize
 from tests.support.families import FAMILIES, WORDS, family_checkpoint, tiny_model
+from tests.support.serving_models import serving_spec
 
 SMALL: dict[str, Any] = {"samples": 3, "sequence": 12}
 
@@ -373,11 +373,11 @@ def test_training_leaves_padding_zero_and_ctranslate2_leaves_it_out(text: Path, 
     cut, _ = without_padding(model, None)
     widths = [block.feed_forward.output.in_features for block in blocks(cut)]
     assert sorted(widths) == [metrics["channels_least"], metrics["intermediate_size"]]
-    served = export(ExportSpec(engine="ctranslate2"), checkpoint=folders["trained"], calibration=text, out=folders["served"])
+    served = export(serving_spec(engine="ctranslate2"), checkpoint=folders["trained"], calibration=text, out=folders["served"])
     assert served["parity_max_abs"] < 1e-4
     grids = QuantizeSpec.of(samples=3, sequence=12)
     quantize(grids, checkpoint=folders["trained"], text=text, calibration=text, out=folders["rounded"])
-    int8 = ExportSpec(engine="ctranslate2", compute_type="int8_float32")
+    int8 = serving_spec(engine="ctranslate2", compute_type="int8_float32")
     served = export(int8, checkpoint=folders["rounded"], calibration=text, out=folders["served8"])
     assert served["parity_max_abs"] < 1e-4
     padding = int(metrics["padding"]) * 32 * 3
@@ -390,12 +390,12 @@ def test_training_leaves_padding_zero_and_ctranslate2_leaves_it_out(text: Path, 
 
 def test_only_ctranslate2_gains_by_layers_of_different_widths() -> None:
     ragged = PruneSpec.of(scope="global")
-    for serve in (ExportSpec(engine="vllm"), ExportSpec(engine="torch"), CompileSpec(engine="onnxruntime-genai")):
+    for serve in (serving_spec(engine="vllm"), serving_spec(engine="torch"), serving_spec(engine="onnxruntime-genai")):
         reason = shape_refusal(ragged, serve)
         assert reason is not None
         assert "layers of one shape" in reason
         assert shape_refusal(PruneSpec.of(), serve) is None
-    assert shape_refusal(ragged, ExportSpec(engine="ctranslate2")) is None
+    assert shape_refusal(ragged, serving_spec(engine="ctranslate2")) is None
 
 
 @pytest.mark.parametrize(
@@ -444,5 +444,5 @@ def test_what_is_pruned_trains_and_is_served_by_ctranslate2(options: dict[str, A
     ids = sample_blocks(PruneSpec.of(**SMALL), source, text, 0)
     before, after = (mean_loss(opening.load_model(tmp_path / name), ids) for name in ("out", "trained"))
     assert after < before
-    served = export(ExportSpec(engine="ctranslate2"), checkpoint=tmp_path / "trained", calibration=text, out=tmp_path / "served")
+    served = export(serving_spec(engine="ctranslate2"), checkpoint=tmp_path / "trained", calibration=text, out=tmp_path / "served")
     assert served["parity_max_abs"] < 1e-4

@@ -23,13 +23,13 @@ from featherweight.quantization.channels import inner_pairs
 from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.runtimes.spec import ExportSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import IGNORED, example_blocks, window_inputs
 from tasks.export import export
 from tasks.quantize import quantize
 from tests.support.families import WORDS, alone_inputs, family_checkpoint
 from tests.support.gptq_formula import reference_gptq
+from tests.support.serving_models import serving_spec
 from tests.tasks.test_families import opened, score, windows_of
 
 NOT_CAUSAL = (*model_types("text2text-generation"), *model_types("fill-mask"))
@@ -232,7 +232,7 @@ def test_what_was_calibrated_is_served_as_it_is(
     rounded = quantized_folder(checkpoint(kind), text, tmp_path / "rounded", **options)
     out = tmp_path / "served"
     out.mkdir()
-    export(ExportSpec(engine=engine), checkpoint=rounded, calibration=text, out=out)
+    export(serving_spec(engine=engine), checkpoint=rounded, calibration=text, out=out)
     model, windows = windows_of(rounded, text)
     rows = score(opened(out), windows)
     for window, row in zip(windows, rows, strict=True):
@@ -252,7 +252,7 @@ def test_calibrated_translators_are_packed_as_they_are(
     rounded = quantized_folder(checkpoint(kind), text, tmp_path / "rounded", grid="int8-reduced", **options)
     out = tmp_path / "served"
     out.mkdir()
-    metrics = export(ExportSpec(engine="ctranslate2", compute_type="int8"), checkpoint=rounded, calibration=text, out=out)
+    metrics = export(serving_spec(engine="ctranslate2", compute_type="int8"), checkpoint=rounded, calibration=text, out=out)
     assert metrics["parity_weights_max_abs"] < 1e-3 and metrics["parity_mean_abs"] < metrics["parity_bound"]
 
 

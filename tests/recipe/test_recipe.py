@@ -11,7 +11,7 @@ from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
-from featherweight.runtimes.spec import ExportSpec
+from tests.support.serving_models import serving_spec
 
 MINIMAL = {
     "name": "x",
@@ -104,7 +104,7 @@ def test_a_dump_leaves_out_what_plays_no_role() -> None:
         PruneSpec.of(method="attention", kv_heads=1),
         DistillSpec(layers=1, kl_weight=0),
         QuantizeSpec.of(),
-        ExportSpec(engine="torchao-int4"),
+        serving_spec(engine="torchao-int4"),
     ):
         dump = spec.model_dump(mode="json")
         assert not dump.keys() & spec.unread.keys()

@@ -10,10 +10,11 @@ import pytest
 from featherweight.grid import GRIDS
 from featherweight.model.parent import Parent
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe import refusals
 from featherweight.recipe.refusals import machine_refusal, refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
+from featherweight.runtimes.torch import runtime
 from featherweight.system.machine import Gpu, Machine
+from tests.support.serving_models import serving_spec
 
 METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -117,23 +118,23 @@ CUDA = ["ctranslate2 int8_float16", "ctranslate2 float16", "ctranslate2 bfloat16
 def test_what_a_machine_has_no_kernel_for(engine, features, reason, monkeypatch):
     found = machine_refusal(serve(engine), machine(features))
     assert found is None if reason is None else reason in found
-    monkeypatch.setattr(refusals, "find_spec", lambda name: name)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name)
     assert machine_refusal(serve(engine), machine(gpus=(Gpu("some", 2**34),))) is None
 
 
 def test_bitsandbytes_is_asked_for_where_there_is_a_gpu(monkeypatch):
     accelerated = machine(gpus=(Gpu("some", 2**34),))
-    monkeypatch.setattr(refusals, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     assert "pip install bitsandbytes" in machine_refusal(serve("torch nf4"), accelerated)
     assert machine_refusal(serve("vllm w8a16"), accelerated) is None
 
 
 def test_an_fp8_cache_is_vllms_and_wants_wide_registers():
-    spec = ExportSpec(engine="vllm", kv_cache="fp8")
+    spec = serving_spec(engine="vllm", kv_cache="fp8")
     for features, refused in (({"avx2"}, True), ({"avx2", "avx512f"}, False)):
         assert ("leave kv_cache out" in (machine_refusal(spec, machine(features)) or "")) == refused
     assert refusal(None, spec) is None
-    assert "vLLM's" in refusal(None, ExportSpec(engine="ctranslate2", kv_cache="fp8"))
+    assert "ctranslate2 keeps keys and values in float" in refusal(None, serving_spec("ctranslate2", kv_cache="fp8"))
 
 
 def test_w8a8_is_what_int8_means_to_vllm():
@@ -146,7 +147,7 @@ def test_the_reason_names_the_combination():
 
 
 def test_an_explicit_reduced_range_does_not_round_again():
-    spec = ExportSpec(engine="ctranslate2", compute_type="int8", reduce_range=True)
+    spec = serving_spec(engine="ctranslate2", compute_type="int8", reduce_range=True)
     assert "second rounding" in refusal(QuantizeSpec.of(grid="int8"), spec)
     assert refusal(QuantizeSpec.of(grid="int8-reduced", head="int8-reduced"), spec) is None
 

@@ -22,12 +22,12 @@ import pytest
 from featherweight.errors import DataError, StageError
 from featherweight.registry.generator import Generator
 from featherweight.registry.lineage import build
-from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.store.artifact import Manifest
 from featherweight.store.served_folder import Serving
 from featherweight.system.processes import free_port
 from featherweight.text.documents import Document, write_documents
 from tests.support.registering import METRICS, MODEL, Bench, bench
+from tests.support.serving_models import serving_spec
 
 PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
 NEW = 12
@@ -46,13 +46,13 @@ def torch_folder(checkpoint: Path, out: Path, _text: Path) -> None:
 def ctranslate2_folder(checkpoint: Path, out: Path, text: Path) -> None:
     from tasks.export import export
 
-    export(ExportSpec(engine="ctranslate2"), checkpoint=checkpoint, calibration=text, out=out)
+    export(serving_spec(engine="ctranslate2"), checkpoint=checkpoint, calibration=text, out=out)
 
 
 def genai_folder(checkpoint: Path, out: Path, text: Path) -> None:
     from tasks.compile import compile
 
-    compile(CompileSpec(engine="onnxruntime-genai"), checkpoint=checkpoint, calibration=text, out=out)
+    compile(serving_spec(engine="onnxruntime-genai"), checkpoint=checkpoint, calibration=text, out=out)
 
 
 def promote(desk: Bench, tiny_checkpoint: Path, name: str, make: Callable[[Path, Path, Path], None]) -> str:

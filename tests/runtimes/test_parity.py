@@ -9,26 +9,20 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import ParityError
-from featherweight.runtimes import parity
-from featherweight.runtimes.ctranslate2 import pack
+from featherweight.runtimes.bounds import BRAIN, EXACT, HALF, INT8_ACTIVATIONS, SATURATING, Bound
+from featherweight.runtimes.ctranslate2 import patches, runtime
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.runtimes.parity import (
-    EXACT,
-    INT8_ACTIVATIONS,
-    SATURATING,
-    SIXTEEN_BITS,
-    Bound,
     Reference,
     bound_of,
-    check_parity,
     load_reference,
 )
-from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.store.served_folder import Serving
 from tasks.compile import compile
 from tasks.export import export
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
+from tests.support.serving_models import serving_spec
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +39,13 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(pruned: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pruned model in CTranslate2, float32."""
     out = tmp_path_factory.mktemp("served")
-    export(ExportSpec(engine="ctranslate2"), checkpoint=pruned, calibration=text, out=out)
+    export(serving_spec(engine="ctranslate2"), checkpoint=pruned, calibration=text, out=out)
     return out
 
 
 @pytest.mark.engine
 def test_a_faithful_export_is_within_the_exact_bound(pruned, served, text):
-    metrics = check_parity(pruned, served, text)
+    metrics = Reference.of(load_reference(pruned), pruned, text).check(served)
     assert metrics["parity_max_abs"] <= 1e-5
     assert metrics["parity_mean_abs"] <= metrics["parity_max_abs"]
     assert metrics["parity_bound"] == EXACT.value
@@ -60,8 +54,9 @@ def test_a_faithful_export_is_within_the_exact_bound(pruned, served, text):
 @pytest.mark.engine
 def test_other_weights_are_told_with_the_numbers(served, text, tmp_path):
     other = models.make("pruned", tmp_path / "other", _tokenizer(), rms_norm_eps=0.1)
+    reference = Reference.of(load_reference(other), other, text)
     with pytest.raises(ParityError, match=r"ctranslate2 \(float\).*max \|difference\|.*nats over \d+ tokens, bound 0\.001"):
-        check_parity(other, served, text)
+        reference.check(served)
 
 
 @pytest.mark.engine
@@ -83,8 +78,8 @@ def test_windows_stay_within_the_models_context(tmp_path, text):
 @pytest.mark.parametrize("compute_type", ["float32", "int8"])
 def test_pruned_heads_without_their_width_fail(compute_type, text, tmp_path, monkeypatch):
     narrow = models.make("narrow", tmp_path / "narrow", _tokenizer())
-    monkeypatch.setattr(pack, "give_head_dim", lambda spec, model: None)
-    spec = ExportSpec(engine="ctranslate2", compute_type=compute_type)
+    monkeypatch.setattr(patches, "give_head_dim", lambda spec, model: None)
+    spec = serving_spec(engine="ctranslate2", compute_type=compute_type)
     with pytest.raises(ParityError, match="ctranslate2"):
         export(spec, checkpoint=narrow, calibration=text, out=tmp_path)
 
@@ -92,10 +87,10 @@ def test_pruned_heads_without_their_width_fail(compute_type, text, tmp_path, mon
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("stage", "spec"),
-    [(compile, CompileSpec(engine="onnxruntime-genai", precision="int4")),
-     (compile, CompileSpec(engine="onnxruntime-genai", precision="int8")),
-     (export, ExportSpec(engine="ctranslate2", compute_type="int8")),
-     (export, ExportSpec(engine="ctranslate2", compute_type="int8_float32"))],
+    [(compile, serving_spec(engine="onnxruntime-genai", precision="int4")),
+     (compile, serving_spec(engine="onnxruntime-genai", precision="int8")),
+     (export, serving_spec(engine="ctranslate2", compute_type="int8")),
+     (export, serving_spec(engine="ctranslate2", compute_type="int8_float32"))],
     ids=["genai-int4", "genai-int8", "ctranslate2-int8", "ctranslate2-int8_float32"],
 )  # fmt: skip
 def test_one_row_with_a_doubled_scale_fails(stage, spec, pruned, text, tmp_path, monkeypatch):
@@ -120,10 +115,10 @@ def test_bounds_follow_what_the_engine_does_with_activations(monkeypatch):
     assert bound_of(Serving("vllm", grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("ctranslate2", options={"compute_type": "int8_float16"}, grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("vllm")) == bound_of(Serving("torch-compile")) == EXACT
-    for name, sixteen in SIXTEEN_BITS.items():
+    for name, sixteen in {"float16": HALF, "bfloat16": BRAIN}.items():
         assert bound_of(Serving("torch", options={"dtype": name})) == bound_of(Serving("vllm", options={"dtype": name})) == sixteen
         assert bound_of(Serving("ctranslate2", options={"compute_type": name, "device": "cuda"})) == sixteen
     for features, bound in ((frozenset({"avx2"}), SATURATING), (frozenset({"avx2", "avx_vnni"}), INT8_ACTIVATIONS)):
-        monkeypatch.setattr(parity, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(runtime, "cpu_features", lambda features=features: features)
         assert bound_of(Serving("ctranslate2", options=int8, grid="int8")) == bound
         assert bound_of(Serving("ctranslate2", options=int8, grid="int8-reduced")) == INT8_ACTIVATIONS

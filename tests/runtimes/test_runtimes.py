@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from featherweight.errors import IntegrityError, RecipeError, StageError, ToolchainError
-from featherweight.runtimes import ENGINES, client, engine_available, open_worker
+from featherweight.runtimes import client
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import by_length, windows_at_once
 from featherweight.runtimes.vllm.loaded import _ERROR, _cache_bytes
 from featherweight.store.served_folder import Serving
@@ -123,7 +125,7 @@ def served(checkpoint, tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.engine
 @pytest.mark.parametrize("engine", list(MAKERS))
 def test_an_engine_computes_what_pytorch_computes(engine, served, reference):
-    if reason := engine_available(engine):
+    if reason := RUNTIMES[engine].missing():
         pytest.skip(reason)
     score, write = reference
     vocabulary = json.loads((served("torch") / "config.json").read_text())["vocab_size"]
@@ -146,7 +148,7 @@ def test_an_engine_computes_what_pytorch_computes(engine, served, reference):
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(engine_available("vllm") is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
 def test_vllm_computes_what_pytorch_computes_and_leaves_nothing_behind(tmp_path, tiny_checkpoint):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -232,7 +234,7 @@ def test_an_engine_that_cannot_load_is_one_clear_line(tmp_path):
 @pytest.mark.engine
 def test_nothing_survives_a_killed_parent(served):
     code = (
-        "import sys, time; from pathlib import Path; from featherweight.runtimes import open_worker\n"
+        "import sys, time; from pathlib import Path; from featherweight.runtimes.client import open_worker\n"
         "worker = open_worker(Path(sys.argv[1]), 1, 64); print(worker._child.process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(served("ctranslate2"))], stdout=subprocess.PIPE) as parent:
@@ -248,8 +250,8 @@ def test_nothing_survives_a_killed_parent(served):
 def test_workers_import_no_library_of_another_engine():
     code = (
         "import sys; from featherweight.runtimes import worker\n"
-        "from featherweight.runtimes.catalog import ENGINES, engine_class\n"
-        "[engine_class(name) for name in ENGINES]\n"
+        "from featherweight.runtimes.catalog import RUNTIMES\n"
+        "[RUNTIMES[name].loaded_model() for name in RUNTIMES]\n"
         "print({'torch', 'transformers', 'ctranslate2', 'onnxruntime_genai', 'httpx'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -260,16 +262,16 @@ def test_workers_import_no_library_of_another_engine():
 
 
 def test_unknown_engines_are_refused_with_the_known_ones():
-    with pytest.raises(RecipeError, match="unknown engine 'tensorrt'; known: torch, "):
-        engine_available("tensorrt")
+    with pytest.raises(RecipeError, match="unknown engine 'tensorrt'; known: ctranslate2, "):
+        RUNTIMES["tensorrt"].missing()
 
 
 def test_missing_engines_say_why_and_what_to_do(tmp_path, monkeypatch):
-    assert {engine_available(name) for name in ENGINES if name not in ("vllm", "torch-compile")} == {None}
+    assert {RUNTIMES[name].missing() for name in RUNTIMES if name not in ("vllm", "torch-compile")} == {None}
     monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "make setup" in str(engine_available("vllm"))
-    assert "no-such-compiler" in str(engine_available("torch-compile"))
+    assert "make setup" in str(RUNTIMES["vllm"].missing())
+    assert "no-such-compiler" in str(RUNTIMES["torch-compile"].missing())
     Serving("vllm").write(tmp_path)
     with pytest.raises(ToolchainError, match=r"vllm cannot run here: .*make setup"):
         open_worker(tmp_path, threads=1)

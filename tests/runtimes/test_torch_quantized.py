@@ -15,7 +15,6 @@ from featherweight.errors import IntegrityError, ParityError, RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
-from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.torch import pack, storage
 from featherweight.runtimes.torch.linear import DynamicLinear, InputRange, Matrix, StaticLinear, saturates, weight_only
 from featherweight.runtimes.torch.static_ranges import _prepare, input_ranges, simulated
@@ -26,6 +25,7 @@ from tasks.export import export
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
 from tests.support.families import family_checkpoint
+from tests.support.serving_models import serving_spec
 
 INTEGERS = {name: grid for name, grid in GRIDS.items() if grid.kind == "int"}
 PER_ROW = [grid for grid in INTEGERS.values() if grid.bits == 8 and grid.group_size is None]
@@ -226,7 +226,7 @@ def test_a_reference_is_as_it_was_after_calibration(llama, text):
 def test_a_quantized_checkpoint_is_served_without_a_second_rounding(engine, grids, llama, text, tmp_path):
     quantized = models.quantize(llama, tmp_path / "q", grids)
     (tmp_path / "out").mkdir()
-    metrics = export(ExportSpec(engine=engine), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+    metrics = export(serving_spec(engine=engine), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
     found = Packed.read(tmp_path / "out").quantized
     assert found.grids == quantized.grids and Serving.read(tmp_path / "out").grid == quantized.grid
     assert all(torch.equal(found.q[name], q) for name, q in quantized.q.items())
@@ -257,14 +257,14 @@ def test_one_row_with_a_doubled_scale_fails(llama, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Packed, "write", doubled)
     with pytest.raises(ParityError, match=r"torch-dynamic with float activations .*bound 0\.001"):
-        export(ExportSpec(engine="torch-dynamic"), checkpoint=llama, calibration=text, out=tmp_path)
+        export(serving_spec(engine="torch-dynamic"), checkpoint=llama, calibration=text, out=tmp_path)
 
 
 def test_weights_on_another_grid_are_refused_before_anything_runs(llama, text, tmp_path):
     models.quantize(llama, tmp_path / "q", {"": "int4-g32"})
     (tmp_path / "out").mkdir()
     with pytest.raises(RecipeError, match=r"int4-g32 \+ torch-dynamic: .*take torchao-int4"):
-        export(ExportSpec(engine="torch-dynamic"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+        export(serving_spec(engine="torch-dynamic"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -15,20 +15,26 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
 from featherweight.recipe.refusals import machine_refusal
-from featherweight.runtimes import engine_available
+from featherweight.runtimes.bounds import FP8, HALF, INT8_ACTIVATIONS, Bound
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
-from featherweight.runtimes.parity import FP8, HALF, INT8_ACTIVATIONS, Bound, Reference, bound_of, load_reference
+from featherweight.runtimes.parity import Reference, bound_of, load_reference
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.runtimes.vllm import pack
+from featherweight.runtimes.vllm import pack, runtime
 from featherweight.runtimes.vllm.loaded import VllmModel
+from featherweight.runtimes.vllm.runtime import Vllm
+from featherweight.runtimes.vllm.schemes import SCHEMES
+from featherweight.runtimes.vllm.write import cache_windows
+from featherweight.runtimes.writing import Source
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import cpu_features, describe, gpus
-from tasks import export as exporting
 from tasks.export import export
 from tasks.load import load
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
+from tests.support.serving_models import serving_spec
 
 LLM_COMPRESSOR = {"int8": "W8A8", "w8a16": "W8A16", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
 GRID_OF = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp8"}
@@ -51,7 +57,7 @@ def packed(checkpoint: Path, compute_type: str, grid: str, out: Path) -> Quantiz
     quantized = models.quantize(checkpoint, out / "quantized", {"_proj.weight": grid})
     (out / "packed").mkdir()
     model = load_reference(out / "quantized")
-    pack.pack(model, quantized, checkpoint, out / "packed", pack.SCHEMES[compute_type])
+    pack.pack(model, quantized, checkpoint, out / "packed", SCHEMES[compute_type])
     return quantized
 
 
@@ -126,14 +132,14 @@ def assert_within(ours: Any, theirs: Any) -> None:
 def test_what_vllm_has_no_place_for_is_refused_before_anything_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
+    monkeypatch.setattr(Vllm, "machine_refusal", lambda *_: None)
     narrow = models.make("pruned", tmp_path / "narrow", _tokenizer())
     for name, grids, reason in (
         ("short", {"_proj.weight": "int4-g32"}, "88 columns, and int4-g32 groups of 32"),
         ("mixed", {"down_proj.weight": "int4", "o_proj.weight": "int8", "_proj.weight": "int4"}, "o_proj.weight lies on int8"),
     ):
         models.quantize(narrow, tmp_path / name, grids)
-        spec = ExportSpec(engine="vllm", compute_type="w4a16")
+        spec = serving_spec(engine="vllm", compute_type="w4a16")
         (tmp_path / f"{name}-out").mkdir()
         with pytest.raises(RecipeError, match=reason):
             export(spec, checkpoint=tmp_path / name, calibration=text, out=tmp_path / f"{name}-out")
@@ -142,8 +148,8 @@ def test_what_vllm_has_no_place_for_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(
     "spec",
-    [ExportSpec(engine="vllm", compute_type="w8a16"), ExportSpec(engine="ctranslate2", compute_type="int8_float16"),
-     ExportSpec(engine="torch", compute_type="nf4")],
+    [serving_spec(engine="vllm", compute_type="w8a16"), serving_spec(engine="ctranslate2", compute_type="int8_float16"),
+     serving_spec(engine="torch", compute_type="nf4")],
     ids=["vllm-w8a16", "ctranslate2-int8_float16", "bitsandbytes"],
 )  # fmt: skip
 def test_what_only_a_gpu_runs_is_refused_in_one_line(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -158,8 +164,8 @@ def test_what_only_a_gpu_runs_is_refused_in_one_line(spec: ExportSpec, checkpoin
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize(
     "spec",
-    [ExportSpec(engine="ctranslate2", compute_type="int8_float16"), ExportSpec(engine="torch", compute_type="nf4"),
-     ExportSpec(engine="torch", compute_type="llm.int8")],
+    [serving_spec(engine="ctranslate2", compute_type="int8_float16"), serving_spec(engine="torch", compute_type="nf4"),
+     serving_spec(engine="torch", compute_type="llm.int8")],
     ids=["ctranslate2-int8_float16", "bitsandbytes-nf4", "bitsandbytes-llm.int8"],
 )  # fmt: skip
 def test_a_gpu_runs_it(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_gpu_runs_it(spec: ExportSpec, checkpoint: Path, text: Path, tmp_path:
 
 
 def windows(checkpoint: Path, text: Path) -> list[list[int]]:
-    return exporting._windows(load_reference(checkpoint), checkpoint, text)
+    return cache_windows(Source(checkpoint, text, None, 0, Progress()))
 
 
 def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -192,12 +198,12 @@ def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, t
 
 
 def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
-    monkeypatch.setattr(exporting, "gpus", lambda: ())
+    monkeypatch.setattr(Vllm, "machine_refusal", lambda *_: None)
+    monkeypatch.setattr(runtime, "gpus", lambda: ())
     narrow = models.make("llama", tmp_path / "narrow", _tokenizer())
     (tmp_path / "out").mkdir()
     with pytest.raises(RecipeError, match="these are 16 wide"):
-        export(ExportSpec(engine="vllm", kv_cache="fp8"), checkpoint=narrow, calibration=text, out=tmp_path / "out")
+        export(serving_spec(engine="vllm", kv_cache="fp8"), checkpoint=narrow, calibration=text, out=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -222,11 +228,11 @@ def test_the_server_is_told_what_the_folder_wants(checkpoint: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(engine_available("vllm") is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
 @pytest.mark.skipif("avx512f" not in cpu_features() and not gpus(), reason="vLLM's kernels for these want AVX-512 or a GPU")
 def test_vllm_serves_4_bit_weights_and_an_fp8_cache(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     models.quantize(checkpoint, tmp_path / "quantized", {"_proj.weight": "int4-g32"})
     (tmp_path / "out").mkdir()
-    spec = ExportSpec(engine="vllm", compute_type="w4a16", kv_cache="fp8")
+    spec = serving_spec(engine="vllm", compute_type="w4a16", kv_cache="fp8")
     metrics = export(spec, checkpoint=tmp_path / "quantized", calibration=text, out=tmp_path / "out")
     assert 0 < metrics["parity_mean_abs"] < 0.1

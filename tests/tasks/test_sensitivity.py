@@ -18,12 +18,12 @@ from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import refusal
-from featherweight.runtimes.spec import ExportSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from tasks.quantize import quantize
 from tasks.sensitivity import scan, sensitivity
 from tests.support.families import family_checkpoint
+from tests.support.serving_models import serving_spec
 
 SCAN = SensitivitySpec(grid="int4-g32", head="int4-g32", finer="int8-g32", scale="absmax", samples=4, sequence=16)
 MIXED = {"grid": "int4-g32", "head": "int4-g32", "samples": 8, "sequence": 16}
@@ -150,7 +150,7 @@ def test_the_plan_scans_before_it_quantizes() -> None:
 
 def test_what_cannot_hold_two_grids_is_refused() -> None:
     mixed = QuantizeSpec.model_validate({"grid": "int8-reduced", "mixed": {"grid": "int8"}})
-    assert refusal(mixed, ExportSpec(engine="ctranslate2", compute_type="int8")) is None
-    assert "one grid for all layers" in str(refusal(mixed, ExportSpec(engine="vllm", compute_type="int8")))
+    assert refusal(mixed, serving_spec(engine="ctranslate2", compute_type="int8")) is None
+    assert "one grid for all layers" in str(refusal(mixed, serving_spec(engine="vllm", compute_type="int8")))
     floats = QuantizeSpec.model_validate({"grid": "int4", "mixed": {"grid": "fp8"}})
-    assert "it holds integers, not fp8" in str(refusal(floats, ExportSpec(engine="torchao-int4")))
+    assert "it holds integers, not fp8" in str(refusal(floats, serving_spec(engine="torchao-int4")))

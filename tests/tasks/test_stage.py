@@ -13,13 +13,13 @@ from featherweight.progress import Metrics, Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import Node
-from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.training.spec import FinetuneSpec
 from tasks.stage import Session, Stage, method, run_node, stage
+from tests.support.serving_models import serving_spec
 from tests.support.stores import new_workspace
 
 CALLS: list[str] = []
@@ -119,7 +119,7 @@ def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Sessio
     [(PruneSpec.of(), "structured param_first"), (PruneSpec.of(method="depth"), "depth"),
      (PruneSpec.of(method="attention", kv_heads=1), "attention"), (PruneSpec.of(method="sparse"), "sparse wanda"),
      (PruneSpec.of(method="width", criterion="activation"), "width activation"), (QuantizeSpec.of(method="gptq"), "gptq int8"),
-     (ExportSpec(engine="torch-dynamic"), "torch-dynamic"), (ExportSpec(engine="torch"), "torch float32"), (FinetuneSpec(), "")],
+     (serving_spec("torch-dynamic"), "torch-dynamic"), (serving_spec("torch"), "torch float32"), (FinetuneSpec(), "")],
 )  # fmt: skip
 def test_a_node_is_called_by_what_its_method_reads(spec: Spec, words: str) -> None:
     assert method(spec) == words

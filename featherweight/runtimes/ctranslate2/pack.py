@@ -7,15 +7,12 @@ instead of the float matrix. CTranslate2 divides by its scales where a Grid mult
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.runtimes.ctranslate2 import patches
 from featherweight.runtimes.packing import QuantizedRows
-from featherweight.text.model_inputs import decoder_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,118 +29,29 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
     class Converter(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
             shell = _shell(model)
-            mend_model(shell)
+            patches.mend_model(shell)
             return shell
 
         def _load(self) -> Any:
             spec = super()._load()
-            give_head_dim(spec, model)
-            (mend_vocabularies if model.config.is_encoder_decoder else mend_vocabulary)(spec, model)
+            patches.give_head_dim(spec, model)
+            patches.mend_vocabularies(spec, model)
             if rows is not None:
                 pack(spec, rows)
             return spec
 
     try:
-        with _quick_collections(), _marian_as_bart():
+        with patches.quick_collections(), patches.marian_as_bart():
             Converter(str(checkpoint)).convert(str(out), quantization=floats)
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         kind = type(model).__name__
         raise StageError(f"CTranslate2's converter cannot take this {kind}: {' '.join(str(error).split())}") from error
 
 
-@contextmanager
-def _quick_collections() -> Iterator[None]:
-    """CTranslate2's loaders run a full garbage collection per layer: leave out all that lives already, or it takes seconds."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _marian_as_bart() -> Iterator[None]:
-    """Marian through the loader of its siblings, where padding is a token like any other.
-
-    CTranslate2's own cuts the last row off every embedding, which need not be padding's, and has the decoder start from zeros
-    where the checkpoint starts from the padding's embedding: other probabilities, once that row has been trained.
-    """
-    from ctranslate2.converters import transformers
-
-    class Marian(transformers.BartLoader):
-        architecture_name = "MarianMTModel"
-
-    before = transformers._MODEL_LOADERS["MarianConfig"]
-    transformers._MODEL_LOADERS["MarianConfig"] = Marian()
-    try:
-        yield
-    finally:
-        transformers._MODEL_LOADERS["MarianConfig"] = before
-
-
-NORMALIZED_BEFORE = {"bart": False, "mbart": True, "pegasus": True, "marian": False}
-
-
-def mend_model(model: PreTrainedModel) -> None:
-    """Put back what CTranslate2's loaders read of a model and transformers 5 has dropped, overwrites, or counts otherwise."""
-    config = model.config
-    if config.model_type in NORMALIZED_BEFORE:
-        config.normalize_before = NORMALIZED_BEFORE[config.model_type]
-        config.normalize_embedding = config.model_type in ("bart", "mbart")
-    if config.model_type in ("t5", "mt5"):
-        # The loader takes it for the sign that the decoder's outputs are scaled; transformers calls every T5 tied.
-        config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
-    if config.model_type == "m2m_100":
-        for positions in (model.model.encoder.embed_positions, model.model.decoder.embed_positions):
-            positions.offset = positions.padding_idx + 1  # where its forward begins; the attribute is always 2
-
-
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules around the same weights: CTranslate2's loaders take the model that they read to pieces."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def give_head_dim(spec: Any, model: PreTrainedModel) -> None:
-    """Tell the decoder its head width where it is not hidden_size / heads, as after pruning heads.
-
-    CTranslate2's Llama, Mistral and Qwen2 loaders leave it out, and the model then silently computes something else.
-    """
-    import numpy
-
-    config = model.config
-    head_dim = getattr(config, "head_dim", None)
-    if config.is_encoder_decoder or head_dim is None or head_dim * config.num_attention_heads == config.hidden_size:
-        return
-    for layer in spec.decoder.layer:
-        # Specs refuse attributes that their constructor did not make.
-        layer.self_attention.__dict__.setdefault("head_dim", numpy.int32(head_dim))
-
-
-def mend_vocabulary(spec: Any, _: PreTrainedModel) -> None:
-    """One token per row of the embedding, and no null among the special ones: CTranslate2 refuses to load anything else."""
-    size = spec.get_vocabulary_size()
-    tokens = spec._vocabulary[:size]
-    spec._vocabulary = tokens + [f"<extra_id_{index}>" for index in range(size - len(tokens))]
-    _mend_special(spec)
-
-
-def mend_vocabularies(spec: Any, model: PreTrainedModel) -> None:
-    """The same for source and target, and no token twice: tokens are all that comes back. The decoder starts as in PyTorch."""
-    sizes = {"source": spec.get_source_vocabulary_size()[0], "target": spec.get_target_vocabulary_size()}
-    for side, size in sizes.items():
-        seen: dict[str, int] = {}
-        for index, token in enumerate(spec._vocabularies[side][0][:size]):
-            seen[token if token not in seen else f"<unused_{index}>"] = index
-        spec._vocabularies[side] = [[*seen, *(f"<unused_{index}>" for index in range(len(seen), size))]]
-    spec.config.decoder_start_token = spec._vocabularies["target"][0][decoder_start(model.config)]
-    _mend_special(spec)
-
-
-def _mend_special(spec: Any) -> None:
-    for name in ("unk_token", "bos_token", "eos_token"):
-        if getattr(spec.config, name, None) is None:
-            setattr(spec.config, name, "")
 
 
 def pack(spec: Any, rows: QuantizedRows) -> None:

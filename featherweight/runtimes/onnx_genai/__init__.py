@@ -1,1 +1,1 @@
-"""ONNX Runtime GenAI."""
+"""ONNX Runtime GenAI: what it serves (runtime), how a folder is written (write, pack, patches), and the loaded model (loaded)."""

@@ -1,1 +1,1 @@
-"""PyTorch: eager, compiled, and with quantized layers."""
+"""PyTorch: eager and compiled (runtime), and with quantized layers, torch's own and torchao's (quantized_runtime)."""

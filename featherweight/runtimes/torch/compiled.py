@@ -20,8 +20,6 @@ STEP = 128
 class CompiledTorchModel(TorchModel):
     """One graph per batch size, length (of the cache, or of an encoder's text) and number of threads, made when first needed."""
 
-    slow_to_switch = True
-
     def load(self) -> None:
         import torch
 

@@ -5,59 +5,24 @@ The folder holds the integers (see featherweight/runtimes/torch/storage.py); the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import IntegrityError
 from featherweight.model.architecture import auto_class
 from featherweight.model.matrices import ends, matrices
+from featherweight.runtimes.torch.formats import FORMATS, Format
 from featherweight.runtimes.torch.storage import Packed
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from featherweight.model.quantized_weights import QuantizedWeights
-    from featherweight.runtimes.torch.linear import InputRange, Matrix
+    from featherweight.runtimes.torch.linear import InputRange
 
 RANGE = ".input_range"
-
-
-@dataclass(frozen=True)
-class Format:
-    """How one of the engines computes.
-
-    body, head: grids that float weights are rounded to. activations: how inputs of a layer are rounded.
-    vocabulary: the embedding and the output head stay integers in memory; else they become float as they are loaded, because
-    the library would turn the whole matrix into float at every token.
-    """
-
-    body: str
-    head: str
-    activations: Literal["float", "dynamic", "static"]
-    vocabulary: bool
-
-    def layer(self) -> Callable[[Matrix], nn.Module]:
-        """What makes one Linear layer."""
-        from featherweight.runtimes.torch import linear
-
-        if self.vocabulary:
-            return linear.StaticLinear if self.activations == "static" else linear.DynamicLinear
-        return linear.torchao_dynamic if self.activations == "dynamic" else linear.weight_only
-
-
-FORMATS = {
-    "torch-dynamic": Format("int8", "int8", "dynamic", vocabulary=True),
-    "torch-static": Format("int8", "int8", "static", vocabulary=True),
-    "torchao-int8": Format("int8", "int8", "float", vocabulary=False),
-    "torchao-int4": Format("int4-g32", "int8", "float", vocabulary=False),
-    "torchao-int8-dynamic": Format("int8", "int8", "dynamic", vocabulary=False),
-}
-WEIGHT_ONLY = "torchao-int8"
-"""The engine that computes with float activations whatever lies in a folder."""
 
 
 def write(model: PreTrainedModel, quantized: QuantizedWeights, ranges: Mapping[str, InputRange], out: Path) -> None:
@@ -69,6 +34,14 @@ def write(model: PreTrainedModel, quantized: QuantizedWeights, ranges: Mapping[s
             seen.add(id(tensor))
             rest[name] = tensor.detach()
     Packed(quantized, rest).write(out)
+
+
+def ranges(folder: Path) -> dict[str, InputRange]:
+    """The ranges of inputs in `folder`, by the path of their layer; none where they are found token by token."""
+    from featherweight.runtimes.torch.linear import InputRange
+
+    stored = Packed.read(folder).rest
+    return {name.removesuffix(RANGE): InputRange.of(value) for name, value in stored.items() if name.endswith(RANGE)}
 
 
 def load(folder: Path, engine: str) -> PreTrainedModel:

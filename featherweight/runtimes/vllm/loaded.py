@@ -32,7 +32,6 @@ class VllmModel(LoadedModel):
     options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same.
     """
 
-    slow_to_switch = True
     server: subprocess.Popen[bytes] | None = None
 
     def load(self) -> None:

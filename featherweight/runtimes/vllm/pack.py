@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import RecipeError
 from featherweight.grid import Grid
 from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.runtimes.vllm.schemes import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,54 +21,22 @@ if TYPE_CHECKING:
 FLOAT8_MAX = 448.0
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A compressed-tensors format. grouped: whether it holds a scale per group of weights, or one per row only.
-
-    activations: 'int8' and 'fp8' are rounded per token at run time; 'float' stays in the engine's float type.
-    """
-
-    name: str
-    format: str
-    bits: int
-    kind: Literal["int", "float"]
-    activations: Literal["int8", "fp8", "float"]
-    grouped: bool
-
-    def holds(self, grid: Grid) -> bool:
-        """Whether weights on `grid` are packed exactly."""
-        return (grid.bits, grid.kind) == (self.bits, self.kind) and (self.grouped or grid.group_size is None)
-
-    @property
-    def weights(self) -> str:
-        """What it holds, in words."""
-        unit = "8-bit float" if self.kind == "float" else f"{self.bits}-bit integer"
-        return f"{unit} weights with one scale per row" + (" or group" if self.grouped else "")
-
-
-SCHEMES = {
-    "int8": Scheme("W8A8", "int-quantized", 8, "int", "int8", grouped=False),
-    "w8a16": Scheme("W8A16", "pack-quantized", 8, "int", "float", grouped=True),
-    "w4a16": Scheme("W4A16", "pack-quantized", 4, "int", "float", grouped=True),
-    "fp8": Scheme("FP8", "float-quantized", 8, "float", "fp8", grouped=False),
-}
-
-
-def check(quantized: QuantizedWeights, scheme: Scheme) -> None:
-    """Raise RecipeError for a matrix on a grid that `scheme` does not hold, on another than the rest, or with a short last group.
+def fused_refusal(quantized: QuantizedWeights, scheme: Scheme) -> str | None:
+    """Why a matrix is not served: on a grid that `scheme` does not hold, on another than the rest, or with a short last group.
 
     vLLM fuses q, k and v, and gate and up, so that several grids in a model would meet in one matrix.
     """
     shared = next(iter(_linear(quantized).values()), None)
     for name, grid in _linear(quantized).items():
         if grid != shared or not scheme.holds(grid):
-            raise RecipeError(f"vLLM's {scheme.name} holds {scheme.weights}, all on one grid, and {name} lies on {grid.name}")
+            return f"vLLM's {scheme.name} holds {scheme.weights}, all on one grid, and {name} lies on {grid.name}"
         columns = quantized.q[name].shape[1]
         if grid.group_size and columns % grid.group_size:
-            raise RecipeError(
+            return (
                 f"vLLM wants groups that divide a row: {name} has {columns} columns, and {grid.name} groups of {grid.group_size}; "
                 "take a grid of smaller groups, or one scale per row"
             )
+    return None
 
 
 def pack(

@@ -1,0 +1,112 @@
+"""CTranslate2, declared: decoders and encoder-decoders in int8 rows or floats, on CPUs and CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
+from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import INT8_DOT, Machine, cpu_features
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, "int8", "int8_float32", "int8_float16")
+CUDA_ONLY: tuple[ComputeType, ...] = ("int8_float16", *SIXTEEN_BITS)
+"""What CTranslate2 would compute in float32 on a CPU."""
+
+
+class CTranslate2Spec(ExportSpec):
+    """compute_type: 'int8' stores weights as int8 and rounds activations to int8 at run time; 'int8_float32' stores the same
+    weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own type of that name is the same as
+    its int8 on a CPU, so it is not offered). On CUDA also int8_float16, which is its own, bfloat16 and float16.
+    reduce_range: 7 bits; 'auto' means where the CPU has no VNNI. int8 only.
+    """
+
+    engine: Literal["ctranslate2"]
+    compute_type: ComputeType = "float32"
+    reduce_range: bool | Literal["auto"] = "auto"
+
+
+class CTranslate2(Runtime[CTranslate2Spec]):
+    """Everything that is known of it. Metrics of int8 also have `parity_weights_max_abs`, the same with activations in float."""
+
+    name = "ctranslate2"
+    spec = CTranslate2Spec
+    loads_with = "featherweight.runtimes.ctranslate2.loaded:CTranslate2Model"
+    modules = ("ctranslate2",)
+    libraries = ("ctranslate2", "torch", "transformers")
+    requirements = ("ctranslate2",)
+    layers_may_differ = True
+
+    def write(self, spec: CTranslate2Spec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.ctranslate2.write import write
+
+        write(spec, source, out)
+
+    def check(self, spec: CTranslate2Spec, source: Source, served: Path) -> Metrics:
+        from featherweight.runtimes.ctranslate2.write import check_weights
+
+        reference = source.reference()
+        source.release()
+        weights = check_weights(reference, served) if spec.compute_type == "int8" else {}
+        return {**weights, **reference.check(served)}
+
+    def bound(self, serving: Serving) -> Bound:
+        """int8 per token: 0.81 nats at most and 0.071 on average with VNNI or a 7-bit grid; 3.6 and 0.21 on AVX2 without."""
+        compute_type = serving.options.get("compute_type", "float32")
+        if compute_type == "int8" and serving.grid != "int8-reduced" and not INT8_DOT & cpu_features():
+            return SATURATING
+        return INT8_ACTIVATIONS if compute_type in ("int8", "int8_float16") else sixteen_bits(compute_type) or EXACT
+
+    def task_refusal(self, task: Task) -> str | None:
+        if task == "fill-mask":
+            return "its encoders end before the masked-language-model head; take torch or torch-compile"
+        return None
+
+    def grid_refusal(self, grids: Grids, spec: CTranslate2Spec) -> str | None:
+        if reason := compute_type_refusal(self.name, COMPUTE_TYPES, spec.compute_type) or cache_refusal(self.name, spec):
+            return reason
+        if grids.body is None:
+            return None
+        if spec.compute_type in FLOATS:
+            return float_of_rounded_refusal(spec.compute_type) + "; int8_float32 keeps them at 8 bits on disk"
+        return _rows_refusal(grids) or _head_refusal(grids, spec)
+
+    def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
+        cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
+        return gpu_refusal(self.name, spec.compute_type) if cuda else None
+
+    def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        if machine.int8_dot_product:
+            return None
+        reason = "no VNNI: CTranslate2's int8 adds pairs of products in int16 and saturates"
+        return reason, "keep `reduce_range: auto` in exports, or true"
+
+
+def _rows_refusal(grids: Grids) -> str | None:
+    """It packs int8 with one scale per row."""
+    for grid in (grids.body, grids.head, grids.finer):
+        if grid is not None and (grid.bits != 8 or grid.kind != "int"):
+            return "CTranslate2 packs int8 and float only"
+        if grid is not None and grid.group_size is not None:
+            return f"CTranslate2 packs one scale per row, not one per {grid.group_size} weights"
+    return None
+
+
+def _head_refusal(grids: Grids, spec: CTranslate2Spec) -> str | None:
+    if spec.compute_type in ("int8", "int8_float16") and grids.head is None:
+        return "CTranslate2 would round the float head to int8 at load; quantize the head too, or take int8_float32"
+    finest = max(grid.qmax for grid in (grids.body, grids.finer) if grid is not None)
+    if spec.reduce_range is True and spec.compute_type == "int8" and finest > 63:
+        return "reduce_range wants weights on the grid int8-reduced, and a second rounding is not done here"
+    return None
+
+
+CTRANSLATE2 = CTranslate2()

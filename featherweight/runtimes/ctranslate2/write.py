@@ -1,0 +1,74 @@
+"""Writing the folder that CTranslate2 serves: its own files in a sub-folder, the tokenizer beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.files import copy_tokenizer, link
+from featherweight.grid import GRIDS, Grid
+from featherweight.model.padding import without_padding
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.ctranslate2.pack import convert
+from featherweight.runtimes.packing import QuantizedRows
+from featherweight.runtimes.spec import SIXTEEN_BITS
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import INT8_DOT, cpu_features
+from featherweight.text.model_inputs import decoder_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from featherweight.runtimes.ctranslate2.runtime import CTranslate2Spec
+    from featherweight.runtimes.parity import Reference
+    from featherweight.runtimes.writing import Source
+
+FOLDER = "ctranslate2"
+
+
+def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
+    """See Runtime.write."""
+    if spec.compute_type in SIXTEEN_BITS:
+        source.round_floats(spec.compute_type)
+    elif spec.compute_type != "float32":
+        source.round(grid_here(spec), grid_here(spec))
+    model, quantized = without_padding(source.model.float(), source.quantized)
+    rows = QuantizedRows.of(model, quantized) if quantized else None
+    floats = spec.compute_type if spec.compute_type in SIXTEEN_BITS else None
+    convert(model, source.checkpoint, out / FOLDER, rows, floats)
+    copy_tokenizer(source.checkpoint, out)
+    Serving("ctranslate2", FOLDER, _options(spec, model), source.grid).write(out)
+
+
+def grid_here(spec: CTranslate2Spec) -> Grid:
+    """The grid of weights that are rounded here: 7 bits where its int8 would saturate at 8.
+
+    Without VNNI its AVX2 kernel adds pairs of products in int16.
+    """
+    saturates = not INT8_DOT & cpu_features() if spec.reduce_range == "auto" else spec.reduce_range
+    return GRIDS["int8-reduced" if saturates and spec.compute_type == "int8" else "int8"]
+
+
+def _options(spec: CTranslate2Spec, model: PreTrainedModel) -> dict[str, str]:
+    """What CTranslate2Model is told at load."""
+    on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
+    on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
+    options = on_cuda if spec.compute_type in (*SIXTEEN_BITS, "int8_float16") else on_cpu
+    if model.config.is_encoder_decoder and len(prefix := decoder_prefix(model)) > 1:
+        options["first_token"] = str(prefix[1])
+    return options
+
+
+def check_weights(reference: Reference, served: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, in a twin that has CTranslate2 compute in float32."""
+    twin = served / "twin"
+    (twin / FOLDER).mkdir(parents=True)
+    for path in (served / FOLDER).iterdir():
+        link(path, twin / FOLDER / path.name)
+    copy_tokenizer(served, twin)
+    Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).write(twin)
+    measured = reference.check(twin, EXACT)
+    shutil.rmtree(twin)
+    return {"parity_weights_max_abs": measured["parity_max_abs"]}

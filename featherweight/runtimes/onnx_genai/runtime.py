@@ -1,0 +1,96 @@
+"""ONNX Runtime GenAI, declared: decoders on CPUs, in float32 or in MatMulNBits' 4 and 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.grid import Grid
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import float_of_rounded_refusal
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+BITS = {"int8": 8, "int4": 4}
+BLOCKS = (16, 32, 64, 128, 256)
+HEAD_MULTIPLE = 16
+
+
+class GenaiSpec(CompileSpec):
+    """`precision` rounds here only where no quantize stage chose the weights."""
+
+    engine: Literal["onnxruntime-genai"]
+    precision: Literal["float32", "int8", "int4"] = "float32"
+
+
+class OnnxruntimeGenai(Runtime[GenaiSpec]):
+    """Everything that is known of it. Metrics of rounded weights also have `parity_weights_max_abs`, with activations in float."""
+
+    name = "onnxruntime-genai"
+    spec = GenaiSpec
+    loads_with = "featherweight.runtimes.onnx_genai.loaded:GenaiModel"
+    modules = ("onnxruntime_genai",)
+    libraries = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
+    requirements = ("onnxruntime-genai",)
+    writing_s = 6
+
+    def write(self, spec: GenaiSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.onnx_genai.write import write
+
+        write(spec, source, out)
+
+    def check(self, spec: GenaiSpec, source: Source, served: Path) -> Metrics:
+        from featherweight.runtimes.onnx_genai.write import check_weights
+
+        reference, rounded = source.reference(), source.quantized is not None
+        source.release()
+        weights = check_weights(reference, served) if rounded else {}
+        return {**weights, **reference.check(served)}
+
+    def bound(self, serving: Serving) -> Bound:
+        """Rounded weights have activations rounded per block: 0.42 nats at most, 0.032 on average; floats 0.00006 at most."""
+        return EXACT if serving.grid is None else INT8_ACTIVATIONS
+
+    def task_refusal(self, task: Task) -> str | None:
+        if task == "text2text-generation":
+            return "its model builder knows decoders only; take ctranslate2 or torch"
+        return "its model builder knows decoders only; take torch or torch-compile" if task == "fill-mask" else None
+
+    def grid_refusal(self, grids: Grids, spec: GenaiSpec) -> str | None:
+        body = grids.body
+        if body is None:
+            return None
+        if spec.precision == "float32":
+            return float_of_rounded_refusal("float32")
+        if body.kind == "int" and BITS[spec.precision] != body.bits:
+            return f"the weights are on a {body.bits}-bit grid, and precision {spec.precision} would round them again"
+        every = (body, grids.head, grids.finer)
+        return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
+
+    def model_refusal(self, spec: GenaiSpec, source: Source) -> str | None:
+        """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs."""
+        from featherweight.model.surgery import head_dim
+
+        width = head_dim(source.config)
+        if not width % HEAD_MULTIPLE:
+            return None
+        return (
+            f"onnxruntime-genai wants attention heads of a multiple of {HEAD_MULTIPLE} channels, these have {width}; "
+            "serve the model with ctranslate2 or vllm"
+        )
+
+
+def _blocks_refusal(grid: Grid) -> str | None:
+    """ONNX Runtime's MatMulNBits: 4 or 8 bits, symmetric about zero, one scale per block (a row's scale can be repeated)."""
+    if grid.kind == "int" and grid.bits in (4, 8) and (grid.group_size is None or grid.group_size in BLOCKS):
+        return None
+    return f"MatMulNBits holds 4 and 8 bits in groups of {BLOCKS[0]} to {BLOCKS[-1]} or per row, not {grid.name}"
+
+
+ONNXRUNTIME_GENAI = OnnxruntimeGenai()

@@ -1,0 +1,101 @@
+"""Writing the folder that ONNX Runtime GenAI serves: the decoder's graph, its description and the tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.files import copy_tokenizer, link
+from featherweight.errors import StageError
+from featherweight.grid import GRIDS
+from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.onnx_genai import pack, patches
+from featherweight.runtimes.packing import QuantizedRows
+from featherweight.store.served_folder import Serving
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.onnx_genai.runtime import GenaiSpec
+    from featherweight.runtimes.parity import Reference
+    from featherweight.runtimes.writing import Source
+
+ROUNDED_HERE = {"int8": ("int8", "int8"), "int4": ("int4-g32", "int4-g32")}
+"""Grids of the body and of the head, by precision, where no quantize stage chose them."""
+
+
+def write(spec: GenaiSpec, source: Source, out: Path) -> None:
+    """See Runtime.write. The graph is built from the checkpoint's own floats, so their rows are sought, and rounded after that."""
+    if source.quantized is None and spec.precision != "float32":
+        source.quantized = round_to_nearest(source.model, *(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
+    rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
+    _write_graph(source.checkpoint, out, rows)
+    copy_tokenizer(source.checkpoint, out)
+    if source.quantized:
+        move_to_grid(source.model, source.quantized)
+    Serving("onnxruntime-genai", grid=source.grid).write(out)
+
+
+def _write_graph(checkpoint: Path, out: Path, rows: QuantizedRows | None) -> None:
+    """The decoder graph with its weights, and genai_config.json."""
+    if rows is None:
+        build_decoder(checkpoint, out)
+        return
+    built = out / "float32"
+    built.mkdir()
+    build_decoder(checkpoint, built, fuse_qkv=_one_grid_per_attention(rows.quantized))
+    pack.pack(built, out, rows)
+    shutil.move(built / "genai_config.json", out)
+    shutil.rmtree(built)
+
+
+def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None:
+    """GenAI's model builder, in this process: the float32 decoder graph, genai_config.json and a tokenizer, in `out`.
+
+    Raises StageError for an architecture that it does not know.
+    """
+    import onnxruntime_genai.models  # noqa: F401 - puts the builder's folder on the path, where it looks for its parts
+    from onnxruntime_genai.models import builder
+
+    patches.silent()
+    patches.without_commit()
+    cache = out / "cache"
+    options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}"]
+    arguments = ("", str(checkpoint), str(out), "fp32", "cpu", str(cache))
+    try:
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
+    except NotImplementedError as error:
+        raise StageError(_unknown_refusal(checkpoint)) from error
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def _unknown_refusal(checkpoint: Path) -> str:
+    return (
+        f"onnxruntime-genai's model builder does not know the architecture in {checkpoint.name}; "
+        "serve the model with ctranslate2 or vllm"
+    )
+
+
+def _one_grid_per_attention(quantized: QuantizedWeights) -> bool:
+    """Whether the query, key and value matrices of every layer can be one matrix in the graph."""
+    by_layer: dict[str, set[str]] = {}
+    for name, grid in quantized.grids.items():
+        layer, _, module = name.removesuffix(".weight").rpartition(".")
+        if module in ("q_proj", "k_proj", "v_proj"):
+            by_layer.setdefault(layer, set()).add(grid.name)
+    return all(len(grids) == 1 for grids in by_layer.values())
+
+
+def check_weights(reference: Reference, served: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, with a twin of the graph that leaves activations in float."""
+    twin = served / "twin"
+    twin.mkdir()
+    pack.set_accuracy_level(served / pack.MODEL, twin / pack.MODEL, pack.FLOAT_ACTIVATIONS)
+    for path in served.iterdir():
+        if path.is_file() and path.name != pack.MODEL:
+            link(path, twin / path.name)
+    measured = reference.check(twin, EXACT)
+    shutil.rmtree(twin)
+    return {"parity_weights_max_abs": measured["parity_max_abs"]}

@@ -1,0 +1,30 @@
+"""Refusals that several runtimes share, each a line that says why."""
+
+from __future__ import annotations
+
+from featherweight.runtimes.spec import ComputeType, ExportSpec
+
+
+def compute_type_refusal(engine: str, known: tuple[ComputeType, ...], wanted: ComputeType) -> str | None:
+    """Why `engine` does not serve a compute type; None where it does."""
+    return None if wanted in known else f"{engine} serves {', '.join(known)}, not {wanted}"
+
+
+def cache_refusal(engine: str, spec: ExportSpec) -> str | None:
+    """Why an engine that keeps keys and values in float takes no other cache."""
+    return f"kv_cache: {engine} keeps keys and values in float; leave it out" if spec.kv_cache else None
+
+
+def float_of_rounded_refusal(precision: str) -> str:
+    """Why rounded weights are not served as floats."""
+    return f"{precision} would store rounded weights at full size, no smaller and no faster than unrounded ones"
+
+
+def fp8_refusal() -> str:
+    """Why an engine of integers does not take 8-bit floats."""
+    return "it holds integers, not fp8; take an engine that holds 8-bit floats"
+
+
+def gpu_refusal(engine: str, compute_type: str) -> str:
+    """Why a compute type that only CUDA has is not served on a CPU."""
+    return f"{engine} {compute_type} needs a CUDA GPU, and there is none here; take a CPU type such as int8"

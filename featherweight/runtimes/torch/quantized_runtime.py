@@ -1,0 +1,71 @@
+"""PyTorch with quantized Linear layers, declared: torch's own int8 kernels and torchao's, any transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import cache_refusal, fp8_refusal
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.torch.formats import FORMATS, WEIGHT_ONLY
+from featherweight.store.served_folder import Serving
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+
+class QuantizedTorchSpec(ExportSpec):
+    """The engine's name says all: its format, to which float weights are rounded."""
+
+
+class QuantizedTorch(Runtime[QuantizedTorchSpec]):
+    """One of featherweight.runtimes.torch.formats. Metrics of rounded activations also have `parity_weights_max_abs`."""
+
+    spec = QuantizedTorchSpec
+    loads_with = "featherweight.runtimes.torch.quantized:QuantizedTorchModel"
+    libraries = ("torch", "torchao", "transformers", "accelerate")
+    requirements = ("torch", "torchao", "accelerate")
+
+    def __init__(self, name: str, modules: tuple[str, ...] = ("torchao",)) -> None:
+        self.name, self.format, self.modules = name, FORMATS[name], modules
+
+    def write(self, spec: QuantizedTorchSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.torch.write import write
+
+        write(self.name, self.format, source, out)
+
+    def check(self, spec: QuantizedTorchSpec, source: Source, served: Path) -> Metrics:
+        from featherweight.runtimes.torch.write import check_rounded
+
+        if self.format.activations == "float":
+            return super().check(spec, source, served)
+        return check_rounded(source, served)
+
+    def bound(self, serving: Serving) -> Bound:
+        """int8 per token: 0.63 nats at most and 0.059 on average; by one range, against the same rounding, 0.91 and 0.058."""
+        return EXACT if self.format.activations == "float" else INT8_ACTIVATIONS
+
+    def grid_refusal(self, grids: Grids, spec: QuantizedTorchSpec) -> str | None:
+        if grids.body is None or spec.kv_cache:
+            return cache_refusal(self.name, spec)
+        every = [grid for grid in (grids.body, grids.head, grids.finer) if grid is not None]
+        if any(grid.kind == "float" for grid in every):
+            return fp8_refusal()
+        bits = 4 if self.format.body.startswith("int4") else 8
+        if grids.body.bits != bits:
+            other = "torchao-int4" if bits == 8 else WEIGHT_ONLY
+            return f"it holds {bits}-bit integers, and would round the {grids.body.bits}-bit grid again; take {other}"
+        odd = [grid for grid in every if grid.bits != 8 or grid.group_size is not None]
+        if self.format.by_row and odd:
+            return f"its int8 product has one scale per row of 8-bit weights, not {odd[0].name}; take {WEIGHT_ONLY}"
+        return None
+
+
+TORCH_DYNAMIC = QuantizedTorch("torch-dynamic", modules=("torch",))
+TORCH_STATIC = QuantizedTorch("torch-static")
+TORCHAO_INT8 = QuantizedTorch("torchao-int8")
+TORCHAO_INT4 = QuantizedTorch("torchao-int4")
+TORCHAO_INT8_DYNAMIC = QuantizedTorch("torchao-int8-dynamic")

@@ -1,0 +1,124 @@
+"""PyTorch itself, declared: eager, which is the baseline, and compiled by Inductor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, Bound, sixteen_bits
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
+from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, CompileSpec, ComputeType, ExportSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import Machine
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+BITSANDBYTES: tuple[ComputeType, ...] = ("nf4", "llm.int8")
+
+
+class TorchSpec(ExportSpec):
+    """compute_type: the three floats, or bitsandbytes' nf4 and llm.int8, which round at load and compute on CUDA."""
+
+    engine: Literal["torch"]
+    compute_type: ComputeType = "float32"
+
+
+class Torch(Runtime[TorchSpec]):
+    """The checkpoint's own folder in transformers' own modules: in float32 what all others are compared with."""
+
+    name = "torch"
+    spec = TorchSpec
+    loads_with = "featherweight.runtimes.torch.eager:TorchModel"
+    modules = ("torch",)
+    libraries = ("torch", "transformers", "bitsandbytes")
+    requirements = ("torch",)
+
+    def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
+        from featherweight.checkpoint.files import link_checkpoint
+        from featherweight.checkpoint.opening import save_model
+
+        if spec.compute_type in SIXTEEN_BITS:
+            source.round_floats(spec.compute_type)
+            save_model(source.model, out, source.checkpoint)
+            Serving("torch", options={"dtype": spec.compute_type}).write(out)
+            return
+        link_checkpoint(source.checkpoint, out)
+        Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
+
+    def check(self, spec: TorchSpec, source: Source, served: Path) -> Metrics:
+        """In float32 it is the reference itself, and what bitsandbytes rounds is a matter of quality: nothing to compare."""
+        return super().check(spec, source, served) if spec.compute_type in SIXTEEN_BITS else {}
+
+    def bound(self, serving: Serving) -> Bound:
+        """float16: 0.025 nats at most, bfloat16 0.26 and 0.019 on average."""
+        return sixteen_bits(serving.options.get("dtype", "")) or EXACT
+
+    def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
+        known = (*FLOATS, *BITSANDBYTES)
+        if reason := compute_type_refusal(self.name, known, spec.compute_type) or cache_refusal(self.name, spec):
+            return reason
+        if grids.body is None:
+            return None
+        if spec.compute_type in BITSANDBYTES:
+            return f"bitsandbytes rounds weights to {spec.compute_type} itself; give it float ones"
+        return float_of_rounded_refusal(spec.compute_type)
+
+    def machine_refusal(self, spec: TorchSpec, machine: Machine) -> str | None:
+        if spec.compute_type not in BITSANDBYTES:
+            return None
+        if not machine.gpus:
+            return gpu_refusal(self.name, spec.compute_type)
+        missing = find_spec("bitsandbytes") is None
+        return f"{spec.compute_type} needs bitsandbytes, which is not installed; pip install bitsandbytes" if missing else None
+
+
+class TorchCompileSpec(CompileSpec):
+    """float32 alone so far."""
+
+    engine: Literal["torch-compile"]
+    precision: Literal["float32", "int8", "int4"] = "float32"
+
+
+class TorchCompile(Runtime[TorchCompileSpec]):
+    """The checkpoint's own folder, its decode step (an encoder's one pass) compiled when the model is loaded."""
+
+    name = "torch-compile"
+    spec = TorchCompileSpec
+    loads_with = "featherweight.runtimes.torch.compiled:CompiledTorchModel"
+    modules = ("torch",)
+    libraries = ("torch", "transformers")
+    requirements = ("torch",)
+    writing_s = 6
+    slow_to_switch = True
+
+    def write(self, spec: TorchCompileSpec, source: Source, out: Path) -> None:
+        from featherweight.checkpoint.files import link_checkpoint
+
+        link_checkpoint(source.checkpoint, out)
+        Serving("torch-compile").write(out)
+
+    def task_refusal(self, task: Task) -> str | None:
+        return "only decoders have a compiled step here; take ctranslate2 or torch" if task == "text2text-generation" else None
+
+    def grid_refusal(self, grids: Grids, spec: TorchCompileSpec) -> str | None:
+        if spec.precision != "float32":
+            return f"torch.compile serves float32 here, not {spec.precision}; take onnxruntime-genai"
+        return None if grids.body is None else float_of_rounded_refusal("float32")
+
+    def missing(self) -> str | None:
+        """Inductor writes C++ and needs a compiler for it."""
+        compiler = os.environ.get("CXX", "g++")
+        there = shutil.which(compiler)
+        return super().missing() or (
+            None if there else f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH (apt install g++)"
+        )
+
+
+TORCH, TORCH_COMPILE = Torch(), TorchCompile()

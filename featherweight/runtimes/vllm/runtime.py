@@ -1,0 +1,109 @@
+"""vLLM, declared: decoders in floats or in compressed-tensors' formats, from a server of its own toolchain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import compute_type_refusal, float_of_rounded_refusal
+from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
+from featherweight.runtimes.vllm.schemes import SCHEMES
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import Machine, gpus
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *SCHEMES)
+CACHE_HEADS = 32
+
+
+class VllmSpec(ExportSpec):
+    """compute_type: a float; int8 (or w8a8) with activations rounded too; w8a16 and w4a16, which compute in float16; fp8, e4m3
+    weights per row and activations per token. kv_cache: fp8 keeps keys and values in e4m3, by scales from the calibration text.
+    """
+
+    engine: Literal["vllm"]
+    compute_type: ComputeType = "float32"
+
+
+class Vllm(Runtime[VllmSpec]):
+    """Everything that is known of it."""
+
+    name = "vllm"
+    spec = VllmSpec
+    loads_with = "featherweight.runtimes.vllm.loaded:VllmModel"
+    libraries = ("compressed-tensors", "torch", "transformers")
+    toolchain = "vllm"
+    writing_s = measuring_s = 45
+    slow_to_switch = True
+
+    def write(self, spec: VllmSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.vllm.write import write
+
+        write(spec, source, out)
+
+    def bound(self, serving: Serving) -> Bound:
+        """The loosest of what rounded activations, 16 bits and a rounded cache each explain.
+
+        Nats at most and on average: W8A8 0.87 and 0.065, fp8 0.92 and 0.060, an fp8 cache 0.18 and 0.034, float16 on 4-bit weights
+        0.022 and 0.0019.
+        """
+        compute_type = serving.options.get("compute_type", "int8") if serving.grid else ""
+        rounded = {"fp8": FP8, "int8": INT8_ACTIVATIONS}.get(compute_type, EXACT)
+        cache = FP8 if serving.options.get("kv_cache_dtype") == "fp8" else EXACT
+        return loosest(EXACT, rounded, sixteen_bits(serving.options.get("dtype", "")) or EXACT, cache)
+
+    def task_refusal(self, task: Task) -> str | None:
+        if task == "text2text-generation":
+            return "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch"
+        return "vLLM serves no masked-language-model head; take torch or torch-compile" if task == "fill-mask" else None
+
+    def grid_refusal(self, grids: Grids, spec: VllmSpec) -> str | None:
+        reason = compute_type_refusal(self.name, COMPUTE_TYPES, spec.compute_type)
+        if reason or grids.body is None:
+            return reason
+        if spec.compute_type in FLOATS:
+            return float_of_rounded_refusal(spec.compute_type)
+        scheme = SCHEMES[spec.compute_type]
+        if not scheme.holds(grids.body):
+            return f"compressed-tensors {scheme.name} holds {scheme.weights}, not {grids.body.name}"
+        mixed = "vllm is given one grid for all layers here, not mixed precision; take an engine that holds several"
+        return mixed if grids.finer else None
+
+    def machine_refusal(self, spec: VllmSpec, machine: Machine) -> str | None:
+        if machine.gpus:
+            return None
+        if spec.compute_type == "w8a16":
+            return (
+                "W8A16 needs a CUDA GPU: vLLM has no CPU kernel for 8-bit weights with float activations; take int8 (W8A8) or w4a16"
+            )
+        if "avx512f" in machine.cpu_features:
+            return None
+        if spec.compute_type == "w4a16":
+            return "W4A16 needs a CUDA GPU or a CPU with AVX-512: vLLM's build for AVX2 has no kernel for it; take int8 (W8A8)"
+        cache = "a key-value cache in fp8 needs a CUDA GPU or a CPU with AVX-512 in vLLM; leave kv_cache out"
+        return cache if spec.kv_cache else None
+
+    def model_refusal(self, spec: VllmSpec, source: Source) -> str | None:
+        """Heads that the CPU kernel for an fp8 cache does not take; matrices that its format does not hold."""
+        from featherweight.model.surgery import head_dim
+        from featherweight.runtimes.vllm.pack import fused_refusal
+
+        if spec.kv_cache and not gpus() and (width := head_dim(source.config)) % CACHE_HEADS:
+            return (
+                f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
+                "leave kv_cache out"
+            )
+        return fused_refusal(source.quantized, SCHEMES[spec.compute_type]) if source.quantized else None
+
+    def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        if machine.architecture != "x86_64" or "avx512f" in machine.cpu_features or machine.gpus:
+            return None
+        return "no AVX-512: vLLM's 4-bit kernels are not in its build for this CPU", "take compute_type int8"
+
+
+VLLM = Vllm()

@@ -1,0 +1,109 @@
+"""Writing what an engine serves: a checkpoint is read, refused or written by the engine's Runtime, and held to PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.opening import load_config
+from featherweight.errors import RecipeError, StageError, ToolchainError
+from featherweight.grid import GRIDS, Grid
+from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Metrics, Progress
+from featherweight.runtimes.catalog import BASELINE, RUNTIMES
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.parity import Reference, load_reference
+from featherweight.runtimes.spec import ServingSpec
+from featherweight.system.machine import describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass
+class Source:
+    """What a runtime writes from: a checkpoint folder, its PyTorch model and quantized weights; a folder of calibration text.
+
+    quantized: None for a checkpoint in float, until `round` has rounded it.
+    """
+
+    checkpoint: Path
+    calibration: Path
+    quantized: QuantizedWeights | None
+    seed: int
+    progress: Progress
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's own configuration."""
+        return load_config(self.checkpoint)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The checkpoint's model, float32, on the CPU; loaded when first asked for."""
+        return load_reference(self.checkpoint)
+
+    @property
+    def grid(self) -> str | None:
+        """Name of the grid of the weights' body."""
+        return self.quantized.grid if self.quantized else None
+
+    def round(self, body: Grid, head: Grid | None) -> QuantizedWeights:
+        """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
+        if self.quantized is None:
+            self.quantized = round_to_nearest(self.model, body, head)
+            move_to_grid(self.model, self.quantized)
+        return self.quantized
+
+    def round_floats(self, name: str) -> None:
+        """Move `model` in place to a float of 16 bits. Raises StageError for weights beyond float16's range."""
+        import torch
+
+        self.model.to(getattr(torch, name))
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise StageError(f"some weights are too large for {name}; take bfloat16")
+
+    def reference(self) -> Reference:
+        """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""
+        self.progress.note("comparing with PyTorch")
+        return Reference.of(self.model.float(), self.checkpoint, self.calibration)
+
+    def release(self) -> None:
+        """Let go of the weights, before an engine loads them once more."""
+        self.__dict__.pop("model", None)
+        self.quantized = None
+
+
+def write_served(
+    spec: ServingSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
+) -> Metrics:
+    """Write to `out` what `spec.engine` serves, and compare it with PyTorch.
+
+    Raises RecipeError for weights that the engine does not hold, ToolchainError where this machine has no kernel for them,
+    StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
+    """
+    runtime = RUNTIMES[spec.engine]
+    source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress)
+    refuse(runtime, spec, source)
+    progress.note(f"writing for {spec.engine}")
+    runtime.write(spec, source, out)
+    return runtime.check(spec, source, out)
+
+
+def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
+    """Raise RecipeError where the engine does not serve this checkpoint, ToolchainError where this machine cannot.
+
+    The baseline serves the float values of a checkpoint that was loaded quantized.
+    """
+    quantized = None if spec.engine == BASELINE else source.quantized
+    body, head = (quantized.grid, quantized.head) if quantized else (None, None)
+    grids = Grids(GRIDS[body] if body else None, GRIDS[head] if head else None)
+    if reason := runtime.grid_refusal(grids, spec):
+        raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
+    if reason := runtime.machine_refusal(spec, describe()):
+        raise ToolchainError(reason)
+    if reason := runtime.model_refusal(spec, source):
+        raise RecipeError(reason)
