@@ -18,7 +18,7 @@ from featherweight.system.machine import hardware_fingerprint, memory_bandwidth_
 from tasks.stage import stage
 
 
-@stage("evaluate", hardware=True, libraries=("torch", "transformers", "onnxruntime-genai", "ctranslate2"))
+@stage("evaluate", hardware=True, libraries=("torch", "transformers"))
 def evaluate(
     spec: WorkloadSpec,
     *,

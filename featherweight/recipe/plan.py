@@ -22,6 +22,7 @@ from featherweight.recipe.refusals import (
     task_refusal,
 )
 from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ExportSpec, ServingSpec
 from featherweight.spec import Spec, Split, Task
 from featherweight.system.machine import Machine, describe
@@ -50,7 +51,7 @@ class Node:
     @property
     def parts(self) -> tuple[str, ...]:
         """The methods and engines that shape its result, each once, as 'module:attribute'."""
-        return tuple(dict.fromkeys(self.spec.parts))
+        return tuple(dict.fromkeys((*self.spec.parts, *map(RUNTIMES.reference, self.engines))))
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,15 @@ def _roots(recipe: Recipe) -> list[Node]:
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
     plain = ExportSpec.model_validate({"engine": BASELINE_ENGINE})
     served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root))
-    measured = Node(f"{BASELINE}/evaluate", "evaluate", BASELINE, recipe.workload, _evaluation_inputs(served, None), recipe.seed)
+    measured = Node(
+        f"{BASELINE}/evaluate",
+        "evaluate",
+        BASELINE,
+        recipe.workload,
+        _evaluation_inputs(served, None),
+        recipe.seed,
+        (BASELINE_ENGINE,),
+    )
     return [*text, gate, root, served, measured]
 
 
@@ -238,6 +247,7 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         recipe.workload,
         _evaluation_inputs(nodes[-1], f"{BASELINE}/evaluate"),
         recipe.seed,
+        (_serve(recipe)[serve].engine, BASELINE_ENGINE),
     )
     return [*nodes, measure]
 

@@ -40,6 +40,10 @@ class ServingSpec(NamedSpec):
     def kinds(cls) -> tuple[type[Self], ...]:
         return tuple(dict.fromkeys(kind for name in RUNTIMES if (kind := cls.kind(name))))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (RUNTIMES.reference(self.engine),)
+
     @field_validator("engine")
     @classmethod
     def _known(cls, name: str) -> str:
