@@ -38,14 +38,6 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Task = Literal["text-generation", "text2text-generation", "fill-mask"]
 
 
-ComputeType = Literal[
-    "float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"
-]
-
-
-TorchEngine = Literal["torch-dynamic", "torch-static", "torchao-int8", "torchao-int4", "torchao-int8-dynamic"]
-
-
 def _known_grid(name: str) -> str:
     try:
         return grid_named(name).name
