@@ -53,6 +53,9 @@ def work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
+@pytest.mark.engine
+@pytest.mark.server
+@pytest.mark.slow
 def test_an_engine_from_outside_is_planned_checked_measured_cached_reported_and_registered(work: Path) -> None:
     done = featherweight("optimize", "recipe.yaml", "--json", cwd=work)
     assert done.returncode == 0, done.stderr
@@ -70,6 +73,7 @@ def test_an_engine_from_outside_is_planned_checked_measured_cached_reported_and_
     assert {node["status"] for node in again["nodes"]} <= {"cached", "skipped"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "told"),
     [
