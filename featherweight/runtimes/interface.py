@@ -28,6 +28,9 @@ from featherweight.system.processes import peak_bytes
 from featherweight.system.toolchains import python
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.writing import Source
 
 Tokens = list[list[int]]
@@ -92,6 +95,16 @@ class Runtime(ABC, Generic[SpecOf]):
     def bound(self, serving: Serving) -> Bound:
         """How far its log-probabilities may be from PyTorch's, by how it handles activations."""
         return EXACT
+
+    def on_gpu(self, serving: Serving) -> bool:
+        """Whether it serves that folder from a GPU here."""
+        return False
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        """The tensors of its own files in `folder` as it holds them while it serves; here for transformers' own."""
+        from featherweight.runtimes.bytes_read import checkpoint_tensors
+
+        return checkpoint_tensors(folder, serving, config)
 
     def task_refusal(self, task: Task) -> str | None:
         """Why it does not serve a model for `task`; None where it does."""

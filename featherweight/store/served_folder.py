@@ -16,7 +16,7 @@ FILE = "serving.json"
 class Serving:
     """Which engine serves the folder, and how.
 
-    engine: a name of featherweight.runtimes.catalog.ENGINES.
+    engine: a name of featherweight.runtimes.catalog.RUNTIMES.
     weights: sub-folder with the engine's own files ('.' for the root). The tokenizer's files lie at the root.
     options: what the engine must be told at load time, such as {"compute_type": "int8"}.
     grid: name of the grid that the weights lie on, None for float.

@@ -23,7 +23,7 @@ from featherweight.store.artifact import describe_files, merkle_digest
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.spec import GateSpec
 from featherweight.training.spec import FinetuneSpec, TrainSpec
-from tasks.table import stage_named
+from tasks.stages import stage_named
 
 text, root = Path(sys.argv[1]), Path(sys.argv[2])
 digests = {}
@@ -55,12 +55,12 @@ for method, training in (("gptq", {}), ("qat", {"generated_tokens": 32, "steps":
 mixed = QuantizeSpec.of(grid="int4-g32", head=None, mixed={"budget": 10.0, "samples": 2}, **few)
 scan = run("sensitivity", "sensitivity", mixed.sensitivity, checkpoint=model, calibration=text)
 mixed = run("quantize", "mixed", mixed, checkpoint=model, text=text, calibration=text, sensitivity=scan)
-run("export", "torchao", serving_spec(engine="torchao-int4"), checkpoint=mixed, calibration=text)
-run("export", "static", serving_spec(engine="torch-static"), checkpoint=quantized, calibration=text)
-run("export", "half", serving_spec(engine="torch", compute_type="bfloat16"), checkpoint=model, calibration=text)
-genai = serving_spec(engine="onnxruntime-genai", precision="int8")
+run("export", "torchao", ExportSpec.of(engine="torchao-int4"), checkpoint=mixed, calibration=text)
+run("export", "static", ExportSpec.of(engine="torch-static"), checkpoint=quantized, calibration=text)
+run("export", "half", ExportSpec.of(engine="torch", compute_type="bfloat16"), checkpoint=model, calibration=text)
+genai = CompileSpec.of(engine="onnxruntime-genai", precision="int8")
 run("compile", "genai", genai, checkpoint=quantized, calibration=text)
-run("export", "ctranslate2", serving_spec(engine="ctranslate2", compute_type="int8"), checkpoint=quantized, calibration=text)
+run("export", "ctranslate2", ExportSpec.of(engine="ctranslate2", compute_type="int8"), checkpoint=quantized, calibration=text)
 print(json.dumps(digests))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,9 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.machine import INT8_DOT, Machine, cpu_features
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.writing import Source
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, "int8", "int8_float32", "int8_float16")
@@ -64,6 +68,14 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         if compute_type == "int8" and serving.grid != "int8-reduced" and not INT8_DOT & cpu_features():
             return SATURATING
         return INT8_ACTIVATIONS if compute_type in ("int8", "int8_float16") else sixteen_bits(compute_type) or EXACT
+
+    def on_gpu(self, serving: Serving) -> bool:
+        return serving.options.get("device") == "cuda"
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.ctranslate2.bytes_read import model_tensors
+
+        return model_tensors(folder / "model.bin", serving.options.get("compute_type", "float32"))
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "fill-mask":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,9 @@ from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.writing import Source
 
 BITS = {"int8": 8, "int4": 4}
@@ -56,6 +60,11 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     def bound(self, serving: Serving) -> Bound:
         """Rounded weights have activations rounded per block: 0.42 nats at most, 0.032 on average; floats 0.00006 at most."""
         return EXACT if serving.grid is None else INT8_ACTIVATIONS
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.onnx_genai.bytes_read import graph_tensors
+
+        return graph_tensors(folder / "model.onnx")
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":

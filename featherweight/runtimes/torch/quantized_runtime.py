@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from featherweight.runtimes.torch.formats import FORMATS, WEIGHT_ONLY
 from featherweight.store.served_folder import Serving
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.writing import Source
 
 
@@ -47,6 +51,11 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
     def bound(self, serving: Serving) -> Bound:
         """int8 per token: 0.63 nats at most and 0.059 on average; by one range, against the same rounding, 0.91 and 0.058."""
         return EXACT if self.format.activations == "float" else INT8_ACTIVATIONS
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.torch.bytes_read import packed_tensors
+
+        return packed_tensors(folder, self.format, config)
 
     def grid_refusal(self, grids: Grids, spec: QuantizedTorchSpec) -> str | None:
         if grids.body is None or spec.kv_cache:

@@ -60,6 +60,9 @@ class Torch(Runtime[TorchSpec]):
         """float16: 0.025 nats at most, bfloat16 0.26 and 0.019 on average."""
         return sixteen_bits(serving.options.get("dtype", "")) or EXACT
 
+    def on_gpu(self, serving: Serving) -> bool:
+        return "bitsandbytes" in serving.options
+
     def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
         known = (*FLOATS, *BITSANDBYTES)
         if reason := compute_type_refusal(self.name, known, spec.compute_type) or cache_refusal(self.name, spec):

@@ -57,6 +57,9 @@ class Vllm(Runtime[VllmSpec]):
         cache = FP8 if serving.options.get("kv_cache_dtype") == "fp8" else EXACT
         return loosest(EXACT, rounded, sixteen_bits(serving.options.get("dtype", "")) or EXACT, cache)
 
+    def on_gpu(self, serving: Serving) -> bool:
+        return bool(gpus())
+
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
             return "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch"
