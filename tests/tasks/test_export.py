@@ -223,7 +223,8 @@ def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkp
     [serving_spec("torch"), serving_spec("vllm"), serving_spec("vllm", compute_type="int8"), ctranslate2("int8")],
     ids=["torch", "vllm", "vllm-int8", "ctranslate2-int8"],
 )
-def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, checkpoints, text, tmp_path, without_parity):
+def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, checkpoints, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(Reference, "check", lambda *_: {"parity_max_abs": 0.0})
     source = checkpoints["llama"]
     before = models.digests(source)
     export(spec, checkpoint=source, calibration=text, out=tmp_path)
