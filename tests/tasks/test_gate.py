@@ -196,4 +196,4 @@ def test_missing_optional_metric_only_warns():
 
 def test_a_variant_without_a_roofline_is_no_finding():
     validation = check_metrics([variant("a", roofline_1=0.7, bytes_per_token=1e6), variant("b")])
-    assert validation.suites[0].findings == []
+    assert not validation.suites[0].findings
