@@ -71,6 +71,7 @@ def divergence_formula(kind: str, p: torch.Tensor, q: torch.Tensor) -> torch.Ten
     return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("shape", [(24, 50), (600, 3000)])

@@ -146,6 +146,7 @@ def test_their_results_are_right(site: Path, tiny_checkpoint: Path, text: Path, 
         prune(PruneSpec.of(method="tail", layers=2), checkpoint=tiny_checkpoint, calibration=text, out=tmp_path / "short")
 
 
+@pytest.mark.slow
 def test_their_code_and_versions_are_in_the_keys_of_their_nodes(site: Path) -> None:
     def keys() -> list[str]:
         forget()

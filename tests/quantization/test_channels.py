@@ -32,6 +32,7 @@ def scale(model: Any, pairs: list[Pair]) -> None:
             reader.weight.mul_(factors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAYOUTS)
 @pytest.mark.parametrize("pairs", [norm_pairs, inner_pairs])
 def test_scaling_every_pair_keeps_the_function(model_type: str, pairs: Any) -> None:

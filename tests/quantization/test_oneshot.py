@@ -243,6 +243,7 @@ def test_what_was_calibrated_is_served_as_it_is(
         assert (torch.tensor(row) - expected).abs().mean() < bound
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("mbart", {"method": "gptq", "smooth": "smoothquant"}), ("t5", {"method": "gptq"})])
 def test_calibrated_translators_are_packed_as_they_are(

@@ -166,6 +166,7 @@ def test_history_tells_who_when_why_and_the_gates(desk: Bench) -> None:
     assert first.when.endswith("+00:00")
 
 
+@pytest.mark.slow
 def test_transition_to_where_it_stands_is_no_transition(desk: Bench) -> None:
     three_versions(desk)
     move(desk, "1", "production")
@@ -204,6 +205,7 @@ def test_rollback_goes_back_one_champion_at_a_time(desk: Bench) -> None:
     assert [one.stage for one in desk.registry.versions(MODEL)] == ["production", "archived", "archived"]
 
 
+@pytest.mark.slow
 def test_champion_that_changed_meanwhile_stops_a_promotion(desk: Bench) -> None:
     three_versions(desk)
     move(desk, "1", "production")
@@ -249,6 +251,7 @@ def entries(desk: Bench) -> dict[str, str]:
     return {key: value for key, value in tags.items() if key.startswith("featherweight.history.")}
 
 
+@pytest.mark.slow
 def test_history_is_only_appended(desk: Bench) -> None:
     three_versions(desk)
     for version in "12":
@@ -263,6 +266,7 @@ def test_history_is_only_appended(desk: Bench) -> None:
     assert desk.registry.history_faults(MODEL) == []
 
 
+@pytest.mark.slow
 def test_altered_and_removed_entries_are_found(desk: Bench) -> None:
     three_versions(desk)
     for version in "123":
@@ -311,6 +315,7 @@ def test_two_writers_lose_nothing(desk: Bench) -> None:
     assert not [key for key in entries(desk) if ".lock." in key]
 
 
+@pytest.mark.slow
 def test_writer_waits_for_a_lock_and_not_for_a_dead_one(desk: Bench) -> None:
     three_versions(desk)
     client = desk.registry.client

@@ -64,6 +64,7 @@ def test_clean_text_passes_with_its_figures_and_no_word_of_the_library(texts, ca
     assert not [record for record in caplog.records if record.name.startswith("great_expectations")]
 
 
+@pytest.mark.slow
 def test_exact_copy_in_calibration_is_named_with_its_twin(texts):
     message = refused(texts(calibration={"leak.py": prose(203).upper().replace(" ", "\n")}))
     assert "evaluation text: expected no same text in calibration: evaluation3 (leak.py)" in message
@@ -74,6 +75,7 @@ def test_copy_inside_a_longer_training_document(texts):
     assert "overlap with train at most 0.5: evaluation5 (100%)" in message
 
 
+@pytest.mark.slow
 def test_near_copy_above_the_bound_and_below(texts):
     words = prose(206).split()
     edited = " ".join(words[:150] + prose(1002, 50).split())
@@ -134,6 +136,7 @@ def test_training_text_may_be_absent(texts):
     assert "train_documents" not in gate(GateSpec(), **folders)
 
 
+@pytest.mark.slow
 def test_page_is_escaped_and_asks_the_network_for_nothing(texts, tmp_path):
     evil = "<img src=x onerror=document.title='owned'>"
     folders = texts(train={evil: prose(200)})
@@ -164,6 +167,7 @@ def test_metrics_of_sound_variants_pass(tmp_path):
     assert "metrics of the variants" in (tmp_path / "metrics.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -137,6 +137,7 @@ def test_other_objectives_compare_their_own_figure() -> None:
 # -- on a registry -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk: Bench) -> None:
     first = register(desk.registry, desk.winner("one", constraints={"min_speedup": 7.0}))
     done = promote(desk.registry, MODEL, first.version, who="ada", why="first")

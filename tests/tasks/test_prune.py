@@ -95,6 +95,7 @@ def test_it_is_llm_pruner(method: str, tmp_path: Path) -> None:
     assert mean_loss(saved, blocks) == pytest.approx(expected["loss_after"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_saved_model_is_the_whole_one_with_the_rest_set_to_zero(
@@ -241,6 +242,7 @@ def test_an_architecture_without_such_groups_is_refused(tiny_checkpoint: Path, t
         prune(PruneSpec.of(), checkpoint=source, calibration=text, out=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["param_mix", "random"])
 def test_the_same_seed_gives_the_same_bytes(criterion: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     spec = PruneSpec.of(criterion=criterion, samples=4, sequence=32)

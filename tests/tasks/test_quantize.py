@@ -84,6 +84,7 @@ def test_every_weight_is_its_integer_times_its_scale(
     assert metrics["loss_after"] == pytest.approx(metrics["loss_before"], rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_the_folder_loads_plainly_and_holds_nothing_else(
     method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
@@ -121,6 +122,7 @@ def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_pat
     assert torch.equal(before[EMBEDDING], after[EMBEDDING])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_an_untied_sharded_checkpoint_of_odd_widths(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Rows of 88 weights end in a short group; bfloat16 comes out as float32; the head has integers of its own."""
@@ -168,6 +170,7 @@ def logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"method": "smoothquant"}, {"method": "awq"}, {"method": "gptq", "smooth": "awq"}])
 @pytest.mark.parametrize("grid", ["int8", "int4-g32"])
 def test_smoothing_moves_ranges_and_keeps_the_function(options: dict, grid: str, outliers: Path, text: Path) -> None:
@@ -217,6 +220,7 @@ def test_awq_loses_less_than_rounding_where_channels_stand_out(outliers: Path, t
     assert awq < 0.8 * rtn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "qat"])
 def test_every_method_rounds_what_was_smoothed(method: str, outliers: Path, text: Path, tmp_path: Path) -> None:
     still = {"learning_rate": 1e-9} if method == "qat" else {}

@@ -216,6 +216,7 @@ def test_a_long_array_in_one_line_is_read_as_it_goes() -> None:
     assert wrong.taken < 200_000
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1), st.integers(1, 9), st.sampled_from([None, 1]))
 def test_json_in_any_pieces_is_the_same(texts: list[str], size: int, indent: int | None) -> None:
     class Drops(io.StringIO):
