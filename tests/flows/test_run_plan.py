@@ -17,8 +17,8 @@ from featherweight.recipe.plan import Node, Plan
 from featherweight.store.artifact import ArtifactRef
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.text.documents import Document, write_documents
-from featherweight.training import processes
 from featherweight.training.spec import FinetuneSpec
+from featherweight.training.threads import cores
 from tasks.finetune import finetune
 from tasks.stage import Session, stage
 from tests.support.stores import new_workspace
@@ -81,7 +81,7 @@ def test_a_stopped_stage_goes_on_where_it_was_to_the_same_digest(tiny_checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(processes.cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
 def test_the_recorded_peak_counts_the_processes_that_train(tiny_checkpoint: Path, tmp_path: Path) -> None:
     session = open_session(tmp_path / "workspace")
     refs = inputs_of_finetune(session, tiny_checkpoint, tmp_path / "text")

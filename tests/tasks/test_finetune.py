@@ -16,8 +16,8 @@ from featherweight.errors import CheckpointError, DataError, RecipeError, StageE
 from featherweight.progress import Progress
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.text.documents import Document, write_documents
-from featherweight.training import processes
 from featherweight.training.spec import FinetuneSpec
+from featherweight.training.threads import cores
 from tasks.finetune import finetune
 from tests.support.families import family_checkpoint
 
@@ -157,7 +157,7 @@ def test_every_family_is_finetuned_whole_and_by_adapters(model_type: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(processes.cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
 def test_two_processes_train_as_one_even_when_interrupted(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """The same losses and weights as one process with the whole batch; the second launch goes on where the first was stopped."""
 
