@@ -64,7 +64,7 @@ def test_an_engine_from_outside_is_planned_checked_measured_cached_reported_and_
     rows = {row["name"]: row for row in result["variants"]}
     row = rows["plain"]
     assert (row["status"], row["engine"]) == ("winner", "plain")
-    assert row["metrics"]["parity"] < 2e-4 and abs(row["metrics"]["quality_change"]) < 1e-2
+    assert row["metrics"]["parity"] < 5e-4 and abs(row["metrics"]["quality_change"]) < 1e-2
     assert row["metrics"]["tokens_per_s_1"] > 0 and row["metrics"]["peak_memory_bytes"] > 1e8
     assert rows["rtn8/plain"]["reason"] == "rtn-int8 + plain: plain computes in float32 and has no kernel for int8"
     assert "plain" in (work / "report.html").read_text()
