@@ -141,14 +141,21 @@ def memory_bytes() -> int:
 def memory_bandwidth_bytes_s(threads: int | None = None, budget_s: float = 0.5) -> float:
     """Bytes per second that `threads` (default: all in reach) read from main memory; the best of several passes.
 
-    Sums an array larger than the caches, as decoding reads every weight once per token: the roof of a roofline. The budget
+    Reads an array larger than the caches, as decoding reads every weight once per token: the roof of a roofline. The budget
     covers the passes, not the allocation.
     """
     import numpy as np
 
     threads = threads or available_cores()
-    array = np.ones(64 * 2**20, dtype=np.float32)  # 256 MiB
+    array = np.ones(_beyond_caches_bytes() // 4, dtype=np.float32)
     return max(_read_passes(np.array_split(array, threads), budget_s))
+
+
+def _beyond_caches_bytes() -> int:
+    """Twice the largest cache, so that little of it is read again from there; 256 MiB at least, 1 GiB at most."""
+    sizes = (_read(str(path)).strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    largest = max((int(size.removesuffix("K")) * 1024 for size in sizes if size.removesuffix("K").isdigit()), default=0)
+    return min(max(2 * largest, 256 * 2**20), 2**30)
 
 
 def _read_passes(parts: list[Any], budget_s: float) -> list[float]:
