@@ -199,8 +199,11 @@ def test_every_family_computes_what_its_float_weights_compute(family, text, tmp_
         inputs = inputs_and_labels(model.config, blocks)[0]
         with torch.inference_mode(), simulated(model, ranges):
             expected, found = model(**inputs).logits, served(**inputs).logits
-        error = (found - expected).std() / expected.std()
-        assert error < (0.1 if pack.FORMATS[engine].activations == "dynamic" else 1e-5), engine
+        errors = (found - expected).std(-1) / expected.std()
+        if pack.FORMATS[engine].activations == "dynamic":
+            assert errors.max() < 0.1, engine
+        else:  # an activation halfway between two integers may fall to either side, by the order of a sum
+            assert errors.median() < 1e-5 and errors.max() < 0.02, (engine, errors)
         assert not [name for name, parameter in served.named_parameters() if parameter.is_meta]
 
 
