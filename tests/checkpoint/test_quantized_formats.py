@@ -22,6 +22,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.vllm import pack
+from featherweight.runtimes.vllm.schemes import SCHEMES as SCHEMES_OF_VLLM
 from featherweight.text.documents import Document, write_documents
 from tasks.export import export
 from tasks.load import load
@@ -230,7 +231,7 @@ def test_fp8_weights_go_on_to_vllm_bit_for_bit(recipe, tiny_checkpoint, tmp_path
     found = QuantizedWeights.read(out)
     assert found and set(found.grids.values()) == {GRIDS["fp8"]}
     (tmp_path / "again").mkdir()
-    pack.pack(load_model(out), found, out, tmp_path / "again", pack.SCHEMES["fp8"])
+    pack.pack(load_model(out), found, out, tmp_path / "again", SCHEMES_OF_VLLM["fp8"])
     theirs, again = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "again"))
     for name in found.q:
         assert torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)), name

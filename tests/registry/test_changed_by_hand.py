@@ -33,6 +33,7 @@ def delete_but_keep_alias(desk: Bench, version: str, alias: str) -> None:
         base.execute(f"insert into registered_model_aliases ({','.join(names)}) values ({marks})", [values[one] for one in names])
 
 
+@pytest.mark.slow
 def test_a_deleted_champion_is_named_and_another_is_promoted(desk: Bench) -> None:
     champions(desk, 2)
     delete_but_keep_alias(desk, "2", "champion")
@@ -62,6 +63,7 @@ def test_there_is_no_rolling_back_to_a_deleted_version(desk: Bench) -> None:
     assert desk.registry.get(MODEL, "champion").version == "2"
 
 
+@pytest.mark.slow
 def test_a_renamed_model_is_named_where_its_old_name_is_asked_for(desk: Bench) -> None:
     champions(desk, 2)
     desk.registry.client.rename_registered_model(MODEL, "llama-of-may")

@@ -77,6 +77,7 @@ def changed_by(tree: Path, file: str, old: str, new: str) -> set[str]:
 PRUNED = {"structured", "depth", "width", "attention", "sparse"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "changed"),
     [
@@ -280,6 +281,7 @@ def node(spec: Spec) -> Node:
     return Node("n", stage_of(spec), "n", spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_no_code_that_a_stage_runs_is_outside_its_key(name: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     ran, function = ran_by(name, tiny_checkpoint, text, tmp_path), stage_named(stage_of(RUN[name])).function
@@ -287,6 +289,7 @@ def test_no_code_that_a_stage_runs_is_outside_its_key(name: str, tiny_checkpoint
     assert not ran - known
 
 
+@pytest.mark.slow
 def test_a_mutation_of_what_a_stage_runs_changes_its_key(tree: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ran = sorted(ran_by("gptq", tiny_checkpoint, text, tmp_path / "out"))

@@ -70,6 +70,7 @@ def test_exact_copy_in_calibration_is_named_with_its_twin(texts):
     assert "evaluation text: expected no same text in calibration: evaluation3 (leak.py)" in message
 
 
+@pytest.mark.slow
 def test_copy_inside_a_longer_training_document(texts):
     message = refused(texts(train={"anthology": prose(1000) + " " + prose(205) + " " + prose(1001)}))
     assert "overlap with train at most 0.5: evaluation5 (100%)" in message
@@ -103,6 +104,7 @@ def test_empty_split(texts):
     assert "evaluation text: expected at least 1 rows, found 0" in refused(folders)
 
 
+@pytest.mark.slow
 def test_blank_and_binary_documents(texts):
     assert "expected words at least 1: hollow (0)" in refused(texts(train={"hollow": " \n "}))
 

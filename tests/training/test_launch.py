@@ -57,6 +57,7 @@ def ask(tmp_path: Path, fail: str = "", heard: Progress | None = None) -> Metric
     return run_in_processes(f"{__name__}:work", AskedSpec(fail=fail), {"out": tmp_path}, 7, 1, heard or Heard())
 
 
+@pytest.mark.slow
 def test_progress_and_metrics_are_handed_on_and_noise_is_not(tmp_path: Path) -> None:
     heard = Heard()
     metrics = dict(ask(tmp_path, heard=heard))
