@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.distillation.spec import DistillSpec
 from featherweight.pruning.spec import PruneSpec
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node
 from featherweight.spec import Spec
 from featherweight.text.documents import Document, write_documents
+from featherweight.training.spec import FinetuneSpec, LoraSpec
 from tasks import cache_key, code_slice
 from tasks.code_slice import INERT, OURS, SILENT, slice_of
 from tasks.stages import stage_named
@@ -235,7 +238,8 @@ def places(codes: set[CodeType]) -> set[str]:
     found = set()
     for code in codes:
         path = Path(code.co_filename)
-        if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] not in OURS or code.co_name == "<module>":
+        ours = path.suffix == ".py" and path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in OURS
+        if not ours or code.co_name == "<module>":
             continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if module in INERT or any(SILENT.fullmatch(part) for part in code.co_qualname.split(".")):
@@ -252,29 +256,46 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHORT = {"samples": 4, "sequence": 16}
-RUN = {
+TRAINED: dict[str, Any] = {"steps": 2, "batch": 2, "sequence": 16}
+RUN: dict[str, Spec] = {
     "rtn": QuantizeSpec.of(**SHORT),
     "gptq": QuantizeSpec.of(method="gptq", **SHORT),
     "awq": QuantizeSpec.of(method="awq", **SHORT),
     "qat": QuantizeSpec.of(method="qat", generated_tokens=32, steps=2, batch=2, **SHORT),
     "structured": PruneSpec.of(ratio=0.5, **SHORT),
     "sparse": PruneSpec.of(method="sparse", criterion="sparsegpt", **SHORT),
+    "distill": DistillSpec(layers=1, choose="block_influence", hidden_weight=0.5, attention_weight=0.5, **TRAINED),
+    "finetune": FinetuneSpec(evaluate_every=1, lora=LoraSpec(rank=2), **TRAINED),
+    "sensitivity": SensitivitySpec(grid="int4-g32", head=None, finer="int8", scale="mse", **SHORT),
+    "load": LoadSpec(source="checkpoint"),
+}
+STAGES: dict[type[Spec], str] = {
+    QuantizeSpec: "quantize",
+    PruneSpec: "prune",
+    DistillSpec: "distill",
+    FinetuneSpec: "finetune",
+    SensitivitySpec: "sensitivity",
+    LoadSpec: "load",
 }
 
 
 def ran_by(name: str, checkpoint: Path, text: Path, out: Path) -> set[str]:
     """The places of the code that a stage runs on the spec of that name."""
-    spec, texts = RUN[name], {"calibration": text}
-    if isinstance(spec, QuantizeSpec):
-        texts["text"] = text
+    spec = RUN[name]
+    if isinstance(spec, LoadSpec):
+        spec, inputs = spec.model_copy(update={"source": str(checkpoint)}), dict[str, Path]()
+    else:
+        inputs = {"checkpoint": checkpoint, "calibration": text}
+    if isinstance(spec, QuantizeSpec | DistillSpec | FinetuneSpec):
+        inputs["text"] = text
     stage = stage_named(stage_of(spec))
-    found = places(executed(lambda: stage.function(spec, checkpoint=checkpoint, out=out, **texts)))
+    found = places(executed(lambda: stage.function(spec, out=out, **inputs)))
     assert len(found) > 20
     return found
 
 
 def stage_of(spec: Spec) -> str:
-    return "quantize" if isinstance(spec, QuantizeSpec) else "prune"
+    return next(stage for kind, stage in STAGES.items() if isinstance(spec, kind))
 
 
 def node(spec: Spec) -> Node:
