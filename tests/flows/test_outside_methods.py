@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from featherweight.errors import RecipeError
@@ -30,7 +27,6 @@ from tasks import cache_key, code_slice
 from tasks.prune import prune
 from tasks.quantize import quantize
 from tests.conftest import STORY
-from tests.flows.test_optimize import featherweight
 
 SUPPORT = Path(__file__).parents[1] / "support"
 RECIPE: dict[str, Any] = {
@@ -163,32 +159,3 @@ def test_their_code_and_versions_are_in_the_keys_of_their_nodes(site: Path) -> N
     described = site / "outside_pruner-1.0.dist-info" / "METADATA"
     described.write_text(described.read_text().replace("1.0", "1.1"))
     assert [one == other for one, other in zip(edited, keys(), strict=True)] == [True, True, False]
-
-
-@pytest.mark.engine
-@pytest.mark.server
-@pytest.mark.slow
-def test_a_recipe_with_them_runs_is_cached_and_is_made_anew_where_their_file_changes(
-    site: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
-    words = STORY.split()
-    texts = [" ".join(words[index % 9 :: 1 + index % 5]) + f" {index}" for index in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-
-    def run() -> dict[str, Any]:
-        done = featherweight("optimize", "recipe.yaml", "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    first = run()
-    rows = {row["name"]: row for row in first["variants"]}
-    assert {rows[name]["status"] for name in ("short/ct2", "clip8/ct2-int8")} <= {"winner", "loser"}
-    assert rows["thin/clip8/ct2-int8"]["reason"] == "sparse + clip-int8: clips no zeros"
-    assert {node["status"] for node in run()["nodes"]} == {"cached"}
-    path = site / "outside_quantizer.py"
-    path.write_text(path.read_text().replace("given.spec.clip)", "given.spec.clip * 0.9)"))
-    again = {node["id"]: node["status"] for node in run()["nodes"]}
-    assert again["clip8"] == "done" and again["short"] == "cached" and again["short/ct2/evaluate"] == "cached"

@@ -20,10 +20,14 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"source": "checkpoint"},
     "data": {"source": "text.jsonl", "evaluation": 0.3, "calibration": 0.3},
     "stages": {
-        "quantize": {"rtn8": {"method": "rtn"}},
-        "export": {"plain": {"engine": "plain", "attention": "eager"}},
+        "prune": {"short": {"method": "tail", "samples": 2, "sequence": 16, "finetune": None}},
+        "quantize": {"clip8": {"method": "clip", "clip": 0.8, "samples": 2, "sequence": 16}},
+        "export": {
+            "plain": {"engine": "plain", "attention": "eager"},
+            "ct2-int8": {"engine": "ctranslate2", "compute_type": "int8"},
+        },
     },
-    "variants": [{"quantize": ["none", "rtn8"], "serve": "plain"}],
+    "variants": [{"prune": ["none", "short"], "serve": "plain"}, {"quantize": "clip8", "serve": ["plain", "ct2-int8"]}],
     "workload": {"prompt_tokens": 8, "new_tokens": 4, "batch_sizes": [1], "rounds": 2, "windows": 4, "window_tokens": 32},
     "constraints": {"max_quality_loss": 5.0},
     "objective": "size",
@@ -45,6 +49,8 @@ def install(site: Path, module: str, group: str, name: str, attribute: str) -> N
 def work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a checkpoint, a text and a recipe, whose processes find the outside package."""
     install(tmp_path / "site", "outside_runtime", "featherweight.runtimes", "plain", "PLAIN")
+    install(tmp_path / "site", "outside_quantizer", "featherweight.quantizers", "clip", "CLIP")
+    install(tmp_path / "site", "outside_pruner", "featherweight.pruners", "tail", "TAIL")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]))
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     words = STORY.split()
@@ -57,21 +63,32 @@ def work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.engine
 @pytest.mark.server
 @pytest.mark.slow
-def test_an_engine_from_outside_is_planned_checked_measured_cached_reported_and_registered(work: Path) -> None:
+def test_what_is_from_outside_is_planned_checked_measured_cached_reported_and_registered(work: Path) -> None:
+    plan = json.loads(featherweight("plan", "recipe.yaml", "--json", cwd=work).stdout)
+    seconds = {node["id"]: node["seconds"] for node in plan["nodes"]}
+    assert seconds["clip8"] > seconds["short"]
     done = featherweight("optimize", "recipe.yaml", "--json", cwd=work)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {row["name"]: row for row in result["variants"]}
+    assert (rows["short/plain"]["status"], rows["short/plain"]["engine"]) == ("winner", "plain")
+    assert rows["clip8/ct2-int8"]["status"] == "loser"
     row = rows["plain"]
-    assert (row["status"], row["engine"]) == ("winner", "plain")
+    assert (row["status"], row["engine"]) == ("loser", "plain")
     assert row["metrics"]["parity"] < 5e-4 and abs(row["metrics"]["quality_change"]) < 1e-2
     assert row["metrics"]["tokens_per_s_1"] > 0 and row["metrics"]["peak_memory_bytes"] > 1e8
-    assert rows["rtn8/plain"]["reason"] == "rtn-int8 + plain: plain computes in float32 and has no kernel for int8"
-    assert "plain" in (work / "report.html").read_text()
+    assert rows["clip8/plain"]["reason"] == "clip-int8 + plain: plain computes in float32 and has no kernel for int8"
+    assert "clip8/ct2-int8" in (work / "report.html").read_text()
     (requirements,) = (work / ".featherweight").rglob("requirements.txt")
     assert "outside-runtime==1.0" in requirements.read_text().splitlines()
     again = json.loads(featherweight("optimize", "recipe.yaml", "--json", cwd=work).stdout)
     assert {node["status"] for node in again["nodes"]} <= {"cached", "skipped"}
+    path = work / "site" / "outside_quantizer.py"
+    path.write_text(path.read_text().replace("given.spec.clip)", "given.spec.clip * 0.9)"))
+    edited = json.loads(featherweight("optimize", "recipe.yaml", "--json", cwd=work).stdout)
+    made = {node["id"] for node in edited["nodes"] if node["status"] == "done"}
+    assert {"clip8", "clip8/ct2-int8", "clip8/ct2-int8/evaluate"} <= made
+    assert not made & {"checkpoint", "short", "short/plain", "short/plain/evaluate", "plain", "plain/evaluate", "baseline/evaluate"}
 
 
 @pytest.mark.slow
