@@ -59,10 +59,15 @@ class Source:
         return self.quantized
 
     def round_floats(self, name: str) -> None:
-        """Move `model` in place to a float of 16 bits. Raises StageError for weights beyond float16's range."""
+        """Move what is saved of `model` to a float of 16 bits, in place. Raises StageError for weights beyond float16's range.
+
+        What is computed anew at each load, such as the frequencies of rotary positions, no engine rounds.
+        """
         import torch
 
-        self.model.to(getattr(torch, name))
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(getattr(torch, name))
         if not all(weight.isfinite().all() for weight in self.model.parameters()):
             raise StageError(f"some weights are too large for {name}; take bfloat16")
 

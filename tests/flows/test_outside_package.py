@@ -71,18 +71,18 @@ def test_what_is_from_outside_is_planned_checked_measured_cached_reported_and_re
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {row["name"]: row for row in result["variants"]}
-    assert (rows["short/plain"]["status"], rows["short/plain"]["engine"]) == ("winner", "plain")
-    assert rows["clip8/ct2-int8"]["status"] == "loser"
+    assert {rows[name]["status"] for name in ("plain", "short/plain", "clip8/ct2-int8")} == {"winner", "loser"}
     row = rows["plain"]
-    assert (row["status"], row["engine"]) == ("loser", "plain")
-    assert row["metrics"]["parity"] < 5e-4 and abs(row["metrics"]["quality_change"]) < 1e-2
+    assert row["metrics"]["parity"] < 2e-5 and abs(row["metrics"]["quality_change"]) < 1e-2
     assert row["metrics"]["tokens_per_s_1"] > 0 and row["metrics"]["peak_memory_bytes"] > 1e8
     assert rows["clip8/plain"]["reason"] == "clip-int8 + plain: plain computes in float32 and has no kernel for int8"
     assert "clip8/ct2-int8" in (work / "report.html").read_text()
-    (requirements,) = (work / ".featherweight").rglob("requirements.txt")
-    assert "outside-runtime==1.0" in requirements.read_text().splitlines()
-    again = json.loads(featherweight("optimize", "recipe.yaml", "--json", cwd=work).stdout)
+    only = "variants=[{prune: [none, short], serve: plain}]"
+    again = json.loads(featherweight("optimize", "recipe.yaml", "--json", "--set", only, cwd=work).stdout)
     assert {node["status"] for node in again["nodes"]} <= {"cached", "skipped"}
+    assert next(row["engine"] for row in again["variants"] if row["status"] == "winner") == "plain"
+    written = [path.read_text().splitlines() for path in (work / ".featherweight").rglob("requirements.txt")]
+    assert any("outside-runtime==1.0" in lines for lines in written)
     path = work / "site" / "outside_quantizer.py"
     path.write_text(path.read_text().replace("given.spec.clip)", "given.spec.clip * 0.9)"))
     edited = json.loads(featherweight("optimize", "recipe.yaml", "--json", cwd=work).stdout)

@@ -45,7 +45,7 @@ class Plain(Runtime[PlainSpec]):
         Serving(self.name, options={"attention": spec.attention}).write(out)
 
     def bound(self, serving: Serving) -> Bound:
-        return Bound("max", 5e-4)
+        return Bound("max", 2e-5)
 
     def task_refusal(self, task: Task) -> str | None:
         return None if task == "text-generation" else "plain knows decoders only"
