@@ -28,6 +28,7 @@ from featherweight.quantization.self_generated_text import draw_passages, genera
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.spec import Positive
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
+from featherweight.text.tokens import Frame, load_tokenizer
 from featherweight.training import loop
 from featherweight.training.plan import TrainingPlan
 
@@ -127,7 +128,8 @@ def training_blocks(given: QuantizationInput[QatSpec]) -> Tensor:
         return blocks
     given.progress.note(f"the checkpoint writes {spec.generated_tokens} tokens to train on")
     count = -(-spec.generated_tokens // spec.sequence)
-    passages = draw_passages(given.model, blocks, count, max(1, spec.sequence // PASSAGE), given.seed)
+    lead = Frame.of(load_tokenizer(given.checkpoint)).lead
+    passages = draw_passages(lead, blocks, count, max(1, spec.sequence // PASSAGE), given.seed)
     return torch.cat([blocks, generate_blocks(given.model, passages, spec.sequence, given.seed)])
 
 

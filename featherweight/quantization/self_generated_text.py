@@ -14,7 +14,7 @@ ROWS = 128
 def generate_blocks(model: PreTrainedModel, passages: Tensor, length: int, seed: int) -> Tensor:
     """Go on from `passages` (int64 [count, tokens]) at temperature 1, to blocks of `length` tokens: int64 [count, length].
 
-    Where a text ends, the next begins in the block: with BOS, or without one with the passage's first token.
+    Where a text ends, the next begins in the block as the passage did: with BOS, where the tokenizer begins texts with it.
     """
     import torch
 
@@ -25,26 +25,24 @@ def generate_blocks(model: PreTrainedModel, passages: Tensor, length: int, seed:
     return torch.cat(parts).clone()
 
 
-def draw_passages(model: PreTrainedModel, blocks: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` passages of `length` tokens from anywhere in `blocks` (int64 [blocks, tokens]), led by BOS where there is one.
+def draw_passages(lead: list[int], blocks: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """`count` passages of `length` tokens from anywhere in `blocks` (int64 [blocks, tokens]), behind what leads every text.
 
     A model that writes from nothing stays with what it likes best; from passages of a text it stays near that text.
     """
     import torch
 
-    bos = model.config.bos_token_id
-    stream, lead = blocks.flatten(), [] if bos is None else [torch.full((count, 1), bos)]
-    wanted = length - len(lead)
+    stream, wanted = blocks.flatten(), length - len(lead)
     starts = torch.randint(len(stream) - wanted + 1, (count, 1), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([*lead, stream[starts + torch.arange(wanted)]], dim=1)
+    leads = torch.tensor(lead, dtype=torch.long).repeat(count, 1)
+    return torch.cat([leads, stream[starts + torch.arange(wanted)]], dim=1)
 
 
 def _sample(model: PreTrainedModel, passages: Tensor, length: int, generator: Generator) -> Tensor:
     """One batch with its key-value cache."""
     import torch
 
-    ends, bos = _ends(model), model.config.bos_token_id
-    restart = passages[:, :1] if bos is None else torch.full_like(passages[:, :1], bos)
+    ends, restart = _ends(model), passages[:, :1]
     blocks, read, cache = passages, passages, None
     while blocks.shape[1] < length:
         output = model(input_ids=read.to(model.device), past_key_values=cache, use_cache=True)
@@ -68,5 +66,5 @@ def _ends(model: PreTrainedModel) -> Tensor:
     """The ids that end a text."""
     import torch
 
-    found = model.config.eos_token_id
+    found = model.generation_config.eos_token_id
     return torch.tensor([] if found is None else found, dtype=torch.long).flatten()

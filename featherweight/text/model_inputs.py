@@ -8,6 +8,7 @@ int64 [2 * length], a source and a target: a text and its translation (or its fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import CheckpointError, DataError
 from featherweight.model.architecture import Role, family_of
 from featherweight.text.documents import shuffled_documents
-from featherweight.text.tokens import Window, load_tokenizer, token_blocks, token_windows
+from featherweight.text.tokens import (
+    Encoded,
+    Window,
+    encode,
+    encode_target,
+    framed_pieces,
+    load_tokenizer,
+    token_blocks,
+    token_windows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,10 +115,9 @@ def _pair_windows(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int
 ) -> list[Window]:
     start, windows = decoder_start(config), []
-    for source, target in token_pairs(text, tokenizer, length - 1, seed=0):
-        size = len(str(tokenizer.decode(target, skip_special_tokens=True)).encode())
-        if source and size:
-            windows.append(Window([start, *target], size, source))
+    for source, target in _encoded_pairs(text, tokenizer, length - 1, seed=0):
+        if source.ids and target.text_bytes:
+            windows.append(Window([start, *target.ids], target.text_bytes, source.ids))
         if len(windows) == limit:
             break
     if not windows:
@@ -120,14 +129,11 @@ def _masked_windows(_: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tex
     """Texts as the tokenizer frames them ([CLS] ... [SEP]), some of their tokens masked, the same ones every time."""
     import torch
 
-    frame = tokenizer("").input_ids
-    lead = 0 if tokenizer.bos_token_id is None else 1
     windows = []
-    for number, window in enumerate(token_windows(text, tokenizer, length - len(frame) + lead, limit, SHORTEST)):
-        ids = torch.tensor([[*frame[:1], *window.ids[lead:], *frame[1:]]])
-        source, ids = _masked(ids, tokenizer, number).chunk(2, dim=1)
-        size = len(str(tokenizer.decode(ids[source != ids].tolist())).encode())
-        windows.append(Window(ids[0].tolist(), size, source[0].tolist()))
+    for number, (ids, sizes) in enumerate(framed_pieces(text, tokenizer, length, limit, SHORTEST)):
+        source = _masked(torch.tensor([ids]), tokenizer, number)[0, : len(ids)].tolist()
+        masked = sum(size for size, token, there in zip(sizes, ids, source, strict=True) if token != there)
+        windows.append(Window(ids, masked, source))
     return windows
 
 
@@ -214,15 +220,40 @@ def token_pairs(
     A document with a target of its own gives one pair. Any other is cut into pieces of up to two lengths, and the model is to
     go on from a piece's first half to its second.
     """
+    return ((source.ids, target.ids) for source, target in _encoded_pairs(text, tokenizer, length, seed))
+
+
+def _encoded_pairs(
+    text: Path, tokenizer: PreTrainedTokenizerBase, length: int, seed: int | None = None
+) -> Iterator[tuple[Part, Part]]:
     for document in shuffled_documents(text, seed):
         if document.target is not None:
-            source, target = tokenizer(document.text).input_ids, tokenizer(text_target=document.target).input_ids
-            yield source[:length], target[:length]
+            whole, target = encode(tokenizer, document.text), encode_target(tokenizer, document.target)
+            yield Part(whole, 0, length), Part(target, 0, length)
             continue
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
-        for start in range(0, len(ids) - 1, 2 * length):
-            piece = ids[start : start + 2 * length]
-            yield piece[: (len(piece) + 1) // 2], piece[(len(piece) + 1) // 2 :]
+        whole = encode(tokenizer, document.text, add_special_tokens=False)
+        for start in range(0, len(whole.ids) - 1, 2 * length):
+            end = min(start + 2 * length, len(whole.ids))
+            middle = start + (end - start + 1) // 2
+            yield Part(whole, start, middle), Part(whole, middle, end)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a text's tokens."""
+
+    whole: Encoded
+    start: int
+    end: int
+
+    @property
+    def ids(self) -> list[int]:
+        return self.whole.ids[self.start : self.end]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text that the tokens stand for."""
+        return sum(self.whole.sizes[self.start : self.end])
 
 
 def _padded(ids: list[int], length: int, pad: int) -> list[int]:

@@ -19,7 +19,7 @@ from featherweight.runtimes.parity import load_reference
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import scoring_windows
-from featherweight.text.tokens import Window, load_tokenizer
+from featherweight.text.tokens import Frame, Window, load_tokenizer
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.quantize import quantize
@@ -116,9 +116,11 @@ def test_a_target_counts_the_bytes_of_its_text(checkpoint: Any, text: Path, kind
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_same_tokens_are_masked_every_time(checkpoint: Any, text: Path, kind: str) -> None:
-    windows, lead = windows_of(checkpoint(kind), text)[1], load_tokenizer(checkpoint(kind))("").input_ids[:1]
+    windows, frame = windows_of(checkpoint(kind), text)[1], Frame.of(load_tokenizer(checkpoint(kind)))
     assert windows == windows_of(checkpoint(kind), text)[1]
-    assert all(window.ids[:1] == lead for window in windows)
+    for window in windows:
+        assert window.ids[: len(frame.lead)] == frame.lead
+        assert window.ids[-len(frame.tail) :] == frame.tail
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int]:

@@ -362,12 +362,13 @@ def test_the_checkpoint_writes_its_own_text(tiny_checkpoint: Path) -> None:
 def test_it_goes_on_from_passages_of_the_text(tiny_checkpoint: Path, text: Path) -> None:
     model = opening.load_model(tiny_checkpoint)
     read = token_blocks(text, load_tokenizer(tiny_checkpoint), 32, limit=20, seed=0)
-    passages = draw_passages(model, read, 50, 8, seed=1)
+    passages = draw_passages([model.config.bos_token_id], read, 50, 8, seed=1)
     stream = read.flatten().tolist()
     told = {tuple(stream[place : place + 7]) for place in range(len(stream))}
     assert (passages[:, 0] == model.config.bos_token_id).all()
     assert all(tuple(row) in told for row in passages[:, 1:].tolist())
     assert len({tuple(row) for row in passages.tolist()}) > 30
+    assert torch.equal(draw_passages([], read, 50, 7, seed=1), passages[:, 1:])
     blocks = generate_blocks(model, passages, 20, seed=0)
     assert torch.equal(blocks[:, :8], passages)
     # What follows is what the model says after the passage, with the cache as without.
