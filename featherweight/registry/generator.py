@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from featherweight.errors import DataError, StageError
+from featherweight.errors import DataError, StageError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.runtimes.client import Worker, open_worker
-from featherweight.text.tokens import load_tokenizer
+from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.text.tokens import Frame, load_tokenizer
+
+Message = Mapping[str, str]
+DEFAULT_NEW_TOKENS = 64
 
 
 class Generator:
-    """A served folder's engine and tokenizer; greedy. Safe to call from several threads, which then take turns."""
+    """A served folder's engine and tokenizer, which answer as transformers' `generate` does with the folder's own
+    generation_config.json (greedy, where that does not ask for sampling). Safe to call from several threads, which take turns.
+    """
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int = 512, max_batch: int = 8) -> None:
         self.served, self.threads, self.max_tokens, self.max_batch = served, threads, max_tokens, max_batch
         self._tokenizer = load_tokenizer(served)
+        self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
+        self._settings = GenerationSettings.read(served)
         self._turn = threading.Lock()
         self._worker: Worker | None = self._open()
 
-    def __call__(self, prompts: Sequence[str], max_new_tokens: int = 64, stop_at_end: bool = True) -> list[str]:
-        """What follows each prompt: at most `max_new_tokens` tokens, up to the end-of-text token if `stop_at_end`.
+    def __call__(
+        self, prompts: Sequence[str | Sequence[Message]], max_new_tokens: int | None = None, stop_at_end: bool = True
+    ) -> list[str]:
+        """What follows each prompt: at most `max_new_tokens` tokens, up to a token that ends a text if `stop_at_end`.
 
-        Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
+        A prompt may be a conversation, messages of `role` and `content`: the answer is what the assistant says next.
+        max_new_tokens: by default what generation_config.json says, else 64. Where nothing is to stop the text, none of those
+        settings is followed. Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
         Raises DataError for a prompt that is empty or does not fit, StageError where the engine fails; the next call then
         starts the engine anew.
         """
-        if self._family == "encoder":
-            max_new_tokens = 0
-        encoded = [self._encode(prompt, max_new_tokens) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        wanted = [self._room(ids, max_new_tokens) for ids in encoded]
+        new: list[list[int]] = [[] for _ in encoded]
         with self._turn:
-            new: list[list[int]] = []
-            for start in range(0, len(encoded), self.max_batch):
-                new += self._generate(encoded[start : start + self.max_batch], max_new_tokens)
+            for batch, count in self._batches(wanted):
+                answers = self._generate([encoded[index] for index in batch], count, stop_at_end)
+                for index, answer in zip(batch, answers, strict=True):
+                    new[index] = answer
         if self._family == "encoder":
-            return [self._filled(*three) for three in zip(prompts, encoded, new, strict=True)]
-        return [self._decode(ids, tokens, stop_at_end) for ids, tokens in zip(encoded, new, strict=True)]
+            return [self._filled(str(prompt), ids, row) for prompt, ids, row in zip(prompts, encoded, new, strict=True)]
+        return [self._decode(ids, tokens) for ids, tokens in zip(encoded, new, strict=True)]
+
+    def _batches(self, wanted: list[int]) -> Iterator[tuple[list[int], int]]:
+        """Places of prompts that want as many new tokens, at most `max_batch` at once, and how many that is."""
+        for count in dict.fromkeys(wanted):
+            places = [place for place, number in enumerate(wanted) if number == count]
+            for start in range(0, len(places), self.max_batch):
+                yield places[start : start + self.max_batch], count
 
     def close(self) -> None:
         """Stop the engine."""
@@ -49,30 +70,57 @@ class Generator:
     def _open(self) -> Worker:
         return open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool) -> list[list[int]]:
         if self._worker is None:
             self._worker = self._open()
         try:
-            return self._worker.generate(prompts, max_new_tokens)
+            if stop_at_end and self._family != "encoder":
+                return self._worker.answer(prompts, new_tokens, self._settings.values)
+            return self._worker.generate(prompts, new_tokens)
         except StageError:
             self.close()
             raise
 
-    def _encode(self, prompt: str, max_new_tokens: int) -> list[int]:
-        ids = self._ids(prompt)
+    def _room(self, ids: list[int], asked: int | None) -> int:
+        """How many tokens to write behind a prompt; DataError where there is no room for one, or for as many as are asked for."""
+        if self._family == "encoder":
+            new = 0
+        elif asked is not None:
+            new = asked
+        else:
+            prompt = 1 if self._family == "seq2seq" else len(ids)
+            new = max(1, min(self._settings.new_tokens(prompt, DEFAULT_NEW_TOKENS), self.max_tokens - len(ids)))
+        if (new < 1 and self._family != "encoder") or len(ids) + new > self.max_tokens:
+            room = f"this model is served with room for {self.max_tokens} tokens"
+            raise DataError(f"a prompt of {len(ids)} tokens and max_new_tokens {new}: {room}, one new at least")
+        return new
+
+    def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError("the prompt holds half of a surrogate pair, which is no character; leave it out")
+        ids = self._ids(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
-        if (max_new_tokens < 1 and self._family != "encoder") or len(ids) + max_new_tokens > self.max_tokens:
-            room = f"this model is served with room for {self.max_tokens} tokens"
-            raise DataError(f"a prompt of {len(ids)} tokens and max_new_tokens {max_new_tokens}: {room}, one new at least")
         return ids
 
     def _ids(self, prompt: str) -> list[int]:
-        """A causal prompt is not closed by an end token: the text goes on. Any other is framed as its tokenizer does it."""
+        """As the tokenizer frames a text; but a causal prompt is not closed by an end token, as the text goes on."""
         if self._family != "causal":
-            return self._tokenizer(prompt)["input_ids"]
-        lead = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        return lead + self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            return list(self._tokenizer(prompt)["input_ids"])
+        return [*self._frame.lead, *self._tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+        """As the checkpoint's chat template writes it, up to where the assistant begins; the template puts BOS where it belongs."""
+        _require_messages(messages)
+        if not self._tokenizer.chat_template:
+            raise DataError("this model has no chat template, so that it takes texts and no conversations; give a prompt")
+        try:
+            said: Any = self._tokenizer.apply_chat_template(
+                [dict(one) for one in messages], add_generation_prompt=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program of the checkpoint's own, and raises what it likes
+            raise DataError(f"the chat template refuses the conversation: {one_line(error)}") from error
+        return list(said["input_ids"])
 
     def _filled(self, prompt: str, ids: list[int], new: list[int]) -> str:
         """The prompt with the model's token at the place of each mask."""
@@ -82,11 +130,8 @@ class Generator:
             prompt = prompt.replace(self._tokenizer.mask_token, text, 1)
         return prompt
 
-    def _decode(self, prompt: list[int], new: list[int], stop_at_end: bool) -> str:
+    def _decode(self, prompt: list[int], new: list[int]) -> str:
         """The text of the new tokens in their place, so that a leading space is kept."""
-        end = self._tokenizer.eos_token_id
-        if stop_at_end and end in new:
-            new = new[: new.index(end)]
         if self._family == "seq2seq":
             return self._text(new)
         before, after = self._text(prompt), self._text(prompt + new)
@@ -94,6 +139,26 @@ class Generator:
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def prompts_of(model_input: Any) -> list[Any]:
+    """The prompts in what MLflow hands to a model: texts, or conversations under `messages`, a list of messages each."""
+    if isinstance(model_input, Mapping):  # one request, as OpenAI's API takes it
+        given = model_input.get("messages", model_input.get("prompt"))
+        return list(given) if isinstance(given, (list, tuple)) and "messages" not in model_input else [given]
+    if not hasattr(model_input, "columns"):
+        return list(model_input)
+    name = "messages" if "messages" in model_input.columns else model_input.columns[0]
+    cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
+    one_conversation = name == "messages" and all(isinstance(cell, Mapping) for cell in cells)
+    return [cells] if one_conversation else cells
+
+
+def _require_messages(messages: Any) -> None:
+    right = isinstance(messages, Sequence) and bool(messages)
+    keys = ("role", "content")
+    if not right or not all(isinstance(one, Mapping) and all(isinstance(one.get(key), str) for key in keys) for one in messages):
+        raise DataError("a prompt is a text, or a conversation: a list of messages with a 'role' and a 'content', both texts")
 
 
 def _family(served: Path) -> Family:

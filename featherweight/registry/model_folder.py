@@ -17,7 +17,6 @@ CODE = Path(__file__).with_name("pyfunc_model.py")
 SERVED = "artifacts/served"
 LINEAGE = "lineage.json"
 EXAMPLE = ["Once upon a time"]
-MAX_NEW_TOKENS = 64
 
 _COMMON = ("mlflow", "pandas", "transformers", "featherweight")
 
@@ -28,13 +27,13 @@ def requirements(engine: str) -> list[str]:
 
 
 def signature() -> ModelSignature:
-    """Texts in, texts out; `max_new_tokens` and `stop_at_end` as optional parameters."""
+    """Texts in, or conversations (lists of messages), texts out; `max_new_tokens` and `stop_at_end` as optional parameters."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
 
-    texts = Schema([ColSpec("string")])
-    params = ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS), ParamSpec("stop_at_end", "boolean", True)])
-    return ModelSignature(texts, texts, params)
+    params = ParamSchema([ParamSpec("max_new_tokens", "long", None), ParamSpec("stop_at_end", "boolean", True)])
+    return ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec("string")]), params)
 
 
 def write_model_folder(

@@ -10,11 +10,11 @@ from typing import Any
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from featherweight.registry.generator import Generator
+from featherweight.registry.generator import Generator, prompts_of
 
 
 class ServedVariant(PythonModel):
-    """Greedy text generation (or the filling in of masks) by the variant's own engine, which runs in a process of its own.
+    """Text as the checkpoint's own settings ask for it (or masks filled in) by the variant's engine, in a process of its own.
 
     MLflow keeps the model object alive in a global, but its context only as long as the loaded model: so the engine belongs to the
     context, and ends with it or with this process.
@@ -30,9 +30,9 @@ class ServedVariant(PythonModel):
         weakref.finalize(context, generator.close)
         self._generators[context] = generator
 
-    def predict(self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        """What follows each prompt. params: max_new_tokens, stop_at_end."""
-        return self._generators[context](model_input, **(params or {}))
+    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+        """What follows each prompt, or what is said next in each conversation. params: max_new_tokens, stop_at_end."""
+        return self._generators[context](prompts_of(model_input), **(params or {}))
 
 
 set_model(ServedVariant())

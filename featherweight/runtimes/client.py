@@ -67,6 +67,12 @@ class Worker:
         """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token stops none. See LoadedModel.generate."""
         return self._generation(prompts, new_tokens).tokens
 
+    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
+        """What follows each prompt, as a checkpoint's generation settings ask for it. See LoadedModel.answer."""
+        self._require_room(prompts, new_tokens)
+        tokens: Tokens = self._call("answer", prompts, new_tokens, settings)
+        return tokens
+
     def time(self, prompts: Tokens, new_tokens: int) -> Timing:
         """Time one generation of a batch."""
         return self._generation(prompts, new_tokens).timing
@@ -82,14 +88,17 @@ class Worker:
         return self._call("peak_memory_bytes")
 
     def _generation(self, prompts: Tokens, new_tokens: int) -> Generation:
+        self._require_room(prompts, new_tokens)
+        reply = self._call("generate", prompts, new_tokens)
+        return Generation(reply["tokens"], Timing(**reply["timing"]))
+
+    def _require_room(self, prompts: Tokens, new_tokens: int) -> None:
         wanted = max(len(ids) for ids in prompts) + new_tokens
         if wanted > self.max_tokens or len(prompts) > self.max_batch:
             raise StageError(
                 f"the worker was opened for {self.max_batch} sequences of {self.max_tokens} tokens, "
                 f"not for {len(prompts)} of {wanted}"
             )
-        reply = self._call("generate", prompts, new_tokens)
-        return Generation(reply["tokens"], Timing(**reply["timing"]))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
@@ -149,4 +158,4 @@ def _limits(threads: int, max_tokens: int, max_batch: int) -> list[str]:
 
 
 def _doing(name: str) -> str:
-    return {"logprobs": "scoring", "logprobs_given": "scoring", "generate": "generating"}.get(name, name)
+    return {"logprobs": "scoring", "logprobs_given": "scoring", "generate": "generating", "answer": "generating"}.get(name, name)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from featherweight.errors import StageError, ToolchainError
 from featherweight.grid import Grid
 from featherweight.model.sparsity import SEMI_STRUCTURED
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
+from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
@@ -184,7 +185,12 @@ class Generation:
 
 
 class LoadedModel(ABC):
-    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew."""
+    """A served folder, loaded. `threads` may be changed later; an engine that cannot switch loads itself anew.
+
+    follows: the settings of a checkpoint's generation_config.json that its answers follow.
+    """
+
+    follows: ClassVar[frozenset[str]] = LENGTHS
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served
@@ -222,6 +228,20 @@ class LoadedModel(ABC):
         Seq2seq: prompts are sources, and a language that the checkpoint forces is the first new token. Encoder: one forward
         pass, whose likeliest token at every position is what comes back; `new_tokens` plays no role.
         """
+
+    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
+        """What follows each prompt where a checkpoint's generation settings are followed: `new_tokens` at most, no end token.
+
+        settings: GenerationSettings.values. Raises StageError for one that this engine does not follow.
+        """
+        wanted = GenerationSettings(settings)
+        if reason := wanted.refusal(self.follows, type(self).__name__):
+            raise StageError(reason)
+        return [wanted.cut(tokens, new_tokens) for tokens in self.write(prompts, new_tokens, wanted)]
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """The same, with what is written behind an end still there. By default a greedy text, in which nothing is an end."""
+        return self.generate(prompts, new_tokens).tokens
 
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""

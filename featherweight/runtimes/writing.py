@@ -14,6 +14,7 @@ from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
+from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
@@ -111,4 +112,6 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
     if reason := runtime.machine_refusal(spec, describe()):
         raise ToolchainError(reason)
     if reason := runtime.model_refusal(spec, source):
+        raise RecipeError(reason)
+    if reason := GenerationSettings.read(source.checkpoint).refusal(runtime.loaded_model().follows, spec.engine):
         raise RecipeError(reason)

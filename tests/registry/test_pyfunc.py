@@ -31,6 +31,9 @@ from tests.support.serving_models import serving_spec
 
 PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
 NEW = 12
+TEMPLATE = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+TALK = [{"role": "user", "content": "Once upon"}, {"role": "user", "content": "a time"}]
+TOLD = "user: Once upon user: a time "
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def torch_folder(checkpoint: Path, out: Path, _text: Path) -> None:
     shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+    (out / "chat_template.jinja").write_text(TEMPLATE)
     Serving("torch").write(out)
 
 
@@ -97,7 +101,7 @@ def greedy(checkpoint: Path, prompt: str, new: int) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    ids = tokenizer(prompt)["input_ids"]
     full = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
     return tokenizer.decode(full, skip_special_tokens=True)[len(prompt) :]
 
@@ -129,7 +133,7 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     (answer,) = model.predict(model.input_example)
     assert len(answer) > len(model.predict(model.input_example, params=params)[0])
     assert [(one.name, one.default) for one in model.metadata.signature.params] == [
-        ("max_new_tokens", 64),
+        ("max_new_tokens", None),
         ("stop_at_end", True),
     ]
     del model
@@ -163,18 +167,6 @@ def test_more_prompts_than_a_batch_are_answered_in_order(generator: Generator) -
     prompts = [f"{'light ' * (index % 3)}{index}" for index in range(7)]
     assert generator(prompts, NEW) == [generator([prompt], NEW)[0] for prompt in prompts]
     assert len(set(generator(prompts, NEW))) > 1
-
-
-@pytest.mark.engine
-def test_text_stops_at_the_end_token(generator: Generator) -> None:
-    (whole,) = generator(PROMPTS[:1], NEW, stop_at_end=False)
-    (ids,) = generator._generate([generator._encode(PROMPTS[0], NEW)], NEW)
-    end, generator._tokenizer.eos_token = generator._tokenizer.eos_token, generator._tokenizer.convert_ids_to_tokens(ids[3])
-    (short,) = generator(PROMPTS[:1], NEW)
-    assert generator(PROMPTS[:1], NEW, stop_at_end=False)[0] == whole
-    generator._tokenizer.eos_token = end
-    assert whole.startswith(short)
-    assert len(short) < len(whole)
 
 
 @pytest.mark.engine
@@ -216,6 +208,12 @@ def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tin
         framed = {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPTS[0]]]}, "params": asked["params"]}
         reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=framed, timeout=60)
         assert reply.json()["predictions"] == [greedy(tiny_checkpoint, PROMPTS[0], NEW)]
+        as_openai_takes_it = {"messages": TALK, **asked["params"]}
+        for body in (as_openai_takes_it, {"dataframe_records": [{"messages": TALK}], "params": asked["params"]}):
+            reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+            assert reply.status_code == 200, reply.text
+            found = reply.json()  # MLflow puts nothing around the answer to the first
+            assert (found if isinstance(found, list) else found["predictions"]) == [greedy(tiny_checkpoint, TOLD, NEW)]
         wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=60)
         assert wrong.status_code == 400
         long = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": ["light " * 200]}, timeout=60)

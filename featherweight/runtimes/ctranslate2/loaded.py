@@ -6,9 +6,12 @@ import json
 from time import perf_counter
 from typing import Any
 
+from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
 SHARED = "shared_vocabulary.json"
+FOLLOWED = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
+FOLLOWED |= {"bad_words_ids", "suppress_tokens", "min_length", "min_new_tokens", "forced_bos_token_id"}
 
 
 class CTranslate2Model(LoadedModel):
@@ -16,6 +19,8 @@ class CTranslate2Model(LoadedModel):
 
     options: `compute_type` (float32) and `device` (cpu); `first_token`, the id that every target begins with, if any.
     """
+
+    follows = FOLLOWED
 
     def load(self) -> None:
         import ctranslate2
@@ -79,10 +84,40 @@ class CTranslate2Model(LoadedModel):
         total = perf_counter() - began
         return Generation(tokens, Timing(first or total, total))
 
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """By CTranslate2's own options; a shortest length counts the prompt, so that prompts go by their length."""
+        write = self._translate if self.seq2seq else self._continue
+        tokens: Tokens = [[] for _ in prompts]
+        for batch in by_length(prompts, self.limits.max_batch):
+            some = [prompts[index] for index in batch]
+            options = self._options(settings, 0 if self.seq2seq else len(some[0]), new_tokens)
+            for index, row in zip(batch, write(some, new_tokens, options), strict=True):
+                tokens[index] = row
+        return tokens
+
+    def _options(self, settings: GenerationSettings, prompt: int, new_tokens: int) -> dict[str, Any]:
+        values = settings.values
+        sampled = {"sampling_topk": values.get("top_k", 50), "sampling_topp": values.get("top_p", 1.0)}
+        sampled |= {"sampling_temperature": values.get("temperature", 1.0)}
+        words = [[token] for token in values.get("suppress_tokens", [])] + values.get("bad_words_ids", [])
+        shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
+        return {
+            "end_token": settings.ends,
+            "beam_size": 1,
+            "repetition_penalty": values.get("repetition_penalty", 1.0),
+            "no_repeat_ngram_size": values.get("no_repeat_ngram_size", 0),
+            "suppress_sequences": [[self.vocabulary[token] for token in word] for word in words] or None,
+            ("min_decoding_length" if self.seq2seq else "min_length"): min(max(0, shortest), new_tokens),
+            **(sampled if values.get("do_sample") else {"sampling_topk": 1}),
+        }
+
     def _continue(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
         starts = [[self.vocabulary[token] for token in prompt] for prompt in prompts]
-        options |= {"max_length": new_tokens, "include_prompt_in_result": False}
-        return [list(result.sequences_ids[0]) for result in self.generator.generate_batch(starts, **options)]
+        # Penalties see the prompt only where it is written token by token, which takes as many steps more.
+        whole = options.get("repetition_penalty", 1.0) != 1.0 or options.get("no_repeat_ngram_size", 0) > 0
+        options |= {"max_length": new_tokens + whole * (len(prompts[0]) - 1), "include_prompt_in_result": whole}
+        results = self.generator.generate_batch(starts, **options)
+        return [list(result.sequences_ids[0])[whole * len(prompts[0]) :] for result in results]
 
     def _translate(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
         ids = {token: index for index, token in enumerate(self.vocabulary)}

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ class GenaiModel(LoadedModel):
     """A folder of the model builder (genai_config.json, model.onnx); threads are ONNX Runtime's intra-op threads.
 
     GenAI always stops at an end token, which must be one of the vocabulary. Here nothing may stop it, so it is told that the
-    last token, the rarest, is the end; if the model ever writes that one, the one before it takes its place.
+    last token, the rarest, is the end, and padding, which it passes over in prompts; where a text holds that one, or the model
+    writes it, the one before it takes its place.
     """
 
     spoilt: frozenset[int] = frozenset()
+    follows = PROCESSED
 
     def load(self) -> None:
         import onnxruntime_genai
@@ -44,7 +47,8 @@ class GenaiModel(LoadedModel):
         import numpy
 
         scores: list[list[float]] = [[] for _ in windows]
-        for batch in self._batches(windows, windows_at_once(self.limits.max_tokens, self.vocabulary)):
+        for batch in by_length(windows, windows_at_once(self.limits.max_tokens, self.vocabulary)):
+            self._spare([windows[index] for index in batch])
             ids = numpy.array([windows[index] for index in batch], dtype=numpy.int32)
             for index, row in zip(batch, self._score(ids).tolist(), strict=True):
                 scores[index] = row
@@ -63,23 +67,24 @@ class GenaiModel(LoadedModel):
         numpy.exp(numpy.subtract(logits, top[..., None], out=logits), out=logits)
         return chosen - top - numpy.log(logits.sum(-1))
 
-    def _batches(self, sequences: Tokens, most: int) -> Any:
-        """Batches of equal length; what ends in the padding token goes alone, or GenAI would cut it off as padding."""
-        for batch in by_length(sequences, most):
-            alone = [index for index in batch if sequences[index][-1] == self.stopper]
-            yield from ([index] for index in alone)
-            if together := [index for index in batch if index not in alone]:
-                yield together
+    def _spare(self, sequences: Tokens) -> None:
+        """Take another stopper where one of the sequences holds it: GenAI would pass it over as padding."""
+        while any(self.stopper in ids for ids in sequences):
+            self._next_stopper()
+
+    def _next_stopper(self) -> None:
+        self.spoilt = self.spoilt | {self.stopper}
+        if len(self.spoilt) == self.vocabulary:
+            raise StageError("the texts hold every token of the vocabulary, so that none can serve as an end")
+        self.set_threads(self.threads)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         while True:
+            self._spare(prompts)
             tokens, timing = self._generate(prompts, new_tokens)
             if all(self.stopper not in row[:-1] and len(row) == new_tokens for row in tokens):
                 return Generation(tokens, timing)
-            self.spoilt = self.spoilt | {self.stopper}
-            if len(self.spoilt) == self.vocabulary:
-                raise StageError("the model writes every token of its vocabulary, so that none can serve as an end")
-            self.set_threads(self.threads)
+            self._next_stopper()
 
     def _generate(self, prompts: Tokens, new_tokens: int) -> tuple[Tokens, Timing]:
         """Greedy text, cut short where the model wrote the stopper."""
@@ -87,7 +92,7 @@ class GenaiModel(LoadedModel):
 
         tokens: Tokens = [[] for _ in prompts]
         began, first = perf_counter(), 0.0
-        for batch in self._batches(prompts, self.limits.max_batch):
+        for batch in by_length(prompts, self.limits.max_batch):
             ids = numpy.array([prompts[index] for index in batch], dtype=numpy.int32)
             generator = self._generator(len(batch), ids.shape[1] + new_tokens)
             generator.append_tokens(ids)
@@ -98,6 +103,29 @@ class GenaiModel(LoadedModel):
             for row, index in enumerate(batch):
                 tokens[index] = generator.get_sequence(row)[ids.shape[1] :].tolist()
         return tokens, Timing(first, perf_counter() - began)
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """Greedy text by GenAI itself where only its end is asked for, else each token chosen here from GenAI's logits."""
+        if set(settings.values) <= LENGTHS:
+            return self.generate(prompts, new_tokens).tokens
+        return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
+
+    def _choose(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
+        import torch
+
+        self._spare([prompt])
+        chosen = processors(settings, len(prompt))
+        generator, written = self._generator(1, len(prompt) + new_tokens), list(prompt)
+        generator.append_tokens([prompt])
+        while True:
+            scores = torch.from_numpy(generator.get_logits()[:, -1].astype("float32"))
+            scores = chosen(torch.tensor([written]), scores)
+            sampled = settings.values.get("do_sample")
+            token = int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
+            written.append(token)
+            if token in settings.ends or len(written) == len(prompt) + new_tokens:
+                return written[len(prompt) :]
+            generator.append_tokens([[token]])
 
     def _generator(self, batch: int, length: int) -> Any:
         """A greedy generator for `batch` sequences of `length` tokens in all."""

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import auto_class, family_of
+from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, by_shape, windows_at_once
 from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
 
@@ -19,6 +20,8 @@ class TorchModel(LoadedModel):
     options: `dtype`, float32 unless told otherwise. `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and
     computes in float16 on a CUDA GPU.
     """
+
+    follows = EVERYTHING
 
     def load(self) -> None:
         import torch
@@ -82,6 +85,23 @@ class TorchModel(LoadedModel):
                 for index, row in zip(batch, new.tolist(), strict=True):
                     tokens[index] = row
         return Generation(tokens, Timing(firsts, perf_counter() - began))
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """By transformers' own `generate`, several prompts of one length at once."""
+        import torch
+
+        tokens: Tokens = [[] for _ in prompts]
+        ends = settings.ends
+        options = settings.values | {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "num_beams": 1}
+        with torch.inference_mode():
+            for batch in by_length(prompts, self.limits.max_batch):
+                ids = self._batch(prompts, batch)
+                options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "max_length": None}
+                found = self.model.generate(ids, **options)
+                behind = 1 if family_of(self.model.config) == "seq2seq" else ids.shape[1]
+                for index, row in zip(batch, found[:, behind:].tolist(), strict=True):
+                    tokens[index] = row
+        return tokens
 
     def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         """[batch, prompt] -> ([batch, new_tokens], the moment at which the first of them was there)."""

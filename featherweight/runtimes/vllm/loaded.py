@@ -12,6 +12,7 @@ from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 
@@ -32,6 +33,7 @@ class VllmModel(LoadedModel):
     options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same.
     """
 
+    follows = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens"}
     server: subprocess.Popen[bytes] | None = None
 
     def load(self) -> None:
@@ -63,6 +65,8 @@ class VllmModel(LoadedModel):
             # Scoring asks for one new token, which nobody reads, after a window that may fill the context.
             "--max-model-len": self.limits.max_tokens + 1,
             "--max-num-seqs": self.limits.max_batch,
+            # The checkpoint's own settings come with each request that follows them; a measurement follows none.
+            "--generation-config": "vllm",
             "--kv-cache-dtype": self.options.get("kv_cache_dtype", "auto"),
             "--kv-cache-memory-bytes": _cache_bytes(self.weights, self.limits.max_tokens + 1, self.limits.max_batch),
             "--host": "127.0.0.1",
@@ -163,6 +167,28 @@ class VllmModel(LoadedModel):
         if any(len(row) != new_tokens for row in tokens):
             raise StageError(f"vLLM gave {[len(row) for row in tokens]} new tokens instead of {new_tokens} each")
         return Generation(tokens, Timing(first, total))
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """One request for all, in which the server stops each text at its end."""
+        values, sampled = settings.values, settings.values.get("do_sample", False)
+        body = {
+            "model": "served",
+            "prompt": prompts,
+            "max_tokens": new_tokens,
+            "temperature": values.get("temperature", 1.0) if sampled else 0,
+            "top_k": values.get("top_k", 50) if sampled else 0,
+            "top_p": values.get("top_p", 1.0) if sampled else 1.0,
+            "repetition_penalty": values.get("repetition_penalty", 1.0),
+            "min_tokens": min(values.get("min_new_tokens", 0), new_tokens),
+            "stop_token_ids": settings.ends,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        choices = self._checked(self.client.post("/v1/completions", json=body)).json()["choices"]
+        tokens: Tokens = [[] for _ in prompts]
+        for choice in choices:
+            tokens[choice["index"]] = list(choice["token_ids"])
+        return tokens
 
     def peak_memory_bytes(self) -> int:
         """Sum over the server's processes; pages that they share are counted in each."""

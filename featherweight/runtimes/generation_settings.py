@@ -1,0 +1,134 @@
+"""How a checkpoint wants its texts written: what its generation_config.json says, and what each engine can follow of it.
+
+The served model answers as transformers' `generate` does with these settings, with one beam: greedy where they do not ask for
+sampling. Measurements do not follow them: what is timed and compared is the model, over exactly so many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "generation_config.json"
+NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p"), 0.0),
+    "do_sample": False,
+}
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+LENGTHS = frozenset({"eos_token_id", "max_length", "max_new_tokens", "forced_eos_token_id"})
+"""What any engine's answer follows: where it ends."""
+PROCESSED = LENGTHS | {
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "min_length", "min_new_tokens"),
+}
+"""What an engine that hands out its logits follows: see `processors`."""
+EVERYTHING = PROCESSED | {
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "sequence_bias", "exponential_decay_length_penalty"),
+    *(*SAMPLING, "renormalize_logits", "remove_invalid_values"),
+}
+"""What transformers itself follows of what changes a text of one beam."""
+_OTHERS = ("guidance_scale", "stop_strings", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What is set and changes a text; `values` has the names of transformers' GenerationConfig."""
+
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> GenerationSettings:
+        """Of a checkpoint or a served folder, as transformers reads it: of config.json where there is no file of its own."""
+        from transformers import AutoConfig, GenerationConfig
+
+        if (folder / FILE).is_file():
+            return cls.of(GenerationConfig.from_pretrained(folder, local_files_only=True))
+        return cls.of(GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
+
+    @classmethod
+    def of(cls, config: Any) -> GenerationSettings:
+        """Of transformers' own object; what says nothing new is left out."""
+        given = {name: getattr(config, name, None) for name in sorted(EVERYTHING.union(_OTHERS))}
+        sampled = bool(given["do_sample"])
+        return cls(
+            {
+                name: value
+                for name, value in given.items()
+                if value not in (None, [], {}) and value != NEUTRAL.get(name) and (sampled or name not in SAMPLING)
+            }
+        )
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a text."""
+        ends = self.values.get("eos_token_id", [])
+        return [int(end) for end in ends] if isinstance(ends, list) else [int(ends)]
+
+    def new_tokens(self, prompt: int, default: int) -> int:
+        """How many tokens to write at most behind a prompt of that many."""
+        most = self.values.get("max_new_tokens")
+        if most is None and "max_length" in self.values:
+            most = max(1, int(self.values["max_length"]) - prompt)
+        return default if most is None else int(most)
+
+    def refusal(self, followed: Collection[str], engine: str) -> str | None:
+        """Why the engine does not write as these settings ask; None where it does."""
+        missing = sorted(set(self.values) - set(followed))
+        if not missing:
+            return None
+        them = "them" if len(missing) > 1 else "it"
+        return (
+            f"{engine} cannot write as the checkpoint's {FILE} asks: it does not follow {', '.join(missing)}; "
+            f"serve with torch, or take {them} out of that file"
+        )
+
+    def cut(self, tokens: list[int], new_tokens: int) -> list[int]:
+        """The written tokens before the first end; a forced end takes the place of the last one that there is room for."""
+        ends = self.ends
+        place = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        return tokens[: min(place, new_tokens - 1)] if "forced_eos_token_id" in self.values else tokens[:place]
+
+
+def processors(settings: GenerationSettings, prompt: int) -> Any:
+    """transformers' own logits processors, in its order, for prompts of `prompt` tokens; each takes (ids, scores)."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as kinds
+
+    values, ends, found = settings.values, settings.ends, LogitsProcessorList()
+    if "repetition_penalty" in values:
+        found.append(kinds.RepetitionPenaltyLogitsProcessor(values["repetition_penalty"]))
+    if "no_repeat_ngram_size" in values:
+        found.append(kinds.NoRepeatNGramLogitsProcessor(values["no_repeat_ngram_size"]))
+    if "bad_words_ids" in values:
+        found.append(kinds.NoBadWordsLogitsProcessor(values["bad_words_ids"], ends or None))
+    if ends and "min_length" in values:
+        found.append(kinds.MinLengthLogitsProcessor(values["min_length"], ends))
+    if ends and "min_new_tokens" in values:
+        found.append(kinds.MinNewTokensLengthLogitsProcessor(prompt, values["min_new_tokens"], ends))
+    if "forced_bos_token_id" in values:
+        found.append(kinds.ForcedBOSTokenLogitsProcessor(values["forced_bos_token_id"]))
+    if "suppress_tokens" in values:
+        found.append(kinds.SuppressTokensLogitsProcessor(values["suppress_tokens"]))
+    if "begin_suppress_tokens" in values:
+        begin = prompt + (prompt == 1 and "forced_bos_token_id" in values)
+        found.append(kinds.SuppressTokensAtBeginLogitsProcessor(values["begin_suppress_tokens"], begin))
+    return _sampling(settings, found)
+
+
+def _sampling(settings: GenerationSettings, found: Any) -> Any:
+    """The warpers behind the processors, with transformers' defaults, where the settings ask for sampling."""
+    from transformers.generation import logits_process as kinds
+
+    if settings.values.get("do_sample"):
+        temperature, top_k, top_p = (settings.values.get(name) for name in ("temperature", "top_k", "top_p"))
+        if temperature not in (None, 1.0):
+            found.append(kinds.TemperatureLogitsWarper(temperature))
+        if top_k is None or top_k:
+            found.append(kinds.TopKLogitsWarper(50 if top_k is None else top_k))
+        if top_p is not None and top_p < 1:
+            found.append(kinds.TopPLogitsWarper(top_p))
+    return found

@@ -1,0 +1,114 @@
+"""The served model's prompts and answers against transformers' own: how a text begins, conversations, and where it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from featherweight.errors import DataError
+from featherweight.registry.generator import Generator, prompts_of
+from featherweight.store.served_folder import Serving
+from tests.support import serving_models, tokenizers
+
+TEMPLATE = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}stone:{% endif %}"
+TALK = [{"role": "user", "content": "The river?"}, {"role": "stone", "content": "漢字"}, {"role": "user", "content": "and the"}]
+pytestmark = pytest.mark.engine
+KINDS: dict[str, Callable[[], Any]] = {
+    "none added": tokenizers.byte_level,
+    "added": lambda: tokenizers.byte_level("<s> $A"),
+    "closed": lambda: tokenizers.byte_level("<s> $A </s>"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that begins texts with BOS or not, a chat template that spells it, and two ends that the model writes."""
+    tokenizer = KINDS[request.param]()
+    tokenizer.chat_template = TEMPLATE
+    folder = serving_models.make("llama", tmp_path_factory.mktemp("served") / "model", tokenizer, initializer_range=0.3)
+    Serving("torch").write(folder)
+    plain = [written(folder, ids, eos_token_id=None) for ids in (prompt_ids(folder, "The river"), chat_ids(folder))]
+    ends = [plain[0][6], plain[1][3]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "max_new_tokens": 9}))
+    return folder
+
+
+@pytest.fixture
+def generator(served: Path) -> Iterator[Generator]:
+    made = Generator(served, max_tokens=96, max_batch=3)
+    yield made
+    made.close()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def prompt_ids(folder: Path, prompt: str) -> list[int]:
+    """As transformers begins it; an end token behind a prompt would end it before it began."""
+    ids = tokenizer_of(folder)(prompt)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer_of(folder).eos_token_id else ids
+
+
+def chat_ids(folder: Path) -> list[int]:
+    return tokenizer_of(folder).apply_chat_template(TALK, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def written(folder: Path, ids: list[int], **options: Any) -> list[int]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 24, **options} if options else {}
+    given = torch.tensor([ids])
+    found = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0, **options)
+    return found[0, len(ids) :].tolist()
+
+
+def answer(folder: Path, ids: list[int], **options: Any) -> str:
+    tokenizer, new = tokenizer_of(folder), written(folder, ids, **options)
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    new = next((new[:place] for place, token in enumerate(new) if token in ends), new)
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(ids + new, skip_special_tokens=True)[len(before) :]
+
+
+def test_answers_are_those_of_transformers(served: Path, generator: Generator) -> None:
+    prompts = ["The river", "<s>The river", "漢字 🙂", "stone" * 5]
+    assert generator(prompts, 24) == [answer(served, prompt_ids(served, prompt), max_new_tokens=24) for prompt in prompts]
+    assert generator(prompts) == [answer(served, prompt_ids(served, prompt)) for prompt in prompts]
+    lead = tokenizer_of(served)("a")["input_ids"].count(tokenizer_of(served).bos_token_id)
+    assert generator._encode("<s>The river").count(tokenizer_of(served).bos_token_id) == lead + 1
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_it(served: Path, generator: Generator) -> None:
+    assert generator._encode(TALK) == chat_ids(served)
+    assert chat_ids(served).count(tokenizer_of(served).bos_token_id) == 1
+    assert generator([TALK, "The river"], 24) == [
+        answer(served, chat_ids(served), max_new_tokens=24),
+        answer(served, prompt_ids(served, "The river"), max_new_tokens=24),
+    ]
+
+
+def test_what_is_no_prompt_is_refused_in_one_line(generator: Generator) -> None:
+    for wrong in (3, [], [{"role": "user"}], ["text"], None, "half \ud83d"):
+        with pytest.raises(DataError, match=r"a prompt is a text, or a conversation|half of a surrogate pair"):
+            generator([wrong])  # type: ignore[list-item]
+    generator._tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        generator([TALK])
+
+
+def test_prompts_come_in_every_shape_that_mlflow_gives() -> None:
+    assert prompts_of(["a", "b"]) == prompts_of(pandas.DataFrame({0: ["a", "b"]})) == ["a", "b"]
+    assert prompts_of(pandas.DataFrame({"prompt": ["a"]})) == prompts_of({"prompt": "a"}) == ["a"]
+    for one in ({"messages": TALK}, pandas.DataFrame({"messages": TALK}), pandas.DataFrame({"messages": [TALK]})):
+        assert prompts_of(one) == [TALK]
+    assert prompts_of(pandas.DataFrame({"messages": [TALK, TALK[:1]]})) == [TALK, TALK[:1]]

@@ -1,0 +1,187 @@
+"""Every engine answers as transformers' `generate` does with the checkpoint's generation settings, or refuses them by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.errors import RecipeError, StageError
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.generation_settings import GenerationSettings, processors
+from featherweight.runtimes.interface import Limits, LoadedModel
+from featherweight.store.served_folder import Serving
+from featherweight.text.documents import Document, write_documents
+from tests.support import serving_models, tokenizers
+from tests.support.serving_models import serving_spec
+
+NEW = 24
+PROMPTS = ["The river and the stone", "漢字 🙂 The", "The river, the lamp"]
+ENGINES = ("torch", "ctranslate2", "onnxruntime-genai")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("answers") / "checkpoint"
+    return serving_models.make("llama", folder, tokenizers.byte_level(), initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path) -> dict[str, LoadedModel]:
+    from featherweight.runtimes.parity import Reference
+    from tasks.compile import compile
+    from tasks.export import export
+
+    text, folders = checkpoint.parent / "text", {name: checkpoint.parent / name for name in ENGINES}
+    write_documents(text, [Document(str(i), "the river and the stone. " * 40) for i in range(4)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reference, "check", lambda *_: {})
+        for name, folder in folders.items():
+            folder.mkdir()
+            stage = compile if name == "onnxruntime-genai" else export
+            stage(serving_spec(engine=name), checkpoint=checkpoint, calibration=text, out=folder)
+    serving = {name: Serving.read(folder) for name, folder in folders.items()}
+    loaded = {name: RUNTIMES[name].loaded_model() for name in ENGINES}
+    return {name: loaded[name](folders[name], serving[name], Limits(1, 128, 4)) for name in ENGINES}
+
+
+def test_settings_that_an_engine_does_not_follow_are_refused_before_it_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    from tasks.export import export
+
+    shutil.copytree(checkpoint, tmp_path / "asks")
+    said = {"eos_token_id": [1, 2], "begin_suppress_tokens": [7], "stop_strings": ["stone"]}
+    (tmp_path / "asks" / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(RecipeError, match=r"ctranslate2 cannot write as .* does not follow begin_suppress_tokens, stop_strings; "):
+        export(serving_spec(engine="ctranslate2"), checkpoint=tmp_path / "asks", calibration=tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint: Path) -> list[list[int]]:
+    tokenizer = tokenizers.byte_level()
+    return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+
+
+def written(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    import torch
+
+    given = torch.tensor([prompt])
+    found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, pad_token_id=0, **options)
+    return found[0, len(prompt) :].tolist()
+
+
+def expected(model: Any, prompt: list[int], ends: list[int], **options: Any) -> list[int]:
+    row = written(model, prompt, eos_token_id=ends, **options)
+    return next((row[:place] for place, token in enumerate(row) if token in ends), row)
+
+
+def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
+    """By name, settings that change what is written."""
+    third, words = plain[0][2], [[plain[0][2]], plain[1][2:4]]
+    both = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [third]}
+    return {
+        "two ends": {},
+        "repetition": {"repetition_penalty": 1.3},
+        "n-grams": {"no_repeat_ngram_size": 1},
+        "suppressed": {"suppress_tokens": [third, plain[1][1]]},
+        "bad words": {"bad_words_ids": words},
+        "shortest": {"min_new_tokens": 12},
+        "shortest with prompt": {"min_length": 20},
+        "begin": {"begin_suppress_tokens": [plain[0][0], plain[1][0]]},
+        "forced end": {"forced_eos_token_id": plain[0][5]},
+        "several": both,
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", settings([[0] * 9] * 2))
+def test_answers_are_those_of_transformers(
+    engines: dict[str, LoadedModel], model: Any, prompts: list[list[int]], engine: str, name: str
+) -> None:
+    from transformers import GenerationConfig
+
+    plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
+    ends, options = [plain[0][5], plain[1][9]], settings(plain)[name]
+    values = GenerationSettings.of(GenerationConfig(eos_token_id=ends, **options)).values
+    right = [expected(model, prompt, ends, **options) for prompt in prompts]
+    if set(values) <= engines[engine].follows:
+        assert engines[engine].answer(prompts, NEW, values) == right
+        assert name != "two ends" or len(right[0]) == 5
+    else:
+        with pytest.raises(StageError, match=f"does not follow {sorted(set(values) - engines[engine].follows)[0]}"):
+            engines[engine].answer(prompts, NEW, values)
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "onnxruntime-genai"])
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+def test_penalties_see_the_prompt(engines: dict[str, LoadedModel], model: Any, engine: str, options: dict[str, Any]) -> None:
+    import random
+
+    dice = random.Random(0)
+    for _ in range(12):
+        prompt = [dice.randrange(5, 300) for _ in range(dice.randrange(1, 12))]
+        prompt = prompt + prompt[:1]
+        assert engines[engine].answer([prompt], NEW, options) == [written(model, prompt, eos_token_id=None, **options)]
+
+
+def test_a_text_with_the_padding_token_is_read_whole(engines: dict[str, LoadedModel], model: Any) -> None:
+    """GenAI masks its padding token wherever it stands; another one takes its place."""
+    genai = engines["onnxruntime-genai"]
+    window = [5, genai.stopper, 7, 9, genai.stopper, 3, genai.stopper]  # type: ignore[attr-defined]
+    (found,), (right,) = genai.logprobs([window]), engines["torch"].logprobs([window])
+    assert found == pytest.approx(right, abs=1e-3)
+    window = [5, 7, genai.stopper]  # type: ignore[attr-defined]
+    assert genai.generate([window], NEW).tokens == [written(model, window, eos_token_id=None)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sampling_draws_from_what_is_left(engines: dict[str, LoadedModel], prompts: list[list[int]], engine: str) -> None:
+    import torch
+
+    values = {"do_sample": True, "top_k": 3, "temperature": 0.7}
+    scores = processors(GenerationSettings(values), 4)(torch.tensor([[1]]), torch.arange(9.0)[None])
+    assert scores[0].isfinite().tolist() == [False] * 6 + [True] * 3
+    assert len({tuple(engines[engine].answer(prompts[:1], 6, values)[0]) for _ in range(12)}) > 1
+    narrow = {"do_sample": True, "top_k": 1}
+    assert engines[engine].answer(prompts[:1], NEW, narrow) == engines[engine].answer(prompts[:1], NEW, {})
+
+
+def test_what_says_nothing_new_is_no_setting(tmp_path: Path) -> None:
+    said = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.0, "eos_token_id": [1, 2], "max_length": 40}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    found = GenerationSettings.read(tmp_path)
+    assert found.values == {"eos_token_id": [1, 2], "max_length": 40}
+    assert (found.new_tokens(30, 64), GenerationSettings({}).new_tokens(30, 64)) == (10, 64)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+def test_vllm_answers_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = serving_models.make("llama", tmp_path / "vllm", tokenizers.byte_level(), initializer_range=0.3, head_dim=32)
+    Serving("vllm", options={"dtype": "float32"}).write(folder)
+    asked = {"repetition_penalty": 9.0}  # of the server, which would follow it in a measurement too
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizers.byte_level()
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
+    ends, engine = [plain[0][5], plain[1][9]], RUNTIMES["vllm"].loaded_model()(folder, Serving.read(folder), Limits(1, 64, 4))
+    try:
+        for options in ({}, {"repetition_penalty": 1.3}, {"min_new_tokens": 12}):
+            right = [expected(model, prompt, ends, **options) for prompt in prompts]
+            assert engine.answer(prompts, NEW, {"eos_token_id": ends, **options}) == right
+        assert engine.generate(prompts, NEW).tokens == plain
+    finally:
+        engine.unload()
