@@ -14,8 +14,8 @@ from featherweight.registry.registry import Registry
 from featherweight.report.result import OptimizationResult
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
-from flows.parent_run import connect
 from flows.promote import parse_reference
+from tasks.parent_run import connect
 
 RESULT = "result.json"
 

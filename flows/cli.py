@@ -52,10 +52,9 @@ def optimize(
 
     Stop it at any moment; the same command resumes and recomputes no finished stage.
     """
-    from featherweight.recipe.reading import load_recipe
     from flows.launch import launch
 
-    result = launch(load_recipe(recipe, tuple(overrides)), workspace, view_for(quiet))
+    result = launch(recipe, tuple(overrides), workspace, view_for(quiet))
     page = _place_report(result.report, report or Path("report.html"))
     if as_json:
         _print_json(result.to_dict())

@@ -13,7 +13,7 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.store.artifact import ArtifactRef
 from featherweight.store.workspace import Workspace
 from featherweight.system.services import configure
-from tasks.stage import cached_ref, method
+from tasks.run_node import cached_ref, method
 from tasks.stages import stage_named
 
 if TYPE_CHECKING:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from featherweight.progress import Progress
+from featherweight.system.progress_channel import PAUSE_S, ProgressChannel
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +53,12 @@ class NodeState:
         left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
         return f"{self.done}/{self.total} {values} ~{left:.0f} s left"
 
+    def step(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """The main loop is at `done` of `total`."""
+        if not self.total or done < self.done:
+            self.loop_since = time.monotonic()
+        self.done, self.total, self.values = done, total, values
+
 
 class View:
     """Keeps the state of every node; the base shows nothing."""
@@ -60,22 +70,26 @@ class View:
         """A plan is about to run."""
         self.states = {id: NodeState(node) for id, node in plan.nodes.items()}
 
-    def started(self, node: Node) -> None:
-        """A node runs (or is looked up in the cache)."""
-        state = self.states.setdefault(node.id, NodeState(node))
-        state.status, state.since = "running", time.monotonic()
-        self.changed(state)
-
-    def finished(self, id: str, status: str, note: str = "") -> None:
-        """A node is done, cached, failed, blocked or skipped."""
-        state = self.states[id]
-        state.status, state.note = status, note
-        state.seconds = time.monotonic() - state.since if state.since else 0.0
-        self.changed(state)
-
-    def listener(self, node: Node) -> Progress:
-        """What a running stage calls."""
-        return _NodeProgress(self, self.states[node.id])
+    def hear(self, kind: str, value: Any) -> None:
+        """One message of the progress channel."""
+        if kind == "say":
+            self.say(value)
+            return
+        state = self.states[value["node"]]
+        match kind:
+            case "started":
+                state.status, state.since = "running", time.monotonic()
+                self.changed(state)
+            case "finished":
+                state.status, state.note = value["status"], value["note"]
+                state.seconds = time.monotonic() - state.since if state.since else 0.0
+                self.changed(state)
+            case "step":
+                state.step(value["done"], value["total"], value["values"])
+                self.moved(state)
+            case "note":
+                state.note, state.total = value["text"], 0
+                self.moved(state)
 
     def say(self, text: str) -> None:
         """A line that is not about a node."""
@@ -90,20 +104,30 @@ class View:
         """Nothing more comes."""
 
 
-class _NodeProgress(Progress):
-    def __init__(self, view: View, state: NodeState) -> None:
-        self._view, self._state = view, state
+@contextmanager
+def shown(view: View, root: Path) -> Iterator[ProgressChannel]:
+    """Show what is told through a channel, a file below the workspace `root` that lasts as long as the block."""
+    with tempfile.TemporaryDirectory(dir=root / "work", prefix="progress-") as folder:
+        channel, over = ProgressChannel(Path(folder) / "progress.jsonl"), threading.Event()
+        follower = threading.Thread(target=_follow, args=(channel, view, over), daemon=True)
+        follower.start()
+        try:
+            yield channel
+        finally:
+            over.set()
+            follower.join()
 
-    def step(self, done: int, total: int, **values: float) -> None:
-        state = self._state
-        if not state.total or done < state.done:
-            state.loop_since = time.monotonic()
-        state.done, state.total, state.values = done, total, values
-        self._view.moved(state)
 
-    def note(self, text: str) -> None:
-        self._state.note, self._state.total = text, 0
-        self._view.moved(self._state)
+def _follow(channel: ProgressChannel, view: View, over: threading.Event) -> None:
+    """Hand every message on, up to the last that was told when it was over."""
+    last = False
+    for kind, value in channel.follow():
+        if kind:
+            view.hear(kind, value)
+        elif last:
+            return
+        else:
+            last = over.wait(PAUSE_S)
 
 
 class PlainView(View):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -10,6 +9,7 @@ from featherweight.errors import RecipeError
 from featherweight.registry.history import GateResult, StageName
 from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace
+from featherweight.system.user import user_name
 from tasks.promote import promote as promote_version
 from tasks.promote import rollback as roll_back
 
@@ -43,7 +43,7 @@ def promote(workspace: Workspace, reference: str, to: str, why: str, force: bool
         raise RecipeError(f"unknown stage '{to}'; known: {', '.join(get_args(StageName))}")
     model, version = parse_reference(reference, "challenger")
     registry = Registry(workspace.tracking_uri)
-    done = promote_version(registry, model, version, to, who=who(), why=why, force=force)  # type: ignore[arg-type]
+    done = promote_version(registry, model, version, to, who=user_name(), why=why, force=force)  # type: ignore[arg-type]
     now = done.version
     return Moved(model, now.version, now.variant, now.stage, done.changed, done.reason, done.gates)
 
@@ -51,7 +51,7 @@ def promote(workspace: Workspace, reference: str, to: str, why: str, force: bool
 def rollback(workspace: Workspace, reference: str, why: str) -> Moved:
     """Make the previous champion the champion again. Raises GateError where there is none."""
     model, _ = parse_reference(reference, "champion")
-    now = roll_back(Registry(workspace.tracking_uri), model, who(), why)
+    now = roll_back(Registry(workspace.tracking_uri), model, user_name(), why)
     return Moved(model, now.version, now.variant, now.stage, True, why)
 
 
@@ -63,11 +63,3 @@ def parse_reference(reference: str, default: str) -> tuple[str, str]:
         if found:
             return name, version
     return plain, default
-
-
-def who() -> str:
-    """The user that the history names."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

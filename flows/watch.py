@@ -13,7 +13,7 @@ from featherweight.recipe.reading import load_recipe
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
-from flows.parent_run import connect
+from tasks.parent_run import connect
 
 CHECKPOINT = "featherweight.checkpoint_fingerprint"
 

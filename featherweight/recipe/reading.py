@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from featherweight.errors import RecipeError, nearest, one_line
+from featherweight.masking import masked_tree
 from featherweight.recipe.recipe import Recipe
 from featherweight.spec import NamedSpec, Spec
 
@@ -29,6 +30,11 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"{path.name}: {_explain(error, tree)}") from error
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe with every default spelt out, as YAML fit to be shown."""
+    return yaml.safe_dump(masked_tree(recipe.model_dump(mode="json")), sort_keys=False)
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

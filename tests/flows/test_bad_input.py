@@ -16,7 +16,7 @@ from featherweight.errors import CheckpointError, DataError, FeatherweightError,
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.workspace import Workspace
-from flows.progress_view import View
+from featherweight.system.progress_channel import ProgressChannel
 from tests.support.stores import new_workspace
 
 STORY = "The little model number {0} went for a walk of {0} steps and then it counted all of its {0} weights again, twice over. "
@@ -52,14 +52,9 @@ def recipe_for(source: object, text: Path, **data: object) -> Recipe:
 
 def refusal(recipe: Recipe, root: Path) -> FeatherweightError:
     """Run the flow; return what it raises, having checked that it left nothing behind."""
-    from prefect import Flow
-
-    from flows.optimize import optimize
-
-    workspace, view, plan = new_workspace(root), View(), expand(recipe)
-    view.begin(plan)
+    workspace = new_workspace(root)
     with pytest.raises(FeatherweightError) as caught:
-        Flow(lambda: optimize(recipe, plan, workspace, view), name="bad")()
+        _run(recipe, workspace)
     client = workspace.client()
     assert client.search_registered_models() == []
     assert list((workspace.root / "work").iterdir()) == []
@@ -202,6 +197,4 @@ def _run(recipe: Recipe, workspace: Workspace) -> None:
 
     from flows.optimize import optimize
 
-    plan, view = expand(recipe), View()
-    view.begin(plan)
-    Flow(lambda: optimize(recipe, plan, workspace, view), name="full")()
+    Flow(lambda: optimize(recipe, expand(recipe), workspace, ProgressChannel()), name="bad")()

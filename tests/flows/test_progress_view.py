@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.reading import load_recipe
-from flows.progress_view import LiveView, NodeState, PlainView, _fit
+from featherweight.system.progress_channel import ProgressChannel
+from flows.progress_view import LiveView, NodeState, PlainView, View, _fit, shown
+
+MESSAGES = [
+    ("started", {"node": "checkpoint"}),
+    ("step", {"node": "checkpoint", "done": 1, "total": 4, "values": {"loss": 3.25}}),
+    ("note", {"node": "checkpoint", "text": "saving"}),
+    ("finished", {"node": "checkpoint", "status": "done", "note": ""}),
+    ("finished", {"node": "ct2", "status": "failed", "note": "no room"}),
+]
 
 
 @pytest.fixture
@@ -20,13 +31,8 @@ def plan() -> Plan:
 def test_plain_lines_tell_start_progress_time_left_and_end(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     view = PlainView(every_s=0)
     view.begin(plan)
-    node = plan.nodes["checkpoint"]
-    view.started(node)
-    progress = view.listener(node)
-    progress.step(1, 4, loss=3.25)
-    progress.note("saving")
-    view.finished("checkpoint", "done")
-    view.finished("ct2", "failed", "no room")
+    for kind, value in MESSAGES:
+        view.hear(kind, value)
     lines = capsys.readouterr().err.splitlines()
     assert "8 variants" in lines[0]
     assert "start    checkpoint" in lines[1]
@@ -43,10 +49,10 @@ def test_the_live_table_shows_every_status(plan: Plan, monkeypatch: pytest.Monke
     view = LiveView()
     monkeypatch.setattr("rich.live.Live.start", lambda self: None)
     view.begin(plan)
-    view.started(plan.nodes["checkpoint"])
-    view.listener(plan.nodes["checkpoint"]).step(2, 4, loss=1.0)
-    view.finished("text/train", "cached")
-    view.finished("ct2", "failed", "no room")
+    view.hear("started", {"node": "checkpoint"})
+    view.hear("step", {"node": "checkpoint", "done": 2, "total": 4, "values": {"loss": 1.0}})
+    view.hear("finished", {"node": "text/train", "status": "cached", "note": ""})
+    view.hear("finished", {"node": "ct2", "status": "failed", "note": "no room"})
     screen = io.StringIO()
     Console(file=screen, width=120, height=100).print(view._render())
     text = screen.getvalue()
@@ -63,3 +69,32 @@ def test_a_long_plan_is_cut_around_the_running_node(plan: Plan) -> None:
     assert len(shown) == 10
     assert states[20] in shown
     assert hidden == len(states) - 10
+
+
+def test_a_view_hears_what_other_processes_tell_up_to_the_last_word(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    view = View()
+    view.begin(plan)
+    with shown(view, tmp_path) as channel:
+        channel.tell("started", {"node": "checkpoint"})
+        tell = (
+            "import sys; from pathlib import Path; from featherweight.system.progress_channel import ProgressChannel;"
+            "progress = ProgressChannel(Path(sys.argv[1])).progress('checkpoint');"
+            "[progress.step(done, 1000, loss=1 / done) for done in range(1, 1001)]; progress.flush()"
+        )
+        subprocess.run([sys.executable, "-c", tell, str(channel.path)], check=True)
+        assert channel.path and len(channel.path.read_text().splitlines()) < 20
+        channel.tell("finished", {"node": "ct2", "status": "failed", "note": "no room"})
+    state = view.states["checkpoint"]
+    assert (state.done, state.total, state.values) == (1000, 1000, {"loss": 0.001})
+    assert view.states["ct2"].note == "no room"
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_nobody_is_told_where_there_is_no_channel(tmp_path: Path) -> None:
+    for channel in (ProgressChannel(), ProgressChannel(tmp_path / "elsewhere" / "progress.jsonl")):
+        progress = channel.progress("checkpoint")
+        progress.note("starting")
+        progress.step(1, 2)
+        progress.flush()
+    assert not list(tmp_path.iterdir())

@@ -134,7 +134,7 @@ def told_of(distilled: Path, metrics: Mapping[str, float]) -> tuple[str, float] 
     tree = {"name": "t", "checkpoint": {"source": "x"}, "data": {"source": "x"}, "promote": {"model": "t"}, "stages": stages}
     plan = expand(Recipe.model_validate(tree))
     session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: distilled))
-    outcomes: Any = {id: SimpleNamespace(ref=SimpleNamespace(metrics=metrics if id == "ds" else {})) for id in plan.nodes}
+    outcomes: Any = {id: SimpleNamespace(artifact=SimpleNamespace(metrics=metrics if id == "ds" else {})) for id in plan.nodes}
     return _zeros(plan, next(variant for variant in plan.variants if variant.name == "ds/ct2"), outcomes, session)
 
 
@@ -276,7 +276,7 @@ def test_every_variant_of_a_sparse_source_says_so_unless_it_was_made_dense(spars
     plan = expand(Recipe.model_validate(tree))
     session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: sparse))
     metrics = {"checkpoint": {"zero_share": 0.5}}
-    outcomes: Any = {id: SimpleNamespace(ref=SimpleNamespace(metrics=metrics.get(id, {}))) for id in plan.nodes}
+    outcomes: Any = {id: SimpleNamespace(artifact=SimpleNamespace(metrics=metrics.get(id, {}))) for id in plan.nodes}
     zeros = {variant.name: _zeros(plan, variant, outcomes, session) for variant in plan.variants}
     assert zeros == {"baseline": ("2:4", 0.5), "ct2": ("2:4", 0.5), "thin/ct2": None}
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DivergenceError, ServiceError, StageError
 from featherweight.progress import Metrics, Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import Node
 from featherweight.spec import Spec
-from featherweight.store.artifact import ArtifactRef, Manifest
+from featherweight.store.artifact import Manifest
 from featherweight.store.workspace import local_path
 from featherweight.system.processes import WORKERS_PEAK
+from featherweight.system.progress_channel import ProgressChannel
+from featherweight.text.spec import DataSpec, TextSpec
 from featherweight.training.spec import FinetuneSpec
-from tasks.stage import Session, Stage, method, run_node, stage
+from tasks.nested_run import execute
+from tasks.outcome import Outcome
+from tasks.parent_run import ParentRun
+from tasks.run_node import method, run_node, run_stage
+from tasks.stage import Stage, stage
+from tasks.stages import stage_named
 from tests.support.serving_models import serving_spec
 from tests.support.stores import new_workspace
 
@@ -72,27 +85,24 @@ def team(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Met
 
 
 @pytest.fixture
-def session(tmp_path: Path, harness: None) -> Session:
+def parent(tmp_path: Path, harness: None) -> ParentRun:
     workspace = new_workspace(tmp_path / "workspace")
     client = workspace.client()
     experiment = workspace.experiment(client, "test")
-    parent = client.create_run(experiment).info.run_id
     CALLS.clear()
-    return Session(workspace, client, experiment, parent, {}, lambda node: Progress())
+    return ParentRun(workspace, experiment, client.create_run(experiment).info.run_id)
 
 
-def run(session: Session, *steps: tuple[Stage, Node]) -> list[tuple]:
+def run(parent: ParentRun, *steps: tuple[Stage, Node]) -> list[Outcome]:
     """Run nodes in one flow, each fed by the one before."""
     from prefect import Flow
 
-    def body() -> list[tuple]:
-        results, last = [], None
+    def body() -> list[Outcome]:
+        outcomes: list[Outcome] = []
         for each, node in steps:
-            inputs = {"source": last} if last and "source" in node.inputs else {}
-            result = run_node(each, node, inputs, session)
-            results.append(result)
-            last = result[0]
-        return results
+            inputs = {"source": outcomes[-1]} if outcomes and "source" in node.inputs else {}
+            outcomes.append(run_node(each, node, inputs, parent))
+        return outcomes
 
     return Flow(body, name="test")()
 
@@ -101,16 +111,15 @@ def node(id: str = "a", steps: int = 1, **inputs: str) -> Node:
     return Node(id, "copy", "label", FinetuneSpec(steps=steps), inputs)
 
 
-def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(session: Session) -> None:
+def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(parent: ParentRun) -> None:
     chain = [(copy, node()), (copy, node("b", source="a"))]
-    first, second = run(session, *chain)
-    assert not first[1]
-    assert not second[1]
-    again = run(session, *chain)
-    assert [cached for _, cached, _ in again] == [True, True]
+    first, second = run(parent, *chain)
+    assert [first.status, second.status] == ["done", "done"]
+    again = run(parent, *chain)
+    assert [outcome.status for outcome in again] == ["cached", "cached"]
     assert CALLS == ["copy", "copy"]
-    assert [ref for ref, _, _ in again] == [first[0], second[0]]
-    run(session, (copy, node(steps=2)))
+    assert [outcome.ref for outcome in again] == [first.ref, second.ref]
+    run(parent, (copy, node(steps=2)))
     assert len(CALLS) == 3
 
 
@@ -125,62 +134,62 @@ def test_a_node_is_called_by_what_its_method_reads(spec: Spec, words: str) -> No
     assert method(spec) == words
 
 
-def test_the_memory_of_its_workers_counts(session: Session) -> None:
-    ((reference, _, _),) = run(session, (team, node()))
-    metrics = session.client.get_run(ArtifactRef.model_validate(reference).run_id).data.metrics
+def test_the_memory_of_its_workers_counts(parent: ParentRun) -> None:
+    (outcome,) = run(parent, (team, node()))
+    metrics = parent.client.get_run(outcome.artifact.run_id).data.metrics
     assert 1e12 + 1e6 < metrics["stage_peak_memory_bytes"] < 1.1e12
 
 
-def test_what_it_leaves_in_mlflow(session: Session) -> None:
-    ((reference, _, _),) = run(session, (copy, node()))
-    ref = ArtifactRef.model_validate(reference)
-    logged = session.client.get_run(ref.run_id)
+def test_what_it_leaves_in_mlflow(parent: ParentRun) -> None:
+    (outcome,) = run(parent, (copy, node()))
+    ref = outcome.artifact
+    logged = parent.client.get_run(ref.run_id)
     assert logged.info.status == "FINISHED"
-    assert logged.data.tags["mlflow.parentRunId"] == session.run_id
+    assert logged.data.tags["mlflow.parentRunId"] == parent.run_id
     assert logged.data.metrics["length"] == 1
     assert logged.data.metrics["stage_peak_memory_bytes"] > 1e6
-    assert [m.value for m in session.client.get_metric_history(ref.run_id, "live_loss")] == [3.0, 2.0]
-    folder = session.workspace.materialize(ref)
+    assert [m.value for m in parent.client.get_metric_history(ref.run_id, "live_loss")] == [3.0, 2.0]
+    folder = parent.workspace.materialize(ref)
     assert (folder / "x.txt").read_text() == "1!"
     manifest = Manifest.read(folder)
     assert manifest.environment["pydantic"]
-    assert list((session.workspace.root / "work").iterdir()) == []
+    assert list((parent.workspace.root / "work").iterdir()) == []
 
 
-def test_a_damaged_artifact_is_rebuilt(session: Session) -> None:
-    ((reference, _, _),) = run(session, (copy, node()))
-    folder = local_path(reference["uri"])
+def test_a_damaged_artifact_is_rebuilt(parent: ParentRun) -> None:
+    (made,) = run(parent, (copy, node()))
+    folder = local_path(made.artifact.uri)
     assert folder is not None
     (folder / "x.txt").write_text("tampered")
-    ((rebuilt, cached, _),) = run(session, (copy, node()))
-    assert not cached
-    assert rebuilt["digest"] == reference["digest"]
-    assert rebuilt["uri"] != reference["uri"]
-    ((_, cached, _),) = run(session, (copy, node()))
-    assert cached
+    (rebuilt,) = run(parent, (copy, node()))
+    assert rebuilt.status == "done"
+    assert rebuilt.artifact.digest == made.artifact.digest
+    assert rebuilt.artifact.uri != made.artifact.uri
+    (again,) = run(parent, (copy, node()))
+    assert again.cached
 
 
-def test_a_failure_is_one_line_never_cached_and_leaves_nothing(session: Session) -> None:
+def test_a_failure_is_one_line_never_cached_and_leaves_nothing(parent: ParentRun) -> None:
     for _ in range(2):
-        ((reference, _, error),) = run(session, (broken, node()))
-        assert reference is None
-        assert isinstance(error, StageError)
+        (outcome,) = run(parent, (broken, node()))
+        assert (outcome.status, outcome.kind, outcome.reason) == ("failed", "StageError", "it broke on two lines")
+        assert outcome.ref is None
+        with pytest.raises(StageError, match="it broke"):
+            _ = outcome.artifact
     assert CALLS == ["break", "break"]
-    assert list((session.workspace.root / "work").iterdir()) == []
-    failed = session.client.search_runs([session.experiment_id], "attributes.status = 'FAILED'")
+    assert list((parent.workspace.root / "work").iterdir()) == []
+    failed = parent.client.search_runs([parent.experiment_id], "attributes.status = 'FAILED'")
     assert len(failed) == 2
     assert failed[0].data.tags["featherweight.error"] == "it broke on two lines"
 
 
-def test_a_full_disk_is_told_as_such(session: Session) -> None:
-    ((_, _, error),) = run(session, (full, node()))
-    assert isinstance(error, ServiceError)
-    assert "no space left" in str(error)
+def test_a_full_disk_is_told_as_such(parent: ParentRun) -> None:
+    (outcome,) = run(parent, (full, node()))
+    assert outcome.kind == "ServiceError"
+    assert "no space left" in outcome.reason
 
 
 def test_the_key_sees_inputs_seed_spec_version_and_library() -> None:
-    import dataclasses
-
     plain = copy.key(node(), {"source": "d"})
     assert plain == copy.key(node("elsewhere"), {"source": "d"})
     assert plain != copy.key(node(), {"source": "e"})
@@ -190,49 +199,83 @@ def test_the_key_sees_inputs_seed_spec_version_and_library() -> None:
     assert plain != dataclasses.replace(copy, libraries=("typer",)).key(node(), {"source": "d"})
 
 
-def test_a_scratch_folder_outlives_an_interruption_but_not_a_failure_nor_the_end(session: Session) -> None:
-    folder = session.workspace.root / "resume"
+def test_a_scratch_folder_outlives_an_interruption_but_not_a_failure_nor_the_end(parent: ParentRun) -> None:
+    folder = parent.workspace.root / "resume"
     node_, key = node(), resumable.key(node(), {})
     for error in (ServiceError, StageError):
         with pytest.raises(error):
-            resumable.execute(node_, {}, session, key)
+            execute(resumable, node_, {}, parent, key)
         assert len(list(folder.iterdir())) == (error is ServiceError)
-    resumable.execute(node(steps=2), {}, session, resumable.key(node(steps=2), {}))
+    execute(resumable, node(steps=2), {}, parent, resumable.key(node(steps=2), {}))
     assert CALLS == ["resume 0", "resume 1", "resume 0"]
     assert not list(folder.iterdir())
 
 
-def test_a_scratch_folder_is_that_of_its_key_and_goes_when_forgotten(session: Session) -> None:
-    one, two = (session.workspace.scratch_folder(key) for key in ("a" * 64, "b" * 64))
+def test_a_scratch_folder_is_that_of_its_key_and_goes_when_forgotten(parent: ParentRun) -> None:
+    one, two = (parent.workspace.scratch_folder(key) for key in ("a" * 64, "b" * 64))
     assert one != two
-    assert session.workspace.scratch_folder("a" * 64) == one
+    assert parent.workspace.scratch_folder("a" * 64) == one
     os.utime(one, (0, 0))
-    session.workspace.scratch_folder("b" * 64)
+    parent.workspace.scratch_folder("b" * 64)
     assert not one.exists()
     assert two.exists()
 
 
-def test_a_diverging_run_leaves_its_loss_curve(session: Session) -> None:
-    ((_, _, error),) = run(session, (diverging, node()))
-    assert isinstance(error, DivergenceError)
-    (failed,) = session.client.search_runs([session.experiment_id], "attributes.status = 'FAILED'")
-    page = session.client.download_artifacts(failed.info.run_id, "failure/loss.html")
+def test_a_diverging_run_leaves_its_loss_curve(parent: ParentRun) -> None:
+    (outcome,) = run(parent, (diverging, node()))
+    assert outcome.kind == "DivergenceError"
+    (failed,) = parent.client.search_runs([parent.experiment_id], "attributes.status = 'FAILED'")
+    page = parent.client.download_artifacts(failed.info.run_id, "failure/loss.html")
     assert "step 2: nan" in Path(page).read_text()
 
 
-def test_losses_reach_mlflow_while_the_stage_still_runs(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_reach_mlflow_while_the_stage_still_runs(parent: ParentRun, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float]] = []
     clock = itertools.count(start=100.0, step=2.0)  # two seconds pass between any two looks at it
-    monkeypatch.setattr("tasks.stage.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tasks.live_progress.time.monotonic", lambda: next(clock))
 
     @stage("live")
     def live(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
         for step in range(3):
             progress.step(step + 1, 3, loss=float(step))
-            (own,) = session.client.search_runs([session.experiment_id], "attributes.run_name = 'live'")
-            seen.append([metric.value for metric in session.client.get_metric_history(own.info.run_id, "live_loss")])
+            (own,) = parent.client.search_runs([parent.experiment_id], "attributes.run_name = 'live'")
+            seen.append([metric.value for metric in parent.client.get_metric_history(own.info.run_id, "live_loss")])
         (out / "x.txt").write_text("x")
         return {}
 
-    live.execute(node("live"), {}, session, "key")
+    execute(live, node("live"), {}, parent, "key")
     assert seen == [[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]
+
+
+def real_nodes(checkpoint: Path, text: Path) -> list[Node]:
+    """A checkpoint and a text, and a training that reads both."""
+    data = DataSpec(source=str(text), evaluation=0.2, calibration=0.2)
+    training = FinetuneSpec(steps=3, batch=2, sequence=32)
+    return [
+        Node("text", "text", "train", TextSpec(data=data, split="train")),
+        Node("checkpoint", "load", "tiny", LoadSpec(source=str(checkpoint))),
+        Node("tuned", "finetune", "tuned", training, {"checkpoint": "checkpoint", "text": "text"}),
+    ]
+
+
+def test_real_stages_run_in_another_process_to_the_same_digests(parent: ParentRun, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """All that a stage's Prefect task takes is pickled; its progress comes back through the channel."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.txt").write_text(" ".join(f"word{number * 40 + i} is followed by {i}." for i in range(40)))
+    parent = dataclasses.replace(parent, progress=ProgressChannel(tmp_path / "progress.jsonl"))
+    refs: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for node_ in real_nodes(tiny_checkpoint, text):
+            work = (stage_named(node_.stage), node_, {name: refs[id] for name, id in node_.inputs.items()}, parent, node_.id)
+            here, there = run_stage(*work), pool.submit(run_stage, *work).result()
+            assert there["digest"] == here["digest"]
+            assert there["run_id"] != here["run_id"]
+            refs[node_.id] = there
+    assert parent.progress.path
+    told = [json.loads(line) for line in parent.progress.path.read_text().splitlines()]
+    assert {"node": "tuned", "done": 3, "total": 3} in [
+        {key: message["step"][key] for key in ("node", "done", "total")} for message in told if "step" in message
+    ]
+    assert [metric.step for metric in parent.client.get_metric_history(refs["tuned"]["run_id"], "live_loss")] == [1, 2, 3]

@@ -1,45 +1,63 @@
-"""Opening and closing the MLflow parent run of an optimization."""
+"""The MLflow run of one optimization: its addresses, and how it is opened and closed."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from featherweight.errors import told
 from featherweight.masking import masked_tree
-from featherweight.progress import Progress
-from featherweight.recipe.plan import Node, Plan
+from featherweight.recipe.plan import Plan
+from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.lineage import code_commit
 from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
+from featherweight.system.progress_channel import ProgressChannel
 from featherweight.system.services import check_url
-from flows.promote import who
-from tasks.stage import Session
+from featherweight.system.user import user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+@dataclass(frozen=True)
+class ParentRun:
+    """Where an optimization's nested runs, artifacts and progress go: plain values, so that a stage may run in any process.
+
+    tags: what every run of the optimization carries.
+    """
+
+    workspace: Workspace
+    experiment_id: str
+    run_id: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    progress: ProgressChannel = field(default_factory=ProgressChannel)
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client of the tracking server; MLflow keeps the connection behind it."""
+        return self.workspace.client()
+
+
 @contextmanager
-def open_session(
-    recipe: Recipe, plan: Plan, workspace: Workspace, listen: Callable[[Node], Progress], extra_tags: Mapping[str, str]
-) -> Iterator[Session]:
+def open_parent_run(
+    recipe: Recipe, plan: Plan, workspace: Workspace, progress: ProgressChannel, extra_tags: Mapping[str, str]
+) -> Iterator[ParentRun]:
     """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down."""
     with mlflow_explained(workspace.tracking_uri):
         client = connect(workspace)
         experiment = workspace.experiment(client, recipe.name)
         _bury_the_dead(client, experiment)
-        with _parent_run(recipe, plan, client, experiment, extra_tags) as (run_id, tags), _ambient(workspace.tracking_uri):
-            yield Session(workspace, client, experiment, run_id, tags, listen)
+        with _parent_run(recipe, plan, client, experiment, extra_tags) as (run_id, tags), ambient(workspace.tracking_uri):
+            yield ParentRun(workspace, experiment, run_id, tags, progress)
 
 
 @contextmanager
@@ -52,7 +70,7 @@ def _parent_run(
     run = client.create_run(experiment, run_name=f"optimize {recipe.name}", tags=own)
     run_id = run.info.run_id
     client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
-    client.log_text(run_id, json.dumps(describe(plan), indent=1), "plan.json")
+    client.log_text(run_id, json.dumps(_described(plan), indent=1), "plan.json")
     try:
         yield run_id, tags
     except BaseException as error:
@@ -63,8 +81,8 @@ def _parent_run(
 
 
 @contextmanager
-def _ambient(tracking_uri: str) -> Iterator[None]:
-    """`models:/` sources are resolved by MLflow's own environment variable."""
+def ambient(tracking_uri: str) -> Iterator[None]:
+    """MLflow's own environment variable, by which it resolves `models:/` sources."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     try:
@@ -85,12 +103,7 @@ def connect(workspace: Workspace) -> MlflowClient:
         return client
 
 
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe with every default spelt out, as YAML fit to be shown."""
-    return yaml.safe_dump(masked_tree(recipe.model_dump(mode="json")), sort_keys=False)
-
-
-def describe(plan: Plan) -> dict[str, object]:
+def _described(plan: Plan) -> dict[str, object]:
     """The plan as JSON."""
     return {
         "nodes": [
@@ -113,7 +126,7 @@ def _tags(recipe: Recipe) -> dict[str, str]:
         "featherweight.recipe_sha256": content_digest(recipe.model_dump(mode="json")),
         "featherweight.process": f"{socket.gethostname()}:{os.getpid()}",
         "featherweight.prefect_flow_run": flow_run,
-        "mlflow.user": who(),
+        "mlflow.user": user_name(),
         "mlflow.source.git.commit": code_commit(),
     }
 

@@ -1,0 +1,181 @@
+"""The MLflow run of one stage run: what it makes becomes an artifact, what it raises becomes evidence."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import DivergenceError, FeatherweightError, ServiceError, StageError, told
+from featherweight.masking import masked, masked_tree
+from featherweight.progress import Metrics
+from featherweight.recipe.plan import Node
+from featherweight.report.loss_curve import loss_page
+from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
+from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
+from tasks.cache_key import hardware, libraries_of, library_versions
+from tasks.live_progress import LiveProgress
+from tasks.parent_run import ParentRun, ambient
+from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def execute(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: ParentRun, key: str) -> ArtifactRef:
+    """Run a stage's function in a nested MLflow run and publish what it made. Nothing is left behind where it fails."""
+    client = parent.client
+    tags = {
+        **parent.tags,
+        "mlflow.parentRunId": parent.run_id,
+        "featherweight.node": node.id,
+        "featherweight.stage": stage.name,
+        "featherweight.key": key,
+    }
+    run_id = client.create_run(parent.experiment_id, run_name=node.id, tags=tags).info.run_id
+    try:
+        with ambient(parent.workspace.tracking_uri):
+            ref = _make(stage, node, inputs, parent, key, run_id)
+    except BaseException as error:
+        killed = not isinstance(error, Exception)
+        client.set_tag(run_id, "featherweight.error", told(error))
+        client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+    return ref
+
+
+def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: ParentRun, key: str, run_id: str) -> ArtifactRef:
+    started, clock, client, workspace = _now(), time.perf_counter(), parent.client, parent.workspace
+    folders = {name: workspace.materialize(ref, check=False) for name, ref in inputs.items()}
+    _silence(stage.libraries)
+    progress = LiveProgress(parent.progress.progress(node.id), client, run_id)
+    with workspace.working_folder() as work, _scratch(stage, parent, key) as scratch, _clear_errors(node.id):
+        out = work / "artifact"
+        out.mkdir()
+        with highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
+            metrics = dict(stage.function(node.spec, out=out, seed=node.seed, progress=progress, **folders, **scratch))
+        seconds = time.perf_counter() - clock
+        manifest = _manifest(stage, node, inputs, key, out, metrics, started)
+        manifest.write(out)
+        progress.flush()
+        _log(client, run_id, node, metrics, seconds, peak())
+        uri = workspace.publish(client, run_id, out)
+    return ArtifactRef(uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics)
+
+
+def _manifest(
+    stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], key: str, out: Path, metrics: dict[str, float], started: str
+) -> Manifest:
+    """What the folder holds and where it comes from."""
+    files = describe_files(out)
+    return Manifest(
+        digest=merkle_digest(files),
+        files=files,
+        stage=stage.name,
+        node=node.id,
+        key=key,
+        spec=masked_tree(node.spec.model_dump(mode="json")),
+        seed=node.seed,
+        parents={name: ref.digest for name, ref in inputs.items()},
+        metrics=metrics,
+        environment=library_versions((*stage.libraries, *libraries_of(node))),
+        machine=_machine(),
+        started=started,
+        finished=_now(),
+    )
+
+
+@contextmanager
+def _scratch(stage: Stage, parent: ParentRun, key: str) -> Iterator[dict[str, Path]]:
+    """The folder in which a function keeps what it needs to resume, for a function that asks for one.
+
+    It stays after a kill, Ctrl-C or a full disk. It goes when the work is done, and when the stage itself has failed:
+    the same would happen again.
+    """
+    if not stage.takes("scratch"):
+        yield {}
+        return
+    folder = parent.workspace.scratch_folder(key)
+    try:
+        yield {"scratch": folder}
+    except StageError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _silence(libraries: tuple[str, ...]) -> None:
+    """Progress is told by us; the libraries' bars and notes on what this machine lacks would tear the view.
+
+    They set their loggers' levels when imported, so that is done first.
+    """
+    if "transformers" in libraries or "torch" in libraries:
+        import torch  # noqa: F401
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    for name in ("torch", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, seconds: float, peak: int) -> None:
+    """Final metrics and the spec, in one batch each. peak: resident bytes of this process, its workers not among them."""
+    from mlflow.entities import Metric, Param
+
+    values = {**metrics, "stage_seconds": seconds, "stage_peak_memory_bytes": peak + metrics.get(WORKERS_PEAK, 0)}
+    stamp = int(time.time() * 1000)
+    params = [Param(name, masked(value)[:500]) for name, value in node.spec.model_dump(mode="json").items()]
+    client.log_batch(run_id, [Metric(name, float(value), stamp, 0) for name, value in values.items()], params)
+
+
+@contextmanager
+def _clear_errors(node: str) -> Iterator[None]:
+    """Turn what a full disk or exhausted memory raises into one clear line."""
+    try:
+        yield
+    except FeatherweightError:
+        raise
+    except MemoryError as error:
+        raise StageError(f"{node}: out of memory; lower the batch or the sequence length") from error
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise ServiceError(f"{node}: no space left on the disk; free some and run the same command again") from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full; safetensors and SQLite tell it in their own words only."""
+    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return told or any(words in str(error) for words in ("os error 28", "No space left", "database or disk is full"))
+
+
+@contextmanager
+def _evidence(client: MlflowClient, run_id: str, out: Path) -> Iterator[None]:
+    """Keep the pages that a failing stage wrote about its failure: they go to its MLflow run, and so does a diverging loss."""
+    try:
+        yield
+    except FeatherweightError as error:
+        if isinstance(error, DivergenceError):
+            (out / "loss.html").write_text(loss_page(error.losses, str(error)), encoding="utf-8")
+        for page in out.glob("*.html"):
+            client.log_artifact(run_id, str(page), "failure")
+        raise
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    import platform
+
+    return {"platform": platform.platform(), "python": platform.python_version(), "hardware": hardware()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

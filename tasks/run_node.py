@@ -1,0 +1,105 @@
+"""Running a node of the plan as a Prefect task, or taking its verified result from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.recipe.plan import Node
+from featherweight.spec import Spec
+from featherweight.store.artifact import ArtifactRef, content_digest
+from featherweight.store.mlflow_errors import mlflow_explained
+from featherweight.store.workspace import Workspace
+from tasks.nested_run import execute
+from tasks.outcome import Outcome
+from tasks.parent_run import ParentRun
+from tasks.stage import Stage
+
+if TYPE_CHECKING:
+    from prefect import Task
+
+
+def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun) -> Outcome:
+    """Run a node on the artifacts of `inputs`, all of which are there, within a Prefect flow."""
+    from prefect.utilities.annotations import quote
+
+    try:
+        key = stage.key(node, {name: outcome.artifact.digest for name, outcome in inputs.items()})
+    except FeatherweightError as error:
+        return Outcome.failure(node.id, error)
+    returned = {name: outcome.returned for name, outcome in inputs.items()}
+    state: Any = _task(stage, node, key, parent.workspace)(
+        quote(stage), quote(node), returned, quote(parent), key, return_state=True
+    )
+    if state.is_completed():
+        return Outcome(node.id, "cached" if state.name == "Cached" else "done", state.result())
+    raised = state.result(raise_on_failure=False)
+    return Outcome.failure(node.id, raised if isinstance(raised, Exception) else StageError(f"{node.id}: {state.message}"))
+
+
+def run_stage(stage: Stage, node: Node, inputs: Mapping[str, Mapping[str, Any]], parent: ParentRun, key: str) -> dict[str, Any]:
+    """The body of every stage's Prefect task. It takes values only: it may run in another process, or on another machine."""
+    refs = {name: ArtifactRef.model_validate(ref) for name, ref in inputs.items()}
+    with mlflow_explained(parent.workspace.tracking_uri):
+        return execute(stage, node, refs, parent, key).model_dump()
+
+
+def _task(stage: Stage, node: Node, key: str, workspace: Workspace) -> Task[..., dict[str, Any]]:
+    """The Prefect task of a node, named by what it does."""
+    from prefect import Task
+
+    slot = _slot(key, workspace)
+    return Task(
+        run_stage,
+        name=f"{stage.name}: {node.label}",
+        task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace(" ]", "]").replace("{", "(").replace("}", ")"),
+        tags=[stage.name],
+        cache_key_fn=lambda *_: slot,
+        persist_result=True,
+        result_serializer="json",
+        refresh_cache=not is_cached(key, workspace),
+        retries=1,
+        retry_delay_seconds=2,
+        retry_condition_fn=_is_transient,
+    )
+
+
+def _is_transient(task: Any, run: Any, state: Any) -> bool:
+    """Only a service that may come back is worth a second try."""
+    return isinstance(state.result(raise_on_failure=False), ServiceError)
+
+
+def _slot(key: str, workspace: Workspace) -> str:
+    """Where Prefect keeps the reference: results of one tracking store mean nothing to another."""
+    return content_digest([key, workspace.tracking_uri])
+
+
+def cached_ref(key: str, workspace: Workspace) -> ArtifactRef | None:
+    """The reference that Prefect's result store holds under a key."""
+    from prefect.results import ResultStore, get_default_result_storage
+
+    try:
+        storage: Any = get_default_result_storage
+        store = ResultStore(result_storage=storage(_sync=True))
+        return ArtifactRef.model_validate(store.read(_slot(key, workspace)).result)
+    except (ValueError, KeyError, OSError):
+        return None
+
+
+def is_cached(key: str, workspace: Workspace) -> bool:
+    """Whether a result is held under the key and its artifact is there, undamaged; a damaged one is rebuilt, not trusted."""
+    ref = cached_ref(key, workspace)
+    if ref is None:
+        return False
+    try:
+        workspace.materialize(ref)
+    except (IntegrityError, ServiceError):
+        return False
+    return True
+
+
+def method(spec: Spec) -> str:
+    """The words of a spec that name its method, such as 'gptq int8'."""
+    names = ("engine", "method", "criterion", "precision", "compute_type", "grid", "split")
+    return " ".join(str(getattr(spec, name)) for name in names if hasattr(spec, name) and name not in spec.unread)
