@@ -180,7 +180,7 @@ def watch(
 @app.command()
 def doctor(as_json: JsonOpt = False) -> None:
     """Say what this machine has, which toolchains are ready, what is missing and how to get it."""
-    from flows.doctor import diagnose, render
+    from featherweight.runtimes.doctor import diagnose, render
 
     found = diagnose()
     if as_json:

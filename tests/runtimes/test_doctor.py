@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from featherweight.runtimes import doctor
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.system.machine import Machine
-from flows import doctor
 
 QUIET = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 AVX2_ONLY = Machine("Linux", "x86_64", "Some CPU", frozenset({"avx2", "fma"}), 2, 2, 24 * 2**30, ())
@@ -93,7 +93,7 @@ def test_a_full_disk_is_fatal(tmp_path, monkeypatch):
 
 def test_imports_nothing_heavy():
     script = (
-        "import sys; from flows.doctor import diagnose; diagnose();"
+        "import sys; from featherweight.runtimes.doctor import diagnose; diagnose();"
         "print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
