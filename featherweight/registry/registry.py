@@ -19,7 +19,16 @@ from featherweight.errors import GateError, ServiceError
 from featherweight.registry import history
 from featherweight.registry.history import GateResult, StageName, Transition
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
-from featherweight.registry.versions import CHAMPION, NAME, TAG, Book, RegisteredVersion, locked, pages, refuse_renamed
+from featherweight.registry.versions import (
+    CHAMPION,
+    NAME,
+    TAG,
+    RegisteredModel,
+    RegisteredVersion,
+    all_pages,
+    locked,
+    refuse_renamed,
+)
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.tracking import open_client
@@ -90,19 +99,19 @@ class Registry:
     def models(self) -> list[str]:
         """Names of all registered models."""
         with self._service():
-            return sorted(model.name for model in pages(self.client.search_registered_models))
+            return sorted(model.name for model in all_pages(self.client.search_registered_models))
 
     def get(self, model: str, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError where there is none."""
-        return self._book(model).pick(version)
+        return self._model(model).pick(version)
 
     def versions(self, model: str) -> list[RegisteredVersion]:
         """All versions of a model, oldest first."""
-        return list(self._book(model).versions.values())
+        return list(self._model(model).versions.values())
 
     def champion(self, model: str) -> RegisteredVersion | None:
         """The version in production, None where there is none, or where it was deleted in MLflow."""
-        return self._book(model).holder(CHAMPION)
+        return self._model(model).holder(CHAMPION)
 
     def find(self, model: str, digest: str) -> RegisteredVersion | None:
         """The version that serves the artifact of that digest, None where there is none.
@@ -117,11 +126,11 @@ class Registry:
 
     def history(self, model: str) -> list[Transition]:
         """Every transition of the model's versions, oldest first."""
-        return self._book(model).history
+        return self._model(model).history
 
     def history_faults(self, model: str) -> list[str]:
         """Entries of the history that were altered or removed by other hands, in words."""
-        return history.faults(self._book(model).tags)
+        return history.faults(self._model(model).tags)
 
     def lineage_json(self, version: RegisteredVersion) -> str:
         """The `lineage.json` that was registered with a version."""
@@ -204,13 +213,13 @@ class Registry:
         has become champion meanwhile. None does not look.
         """
         _check_words(to, who, why)
-        with self._service(), locked(self.client, model) as book:
-            moved, champion = book.pick(version), book.holder(CHAMPION)
+        with self._service(), locked(self.client, model) as held:
+            moved, champion = held.pick(version), held.holder(CHAMPION)
             present = champion.version if champion else ""
             if expect_champion is not None and present != expect_champion:
                 raise GateError(f"version {present or 'none'} of '{model}' became champion meanwhile; promote again")
             if moved.stage != to:
-                book.move(moved, to, who, why, gates)
+                held.move(moved, to, who, why, gates)
         return self.get(model, moved.version)
 
     def rollback(self, model: str, who: str, why: str) -> RegisteredVersion:
@@ -219,15 +228,15 @@ class Registry:
         Raises GateError where there is no champion to go back to.
         """
         _check_words("production", who, why)
-        with self._service(), locked(self.client, model) as book:
-            book.go_back(who, why)
+        with self._service(), locked(self.client, model) as held:
+            held.roll_back(who, why)
         return self.get(model, CHAMPION)
 
     # -- how ------------------------------------------------------------------------------------------------------------
 
-    def _book(self, model: str) -> Book:
+    def _model(self, model: str) -> RegisteredModel:
         with self._service():
-            return Book.read(self.client, model)
+            return RegisteredModel.read(self.client, model)
 
     def _ensure_model(self, model: str) -> None:
         """The registered model, with the name by which recipes know it in a tag, which stays where MLflow renames it."""
@@ -294,8 +303,8 @@ class Registry:
     def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
         """The registered version, all tags in the one call that creates it."""
         self._ensure_model(winner.model)
-        with locked(self.client, winner.model) as book:
-            known = next((one for one in book.versions.values() if one.digest == winner.digest), None)
+        with locked(self.client, winner.model) as held:
+            known = next((one for one in held.versions.values() if one.digest == winner.digest), None)
             if known is not None:
                 self._discard(winner, logged)
                 return known

@@ -1,4 +1,4 @@
-"""The book of one registered model: its versions, who is champion, and what may be done about it.
+"""One registered model: its versions, who is champion, and what may be done about it.
 
 The aliases champion, challenger and previous are the truth, because MLflow's own stages are deprecated; tags say the stage too, and
 MLflow's stage is set where the server still has stages.
@@ -89,8 +89,8 @@ class RegisteredVersion:
         return self.tags.get(f"{TAG}{name}", "")
 
 
-class Book:
-    """One registered model as it stands, read in two calls. Write to it only within `locked`."""
+class RegisteredModel:
+    """A registered model as it stands, read in two calls. Write to it only within `locked`."""
 
     def __init__(
         self,
@@ -103,8 +103,8 @@ class Book:
         self.client, self.model, self.aliases, self.tags, self.versions = client, model, aliases, tags, versions
 
     @classmethod
-    def read(cls, client: MlflowClient, model: str) -> Book:
-        """The book of a model. Raises GateError, naming the known ones, where there is none."""
+    def read(cls, client: MlflowClient, model: str) -> RegisteredModel:
+        """The model of that name. Raises GateError, naming the known ones, where there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -113,10 +113,10 @@ class Book:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             refuse_renamed(client, model)
-            known = ", ".join(sorted(one.name for one in pages(client.search_registered_models))) or "none"
+            known = ", ".join(sorted(one.name for one in all_pages(client.search_registered_models))) or "none"
             raise GateError(f"no registered model '{model}'; registered: {known}") from error
         aliases = {alias: str(number) for alias, number in holder.aliases.items()}
-        found = pages(client.search_model_versions, filter_string=f"name = '{holder.name}'")
+        found = all_pages(client.search_model_versions, filter_string=f"name = '{holder.name}'")
         ordered = sorted((RegisteredVersion.of(one, aliases) for one in found), key=lambda one: int(one.version))
         return cls(client, model, aliases, dict(holder.tags), {one.version: one for one in ordered})
 
@@ -149,31 +149,31 @@ class Book:
         ones go, so that there is a champion at every moment.
         """
         out = self.holder(HELD[to]) if to in HELD else None
-        self._append(moved, to, who, why, "transition", gates)
+        self._record(moved, to, who, why, "transition", gates)
         if out is not None:
-            self._append(out, BELOW[to], who, f"displaced by version {moved.version}", "displaced")
+            self._record(out, BELOW[to], who, f"displaced by version {moved.version}", "displaced")
             if to == "production":
-                self._point(PREVIOUS, out)
-        self._place(moved, to)
+                self._set_alias(PREVIOUS, out)
+        self._give_alias(moved, to)
         if out is not None:
-            self._label(out, BELOW[to])
+            self._tag_stage(out, BELOW[to])
 
-    def go_back(self, who: str, why: str) -> None:
+    def roll_back(self, who: str, why: str) -> None:
         """Make `previous` champion, and the champion before it `previous`. Raises GateError where there is no previous one."""
         back, champion = self.pick(PREVIOUS) if PREVIOUS in self.aliases else None, self.holder(CHAMPION)
         if back is None:
             raise GateError(f"model '{self.model}' has no previous champion to go back to")
         if champion is not None:
-            self._append(champion, "archived", who, why, "rollback")
-        self._append(back, "production", who, why, "rollback")
-        self._place(back, "production")
+            self._record(champion, "archived", who, why, "rollback")
+        self._record(back, "production", who, why, "rollback")
+        self._give_alias(back, "production")
         if champion is not None:
-            self._label(champion, "archived")
+            self._tag_stage(champion, "archived")
         line = [one for one in history.champions(self.history) if one in self.versions and one != back.version]
         if line:
-            self._point(PREVIOUS, self.versions[line[-1]])
+            self._set_alias(PREVIOUS, self.versions[line[-1]])
 
-    def _append(
+    def _record(
         self,
         moved: RegisteredVersion,
         to: str,
@@ -187,22 +187,22 @@ class Book:
         self.client.set_registered_model_tag(self.model, key, value)
         self.tags[key] = value
 
-    def _place(self, moved: RegisteredVersion, to: str) -> None:
+    def _give_alias(self, moved: RegisteredVersion, to: str) -> None:
         """Let the version hold the alias of its stage and no other."""
         if to in HELD:
-            self._point(HELD[to], moved)
+            self._set_alias(HELD[to], moved)
         gone = {CHAMPION, CHALLENGER, *([PREVIOUS] if to == "production" else [])} - {HELD.get(to)}
         for alias in gone:
             if self.aliases.get(alias) == moved.version:
                 self.client.delete_registered_model_alias(self.model, alias)
                 del self.aliases[alias]
-        self._label(moved, to)
+        self._tag_stage(moved, to)
 
-    def _point(self, alias: str, version: RegisteredVersion) -> None:
+    def _set_alias(self, alias: str, version: RegisteredVersion) -> None:
         self.client.set_registered_model_alias(self.model, alias, version.version)
         self.aliases[alias] = version.version
 
-    def _label(self, moved: RegisteredVersion, stage: str) -> None:
+    def _tag_stage(self, moved: RegisteredVersion, stage: str) -> None:
         """Say the stage in a tag, and in MLflow's own stage where the server still has stages."""
         from mlflow.exceptions import MlflowException
 
@@ -218,35 +218,35 @@ class Book:
 
 def refuse_renamed(client: MlflowClient, model: str) -> None:
     """Raise GateError where a model of another name was registered under `model`."""
-    for one in pages(client.search_registered_models):
+    for one in all_pages(client.search_registered_models):
         if one.tags.get(NAME) == model and one.name != model:
             way = f"rename it back, or write `promote: {{model: {one.name}}}` in the recipe and use that name"
             raise GateError(f"the registered model '{model}' was renamed to '{one.name}' in MLflow; {way}")
 
 
 @contextmanager
-def locked(client: MlflowClient, model: str, patience_s: float = 30.0) -> Iterator[Book]:
-    """The model's book, locked, so that reading the champion and moving the aliases is one step among all writers.
+def locked(client: MlflowClient, model: str, patience_s: float = 30.0) -> Iterator[RegisteredModel]:
+    """The model as it stands, locked, so that reading the champion and moving the aliases is one step among all writers.
 
-    MLflow has no compare-and-set. A writer hangs up a tag of its own, then looks: it holds the lock if it sees no other.
-    Of two writers at least the later one sees the other's tag, so never both hold it; on a clash both take theirs down
+    MLflow has no compare-and-set. A writer sets a tag of its own, then looks: it holds the lock if it sees no other.
+    Of two writers at least the later one sees the other's tag, so never both hold it; on a clash both remove theirs
     and try again after a random pause. A tag left by a killed writer counts for LEASE_S only. Raises GateError for an
     unknown model, ServiceError where the lock stays taken for `patience_s`.
     """
-    Book.read(client, model)
+    RegisteredModel.read(client, model)
     mine, end = f"{LOCK}{uuid.uuid4().hex}", time.monotonic() + patience_s
-    while not _hang(client, model, mine):
+    while not _try_lock(client, model, mine):
         if time.monotonic() > end:
             raise ServiceError(f"another promotion of '{model}' has been under way for {patience_s:.0f} s; try again")
         time.sleep(random.uniform(0.02, 0.3))
     try:
-        yield Book.read(client, model)
+        yield RegisteredModel.read(client, model)
     finally:
         client.delete_registered_model_tag(model, mine)
 
 
-def _hang(client: MlflowClient, model: str, mine: str) -> bool:
-    """Hang up this writer's tag; take it down again and say False where another one hangs."""
+def _try_lock(client: MlflowClient, model: str, mine: str) -> bool:
+    """Set this writer's tag; remove it again and say False where another one is set."""
     client.set_registered_model_tag(model, mine, str(time.time() + LEASE_S))
     tags = client.get_registered_model(model).tags
     others = {key: float(until) for key, until in tags.items() if key.startswith(LOCK) and key != mine}
@@ -258,7 +258,7 @@ def _hang(client: MlflowClient, model: str, mine: str) -> bool:
     return not others
 
 
-def pages(search: Any, **query: Any) -> Iterator[Any]:
+def all_pages(search: Any, **query: Any) -> Iterator[Any]:
     """All results of a paged MLflow search."""
     token = None
     while True:
