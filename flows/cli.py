@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, GateError, StageError, ToolchainError, one_line
+from featherweight.errors import FeatherweightError, StageError, one_line
 from featherweight.masking import masked
 from flows.progress_view import view_for
 
@@ -53,6 +53,7 @@ def optimize(
     Stop it at any moment; the same command resumes and recomputes no finished stage.
     """
     from flows.launch import launch
+    from tasks.summary import require_winner
 
     result = launch(recipe, tuple(overrides), workspace, view_for(quiet))
     page = _place_report(result.report, report or Path("report.html"))
@@ -64,12 +65,7 @@ def optimize(
         _console().print(terminal_table(result))
         _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
         typer.echo("\n".join(filter(None, (*result.note_lines, result.registered, f"report: {page}"))))
-    if result.nothing_made:
-        failed = any(row.status == "failed" for row in result.variants)
-        error = StageError if failed else ToolchainError
-        raise error("no variant was made, and nothing registered; the table says why each failed or was skipped")
-    if result.winner is None:
-        raise GateError("no variant keeps the constraints; the table says by how much each misses them")
+    require_winner(result)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -81,9 +77,10 @@ def plan(
 ) -> None:
     """Show the tree of variants, what they share, what was ruled out and why, and the estimated cost. Runs nothing."""
     from featherweight.recipe.reading import load_recipe
-    from flows.plan_view import plan_tree, preview
+    from flows.plan_view import plan_tree
+    from tasks.forecast import forecast
 
-    shown = preview(load_recipe(recipe, tuple(overrides)), workspace)
+    shown = forecast(load_recipe(recipe, tuple(overrides)), workspace)
     if as_json:
         _print_json(shown.to_dict())
     else:
@@ -99,7 +96,7 @@ def variants(
 ) -> None:
     """Show the table of a finished optimization."""
     from featherweight.report.tables import markdown_table, terminal_table
-    from flows.audit import past_result
+    from tasks.summary import past_result
 
     result = past_result(_workspace(workspace), run)
     if as_json:
@@ -140,9 +137,9 @@ def promote(
     as_json: JsonOpt = False,
 ) -> None:
     """Move a version to a stage, if the gate against the present champion lets it pass."""
-    from flows.promote import promote as run
+    from flows.by_hand import promote_by_hand
 
-    _tell(run(_workspace(workspace), model, to, why, force), as_json)
+    _tell(promote_by_hand(_workspace(workspace), model, to, why, force), as_json)
 
 
 @app.command()
@@ -150,9 +147,9 @@ def rollback(
     model: ModelArg, why: WhyOpt = "rolled back by hand", workspace: WorkspaceOpt = HERE, as_json: JsonOpt = False
 ) -> None:
     """Make the previous champion the champion again."""
-    from flows.promote import rollback as run
+    from flows.by_hand import roll_back_by_hand
 
-    _tell(run(_workspace(workspace), model, why), as_json)
+    _tell(roll_back_by_hand(_workspace(workspace), model, why), as_json)
 
 
 @app.command()

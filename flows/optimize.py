@@ -8,21 +8,18 @@ from typing import Any
 
 from prefect import flow
 
-from featherweight.recipe.plan import Plan, expand
+from featherweight.recipe.plan import ESSENTIAL, Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
 from featherweight.system.progress_channel import ProgressChannel
-from flows import conclusion
 from flows.progress_view import PlainView, shown
-from tasks.outcome import Outcome, Outcomes, missing_input
+from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
 from tasks.stages import stage_named
-
-# Without these there is nothing to measure, or nothing to measure against.
-ESSENTIAL = ("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate")
+from tasks.summary import summarize
 
 
 @flow(name="optimize", flow_run_name="optimize {recipe}", persist_result=False, validate_parameters=False)
@@ -55,19 +52,23 @@ def optimize(
 ) -> OptimizationResult:
     """The body of the flow, on what its parameters name."""
     with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent:
-        outcomes = run_plan(plan, parent)
-        return conclusion.conclude(recipe, plan, outcomes, parent)
+        result = summarize(recipe, plan, run_plan(plan, parent), parent)
+    if result.winner is not None:
+        progress.tell("say", f"winner: {result.winner}")
+        progress.tell("say", result.registered)
+    return result
 
 
 def run_plan(plan: Plan, parent: ParentRun) -> Outcomes:
     """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential."""
     outcomes: dict[str, Outcome] = {}
     for id, node in plan.nodes.items():
-        outcome = missing_input(node, outcomes)
+        stage = stage_named(node.stage)
+        outcome = None if stage.gathers else blocked(node, outcomes)
         if outcome is None:
             parent.progress.tell("started", {"node": id, "stage": node.stage})
-            inputs = {name: outcomes[origin] for name, origin in node.inputs.items()}
-            outcome = run_node(stage_named(node.stage), node, inputs, parent)
+            inputs = {name: outcomes[origin] for name, origin in node.inputs.items() if outcomes[origin].ref}
+            outcome = run_node(stage, node, inputs, parent)
         outcomes[id] = outcome
         parent.progress.tell("finished", {"node": id, "status": outcome.status, "note": outcome.reason})
         if id in ESSENTIAL and outcome.error is not None:

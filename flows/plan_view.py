@@ -1,120 +1,30 @@
-"""`featherweight plan`: the tree of variants and what it will cost. Runs nothing."""
+"""`featherweight plan`: the tree of variants and what it will cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featherweight.errors import FeatherweightError, told
-from featherweight.recipe.cost import Cost, estimate
-from featherweight.recipe.plan import Node, Plan, expand
-from featherweight.recipe.recipe import Recipe
-from featherweight.store.artifact import ArtifactRef
-from featherweight.store.workspace import Workspace
-from featherweight.system.services import configure
-from tasks.run_node import cached_ref, method
-from tasks.stages import stage_named
+from featherweight.recipe.cost import Cost
+from featherweight.recipe.plan import Node
+from tasks.forecast import PlanForecast
+from tasks.run_node import method
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-
-@dataclass(frozen=True)
-class Preview:
-    """A plan, the cost of its nodes, and what already looks wrong (a source that is not there)."""
-
-    plan: Plan
-    costs: dict[str, Cost]
-    warnings: tuple[str, ...]
-
-    @property
-    def seconds(self) -> float:
-        """What a run of it would take."""
-        return sum(cost.seconds for cost in self.costs.values())
-
-    @property
-    def unshared_seconds(self) -> float:
-        """What it would take if every variant paid for its whole path alone."""
-        return sum(self.costs[id].seconds for v in self.plan.variants for id in self.plan.path(v.measured))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {
-            "nodes": [
-                {
-                    "id": n.id,
-                    "stage": n.stage,
-                    "inputs": dict(n.inputs),
-                    "seconds": round(self.costs[n.id].seconds, 1),
-                    "basis": self.costs[n.id].basis,
-                }
-                for n in self.plan.nodes.values()
-            ],
-            "variants": [v.name for v in self.plan.variants],
-            "ruled_out": dict(self.plan.ruled_out),
-            "seconds": round(self.seconds, 1),
-            "unshared_seconds": round(self.unshared_seconds, 1),
-            "warnings": list(self.warnings),
-        }
+# The input that a node hangs on in the tree, the first that it has.
+BRANCHES = ("decide", "registered", "served", "checkpoint", "text")
 
 
-def preview(recipe: Recipe, root: Path) -> Preview:
-    """Expand the recipe, look up what is cached, estimate the rest. Raises RecipeError."""
-    plan = expand(recipe)
-    cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
-    measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    return Preview(plan, estimate(plan, recipe, measured, set(cached)), warnings)
-
-
-def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, ...]]:
-    """Nodes that have a result already. A node's key is known once its inputs' digests are."""
-    configure(root)
-    refs: dict[str, ArtifactRef] = {}
-    warnings: list[str] = []
-    for id, node in plan.nodes.items():
-        if not all(parent in refs for parent in node.inputs.values()):
-            continue
-        try:
-            key = stage_named(node.stage).key(node, {name: refs[parent].digest for name, parent in node.inputs.items()})
-        except FeatherweightError as error:
-            warnings.append(f"{id}: {told(error)}")
-            continue
-        ref = cached_ref(key, Workspace.at(root))
-        if ref is not None:
-            refs[id] = ref
-    return refs, tuple(warnings)
-
-
-def _measured(recipe: Recipe, plan: Plan, root: Path) -> dict[str, float]:
-    """Seconds that nodes of the same name and spec took in earlier runs of this recipe, the latest of each."""
-    configure(root)
-    client = Workspace.at(root).client()
-    experiment = client.get_experiment_by_name(recipe.name)
-    if experiment is None:
-        return {}
-    found: dict[str, float] = {}
-    for run in client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'", max_results=1000):
-        id = run.data.tags.get("featherweight.node", "")
-        node = plan.nodes.get(id)
-        if node is not None and id not in found and run.data.params == _params(node):
-            found[id] = run.data.metrics.get("stage_seconds", 0.0)
-    return found
-
-
-def _params(node: Node) -> dict[str, str]:
-    return {name: str(value)[:500] for name, value in node.spec.model_dump(mode="json").items()}
-
-
-def plan_tree(shown: Preview) -> Tree:
+def plan_tree(shown: PlanForecast) -> Tree:
     """The trie, one line a node, then what was ruled out and the totals."""
     from rich.tree import Tree
 
     root = Tree(f"[bold]{len(shown.plan.variants)} variants, {len(shown.plan.nodes)} stage nodes[/bold]")
     branches: dict[str, Tree] = {}
     for node in shown.plan.nodes.values():
-        parent = node.inputs.get("served") or node.inputs.get("checkpoint") or node.inputs.get("text")
-        branches[node.id] = branches.get(parent or "", root).add(_line(node, shown.costs[node.id]))
+        origin = next((node.inputs[name] for name in BRANCHES if name in node.inputs), "")
+        branches[node.id] = branches.get(origin, root).add(_line(node, shown.costs[node.id]))
     if shown.plan.ruled_out:
         out = root.add("[yellow]ruled out[/yellow]")
         for name, reason in shown.plan.ruled_out.items():

@@ -57,11 +57,12 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
     folders = {name: workspace.materialize(ref, check=False) for name, ref in inputs.items()}
     _silence(stage.libraries)
     progress = LiveProgress(parent.progress.progress(node.id), client, run_id)
+    given = _given(stage, folders, inputs, parent)
     with workspace.working_folder() as work, _scratch(stage, parent, key) as scratch, _clear_errors(node.id):
         out = work / "artifact"
         out.mkdir()
         with highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
-            metrics = dict(stage.function(node.spec, out=out, seed=node.seed, progress=progress, **folders, **scratch))
+            metrics = dict(stage.function(node.spec, out=out, seed=node.seed, progress=progress, **given, **scratch))
         seconds = time.perf_counter() - clock
         manifest = _manifest(stage, node, inputs, key, out, metrics, started)
         manifest.write(out)
@@ -69,6 +70,13 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
         _log(client, run_id, node, metrics, seconds, peak())
         uri = workspace.publish(client, run_id, out)
     return ArtifactRef(uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics)
+
+
+def _given(stage: Stage, folders: dict[str, Path], inputs: Mapping[str, ArtifactRef], parent: ParentRun) -> dict[str, Any]:
+    """What the function gets beside spec, seed, out and progress."""
+    outside = {"parent": parent, "artifacts": inputs}
+    named: Mapping[str, Any] = {"inputs": folders} if stage.gathers else folders
+    return {**named, **{name: value for name, value in outside.items() if stage.takes(name)}}
 
 
 def _manifest(

@@ -62,10 +62,10 @@ class Outcome:
 Outcomes = Mapping[str, Outcome]
 
 
-def missing_input(node: Node, outcomes: Outcomes) -> Outcome | None:
+def blocked(node: Node, outcomes: Outcomes) -> Outcome | None:
     """The outcome of a node that cannot run because an input is not there, for that input's reason; None where all are."""
-    for parent in node.inputs.values():
-        lacking = outcomes[parent]
+    for origin in node.inputs.values():
+        lacking = outcomes[origin]
         if lacking.returned is None:
             return Outcome(node.id, "skipped" if lacking.status == "skipped" else "blocked", error=lacking.error)
     return None

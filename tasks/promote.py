@@ -1,30 +1,73 @@
-"""Promote a registered version, once the gates let it through; roll back to the champion before."""
+"""promote: a registered version moves as far as the recipe says, once the gates let it through."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
-from featherweight.errors import GateError
+from featherweight.errors import GateError, told
 from featherweight.measure import goals
 from featherweight.measure.figures import with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, QUALITY, SIZE, Figure
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.recipe import PromoteSpec
 from featherweight.registry.history import GateResult, StageName
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.system.user import user_name
+from tasks.parent_run import ParentRun
+from tasks.register import Registration
+from tasks.stage import stage
+
+FILE = "promoted.json"
+
+
+class GatesRefused(GateError):
+    """A gate refused; `gates` are all that judged, with their numbers."""
+
+    def __init__(self, message: str, gates: tuple[GateResult, ...] = ()) -> None:
+        super().__init__(message)
+        self.gates = gates
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did. `changed` is False where the version, or its very digest, stood there already."""
+    """What a promotion did: the version, the stage where it now stands, and the gates that judged with their numbers.
 
-    version: RegisteredVersion
-    former: RegisteredVersion | None
-    gates: tuple[GateResult, ...]
+    changed: False where the version, or its very digest, stood there already, and where a gate refused.
+    """
+
+    model: str
+    version: str
+    variant: str
+    stage: str
     changed: bool
     reason: str
+    gates: tuple[GateResult, ...] = ()
+
+    @classmethod
+    def of(cls, version: RegisteredVersion, changed: bool, reason: str, gates: tuple[GateResult, ...] = ()) -> Self:
+        """What was done to a version as it now stands."""
+        return cls(version.model, version.version, version.variant, version.stage, changed, reason, gates)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What the stage did."""
+        record = json.loads((folder / FILE).read_text())
+        return cls(**{**record, "gates": tuple(GateResult(**gate) for gate in record["gates"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """One line, and one for each gate."""
+        verb = "is now in" if self.changed else "stays in"
+        first = f"{self.model} version {self.version} ({self.variant}) {verb} {self.stage}: {self.reason}"
+        return "\n".join([first, *(f"  {'passed' if g.passed else 'refused'}  {g.gate}: {g.reason}" for g in self.gates)])
 
 
 def promotion_gate(
@@ -38,7 +81,7 @@ def promotion_gate(
     It has to keep every constraint with its confidence bound; its bits per byte must not be worse than the champion's, beyond
     max_quality_loss where that is set; its objective must not be worse, both beyond the confidence intervals; and it
     has to be better in at least one of quality, speed and size. constraints, objective: those registered with the
-    candidate if not given. Raises GateError, with the reasons, if any gate refuses.
+    candidate if not given. Raises GatesRefused, with the reasons, if any gate refuses.
     """
     bounds = _registered_constraints(candidate) if constraints is None else constraints
     objective = objective or candidate.tag("objective") or goals.OBJECTIVE
@@ -52,11 +95,41 @@ def promotion_gate(
     if refused:
         over = f" over version {champion.version} ({champion.variant})" if champion else ""
         who = f"version {candidate.version} ({candidate.variant}) of '{candidate.model}'"
-        raise GateError(f"refused to promote {who}{over}; {'; '.join(refused)}")
+        raise GatesRefused(f"refused to promote {who}{over}; {'; '.join(refused)}", tuple(gates))
     return gates
 
 
+@stage("promote", libraries=("mlflow",))
 def promote(
+    spec: PromoteSpec, *, registered: Path, parent: ParentRun, out: Path, seed: int = 0, progress: Progress = Progress()
+) -> Metrics:
+    """Move the version that was registered to `spec.stage`; write promoted.json: what moved, and the gates with their numbers.
+
+    A gate that refuses is no failure: the version stays where it was, and the record says why.
+    """
+    record = _promoted(spec, Registration.read(registered), parent)
+    (out / FILE).write_text(json.dumps(asdict(record), indent=1))
+    refused = sum(not gate.passed for gate in record.gates)
+    return {"changed": float(record.changed), "gates_passed": len(record.gates) - refused, "gates_refused": refused}
+
+
+def _promoted(spec: PromoteSpec, found: Registration, parent: ParentRun) -> Promotion:
+    """Promote what was registered, if anything; the reason tells both in one line."""
+    if not found.version:
+        return Promotion(spec.model, "", "", "none", False, f"nothing registered: {found.reason}")
+    registry, why = Registry(parent.workspace.tracking_uri), f"winner of run {parent.run_id}"
+    name, version = f"registered as {found.model} version {found.version}", registry.get(found.model, found.version)
+    if spec.stage == "none":
+        return Promotion.of(version, False, f"{name}, not promoted (promote.stage is none)")
+    try:
+        moved = gated_transition(registry, found.model, found.version, spec.stage, who=user_name(), why=why)
+    except GateError as error:
+        gates = error.gates if isinstance(error, GatesRefused) else ()
+        return Promotion.of(version, False, f"{name}; {told(error)}", gates)
+    return replace(moved, reason=f"{name}, in {moved.stage}" + ("" if moved.changed else f" ({moved.reason})"))
+
+
+def gated_transition(
     registry: Registry,
     model: str,
     version: str,
@@ -68,26 +141,21 @@ def promote(
     objective: str = "",
     force: bool = False,
 ) -> Promotion:
-    """Move a version to a stage, through the gates on its way to production. A refusal (GateError) changes nothing.
+    """Move a version to a stage, through the gates on its way to production. A refusal (GatesRefused) changes nothing.
 
     force: record the refusing gates with the transition instead of obeying them.
     """
     candidate, champion = registry.get(model, version), registry.champion(model)
     if candidate.stage == to:
-        return Promotion(candidate, champion, (), False, f"version {candidate.version} is in {to} already")
+        return Promotion.of(candidate, False, f"version {candidate.version} is in {to} already")
     if to == "production" and champion is not None and champion.digest == candidate.digest:
-        return Promotion(champion, champion, (), False, f"version {champion.version}, the champion, is the same artifact")
+        return Promotion.of(champion, False, f"version {champion.version}, the champion, is the same artifact")
     gates: list[GateResult] = []
     if to == "production":
         gates = _judged(candidate, champion, constraints, objective, force)
     expect = champion.version if champion else ""
     moved = registry.transition(model, candidate.version, to, who=who, why=why, gates=gates, expect_champion=expect)
-    return Promotion(moved, champion, tuple(gates), True, why)
-
-
-def rollback(registry: Registry, model: str, who: str, why: str) -> RegisteredVersion:
-    """Make the champion before the present one champion again. Raises GateError where there is none."""
-    return registry.rollback(model, who, why)
+    return Promotion.of(moved, True, why, tuple(gates))
 
 
 def _judged(
@@ -99,7 +167,7 @@ def _judged(
 ) -> list[GateResult]:
     try:
         return promotion_gate(candidate, champion, constraints, objective)
-    except GateError as error:
+    except GatesRefused as error:
         if not force:
             raise
         return [GateResult("forced", False, str(error)[:1500])]

@@ -1,13 +1,78 @@
-"""Register a winner with its lineage."""
+"""register: every measured variant becomes a LoggedModel of the run, the winner a registered version with its lineage."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
 from featherweight.errors import GateError, IntegrityError
-from featherweight.registry.lineage import LineageGraph
+from featherweight.measure.goals import Decision, judged_batch
+from featherweight.measure.spec import BASELINE
+from featherweight.progress import Metrics, Progress
+from featherweight.recipe.recipe import RegisterSpec
+from featherweight.registry.lineage import LineageGraph, build
 from featherweight.registry.registry import RegisteredVersion, Registry, WinnerRecord
+from featherweight.store.artifact import ArtifactRef, Manifest
+from featherweight.store.served_folder import Serving
+from tasks.decide import read_decision
+from tasks.parent_run import ParentRun
+from tasks.stage import stage
+
+FILE = "registered.json"
 
 
-def register(registry: Registry, winner: WinnerRecord) -> RegisteredVersion:
+@dataclass(frozen=True)
+class Registration:
+    """The stage's record. version: empty where nothing was registered, for the reason given. new: it was not there before."""
+
+    model: str
+    variant: str = ""
+    version: str = ""
+    digest: str = ""
+    uri: str = ""
+    new: bool = False
+    reason: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What the stage did."""
+        return cls(**json.loads((folder / FILE).read_text()))
+
+
+@stage("register", libraries=("mlflow",))
+def register(
+    spec: RegisterSpec,
+    *,
+    inputs: Mapping[str, Path],
+    artifacts: Mapping[str, ArtifactRef],
+    parent: ParentRun,
+    out: Path,
+    seed: int = 0,
+    progress: Progress = Progress(),
+) -> Metrics:
+    """Register the winner that `inputs["decide"]` names, or find the version that holds its digest; write registered.json.
+
+    The other inputs are every artifact of the plan by its node's id: the winner's lineage is among them. Without a winner
+    nothing is registered.
+    """
+    decision = read_decision(inputs["decide"])
+    registry = Registry(parent.workspace.tracking_uri)
+    progress.note("logging the variants")
+    logged = _log_variants(spec, inputs, artifacts, decision, registry, parent.run_id)
+    if decision.winner is None:
+        record = Registration(spec.model, reason=decision.summary)
+    else:
+        progress.note(f"registering {decision.winner}")
+        winner = _winner(spec, inputs, artifacts, decision, parent, logged[decision.winner])
+        record = _record(register_winner(registry, winner), decision)
+    (out / FILE).write_text(json.dumps(asdict(record), indent=1))
+    return {"logged_models": len(logged), "new_versions": float(record.new)}
+
+
+def register_winner(registry: Registry, winner: WinnerRecord) -> RegisteredVersion:
     """The winner's registered version, new or the one that holds its digest already.
 
     Raises GateError for a winner without numbers, IntegrityError where its lineage is that of another artifact.
@@ -18,3 +83,80 @@ def register(registry: Registry, winner: WinnerRecord) -> RegisteredVersion:
     if graph.served != winner.digest:
         raise IntegrityError(f"the lineage is of {graph.served[:12]}, the winner {winner.variant} is {winner.digest[:12]}")
     return registry.register(winner)
+
+
+def _record(version: RegisteredVersion, decision: Decision) -> Registration:
+    return Registration(version.model, version.variant, version.version, version.digest, version.uri, version.new, decision.summary)
+
+
+def _log_variants(
+    spec: RegisterSpec,
+    inputs: Mapping[str, Path],
+    artifacts: Mapping[str, ArtifactRef],
+    decision: Decision,
+    registry: Registry,
+    run_id: str,
+) -> dict[str, str]:
+    """A LoggedModel for every measured variant; their ids by name."""
+    ids = {}
+    for name, (served, measured) in spec.nodes.items():
+        if measured not in artifacts:
+            continue
+        serving = Serving.read(inputs[served])
+        fate = "baseline" if name == BASELINE else "winner" if name == decision.winner else "loser"
+        reason = decision.summary if name == decision.winner else decision.reasons.get(name, "")
+        ids[name] = registry.log_variant(
+            run_id,
+            name,
+            artifacts[measured].metrics,
+            {"engine": serving.engine, "grid": serving.grid or "float"},
+            {"featherweight.status": fate, "featherweight.reason": reason[:4000]},
+        )
+    return ids
+
+
+def _winner(
+    spec: RegisterSpec,
+    inputs: Mapping[str, Path],
+    artifacts: Mapping[str, ArtifactRef],
+    decision: Decision,
+    parent: ParentRun,
+    model_id: str,
+) -> WinnerRecord:
+    """What the registry is told about the winner."""
+    assert decision.winner is not None
+    served, measured = (artifacts[id] for id in spec.nodes[decision.winner])
+    graph = build(
+        [(ref, Manifest.read(inputs[id])) for id, ref in artifacts.items()],
+        served.digest,
+        variant=decision.winner,
+        recipe=spec.recipe,
+        run_id=parent.run_id,
+        flow_run_id=parent.tags.get("featherweight.prefect_flow_run", ""),
+        measured=measured.digest,
+        decided=artifacts["decide"].digest,
+        reason=decision.summary,
+        metrics=measured.metrics,
+    )
+    return WinnerRecord(
+        model=spec.model,
+        variant=decision.winner,
+        digest=served.digest,
+        served=inputs[served.node],
+        run_id=parent.run_id,
+        metrics=measured.metrics,
+        lineage=graph.to_json(),
+        recipe=spec.recipe,
+        checkpoint=artifacts["checkpoint"].digest,
+        evaluation=artifacts["text/evaluation"].digest,
+        machine=graph.nodes[-1].machine.get("hardware", ""),
+        constraints=spec.constraints.model_dump(exclude_none=True),
+        objective=spec.objective,
+        threads=_threads(spec.objective, measured.metrics),
+        model_id=model_id,
+    )
+
+
+def _threads(objective: str, metrics: Mapping[str, float]) -> int:
+    """The number of threads that was best at the batch size that the objective is judged at."""
+    return int(metrics.get(f"threads_{judged_batch(objective, metrics)}", 1))

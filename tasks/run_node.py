@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun) -> Outcome:
-    """Run a node on the artifacts of `inputs`, all of which are there, within a Prefect flow."""
+    """Run a node on the artifacts of `inputs`, which are there, within a Prefect flow."""
     from prefect.utilities.annotations import quote
 
     try:
@@ -58,7 +58,7 @@ def _task(stage: Stage, node: Node, key: str, workspace: Workspace) -> Task[...,
         cache_key_fn=lambda *_: slot,
         persist_result=True,
         result_serializer="json",
-        refresh_cache=not is_cached(key, workspace),
+        refresh_cache=stage.acts or not is_cached(key, workspace),
         retries=1,
         retry_delay_seconds=2,
         retry_condition_fn=_is_transient,

@@ -27,7 +27,11 @@ class Stage:
     an empty folder to fill, `progress` is a featherweight.progress.Progress; it returns a flat mapping of metrics. A function
     that names `scratch` gets a folder that outlives a kill, the same one for the same work and nothing else.
 
-    It is pickled by name, so that it can be sent to another process.
+    One that names `inputs` gets its input folders in that one mapping, and runs with those that are there. One that names
+    `parent` (the ParentRun) acts on what lies outside its folders, so its result is never taken from the cache; it may ask
+    for `artifacts` too, the references (ArtifactRef) of its inputs by name.
+
+    A stage is pickled by name, so that it can be sent to another process.
     """
 
     name: str
@@ -46,6 +50,16 @@ class Stage:
     def takes(self, name: str) -> bool:
         """Whether the function has a parameter of that name."""
         return name in inspect.signature(self.function).parameters
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it runs with the inputs that are there, however many."""
+        return self.takes("inputs")
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes what lies outside its folders."""
+        return self.takes("parent")
 
     def key(self, node: Node, digests: Mapping[str, str]) -> str:
         """The cache key of a node whose inputs have these digests (by input name)."""

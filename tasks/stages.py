@@ -21,6 +21,8 @@ STAGES = {
     "export": "tasks.export:export",
     "evaluate": "tasks.evaluate:evaluate",
     "decide": "tasks.decide:decide",
+    "register": "tasks.register:register",
+    "promote": "tasks.promote:promote",
 }
 
 

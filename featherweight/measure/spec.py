@@ -8,6 +8,9 @@ from pydantic import Field
 
 from featherweight.spec import Positive, SequenceLength, Spec
 
+BASELINE = "baseline"
+"""The name of the untouched checkpoint among the variants."""
+
 
 class WorkloadSpec(Spec):
     """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
@@ -38,7 +41,8 @@ class ConstraintsSpec(Spec):
 
 
 class DecideSpec(Spec):
-    """How the winner is chosen among the measured variants."""
+    """How the winner is chosen among the measured variants. variants: all that the plan has, the baseline included."""
 
     constraints: ConstraintsSpec
     objective: str
+    variants: tuple[str, ...] = ()

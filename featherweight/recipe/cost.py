@@ -23,6 +23,9 @@ FIXED_S = {
     "finetune": 1,
     "quantize": 3,
     "generate": 6,
+    "decide": 3,
+    "register": 2,
+    "promote": 1,
 }
 
 
@@ -80,6 +83,8 @@ def estimate(plan: Plan, recipe: Recipe, measured: dict[str, float], cached: set
 
 def _fixed(node: Node, plan: Plan) -> float:
     """Seconds that do not depend on the model's size."""
+    if node.stage in ("decide", "register", "promote"):
+        return FIXED_S[node.stage]
     served = plan.nodes[node.inputs.get("served", node.id)].spec
     if isinstance(served, ServingSpec):
         runtime = RUNTIMES[served.engine]

@@ -11,10 +11,12 @@ from typing import get_args
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import RecipeError
+from featherweight.measure.spec import BASELINE, DecideSpec
 from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe.recipe import Recipe, VariantsSpec
+from featherweight.recipe.reading import recipe_text
+from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
 from featherweight.recipe.refusals import (
     machine_refusal,
     refusal,
@@ -29,7 +31,11 @@ from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
 
 NONE = "none"
-BASELINE = "baseline"
+# Without these there is nothing to measure, nothing to measure against, or nothing to show for it.
+ESSENTIAL = (
+    *("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate"),
+    *("decide", "register", "promote"),
+)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -137,6 +143,7 @@ def expand(recipe: Recipe, machine: Machine | None = None) -> Plan:
     if ruled_out and len(variants) == 1:
         name, reason = next(iter(ruled_out.items()))
         raise RecipeError(f"every combination is impossible; {name}: {reason}")
+    nodes.update({node.id: node for node in _ending(recipe, nodes, variants)})
     return Plan(nodes, tuple(variants), ruled_out)
 
 
@@ -250,6 +257,27 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         (_serve(recipe)[serve].engine, BASELINE_ENGINE),
     )
     return [*nodes, measure]
+
+
+def _ending(recipe: Recipe, nodes: Iterable[str], variants: Iterable[Variant]) -> list[Node]:
+    """What every measurement leads to: the choice of the winner, its registration and its promotion.
+
+    The registration reads all that was made, because whatever the winner goes back to is its lineage.
+    """
+    measured = {variant.name: variant.measured for variant in variants}
+    decide = DecideSpec(constraints=recipe.constraints, objective=recipe.objective, variants=tuple(measured))
+    register = RegisterSpec(
+        model=recipe.promote.model,
+        recipe=recipe_text(recipe),
+        constraints=recipe.constraints,
+        objective=recipe.objective,
+        nodes={variant.name: (variant.served, variant.measured) for variant in variants},
+    )
+    return [
+        Node("decide", "decide", "winner", decide, measured, recipe.seed),
+        Node("register", "register", recipe.promote.model, register, {"decide": "decide", **{id: id for id in nodes}}, recipe.seed),
+        Node("promote", "promote", recipe.promote.stage, recipe.promote, {"registered": "register"}, recipe.seed),
+    ]
 
 
 def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:

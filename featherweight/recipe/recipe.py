@@ -64,6 +64,19 @@ class PromoteSpec(Spec):
     stage: Literal["none", "staging", "production"] = "production"
 
 
+class RegisterSpec(Spec):
+    """What a winner is registered as, and by what it is judged later. recipe: its whole text.
+
+    nodes: of each variant, by name, the node that serves it and the node that measures it.
+    """
+
+    model: str
+    recipe: str
+    constraints: ConstraintsSpec
+    objective: str
+    nodes: dict[str, tuple[str, str]]
+
+
 class Recipe(Spec):
     """A whole optimization.
 
@@ -91,7 +104,7 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _distinct_names(self) -> Recipe:
         names = [name for stage in type(self.stages).model_fields for name in getattr(self.stages, stage)]
-        reserved = {"none", "baseline", "checkpoint", "gate", "text"}
+        reserved = {"none", "baseline", "checkpoint", "gate", "text", "decide", "register", "promote"}
         for name in names:
             if names.count(name) > 1 or name in reserved:
                 why = "is reserved" if name in reserved else "stands twice"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from featherweight.registry.registry import RegisteredVersion, Registry
 
 State = Literal["ok", "missing", "altered"]
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LineageGraph:
     """What `lineage.json` stores: the variant, the run that made it, and every stage run that it goes back to.
 
     served: digest of the served artifact. recipe: the recipe's text. commit: of Featherweight's own code.
-    nodes: parents before children.
+    nodes: parents before children, the decision last. reason: why it won, empty before version 2.
     """
 
     variant: str
@@ -67,6 +67,7 @@ class LineageGraph:
     metrics: Mapping[str, float]
     nodes: tuple[LineageNode, ...]
     version: int = VERSION
+    reason: str = ""
 
     def to_json(self) -> str:
         """The stored form, the same text for the same graph."""
@@ -141,12 +142,15 @@ def build(
     flow_run_id: str = "",
     commit: str | None = None,
     measured: str | None = None,
+    decided: str | None = None,
+    reason: str = "",
     metrics: Mapping[str, float] | None = None,
 ) -> LineageGraph:
     """The lineage of the artifact with digest `served`: it and all that it goes back to, among `artifacts`.
 
-    measured: digest of the variant's measurement, which brings in the evaluation text and the baseline. commit: of the
-    code, asked of git if not given. Raises IntegrityError where a parent is not among `artifacts`.
+    measured: digest of the variant's measurement, which brings in the evaluation text and the baseline. decided: digest of
+    the decision, whose other parents, what the variant was compared with, are named by their digests only. reason: why it won.
+    commit: of the code, asked of git if not given. Raises IntegrityError where a parent is not among `artifacts`.
     """
     nodes: dict[str, LineageNode] = {}
     for ref, manifest in artifacts:
@@ -154,6 +158,8 @@ def build(
     order: dict[str, LineageNode] = {}
     for digest in filter(None, (served, measured)):
         _collect(digest, nodes, order, set())
+    if decided is not None:
+        order[decided] = nodes[decided]
     return LineageGraph(
         variant=variant,
         served=served,
@@ -163,6 +169,7 @@ def build(
         flow_run_id=flow_run_id,
         metrics=dict(metrics or {}),
         nodes=tuple(order.values()),
+        reason=reason,
     )
 
 
@@ -261,6 +268,7 @@ def _facts(lineage: Lineage) -> list[str]:
     facts = {
         "model": f"{lineage.model} version {lineage.version}{named}, {lineage.stage}",
         "variant": f"{graph.variant} on {lineage.engine}",
+        "won by": graph.reason or "unknown",
         "digest": lineage.digest,
         "checkpoint": f"{root.digest[:12]} {_source(root)}" if root else "unknown",
         "data": ", ".join(f"{name} {digest[:12]}" for name, digest in graph.data.items()) or "none",

@@ -267,3 +267,13 @@ def all_pages(search: Any, **query: Any) -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def parse_reference(reference: str, default: str) -> tuple[str, str]:
+    """'name', 'name@alias', 'name/3' or either with 'models:/' in front: (name, alias or number)."""
+    plain = reference.removeprefix("models:/")
+    for mark in ("@", "/"):
+        name, found, version = plain.partition(mark)
+        if found:
+            return name, version
+    return plain, default

@@ -9,7 +9,10 @@ from html import escape
 from featherweight.report.result import NodeRow, OptimizationResult
 
 # The columns of the lineage picture; a stage that is not named stands with 'serve'.
-_COLUMNS = ("text", "gate", "checkpoint", "generate", "distill", "prune", "finetune", "quantize", "serve", "evaluate")
+_COLUMNS = (
+    *("text", "gate", "checkpoint", "generate", "distill", "prune", "finetune", "quantize", "serve", "evaluate"),
+    *("decide", "register", "promote"),
+)
 _COLUMN_OF = {name: name for name in _COLUMNS} | {
     "load": "checkpoint",
     "train": "checkpoint",
@@ -74,7 +77,7 @@ def lineage_picture(result: OptimizationResult) -> str:
     size = f'viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}"'
     parts = [f'<svg class="lineage" {size} role="group" aria-label="Stage nodes, from the text to the measurements">']
     parts += [f'<text class="column" x="{2 + n * (_WIDE + _GAP)}" y="14">{name}</text>' for n, name in enumerate(used)]
-    edges = [(parent, node, n == 0) for node in result.nodes for n, parent in enumerate(node.parents) if parent in spots]
+    edges = [(parent, node, n == 0) for node in result.nodes for n, parent in enumerate(_drawn_parents(node)) if parent in spots]
     parts += [_edge(parent, node, trunk, marked, spots) for parent, node, trunk in sorted(edges, key=lambda edge: edge[2])]
     parts += [_node(node, spots[node.id], node.id in marked) for node in result.nodes]
     return "\n".join([*parts, "</svg>"])
@@ -94,6 +97,11 @@ def winner_path(nodes: Sequence[NodeRow], stages: Sequence[str]) -> set[str]:
                 others = tuple(parent for parent in others if parent in known and known[parent].stage == "text")
             pending += [*node.parents[:1], *others]
     return found
+
+
+def _drawn_parents(node: NodeRow) -> tuple[str, ...]:
+    """A registration reads everything there is; only the decision that it carries out is drawn."""
+    return node.parents[:1] if node.stage == "register" else node.parents
 
 
 def _edge(parent: str, node: NodeRow, trunk: bool, marked: set[str], spots: Mapping[str, Spot]) -> str:

@@ -6,6 +6,7 @@ folder is not on that machine, nobody is told and nothing else changes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -28,23 +29,24 @@ class ProgressChannel:
 
     def tell(self, kind: str, value: Any) -> None:
         """Append one message, in one write, so that those of several processes never mix within a line."""
-        if self.path is None or not self.path.parent.is_dir():
+        if self.path is None:
             return
         line = json.dumps({kind: value}) + "\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        # A folder that is not here means nobody listens; a full disk stops the work itself, with a clear line of its own.
+        with contextlib.suppress(OSError):
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, line.encode())
+            finally:
+                os.close(handle)
 
     def progress(self, node: str) -> ChannelProgress:
         """What the stage of a node calls."""
         return ChannelProgress(self, node)
 
     def follow(self) -> Iterator[tuple[str, Any]]:
-        """Endless: the messages in their order, as (kind, value); waits for more by yielding a kind that is ''."""
-        rest = b""
-        position = 0
+        """The messages in their order, as (kind, value); ('', None) each time that there is no more for now. Never ends."""
+        rest, position = b"", 0
         while True:
             if self.path is not None and self.path.exists():
                 with self.path.open("rb") as stream:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import inspect
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +90,29 @@ def test_the_winner_is_promoted_and_each_loser_has_a_reason(done: Path, result: 
     assert lineage["graph"]["variant"] == result["winner"]
     assert {verdict["state"] for verdict in lineage["verdicts"]} == {"ok"}
     stages = {node["stage"] for node in lineage["graph"]["nodes"]}
-    assert {"text", "train", "evaluate"} <= stages
+    assert {"text", "train", "evaluate", "decide"} <= stages
+    row = next(row for row in result["variants"] if row["status"] == "winner")
+    assert lineage["graph"]["reason"] == row["reason"]
+    (decision,) = (node for node in lineage["graph"]["nodes"] if node["stage"] == "decide")
+    assert decision["parents"].keys() == {row["name"] for row in result["variants"] if row["metrics"]}
+
+
+def test_it_leaves_records_of_registration_and_promotion(done: Path, result: dict) -> None:
+    nodes = {node["id"]: node for node in result["nodes"]}
+    assert [nodes[id]["status"] for id in ("decide", "register", "promote")] == ["done"] * 3
+    client = Workspace.at(done / ".featherweight").client()
+    with tempfile.TemporaryDirectory() as folder:
+        records = [
+            json.loads(Path(client.download_artifacts(nodes[id]["run_id"], f"artifact/{name}.json", folder)).read_text())
+            for id, name in (("register", "registered"), ("promote", "promoted"))
+        ]
+    (version,) = client.search_model_versions("name='tiny'")
+    registered, promoted = records
+    assert (registered["version"], registered["uri"], registered["new"]) == (version.version, "models:/tiny/1", True)
+    assert registered["digest"] == version.tags["featherweight.digest"]
+    assert (promoted["stage"], promoted["changed"]) == ("production", True)
+    assert [gate["gate"] for gate in promoted["gates"]] == ["max_quality_loss", "champion"]
+    assert promoted["gates"][0]["value"] <= promoted["gates"][0]["bound"] == 5.0
 
 
 def test_it_says_what_it_does(done: Path) -> None:
@@ -101,7 +125,10 @@ def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
     again = featherweight("optimize", str(RECIPE), "--json", cwd=done)
     assert again.returncode == 0, again.stderr
     second = json.loads(again.stdout)
-    assert {node["status"] for node in second["nodes"]} <= {"cached", "skipped"}
+    acting = {"register", "promote"}
+    assert {node["status"] for node in second["nodes"] if node["id"] not in acting} <= {"cached", "skipped"}
+    assert {node["status"] for node in second["nodes"] if node["id"] in acting} == {"done"}
+    assert second["registered"] == "registered as tiny version 1, in production (version 1 is in production already)"
     assert second["winner"] == result["winner"]
     versions = Workspace.at(done / ".featherweight").client().search_model_versions("name='tiny'")
     assert len(versions) == 1
@@ -116,12 +143,25 @@ def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
     rows = {row["name"]: row for row in told["variants"]}
     assert told["winner"] is None and told["registered"] == ""
     assert rows["half/ct2"]["status"] == "failed" and "diverged" in rows["half/ct2"]["reason"]
+    assert {node["id"]: node["status"] for node in told["nodes"]}["register"] == "done"
+    assert len(Workspace.at(done / ".featherweight").client().search_model_versions("name='tiny'")) <= 1
+
+
+def test_where_no_variant_keeps_the_constraints_nothing_is_registered(done: Path) -> None:
+    strict = ["--set", "constraints.max_size_bytes=1", "--set", "promote.model=strict", "--set", "variants=[{serve: ct2}]"]
+    ended = featherweight("optimize", str(RECIPE), *strict, "--json", cwd=done)
+    assert ended.returncode == 8, ended.stderr
+    assert "no variant keeps the constraints" in ended.stderr.splitlines()[-1]
+    assert json.loads(ended.stdout)["registered"] == ""
+    assert not Workspace.at(done / ".featherweight").client().search_registered_models("name='strict'")
 
 
 def test_plan_knows_what_is_cached(done: Path) -> None:
     shown = json.loads(featherweight("plan", str(RECIPE), "--json", cwd=done).stdout)
     assert {node["basis"] for node in shown["nodes"]} <= {"cached", "measured", "estimated"}
-    assert sum(node["basis"] == "cached" for node in shown["nodes"]) >= len(shown["nodes"]) - 2
+    # a toolchain that is not here costs two, the registration and the promotion are done each time
+    assert sum(node["basis"] == "cached" for node in shown["nodes"]) >= len(shown["nodes"]) - 4
+    assert [node["id"] for node in shown["nodes"]][-3:] == ["decide", "register", "promote"]
 
 
 def test_mlflow_holds_the_runs_the_variants_and_the_report(done: Path, result: dict) -> None:
@@ -138,6 +178,17 @@ def test_prefect_shows_stage_variant_and_method(done: Path) -> None:
     with sqlite3.connect(done / ".featherweight" / "prefect" / "prefect.db") as prefect:
         names = {name for (name,) in prefect.execute("select name from task_run")}
     assert {"gptq8 [quantize gptq int8]", "gptq8/ort8 [compile onnxruntime-genai int8]", "two [distill]"} <= names
+
+
+def test_the_command_line_runs_the_flow_that_deployments_run(done: Path) -> None:
+    from flows.optimize import optimize_flow
+
+    with sqlite3.connect(done / ".featherweight" / "prefect" / "prefect.db") as prefect:
+        query = "select flow.name, flow_run.parameters from flow join flow_run on flow_run.flow_id = flow.id"
+        runs = [(name, json.loads(parameters)) for name, parameters in prefect.execute(query)]
+    assert {name for name, _ in runs} == {"optimize"}
+    assert {parameters["recipe"] for _, parameters in runs} == {str(RECIPE)}
+    assert all(parameters.keys() <= set(inspect.signature(optimize_flow.fn).parameters) for _, parameters in runs)
 
 
 def test_the_champion_answers(done: Path) -> None:

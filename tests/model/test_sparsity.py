@@ -32,13 +32,13 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.spec import FinetuneSpec, LoraSpec
-from flows.conclusion import _zeros
 from tasks.distill import distill
 from tasks.export import export
 from tasks.finetune import finetune
 from tasks.load import load
 from tasks.prune import prune
 from tasks.quantize import quantize
+from tasks.summary import served_zeros
 from tests.support.families import FAMILIES, family_checkpoint
 from tests.support.serving_models import serving_spec
 
@@ -135,7 +135,7 @@ def told_of(distilled: Path, metrics: Mapping[str, float]) -> tuple[str, float] 
     plan = expand(Recipe.model_validate(tree))
     session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: distilled))
     outcomes: Any = {id: SimpleNamespace(artifact=SimpleNamespace(metrics=metrics if id == "ds" else {})) for id in plan.nodes}
-    return _zeros(plan, next(variant for variant in plan.variants if variant.name == "ds/ct2"), outcomes, session)
+    return served_zeros(plan, next(variant for variant in plan.variants if variant.name == "ds/ct2"), outcomes, session)
 
 
 def test_a_student_of_sparse_layers_keeps_their_zeros(text: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_every_variant_of_a_sparse_source_says_so_unless_it_was_made_dense(spars
     session: Any = SimpleNamespace(workspace=SimpleNamespace(materialize=lambda ref, check: sparse))
     metrics = {"checkpoint": {"zero_share": 0.5}}
     outcomes: Any = {id: SimpleNamespace(artifact=SimpleNamespace(metrics=metrics.get(id, {}))) for id in plan.nodes}
-    zeros = {variant.name: _zeros(plan, variant, outcomes, session) for variant in plan.variants}
+    zeros = {variant.name: served_zeros(plan, variant, outcomes, session) for variant in plan.variants}
     assert zeros == {"baseline": ("2:4", 0.5), "ct2": ("2:4", 0.5), "thin/ct2": None}
 
 

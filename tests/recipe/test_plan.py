@@ -43,6 +43,27 @@ def test_prefixes_are_shared() -> None:
     assert plan.nodes["half/quarter+finetune"].inputs["checkpoint"] == "half/quarter"
 
 
+def test_a_plan_ends_in_the_choice_the_registration_and_the_promotion() -> None:
+    recipe, plan = plan_of([{"quantize": ["none", "rtn8"], "serve": "ct2-int8"}])
+    *made, decide, register, promote = plan.nodes.values()
+    assert [node.stage for node in (decide, register, promote)] == ["decide", "register", "promote"]
+    names = ["baseline", "ct2-int8", "rtn8/ct2-int8"]
+    assert decide.inputs == {name: f"{name}/evaluate" for name in names}
+    assert decide.spec.model_dump()["variants"] == tuple(names)
+    assert set(register.inputs.values()) == {"decide", *(node.id for node in made)}
+    nodes = register.spec.model_dump()["nodes"]
+    assert nodes == {variant.name: (variant.served, variant.measured) for variant in plan.variants}
+    assert (promote.spec, promote.inputs) == (recipe.promote, {"registered": "register"})
+    costs = estimate(plan, recipe, {}, set())
+    assert all(costs[id].seconds > 0 for id in ("decide", "register", "promote"))
+
+
+@pytest.mark.parametrize("name", ["decide", "register", "promote"])
+def test_their_names_are_taken(name: str) -> None:
+    with pytest.raises(ValueError, match=f"the name '{name}' is reserved"):
+        plan_of(stages={"export": {name: {"engine": "ctranslate2"}}})
+
+
 def test_finetune_can_be_left_out() -> None:
     _, plan = plan_of([{"prune": "bare", "serve": "ort8"}])
     assert plan.nodes["bare/ort8"].inputs["checkpoint"] == "bare"

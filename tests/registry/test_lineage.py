@@ -80,11 +80,44 @@ def test_graph_holds_the_ancestors_only_parents_first(desk: Bench) -> None:
     )
 
 
+def test_graph_tells_why_it_won_and_not_what_the_losers_were_made_from(desk: Bench) -> None:
+    made = chain(desk)
+    loser = desk.artifact("loser/evaluate", "evaluate", parents={"served": made["loser"][1].digest})
+    parents = {"w8/ct2": made["w8/ct2/evaluate"][1].digest, "loser": loser[1].digest}
+    decided = desk.artifact("decide", "decide", parents=parents)
+    graph = build(
+        [*made.values(), loser, decided],
+        made["w8/ct2"][1].digest,
+        variant="w8/ct2",
+        recipe=RECIPE,
+        run_id=desk.run_id,
+        measured=made["w8/ct2/evaluate"][1].digest,
+        decided=decided[1].digest,
+        reason="twice as fast",
+    )
+    last = graph.nodes[-1]
+    assert (last.stage, last.parents["loser"], graph.reason) == ("decide", loser[1].digest, "twice as fast")
+    assert [(name, node.id) for name, node in graph.parents(last)] == [("w8/ct2", "w8/ct2/evaluate")]
+    assert not {"loser", "loser/evaluate"} & {node.id for node in graph.nodes}
+    desk.registry.register(desk.record("w8/ct2", made["w8/ct2"][0], graph))
+    told = from_registry(desk.registry, MODEL, "1")
+    assert {verdict.state for verdict in verify(told, desk.registry)} == {"ok"}
+    text = told.to_text()
+    assert "won by       twice as fast" in text
+    assert f"decide decide [{decided[1].digest[:12]}]" in text
+
+
+def test_lineage_of_before_the_decision_was_in_it_is_read(desk: Bench) -> None:
+    stored = json.loads(graph_of(desk, chain(desk)).to_json()) | {"version": 1}
+    del stored["reason"]
+    assert LineageGraph.from_json(json.dumps(stored)).reason == ""
+
+
 def test_graph_survives_its_json(desk: Bench) -> None:
     graph = graph_of(desk, chain(desk))
     assert LineageGraph.from_json(graph.to_json()) == graph
-    later = json.loads(graph.to_json()) | {"version": 2}
-    with pytest.raises(IntegrityError, match="lineage of version 2; this Featherweight reads up to 1"):
+    later = json.loads(graph.to_json()) | {"version": 3}
+    with pytest.raises(IntegrityError, match="lineage of version 3; this Featherweight reads up to 2"):
         LineageGraph.from_json(json.dumps(later))
     for broken in ("{}", "nothing", '{"version": 1, "nodes": [{"id": 1}]}'):
         with pytest.raises(IntegrityError, match="not a readable lineage"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 
 from featherweight.errors import GateError, IntegrityError
 from featherweight.measure.spec import ConstraintsSpec
+from featherweight.recipe.recipe import PromoteSpec
 from featherweight.registry.registry import RegisteredVersion
-from tasks.promote import promote, promotion_gate, rollback
-from tasks.register import register
+from featherweight.store.workspace import Workspace
+from tasks.parent_run import ParentRun
+from tasks.promote import GatesRefused, Promotion, gated_transition, promote, promotion_gate
+from tasks.register import FILE, Registration, register_winner
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
 __all__ = ["desk"]
@@ -139,49 +145,93 @@ def test_other_objectives_compare_their_own_figure() -> None:
 
 @pytest.mark.slow
 def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk: Bench) -> None:
-    first = register(desk.registry, desk.winner("one", constraints={"min_speedup": 7.0}))
-    done = promote(desk.registry, MODEL, first.version, who="ada", why="first")
-    assert (done.changed, done.former, done.version.stage) == (True, None, "production")
+    first = register_winner(desk.registry, desk.winner("one", constraints={"min_speedup": 7.0}))
+    done = gated_transition(desk.registry, MODEL, first.version, who="ada", why="first")
+    assert (done.changed, done.version, done.stage) == (True, "1", "production")
     (entry,) = desk.registry.history(MODEL)
     assert entry.gates == done.gates
     assert [gate.gate for gate in entry.gates] == ["min_speedup", "champion"]
     slow = METRICS | {"speedup_1": 7.2, "speedup_1_low": 7.1, "speedup_1_high": 7.3}
-    second = register(desk.registry, desk.winner("two", metrics=slow, constraints={"min_speedup": 7.0}))
+    second = register_winner(desk.registry, desk.winner("two", metrics=slow, constraints={"min_speedup": 7.0}))
     before = desk.state()
     with pytest.raises(GateError, match=r"refused to promote version 2 \(two\) of 'little-llama' over version 1 \(one\)"):
-        promote(desk.registry, MODEL, second.version, who="ada", why="second")
+        gated_transition(desk.registry, MODEL, second.version, who="ada", why="second")
     assert desk.state() == before
-    forced = promote(desk.registry, MODEL, "2", who="ada", why="I know", force=True)
+    forced = gated_transition(desk.registry, MODEL, "2", who="ada", why="I know", force=True)
     (gate,) = desk.registry.history(MODEL)[1].gates
-    assert (forced.version.aliases, gate.gate, gate.passed) == (("champion",), "forced", False)
+    assert (forced.version, forced.stage, gate.gate, gate.passed) == ("2", "production", "forced", False)
     assert "speed 7.20x [7.10, 7.30] at batch 1 is worse" in gate.reason
-    assert rollback(desk.registry, MODEL, "ada", "slow indeed").version == "1"
+    assert desk.registry.rollback(MODEL, "ada", "slow indeed").version == "1"
 
 
 def test_same_artifact_as_the_champion_is_nothing_to_do(desk: Bench) -> None:
     winner = desk.winner()
-    register(desk.registry, winner)
-    promote(desk.registry, MODEL, "1", who="ada", why="first")
+    register_winner(desk.registry, winner)
+    gated_transition(desk.registry, MODEL, "1", who="ada", why="first")
     before = desk.state()
-    again = promote(desk.registry, MODEL, register(desk.registry, winner).version, who="ada", why="again")
+    again = gated_transition(desk.registry, MODEL, register_winner(desk.registry, winner).version, who="ada", why="again")
     assert (again.changed, again.reason) == (False, "version 1 is in production already")
     assert desk.state() == before
 
 
 def test_staging_needs_no_gate(desk: Bench) -> None:
-    register(desk.registry, desk.winner(constraints={"min_speedup": 99.0}))
-    done = promote(desk.registry, MODEL, "1", "staging", who="ada", why="to try")
-    assert (done.changed, done.gates, done.version.aliases) == (True, (), ("challenger",))
+    register_winner(desk.registry, desk.winner(constraints={"min_speedup": 99.0}))
+    done = gated_transition(desk.registry, MODEL, "1", "staging", who="ada", why="to try")
+    assert (done.changed, done.gates, done.stage) == (True, (), "staging")
     before = desk.state()
     with pytest.raises(GateError, match=r"min_speedup: speed 8\.00x \[7\.50, 8\.50\] at batch 1, wanted 99\.0x"):
-        promote(desk.registry, MODEL, "challenger", who="ada", why="now")
+        gated_transition(desk.registry, MODEL, "challenger", who="ada", why="now")
     assert desk.state() == before
 
 
 def test_winner_without_numbers_or_with_other_lineage_is_not_registered(desk: Bench) -> None:
     before = desk.state()
     with pytest.raises(GateError, match="variant one has no measurement"):
-        register(desk.registry, desk.winner("one", metrics={}))
+        register_winner(desk.registry, desk.winner("one", metrics={}))
     with pytest.raises(IntegrityError, match=r"the lineage is of .*, the winner two is 0000"):
-        register(desk.registry, desk.winner("two", digest="0" * 64))
+        register_winner(desk.registry, desk.winner("two", digest="0" * 64))
     assert desk.state() == before
+
+
+def promoted(desk: Bench, registration: Registration, stage: str, folder: Path) -> Promotion:
+    """The record of the promote stage after a registration."""
+    for name in ("registered", "out"):
+        (folder / name).mkdir(parents=True)
+    (folder / "registered" / FILE).write_text(json.dumps(dataclasses.asdict(registration)))
+    parent = ParentRun(Workspace(folder, desk.registry.tracking_uri), desk.experiment, desk.run_id)
+    spec = PromoteSpec.model_validate({"model": MODEL, "stage": stage})
+    metrics = promote(spec, registered=folder / "registered", parent=parent, out=folder / "out")
+    record = Promotion.read(folder / "out")
+    assert metrics["changed"] == record.changed
+    assert metrics["gates_refused"] == sum(not gate.passed for gate in record.gates)
+    return record
+
+
+def test_the_stage_records_what_moved_what_refused_and_that_nothing_was_registered(desk: Bench, tmp_path: Path) -> None:
+    slow = {name: value * 0.5 for name, value in METRICS.items() if name.startswith("speedup")}
+    names = [desk.registry.register(desk.winner("a")), desk.registry.register(desk.winner("b", metrics=METRICS | slow))]
+    first, second = (Registration(MODEL, one.variant, one.version, one.digest, one.uri, True, "best") for one in names)
+    stays = promoted(desk, first, "none", tmp_path / "0")
+    assert (stays.stage, stays.reason) == ("none", "registered as little-llama version 1, not promoted (promote.stage is none)")
+    moved = promoted(desk, first, "production", tmp_path / "1")
+    assert (moved.stage, moved.changed, [gate.gate for gate in moved.gates]) == ("production", True, ["champion"])
+    again = promoted(desk, first, "production", tmp_path / "2")
+    assert (again.changed, again.reason) == (
+        False,
+        "registered as little-llama version 1, in production (version 1 is in production already)",
+    )
+    refused = promoted(desk, second, "production", tmp_path / "3")
+    assert (refused.version, refused.stage, refused.changed) == ("2", "none", False)
+    assert "refused to promote version 2 (b)" in refused.reason
+    (gate,) = (gate for gate in refused.gates if gate.gate == "objective speedup@1")
+    assert (gate.passed, gate.value, gate.bound) == (False, 4.25, 7.5)
+    nothing = promoted(desk, Registration(MODEL, reason="no variant was measured"), "production", tmp_path / "4")
+    assert (nothing.version, nothing.changed, nothing.reason) == ("", False, "nothing registered: no variant was measured")
+    assert desk.registry.champion(MODEL).version == "1"
+
+
+def test_a_refusal_carries_its_gates_through_a_pickle() -> None:
+    with pytest.raises(GatesRefused) as caught:
+        promotion_gate(version(speedup_1=1.0, speedup_1_low=0.9, speedup_1_high=1.1), CHAMPION, FREE)
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert (str(sent), sent.gates) == (str(caught.value), caught.value.gates)

@@ -20,7 +20,7 @@ from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import Node
 from featherweight.spec import Spec
-from featherweight.store.artifact import Manifest
+from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.system.progress_channel import ProgressChannel
@@ -82,6 +82,23 @@ def diverging(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -
 def team(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
     (out / "x.txt").write_text("x")
     return {WORKERS_PEAK: 1e12}
+
+
+@stage("act")
+def acting(
+    spec: FinetuneSpec,
+    *,
+    inputs: dict[str, Path],
+    artifacts: dict[str, ArtifactRef],
+    parent: ParentRun,
+    out: Path,
+    seed: int,
+    progress: Progress,
+) -> Metrics:
+    CALLS.append("act")
+    told = {name: (artifacts[name].node, (folder / "x.txt").read_text(), parent.run_id) for name, folder in inputs.items()}
+    (out / "told.json").write_text(json.dumps(told))
+    return {}
 
 
 @pytest.fixture
@@ -245,6 +262,16 @@ def test_losses_reach_mlflow_while_the_stage_still_runs(parent: ParentRun, monke
 
     execute(live, node("live"), {}, parent, "key")
     assert seen == [[0.0], [0.0, 1.0], [0.0, 1.0, 2.0]]
+
+
+def test_who_acts_on_the_world_is_never_cached_and_takes_the_inputs_that_are_there(parent: ParentRun) -> None:
+    end = Node("end", "act", "end", FinetuneSpec(), {"source": "a", "absent": "b"})
+    for _ in range(2):
+        _, outcome = run(parent, (copy, node()), (acting, end))
+        assert outcome.status == "done"
+        told = json.loads((parent.workspace.materialize(outcome.artifact) / "told.json").read_text())
+        assert told == {"source": ["a", "1!", parent.run_id]}
+    assert CALLS == ["copy", "act", "act"]
 
 
 def real_nodes(checkpoint: Path, text: Path) -> list[Node]:

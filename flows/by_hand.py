@@ -1,0 +1,28 @@
+"""Promotion and rollback by hand."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from featherweight.errors import RecipeError
+from featherweight.registry.history import StageName
+from featherweight.registry.registry import Registry
+from featherweight.registry.versions import parse_reference
+from featherweight.store.workspace import Workspace
+from featherweight.system.user import user_name
+from tasks.promote import Promotion, gated_transition
+
+
+def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, force: bool) -> Promotion:
+    """Move a version to a stage through its gates. Raises GateError with the reason where one refuses."""
+    if to not in get_args(StageName):
+        raise RecipeError(f"unknown stage '{to}'; known: {', '.join(get_args(StageName))}")
+    model, version = parse_reference(reference, "challenger")
+    registry = Registry(workspace.tracking_uri)
+    return gated_transition(registry, model, version, to, who=user_name(), why=why, force=force)  # type: ignore[arg-type]
+
+
+def roll_back_by_hand(workspace: Workspace, reference: str, why: str) -> Promotion:
+    """Make the previous champion the champion again. Raises GateError where there is none."""
+    model, _ = parse_reference(reference, "champion")
+    return Promotion.of(Registry(workspace.tracking_uri).rollback(model, user_name(), why), True, why)

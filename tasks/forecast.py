@@ -1,0 +1,107 @@
+"""What running a plan would take: what is cached, what it took last time, an estimate for the rest. Runs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featherweight.errors import FeatherweightError, told
+from featherweight.recipe.cost import Cost, estimate
+from featherweight.recipe.plan import Node, Plan, expand
+from featherweight.recipe.recipe import Recipe
+from featherweight.store.artifact import ArtifactRef
+from featherweight.store.workspace import Workspace
+from featherweight.system.services import configure
+from tasks.run_node import cached_ref
+from tasks.stages import stage_named
+
+
+@dataclass(frozen=True)
+class PlanForecast:
+    """A plan, the cost of its nodes, and what already looks wrong (a source that is not there)."""
+
+    plan: Plan
+    costs: dict[str, Cost]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What a run of it would take."""
+        return sum(cost.seconds for cost in self.costs.values())
+
+    @property
+    def unshared_seconds(self) -> float:
+        """What it would take if every variant paid for its whole path alone; what is of no variant's path counts once."""
+        paths = [self.plan.path(variant.measured) for variant in self.plan.variants]
+        rest = self.plan.nodes.keys() - {id for path in paths for id in path}
+        return sum(self.costs[id].seconds for path in (*paths, rest) for id in path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "nodes": [
+                {
+                    "id": n.id,
+                    "stage": n.stage,
+                    "inputs": dict(n.inputs),
+                    "seconds": round(self.costs[n.id].seconds, 1),
+                    "basis": self.costs[n.id].basis,
+                }
+                for n in self.plan.nodes.values()
+            ],
+            "variants": [v.name for v in self.plan.variants],
+            "ruled_out": dict(self.plan.ruled_out),
+            "seconds": round(self.seconds, 1),
+            "unshared_seconds": round(self.unshared_seconds, 1),
+            "warnings": list(self.warnings),
+        }
+
+
+def forecast(recipe: Recipe, root: Path) -> PlanForecast:
+    """Expand the recipe, look up what is cached, estimate the rest. Raises RecipeError."""
+    plan = expand(recipe)
+    cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
+    measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
+    return PlanForecast(plan, estimate(plan, recipe, measured, set(cached)), warnings)
+
+
+def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, ...]]:
+    """Nodes that have a result already. A node's key is known once its inputs' digests are."""
+    configure(root)
+    refs: dict[str, ArtifactRef] = {}
+    warnings: list[str] = []
+    for id, node in plan.nodes.items():
+        stage = stage_named(node.stage)
+        there = {name: refs[origin].digest for name, origin in node.inputs.items() if origin in refs}
+        if stage.acts or (len(there) < len(node.inputs) and not stage.gathers):
+            continue
+        try:
+            key = stage.key(node, there)
+        except FeatherweightError as error:
+            warnings.append(f"{id}: {told(error)}")
+            continue
+        ref = cached_ref(key, Workspace.at(root))
+        if ref is not None:
+            refs[id] = ref
+    return refs, tuple(warnings)
+
+
+def _measured(recipe: Recipe, plan: Plan, root: Path) -> dict[str, float]:
+    """Seconds that nodes of the same name and spec took in earlier runs of this recipe, the latest of each."""
+    configure(root)
+    client = Workspace.at(root).client()
+    experiment = client.get_experiment_by_name(recipe.name)
+    if experiment is None:
+        return {}
+    found: dict[str, float] = {}
+    for run in client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'", max_results=1000):
+        id = run.data.tags.get("featherweight.node", "")
+        node = plan.nodes.get(id)
+        if node is not None and id not in found and run.data.params == _params(node):
+            found[id] = run.data.metrics.get("stage_seconds", 0.0)
+    return found
+
+
+def _params(node: Node) -> dict[str, str]:
+    return {name: str(value)[:500] for name, value in node.spec.model_dump(mode="json").items()}
