@@ -285,6 +285,7 @@ def real_nodes(checkpoint: Path, text: Path) -> list[Node]:
     ]
 
 
+@pytest.mark.slow
 def test_real_stages_run_in_another_process_to_the_same_digests(parent: ParentRun, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """All that a stage's Prefect task takes is pickled; its progress comes back through the channel."""
     text = tmp_path / "text"
