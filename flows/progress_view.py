@@ -71,11 +71,13 @@ class View:
         self.states = {id: NodeState(node) for id, node in plan.nodes.items()}
 
     def hear(self, kind: str, value: Any) -> None:
-        """One message of the progress channel."""
+        """One message of the progress channel; what is of no node of the plan is passed over."""
         if kind == "say":
             self.say(value)
-            return
-        state = self.states[value["node"]]
+        elif value["node"] in self.states:
+            self._hear(self.states[value["node"]], kind, value)
+
+    def _hear(self, state: NodeState, kind: str, value: Mapping[str, Any]) -> None:
         match kind:
             case "started":
                 state.status, state.since = "running", time.monotonic()

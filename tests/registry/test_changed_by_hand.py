@@ -10,7 +10,7 @@ import pytest
 from featherweight.errors import CheckpointError, GateError, ServiceError
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
-from tasks.promote import promote
+from tasks.promote import gated_transition
 from tests.support.registering import MODEL, Bench, desk, empty_store
 
 __all__ = ["desk"]
@@ -42,7 +42,7 @@ def test_a_deleted_champion_is_named_and_another_is_promoted(desk: Bench) -> Non
     ) as told:
         desk.registry.get(MODEL, "champion")
     assert "\n" not in str(told.value)
-    assert promote(desk.registry, MODEL, "1", who="ada", why="the other is gone").changed
+    assert gated_transition(desk.registry, MODEL, "1", who="ada", why="the other is gone").changed
     champion = desk.registry.champion(MODEL)
     assert champion is not None
     assert champion.version == "1"
