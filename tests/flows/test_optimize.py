@@ -108,7 +108,7 @@ def test_it_leaves_records_of_registration_and_promotion(done: Path, result: dic
         ]
     (version,) = client.search_model_versions("name='tiny'")
     registered, promoted = records
-    assert (registered["version"], registered["uri"], registered["new"]) == (version.version, "models:/tiny/1", True)
+    assert (registered["version"], registered["uri"], registered["new"]) == (str(version.version), "models:/tiny/1", True)
     assert registered["digest"] == version.tags["featherweight.digest"]
     assert (promoted["stage"], promoted["changed"]) == ("production", True)
     assert [gate["gate"] for gate in promoted["gates"]] == ["max_quality_loss", "champion"]
