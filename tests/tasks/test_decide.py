@@ -30,7 +30,7 @@ def spec(**constraints: float) -> DecideSpec:
 def test_the_winner_and_those_without_a_measurement(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    inputs = {name: measured(tmp_path / name, latency_s) for name, latency_s in (("baseline", 1.0), ("out", 0.5))}
+    inputs = {name: measured(tmp_path / "measured" / name, latency_s) for name, latency_s in (("baseline", 1.0), ("out", 0.5))}
     metrics = decide(spec(), inputs=inputs, out=out)
     assert metrics["variants"] == 2
     found = read_decision(out)
@@ -41,13 +41,13 @@ def test_the_winner_and_those_without_a_measurement(tmp_path: Path) -> None:
 
 def test_a_baseline_alone_wins_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    decide(spec(), inputs={"baseline": measured(tmp_path / "baseline", 1.0)}, out=tmp_path / "out")
+    decide(spec(), inputs={"baseline": measured(tmp_path / "measured" / "baseline", 1.0)}, out=tmp_path / "out")
     found = read_decision(tmp_path / "out")
     assert (found.winner, found.summary) == (None, "no variant beside the baseline was measured")
 
 
 def test_where_none_keeps_the_constraints_nobody_wins(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    inputs = {name: measured(tmp_path / name, latency_s) for name, latency_s in (("baseline", 1.0), ("fast", 0.5))}
+    inputs = {name: measured(tmp_path / "measured" / name, latency_s) for name, latency_s in (("baseline", 1.0), ("fast", 0.5))}
     decide(spec(min_speedup=3.0), inputs=inputs, out=tmp_path / "out")
     assert read_decision(tmp_path / "out").winner is None
