@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.distillation.losses import distillation_loss
 from featherweight.distillation.matching import Matcher, Pair, layer_pairs
 from featherweight.distillation.spec import DistillSpec
@@ -64,7 +64,7 @@ def distill(
     zeros = Zeros.of(pupil, sparsity)
     with zeros.held(pupil):
         run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
-    opening.save_model(pupil, out, student or checkpoint)
+    saving.save_model(pupil, out, student or checkpoint)
     if sparsity:
         sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)

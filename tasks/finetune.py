@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.errors import RecipeError
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
@@ -62,7 +62,7 @@ def finetune(
         model = lora.merge(adapted)
     zeros.restore(model)
     if leads():
-        opening.save_model(model, out, checkpoint)
+        saving.save_model(model, out, checkpoint)
         if sparsity:
             sparsity.write(out)
     return run | {"parameters": opening.parameters(model), "parameters_trained": trained} | zeros.metrics()

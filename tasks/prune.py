@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.errors import RecipeError
 from featherweight.model.architecture import TASKS, family_of
 from featherweight.model.parent import Parent
@@ -31,7 +31,7 @@ def prune(
         raise RecipeError(f"prune: {reason}")
     opening.require_context(given.config, spec.sequence, "prune")
     pruned = PRUNERS[spec.method].prune(given)
-    opening.save_model(pruned.model, out, checkpoint)
+    saving.save_model(pruned.model, out, checkpoint)
     before = {"parameters_before": pruned.parameters_before, "loss_before": pruned.loss_before, **pruned.metrics}
     blocks = given.blocks
     del given, pruned  # the model goes before its copy comes

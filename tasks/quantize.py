@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
-from featherweight.checkpoint.files import CONFIG, INDEX, Listing, needed_files
+from featherweight.checkpoint.files import CONFIG, INDEX, copy
+from featherweight.checkpoint.saving import copy_companions
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.model.architecture import TASKS, family_of
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION
+from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.catalog import QUANTIZERS
@@ -193,7 +194,6 @@ def _write_companions(given: QuantizationInput[Any], out: Path) -> None:
     config = json.loads((given.checkpoint / CONFIG).read_text())
     config.pop("torch_dtype", None)
     (out / CONFIG).write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    written = {CONFIG, INDEX, *given.weights.files}
-    for name in needed_files(Listing.of(given.checkpoint), given.weights):
-        if name not in written:
-            shutil.copyfile(given.checkpoint / name, out / name)
+    if Sparsity.read(given.checkpoint):
+        copy(given.checkpoint / SPARSITY, out / SPARSITY)
+    copy_companions(given.checkpoint, out)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.errors import DataError, RecipeError
 from featherweight.progress import Metrics, Progress
 from featherweight.text.documents import read_documents
@@ -46,8 +46,8 @@ def train(
     blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
     plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, optimizer="muon", scratch=scratch, seed=seed)
     run = loop.timed_loop(model, blocks, plan, progress=progress)
-    opening.save_model(model, out)
-    tokenizer.save_pretrained(out)
+    saving.save_model(model, out)
+    saving.save_tokenizer(tokenizer, out)
     return run | {"parameters": opening.parameters(model)}
 
 

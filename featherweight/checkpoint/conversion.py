@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
+from featherweight.checkpoint.files import INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, copy, find_weights, link, needed_files
 from featherweight.checkpoint.gguf import convert_gguf, gguf_file
 from featherweight.checkpoint.inspection import CheckpointInfo, dry_load, inspect_checkpoint
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import load_pickle, saving, stream_tensors
+from featherweight.checkpoint.tokenizer import require_same_tokenizer
 from featherweight.checkpoint.unpacking import read_config, unpack
 from featherweight.progress import Progress
 
@@ -33,6 +31,12 @@ def adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress, unpacked: 
     if gguf is not None:
         convert_gguf(gguf, out, progress)
         return inspect_checkpoint(out, task=spec.task)
+    info = _adopt_folder(found, spec, out, progress, unpacked)
+    require_same_tokenizer(found, out, trust_remote_code=spec.trust_remote_code)
+    return info
+
+
+def _adopt_folder(found: Path, spec: LoadSpec, out: Path, progress: Progress, unpacked: dict[str, float]) -> CheckpointInfo:
     weights = find_weights(Listing.of(found), allow_pickle=spec.allow_pickle)
     if weights.pickled:
         _convert_pickle(found, weights, spec, out, progress)
@@ -44,27 +48,17 @@ def adopt(found: Path, spec: LoadSpec, out: Path, progress: Progress, unpacked: 
         return inspect_checkpoint(out, task=spec.task)
     info = inspect_checkpoint(found, task=spec.task, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):
-        take(found / name, out / name)
+        _take((found / name).resolve(), out, name)
     return info
 
 
-def take(source: Path, target: Path) -> None:
-    """Weights are hard-linked, or copied where the file systems differ; of a symbolic link, what it points at.
-
-    Small files are copied: some tools rewrite a config.json in place, and must not reach the user's own checkpoint.
-    """
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-    shutil.copyfile(source, target)
+def _take(source: Path, out: Path, name: str) -> None:
+    """What was downloaded below `out` is ours; what anyone else holds must not reach our copy when it is written."""
+    (link if out.resolve() in source.parents and source.suffix == ".safetensors" else copy)(source, out / name)
 
 
 def _convert_pickle(folder: Path, weights: Weights, spec: LoadSpec, out: Path, progress: Progress) -> None:
-    """Write a pickled checkpoint's tensors as safetensors, shard by shard, and link the rest."""
+    """Write a pickled checkpoint's tensors as safetensors, shard by shard, and copy the rest."""
     from safetensors.torch import save_file
 
     shapes = {name: tuple(tensor.shape) for _, name, tensor in stream_tensors(folder, weights)}
@@ -84,7 +78,7 @@ def _convert_pickle(folder: Path, weights: Weights, spec: LoadSpec, out: Path, p
     listing = Listing.of(folder)
     for name in needed_files(listing, weights, trust_remote_code=spec.trust_remote_code):
         if name not in (*weights.files, PICKLE_INDEX):
-            take(folder / name, out / name)
+            copy(folder / name, out / name)
 
 
 def _unshared(tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:

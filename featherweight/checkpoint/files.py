@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.model.sparsity import FILE as SPARSITY
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,20 +25,34 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", "*.tiktoken"),
+    *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm"),
+    *("vocab.json", "vocab.txt", "vocab-src.json", "vocab.bpe", "dict.txt", "prophetnet.tokenizer"),
+)
+"""What holds the pieces of a tokenizer: each is enough to know that there is one. Shell patterns."""
 
 
 COMPANIONS = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "source.spm",
-    "target.spm",
-    "chat_template.jinja",
-    "chat_template.json",
+    *VOCABULARIES,
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "bpe.codes", "encoder.json", "target.spm", "target_vocab.json", "vocab-tgt.json"),
+    *("emoji.json", "normalizer.json", "byte_maps.json", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
+    "[0-9]_*/model.safetensors",
 )
+"""Everything that a checkpoint carries beside configuration and weights, as shell patterns of names below its folder: each
+tokenizer's files as transformers names them, chat templates, generation settings, what sentence-transformers does after the
+model. The one list: whoever loads, copies, saves or serves a model takes these."""
+
+
+WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
+"""Tokenizers that need no file but their configuration: their pieces are bytes or characters."""
+
+
+FICLONE = 0x40049409
+"""Linux's request to share the bytes of one file with another, copied when one of them is written (linux/fs.h)."""
 
 
 # safetensors itself refuses longer headers.
@@ -45,7 +61,10 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Listing:
-    """A checkpoint's files wherever they lie: sizes in bytes by name, and `read(name, n)` for the first n bytes of one."""
+    """A checkpoint's files wherever they lie.
+
+    sizes: in bytes, by name below its folder. `read(name, n)`: the first n bytes of one.
+    """
 
     where: str
     sizes: Mapping[str, int]
@@ -53,11 +72,13 @@ class Listing:
 
     @classmethod
     def of(cls, folder: Path) -> Listing:
-        """The files right inside a local folder; raises CheckpointError where it is missing."""
+        """The files right inside a local folder, and companions below it; raises CheckpointError where it is missing."""
         if not folder.is_dir():
             problem = "is a file, not a folder" if folder.is_file() else "does not exist"
             raise CheckpointError(f"checkpoint folder {folder} {problem}; check its path in the recipe")
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        inside = [path for pattern in COMPANIONS if "/" in pattern for path in folder.glob(pattern)]
+        found = sorted(path for path in (*folder.iterdir(), *inside) if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
         return cls(str(folder), sizes, lambda name, length: _head(folder / name, length))
 
 
@@ -91,9 +112,9 @@ def missing_part(listing: Listing) -> str | None:
         for name in weights.files if not weights.pickled else ():
             check_length(listing, name)
         require_tokenizer(listing)
-        for name in ("tokenizer.json", *COMPANIONS):
-            if name in listing.sizes and name.endswith(".json"):
-                read_json(listing, name)
+        for name in companions(listing.sizes):
+            if name.endswith(".json"):
+                _parse(listing, name)
     except CheckpointError as error:
         return str(error)
     return None
@@ -101,10 +122,28 @@ def missing_part(listing: Listing) -> str | None:
 
 def needed_files(listing: Listing, weights: Weights, *, trust_remote_code: bool = False) -> list[str]:
     """Names of the files to take: configuration, weights, their zeros, tokenizer; code only where it is trusted. Nothing else."""
-    wanted = {CONFIG, SPARSITY, *weights.files, *TOKENIZERS, *COMPANIONS}
+    wanted = {CONFIG, SPARSITY, *weights.files, *companions(listing.sizes)}
     if weights.index is not None:
         wanted.add(PICKLE_INDEX if weights.pickled else INDEX)
     return [name for name in sorted(listing.sizes) if name in wanted or (trust_remote_code and name.endswith(".py"))]
+
+
+def companions(names: Iterable[str]) -> list[str]:
+    """Those of `names` that a checkpoint carries beside configuration and weights."""
+    return [name for name in names if is_companion(name)]
+
+
+def is_companion(name: str, patterns: Iterable[str] = COMPANIONS) -> bool:
+    """Whether `name`, below a checkpoint's folder, is one of the files that it carries."""
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def has_tokenizer(listing: Listing) -> bool:
+    """Whether there is a file that holds a tokenizer's pieces, or the configuration of one that needs none."""
+    if any(is_companion(name, VOCABULARIES) for name in listing.sizes):
+        return True
+    told = read_json(listing, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in listing.sizes else {}
+    return told.get("tokenizer_class") in WITHOUT_VOCABULARY
 
 
 def find_weights(listing: Listing, *, allow_pickle: bool = False) -> Weights:
@@ -145,13 +184,17 @@ def read_json(listing: Listing, name: str) -> dict[str, Any]:
         adapter = name == CONFIG and "adapter_config.json" in listing.sizes
         hint = "it is an adapter: merge it into its base model first" if adapter else "is it a Hugging Face checkpoint?"
         raise CheckpointError(f"{listing.where} has no {name}; {hint}")
-    try:
-        value = json.loads(listing.read(name, listing.sizes[name]))
-    except ValueError as error:
-        raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
+    value = _parse(listing, name)
     if not isinstance(value, dict):
         raise CheckpointError(f"{listing.where}/{name} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def _parse(listing: Listing, name: str) -> Any:
+    try:
+        return json.loads(listing.read(name, listing.sizes[name]))
+    except ValueError as error:
+        raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
 
 
 def check_length(listing: Listing, name: str) -> None:
@@ -176,36 +219,29 @@ def check_length(listing: Listing, name: str) -> None:
 
 
 def require_tokenizer(listing: Listing) -> None:
-    if not any(name in listing.sizes for name in TOKENIZERS):
+    if not has_tokenizer(listing):
         raise CheckpointError(f"{listing.where} has no tokenizer (expected tokenizer.json or tokenizer.model); copy it in too")
 
 
 def link(source: Path, target: Path) -> None:
-    """`source` again at the new path `target`; a copy where the file system has no hard links."""
+    """`source`, a file of our own, again at the new path `target`; a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        copy(source, target)
 
 
-def copy_tokenizer(checkpoint: Path, out: Path) -> None:
-    """The tokenizer's files, and the configuration by which transformers knows its class. Replaces what is there."""
-    for name in (CONFIG, *TOKENIZERS, *COMPANIONS):
-        if (checkpoint / name).is_file():
-            _copy(checkpoint / name, out / name)
+def copy(source: Path, target: Path) -> None:
+    """A file of its own with the bytes of `source`, in the place of what was at `target`: they never share an inode.
 
-
-def link_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Everything that transformers loads: configuration, weights, tokenizer. Not a quantize stage's integers."""
-    listing = Listing.of(checkpoint)
-    weights = find_weights(listing)
-    for name in needed_files(listing, weights):
-        (link if name in weights.files else _copy)(checkpoint / name, out / name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A new file: never the bytes of whatever inode `target` shares."""
+    The bytes lie on disk once where the file system can share them until one of the two is written (reflink).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    shutil.copyfile(source, target)
+    try:
+        with source.open("rb") as there, target.open("xb") as here:
+            fcntl.ioctl(here, FICLONE, there.fileno())
+    except OSError:
+        shutil.copyfile(source, target)

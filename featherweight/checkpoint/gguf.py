@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
 from featherweight.checkpoint.inspection import check_loading, quiet
+from featherweight.checkpoint.saving import save_tokenizer
 from featherweight.checkpoint.tensors import saving
 from featherweight.errors import CheckpointError, one_line
 from featherweight.progress import Progress
@@ -57,7 +58,7 @@ def convert_gguf(file: Path, out: Path, progress: Progress) -> None:
     model, info = loaded
     check_loading(file, model, info)
     with saving(out), quiet():
-        tokenizer.save_pretrained(out)
+        save_tokenizer(tokenizer, out)
         model.save_pretrained(out, max_shard_size="5GB")
 
 

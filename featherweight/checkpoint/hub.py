@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, TOKENIZERS, WEIGHTS, Listing, find_weights, needed_files
+from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, find_weights, is_companion, needed_files
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.model.sparsity import FILE as SPARSITY
@@ -24,7 +24,7 @@ def fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     with _hub_explained(spec):
         names = _hub_names(spec)
         offline = names is None
-        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *TOKENIZERS, *COMPANIONS]
+        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *COMPANIONS]
         folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline, **_hub_places())
     return Path(folder)
 
@@ -59,7 +59,8 @@ def _hub_names(spec: LoadSpec) -> list[str] | None:
     info = _hub_info(spec)
     if info is None:
         return None
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings if "/" not in file.rfilename}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    sizes = {name: size for name, size in sizes.items() if "/" not in name or is_companion(name)}
 
     def read(name: str, length: int) -> bytes:
         path = hf_hub_download(_repository(spec)[0], name, revision=info.sha, **_hub_places())

@@ -1,14 +1,13 @@
-"""Opening and saving the models of checkpoint folders."""
+"""Opening the models of checkpoint folders."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from featherweight.errors import CheckpointError, RecipeError, StageError
-from featherweight.model.architecture import GATED_DECODERS, auto_class
+from featherweight.errors import CheckpointError, RecipeError
+from featherweight.model.architecture import auto_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,18 +15,6 @@ if TYPE_CHECKING:
 
 
 Model = TypeVar("Model", bound="nn.Module")
-
-
-CARRIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-)
-"""What a checkpoint folder holds beside the model: copied byte for byte from a stage's input to its output."""
 
 
 def model_type(folder: Path) -> str:
@@ -40,13 +27,6 @@ def model_type(folder: Path) -> str:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
     return str(config.get("model_type"))
-
-
-def require_llama_like(folder: Path, stage: str) -> None:
-    """Refuse a checkpoint whose architecture `stage` cannot cut, before any weight is read."""
-    found = model_type(folder)
-    if found not in GATED_DECODERS:
-        raise StageError(f"{stage} handles {', '.join(GATED_DECODERS)} models, not '{found}'; leave the stage out for it")
 
 
 def require_context(config: PreTrainedConfig, sequence: int, stage: str) -> None:
@@ -80,18 +60,6 @@ def to_device(model: Model) -> Model:
     if torch.cuda.is_available():
         torch.nn.Module.to(model, torch.device("cuda"))
     return model
-
-
-def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
-    """Write `model` to `out` as safetensors, with the tokenizer and the generation settings of the folder `source`."""
-    from transformers import GenerationConfig
-
-    # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(out, max_shard_size="5GB")
-    if source is not None:
-        for path in [path for pattern in CARRIED for path in source.glob(pattern)]:
-            shutil.copyfile(path, out / path.name)
 
 
 def parameters(model: nn.Module) -> int:

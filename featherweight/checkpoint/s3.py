@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featherweight.checkpoint import s3_checksums
-from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.files import Listing, is_companion
 from featherweight.errors import ServiceError, one_line
 from featherweight.progress import Progress
 
@@ -106,7 +106,7 @@ def listing(uri: str) -> Listing:
     """The files right below a prefix, as a checkpoint listing: tells whether the checkpoint is complete before any download."""
     bucket = _bucket(uri)
     with _explained(uri):
-        objects = {item.name: item for item in _list(bucket, split_uri(uri)[1]) if "/" not in item.name}
+        objects = {item.name: item for item in _list(bucket, split_uri(uri)[1]) if "/" not in item.name or is_companion(item.name)}
 
     def read(name: str, length: int) -> bytes:
         stop = min(length, objects[name].size)

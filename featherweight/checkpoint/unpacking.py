@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import quantized_formats
-from featherweight.checkpoint.files import CONFIG, INDEX, Listing, Weights, needed_files
+from featherweight.checkpoint.files import CONFIG, INDEX, Listing, Weights, copy, needed_files
 from featherweight.checkpoint.quantized_formats import BESIDE, Found
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -88,4 +87,4 @@ def _write_weights(folder: Path, weights: Weights, found: Found, out: Path) -> N
 def _take_rest(folder: Path, weights: Weights, out: Path) -> None:
     for name in needed_files(Listing.of(folder), weights):
         if not (out / name).exists():
-            shutil.copyfile(folder / name, out / name)
+            copy(folder / name, out / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from featherweight.checkpoint.files import TOKENIZERS
+from featherweight.checkpoint.saving import copy_companions
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
@@ -85,9 +84,7 @@ def test_compressed_tensors_reads_our_very_weights(compute_type: str, grid: str,
 @pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
 def test_what_we_packed_loads_as_the_very_same_numbers(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
     quantized = packed(checkpoint, compute_type, GRID_OF[compute_type], tmp_path)
-    for name in TOKENIZERS:
-        if (checkpoint / name).exists():
-            shutil.copy(checkpoint / name, tmp_path / "packed")
+    copy_companions(checkpoint, tmp_path / "packed")
     (tmp_path / "loaded").mkdir()
     metrics = load(LoadSpec(source=str(tmp_path / "packed")), out=tmp_path / "loaded")
     found = QuantizedWeights.read(tmp_path / "loaded")

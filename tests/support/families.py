@@ -16,6 +16,7 @@ SIZES: dict[str, dict[str, int]] = {
         **{"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     },
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
 LIKE = {

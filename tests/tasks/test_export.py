@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import saving
 from featherweight.errors import RecipeError, StageError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
@@ -293,7 +293,7 @@ def test_weights_beyond_float16_are_refused(checkpoints: dict[str, Path], text: 
         model.lm_head.weight[0, 0] = 1e6
     folder, out = tmp_path / "large", tmp_path / "out"
     out.mkdir()
-    opening.save_model(model, folder, checkpoints["untied"])
+    saving.save_model(model, folder, checkpoints["untied"])
     with pytest.raises(StageError, match="too large for float16; take bfloat16"):
         export(serving_spec(engine="torch", compute_type="float16"), checkpoint=folder, calibration=text, out=out)
     assert not list(out.iterdir())

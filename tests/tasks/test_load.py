@@ -93,7 +93,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def test_a_folder_is_linked_and_only_what_is_needed(folder: Path, out: Path):
+def test_a_folder_is_copied_and_only_what_is_needed(folder: Path, out: Path):
     metrics = load(spec(folder), out=out)
     info = inspect_checkpoint(folder)
     assert metrics == {
@@ -104,8 +104,7 @@ def test_a_folder_is_linked_and_only_what_is_needed(folder: Path, out: Path):
         "context": 256,
     }
     assert names(out) == TAKEN
-    assert (out / WEIGHTS).samefile(folder / WEIGHTS)
-    assert not (out / "config.json").samefile(folder / "config.json"), "rewriting it in place would reach the source"
+    assert not any((out / name).samefile(folder / name) for name in TAKEN), "what is written into one would reach the other"
 
 
 def test_symbolic_links_are_followed(folder: Path, out: Path):
@@ -114,7 +113,7 @@ def test_symbolic_links_are_followed(folder: Path, out: Path):
     (folder / WEIGHTS).symlink_to(blob)
     load(spec(folder), out=out)
     assert not (out / WEIGHTS).is_symlink()
-    assert (out / WEIGHTS).samefile(blob)
+    assert (out / WEIGHTS).read_bytes() == blob.read_bytes()
 
 
 def test_shards_stay_shards(folder: Path, out: Path):
@@ -435,7 +434,7 @@ def test_a_registered_folder(registry: Callable[[str, Path], Path], folder: Path
     before = names(location)
     load(spec("models:/plain@champion"), out=out)
     assert names(out) == TAKEN
-    assert (out / WEIGHTS).samefile(location / WEIGHTS)
+    assert (out / WEIGHTS).read_bytes() == (location / WEIGHTS).read_bytes()
     assert names(location) == before, "the registered model was written to"
     assert source_fingerprint(spec("models:/plain@champion")) == source_fingerprint(spec("models:/plain/1"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import blocks
@@ -88,7 +88,7 @@ def test_it_is_llm_pruner(method: str, tmp_path: Path) -> None:
     assert opening.parameters(model) == expected["params_before"]
     pruning.cut(pruning.parts(model), scores, [shape])
     smaller = pruning.pruned_config(model.config, [shape])
-    opening.save_model(surgery.with_config(model, smaller), tmp_path)
+    saving.save_model(surgery.with_config(model, smaller), tmp_path)
     saved = opening.load_model(tmp_path)
     assert opening.parameters(saved) == expected["params_after"]
     assert before == pytest.approx(expected["loss_before"], abs=1e-5)

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import copy_tokenizer, link
+from featherweight.checkpoint.files import link
+from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest

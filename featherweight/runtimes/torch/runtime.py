@@ -41,8 +41,8 @@ class Torch(Runtime[TorchSpec]):
     requirements = ("torch",)
 
     def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.files import link_checkpoint
         from featherweight.checkpoint.opening import save_model
+        from featherweight.checkpoint.saving import link_checkpoint
 
         if spec.compute_type in SIXTEEN_BITS:
             source.round_floats(spec.compute_type)
@@ -102,7 +102,7 @@ class TorchCompile(Runtime[TorchCompileSpec]):
     slow_to_switch = True
 
     def write(self, spec: TorchCompileSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.files import link_checkpoint
+        from featherweight.checkpoint.saving import link_checkpoint
 
         link_checkpoint(source.checkpoint, out)
         Serving("torch-compile").write(out)

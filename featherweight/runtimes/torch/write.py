@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import copy_tokenizer
+from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid
 from featherweight.progress import Metrics

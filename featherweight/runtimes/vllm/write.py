@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint import opening
-from featherweight.checkpoint.files import copy_tokenizer, link_checkpoint
+from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.runtimes.spec import SIXTEEN_BITS

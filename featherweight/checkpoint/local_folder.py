@@ -1,0 +1,29 @@
+"""Checkpoints in a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from featherweight.checkpoint.files import Listing, find_weights, needed_files
+from featherweight.checkpoint.gguf import gguf_file
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.progress import Progress
+from featherweight.store.artifact import file_sha256
+
+
+def fetch_local(spec: LoadSpec, work: Path, progress: Progress) -> Path:
+    return Path(str(spec.source)).expanduser()
+
+
+def identify_local(spec: LoadSpec) -> dict[str, str]:
+    """sha256 of every file that is taken, by name."""
+    path = fetch_local(spec, Path(), Progress())
+    gguf = gguf_file(path)
+    if gguf is not None:
+        return {gguf.name: file_sha256(gguf)}
+    listing = Listing.of(path)
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    names = needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(path / name), names), strict=True))

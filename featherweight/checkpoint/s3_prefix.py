@@ -1,0 +1,40 @@
+"""Checkpoints below a prefix of S3: s3://bucket/prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint import s3
+from featherweight.checkpoint.files import CONFIG, Listing, find_weights, missing_part, needed_files
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError, ServiceError
+from featherweight.progress import Progress
+
+
+def fetch_s3(spec: LoadSpec, work: Path, progress: Progress) -> Path:
+    """Download what is needed, after a look from afar at whether it is whole."""
+    names = _wanted(s3.listing(str(spec.source)), spec)
+    s3.download(str(spec.source), work / "s3", progress, names)
+    only = next(iter(names), "")
+    return work / "s3" / only if only.endswith(".gguf") else work / "s3"
+
+
+def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
+    """Names to download: one GGUF file, or a complete checkpoint's needed files."""
+    if not listing.sizes:
+        raise ServiceError(f"{listing.where} holds no objects; check the prefix (it is case-sensitive)")
+    gguf = [name for name in listing.sizes if name.endswith(".gguf")]
+    if len(gguf) == 1 and CONFIG not in listing.sizes:
+        return gguf
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    problem = missing_part(listing)
+    if problem:
+        raise CheckpointError(problem)
+    return needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+
+
+def identify_s3(spec: LoadSpec) -> list[list[Any]]:
+    """Name, size and ETag of every object that is taken."""
+    names = _wanted(s3.listing(str(spec.source)), spec)
+    return sorted([item.name, item.size, item.etag] for item in s3.list_objects(str(spec.source)) if item.name in names)

@@ -1,0 +1,57 @@
+"""Saving and copying checkpoint folders: whatever is written carries all of the one list, and a tokenizer that is proven."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.files import CONFIG, Listing, companions, copy, find_weights, link, needed_files
+from featherweight.checkpoint.tokenizer import require_same_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
+    """Write `model` to `out` as safetensors, with the companions of the folder `source`.
+
+    Raises CheckpointError where their tokenizer is not that of `source` any more.
+    """
+    from transformers import GenerationConfig
+
+    # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(out, max_shard_size="5GB")
+    if source is not None:
+        copy_companions(source, out)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a tokenizer that is in memory to `out`; raises CheckpointError where what was written is another one."""
+    tokenizer.save_pretrained(out)
+    require_same_tokenizer(tokenizer, out)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """All that a checkpoint carries beside configuration and weights, byte for byte; `out` has a config.json already.
+
+    Replaces what is there. Raises CheckpointError where the tokenizer in `out` is another one then.
+    """
+    for name in companions(Listing.of(source).sizes):
+        copy(source / name, out / name)
+    require_same_tokenizer(source, out)
+
+
+def copy_tokenizer(checkpoint: Path, out: Path) -> None:
+    """The companions, and the configuration by which transformers knows the tokenizer's class. Replaces what is there."""
+    copy(checkpoint / CONFIG, out / CONFIG)
+    copy_companions(checkpoint, out)
+
+
+def link_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Everything that transformers loads: configuration, weights, companions. Not a quantize stage's integers."""
+    listing = Listing.of(checkpoint)
+    weights = find_weights(listing)
+    for name in needed_files(listing, weights):
+        (link if name in weights.files else copy)(checkpoint / name, out / name)
+    require_same_tokenizer(checkpoint, out)

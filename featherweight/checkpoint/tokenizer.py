@@ -1,0 +1,81 @@
+"""The tokenizer of a checkpoint folder, and the proof that a copy of it cuts text into the same ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.files import Listing, has_tokenizer
+from featherweight.errors import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = (
+    'Once upon a time, in 1984, a fox (3.14 kg) met 2 bears; they said: "Hello!"',
+    "Ein süßer Käse, façade, naïve, Ærøskøbing, čeština, Ελληνικά, русский текст, עברית, العربية, हिन्दी, ไทย",
+    "中文分词测试。日本語のテキスト、한국어 문장. 😀👩‍👩‍👧🇩🇪 ½ ² ﬁ Å",
+    "  two  spaces\tand a tab\n\nnew lines\r\nUPPER lower don't can't __init__(self, x=[1, 2]) -> {'a': 0} // end\u00a0\u200b",
+)
+"""Letters, digits, punctuation, accents, other scripts, emoji, white space, code."""
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, from local files only."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def require_same_tokenizer(source: Path | PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise CheckpointError unless the tokenizer in `folder` does with a sample what that of `source` does.
+
+    Compared: ids with and without special tokens, those of a pair and of a target text, the special tokens spelt out, how ids are
+    read back, and chat templates. A `source` folder without a tokenizer has none to lose.
+    """
+    if isinstance(source, Path):
+        if not has_tokenizer(Listing.of(source)):
+            return
+        source = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    try:
+        copy = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each tokenizer family fails in its own way
+        raise CheckpointError(f"{folder}: the saved tokenizer does not load: {one_line(error)}") from error
+    for (what, wanted), (_, found) in zip(_behaviour(source), _behaviour(copy, source), strict=True):
+        if wanted != found:
+            raise CheckpointError(
+                f"{folder}: the saved tokenizer is not the checkpoint's: {what} gives {_short(found)} instead of {_short(wanted)}; "
+                "give the checkpoint a tokenizer.json (tokenizer.save_pretrained), or name the file that it needs"
+            )
+
+
+def _behaviour(tokenizer: Any, spelt: Any = None) -> Iterator[tuple[str, Any]]:
+    """(what was tried, what came out) of a tokenizer; `spelt`: the one whose special tokens are written out."""
+    special = " ".join(map(str, (spelt or tokenizer).all_special_tokens))
+    yield "its special tokens", sorted((str(token), number) for token, number in _special(tokenizer))
+    yield "its chat template", tokenizer.chat_template
+    for text in (*SAMPLE, special, f"a{special}b"):
+        ids = _tried(lambda text=text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        yield repr(text), ids
+        yield f"{text!r} with special tokens", _tried(lambda text=text: tokenizer(text)["input_ids"])
+        yield f"{text!r} as a target", _tried(lambda text=text: tokenizer(text_target=text)["input_ids"])
+        yield f"{text!r} read back", _tried(lambda ids=ids: tokenizer.decode(ids))
+    yield "a pair", _tried(lambda: tokenizer(SAMPLE[0], SAMPLE[1])["input_ids"])
+
+
+def _special(tokenizer: Any) -> Iterator[tuple[str, int]]:
+    return zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    """What `work` returns; where a tokenizer cannot do it, the kind of its error: its copy cannot either."""
+    try:
+        return work()
+    except Exception as error:  # each tokenizer family fails in its own way
+        return type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
