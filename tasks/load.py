@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from featherweight.checkpoint.conversion import adopt
+from featherweight.checkpoint.conversion import adopt, named
 from featherweight.checkpoint.fetching import WORK, source_fingerprint, source_of
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.zeros import take_stock
-from featherweight.errors import CheckpointError
 from featherweight.progress import Metrics, Progress
 from tasks.stage import stage
 
@@ -24,35 +21,28 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     """Bring a checkpoint into `out` as safetensors with its tokenizer, and check it; `spec.source` is one of
 
     a Hugging Face folder or a GGUF file (or a folder with one), `s3://bucket/prefix`, `hf:org/name@revision`,
-    `models:/name@alias`, `models:/name/version`. Local weights are hard-linked, shards stay shards. The model must be one for
-    `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors) keep their integers where a grid holds them,
-    as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers` count them.
-    A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric `zero_share`.
+    `models:/name@alias`, `models:/name/version`. All that is taken is a copy of its own; shards stay shards. The model must be
+    one for `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors) keep their integers where a grid
+    holds them, as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers`.
+    Names that transformers reads though they lack the model's prefix, or have that of torch.compile or DistributedDataParallel,
+    and a config that contradicts the files about a tied head, are settled by what the files hold; metrics `renamed_tensors` and
+    `head_settled`. A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric
+    `zero_share`.
     Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / WORK
     work.mkdir()
     try:
         found = source_of(spec)[1].fetch(spec, work, progress)
-        with _named(found, str(spec.source)):
-            unpacked: dict[str, float] = {}
-            info = adopt(found, spec, out, progress, unpacked)
+        with named(found, str(spec.source)):
+            adopted = adopt(found, spec, work, out, progress)
         # Coarse grids have many zeros that nobody pruned.
-        zeros = take_stock(out, str(spec.source), search=not unpacked, progress=progress)
+        zeros = take_stock(out, str(spec.source), search=not adopted.unpacked, progress=progress)
         shutil.rmtree(work)
     except BaseException:
         _clear(out)
         raise
-    return {name: float(asdict(info)[name]) for name in METRICS} | unpacked | zeros
-
-
-@contextmanager
-def _named(path: Path, source: str) -> Iterator[None]:
-    """Errors name the source as the recipe has it, not where it was fetched to."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(path), source)) from error
+    return {name: float(asdict(adopted.info)[name]) for name in METRICS} | adopted.settled | adopted.unpacked | zeros
 
 
 def _clear(folder: Path) -> None:

@@ -15,8 +15,9 @@ from featherweight.checkpoint.saving import copy_companions
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.matrices import in_float
 from featherweight.model.parent import Parent
-from featherweight.model.quantized_weights import DESCRIPTION
+from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
 from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
@@ -31,9 +32,12 @@ from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 COMPARED = 16
 """Calibration blocks on which the checkpoint and its quantized copy are compared."""
+MUCH = 0.1
+"""The share of weights in float that is worth a note."""
 
 
 @stage("quantize", version="2", libraries=("torch", "transformers"))
@@ -56,7 +60,8 @@ def quantize(
 
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
     model/quantized_weights.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
-    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (scales included), for
+    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (over all weights, scales
+    included), `float_weights` (the share of weights on no grid), for
     mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`, and the method's own.
     Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros,
     DataError for too little text, StageError where a method fails.
@@ -67,6 +72,8 @@ def quantize(
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
+    if spec.method != "rtn" or spec.smooth:
+        given.require_linear(spec.method if spec.method != "rtn" else str(spec.smooth))
     before = _loss_before(given)
     given = smoothed(given)
     choice = QUANTIZERS[spec.method].choose(given)
@@ -80,11 +87,22 @@ def quantize(
         "loss_before": before,
         "loss_after": after,
         "weight_rms_error": error,
-        "bits_per_weight": choice.quantized.bits_per_weight(),
+        **_share_in_float(saved, choice.quantized, progress),
         **mixing,
         **zeros.metrics(),
         **choice.metrics,
     }
+
+
+def _share_in_float(model: PreTrainedModel, quantized: QuantizedWeights, progress: Progress) -> Metrics:
+    """`bits_per_weight` over all weights of `model`, and the share that lies on no grid; a note where that is much."""
+    rest = in_float(model, quantized)
+    count = sum(rest.values())
+    share = count / opening.parameters(model)
+    if share > MUCH:
+        most = ", ".join(f"{name} ({numel:,})" for name, numel in list(rest.items())[:3])
+        progress.note(f"{share:.0%} of the weights stay in float, most of them {most}")
+    return {"bits_per_weight": quantized.bits_per_weight(count), "float_weights": share}
 
 
 def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Metrics]:
@@ -159,7 +177,7 @@ def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -
     shards: dict[str, str] = {}
     size = 0
     for file, members in groupby(given.files(), key=lambda member: member[0]):
-        tensors = {name: _final(name, tensor, choice, squares) for _, name, tensor in members}
+        tensors = {name: _final(name, tensor, choice, given.transposed, squares) for _, name, tensor in members}
         _save(tensors, out / file)
         shards |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
@@ -171,13 +189,14 @@ def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
 
-def _final(name: str, tensor: Tensor, choice: Choice, squares: list[float]) -> Tensor:
+def _final(name: str, tensor: Tensor, choice: Choice, transposed: frozenset[str], squares: list[float]) -> Tensor:
     """The float32 tensor to save; adds a quantized weight's squared error and squares to `squares`."""
     source = choice.changed.get(name, tensor).float()
     _require_finite(name, source)
     if name not in choice.quantized.q:
         return source.contiguous()
     weight = choice.quantized.dequantize(name)
+    weight = weight.T if name in transposed else weight
     squares[0] += (weight - source).double().square().sum().item()
     squares[1] += source.double().square().sum().item()
     return weight.contiguous()

@@ -35,7 +35,9 @@ def sensitivity(
     model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     rounding = QuantizeSpec.of(grid=spec.grid, head=spec.head, scale=spec.scale)
-    grids = QuantizationInput(rounding, checkpoint, model, blocks, calibration, seed, progress).grids
+    given = QuantizationInput(rounding, checkpoint, model, blocks, calibration, seed, progress)
+    given.require_linear("sensitivity")
+    grids = given.grids
     loss, divergences = scan(model, grids, blocks, spec.scale, progress)
     finer = grid_named(spec.finer)
     weights = dict(model.named_parameters(remove_duplicate=False))

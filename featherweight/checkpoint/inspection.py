@@ -104,7 +104,7 @@ def dry_load(
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             _check_task(folder, config, task)
-            model, info = _model_class(config, folder, trust_remote_code).from_pretrained(
+            model, info = model_class(config, folder, trust_remote_code).from_pretrained(
                 None,
                 config=config,
                 state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
@@ -128,7 +128,7 @@ def _check_task(folder: Path, config: Any, task: Task | None) -> None:
         raise CheckpointError(f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}")
 
 
-def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     """The class that config.json names: transformers' own, or the folder's where that is trusted.
 
     An encoder or an encoder-decoder must have the head that it is measured by, whatever config.json names.
@@ -139,13 +139,23 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if trust_remote_code and remote:
         return get_class_from_dynamic_module(remote, folder)
-    if family_of(config) != "causal" and (headed := head_class(config)):
+    headed = head_class(config)
+    if headed and (family_of(config) != "causal" or is_base(config)):
         return headed
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     found = getattr(transformers, name, None)
     if found is None:
         raise ValueError(f"transformers {transformers.__version__} has no architecture '{name}'")
     return found
+
+
+def is_base(config: Any) -> bool:
+    """Whether config.json names the base model alone, without a head: what AutoModel saves."""
+    from transformers import AutoModel
+
+    made = AutoModel._model_mapping.get(type(config), None)
+    bases = made if isinstance(made, tuple | list) else (made,)
+    return [one.__name__ for one in bases if one] == (config.architectures or [])
 
 
 @contextmanager

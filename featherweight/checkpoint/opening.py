@@ -43,6 +43,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder, its weights without memory and values."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(load_config(folder)).from_config(load_config(folder))
+
+
 def load_model(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder with its family's head, float32, from local safetensors only."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,16 @@ def _behaviour(tokenizer: Any, spelt: Any = None) -> Iterator[tuple[str, Any]]:
     yield "its special tokens", sorted((str(token), number) for token, number in _special(tokenizer))
     yield "its chat template", tokenizer.chat_template
     for text in (*SAMPLE, special, f"a{special}b"):
-        ids = _tried(lambda text=text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = _ids(tokenizer, text, add_special_tokens=False)
         yield repr(text), ids
-        yield f"{text!r} with special tokens", _tried(lambda text=text: tokenizer(text)["input_ids"])
-        yield f"{text!r} as a target", _tried(lambda text=text: tokenizer(text_target=text)["input_ids"])
-        yield f"{text!r} read back", _tried(lambda ids=ids: tokenizer.decode(ids))
-    yield "a pair", _tried(lambda: tokenizer(SAMPLE[0], SAMPLE[1])["input_ids"])
+        yield f"{text!r} with special tokens", _ids(tokenizer, text)
+        yield f"{text!r} as a target", _ids(tokenizer, text_target=text)
+        yield f"{text!r} read back", _tried(partial(tokenizer.decode, ids))
+    yield "a pair", _ids(tokenizer, SAMPLE[0], SAMPLE[1])
+
+
+def _ids(tokenizer: Any, *texts: str, **options: Any) -> Any:
+    return _tried(lambda: tokenizer(*texts, **options)["input_ids"])
 
 
 def _special(tokenizer: Any) -> Iterator[tuple[str, int]]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import quantized_formats
 from featherweight.checkpoint.files import CONFIG, INDEX, Listing, Weights, copy, needed_files
+from featherweight.checkpoint.opening import skeleton
 from featherweight.checkpoint.quantized_formats import BESIDE, Found
 from featherweight.checkpoint.tensors import stream_tensors
+from featherweight.model.matrices import heads
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 
@@ -45,7 +47,8 @@ def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path,
     _write_weights(folder, weights, found, out)
     if grids:
         q = {name: found.layers[name].q for name in grids}
-        QuantizedWeights(grids, q, {name: found.layers[name].scales for name in grids}, method).write(out)
+        scales = {name: found.layers[name].scales for name in grids}
+        QuantizedWeights(grids, q, scales, method, heads(skeleton(folder))).write(out)
     if lost:
         progress.note(f"{len(lost)} of {len(lost) + len(grids)} layers become float: {_reasons(found, lost)}")
     plain = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float32"}

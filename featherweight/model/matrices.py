@@ -1,4 +1,7 @@
-"""The weight matrices of a model: which there are, and how they move to a grid."""
+"""The weight matrices of a model: which there are, which are its vocabulary's, and how they move to a grid.
+
+The model itself is asked, in this one place: whoever quantizes, packs, measures or counts means the same matrices.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +17,57 @@ if TYPE_CHECKING:
 
 
 def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(name, parameter, transposed) of every weight matrix: Linear layers, the token embedding, the head. A tied one comes once.
+    """(name, parameter, transposed) of every weight matrix: those of the blocks, embeddings and head. A tied one comes once.
 
     transposed: the parameter holds a row in each column, as GPT-2's Conv1D does.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     seen: set[int] = set()
+    vocabulary, body = ends(model), set(_in_blocks(model))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) and module is not model.get_input_embeddings():
+        parameter = getattr(module, "weight", None)
+        if parameter is None or id(parameter) in seen or not (id(parameter) in vocabulary or module in body):
             continue
-        parameter = module.get_parameter("weight")
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield f"{name}.weight", parameter, isinstance(module, Conv1D)
+        seen.add(id(parameter))
+        yield f"{name}.weight", parameter, isinstance(module, Conv1D)
+
+
+def _in_blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The linear layers inside the blocks. Blocks stand in lists, and nothing else that is linear does."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return (module for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear | Conv1D))
 
 
 def ends(model: PreTrainedModel) -> set[int]:
-    """Identities of the parameters of the token embedding and the output head."""
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    """Identities of the parameters with a row for each token: the embeddings of the model and its stacks, and the output head."""
+    from transformers import PreTrainedModel
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    modules = [found for one in models for found in (one.get_input_embeddings(), one.get_output_embeddings())]
     return {id(module.weight) for module in modules if module is not None}
 
 
+def heads(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters with a row for each token, every name of a tied one."""
+    vocabulary = ends(model)
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if id(parameter) in vocabulary)
+
+
+def in_float(model: PreTrainedModel, quantized: QuantizedWeights) -> dict[str, int]:
+    """Number of weights of each parameter that lies on no grid, by name, the largest first; a tied one comes once."""
+    on_grids = {id(parameter) for name, parameter, _ in matrices(model) if name in quantized.q}
+    rest = {name: parameter.numel() for name, parameter in model.named_parameters() if id(parameter) not in on_grids}
+    return dict(sorted(rest.items(), key=lambda item: -item[1]))
+
+
 def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid | None) -> QuantizedWeights:
-    """Every matrix of `model` on its grid: `head` for the embedding and the output head (None: in float), `body` for all others."""
-    result, vocabulary = QuantizedWeights({}, {}, {}, "rtn"), ends(model)
+    """Every matrix of `model` on its grid: `head` for embeddings and output head (None: in float), `body` for the blocks'."""
+    result, vocabulary = QuantizedWeights({}, {}, {}, "rtn", heads(model)), ends(model)
     for name, parameter, transposed in matrices(model):
         grid = head if id(parameter) in vocabulary else body
         if grid is None:

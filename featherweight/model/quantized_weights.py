@@ -21,45 +21,52 @@ if TYPE_CHECKING:
 
 WEIGHTS = "quantized.safetensors"
 DESCRIPTION = "quantization.json"
-HEADS = (
+FLOAT_BITS = 32
+HEADS_BEFORE = (
     *("embed_tokens.weight", "lm_head.weight", "shared.weight"),
     *("word_embeddings.weight", "predictions.decoder.weight", "lm_head.decoder.weight", "vocab_projector.weight"),
 )
-"""How the names of the embedding and the output head end: of decoders and encoder-decoders, and of encoders."""
+"""How the names of embedding and head end in folders that were written before they named them (November 2026)."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeights:
     """Grid, integers (int8, or float8 numbers, [rows, columns]) and scales (float32 [rows, groups]) by parameter name.
 
-    A tied output head stands under the embedding's name only.
+    A row is an output feature, or a token, also where the parameter holds it in a column (GPT-2's Conv1D). A tied output head
+    stands under the embedding's name only. heads: the names of embedding and head among the model's parameters.
     """
 
     grids: dict[str, Grid]
     q: dict[str, Tensor]
     scales: dict[str, Tensor]
     method: str
+    heads: frozenset[str] = frozenset()
+
+    @property
+    def body(self) -> dict[str, Grid]:
+        """The grids of the weights in the blocks, by name."""
+        return {name: grid for name, grid in self.grids.items() if name not in self.heads}
 
     @property
     def grid(self) -> str | None:
-        """Name of the grid of the decoder's Linear weights; of mixed ones the coarsest, which most of them lie on."""
-        body = [grid for name, grid in self.grids.items() if not name.endswith(HEADS)]
-        return min(body, key=lambda grid: grid.bits).name if body else None
+        """Name of the grid of the blocks' weights; of mixed ones the coarsest, which most of them lie on."""
+        return min(self.body.values(), key=lambda grid: grid.bits).name if self.body else None
 
     @property
     def head(self) -> str | None:
         """Name of the grid of the embedding and the output head; None where they are in float."""
-        return next((grid.name for name, grid in self.grids.items() if name.endswith(HEADS)), None)
+        return next((grid.name for name, grid in self.grids.items() if name in self.heads), None)
 
     def dequantize(self, name: str) -> Tensor:
         """The float32 weight [rows, columns] of one parameter."""
         return self.grids[name].dequantize(self.q[name], self.scales[name])
 
-    def bits_per_weight(self) -> float:
-        """Storage per quantized weight, scales included, over all of them."""
+    def bits_per_weight(self, in_float: int = 0) -> float:
+        """Storage per weight, scales included, over all of a model that holds `in_float` weights of 32 bits beside these."""
         sizes = {name: q.numel() for name, q in self.q.items()}
         bits = sum(self.grids[name].bits_per_weight(q.shape[1]) * sizes[name] for name, q in self.q.items())
-        return bits / sum(sizes.values())
+        return (bits + FLOAT_BITS * in_float) / (sum(sizes.values()) + in_float)
 
     def write(self, folder: Path) -> None:
         """Write both files into a checkpoint folder."""
@@ -72,6 +79,7 @@ class QuantizedWeights:
             "method": self.method,
             "grid": self.grid,
             "head": self.head,
+            "heads": sorted(self.heads & self.grids.keys()),
             "grids": {name: grid.name for name, grid in sorted(self.grids.items())},
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
@@ -90,6 +98,7 @@ class QuantizedWeights:
             tensors = load_file(folder / WEIGHTS)
             q = {name: tensors[f"{name}.q"] for name in grids}
             scales = {name: tensors[f"{name}.scales"] for name in grids}
-            return cls(grids, q, scales, description["method"])
+            heads = description.get("heads", [name for name in grids if name.endswith(HEADS_BEFORE)])
+            return cls(grids, q, scales, description["method"], frozenset(heads))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} holds damaged quantized weights ({error}); quantize it again") from error

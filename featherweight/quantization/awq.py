@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from featherweight.model.architecture import LAYOUTS
 from featherweight.model.parent import Parent, walking_refusal
-from featherweight.model.quantized_weights import HEADS
 from featherweight.quantization import oneshot, rtn
 from featherweight.quantization.channels import inner_pairs, norm_pairs
 from featherweight.quantization.interface import QuantizationInput, Quantizer, calibration_operations
@@ -52,7 +51,7 @@ def _groups(given: QuantizationInput[QuantizeSpec]) -> dict[str, Any]:
     """Schemes of the search. It knows no short last group: a matrix that would need one is searched with one scale per row."""
     groups: dict[str, Any] = {}
     for name, tensor in given.tensors():
-        if name in given.grids and not name.endswith(HEADS):
+        if name in given.grids and name not in given.heads:
             grid = given.grids[name]
             grid = replace(grid, group_size=None) if grid.group_size and tensor.shape[1] % grid.group_size else grid
             group = groups.setdefault(f"{grid.name}-{grid.group_size}", {"targets": [], "weights": oneshot.weights_scheme(grid)})

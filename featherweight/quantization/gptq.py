@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from featherweight.grid import Grid, grid_named
 from featherweight.model.parent import Parent, walking_refusal
-from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization import oneshot
 from featherweight.quantization.interface import (
@@ -42,7 +42,7 @@ def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
 
 def choose(given: QuantizationInput[QuantizeSpec]) -> Choice:
     """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
-    names = [name.removesuffix(".weight") for name in given.grids if not name.endswith(HEADS)]
+    names = [name.removesuffix(".weight") for name in given.grids if name not in given.heads]
     (modifier,) = oneshot.run(given.model, lambda: [_modifier(given, names)], given.calibration)
     quantized = merged(_extract(given, names), round_to_nearest(given, given.head()))
     return Choice(quantized, metrics={"gptq_fallbacks": modifier.fallbacks})

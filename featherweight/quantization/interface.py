@@ -5,7 +5,6 @@ To add one: a file with its spec, its functions and a `Quantizer` that names the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from featherweight.checkpoint.files import Listing, Weights, find_weights
 from featherweight.checkpoint.tensors import stream_tensors
-from featherweight.errors import StageError
+from featherweight.errors import RecipeError, StageError
 from featherweight.grid import Grid, grid_named
+from featherweight.model.matrices import heads, matrices
 from featherweight.model.parent import Parent
-from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SpecT = TypeVar("SpecT", bound=QuantizeSpec)
 SpecT_co = TypeVar("SpecT_co", bound=QuantizeSpec, covariant=True)
-IN_A_BLOCK = re.compile(r"(^|\.)(layers?|block)\.\d+\..+\.weight$")
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,34 @@ class QuantizationInput(Generic[SpecT_co]):
         """The grid of each parameter to quantize: every Linear of a block, and the embedding and head where they have one."""
         body = grid_named(self.spec.grid)
         head = None if self.spec.head is None else grid_named(self.spec.head)
-        wanted = {name: self._grid_of(name, tensor.ndim, body, head) for name, tensor in self.tensors()}
+        wanted = {name: body if name in self.linear else head if name in self.heads else None for name, _ in self.tensors()}
         grids = {name: self.finer.get(name, grid) for name, grid in wanted.items() if grid is not None}
-        if all(name.endswith(HEADS) for name in grids):
-            raise StageError(f"{self.checkpoint} has no Linear weights in blocks named '…layers.N…', '…layer.N…' or '…block.N…'")
+        if not self.linear & grids.keys():
+            raise StageError(f"{self.checkpoint} holds no linear layer in blocks under the names that its architecture gives them")
         return grids
-
-    def _grid_of(self, name: str, ndim: int, body: Grid, head: Grid | None) -> Grid | None:
-        if ndim != 2:
-            return None
-        return body if name in self.linear and IN_A_BLOCK.search(name) else head if name.endswith(HEADS) else None
 
     @cached_property
     def linear(self) -> frozenset[str]:
-        """Names of the weights of Linear layers: a block may hold an embedding too, such as T5's of relative positions."""
-        from torch import nn
+        """Names of the weights of the blocks' linear layers."""
+        return frozenset(name for name, _, _ in matrices(self.model)) - self.heads
 
-        return frozenset(f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        """Names of the embedding and the output head."""
+        return heads(self.model)
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Names of the weights that hold a row of the grid in each column."""
+        return frozenset(name for name, _, transposed in matrices(self.model) if transposed)
+
+    def require_linear(self, what: str) -> None:
+        """Raise RecipeError where the layers are none that `what` works on, which knows Linear alone."""
+        if self.transposed:
+            raise RecipeError(
+                f"{what} works on Linear layers, and those of a '{self.model.config.model_type}' model are Conv1D; "
+                "take method: rtn, without smoothing"
+            )
 
     @cached_property
     def copies(self) -> frozenset[str]:
@@ -97,7 +107,7 @@ class QuantizationInput(Generic[SpecT_co]):
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
         """The embedding and, where it is not tied, the output head."""
-        return ((name, tensor) for name, tensor in self.tensors() if name.endswith(HEADS))
+        return ((name, tensor) for name, tensor in self.tensors() if name in self.heads)
 
 
 @dataclass(frozen=True)
@@ -156,9 +166,9 @@ def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tens
     q, scales = {}, {}
     for name, tensor in tensors:
         if name in given.grids:
-            grid = given.grids[name]
-            q[name], scales[name] = grid.quantize(tensor, start_scales(grid, tensor, given.spec.scale))
-    return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method)
+            grid, rows = given.grids[name], tensor.T if name in given.transposed else tensor
+            q[name], scales[name] = grid.quantize(rows, start_scales(grid, rows, given.spec.scale))
+    return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method, given.heads & q.keys())
 
 
 def merged(*parts: QuantizedWeights) -> QuantizedWeights:
@@ -166,4 +176,4 @@ def merged(*parts: QuantizedWeights) -> QuantizedWeights:
     grids = {name: grid for part in parts for name, grid in part.grids.items()}
     q = {name: tensor for part in parts for name, tensor in part.q.items()}
     scales = {name: tensor for part in parts for name, tensor in part.scales.items()}
-    return QuantizedWeights(grids, q, scales, parts[0].method)
+    return QuantizedWeights(grids, q, scales, parts[0].method, frozenset[str]().union(*(part.heads for part in parts)))

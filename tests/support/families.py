@@ -17,6 +17,13 @@ SIZES: dict[str, dict[str, int]] = {
     },
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gptj": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "opt": {**{"hidden_size": 32, "word_embed_proj_dim": 24, "ffn_dim": 48}, **{"num_hidden_layers": 2, "num_attention_heads": 4}},
+    "qwen3_moe": {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    },
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
 LIKE = {
@@ -24,6 +31,8 @@ LIKE = {
     **dict.fromkeys(("mbart", "m2m_100", "marian", "pegasus"), "bart"),
     **dict.fromkeys(("roberta", "xlm-roberta"), "bert"),
     "mt5": "t5",
+    "gpt_bigcode": "gpt2",
+    **dict.fromkeys(("gpt_neox", "falcon", "phi"), "bert"),
 }
 WORDS = """
 once upon a time there was little fox bear wolf hare met in the wood and they ran sang ate slept played were was glad sad

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import GRIDS, Grid
-from featherweight.model.matrices import matrices, move_to_grid
+from featherweight.model.matrices import heads, matrices, move_to_grid, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.parity import load_reference
@@ -63,11 +63,11 @@ def quantize(source: Path, out: Path, grids: dict[str, str]) -> QuantizedWeights
     from transformers import AutoTokenizer
 
     model = load_reference(source)
-    quantized = QuantizedWeights({}, {}, {}, "test")
-    for name, parameter, _ in matrices(model):
+    quantized = QuantizedWeights({}, {}, {}, "test", heads(model))
+    for name, parameter, transposed in matrices(model):
         ending = next((ending for ending in grids if name.endswith(ending)), None)
         if ending is not None:
-            _choose(quantized, name, parameter.detach(), GRIDS[grids[ending]])
+            _choose(quantized, name, rows_of(parameter, transposed), GRIDS[grids[ending]])
     save(model, quantized, out)
     AutoTokenizer.from_pretrained(source).save_pretrained(out)
     return quantized

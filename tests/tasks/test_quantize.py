@@ -441,16 +441,6 @@ def test_a_checkpoint_that_computes_no_numbers_is_refused(method: str, tiny_chec
         assert list((source / "out").iterdir()) == []
 
 
-def test_an_architecture_without_such_layers_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shutil.copytree(tiny_checkpoint, tmp_path / "source")
-    vocabulary = json.loads((tmp_path / "source" / "config.json").read_text())["vocab_size"]
-    GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "source")
-    with pytest.raises(StageError, match="has no Linear weights in blocks named"):
-        run(tmp_path / "source", text, tmp_path / "out", method="rtn")
-
-
 def test_quantized_weights_survive_the_disk(tmp_path: Path) -> None:
     weight = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -460,6 +450,16 @@ def test_quantized_weights_survive_the_disk(tmp_path: Path) -> None:
     found = QuantizedWeights.read(tmp_path)
     assert found is not None
     assert (found.grid, found.head, found.method) == ("int4-g32", None, "rtn")
+    told = json.loads((tmp_path / "quantization.json").read_text())
+    assert told.pop("heads") == []
+    told["grids"] = {"model.embed_tokens.weight": "int4-g32"}
+    tensors = {f"model.embed_tokens.weight.{part}": value for part, value in (("q", q), ("scales", scales))}
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "quantization.json").write_text(json.dumps(told))
+    save_file(tensors, tmp_path / "before" / "quantized.safetensors")
+    written_before = QuantizedWeights.read(tmp_path / "before")
+    assert written_before is not None
+    assert (written_before.grid, written_before.head) == (None, "int4-g32")
     assert torch.equal(found.dequantize(name), grid.fake_quantize(weight))
     (tmp_path / "quantized.safetensors").write_bytes(b"damage")
     with pytest.raises(CheckpointError, match="damaged quantized weights"):

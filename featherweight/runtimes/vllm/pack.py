@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import RecipeError
 from featherweight.grid import Grid
-from featherweight.model.quantized_weights import HEADS, QuantizedWeights
+from featherweight.model.matrices import matrices
+from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.vllm.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def pack(
     from safetensors.torch import save_file
 
     linear = _linear(quantized) if quantized else {}
+    if transposed := {name for name, _, transposed in matrices(model) if transposed} & linear.keys():
+        raise RecipeError(f"vLLM reads quantized Linear layers only, and {min(transposed)} is a Conv1D's; take another engine")
     tensors: dict[str, Tensor] = {}
     for name, value in _once(model).items():
         if quantized and scheme and name in linear:
@@ -73,7 +77,7 @@ def pack(
 
 def _linear(quantized: QuantizedWeights) -> dict[str, Grid]:
     """The grids of the weights that vLLM serves quantized."""
-    return {name: grid for name, grid in quantized.grids.items() if not name.endswith(HEADS)}
+    return quantized.body
 
 
 def _packed(name: str, quantized: QuantizedWeights, scheme: Scheme) -> dict[str, Tensor]:

@@ -1,0 +1,214 @@
+"""What a checkpoint says in two ways, settled once, by what its files hold: names of tensors, and whether the head is tied.
+
+transformers puts up with a good deal (names without the model's prefix, a config that calls a head tied that the file holds by
+itself), engines and quantizers do not, and each in its own way. So a checkpoint that needs it is written again as transformers
+reads it before anything looks at it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
+from featherweight.checkpoint.inspection import is_base, model_class, quiet
+from featherweight.checkpoint.quantized_formats import method_of
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.checkpoint.tensors import read_shapes, saving, stream_tensors
+from featherweight.checkpoint.unpacking import read_config
+from featherweight.errors import CheckpointError
+from featherweight.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+COMPILED, PARALLEL = "_orig_mod", "module"
+"""What torch.compile puts anywhere into the names of a model's tensors, and DistributedDataParallel before all of them."""
+
+
+HEAD = {
+    False: "config.json ties the head to the embedding, and the weights hold a head of their own, which is kept",
+    True: "config.json has a head of its own, and the weights hold none: the embedding is the head",
+}
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What is to be written otherwise: `names` of tensors (stored -> read), and entries of config.json."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """`renamed_tensors` and `head_settled`, each only where there is something to tell."""
+        renamed = {"renamed_tensors": float(len(self.names))} if self.names else {}
+        return renamed | ({"head_settled": 1.0} if "tie_word_embeddings" in self.config else {})
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder's weights: the names in its files, and under which of a model's names each is read."""
+
+    folder: Path
+    weights: Weights
+    reads: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, weights: Weights, model: PreTrainedModel) -> Stored:
+        """As `model` reads the tensors of `folder`, wrappers' names and a missing prefix of the base model allowed for."""
+        names = list(read_shapes(Listing.of(folder), folder, weights))
+        parallel = all(name.startswith(f"{PARALLEL}.") for name in names) and not hasattr(model, PARALLEL)
+        plain = {name: _unwrapped(name, parallel=parallel) for name in names}
+        missing = _tops(model.base_model) - _tops(model)
+        prefix = f"{model.base_model_prefix}."
+        reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
+        return cls(folder, weights, reads)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Only what is read under another name than it is stored under."""
+        return {name: read for name, read in self.reads.items() if name != read}
+
+    def equal(self, *names: str) -> bool:
+        """Whether the tensors that are read under these names hold the same values."""
+        found = [tensor for _, name, tensor in stream_tensors(self.folder, self.weights) if self.reads[name] in names]
+        return all(tensor.equal(found[0]) for tensor in found)
+
+
+def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple[Path, dict[str, float]]:
+    """The folder `found`, or one in `work` that holds the same as safetensors under the names and config that transformers reads.
+
+    Metrics say what was changed, and so do notes. Raises CheckpointError for a model that was saved without its head.
+    """
+    listing = Listing.of(found)
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    try:
+        model = _skeleton(found, spec)
+    except Exception:  # whatever is wrong with the config, inspection says it in a line
+        return found, {}
+    settlement = _settlement(Stored.of(found, weights, model), model)
+    if not (settlement.names or settlement.config or weights.pickled):
+        return found, {}
+    for note in settlement.notes:
+        progress.note(note)
+    folder = work / "settled"
+    folder.mkdir()
+    rewritten = {CONFIG, INDEX, PICKLE_INDEX, *weights.files}
+    for name in needed_files(listing, weights, trust_remote_code=spec.trust_remote_code):
+        if name not in rewritten:
+            _symlink(found / name, folder / name)
+    (folder / CONFIG).write_text(json.dumps(read_config(found) | dict(settlement.config), indent=2) + "\n")
+    if settlement.names or weights.pickled:
+        _write_weights(found, weights, settlement.names, model.all_tied_weights_keys, folder, progress)
+    else:
+        for name in (*weights.files, *((INDEX,) if weights.index else ())):
+            _symlink(found / name, folder / name)
+    return folder, settlement.metrics()
+
+
+def _symlink(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve())
+
+
+def _skeleton(folder: Path, spec: LoadSpec) -> PreTrainedModel:
+    """The architecture that the folder is read into, without memory."""
+    import torch
+    from transformers import AutoConfig
+
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        made = model_class(config, folder, spec.trust_remote_code)
+        return made._from_config(config)  # type: ignore[no-any-return]
+
+
+def _settlement(stored: Stored, model: PreTrainedModel) -> Settlement:
+    config, renamed = read_config(stored.folder), stored.renamed
+    notes, changes = [], {}
+    if renamed:
+        first, read = next(iter(renamed.items()))
+        notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")
+    if is_base(model.config):
+        changes["architectures"] = [type(model).__name__]
+    tied = _tied_by_file(stored, model) if method_of(config) is None else None
+    if tied is not None:
+        changes["tie_word_embeddings"] = tied
+        notes.append(HEAD[tied])
+    return Settlement(renamed, changes, tuple(notes))
+
+
+def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
+    """Whether the weights have the embedding for a head, where config.json says otherwise; None where the two agree.
+
+    A T5's config is left as it is: it says how the head is scaled, and transformers takes the head that is stored.
+    """
+    output, source = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is None or source is None or output.weight.shape != source.weight.shape:
+        return None
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
+    head, embedding = names[id(output)], names[id(source)]
+    tied, reads = output.weight is source.weight, set(stored.reads.values())
+    if embedding not in reads or not _heeds(model.config, not tied):
+        return None
+    if tied:
+        return False if head in reads and not stored.equal(head, embedding) else None
+    if head in reads:
+        return None
+    if is_base(model.config):
+        raise CheckpointError(f"{stored.folder} was saved from the base model, without its output head; save the whole model")
+    return True
+
+
+def _heeds(config: Any, tied: bool) -> bool:
+    """Whether a config of this kind lets itself be told that the head is tied, or is not."""
+    return type(config).from_dict(config.to_dict() | {"tie_word_embeddings": tied}).tie_word_embeddings is tied
+
+
+def _unwrapped(name: str, *, parallel: bool) -> str:
+    parts = [part for part in name.split(".") if part != COMPILED]
+    return ".".join(parts[1:] if parallel else parts)
+
+
+def _tops(model: Any) -> set[str]:
+    """What the names of a model's tensors begin with."""
+    return {name.partition(".")[0] for name in model.state_dict()}
+
+
+def _write_weights(
+    found: Path, weights: Weights, names: Mapping[str, str], ties: Mapping[str, str], out: Path, progress: Progress
+) -> None:
+    """The tensors under their new names as safetensors, shard by shard."""
+    from safetensors.torch import save_file
+
+    mapping: dict[str, str] = {}
+    size = 0
+    for number, file in enumerate(weights.files, 1):
+        progress.note(f"converting {file} ({number} of {len(weights.files)})")
+        shard = f"model-{number:05}-of-{len(weights.files):05}.safetensors" if weights.index else WEIGHTS
+        tensors = {names.get(name, name): tensor for _, name, tensor in stream_tensors(found, replace(weights, files=(file,)))}
+        tensors = _unshared(tensors, ties)
+        with saving(out):
+            save_file(tensors, out / shard, metadata={"format": "pt"})
+        mapping |= dict.fromkeys(tensors, shard)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if weights.index:
+        (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": mapping}, indent=1))
+
+
+def _unshared(tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:
+    """Contiguous tensors without common storage: the tied copies left out, others that share copied."""
+    kept: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        twin = tensors.get(ties.get(name, ""))
+        if twin is not None and twin.data_ptr() == tensor.data_ptr() and twin.shape == tensor.shape:
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone().contiguous() if storage in storages else tensor.contiguous()
+        storages.add(storage)
+    return kept

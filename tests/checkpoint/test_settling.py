@@ -1,0 +1,218 @@
+"""Checkpoints that contradict themselves, or name their tensors otherwise, are settled by what their files hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
+from featherweight.checkpoint.inspection import inspect_checkpoint
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError
+from featherweight.progress import Progress
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.parity import load_reference
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.text.documents import Document, write_documents
+from tasks.export import export
+from tasks.load import load
+from tasks.quantize import quantize
+from tests.support.families import WORDS, family_checkpoint
+
+IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def llama(folder: Path, *, tied: bool) -> Path:
+    return family_checkpoint("llama", folder, tie_word_embeddings=tied)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_reference(folder)(IDS).logits
+
+
+def configure(folder: Path, **entries: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    tensors = {change(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def taken(folder: Path, out: Path, **options: Any) -> tuple[dict[str, float], list[str]]:
+    told = Notes()
+    metrics = load(LoadSpec.model_validate({"source": str(folder), **options}), out=out, progress=told)
+    return dict(metrics), told.notes
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_a_head_of_its_own_beside_a_config_that_ties_is_kept_and_said(tmp_path: Path, out: Path, in_shards: bool) -> None:
+    folder = llama(tmp_path / "source", tied=False)
+    if in_shards:
+        model = load_reference(folder)
+        (folder / WEIGHTS).unlink()
+        model.save_pretrained(folder, max_shard_size="20KB")
+    expected = logits(folder)
+    configure(folder, tie_word_embeddings=True)
+    metrics, notes = taken(folder, out)
+    assert metrics["head_settled"] == 1
+    assert any("a head of their own, which is kept" in note for note in notes)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (out / INDEX).exists() == in_shards
+    assert torch.equal(logits(out), expected)
+    assert not inspect_checkpoint(out).tied
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("engine", [{"engine": "ctranslate2", "compute_type": "float32"}, {"engine": "torchao-int8"}])
+def test_engines_serve_the_head_that_the_file_holds(tmp_path: Path, out: Path, engine: dict[str, Any]) -> None:
+    """They disagreed: one took the file's head, another the embedding."""
+    folder = llama(tmp_path / "source", tied=False)
+    expected = logits(folder)
+    configure(folder, tie_word_embeddings=True)
+    taken(folder, out)
+    text, small, served = (tmp_path / name for name in ("text", "small", "served"))
+    write_documents(text, [Document(str(i), " ".join(WORDS.split()[i:])) for i in range(12)])
+    small.mkdir()
+    served.mkdir()
+    quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=small)
+    assert (logits(small) - expected).abs().max() < 0.2 < (expected - expected.mean()).abs().max()
+    packed = out if "compute_type" in engine else small
+    metrics = export(ExportSpec.model_validate(engine), checkpoint=packed, calibration=text, out=served)
+    assert metrics["parity_max_abs"] < 1e-3
+
+
+def test_a_config_with_a_head_that_the_file_lacks_is_tied(tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=True)
+    expected = logits(folder)
+    configure(folder, tie_word_embeddings=False)
+    metrics, notes = taken(folder, out)
+    assert metrics["head_settled"] == 1
+    assert any("the embedding is the head" in note for note in notes)
+    assert torch.equal(logits(out), expected)
+
+
+def test_what_does_not_contradict_itself_is_left_alone(tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=True)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / WEIGHTS, {"format": "pt"})
+    metrics, _ = taken(folder, out)
+    assert not metrics.keys() & {"head_settled", "renamed_tensors"}
+    assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+PLACES = {
+    "without the base model's prefix": lambda name: name.removeprefix("model."),
+    "of torch.compile": lambda name: f"_orig_mod.{name}",
+    "of one compiled block": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    "of DistributedDataParallel": lambda name: f"module.{name}",
+    "of both": lambda name: f"module._orig_mod.{name}",
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_names_become_those_that_transformers_reads(place: str, tied: bool, tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=tied)
+    expected, right = logits(folder), set(load_file(folder / WEIGHTS))
+    rename(folder, PLACES[place])
+    wrong = set(load_file(folder / WEIGHTS)) - right
+    metrics, notes = taken(folder, out)
+    assert metrics["renamed_tensors"] == len(wrong) > 0
+    assert any("take the names that transformers reads them under" in note for note in notes)
+    assert set(load_file(out / WEIGHTS)) == right
+    assert torch.equal(logits(out), expected)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("gpt2", "transformer."), ("bert", "bert."), ("gpt_neox", "gpt_neox.")])
+def test_other_families_likewise(kind: str, prefix: str, tmp_path: Path, out: Path) -> None:
+    folder = family_checkpoint(kind, tmp_path / "source")
+    expected = logits(folder)
+    rename(folder, lambda name: name.removeprefix(prefix))
+    metrics, _ = taken(folder, out, task="fill-mask" if kind == "bert" else "text-generation")
+    assert metrics["renamed_tensors"] > 10
+    assert torch.equal(logits(out), expected)
+
+
+def test_a_renamed_checkpoint_is_quantized(tmp_path: Path, out: Path) -> None:
+    """quantize said "no Linear weights", naming a path that was not the user's."""
+    folder = llama(tmp_path / "source", tied=True)
+    rename(folder, lambda name: name.removeprefix("model."))
+    taken(folder, out)
+    text, small = tmp_path / "text", tmp_path / "small"
+    write_documents(text, [Document(str(i), " ".join(WORDS.split()[i:])) for i in range(12)])
+    small.mkdir()
+    metrics = quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=out, text=text, calibration=text, out=small)
+    assert metrics["float_weights"] < 0.05
+
+
+def test_what_automodel_saved_gets_its_head_back_where_that_is_the_embedding(tmp_path: Path, out: Path) -> None:
+    folder, base = llama(tmp_path / "source", tied=True), tmp_path / "base"
+    shutil.copytree(folder, base)
+    load_reference(folder).model.save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    metrics, _ = taken(base, out)
+    assert metrics["renamed_tensors"] > 10
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert torch.equal(logits(out), logits(folder))
+
+
+def test_a_head_that_was_never_saved_is_not_invented(tmp_path: Path, out: Path) -> None:
+    """transformers draws a random one and goes on."""
+    folder, base = llama(tmp_path / "source", tied=False), tmp_path / "base"
+    shutil.copytree(folder, base)
+    load_reference(folder).model.save_pretrained(base)
+    with pytest.raises(CheckpointError, match="saved from the base model, without its output head") as error:
+        taken(base, out)
+    assert str(base) in str(error.value)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", PLACES.values(), ids=PLACES)
+def test_pickles_are_renamed_as_they_are_converted(change: Callable[[str], str], tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=True)
+    expected = logits(folder)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save({change(name): tensor for name, tensor in tensors.items()}, folder / PICKLE)
+    (folder / WEIGHTS).unlink()
+    taken(folder, out, allow_pickle=True)
+    assert torch.equal(logits(out), expected)
+
+
+def test_errors_after_a_renaming_name_the_users_path(tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=True)
+    rename(folder, lambda name: f"module.{name}")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["module.model.norm.weight"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight of LlamaForCausalLM is missing") as error:
+        taken(folder, out)
+    assert str(error.value).startswith(f"{folder}:")
+    assert list(out.iterdir()) == []

@@ -1,0 +1,183 @@
+"""The matrices of a model, and which are its vocabulary's: the same to whoever quantizes, rounds at export, packs or counts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.errors import RecipeError
+from featherweight.grid import GRIDS
+from featherweight.model.matrices import heads, in_float, matrices, move_to_grid, round_to_nearest, rows_of
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.parity import load_reference
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.text.documents import Document, write_documents
+from tasks.export import export
+from tasks.quantize import quantize
+from tests.support.families import WORDS, family_checkpoint
+
+HEADS = {
+    "llama": {"model.embed_tokens.weight", "lm_head.weight"},
+    "qwen2": {"model.embed_tokens.weight", "lm_head.weight"},
+    "qwen3_moe": {"model.embed_tokens.weight", "lm_head.weight"},
+    "phi": {"model.embed_tokens.weight", "lm_head.weight"},
+    "opt": {"model.decoder.embed_tokens.weight", "lm_head.weight"},
+    "gpt2": {"transformer.wte.weight", "lm_head.weight"},
+    "gpt_bigcode": {"transformer.wte.weight", "lm_head.weight"},
+    "gptj": {"transformer.wte.weight", "lm_head.weight"},
+    "falcon": {"transformer.word_embeddings.weight", "lm_head.weight"},
+    "bloom": {"transformer.word_embeddings.weight", "lm_head.weight"},
+    "gpt_neox": {"gpt_neox.embed_in.weight", "embed_out.weight"},
+    "t5": {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"},
+    "marian": {f"model.{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")} | {"lm_head.weight"},
+    "bert": {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"},
+    "roberta": {"roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"},
+    "distilbert": {"distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"},
+}
+BLOCK = {
+    "llama": 7,
+    "qwen2": 7,
+    "qwen3_moe": 4,
+    "phi": 6,
+    "opt": 6,
+    "gpt2": 4,
+    "gpt_bigcode": 4,
+    "gptj": 6,
+    "falcon": 4,
+    "bloom": 4,
+    "gpt_neox": 4,
+    "t5": 8,
+    "marian": 8,
+    "bert": 6,
+    "roberta": 6,
+    "distilbert": 6,
+}
+"""Matrices of a block; of an encoder-decoder, half of those of a block of each stack."""
+STACKS = {"t5": 2, "marian": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [word for word in WORDS.split() if word.isalpha()]
+    lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
+    folder = tmp_path_factory.mktemp("text")
+    write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
+    return folder
+
+
+class Notes(Progress):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint of a model type, made once."""
+    return cache(lambda kind: family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint"))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_quantize_and_export_round_the_very_same_matrices(kind: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    spec = QuantizeSpec.of(sequence=16, samples=2)
+    metrics = quantize(spec, checkpoint=checkpoint(kind), text=text, calibration=text, out=tmp_path)
+    stored, model = QuantizedWeights.read(tmp_path), load_reference(checkpoint(kind))
+    assert stored
+    rounded = round_to_nearest(model, GRIDS["int8"], GRIDS["int8"])
+    assert stored.q.keys() == rounded.q.keys()
+    assert all(stored.q[name].equal(q) for name, q in rounded.q.items())
+    assert heads(model) == HEADS[kind]
+    assert len(stored.body) == 2 * BLOCK[kind] * STACKS.get(kind, 1)
+    assert stored.heads == HEADS[kind] & stored.q.keys()
+    assert (stored.grid, stored.head) == ("int8", "int8")
+    saved = load_reference(tmp_path)
+    move_to_grid(model, rounded)
+    for (name, found), (_, expected) in zip(saved.named_parameters(), model.named_parameters(), strict=True):
+        assert found.equal(expected), name
+    sizes = {name: parameter.numel() for name, parameter in saved.named_parameters()}
+    assert metrics["float_weights"] == pytest.approx(1 - sum(q.numel() for q in stored.q.values()) / sum(sizes.values()))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_a_head_in_float_stays_so_whatever_it_is_called(kind: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    spec = QuantizeSpec.of(sequence=16, samples=2, head=None, grid="int4-g32")
+    quantize(spec, checkpoint=checkpoint(kind), text=text, calibration=text, out=tmp_path)
+    stored = QuantizedWeights.read(tmp_path)
+    assert stored
+    assert not HEADS[kind] & stored.q.keys()
+    assert (stored.grid, stored.head) == ("int4-g32", None)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize("engine", ["torch-dynamic", "torchao-int8"])
+def test_what_is_quantized_is_packed_as_it_is(kind: str, engine: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    small, served = tmp_path / "small", tmp_path / "served"
+    small.mkdir()
+    served.mkdir()
+    quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=checkpoint(kind), text=text, calibration=text, out=small)
+    metrics = export(ExportSpec.model_validate({"engine": engine}), checkpoint=small, calibration=text, out=served)
+    exact = metrics.get("parity_weights_max_abs", metrics["parity_max_abs"])
+    assert exact < 1e-3
+
+
+@pytest.mark.engine
+def test_a_quantized_gpt2_reaches_ctranslate2(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    small, served = tmp_path / "small", tmp_path / "served"
+    small.mkdir()
+    served.mkdir()
+    quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=checkpoint("gpt2"), text=text, calibration=text, out=small)
+    spec = ExportSpec(engine="ctranslate2", compute_type="int8_float32")
+    assert export(spec, checkpoint=small, calibration=text, out=served)["parity_max_abs"] < 1e-3
+
+
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"method": "rtn", "smooth": "smoothquant"}, {"method": "qat"}])
+def test_what_knows_linear_alone_refuses_conv1d(options: dict[str, Any], checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    spec = QuantizeSpec.model_validate({"sequence": 16, "samples": 2, **options})
+    with pytest.raises(RecipeError, match="Conv1D; take method: rtn"):
+        quantize(spec, checkpoint=checkpoint("gpt2"), text=text, calibration=text, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_that_stay_in_float_are_counted_and_said(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    """81 % of a Qwen3-MoE stayed in float, the metric said 8.5 bits a weight and the report int8."""
+    told = Notes()
+    spec = QuantizeSpec.of(sequence=16, samples=2)
+    metrics = quantize(spec, checkpoint=checkpoint("qwen3_moe"), text=text, calibration=text, out=tmp_path, progress=told)
+    model, quantized = load_reference(tmp_path), QuantizedWeights.read(tmp_path)
+    assert quantized
+    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert metrics["float_weights"] >= experts / total > 0.3
+    assert metrics["bits_per_weight"] > 8 + 0.9 * 24 * experts / total
+    assert any("stay in float, most of them model.layers." in note and ".experts." in note for note in told.notes)
+    assert sum(in_float(model, quantized).values()) == total - sum(q.numel() for q in quantized.q.values())
+
+
+def test_a_conv1d_is_rounded_by_its_output_features(checkpoint: Any) -> None:
+    model = load_reference(checkpoint("gpt2"))
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[:, 5] *= 100
+    rounded = round_to_nearest(model, GRIDS["int8"], None)
+    name = "transformer.h.0.attn.c_attn.weight"
+    weight = next(rows_of(parameter, transposed) for found, parameter, transposed in matrices(model) if found == name)
+    assert weight.shape == (96, 32)
+    error = (rounded.dequantize(name) - weight).abs().amax(1)
+    assert error[5] > 20 * error[6], "one large output feature costs only itself"
+
+
+def test_the_names_of_the_vocabulary_are_stored(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=checkpoint("gpt_neox"), text=text, calibration=text, out=tmp_path)
+    told = json.loads((tmp_path / "quantization.json").read_text())
+    assert told["heads"] == sorted(HEADS["gpt_neox"])
