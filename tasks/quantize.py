@@ -21,11 +21,11 @@ from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
 from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
-from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.quantization.spec import NONE, QuantizeSpec
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.losses import mean_loss
 from tasks.stage import stage
@@ -72,8 +72,8 @@ def quantize(
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
-    if spec.method != "rtn" or spec.smooth:
-        given.require_linear(spec.method if spec.method != "rtn" else str(spec.smooth))
+    if (what := spec.smooth if spec.method == DEFAULT else spec.method) != NONE:
+        given.require_linear(what)
     before = _loss_before(given)
     given = smoothed(given)
     choice = QUANTIZERS[spec.method].choose(given)

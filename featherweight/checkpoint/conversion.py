@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from featherweight.checkpoint.adapters import base_of, has_adapter, merge
+from featherweight.checkpoint.fetching import WORK, source_of
 from featherweight.checkpoint.files import Listing, copy, find_weights, link, needed_files
 from featherweight.checkpoint.gguf import convert_gguf, gguf_file
 from featherweight.checkpoint.inspection import CheckpointInfo, inspect_checkpoint
@@ -39,11 +42,31 @@ def adopt(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress
     if gguf is not None:
         convert_gguf(gguf, out, progress)
         return Adopted(inspect_checkpoint(out, task=spec.task))
+    if has_adapter(found, spec):
+        return _adopt_adapted(found, spec, work, out, progress)
     folder, settled = settle(found, spec, work, progress)
     with named(folder, str(found)):
         info, unpacked = _adopt_folder(folder, spec, out, progress)
     require_same_tokenizer(found, out, trust_remote_code=spec.trust_remote_code)
     return Adopted(info, settled, unpacked)
+
+
+def _adopt_adapted(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress) -> Adopted:
+    """The base model of an adapter with the adapter merged into it."""
+    base, merged = work / "base", work / "merged"
+    for folder in (base, base / WORK, merged):
+        folder.mkdir()
+    told = base_of(found, spec)
+    plain = spec.model_copy(update={"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None})
+    under = source_of(plain)[1].fetch(plain, base / WORK, progress) if told else found
+    with named(under, plain.source):
+        adopt(under, plain, base / WORK, base, progress)
+    shutil.rmtree(base / WORK)
+    with named(base, plain.source):
+        merge(base, found, spec, merged, progress)
+    with named(merged, str(found)):
+        info, _ = _adopt_folder(merged, spec, out, progress)
+    return Adopted(info, {"adapters_merged": 1.0})
 
 
 @contextmanager

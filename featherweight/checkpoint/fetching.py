@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.files import ADAPTER, Listing, adapter_files, has_weights, read_json
 from featherweight.checkpoint.hub import fetch_hf, identify_hf
 from featherweight.checkpoint.local_folder import fetch_local, identify_local
 from featherweight.checkpoint.registered_model import fetch_registered, identify_registered
@@ -27,14 +28,33 @@ class Source:
 
 
 def source_fingerprint(spec: LoadSpec) -> str:
-    """Identity of what `load` would take from the source, without taking it: content, ETags, or a resolved version."""
+    """Identity of what `load` would take from the source, without taking it: content, ETags, or a resolved version.
+
+    With that of an adapter's base, where the recipe or a local adapter names it.
+    """
     kind, source = source_of(spec)
-    return content_digest([kind, source.identity(spec)])
+    base = spec.base or (base_named(Path(spec.source).expanduser()) if kind == "" else None)
+    under = [source_fingerprint(spec.model_copy(update={"source": base, "base": None}))] if base else []
+    return content_digest([kind, source.identity(spec), *under])
 
 
 def source_of(spec: LoadSpec) -> tuple[str, Source]:
     kind = next(kind for kind in SOURCES if spec.source.startswith(kind))
     return kind, SOURCES[kind]
+
+
+def base_named(adapter: Path) -> str | None:
+    """The source of the base model that the adapter in a local folder names, a path or a repository; None where it names none.
+
+    A path counts from where we are, or from the adapter.
+    """
+    if not adapter.is_dir() or not adapter_files(listing := Listing.of(adapter)) or has_weights(listing):
+        return None
+    told = read_json(listing, ADAPTER).get("base_model_name_or_path")
+    if not told or ":" in told or Path(told).expanduser().exists():
+        return told or None
+    beside = adapter / told
+    return str(beside) if beside.exists() else f"hf:{told}" if told.count("/") == 1 and told[0] not in "./~" else str(told)
 
 
 SOURCES = {

@@ -25,6 +25,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.*.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", "*.tiktoken"),
     *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm"),
@@ -128,6 +131,25 @@ def needed_files(listing: Listing, weights: Weights, *, trust_remote_code: bool 
     return [name for name in sorted(listing.sizes) if name in wanted or (trust_remote_code and name.endswith(".py"))]
 
 
+def files_of(listing: Listing, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> list[str]:
+    """Names of the files to fetch: those of a checkpoint, those of an adapter, or both."""
+    adapter = adapter_files(listing)
+    if adapter and not has_weights(listing):
+        return sorted({*adapter, *companions(listing.sizes)})
+    weights = find_weights(listing, allow_pickle=allow_pickle)
+    return sorted({*needed_files(listing, weights, trust_remote_code=trust_remote_code), *adapter})
+
+
+def adapter_files(listing: Listing) -> list[str]:
+    """The files of peft's adapter in the folder; none where there is none."""
+    return [name for name in (ADAPTER, *ADAPTER_WEIGHTS) if name in listing.sizes] if ADAPTER in listing.sizes else []
+
+
+def has_weights(listing: Listing) -> bool:
+    """Whether there are weights of a whole model."""
+    return any(name in listing.sizes for name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX))
+
+
 def companions(names: Iterable[str]) -> list[str]:
     """Those of `names` that a checkpoint carries beside configuration and weights."""
     return [name for name in names if is_companion(name)]
@@ -181,7 +203,7 @@ def _shards(listing: Listing, index: str, *, pickled: bool = False) -> Weights:
 def read_json(listing: Listing, name: str) -> dict[str, Any]:
     """A JSON object of the checkpoint."""
     if name not in listing.sizes:
-        adapter = name == CONFIG and "adapter_config.json" in listing.sizes
+        adapter = name == CONFIG and ADAPTER in listing.sizes
         hint = "it is an adapter: merge it into its base model first" if adapter else "is it a Hugging Face checkpoint?"
         raise CheckpointError(f"{listing.where} has no {name}; {hint}")
     value = _parse(listing, name)

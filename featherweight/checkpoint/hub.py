@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, find_weights, is_companion, needed_files
+from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, files_of, is_companion
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.model.sparsity import FILE as SPARSITY
@@ -67,8 +67,7 @@ def _hub_names(spec: LoadSpec) -> list[str] | None:
         return Path(path).read_bytes()
 
     listing = Listing(str(spec.source), sizes, read)
-    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
-    return needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+    return files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
 
 
 @contextmanager

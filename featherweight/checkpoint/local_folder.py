@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from featherweight.checkpoint.files import Listing, find_weights, needed_files
+from featherweight.checkpoint.files import Listing, files_of
 from featherweight.checkpoint.gguf import gguf_file
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.progress import Progress
@@ -23,7 +23,6 @@ def identify_local(spec: LoadSpec) -> dict[str, str]:
     if gguf is not None:
         return {gguf.name: file_sha256(gguf)}
     listing = Listing.of(path)
-    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
-    names = needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+    names = files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(lambda name: file_sha256(path / name), names), strict=True))

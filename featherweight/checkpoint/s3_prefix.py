@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint import s3
-from featherweight.checkpoint.files import CONFIG, Listing, find_weights, missing_part, needed_files
+from featherweight.checkpoint.files import CONFIG, Listing, files_of, has_weights, missing_part
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError
 from featherweight.progress import Progress
@@ -27,11 +27,11 @@ def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
     gguf = [name for name in listing.sizes if name.endswith(".gguf")]
     if len(gguf) == 1 and CONFIG not in listing.sizes:
         return gguf
-    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
-    problem = missing_part(listing)
+    names = files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+    problem = missing_part(listing) if has_weights(listing) else None
     if problem:
         raise CheckpointError(problem)
-    return needed_files(listing, weights, trust_remote_code=spec.trust_remote_code)
+    return names
 
 
 def identify_s3(spec: LoadSpec) -> list[list[Any]]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from featherweight.checkpoint.spec import OfAdapter
 from featherweight.distillation.spec import DistillSpec
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
 from featherweight.pruning.spec import PruneSpec
@@ -17,12 +18,18 @@ from featherweight.training.spec import TrainSpec
 
 
 class CheckpointSpec(Spec):
-    """Either `source` (a checkpoint to load) or `train` (one to make)."""
+    """Either `source` (a checkpoint to load) or `train` (one to make).
+
+    base: what an adapter is merged into, where that is not the model that it names. adapter: what becomes of one that lies beside
+    full weights.
+    """
 
     source: str | None = None
     train: TrainSpec | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    base: str | None = None
+    adapter: OfAdapter | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> CheckpointSpec:

@@ -1,0 +1,105 @@
+"""Adapters (LoRA and its kin), merged into the model that they were trained on, through peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.fetching import base_named
+from featherweight.checkpoint.files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    Listing,
+    adapter_files,
+    companions,
+    has_tokenizer,
+    has_weights,
+)
+from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.opening import load_model
+from featherweight.checkpoint.saving import copy_companions, save_model
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.checkpoint.tensors import saving
+from featherweight.errors import CheckpointError, one_line
+from featherweight.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDING = "embed_tokens.weight"
+
+
+def has_adapter(found: Path, spec: LoadSpec) -> bool:
+    """Whether an adapter in the folder is to be merged. Raises CheckpointError where the recipe has to say so first."""
+    if not found.is_dir() or not adapter_files(listing := Listing.of(found)):
+        return False
+    if not has_weights(listing):
+        return True
+    if spec.adapter is None:
+        raise CheckpointError(
+            f"{found} holds full weights and an adapter ({ADAPTER}); set checkpoint.adapter: merge to add it to them, "
+            "or ignore to take the weights as they are"
+        )
+    return spec.adapter == "merge"
+
+
+def base_of(found: Path, spec: LoadSpec) -> str | None:
+    """Where the model that the adapter belongs to comes from; None where it is the folder itself."""
+    if has_weights(Listing.of(found)) and spec.base is None:
+        return None
+    told = spec.base or base_named(found)
+    if not told:
+        raise CheckpointError(f"{found}/{ADAPTER} names no base model; set checkpoint.base")
+    return told
+
+
+def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progress) -> None:
+    """Write to `out` the model in `base` with the adapter's weights added: float32, with the adapter's tokenizer if it has one."""
+    listing = Listing.of(adapter)
+    weights = next((name for name in ADAPTER_WEIGHTS if name in listing.sizes), None)
+    if weights is None:
+        raise CheckpointError(f"{adapter} has an {ADAPTER}, but no {ADAPTER_WEIGHTS[0]}; copy it again")
+    if weights == ADAPTER_WEIGHTS[1] and not spec.allow_pickle:
+        raise CheckpointError(
+            f"{adapter} holds its adapter as a pickle ({weights}), which can run code; ask for a safetensors copy, "
+            "or set checkpoint.allow_pickle: true to convert it"
+        )
+    progress.note(f"merging the adapter into {spec.base or 'its base'}")
+    merged = _merged(load_model(base), adapter, weights)
+    with saving(out):
+        save_model(merged, out, base)
+    if has_tokenizer(listing):
+        _take_tokenizer(adapter, out)
+
+
+def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    rows = _rows(adapter / weights)
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        with quiet():
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+            return adapted.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return]
+    except Exception as error:  # each kind of adapter fails in its own way
+        raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {one_line(error)}") from error
+
+
+def _rows(path: Path) -> int | None:
+    """Rows of the embedding that an adapter brings along, where its training added tokens."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        found = [name for name in file.keys() if name.endswith(EMBEDDING)]  # noqa: SIM118 (not a dict)
+        return int(file.get_slice(found[0]).get_shape()[0]) if found else None
+
+
+def _take_tokenizer(adapter: Path, out: Path) -> None:
+    """The adapter's tokenizer in the place of the base's, under the model's own config.json."""
+    for name in companions(Listing.of(out).sizes):
+        if name != "generation_config.json":
+            (out / name).unlink()
+    copy_companions(adapter, out)

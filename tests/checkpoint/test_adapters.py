@@ -1,0 +1,160 @@
+"""A LoRA adapter is loaded merged into its base, or refused; what lies beside full weights is never dropped in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.checkpoint.fetching import source_fingerprint
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError
+from featherweight.runtimes.parity import load_reference
+from tasks.load import load
+from tests.support.families import family_checkpoint
+
+IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return family_checkpoint("llama", tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA folder as peft saves one, its second factor no zeros."""
+    return adapted(base, tmp_path_factory.mktemp("lora") / "adapter")
+
+
+def adapted(base: Path, folder: Path, **options: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+        model = get_peft_model(load_reference(base), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_reference(folder)(IDS).logits
+
+
+def right(base: Path, adapter: Path) -> torch.Tensor:
+    """peft's own forward, unmerged."""
+    from peft import PeftModel
+
+    with torch.no_grad():
+        return PeftModel.from_pretrained(load_reference(base), str(adapter)).eval()(IDS).logits
+
+
+def taken(source: Path, out: Path, **options: Any) -> dict[str, float]:
+    return dict(load(LoadSpec.model_validate({"source": str(source), **options}), out=out))
+
+
+def refusal(source: Path, out: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        taken(source, out, **options)
+    assert "\n" not in str(error.value)
+    assert list(out.iterdir()) == []
+    return str(error.value)
+
+
+def test_an_adapter_is_merged_into_the_base_that_it_names(base: Path, adapter: Path, out: Path) -> None:
+    metrics = taken(adapter, out)
+    assert metrics["adapters_merged"] == 1
+    torch.testing.assert_close(logits(out), right(base, adapter), rtol=0, atol=1e-5)
+    assert (logits(out) - logits(base)).abs().max() > 0.05
+    assert not [path.name for path in out.rglob("*") if path.name.startswith(("adapter", ".fetch")) or path.is_symlink()]
+
+
+def test_the_recipe_may_name_another_base(base: Path, adapter: Path, tmp_path: Path, out: Path) -> None:
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    told = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": None}))
+    assert "set checkpoint.base" in refusal(moved, out)
+    taken(moved, out, base=str(base))
+    torch.testing.assert_close(logits(out), right(base, adapter), rtol=0, atol=1e-5)
+
+
+def test_a_base_that_is_gone_is_named(adapter: Path, tmp_path: Path, out: Path) -> None:
+    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
+    told = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": "/nowhere/at/all"}))
+    assert "/nowhere/at/all does not exist" in refusal(moved, out)
+
+
+def test_full_weights_with_an_adapter_beside_them_are_what_the_recipe_says(
+    base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    for path in adapter.glob("adapter*"):
+        shutil.copy(path, both)
+    assert "set checkpoint.adapter: merge to add it to them, or ignore" in refusal(both, out)
+    taken(both, out, adapter="merge")
+    torch.testing.assert_close(logits(out), right(base, adapter), rtol=0, atol=1e-5)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    taken(both, plain, adapter="ignore")
+    assert torch.equal(logits(plain), logits(base))
+    assert not list(plain.glob("adapter*"))
+
+
+def test_an_adapter_that_added_tokens(base: Path, tmp_path: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    wide, tokenizer = tmp_path / "wide", AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    model = load_reference(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    shutil.copytree(base, wide)
+    model.save_pretrained(wide)
+    tokenizer.save_pretrained(wide)
+    adapter = adapted(wide, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    tokenizer.save_pretrained(adapter)
+    taken(adapter, out, base=str(base))
+    assert AutoTokenizer.from_pretrained(out)("<newer>").input_ids[-1] == len(tokenizer) - 1
+    torch.testing.assert_close(logits(out), right(wide, adapter), rtol=0, atol=1e-5)
+
+
+def test_a_pickled_adapter_is_refused_until_the_recipe_allows_it(base: Path, adapter: Path, tmp_path: Path, out: Path) -> None:
+    from safetensors.torch import load_file
+
+    pickled = Path(shutil.copytree(adapter, tmp_path / "pickled"))
+    torch.save(load_file(pickled / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    (pickled / "adapter_model.safetensors").unlink()
+    assert "checkpoint.allow_pickle: true" in refusal(pickled, out)
+    taken(pickled, out, allow_pickle=True)
+    torch.testing.assert_close(logits(out), right(base, adapter), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_for_another_model_is_refused_in_a_line(adapter: Path, tmp_path: Path, out: Path) -> None:
+    other = family_checkpoint("llama", tmp_path / "other", hidden_size=64, head_dim=16)
+    assert "cannot be merged into its base" in refusal(adapter, out, base=str(other))
+
+
+def test_the_fingerprint_knows_adapter_and_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    one, two = (Path(shutil.copytree(base, tmp_path / name)) for name in ("one", "two"))
+    found = {source_fingerprint(LoadSpec(source=str(adapter), base=str(folder))) for folder in (one, two)}
+    assert len(found) == 1, "the same bytes elsewhere are the same"
+    (two / "config.json").write_text((two / "config.json").read_text() + "\n")
+    assert source_fingerprint(LoadSpec(source=str(adapter), base=str(two))) not in found
+    changed = Path(shutil.copytree(adapter, tmp_path / "changed"))
+    told = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps(told | {"lora_alpha": 99}))
+    assert source_fingerprint(LoadSpec(source=str(changed), base=str(one))) not in found
