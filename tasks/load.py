@@ -42,7 +42,8 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     except BaseException:
         _clear(out)
         raise
-    return {name: float(asdict(adopted.info)[name]) for name in METRICS} | adopted.settled | adopted.unpacked | zeros
+    known = {name: float(asdict(adopted.info)[name]) for name in METRICS}
+    return {**known, **adopted.settled, **adopted.unpacked, **zeros}
 
 
 def _clear(folder: Path) -> None:

@@ -40,8 +40,8 @@ def adopt(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress
     progress.note(f"checking {spec.source}")
     gguf = gguf_file(found)
     if gguf is not None:
-        convert_gguf(gguf, out, progress)
-        return Adopted(inspect_checkpoint(out, task=spec.task))
+        unpacked = convert_gguf(gguf, work, out, progress)
+        return Adopted(inspect_checkpoint(out, task=spec.task), unpacked=unpacked)
     if has_adapter(found, spec):
         return _adopt_adapted(found, spec, work, out, progress)
     folder, settled = settle(found, spec, work, progress)

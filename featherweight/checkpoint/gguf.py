@@ -1,69 +1,99 @@
-"""GGUF files, converted through transformers."""
+"""GGUF files, converted through transformers. Integers that lie on a grid of ours stay as they are."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
+from featherweight.checkpoint.files import Listing, has_weights
+from featherweight.checkpoint.gguf_parts import join, only_model, parts_of
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
 from featherweight.checkpoint.tensors import saving
 from featherweight.errors import CheckpointError, one_line
+from featherweight.grid import GRIDS, Grid
+from featherweight.model.matrices import heads, matrices, rows_of
+from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GRID_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32"}
+"""GGUF's types whose weights are an integer times the scale of its group of 32, and the grid that this is."""
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that lies in it instead of safetensors or a pickle."""
+    """The GGUF file that `path` is, or that lies in it instead of safetensors or a pickle; of a split model, the first part."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; expected a checkpoint folder, or a .gguf file")
-        return path
-    if not path.is_dir() or any((path / name).exists() for name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)):
+        return parts_of(path)[0]
+    if not path.is_dir() or has_weights(Listing.of(path)):
         return None
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files; name one, such as {path / files[0].name}")
-    return files[0] if files else None
+    names = sorted(file.name for file in path.glob("*.gguf"))
+    model = only_model(names)
+    if names and model is None:
+        raise CheckpointError(f"{path} holds {len(names)} GGUF files; name one, such as {path / names[0]}")
+    return parts_of(path / model[0])[0] if model else None
 
 
-def convert_gguf(file: Path, out: Path, progress: Progress) -> None:
-    """Write a GGUF file's weights, as float32 safetensors, and its tokenizer into `out`, through transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
+def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[str, float]:
+    """Write a GGUF file's weights, as float32 safetensors, and its tokenizer into `out`, through transformers.
 
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise CheckpointError(f"{file} is not a GGUF file (its first bytes are not 'GGUF'); copy it again")
+    work: where the parts of a split model are joined. Weights of Q8_0 and Q4_0 keep their integers and scales, as a quantize
+    stage leaves them. Returns `quantized_layers`, those, and `dequantized_layers`, those of other types; nothing for a float file.
+    """
+    for part in parts_of(file):
+        with part.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise CheckpointError(f"{part} is not a GGUF file (its first bytes are not 'GGUF'); copy it again")
     progress.note(f"dequantizing {file.name}")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-            _set_special_tokens(tokenizer, file)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                # Without this the weights may stay packed, and the model cannot be saved.
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            whole = file if len(parts_of(file)) == 1 else join(parts_of(file), work / "whole.gguf")
+            tokenizer, (model, info) = _read(whole)
+            quantized, types = _integers(whole, model)
     except Exception as error:  # the reader trusts the file: a damaged one fails anywhere
         raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
-    model, info = loaded
     check_loading(file, model, info)
     with saving(out), quiet():
         save_tokenizer(tokenizer, out)
         model.save_pretrained(out, max_shard_size="5GB")
+        if quantized.q:
+            quantized.write(out)
+    return _told(quantized, types, progress)
 
 
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """The special tokens that the file names; transformers 5.17 takes the first control token for EOS, and forgets padding."""
+def _read(file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer as the file describes it, and (model, what loading it tells)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    _set_special_tokens(tokenizer, file)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        # Without this the weights may stay packed, and the model cannot be saved.
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return tokenizer, loaded
+
+
+def _set_special_tokens(tokenizer: Any, file: Path) -> None:
+    """The special tokens that the file names, and whether texts begin and end with them, where it says so.
+
+    transformers 5.17 takes the first control token for EOS, forgets padding, and does not read `add_bos_token`.
+    """
     from transformers.integrations.gguf import read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(str(file))
@@ -72,3 +102,66 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is not None:
             setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))
+    for end in ("bos", "eos"):
+        added = metadata.get(f"tokenizer.ggml.add_{end}_token")
+        if added is not None:
+            setattr(tokenizer, f"add_{end}_token", bool(added))
+
+
+def _integers(file: Path, model: PreTrainedModel) -> tuple[QuantizedWeights, Counter[str]]:
+    """The weights of `model` that are integers on a grid of ours in the file, and how many matrices there are of each type.
+
+    Rows are found by their float values: names differ, and those of queries and keys are in another order in the file.
+    """
+    import gguf
+
+    kept = QuantizedWeights({}, {}, {}, "gguf", heads(model))
+    matrix = [tensor for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) == 2]
+    types = Counter(tensor.tensor_type.name for tensor in matrix)
+    for kind, name in GRID_OF.items():
+        grid, places = GRIDS[name], {}
+        for tensor in matrix:
+            if tensor.tensor_type.name == kind:
+                q, scales = _unpacked(tensor, kind)
+                places |= {row.numpy().tobytes(): (q[at], scales[at]) for at, row in enumerate(grid.dequantize(q, scales))}
+        _keep(kept, grid, model, places)
+    return kept, types
+
+
+def _keep(kept: QuantizedWeights, grid: Grid, model: PreTrainedModel, places: Mapping[bytes, tuple[Tensor, Tensor]]) -> None:
+    import torch
+
+    for name, parameter, transposed in matrices(model) if places else ():
+        rows = [places.get(row.contiguous().numpy().tobytes()) for row in rows_of(parameter, transposed)]
+        found = [row for row in rows if row is not None]
+        if len(found) == len(rows):
+            kept.grids[name] = grid
+            kept.q[name], kept.scales[name] = (torch.stack([row[part] for row in found]) for part in (0, 1))
+
+
+def _unpacked(tensor: Any, kind: str) -> tuple[Tensor, Tensor]:
+    """int8 [rows, columns] and float32 scales [rows, groups] of a Q8_0 or Q4_0 tensor (ggml's block_q8_0, block_q4_0).
+
+    A block is a float16 scale and 32 integers: signed bytes, or halves of 16 bytes, offset by 8, the low ones first.
+    """
+    import numpy
+    import torch
+
+    columns, rows = (int(size) for size in tensor.shape)
+    blocks = tensor.data.reshape(rows * columns // 32, -1)
+    scales = blocks[:, :2].copy().view(numpy.float16).astype(numpy.float32).reshape(rows, columns // 32)
+    if kind == "Q8_0":
+        q = blocks[:, 2:].copy().view(numpy.int8)
+    else:
+        q = numpy.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(numpy.int8) - 8
+    return torch.from_numpy(q.reshape(rows, columns)), torch.from_numpy(scales)
+
+
+def _told(quantized: QuantizedWeights, types: Counter[str], progress: Progress) -> dict[str, float]:
+    lost = {kind: count for kind, count in types.items() if kind not in (*FLOATS, *GRID_OF)}
+    if lost:
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(lost.items()))
+        progress.note(f"matrices of types that are no grid here become float: {kinds}")
+    if not lost and not quantized.q:
+        return {}
+    return {"quantized_layers": float(len(quantized.q)), "dequantized_layers": float(sum(lost.values()))}

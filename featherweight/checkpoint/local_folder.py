@@ -7,6 +7,7 @@ from pathlib import Path
 
 from featherweight.checkpoint.files import Listing, files_of
 from featherweight.checkpoint.gguf import gguf_file
+from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.progress import Progress
 from featherweight.store.artifact import file_sha256
@@ -21,7 +22,7 @@ def identify_local(spec: LoadSpec) -> dict[str, str]:
     path = fetch_local(spec, Path(), Progress())
     gguf = gguf_file(path)
     if gguf is not None:
-        return {gguf.name: file_sha256(gguf)}
+        return {part.name: file_sha256(part) for part in parts_of(gguf)}
     listing = Listing.of(path)
     names = files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     with ThreadPoolExecutor(4) as pool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from featherweight.checkpoint import s3
 from featherweight.checkpoint.files import CONFIG, Listing, files_of, has_weights, missing_part
+from featherweight.checkpoint.gguf_parts import only_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError
 from featherweight.progress import Progress
@@ -16,17 +17,17 @@ def fetch_s3(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     """Download what is needed, after a look from afar at whether it is whole."""
     names = _wanted(s3.listing(str(spec.source)), spec)
     s3.download(str(spec.source), work / "s3", progress, names)
-    only = next(iter(names), "")
-    return work / "s3" / only if only.endswith(".gguf") else work / "s3"
+    gguf = only_model(names)
+    return work / "s3" / gguf[0] if gguf else work / "s3"
 
 
 def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
-    """Names to download: one GGUF file, or a complete checkpoint's needed files."""
+    """Names to download: one GGUF model, or a complete checkpoint's needed files."""
     if not listing.sizes:
         raise ServiceError(f"{listing.where} holds no objects; check the prefix (it is case-sensitive)")
-    gguf = [name for name in listing.sizes if name.endswith(".gguf")]
-    if len(gguf) == 1 and CONFIG not in listing.sizes:
-        return gguf
+    gguf = only_model(listing.sizes)
+    if gguf and CONFIG not in listing.sizes:
+        return list(gguf)
     names = files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     problem = missing_part(listing) if has_weights(listing) else None
     if problem:

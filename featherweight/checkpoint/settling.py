@@ -124,12 +124,13 @@ def _skeleton(folder: Path, spec: LoadSpec) -> PreTrainedModel:
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
         made = model_class(config, folder, spec.trust_remote_code)
-        return made._from_config(config)  # type: ignore[no-any-return]
+        return made._from_config(config)
 
 
 def _settlement(stored: Stored, model: PreTrainedModel) -> Settlement:
     config, renamed = read_config(stored.folder), stored.renamed
-    notes, changes = [], {}
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
     if renamed:
         first, read = next(iter(renamed.items()))
         notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")

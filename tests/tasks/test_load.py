@@ -24,6 +24,7 @@ from featherweight.store.served_folder import Serving
 from tasks.load import load
 from tests.conftest import S3Server
 from tests.support.families import family_checkpoint
+from tests.support.gguf_files import write_gguf
 from tests.support.stores import empty_store
 
 PROMPT = "Once upon a time"
@@ -173,54 +174,6 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, out: Path):
 
 
 # --- GGUF
-
-
-def write_gguf(path: Path, checkpoint: Path, tokenizer: bool = True) -> None:
-    """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside."""
-    import gguf
-    from safetensors.torch import load_file
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(config["vocab_size"])
-    if tokenizer:
-        add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, tensor in load_file(checkpoint / WEIGHTS).items():
-        array = tensor.numpy()
-        count = heads.get(name.split(".")[-2])
-        if count:
-            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(str(mapping.get_name(name, try_suffixes=(".weight",))), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
-    from gguf import TokenType
-
-    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
-    special = {token["id"] for token in tokenizer["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([TokenType.CONTROL if number in special else TokenType.NORMAL for _, number in vocabulary])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

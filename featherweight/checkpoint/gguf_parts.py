@@ -1,0 +1,62 @@
+"""One GGUF model in several files, NAME-00001-of-00003.gguf and so on, as llama.cpp's gguf-split leaves big ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from featherweight.errors import CheckpointError
+
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def names_of_parts(name: str) -> tuple[str, ...]:
+    """The names of all files of the model that the file `name` is one of, in order."""
+    found = PART.search(name)
+    if found is None:
+        return (name,)
+    return tuple(f"{name[: found.start()]}-{part:05}-of-{found[2]}.gguf" for part in range(1, int(found[2]) + 1))
+
+
+def only_model(names: Iterable[str]) -> tuple[str, ...] | None:
+    """The parts of the one GGUF model among these names; None where there are several models, or none."""
+    models = {names_of_parts(name) for name in names if name.endswith(".gguf")}
+    return models.pop() if len(models) == 1 else None
+
+
+def parts_of(file: Path) -> list[Path]:
+    """All files of the model that `file` is one of; raises CheckpointError where one is missing."""
+    parts = [file.with_name(name) for name in names_of_parts(file.name)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing and len(parts) > 1:
+        raise CheckpointError(f"{file} is one of {len(parts)} parts, and {missing[0]} is missing; copy all of them")
+    return parts
+
+
+def join(parts: Sequence[Path], out: Path) -> Path:
+    """Write the parts as one file, what the first says of the model with the tensors of all; their bytes stay as they are."""
+    import gguf
+
+    readers = [gguf.GGUFReader(part) for part in parts]
+    told = readers[0].fields
+    writer = gguf.GGUFWriter(out, str(told[gguf.Keys.General.ARCHITECTURE].contents()))
+    for name, field in told.items():
+        if name != gguf.Keys.General.ARCHITECTURE and not name.startswith(("GGUF.", "split.")):
+            _add(writer, name, field)
+    for reader in readers:
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def _add(writer: Any, name: str, field: Any) -> None:
+    from gguf import GGUFValueType
+
+    inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+    writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)

@@ -1,0 +1,115 @@
+"""GGUF: split files, whether texts begin with BOS, and integers that are a grid of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featherweight.checkpoint.fetching import source_fingerprint
+from featherweight.checkpoint.files import WEIGHTS
+from featherweight.checkpoint.gguf_parts import names_of_parts, only_model
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.checkpoint.tokenizer import load_tokenizer
+from featherweight.errors import CheckpointError
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
+from tasks.load import load
+from tests.support.gguf_files import write_gguf
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def taken(source: Path, out: Path, progress: Progress = Progress()) -> dict[str, float]:
+    return dict(load(LoadSpec(source=str(source)), out=out, progress=progress))
+
+
+def test_the_names_of_parts() -> None:
+    parts = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
+    assert names_of_parts(parts[1]) == parts
+    assert only_model([*parts, "README.md"]) == parts
+    assert only_model(["a.gguf"]) == ("a.gguf",)
+    assert only_model(["a.gguf", "b.gguf"]) is only_model([]) is None
+
+
+@pytest.mark.parametrize("named", ["folder", "first", "last"])
+def test_a_model_in_several_files_is_one(named: str, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "split").mkdir()
+    files = write_gguf(tmp_path / "split" / "m.gguf", tiny_checkpoint, parts=3)
+    metrics = taken({"folder": files[0].parent, "first": files[0], "last": files[-1]}[named], out)
+    assert metrics["layers"] == 2
+    found, right = load_file(out / WEIGHTS), load_file(tiny_checkpoint / WEIGHTS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+    before = source_fingerprint(LoadSpec(source=str(files[0])))
+    files[-1].write_bytes(files[-1].read_bytes() + b" ")
+    assert source_fingerprint(LoadSpec(source=str(files[0]))) != before
+
+
+def test_a_missing_part_is_named(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    files = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, parts=3)
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=r"one of 3 parts, and m-00002-of-00003\.gguf is missing"):
+        taken(files[0], out)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_texts_begin_as_the_file_says(add_bos: bool, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_checkpoint, add_bos=add_bos)
+    taken(tmp_path / "m.gguf", out)
+    tokenizer = load_tokenizer(out)
+    plain = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+    assert tokenizer("Once upon a time")["input_ids"] == ([tokenizer.bos_token_id] if add_bos else []) + plain
+
+
+@pytest.mark.parametrize(("kind", "grid"), [("Q8_0", "int8-g32"), ("Q4_0", "int4-g32")])
+def test_integers_on_a_grid_of_ours_are_kept(kind: str, grid: str, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    import gguf
+
+    file = tmp_path / "m.gguf"
+    write_gguf(file, tiny_checkpoint, kinds={"": kind})
+    metrics = taken(file, out)
+    kept, weights = QuantizedWeights.read(out), load_file(out / WEIGHTS)
+    assert kept
+    assert (kept.grid, kept.head) == (grid, grid)
+    assert metrics["quantized_layers"] == len(kept.q) == 15
+    assert metrics["dequantized_layers"] == 0
+    for name in kept.q:
+        assert torch.equal(kept.dequantize(name), weights[name]), name
+    source = load_file(tiny_checkpoint / WEIGHTS)["model.layers.0.mlp.up_proj.weight"].numpy()
+    packed = gguf.quants.quantize(source, getattr(gguf.GGMLQuantizationType, kind))
+    theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, kind))
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], torch.from_numpy(theirs))
+
+
+def test_other_types_become_float_and_are_said(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    """Q5_0 stands for all that is no grid here, K-quants among them."""
+    told = Notes()
+    write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"down_proj": "Q5_0", "": "Q8_0"})
+    metrics = taken(tmp_path / "m.gguf", out, told)
+    kept = QuantizedWeights.read(out)
+    assert kept
+    assert (metrics["quantized_layers"], metrics["dequantized_layers"]) == (13, 2)
+    assert not any("down_proj" in name for name in kept.q)
+    assert any("become float: Q5_0 (2)" in note for note in told.notes)
+
+
+def test_a_float_file_is_not_quantized(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"": "F16"})
+    assert "quantized_layers" not in taken(tmp_path / "m.gguf", out)
+    assert QuantizedWeights.read(out) is None

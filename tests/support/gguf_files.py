@@ -1,0 +1,81 @@
+"""GGUF files as llama.cpp writes them, of the tiny Llama."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.files import WEIGHTS
+
+
+def write_gguf(
+    path: Path,
+    checkpoint: Path,
+    tokenizer: bool = True,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    add_bos: bool | None = None,
+    parts: int = 1,
+) -> list[Path]:
+    """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
+
+    kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    files = [path.with_name(f"{path.stem}-{n:05}-of-{parts:05}.gguf") for n in range(1, parts + 1)] if parts > 1 else [path]
+    writers = [gguf.GGUFWriter(file, "llama") for file in files]
+    writer = writers[0]
+    writer.add_name("tiny")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    if tokenizer:
+        add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    for number, one in enumerate(writers if parts > 1 else ()):
+        one.add_uint16("split.no", number)
+        one.add_uint16("split.count", parts)
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for place, (name, tensor) in enumerate(load_file(checkpoint / WEIGHTS).items()):
+        array = tensor.numpy()
+        count = heads.get(name.split(".")[-2])
+        if count:
+            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        kind = next((kind for part, kind in (kinds or {}).items() if part in name and array.ndim == 2), "F32")
+        kept = getattr(gguf.GGMLQuantizationType, kind)
+        array = array if kind == "F32" else gguf.quants.quantize(array, kept)
+        writers[place % parts].add_tensor(str(mapping.get_name(name, try_suffixes=(".weight",))), array, raw_dtype=kept)
+    for one in writers:
+        one.write_header_to_file()
+        one.write_kv_data_to_file()
+        one.write_tensors_to_file()
+        one.close()
+    return files
+
+
+def add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
+    from gguf import TokenType
+
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    special = {token["id"] for token in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([TokenType.CONTROL if number in special else TokenType.NORMAL for _, number in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
