@@ -76,12 +76,13 @@ def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedMo
     from peft import PeftModel
 
     rows = _rows(adapter / weights)
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+    embedding: Any = model.get_input_embeddings()
+    if rows is not None and rows != embedding.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         with quiet():
             adapted: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-            return adapted.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return]
+            return adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # each kind of adapter fails in its own way
         raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {one_line(error)}") from error
 

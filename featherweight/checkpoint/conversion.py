@@ -64,9 +64,10 @@ def _adopt_adapted(found: Path, spec: LoadSpec, work: Path, out: Path, progress:
     shutil.rmtree(base / WORK)
     with named(base, plain.source):
         merge(base, found, spec, merged, progress)
-    with named(merged, str(found)):
-        info, _ = _adopt_folder(merged, spec, out, progress)
-    return Adopted(info, {"adapters_merged": 1.0})
+    folder, settled = settle(merged, spec, work, progress)
+    with named(folder, str(found)):
+        info, _ = _adopt_folder(folder, spec, out, progress)
+    return Adopted(info, settled | {"adapters_merged": 1.0})
 
 
 @contextmanager

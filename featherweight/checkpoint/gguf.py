@@ -119,7 +119,8 @@ def _integers(file: Path, model: PreTrainedModel) -> tuple[QuantizedWeights, Cou
     matrix = [tensor for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) == 2]
     types = Counter(tensor.tensor_type.name for tensor in matrix)
     for kind, name in GRID_OF.items():
-        grid, places = GRIDS[name], {}
+        grid = GRIDS[name]
+        places: dict[bytes, tuple[Tensor, Tensor]] = {}
         for tensor in matrix:
             if tensor.tensor_type.name == kind:
                 q, scales = _unpacked(tensor, kind)

@@ -8,6 +8,7 @@ reads it before anything looks at it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +68,8 @@ class Stored:
         missing = _tops(model.base_model) - _tops(model)
         prefix = f"{model.base_model_prefix}."
         reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
-        return cls(folder, weights, reads)
+        first = _first_names(model, set(reads.values()))
+        return cls(folder, weights, {name: first.get(one, one) for name, one in reads.items()})
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -163,6 +165,13 @@ def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
     if is_base(model.config):
         raise CheckpointError(f"{stored.folder} was saved from the base model, without its output head; save the whole model")
     return True
+
+
+def _first_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """The first name of each tied matrix that is stored under one of its other names alone."""
+    ties = {name: source for name, source in model.all_tied_weights_keys.items() if name in stored and source not in stored}
+    count = Counter(ties.values())
+    return {name: source for name, source in ties.items() if count[source] == 1}
 
 
 def _heeds(config: Any, tied: bool) -> bool:

@@ -45,14 +45,14 @@ def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path,
     grids = found.grids()
     lost = [name for name in found.layers if name not in grids] + list(found.floats)
     _write_weights(folder, weights, found, out)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float32"}
+    (out / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")
     if grids:
         q = {name: found.layers[name].q for name in grids}
         scales = {name: found.layers[name].scales for name in grids}
-        QuantizedWeights(grids, q, scales, method, heads(skeleton(folder))).write(out)
+        QuantizedWeights(grids, q, scales, method, heads(skeleton(out))).write(out)
     if lost:
         progress.note(f"{len(lost)} of {len(lost) + len(grids)} layers become float: {_reasons(found, lost)}")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": "float32"}
-    (out / CONFIG).write_text(json.dumps(plain, indent=2) + "\n")
     _take_rest(folder, weights, out)
     return {"quantized_layers": float(len(grids)), "dequantized_layers": float(len(lost))}
 

@@ -127,6 +127,15 @@ def test_what_does_not_contradict_itself_is_left_alone(tmp_path: Path, out: Path
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+def test_a_tied_matrix_under_the_heads_name_alone(tmp_path: Path, out: Path) -> None:
+    folder = llama(tmp_path / "source", tied=True)
+    expected = logits(folder)
+    rename(folder, lambda name: name.replace("model.embed_tokens", "lm_head"))
+    assert taken(folder, out)[0]["renamed_tensors"] == 1
+    assert "model.embed_tokens.weight" in load_file(out / WEIGHTS)
+    assert torch.equal(logits(out), expected)
+
+
 PLACES = {
     "without the base model's prefix": lambda name: name.removeprefix("model."),
     "of torch.compile": lambda name: f"_orig_mod.{name}",
