@@ -125,7 +125,7 @@ def test_an_adapter_that_added_tokens(base: Path, tmp_path: Path, out: Path) -> 
     shutil.copytree(base, wide)
     model.save_pretrained(wide)
     tokenizer.save_pretrained(wide)
-    adapter = adapted(wide, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    adapter = adapted(wide, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     tokenizer.save_pretrained(adapter)
     taken(adapter, out, base=str(base))
     assert AutoTokenizer.from_pretrained(out)("<newer>").input_ids[-1] == len(tokenizer) - 1
