@@ -177,7 +177,7 @@ def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -
     shards: dict[str, str] = {}
     size = 0
     for file, members in groupby(given.files(), key=lambda member: member[0]):
-        tensors = {name: _final(name, tensor, choice, given.transposed, squares) for _, name, tensor in members}
+        tensors = {name: _final(given.read_as(name), tensor, choice, given.transposed, squares) for _, name, tensor in members}
         _save(tensors, out / file)
         shards |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())

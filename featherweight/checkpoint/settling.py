@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import read_shapes, saving, stream_tensors
 from featherweight.checkpoint.unpacking import read_config
 from featherweight.errors import CheckpointError
+from featherweight.model.names import reading
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ class Stored:
         """Only what is read under another name than it is stored under."""
         return {name: read for name, read in self.reads.items() if name != read}
 
-    def equal(self, *names: str) -> bool:
-        """Whether the tensors that are read under these names hold the same values."""
-        found = [tensor for _, name, tensor in stream_tensors(self.folder, self.weights) if self.reads[name] in names]
+    def equal(self, held: Callable[[str], str], *names: str) -> bool:
+        """Whether the tensors that the model holds under these names have the same values."""
+        found = [tensor for _, name, tensor in stream_tensors(self.folder, self.weights) if held(self.reads[name]) in names]
         return all(tensor.equal(found[0]) for tensor in found)
 
 
@@ -155,11 +156,12 @@ def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
         return None
     names = {id(module): f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False)}
     head, embedding = names[id(output)], names[id(source)]
-    tied, reads = output.weight is source.weight, set(stored.reads.values())
+    held = reading(model)
+    tied, reads = output.weight is source.weight, {held(name) for name in stored.reads.values()}
     if embedding not in reads or not _heeds(model.config, not tied):
         return None
     if tied:
-        return False if head in reads and not stored.equal(head, embedding) else None
+        return False if head in reads and not stored.equal(held, head, embedding) else None
     if head in reads:
         return None
     if is_base(model.config):

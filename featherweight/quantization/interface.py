@@ -16,6 +16,7 @@ from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.errors import RecipeError, StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.model.matrices import heads, matrices
+from featherweight.model.names import reading
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
@@ -95,15 +96,20 @@ class QuantizationInput(Generic[SpecT_co]):
         ties = self.model.all_tied_weights_keys
         return frozenset(name for name, source in ties.items() if name in named and named[name] is named.get(source))
 
+    @cached_property
+    def read_as(self) -> Callable[[str], str]:
+        """The model's name of what the checkpoint stores under a name."""
+        return reading(self.model)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
-        return ((name, tensor) for _, name, tensor in self.files())
+        """(the model's name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
+        return ((self.read_as(name), tensor) for _, name, tensor in self.files())
 
     def files(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(file, name, tensor), likewise."""
+        """(file, stored name, tensor), likewise."""
         for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
-            if name not in self.copies:
-                yield file, name, self.smoothed.get(name, tensor)
+            if self.read_as(name) not in self.copies:
+                yield file, name, self.smoothed.get(self.read_as(name), tensor)
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
         """The embedding and, where it is not tied, the output head."""

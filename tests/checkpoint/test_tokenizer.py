@@ -28,12 +28,9 @@ from tests.support.families import WORDS
 from tests.support.slow_tokenizers import KINDS, slow_checkpoint
 
 TASKS = {"bert": "fill-mask", "gpt2": "text-generation"}
-SPEECH_AND_LAYOUT = {"tokenizer_config.json"}
-"""What transformers names among vocabularies and everybody carries anyway."""
 
 
 def test_the_list_holds_every_file_that_a_tokenizer_of_transformers_names() -> None:
-    from transformers import CONFIG_MAPPING_NAMES
     from transformers.tokenization_utils_base import ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE
     from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
@@ -41,7 +38,7 @@ def test_the_list_holds_every_file_that_a_tokenizer_of_transformers_names() -> N
     named |= {ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE}
     root = Path(importlib.import_module("transformers").__file__ or "").parent
     modules = sorted((root / "models").glob("*/tokenization_*.py"))
-    assert len(modules) > 60 < len(CONFIG_MAPPING_NAMES)
+    assert len(modules) > 60
     for path in modules:
         try:
             module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")

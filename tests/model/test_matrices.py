@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
@@ -34,7 +35,7 @@ HEADS = {
     "gptj": {"transformer.wte.weight", "lm_head.weight"},
     "falcon": {"transformer.word_embeddings.weight", "lm_head.weight"},
     "bloom": {"transformer.word_embeddings.weight", "lm_head.weight"},
-    "gpt_neox": {"gpt_neox.embed_in.weight", "embed_out.weight"},
+    "gpt_neox": {"gpt_neox.embed_in.weight", "lm_head.weight"},
     "t5": {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"},
     "marian": {f"model.{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")} | {"lm_head.weight"},
     "bert": {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"},
@@ -181,3 +182,4 @@ def test_the_names_of_the_vocabulary_are_stored(checkpoint: Any, text: Path, tmp
     quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=checkpoint("gpt_neox"), text=text, calibration=text, out=tmp_path)
     told = json.loads((tmp_path / "quantization.json").read_text())
     assert told["heads"] == sorted(HEADS["gpt_neox"])
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors"), "in the files, its head keeps the name it always had"
