@@ -102,7 +102,7 @@ class QuantizationInput(Generic[SpecT_co]):
         return reading(self.model)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(the model's name, tensor) of the checkpoint one by one, memory-mapped; a tied head is left out, even if it was stored."""
+        """(the model's name, tensor) of the checkpoint, memory-mapped, one by one; a tied head is left out, even if stored."""
         return ((self.read_as(name), tensor) for _, name, tensor in self.files())
 
     def files(self) -> Iterator[tuple[str, str, Tensor]]:

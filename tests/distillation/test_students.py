@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from featherweight.checkpoint import opening
+from featherweight.checkpoint import opening, saving
 from featherweight.distillation.spec import DistillSpec, StackLayers
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.model import surgery
@@ -88,7 +88,7 @@ def test_a_layer_that_does_nothing_is_left_out(checkpoints: dict[str, Path], tex
     idle = model.model.layers[2]
     torch.nn.init.zeros_(idle.self_attn.o_proj.weight)
     torch.nn.init.zeros_(idle.mlp.down_proj.weight)
-    opening.save_model(model, folder, checkpoints["llama"])
+    saving.save_model(model, folder, checkpoints["llama"])
     spec = SPEC.model_copy(update={"layers": 2, "choose": "block_influence", "steps": 1, "learning_rate": 1e-9})
     distill(spec, checkpoint=folder, text=text, calibration=text, out=tmp_path / "out")
     student: Any = opening.load_model(tmp_path / "out")

@@ -41,8 +41,7 @@ class Torch(Runtime[TorchSpec]):
     requirements = ("torch",)
 
     def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.opening import save_model
-        from featherweight.checkpoint.saving import link_checkpoint
+        from featherweight.checkpoint.saving import link_checkpoint, save_model
 
         if spec.compute_type in SIXTEEN_BITS:
             source.round_floats(spec.compute_type)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint import opening
-from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint
+from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint, save_model
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.runtimes.spec import SIXTEEN_BITS
@@ -35,7 +34,7 @@ def write(spec: VllmSpec, source: Source, out: Path) -> None:
     if source.quantized or spec.kv_cache:
         _write_packed(spec, source, out)
     elif spec.compute_type in SIXTEEN_BITS:
-        opening.save_model(source.model, out, source.checkpoint)
+        save_model(source.model, out, source.checkpoint)
     else:
         link_checkpoint(source.checkpoint, out)
     Serving("vllm", options=_options(spec, source), grid=source.grid).write(out)
