@@ -9,6 +9,7 @@ for bit, so an exporter packs the integers as they are and rounds nothing a seco
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ HEADS_BEFORE = (
     *("word_embeddings.weight", "predictions.decoder.weight", "lm_head.decoder.weight", "vocab_projector.weight"),
 )
 """How the names of embedding and head end in folders that were written before they named them (November 2026)."""
+
+
+def heads_by_name(names: Iterable[str]) -> frozenset[str]:
+    """The embedding and the head among the names in a folder that does not say which they are."""
+    return frozenset(name for name in names if name.endswith(HEADS_BEFORE))
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class QuantizedWeights:
             tensors = load_file(folder / WEIGHTS)
             q = {name: tensors[f"{name}.q"] for name in grids}
             scales = {name: tensors[f"{name}.scales"] for name in grids}
-            heads = description.get("heads", [name for name in grids if name.endswith(HEADS_BEFORE)])
-            return cls(grids, q, scales, description["method"], frozenset(heads))
+            heads = frozenset(description["heads"]) if "heads" in description else heads_by_name(grids)
+            return cls(grids, q, scales, description["method"], heads)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} holds damaged quantized weights ({error}); quantize it again") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.errors import IntegrityError
 from featherweight.grid import grid_named
-from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.model.quantized_weights import QuantizedWeights, heads_by_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,11 @@ class Packed:
             tensors[f"{name}.q"] = pack_nibbles(quantized.q[name]) if grid.bits == 4 else quantized.q[name].contiguous()
             tensors[f"{name}.scales"] = quantized.scales[name].float().contiguous()
         shapes = {name: [grid.name, quantized.q[name].shape[1]] for name, grid in sorted(quantized.grids.items())}
+        told = {"method": quantized.method, "grids": shapes}
+        # Only where the names do not tell: what could be written before is written in the same bytes as before.
+        told |= {"heads": sorted(quantized.heads)} if quantized.heads & shapes.keys() != heads_by_name(shapes) else {}
         # One key: safetensors writes several in an order of its own each time, and the same weights must give the same bytes.
-        save_file(tensors, folder / FILE, {KEY: json.dumps({"method": quantized.method, "grids": shapes})})
+        save_file(tensors, folder / FILE, {KEY: json.dumps(told)})
 
     @classmethod
     def read(cls, folder: Path) -> Packed:
@@ -55,7 +58,8 @@ class Packed:
             with safe_open(folder / FILE, framework="pt") as file:
                 told = json.loads(file.metadata()[KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            quantized = QuantizedWeights({}, {}, {}, told["method"])
+            heads = frozenset(told["heads"]) if "heads" in told else heads_by_name(told["grids"])
+            quantized = QuantizedWeights({}, {}, {}, told["method"], heads)
             for name, (grid, columns) in told["grids"].items():
                 quantized.grids[name] = grid_named(grid)
                 q = tensors.pop(f"{name}.q")
