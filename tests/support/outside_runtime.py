@@ -38,7 +38,7 @@ class Plain(Runtime[PlainSpec]):
     writing_s, measuring_s = 1, 3
 
     def write(self, spec: PlainSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.opening import save_model
+        from featherweight.checkpoint.saving import save_model
 
         source.round_floats("float16")
         save_model(source.model, out, source.checkpoint)
