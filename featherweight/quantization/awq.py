@@ -6,14 +6,12 @@ the layer before it down by as much. The function of the model does not change; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 from featherweight.model.architecture import LAYOUTS
 from featherweight.model.parent import Parent, walking_refusal
-from featherweight.quantization import oneshot, rtn
+from featherweight.quantization import oneshot, patches, rtn
 from featherweight.quantization.channels import inner_pairs, norm_pairs
 from featherweight.quantization.interface import QuantizationInput, Quantizer, calibration_operations
 from featherweight.quantization.spec import QuantizeSpec
@@ -32,7 +30,7 @@ def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
 
 def smooth(given: QuantizationInput[QuantizeSpec]) -> None:
     """Scale the channels of `given.model` in place, by the search on the grid of the blocks' weights."""
-    with _without_pinned_memory():
+    with patches.without_pinned_memory():
         oneshot.run(given.model, lambda: _modifiers(given), given.calibration)
 
 
@@ -57,23 +55,6 @@ def _groups(given: QuantizationInput[QuantizeSpec]) -> dict[str, Any]:
             group = groups.setdefault(f"{grid.name}-{grid.group_size}", {"targets": [], "weights": oneshot.weights_scheme(grid)})
             group["targets"].append(name.removesuffix(".weight"))
     return groups
-
-
-@contextmanager
-def _without_pinned_memory() -> Iterator[None]:
-    """The search pins its cache for the copy to an accelerator, which raises where there is none."""
-    import torch
-    from llmcompressor.pipelines.cache import IntermediatesCache
-
-    if torch.accelerator.is_available():
-        yield
-        return
-    pinned = IntermediatesCache.pin_memory
-    IntermediatesCache.pin_memory = lambda *args, **options: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        IntermediatesCache.pin_memory = pinned  # type: ignore[method-assign]
 
 
 AWQ = Quantizer(AwqSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations)

@@ -7,9 +7,7 @@ of ours: block by block as well, given what the calibrated blocks before put out
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from featherweight.errors import StageError, one_line
 from featherweight.grid import Grid
 from featherweight.model.architecture import family_of
 from featherweight.model.blockwise import BATCH, Visit, visits
+from featherweight.quantization import patches
 from featherweight.text.model_inputs import unpadded_inputs
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("llmcompressor", "compressed-tensors")
 """Distributions whose versions shape a calibration."""
-MODULES = ("llmcompressor", "compressed_tensors")
 
 
 def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tensor) -> list[Any]:
@@ -34,7 +32,7 @@ def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tens
     modifiers: makes llm-compressor's modifiers; they are returned once they have run. Raises StageError where the library fails.
     """
     try:
-        with _quiet():
+        with patches.quiet(), patches.eager_gptq():
             return _oneshot(model, modifiers(), blocks)
     except Exception as error:  # the library's own checks, tracing and linear algebra each raise in their way
         raise StageError(f"llm-compressor could not calibrate this checkpoint: {one_line(error)}") from error
@@ -96,26 +94,3 @@ def _unwatched(visits: Iterator[Visit]) -> Iterator[Visit]:
             return next(visits, None)
 
     return iter(proceed, None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """llm-compressor draws a bar per layer, logs each module, and switches the tokenizers' threads off for good."""
-    import llmcompressor  # noqa: F401 (importing it sets its log up, so that comes before switching it off)
-    from loguru import logger
-    from tqdm import tqdm
-
-    threads = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    shown = tqdm.__init__
-    tqdm.__init__ = lambda bar, *args, **options: shown(bar, *args, **(options | {"disable": True}))
-    for module in MODULES:
-        logger.disable(module)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = shown
-        for module in MODULES:
-            logger.enable(module)
-        if threads is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
