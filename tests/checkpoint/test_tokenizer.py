@@ -96,7 +96,7 @@ def test_vocabulary_files_alone_go_through_every_stage(kind: str, text: Path, tm
     load(LoadSpec(source=str(source), task=task), out=loaded)
     finetune(FinetuneSpec(steps=1, batch=2, sequence=16), checkpoint=loaded, text=text, out=tuned)
     quantize(QuantizeSpec.of(sequence=16, samples=2), checkpoint=tuned, text=text, calibration=text, out=small)
-    export(ExportSpec(engine="torch"), checkpoint=small, calibration=text, out=served)
+    export(ExportSpec.of(engine="torch"), checkpoint=small, calibration=text, out=served)
     for folder in (loaded, tuned, small, served):
         assert not (folder / "tokenizer.json").exists()
         assert cuts(folder) == expected, folder.name
