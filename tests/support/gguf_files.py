@@ -16,11 +16,12 @@ def write_gguf(
     tokenizer: bool = True,
     *,
     kinds: Mapping[str, str] | None = None,
-    add_bos: bool | None = None,
+    add_bos: bool | None = True,
     parts: int = 1,
 ) -> list[Path]:
     """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
 
+    add_bos: what the file says of texts; None where it says nothing.
     kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
     """
     import gguf
