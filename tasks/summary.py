@@ -19,6 +19,7 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.writing import length_note
 from featherweight.store.artifact import Manifest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
@@ -53,7 +54,8 @@ def _rows(plan: Plan, outcomes: Outcomes, decision: Decision, parent: ParentRun)
 
 def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: Decision, parent: ParentRun) -> VariantRow:
     ref, served = outcomes[variant.measured].artifact, outcomes[variant.served].artifact
-    serving = Serving.read(parent.workspace.materialize(served, check=False))
+    folder = parent.workspace.materialize(served, check=False)
+    serving, length = Serving.read(folder), length_note(folder)
     metrics = dict(ref.metrics)
     won = variant.name == decision.winner
     zeros = served_zeros(plan, variant, outcomes, parent)
@@ -71,7 +73,7 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         metrics=metrics,
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
-        notes=(RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else (),
+        notes=((RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else ()) + ((length,) if length else ()),
     )
 
 

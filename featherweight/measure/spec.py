@@ -10,6 +10,8 @@ from featherweight.spec import Positive, SequenceLength, Spec
 
 BASELINE = "baseline"
 """The name of the untouched checkpoint among the variants."""
+SERVED_TOKENS = 512
+"""The longest sequence that a served model is verified for and offered, where nothing longer is asked for."""
 
 
 class WorkloadSpec(Spec):
@@ -18,6 +20,8 @@ class WorkloadSpec(Spec):
     A seq2seq model encodes a source of `prompt_tokens` and decodes `new_tokens`. For an encoder one pass over `prompt_tokens` is
     a generation: `new_tokens` plays no role, and tokens per second are those that it has read.
 
+    max_tokens: the longest sequence (prompt and new tokens) that the served model will be asked for, within its context: each
+    engine is compared with PyTorch up to there, and refuses more. By default 512, or what is measured here where that is longer.
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
     """
 
@@ -27,7 +31,18 @@ class WorkloadSpec(Spec):
     rounds: Positive = 5
     windows: Positive = 60
     window_tokens: SequenceLength = 256
+    max_tokens: SequenceLength | None = None
     threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+
+    @property
+    def served_tokens(self) -> int:
+        """The longest sequence that an engine has to serve: what is asked for, and what is measured."""
+        return max(self.max_tokens or SERVED_TOKENS, self.measured_tokens)
+
+    @property
+    def measured_tokens(self) -> int:
+        """The longest sequence that is measured."""
+        return max(self.window_tokens, self.prompt_tokens + self.new_tokens)
 
 
 class ConstraintsSpec(Spec):

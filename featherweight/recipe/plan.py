@@ -161,7 +161,14 @@ def _serve(recipe: Recipe) -> dict[str, ServingSpec]:
     both = recipe.stages.compile.keys() & recipe.stages.export.keys()
     if both:
         raise RecipeError(f"'{min(both)}' names both a compile and an export alternative; rename one")
-    return {**recipe.stages.compile, **recipe.stages.export}
+    every: dict[str, ServingSpec] = {**recipe.stages.compile, **recipe.stages.export}
+    return {name: _served(recipe, spec) for name, spec in every.items()}
+
+
+def _served(recipe: Recipe, spec: ServingSpec) -> ServingSpec:
+    """An alternative of the last stage, for sequences as long as the workload wants them served, unless it says so itself."""
+    wanted = spec.max_tokens if "max_tokens" in spec.model_fields_set else recipe.workload.served_tokens
+    return spec.model_copy(update={"max_tokens": max(wanted, recipe.workload.measured_tokens)})
 
 
 def _choices(recipe: Recipe) -> Iterable[tuple[str, str, str, str]]:
@@ -201,7 +208,7 @@ def _roots(recipe: Recipe) -> list[Node]:
     else:
         wanted = LoadSpec(**recipe.checkpoint.model_dump(exclude={"train"}), task=recipe.task)
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
-    plain = ExportSpec.model_validate({"engine": BASELINE_ENGINE})
+    plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE}))
     served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root))
     measured = Node(
         f"{BASELINE}/evaluate",

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import DataError, StageError, one_line
+from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.model.architecture import Family, family_of
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.store.served_folder import Serving
 from featherweight.text.tokens import Frame, load_tokenizer
 
 Message = Mapping[str, str]
@@ -20,10 +22,13 @@ DEFAULT_NEW_TOKENS = 64
 class Generator:
     """A served folder's engine and tokenizer, which answer as transformers' `generate` does with the folder's own
     generation_config.json (greedy, where that does not ask for sampling). Safe to call from several threads, which take turns.
+
+    max_tokens: room for a prompt and its new tokens; by default as many as were verified. Raises StageError for more.
     """
 
-    def __init__(self, served: Path, threads: int = 1, max_tokens: int = 512, max_batch: int = 8) -> None:
-        self.served, self.threads, self.max_tokens, self.max_batch = served, threads, max_tokens, max_batch
+    def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
+        self.served, self.threads, self.max_batch = served, threads, max_batch
+        self.max_tokens = max_tokens or Serving.read(served).max_tokens or SERVED_TOKENS
         self._tokenizer = load_tokenizer(served)
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)

@@ -52,7 +52,7 @@ class WinnerRecord:
     metrics: the variant's measurement. lineage: JSON of a featherweight.lineage.LineageGraph.
     checkpoint, evaluation: digests of the checkpoint it was made from and of the text it was measured on.
     constraints, objective: the recipe's, so that promotion can judge by the registry alone.
-    threads, max_tokens: how the engine is opened when the model is loaded.
+    threads, max_tokens: how the engine is opened when the model is loaded; by default for as many tokens as were verified.
     model_id: the variant's LoggedModel (`Registry.log_variant`), to hold the weights; made here if not given.
     """
 
@@ -70,7 +70,7 @@ class WinnerRecord:
     constraints: Mapping[str, float] = field(default_factory=dict)
     objective: str = "speedup@1"
     threads: int = 1
-    max_tokens: int = 512
+    max_tokens: int | None = None
     model_id: str | None = None
 
 
@@ -286,7 +286,7 @@ class Registry:
                 engine=engine,
                 digest=winner.digest,
                 size_bytes=size,
-                config={"threads": winner.threads, "max_tokens": winner.max_tokens},
+                config={"threads": winner.threads, **({"max_tokens": winner.max_tokens} if winner.max_tokens else {})},
                 lineage=winner.lineage,
                 model_id=logged.model_id,
                 run_id=winner.run_id,

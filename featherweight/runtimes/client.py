@@ -13,7 +13,7 @@ from typing import Any, Self
 from featherweight.errors import StageError, ToolchainError
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
-from featherweight.store.served_folder import Serving
+from featherweight.store.served_folder import Serving, require_verified
 from featherweight.system.child_process import ChildProcess, error_of
 from featherweight.text.tokens import Window
 
@@ -25,7 +25,8 @@ def open_worker(served: Path, threads: int, max_tokens: int = 512, max_batch: in
     """Start the engine that `served/serving.json` names, with `threads` threads, and wait until it is ready.
 
     max_tokens: longest sequence (prompt and new tokens, or scored window). max_batch: most sequences generated at once.
-    Raises ToolchainError where this machine has no such engine, StageError where it does not start.
+    Raises ToolchainError where this machine has no such engine, StageError where it does not start, or where the folder was
+    verified for shorter sequences only.
     """
     return Worker(served, threads, max_tokens, max_batch)
 
@@ -34,7 +35,9 @@ class Worker:
     """A running engine, closed by `close()` or at the end of a `with`. `startup_s` is the time until it was ready."""
 
     def __init__(self, served: Path, threads: int, max_tokens: int, max_batch: int) -> None:
-        self.engine = Serving.read(served).engine
+        serving = Serving.read(served)
+        self.engine = serving.engine
+        require_verified(serving, max_tokens)
         if reason := RUNTIMES[self.engine].missing():
             raise ToolchainError(f"{self.engine} cannot run here: {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, field_validator
 
 from featherweight.errors import RecipeError, nearest
+from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.spec import NamedSpec
+from featherweight.spec import NamedSpec, SequenceLength
 
 Stage = Literal["compile", "export"]
 ComputeType = Annotated[
@@ -22,12 +23,16 @@ SIXTEEN_BITS = FLOATS[1:]
 
 
 class ServingSpec(NamedSpec):
-    """An alternative of the last stage; its engine's own spec has the keys that this engine reads."""
+    """An alternative of the last stage; its engine's own spec has the keys that this engine reads.
+
+    max_tokens: the longest sequence that it is verified for and offered, within the model's context; the plan takes the workload's.
+    """
 
     named_by = "engine"
     stage: ClassVar[Stage]
 
     engine: str
+    max_tokens: SequenceLength = SERVED_TOKENS
 
     @classmethod
     def kind(cls, name: str | None) -> type[Self] | None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from featherweight.errors import RecipeError
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.architecture import Family, family_of
+from featherweight.model.positions import context_tokens
 from featherweight.text.model_inputs import scoring_windows
 from featherweight.text.tokens import Window
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Workload:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        family, context = family_of(config), _context(config)
+        family, context = family_of(config), context_tokens(config)
         _require_context(spec, family, context)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
@@ -75,9 +72,3 @@ def _require_context(spec: WorkloadSpec, family: Family, context: int) -> None:
             f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
             f"but the model's context holds {context}; lower them"
         )
-
-
-def _context(config: PreTrainedConfig) -> int:
-    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
-    return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions

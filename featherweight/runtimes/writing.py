@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
+from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.positions import context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
@@ -18,6 +20,7 @@ from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
+from featherweight.store.served_folder import Serving
 from featherweight.system.machine import describe
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 class Source:
     """What a runtime writes from: a checkpoint folder, its PyTorch model and quantized weights; a folder of calibration text.
 
-    quantized: None for a checkpoint in float, until `round` has rounded it.
+    quantized: None for a checkpoint in float, until `round` has rounded it. tokens: the longest sequence that is to be served.
     """
 
     checkpoint: Path
@@ -36,6 +39,7 @@ class Source:
     quantized: QuantizedWeights | None
     seed: int
     progress: Progress
+    tokens: int = SERVED_TOKENS
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -51,6 +55,12 @@ class Source:
     def grid(self) -> str | None:
         """Name of the grid of the weights' body."""
         return self.quantized.grid if self.quantized else None
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that is served: what is asked for, within the model's context (of source and target, where both)."""
+        sequences = 2 if self.config.is_encoder_decoder else 1
+        return min(self.tokens, sequences * context_tokens(self.config))
 
     def round(self, body: Grid, head: Grid | None) -> QuantizedWeights:
         """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
@@ -75,7 +85,7 @@ class Source:
     def reference(self) -> Reference:
         """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""
         self.progress.note("comparing with PyTorch")
-        return Reference.of(self.model.float(), self.checkpoint, self.calibration)
+        return Reference.of(self.model.float(), self.checkpoint, self.calibration, self.max_tokens)
 
     def release(self) -> None:
         """Let go of the weights, before an engine loads them once more."""
@@ -86,17 +96,27 @@ class Source:
 def write_served(
     spec: ServingSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:
-    """Write to `out` what `spec.engine` serves, and compare it with PyTorch.
+    """Write to `out` what `spec.engine` serves, compare it with PyTorch, and record the length up to which it holds.
 
     Raises RecipeError for weights that the engine does not hold, ToolchainError where this machine has no kernel for them,
     StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
     """
     runtime = RUNTIMES[spec.engine]
-    source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress)
+    source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens)
     refuse(runtime, spec, source)
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
-    return runtime.check(spec, source, out)
+    metrics = runtime.check(spec, source, out)
+    replace(Serving.read(out), max_tokens=source.max_tokens).write(out)
+    return metrics
+
+
+def length_note(served: Path) -> str | None:
+    """What the report says of a served folder that is offered for less than its model's context; None where it is for all of it."""
+    verified, context = Serving.read(served).max_tokens, context_tokens(load_config(served))
+    if verified is None or verified >= context:
+        return None
+    return f"verified and served up to {verified} tokens of a context of {context}; workload.max_tokens raises it"
 
 
 def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import IntegrityError, StageError
 
 FILE = "serving.json"
 
@@ -20,12 +20,15 @@ class Serving:
     weights: sub-folder with the engine's own files ('.' for the root). The tokenizer's files lie at the root.
     options: what the engine must be told at load time, such as {"compute_type": "int8"}.
     grid: name of the grid that the weights lie on, None for float.
+    max_tokens: the longest sequence (prompt and new tokens, or scored window) that it was compared with PyTorch to, and is
+    offered for; None for what was written before that was recorded.
     """
 
     engine: str
     weights: str = "."
     options: dict[str, str] = field(default_factory=dict)
     grid: str | None = None
+    max_tokens: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write `serving.json` into `folder`."""
@@ -38,6 +41,15 @@ class Serving:
         if not path.is_file():
             raise IntegrityError(f"{folder} is not a served variant: it has no {FILE}")
         return cls(**json.loads(path.read_text()))
+
+
+def require_verified(serving: Serving, max_tokens: int) -> None:
+    """Raise StageError where sequences of `max_tokens` are longer than what was verified."""
+    if serving.max_tokens is not None and max_tokens > serving.max_tokens:
+        raise StageError(
+            f"{max_tokens} tokens are asked of {serving.engine}, and this model was verified up to {serving.max_tokens} only; "
+            f"ask for less, or optimize it anew with workload.max_tokens {max_tokens}"
+        )
 
 
 def same_files(one: Path, other: Path) -> bool:

@@ -24,12 +24,18 @@ GROUPED = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 # heads a pruned Llama stays a Llama ("narrow" below), whose head width CTranslate2 overlooks; it does not a Mistral's.
 PRUNED = SHAPE | {"hidden_size": 72, "intermediate_size": 88, "num_attention_heads": 2, "num_key_value_heads": 1}
 PRUNED |= {"head_dim": 16, "sliding_window": None}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100, "factor": 2.56}
+LONGROPE |= {"short_factor": [1 + index / 10 for index in range(8)], "long_factor": [2.0 + index for index in range(8)]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED | {"tie_word_embeddings": True}),
     "untied": ("Llama", GROUPED | {"tie_word_embeddings": False}),
     "narrow": ("Llama", GROUPED | {"num_attention_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "pruned": ("Mistral", PRUNED | {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", GROUPED | {"tie_word_embeddings": True}),
+    "phi3": (
+        "Phi3",
+        GROUPED | {"original_max_position_embeddings": 100, "sliding_window": None, "pad_token_id": 0, "rope_parameters": LONGROPE},
+    ),
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.model.positions import sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
@@ -90,6 +91,16 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         if spec.compute_type in FLOATS:
             return float_of_rounded_refusal(spec.compute_type) + "; int8_float32 keeps them at 8 bits on disk"
         return _rows_refusal(grids) or _head_refusal(grids, spec)
+
+    def model_refusal(self, spec: CTranslate2Spec, source: Source) -> str | None:
+        """Windows that slide in a way that it does not compute: it stops beyond them, or sees all that lies before."""
+        window, kind = sliding_window(source.config), source.config.model_type
+        if window is None or source.max_tokens <= window:
+            return None
+        return (
+            f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {source.max_tokens} are to be served; "
+            f"say max_tokens {window}, or take torch or torch-compile"
+        )
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus

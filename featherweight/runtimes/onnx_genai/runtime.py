@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from featherweight.grid import Grid
+from featherweight.model.positions import sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
@@ -83,9 +84,15 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
 
     def model_refusal(self, spec: GenaiSpec, source: Source) -> str | None:
-        """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs."""
+        """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs; windows that it overlooks."""
         from featherweight.model.surgery import head_dim
 
+        window, kind = sliding_window(source.config), source.config.model_type
+        if window and source.max_tokens > window and getattr(source.config, "layer_types", None) is None:
+            return (
+                f"onnxruntime-genai's model builder overlooks {kind}'s sliding window of {window} tokens, and {source.max_tokens} "
+                f"are to be served; say max_tokens {window}, or take torch or torch-compile"
+            )
         width = head_dim(source.config)
         if not width % HEAD_MULTIPLE:
             return None

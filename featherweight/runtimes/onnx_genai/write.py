@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import link
+from featherweight.checkpoint.opening import load_config
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
@@ -55,7 +56,7 @@ def _write_graph(checkpoint: Path, out: Path, rows: QuantizedRows | None) -> Non
 def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None:
     """GenAI's model builder, in this process: the float32 decoder graph, genai_config.json and a tokenizer, in `out`.
 
-    Raises StageError for an architecture that it does not know.
+    Raises StageError for an architecture that it does not know, or of which it does not find what it expects.
     """
     import onnxruntime_genai.models  # noqa: F401 - puts the builder's folder on the path, where it looks for its parts
     from onnxruntime_genai.models import builder
@@ -63,12 +64,17 @@ def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None
     patches.silent()
     patches.without_commit()
     cache = out / "cache"
-    options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}"]
+    # A cache of a window's size has no room for the tokens that a sliding layer still sees while a longer prompt is read.
+    options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}", "windowed_kv_cache=false"]
     arguments = ("", str(checkpoint), str(out), "fp32", "cpu", str(cache))
     try:
         builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     except NotImplementedError as error:
         raise StageError(_unknown_refusal(checkpoint)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        kind = load_config(checkpoint).model_type
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise StageError(f"onnxruntime-genai's model builder cannot take this {kind} ({why}); take torch or ctranslate2") from error
     shutil.rmtree(cache, ignore_errors=True)
 
 

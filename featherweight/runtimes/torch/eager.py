@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import auto_class, family_of
+from featherweight.model.positions import rotary_switch
 from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, by_shape, windows_at_once
 from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
@@ -108,10 +109,13 @@ class TorchModel(LoadedModel):
         import torch
         from transformers import DynamicCache
 
+        switch, prompt = rotary_switch(self.model.config), ids
         cache = DynamicCache(config=self.model.config)
         ids = self._next(ids, cache)
         first, new = perf_counter(), [ids]
         for _ in range(new_tokens - 1):
+            if prompt.shape[1] + len(new) - 1 == switch:  # the keys of all positions are others from here on
+                ids, cache = torch.cat([prompt, *new], dim=1), DynamicCache(config=self.model.config)
             ids = self._next(ids, cache)
             new.append(ids)
         return torch.cat(new, dim=1), first

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
@@ -113,6 +114,15 @@ class TorchCompile(Runtime[TorchCompileSpec]):
         if spec.precision != "float32":
             return f"torch.compile serves float32 here, not {spec.precision}; take onnxruntime-genai"
         return None if grids.body is None else float_of_rounded_refusal("float32")
+
+    def model_refusal(self, spec: TorchCompileSpec, source: Source) -> str | None:
+        """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
+        asking = rotary_kinds(source.config) & {"dynamic", "longrope"}
+        return (
+            f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take torch"
+            if asking
+            else None
+        )
 
     def missing(self) -> str | None:
         """Inductor writes C++ and needs a compiler for it."""

@@ -38,14 +38,14 @@ def check_rounded(source: Source, served: Path) -> Metrics:
 
     The reference of a static engine rounds activations by the same ranges.
     """
-    weights = _check_float_twin(source.reference(), served, source.calibration)
+    weights = _check_float_twin(source.reference(), served)
     with simulated(source.model, pack.ranges(served)):
         reference = source.reference()
     source.release()
     return {**weights, **reference.check(served)}
 
 
-def _check_float_twin(reference: Reference, served: Path, calibration: Path) -> Metrics:
-    twin = Reference.of(pack.load(served, WEIGHT_ONLY), served, calibration)
-    measured = reference.hold(twin.logprobs, EXACT, f"{Serving.read(served).engine} with float activations")
+def _check_float_twin(reference: Reference, served: Path) -> Metrics:
+    twin = reference.scored_by(pack.load(served, WEIGHT_ONLY))
+    measured = reference.hold(twin, EXACT, f"{Serving.read(served).engine} with float activations")
     return {"parity_weights_max_abs": measured["parity_max_abs"]}

@@ -1,0 +1,68 @@
+"""How far a model reads: its context, and the lengths at which it begins to compute something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+EDGES = (
+    "sliding_window",
+    "window_size",
+    "attention_window",
+    "attention_window_size",
+    "local_attention",
+    "attention_chunk_size",
+    "original_max_position_embeddings",
+)
+"""Where configurations say how far back a layer sees, or from where on rotary embeddings are scaled."""
+
+
+def context_tokens(config: PreTrainedConfig) -> int:
+    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions
+
+
+def edges(config: PreTrainedConfig) -> list[int]:
+    """Lengths beyond which a layer no longer sees the beginning, or rotary embeddings are others; ascending.
+
+    All that stand anywhere in the configuration, the nested rotary parameters of each kind of layer included.
+    """
+    return sorted(set(_edges(config.get_text_config().to_dict())))
+
+
+def _edges(told: Mapping[str, Any]) -> Iterator[int]:
+    for key, value in told.items():
+        if isinstance(value, Mapping):
+            yield from _edges(value)
+        elif key in EDGES:
+            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int) and one > 1)
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """How far back the layers see that see least; None where all see everything."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    everywhere = kinds is not None and "sliding_attention" not in kinds
+    return None if everywhere else getattr(config, "sliding_window", None)
+
+
+def rotary_kinds(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary embeddings, of every kind of layer: default, linear, dynamic, yarn, longrope, llama3 ..."""
+    return {str(one["rope_type"]) for one in _rotary(config) if "rope_type" in one}
+
+
+def rotary_switch(config: PreTrainedConfig) -> int | None:
+    """The length beyond which the rotary embeddings of all positions are others (longrope, as in Phi-3); None for no such."""
+    switches = (one["original_max_position_embeddings"] for one in _rotary(config) if one.get("rope_type") == "longrope")
+    return next(map(int, switches), None)
+
+
+def _rotary(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
+    """The rotary parameters of all layers, or of each kind of layer."""
+    told = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    yield from (told, *(one for one in told.values() if isinstance(one, Mapping)))
