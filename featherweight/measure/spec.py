@@ -7,11 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from featherweight.spec import Positive, SequenceLength, Spec
+from featherweight.store.served_folder import SERVED_TOKENS
 
 BASELINE = "baseline"
 """The name of the untouched checkpoint among the variants."""
-SERVED_TOKENS = 512
-"""The longest sequence that a served model is verified for and offered, where nothing longer is asked for."""
 
 
 class WorkloadSpec(Spec):

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import DataError, StageError, one_line
-from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.model.architecture import Family, family_of
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.generation_settings import GenerationSettings
-from featherweight.store.served_folder import Serving
+from featherweight.store.served_folder import verified_tokens
 from featherweight.text.tokens import Frame, load_tokenizer
 
 Message = Mapping[str, str]
@@ -28,7 +27,7 @@ class Generator:
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
         self.served, self.threads, self.max_batch = served, threads, max_batch
-        self.max_tokens = max_tokens or Serving.read(served).max_tokens or SERVED_TOKENS
+        self.max_tokens = max_tokens or verified_tokens(served)
         self._tokenizer = load_tokenizer(served)
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)

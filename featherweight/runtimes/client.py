@@ -13,7 +13,7 @@ from typing import Any, Self
 from featherweight.errors import StageError, ToolchainError
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
-from featherweight.store.served_folder import Serving, require_verified
+from featherweight.store.served_folder import Serving, require_verified, verified_tokens
 from featherweight.system.child_process import ChildProcess, error_of
 from featherweight.text.tokens import Window
 
@@ -21,14 +21,15 @@ START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
 
 
-def open_worker(served: Path, threads: int, max_tokens: int = 512, max_batch: int = 8) -> Worker:
+def open_worker(served: Path, threads: int, max_tokens: int | None = None, max_batch: int = 8) -> Worker:
     """Start the engine that `served/serving.json` names, with `threads` threads, and wait until it is ready.
 
-    max_tokens: longest sequence (prompt and new tokens, or scored window). max_batch: most sequences generated at once.
+    max_tokens: longest sequence (prompt and new tokens, or scored window), by default what was verified.
+    max_batch: most sequences generated at once.
     Raises ToolchainError where this machine has no such engine, StageError where it does not start, or where the folder was
     verified for shorter sequences only.
     """
-    return Worker(served, threads, max_tokens, max_batch)
+    return Worker(served, threads, max_tokens or verified_tokens(served), max_batch)
 
 
 class Worker:

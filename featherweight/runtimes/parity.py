@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import ParityError, StageError
-from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.model.architecture import auto_class, family_of
 from featherweight.model.positions import context_tokens, rotary_switch
 from featherweight.progress import Metrics
@@ -32,7 +31,7 @@ from featherweight.runtimes.bounds import Bound
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.probes import edges_within, new_tokens, probe_prompts, probe_windows
-from featherweight.store.served_folder import Serving
+from featherweight.store.served_folder import SERVED_TOKENS, Serving
 from featherweight.text.model_inputs import IGNORED, window_inputs
 from featherweight.text.tokens import Window
 

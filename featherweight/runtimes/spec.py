@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, field_validator
 
 from featherweight.errors import RecipeError, nearest
-from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.spec import NamedSpec, SequenceLength
+from featherweight.store.served_folder import SERVED_TOKENS
 
 Stage = Literal["compile", "export"]
 ComputeType = Annotated[

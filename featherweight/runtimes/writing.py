@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
-from featherweight.measure.spec import SERVED_TOKENS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.positions import context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -20,7 +19,7 @@ from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
-from featherweight.store.served_folder import Serving
+from featherweight.store.served_folder import SERVED_TOKENS, Serving
 from featherweight.system.machine import describe
 
 if TYPE_CHECKING:

@@ -10,6 +10,8 @@ from pathlib import Path
 from featherweight.errors import IntegrityError, StageError
 
 FILE = "serving.json"
+SERVED_TOKENS = 512
+"""The longest sequence that a served folder is verified for and offered, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Serving:
         if not path.is_file():
             raise IntegrityError(f"{folder} is not a served variant: it has no {FILE}")
         return cls(**json.loads(path.read_text()))
+
+
+def verified_tokens(served: Path) -> int:
+    """The longest sequence that a served folder is offered for."""
+    return Serving.read(served).max_tokens or SERVED_TOKENS
 
 
 def require_verified(serving: Serving, max_tokens: int) -> None:
