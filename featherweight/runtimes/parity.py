@@ -32,7 +32,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.probes import edges_within, new_tokens, probe_prompts, probe_windows
 from featherweight.store.served_folder import SERVED_TOKENS, Serving
-from featherweight.text.model_inputs import IGNORED, window_inputs
+from featherweight.text.model_inputs import IGNORED, decoder_start, window_inputs
 from featherweight.text.tokens import Window
 
 if TYPE_CHECKING:
@@ -232,8 +232,10 @@ def _nothing_but_greedy(model: Any) -> Iterator[Any]:
     """
     from transformers import GenerationConfig
 
-    before, kept = model.generation_config, ("decoder_start_token_id", "forced_bos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(**{name: getattr(before, name) for name in kept})
+    before, beginning = model.generation_config, {}
+    if family_of(model.config) == "seq2seq":
+        beginning = {"decoder_start_token_id": decoder_start(model.config), "forced_bos_token_id": before.forced_bos_token_id}
+    model.generation_config = GenerationConfig(pad_token_id=before.pad_token_id, **beginning)
     try:
         yield model
     finally:
