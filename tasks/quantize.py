@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def quantize(
         given.require_linear(what)
     before = _loss_before(given)
     given = smoothed(given)
-    choice = QUANTIZERS[spec.method].choose(given)
+    choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))
     error = write_checkpoint(given, choice, out)
     saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
@@ -92,6 +93,12 @@ def quantize(
         **zeros.metrics(),
         **choice.metrics,
     }
+
+
+def _with_heads(given: QuantizationInput[Any], choice: Choice) -> Choice:
+    """Which of the weights are embedding and head is asked of the model, so that no method has to say it."""
+    quantized = choice.quantized
+    return replace(choice, quantized=replace(quantized, heads=given.heads & quantized.q.keys()))
 
 
 def _share_in_float(model: PreTrainedModel, quantized: QuantizedWeights, progress: Progress) -> Metrics:
