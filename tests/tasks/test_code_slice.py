@@ -97,7 +97,7 @@ PRUNED = {"structured", "depth", "width", "attention", "sparse"}
         # What is told, refused and reckoned is in no key.
         ("quantization/gptq.py", "GPTQ makes rounding errors", "GPTQ mends rounding errors", set()),
         ("quantization/gptq.py", "Calibrate the Linear weights", "Docstrings calibrate nothing", set()),
-        ("quantization/interface.py", "has no Linear weights", "is without Linear weights", set()),
+        ("quantization/interface.py", "holds no linear layer", "is without a linear layer", set()),
         ("quantization/rtn.py", '"""Round the checkpoint', '"""Move the checkpoint', set()),
         ("quantization/qat.py", "(8.0 if spec.distill", "(9.0 if spec.distill", set()),
         ("pruning/depth.py", "raise prune.ratio, or give prune.layers", "raise the ratio", set()),
