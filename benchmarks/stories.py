@@ -12,13 +12,14 @@ from statistics import mean
 from typing import Any
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import SPLITS
 from featherweight.recipe.reading import load_recipe
 from featherweight.spec import Split
 from featherweight.text.spec import TextSpec
-from featherweight.text.tokens import Window, load_tokenizer, token_windows
+from featherweight.text.tokens import Window, token_windows
 from tasks.quantize import quantize
 from tasks.text import text
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.spec import GenerateSpec
 from featherweight.errors import RecipeError, StageError
 from featherweight.model.architecture import TASKS, Family, family_of
@@ -21,7 +22,7 @@ from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.ctranslate2 import pack
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import decoder_start, token_pairs
-from featherweight.text.tokens import load_tokenizer, token_windows
+from featherweight.text.tokens import token_windows
 from tasks.stage import stage
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.spec import DistillSpec, StackLayers
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.model import surgery
@@ -14,7 +15,6 @@ from featherweight.model.architecture import Role, family_of
 from featherweight.pruning.block_influence import block_influence, most_influential
 from featherweight.text.documents import read_documents
 from featherweight.text.model_inputs import example_blocks
-from featherweight.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.losses import distillation_loss
 from featherweight.grid import Grid, grid_named
 from featherweight.model.parent import Parent
@@ -28,7 +29,7 @@ from featherweight.quantization.self_generated_text import draw_passages, genera
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.spec import Positive
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
-from featherweight.text.tokens import Frame, load_tokenizer
+from featherweight.text.tokens import Frame
 from featherweight.training import loop
 from featherweight.training.plan import TrainingPlan
 

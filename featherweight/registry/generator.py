@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError, StageError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.store.served_folder import verified_tokens
-from featherweight.text.tokens import Frame, load_tokenizer
+from featherweight.text.tokens import Frame
 
 Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError, DataError
 from featherweight.model.architecture import Role, family_of
 from featherweight.text.documents import shuffled_documents
@@ -22,7 +23,6 @@ from featherweight.text.tokens import (
     encode,
     encode_target,
     framed_pieces,
-    load_tokenizer,
     token_blocks,
     token_windows,
 )

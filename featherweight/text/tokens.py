@@ -155,13 +155,6 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, found: Any, place: i
     return Encoded(text, ids, list(pieces), offsets)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, from local files only."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def token_blocks(
     text: Path, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None, seed: int | None = None
 ) -> Tensor:

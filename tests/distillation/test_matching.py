@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.matching import MAP_LOSSES, Matcher, layer_pairs, state_error
 from featherweight.distillation.spec import DistillSpec, StackMap
 from featherweight.errors import RecipeError
 from featherweight.model import surgery
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
-from featherweight.text.tokens import load_tokenizer
 from tasks.distill import distill
 from tests.support.distillation import SPEC
 from tests.support.families import family_checkpoint, tiny_model

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import StageError
 from featherweight.model.architecture import LAYOUTS, blocks, family_of, stacks
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import IGNORED, example_blocks, inputs_and_labels
-from featherweight.text.tokens import load_tokenizer
 from featherweight.training.losses import mean_loss, token_loss
 from tests.support.families import FAMILIES, family_checkpoint, tiny_model
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.losses import distillation_loss
 from featherweight.distillation.spec import DistillSpec, StackLayers
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.text.documents import Document, write_documents
-from featherweight.text.tokens import load_tokenizer
 from tasks.distill import distill
 
 SPEC = DistillSpec(layers=2, steps=40, batch=4, sequence=32, learning_rate=3e-3)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import IntegrityError, RecipeError, StageError
 from featherweight.measure.measurement import FILE, Comparison
 from featherweight.measure.spec import WorkloadSpec
@@ -16,7 +17,7 @@ from featherweight.progress import Progress
 from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
-from featherweight.text.tokens import load_tokenizer, token_windows
+from featherweight.text.tokens import token_windows
 from tasks.evaluate import evaluate
 
 SPEC = WorkloadSpec(prompt_tokens=8, new_tokens=24, batch_sizes=(1, 2), rounds=3, windows=6, window_tokens=48, threads=(1,))

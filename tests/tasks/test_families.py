@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
@@ -19,7 +20,7 @@ from featherweight.runtimes.parity import load_reference
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import scoring_windows
-from featherweight.text.tokens import Frame, Window, load_tokenizer
+from featherweight.text.tokens import Frame, Window
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.quantize import quantize

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError, DataError, RecipeError, StageError
 from featherweight.grid import GRIDS, grid_named
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -23,7 +24,7 @@ from featherweight.quantization.self_generated_text import draw_passages, genera
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.text.documents import Document, write_documents
-from featherweight.text.tokens import load_tokenizer, token_blocks
+from featherweight.text.tokens import token_blocks
 from tasks.quantize import quantize
 from tests.support.gptq_formula import reference_gptq
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError, DivergenceError, RecipeError, StageError
 from featherweight.progress import Progress
 from featherweight.text.documents import Document, write_documents
-from featherweight.text.tokens import load_tokenizer, token_blocks
+from featherweight.text.tokens import token_blocks
 from featherweight.training import loop
 from featherweight.training.losses import mean_loss, token_loss
 from featherweight.training.muon import Muon, orthogonal

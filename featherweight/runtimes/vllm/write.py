@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint, save_model
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.runtimes.spec import SIXTEEN_BITS
@@ -13,7 +14,7 @@ from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
-from featherweight.text.tokens import load_tokenizer, token_windows
+from featherweight.text.tokens import token_windows
 
 if TYPE_CHECKING:
     from featherweight.runtimes.vllm.runtime import VllmSpec
