@@ -292,6 +292,7 @@ def test_a_bad_value_is_found_in_any_chunk(folder: Path, monkeypatch: pytest.Mon
     assert UP in refusal(folder)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_truncation_is_refused(folder: Path, tiny_checkpoint: Path, data: st.DataObject):

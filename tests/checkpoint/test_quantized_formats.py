@@ -203,6 +203,7 @@ def written_by_llm_compressor(source: Path, out: Path, recipe: dict[str, Any]) -
     llm_compressor(source, out, {"ignore": ["lm_head"], **recipe})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("described", "grid"), SCHEMES.values(), ids=SCHEMES.keys())
 def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, tiny_checkpoint, tmp_path):
     from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer

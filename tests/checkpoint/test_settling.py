@@ -69,6 +69,7 @@ def taken(folder: Path, out: Path, **options: Any) -> tuple[dict[str, float], li
     return dict(metrics), told.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_shards", [False, True])
 def test_a_head_of_its_own_beside_a_config_that_ties_is_kept_and_said(tmp_path: Path, out: Path, in_shards: bool) -> None:
     folder = llama(tmp_path / "source", tied=False)

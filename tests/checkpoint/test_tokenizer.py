@@ -85,6 +85,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_vocabulary_files_alone_go_through_every_stage(kind: str, text: Path, tmp_path: Path) -> None:
     """What a T5, mBART, M2M100 or Marian without tokenizer.json lost in silence: `[7,20,8,8,29,4]` became `[3,2,3,2,3,2]`."""

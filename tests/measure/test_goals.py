@@ -119,6 +119,7 @@ variants = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(variants, st.sampled_from(["speedup@1", "speedup@8", "size", "quality"]), st.sampled_from([None, 0.0, 0.1]))
 @settings(max_examples=40, deadline=None)
 def test_a_choice_is_sound(measured, objective, max_loss):
@@ -203,6 +204,7 @@ def test_what_the_decision_accepts_the_promotion_gate_accepts(measured, objectiv
         assert all(reason in str(refused.value) for reason in decision.reasons[name].split("; "))
 
 
+@pytest.mark.slow
 @given(variants, st.sampled_from([1, 8]))
 @settings(max_examples=40, deadline=None)
 def test_the_reports_front_is_the_decisions_and_nobody_on_it_is_beaten(measured, batch):

@@ -37,6 +37,7 @@ def test_finds_the_stacks_of_every_model_type(model_type: str) -> None:
     assert len(blocks(model)) == 2 * len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_every_big_matrix_of_a_block_is_accounted_for(model_type: str) -> None:
     from torch import nn

@@ -89,6 +89,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda kind: family_checkpoint(kind, tmp_path_factory.mktemp(kind) / "checkpoint"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HEADS)
 def test_quantize_and_export_round_the_very_same_matrices(kind: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
     spec = QuantizeSpec.of(sequence=16, samples=2)

@@ -138,6 +138,7 @@ def told_of(distilled: Path, metrics: Mapping[str, float]) -> tuple[str, float] 
     return served_zeros(plan, next(variant for variant in plan.variants if variant.name == "ds/ct2"), outcomes, session)
 
 
+@pytest.mark.slow
 def test_a_student_of_sparse_layers_keeps_their_zeros(text: Path, tmp_path: Path) -> None:
     sparse_checkpoint(
         family_checkpoint("llama", tmp_path / "source", num_hidden_layers=3), text, tmp_path / "sparse", pattern="2:4"

@@ -35,6 +35,7 @@ def test_deployments_are_what_prefect_reads():
     assert all(item.work_pool.name == "featherweight" for item in deployments.values())
 
 
+@pytest.mark.slow
 def test_deployed_flows_take_the_deployed_parameters():
     from prefect.flows import load_flow_from_entrypoint
 

@@ -76,6 +76,7 @@ def test_influence_is_one_minus_the_cosine_of_hidden_states(family: str, text: P
             assert influence[role][place] == pytest.approx(1 - cosine, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layer_that_changes_least_goes_and_one_stack_can_stay(text: Path, tmp_path: Path) -> None:
     source = family_checkpoint("marian", tmp_path / "source", **LAYERS["marian"])
     model = opening.load_model(source)

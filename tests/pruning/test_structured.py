@@ -46,6 +46,7 @@ def silence(part: structured.Part, kept: torch.Tensor) -> None:
             output.weight[:, surgery.group_rows(lost, output.in_features // part.group.units)] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_the_whole_model_with_the_rest_set_to_zero(family: str, text: Path, tmp_path: Path) -> None:
     spec, source = PruneSpec.of(**SMALL, ratio=0.5), family_checkpoint(family, tmp_path / "source")

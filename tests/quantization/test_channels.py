@@ -60,6 +60,7 @@ def test_an_mlp_without_a_gate_has_a_pair_behind_a_relu_only(activation: str, fo
     assert ("model.encoder.layers.0.fc1" in {pair.source for pair in inner_pairs(model)}) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", GATED_DECODERS)
 def test_pairs_of_decoders_are_the_librarys(model_type: str) -> None:
     from compressed_tensors.utils import match_modules_set

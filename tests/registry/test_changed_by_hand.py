@@ -13,6 +13,8 @@ from featherweight.store.workspace import Workspace
 from tasks.promote import gated_transition
 from tests.support.registering import MODEL, Bench, desk, empty_store
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 
 

@@ -14,6 +14,8 @@ from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from tests.support.registering import METRICS, MODEL, Bench, bench, desk
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 RECIPE = "name: test\nseed: 0\n"
 

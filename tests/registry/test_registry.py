@@ -235,6 +235,7 @@ def test_transitions_without_a_stage_or_a_reason_are_refused(desk: Bench, to: st
     assert desk.state() == before
 
 
+@pytest.mark.slow
 def test_stages_of_mlflow_are_set_without_a_warning(desk: Bench) -> None:
     three_versions(desk)
     with warnings.catch_warnings():

@@ -17,6 +17,7 @@ def points(svg: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", found.group(1))] if found else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "corners"),
     [
@@ -39,6 +40,7 @@ def test_it_is_valid_and_every_point_lies_inside(losses: list[float], corners: i
     assert not losses or f"step {len(losses)}: {losses[-1]:.4g}" in svg
 
 
+@pytest.mark.slow
 def test_a_higher_loss_stands_higher_and_a_later_step_further_right() -> None:
     (x1, y1), (x2, y2), (x3, y3) = points(loss_curve([3.0, 2.0, 40.0]))
     assert x1 < x2 < x3

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from featherweight.report.loss_curve import loss_page
 from featherweight.report.sensitivity_page import MatrixBar, sensitivity_page
 
 BARS = [MatrixBar("model.layers.0.q_proj.weight", 0.02, 0.001), MatrixBar("<evil>.weight", 0.01, 0.002)]
 
 
+@pytest.mark.slow
 def test_equal_data_gives_equal_bytes_in_any_thread() -> None:
     with ThreadPoolExecutor(4) as pool:
         pages = set(pool.map(lambda _: sensitivity_page("int4", "int8", BARS, [("1%", "1 of 2")]), range(8)))

@@ -323,6 +323,7 @@ def seen(tmp_path_factory):
     return {**json.loads(html.unescape(found)), "log": ran.stderr, "dom": ran.stdout}
 
 
+@pytest.mark.slow
 def test_browser_finds_no_errors_and_asks_for_nothing(seen):
     assert seen["errors"] == []
     assert [name for name in seen["requests"] if not name.startswith(("file:", "data:"))] == []
@@ -331,6 +332,7 @@ def test_browser_finds_no_errors_and_asks_for_nothing(seen):
     assert 'data-ready="true"' in seen["dom"]
 
 
+@pytest.mark.slow
 def test_browser_sorts_the_table(seen):
     sizes = {row.name: row.get("size_bytes") for row in sample().measured}
     assert seen["before"] == [row.name for row in ranked(sample())]
@@ -351,6 +353,7 @@ def test_browser_shows_points_hints_and_paths(seen):
     assert seen["wide"][0] <= seen["wide"][1], "the page itself must not scroll sideways"
 
 
+@pytest.mark.slow
 def test_browser_on_a_telephone(tmp_path):
     render_report(sample(), tmp_path / "report.html")
     started = time.monotonic()

@@ -103,6 +103,7 @@ def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", settings([[0] * 9] * 2))
 def test_answers_are_those_of_transformers(
@@ -122,6 +123,7 @@ def test_answers_are_those_of_transformers(
             engines[engine].answer(prompts, NEW, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ctranslate2", "onnxruntime-genai"])
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
 def test_penalties_see_the_prompt(engines: dict[str, LoadedModel], model: Any, engine: str, options: dict[str, Any]) -> None:

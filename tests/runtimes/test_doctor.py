@@ -25,6 +25,7 @@ def _no_servers(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_this_machine_can_run(tmp_path):
     found = doctor.diagnose(tmp_path)
     assert found.exit_code == 0, [check for check in found.checks if check.essential and check.state == "missing"]
@@ -91,6 +92,7 @@ def test_a_full_disk_is_fatal(tmp_path, monkeypatch):
     assert (check.state, check.essential) == ("missing", True)
 
 
+@pytest.mark.slow
 def test_imports_nothing_heavy():
     script = (
         "import sys; from featherweight.runtimes.doctor import diagnose; diagnose();"

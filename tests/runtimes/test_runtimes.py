@@ -247,6 +247,7 @@ def test_nothing_survives_a_killed_parent(served):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_workers_import_no_library_of_another_engine():
     code = (
         "import sys; from featherweight.runtimes import worker\n"

@@ -131,6 +131,7 @@ def test_text_that_pytorch_would_not_write_is_told(
     reference.check(tmp_path, Bound("max", 1e3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ctranslate2", "onnxruntime-genai", "torch"])
 @pytest.mark.parametrize("kind", [*CHANGES])
 def test_served_exactly_or_refused_with_the_number_of_tokens(

@@ -81,6 +81,7 @@ def test_compressed_tensors_reads_our_very_weights(compute_type: str, grid: str,
     assert torch.equal(tensors["lm_head.weight"], load_file(checkpoint / "model.safetensors")["lm_head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute_type", LLM_COMPRESSOR)
 def test_what_we_packed_loads_as_the_very_same_numbers(compute_type: str, checkpoint: Path, tmp_path: Path) -> None:
     quantized = packed(checkpoint, compute_type, GRID_OF[compute_type], tmp_path)

@@ -53,6 +53,7 @@ def test_int8_dot_product(features, exact):
     assert replace(AVX2_ONLY, cpu_features=frozenset(features)).int8_dot_product is exact
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processor affinity on this system")
 def test_cores_follow_the_affinity_mask():
     mask = os.sched_getaffinity(0)
@@ -61,6 +62,7 @@ def test_cores_follow_the_affinity_mask():
     assert one.stdout.strip() == "1"
 
 
+@pytest.mark.slow
 def test_memory_bandwidth_is_of_the_right_order():
     # A DDR3 stick reads 5 GB/s, the fastest server of today well under 3 TB/s.
     assert 5e8 < machine.memory_bandwidth_bytes_s(threads=1, budget_s=0.1) < 3e12

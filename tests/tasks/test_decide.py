@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from featherweight.measure.measurement import Comparison, Measurement, Quality, Speed
 from featherweight.measure.spec import ConstraintsSpec, DecideSpec
 from tasks.decide import FILE, decide, read_decision
+
+pytestmark = pytest.mark.slow
 
 
 def measured(folder: Path, latency_s: float) -> Path:

@@ -132,6 +132,7 @@ def test_the_kinds_of_the_kept_layers_are_kept() -> None:
     assert config.num_hidden_layers == len(config.layer_types) == 4
 
 
+@pytest.mark.slow
 def test_the_student_comes_closer_to_its_teacher(teacher: Path, text: Path, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"kl_weight": 1.0})
     metrics = distill(spec, checkpoint=teacher, text=text, out=tmp_path)
@@ -145,6 +146,7 @@ def test_the_student_comes_closer_to_its_teacher(teacher: Path, text: Path, tmp_
     assert metrics["student_loss"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(teacher: Path, text: Path, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"steps": 4, "layers": (0, 2, 4)})
     digests = []

@@ -88,6 +88,7 @@ def labelled(window: Window, mask: int | None) -> dict[str, Any]:
     return {"input_ids": source, "labels": ids.masked_fill(source != mask, -100)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [*((kind, engine) for kind in SEQ2SEQ for engine in ("torch", "ctranslate2")), *((kind, "torch") for kind in ENCODERS)],
@@ -133,6 +134,7 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
     return model.generate(torch.tensor([prompt]), **options)[0, 1:].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_a_target_is_written_as_transformers_writes_it(
@@ -195,6 +197,7 @@ def test_text_goes_in_and_its_translation_or_its_filled_masks_come_out(checkpoin
     filler.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "marian", "bert", "xlm-roberta", "distilbert"])
 @pytest.mark.parametrize("method", ["rtn", "qat"])
 def test_every_linear_of_a_block_and_the_vocabulary_are_quantized(

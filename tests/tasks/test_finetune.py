@@ -52,6 +52,7 @@ def test_the_loss_falls_and_everything_else_is_carried_over(tiny_checkpoint: Pat
     assert all(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"steps": 5}, {"steps": 3, "lora": {"dropout": 0.5}}], ids=["full", "lora"])
 def test_the_same_seed_gives_the_same_bytes(options: dict[str, Any], tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     digests = []

@@ -17,6 +17,8 @@ from featherweight.text.documents import Document, write_documents
 from featherweight.text.spec import GateSpec
 from tasks.gate import check_metrics, gate
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -462,6 +462,7 @@ def test_the_fingerprint_of_nothing_is_refused(tmp_path: Path):
 # Families
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task"),
     [(kind, "text2text-generation") for kind in ("t5", "mt5", "mbart", "m2m_100", "marian")]

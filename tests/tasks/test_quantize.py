@@ -209,6 +209,7 @@ def test_smoothquant_is_the_papers_formula(outliers: Path, text: Path) -> None:
             assert torch.allclose(found[name].double(), state[name].double() * scales, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_awq_loses_less_than_rounding_where_channels_stand_out(outliers: Path, text: Path, tmp_path: Path) -> None:
     ids = token_blocks(text, load_tokenizer(outliers), 32, limit=16, seed=1)
     target = logprobs(opening.load_model(outliers), ids)
@@ -286,6 +287,7 @@ def test_fake_quantization_rounds_forward_and_passes_gradients_straight_through(
     assert torch.equal(found, upstream * ~cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["rtn", "gptq"])
 def test_training_begins_at_the_rounding_it_is_given(start: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = {"grid": "int4-g32", "head": "int4"}
@@ -331,11 +333,13 @@ def test_training_recovers_what_rounding_lost(tiny_checkpoint: Path, text: Path,
     assert kl(learned) < 0.6 * kl(rtn)
 
 
+@pytest.mark.slow
 def test_the_text_itself_can_be_the_target(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     metrics = run(tiny_checkpoint, text, tmp_path / "out", method="qat", grid="int8", distill=False, steps=30, learning_rate=3e-3)
     assert metrics["loss_after"] < metrics["loss_before"] - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"steps": 40, "learning_rate": 1e6, "distill": False}, {"steps": 4, "learning_rate": 10}])
 def test_a_run_away_training_is_an_error(options: dict[str, Any], tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="training diverged at step"):
@@ -379,6 +383,7 @@ def test_it_goes_on_from_passages_of_the_text(tiny_checkpoint: Path, text: Path)
     assert chosen.mean() > likely.mean() + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "qat"])
 def test_progress_counts_to_the_end(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     class Counts(Progress):

@@ -25,6 +25,8 @@ from tasks.sensitivity import scan, sensitivity
 from tests.support.families import family_checkpoint
 from tests.support.serving_models import serving_spec
 
+pytestmark = pytest.mark.slow
+
 SCAN = SensitivitySpec(grid="int4-g32", head="int4-g32", finer="int8-g32", scale="absmax", samples=4, sequence=16)
 MIXED = {"grid": "int4-g32", "head": "int4-g32", "samples": 8, "sequence": 16}
 

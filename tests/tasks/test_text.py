@@ -146,6 +146,7 @@ def test_max_bytes_takes_a_spread_of_files_up_to_the_cap(tmp_path):
     assert documents[-1].id > "20.txt", "a cap must not mean 'the first files of the alphabet'"
 
 
+@pytest.mark.slow
 def test_standard_library():
     data = DataSpec(source="python-stdlib", max_bytes=1_000_000)
     splits = split_text(data)

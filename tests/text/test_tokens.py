@@ -72,6 +72,7 @@ def test_the_windows_of_a_document_count_its_bytes_once(name: str, text: str, le
     assert tokens - scored <= 1
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(list(TOKENIZERS)), LETTERS)
 def test_tokens_share_out_the_bytes_of_any_text(name: str, text: str) -> None:
