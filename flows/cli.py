@@ -233,7 +233,7 @@ def _fail(error: Exception, line: str, code: int) -> None:
 def _workspace(root: Path) -> Any:
     """The workspace in `root`, its environment configured before MLflow or Prefect is imported."""
     from featherweight.store.workspace import Workspace
-    from featherweight.system.services import configure
+    from featherweight.system.environment import configure
 
     configure(root)
     return Workspace.at(root)

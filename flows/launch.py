@@ -11,7 +11,9 @@ from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
-from featherweight.system.services import check_url, configure, prefect_server
+from featherweight.system.environment import configure
+from featherweight.system.servers import check_url
+from featherweight.system.services import prefect_server
 from flows.progress_view import View, shown
 
 

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from featherweight.masking import masked
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import free_port
-from featherweight.system.services import LOCAL, await_url, check_url, start_mlflow, start_prefect, stop
+from featherweight.system.servers import LOCAL, await_url, check_url, stop
+from featherweight.system.services import start_mlflow, start_prefect
 
 
 def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser: bool) -> None:

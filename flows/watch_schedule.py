@@ -8,7 +8,9 @@ from typing import Any
 from featherweight.masking import masked
 from featherweight.recipe.reading import load_recipe
 from featherweight.store.workspace import Workspace
-from featherweight.system.services import check_url, configure, prefect_server
+from featherweight.system.environment import configure
+from featherweight.system.servers import check_url
+from featherweight.system.services import prefect_server
 from flows.progress_view import View
 
 

@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from featherweight.errors import FeatherweightError, ServiceError
-from featherweight.system.services import LOCAL, QUIET, await_url, start, stop
+from featherweight.system.environment import QUIET
+from featherweight.system.servers import LOCAL, await_url, start, stop
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCFILE = ROOT / "infra" / "Procfile"

@@ -12,7 +12,7 @@ from featherweight.recipe.plan import Node, Plan, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.artifact import ArtifactRef
 from featherweight.store.workspace import Workspace
-from featherweight.system.services import configure
+from featherweight.system.environment import configure
 from tasks.run_node import cached_ref
 from tasks.stages import stage_named
 

@@ -21,7 +21,7 @@ from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from featherweight.system.progress_channel import ProgressChannel
-from featherweight.system.services import check_url
+from featherweight.system.servers import check_url
 from featherweight.system.user import user_name
 
 if TYPE_CHECKING:

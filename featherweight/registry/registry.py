@@ -33,7 +33,7 @@ from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.tracking import open_client
 from featherweight.store.workspace import local_path
-from featherweight.system.services import check_url
+from featherweight.system.servers import check_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -16,7 +16,7 @@ from featherweight.errors import ServiceError, ToolchainError
 from featherweight.masking import masked
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.system import machine, toolchains
-from featherweight.system.services import check_url
+from featherweight.system.servers import check_url
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

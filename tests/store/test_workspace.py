@@ -21,7 +21,8 @@ import sys, time
 from pathlib import Path
 root = Path(sys.argv[1])
 from featherweight.store.workspace import Workspace
-from featherweight.system.services import configure, prefect_server
+from featherweight.system.environment import configure
+from featherweight.system.services import prefect_server
 configure(root)
 import mlflow
 (root.parent / f"ready-{sys.argv[2]}").touch()

@@ -1,0 +1,75 @@
+"""Servers of any kind: is one there, start one, wait for it, end it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+
+from featherweight.errors import ServiceError
+from featherweight.system.processes import end_group, end_with_parent
+
+LOCAL = "127.0.0.1"
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+def check_url(url: str, what: str, variable: str) -> None:
+    """Raise ServiceError where nobody listens at an http(s) URL, or at a database's that is on another machine."""
+    parsed = urlparse(url)
+    usual = PORTS.get(parsed.scheme.partition("+")[0])
+    socket_file = not parsed.netloc and not parsed.scheme.startswith("http")
+    if usual is None or socket_file:
+        return
+    try:
+        host, port = parsed.hostname or "", parsed.port or usual
+    except ValueError:  # which tells a part of the password, so it is not told on
+        escape = "write the /, @, : and % of a password as %2F, %40, %3A and %25"
+        raise ServiceError(f"{variable} is not an address ({url}); {escape}") from None
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ServiceError(f"the {what} server at {url} does not answer ({reason}); start it or unset {variable}") from error
+
+
+def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a server that a Ctrl-C in the terminal does not reach, and that dies with this process however that ends."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **environment}
+    env = {name: value for name, value in env.items() if value != ""}
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
+
+
+def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float = 120) -> None:
+    """Wait until a server answers; raises ServiceError with the end of its log where it does not."""
+    import httpx
+
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=5).status_code < 500:
+                return
+        except httpx.HTTPError:
+            if process.poll() is not None:
+                break
+        time.sleep(0.1)
+    tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    raise ServiceError(f"the {what} server did not start; see {log}{': ' + tail[0] if tail else ''}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its children."""
+    if process.poll() is None:
+        end_group(process)
