@@ -1,6 +1,6 @@
 # `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench lint stack clean
+.PHONY: help setup demo test test-fast bench conformance lint stack clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -21,7 +21,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export VLLM_NO_USAGE_STATS := 1
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv and the toolchains (again in a second; retries a toolchain that failed)
 	$(SETUP)
@@ -41,6 +41,10 @@ test-fast: ## run the tests that start no engine and no server and take a moment
 bench: ## run the benchmarks
 	$(SETUP)
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+conformance: ## every family of models in tiny through every engine, and docs/runtimes.md (most of an hour; it resumes)
+	$(SETUP)
+	@$(BIN)/python -m conformance --page docs/runtimes.md $(ARGS)
 
 lint: ## check style, format, types and who imports whom
 	$(SETUP)

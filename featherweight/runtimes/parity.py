@@ -82,7 +82,7 @@ class Reference:
             [logprobs for logprobs, _ in scored],
             [positions for _, positions in scored],
             sorted({*quarters, *edges_within(model.config, tokens)}),
-            [_continue(model, prompt, new_tokens(tokens)) for prompt in prompts],
+            [continuation(model, prompt, new_tokens(tokens)) for prompt in prompts],
         )
 
     def check(self, served: Path, bound: Bound | None = None) -> Metrics:
@@ -201,7 +201,7 @@ def _score(model: PreTrainedModel, window: Window) -> tuple[list[float], list[in
         return chosen.tolist(), wanted.nonzero()[:, 0].tolist()
 
 
-def _continue(model: PreTrainedModel, prompt: list[int], new: int) -> Continuation:
+def continuation(model: PreTrainedModel, prompt: list[int], new: int) -> Continuation:
     """Greedy, by transformers' own `generate`.
 
     Without a cache where all its keys would have to be others half-way: `generate` of transformers 5.17 then forgets the prompt.

@@ -1,0 +1,265 @@
+"""One cell: a checkpoint is loaded, quantized or served, and held to transformers' eager float32."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any, cast
+
+from conformance.outcome import Outcome
+from conformance.tiny import Case, make, write_text
+from featherweight.errors import FeatherweightError, ParityError, StageError, ToolchainError, one_line
+from featherweight.grid import GRIDS
+from featherweight.model.architecture import TASKS
+from featherweight.model.matrices import in_float, matrices, rows_of
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.runtimes import parity
+from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.runtimes.interface import Grids
+from featherweight.runtimes.parity import Reference, continuation, load_reference
+from featherweight.runtimes.writing import Source, refuse
+from featherweight.store.served_folder import Serving
+from tests.support.in_process import InProcess
+
+TOKENS, NEW = 128, 64
+"""The served length, and how many tokens each text has."""
+PROMPTS = (5, 40, TOKENS - NEW)
+LOAD, QUANTIZE = "load", "quantize int8"
+FLOAT, INT8 = "float32", "int8"
+OPTIONS: dict[tuple[str, str], dict[str, str]] = {
+    ("ctranslate2", INT8): {"compute_type": "int8"},
+    ("onnxruntime-genai", INT8): {"precision": "int8"},
+    ("vllm", INT8): {"compute_type": "int8"},
+}
+SAME = {(engine, FLOAT) for engine in ("torch-dynamic", "torch-static", "torchao-int8", "torchao-int8-dynamic")}
+"""What rounds floats to the very grid that the quantize stage has put the others on. (torchao-int4 rounds to one of its own.)"""
+HEADS = {"vllm": None}
+"""The grid of embedding and head in the quantized checkpoint that an engine is given, where it is not the body's."""
+MUCH = 0.1
+"""The share of a model's matrices that may stay in float where it is called quantized."""
+OTHER_ROUNDING = ("torch-static",)
+"""Engines that round by ranges of their own, so that the parity gate alone knows what they are to compute."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a case lies: as its owner has it, as it was loaded, quantized with and without its head; and its text."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def text(self) -> Path:
+        return self.root / "text"
+
+    def quantized(self, head: str | None) -> Path:
+        return self.root / f"int8-{head}"
+
+
+def columns() -> list[str]:
+    """What is done with each checkpoint, in the order of the table."""
+    return [LOAD, QUANTIZE, *(f"{engine} {form}" for engine in RUNTIMES for form in (FLOAT, INT8) if (engine, form) not in SAME)]
+
+
+def found(work: Callable[[], Outcome]) -> Outcome:
+    """What comes of `work`, its errors included."""
+    began = perf_counter()
+    try:
+        outcome = work()
+    except ParityError as error:
+        outcome = Outcome("refused", one_line(error), "by the gate")
+    except ToolchainError as error:
+        outcome = Outcome("not run", one_line(error))
+    except FeatherweightError as error:
+        outcome = Outcome("refused", one_line(error), "at export")
+    except Exception as error:
+        outcome = Outcome("defect", one_line(f"{type(error).__name__}: {error}", 300))
+    return replace(outcome, seconds=round(perf_counter() - began, 1))
+
+
+def built(case: Case, folders: Folders) -> Outcome:
+    """The checkpoint as its owner has it. One that this room cannot make is no fault of the product."""
+    try:
+        make(case, folders.model)
+    except Exception as error:
+        return Outcome("not run", one_line(f"no tiny model is made of it here ({type(error).__name__}: {error})", 200))
+    write_text(folders.text, case.kind)
+    return Outcome("exact")
+
+
+def loaded(case: Case, folders: Folders) -> Outcome:
+    """The load stage: what transformers computes of its folder is what it computes of the owner's."""
+    from featherweight.checkpoint.spec import LoadSpec
+    from tasks.load import load
+
+    folders.checkpoint.mkdir()
+    load(LoadSpec(source=str(folders.model), task=TASKS[case.kind]), out=folders.checkpoint)
+    reference = _reference(load_reference(folders.model), folders.checkpoint, folders.text)
+    keep(reference, folders.checkpoint)
+    ours = _eager(load_reference(folders.checkpoint))
+    return _figures(reference.hold(reference.scored_by(ours), EXACT, "the loaded checkpoint"))
+
+
+def quantized(_: Case, folders: Folders) -> Outcome:
+    """The quantize stage: every weight within half a step of its own grid, and hardly any in float."""
+    for head in (INT8, None):
+        _quantize(folders, head)
+    if (off := _steps_off(folders)) > 0.5 + 1e-3:
+        return Outcome("defect", f"a weight is {off:.2f} steps from what it was; half a step is what rounding explains")
+    share, most = _in_float(folders)
+    if share > MUCH:
+        return Outcome("defect", f"{share:.0%} of the matrices stay in float, {most} above all, and the result is called int8")
+    return Outcome("within bound")
+
+
+def _steps_off(folders: Folders) -> float:
+    """How far the weight that moved most is from the original, in steps of its grid."""
+    kept = QuantizedWeights.read(folders.quantized(INT8))
+    if kept is None:
+        raise StageError("the quantize stage left no quantized weights")
+    off = 0.0
+    for name, parameter, transposed in matrices(load_reference(folders.checkpoint)):
+        if name in kept.q:
+            moved = (kept.dequantize(name) - rows_of(parameter, transposed)).abs()
+            off = max(off, (moved / kept.scales[name].clamp_min(1e-30)).max().item())
+    return off
+
+
+def _in_float(folders: Folders) -> tuple[float, str]:
+    """The share of what is multiplied with activations that lies on no grid, and the name of the largest such weight.
+
+    Tables of positions are looked up; convolutions and the like are small.
+    """
+    from torch import nn
+
+    model, kept = load_reference(folders.checkpoint), QuantizedWeights.read(folders.quantized(INT8))
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    multiplied = {name: one.numel() for name, one in model.named_parameters() if one.ndim > 1 and id(one) not in looked_up}
+    rest = {name: count for name, count in in_float(model, kept).items() if name in multiplied} if kept else multiplied
+    return sum(rest.values()) / sum(multiplied.values()), next(iter(rest), "")
+
+
+def _quantize(folders: Folders, head: str | None) -> None:
+    from featherweight.quantization.spec import QuantizeSpec
+    from tasks.quantize import quantize
+
+    out = folders.quantized(head)
+    out.mkdir()
+    spec = QuantizeSpec.of(method="rtn", grid="int8", head=head, samples=2, sequence=32)
+    quantize(spec, checkpoint=folders.checkpoint, text=folders.text, calibration=folders.text, out=out)
+    keep(_reference(load_reference(out), out, folders.text), out)
+
+
+def served(case: Case, folders: Folders, engine: str, form: str) -> Outcome:
+    """What an engine makes of it: refused before anything is written, or written, held by the product's gate, and by ours."""
+    runtime = RUNTIMES[engine]
+    keys: Any = OPTIONS.get((engine, form), {})
+    spec = runtime.spec.model_validate({"engine": engine, "max_tokens": TOKENS, **keys})
+    head = HEADS.get(engine, INT8)
+    grids = Grids(GRIDS[INT8], GRIDS[head] if head else None) if form == INT8 else Grids()
+    if reason := runtime.task_refusal(TASKS[case.kind]) or runtime.grid_refusal(grids, spec):
+        return Outcome("not offered", reason)
+    if reason := runtime.missing():
+        return Outcome("not run", reason)
+    checkpoint = folders.quantized(head) if form == INT8 else folders.checkpoint
+    source = Source(checkpoint, folders.text, QuantizedWeights.read(checkpoint), 0, Progress(), TOKENS)
+    try:
+        refuse(runtime, spec, source)
+    except FeatherweightError as error:
+        return Outcome("refused", one_line(error), "before work")
+    return _held(runtime, spec, source, folders.root / f"{engine}-{form}")
+
+
+def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
+    parity.open_worker = opened  # type: ignore[assignment] - this process is the cell's own: no other one is needed
+    out.mkdir()
+    checkpoint, grid = source.checkpoint, source.grid
+    runtime.write(spec, source, out)
+    rounded_here = source.grid != grid
+    reference = _reference(source.model.float(), checkpoint, source.calibration) if rounded_here else kept(checkpoint)
+    gate = dict(runtime.check(spec, source, out))
+    replace(Serving.read(out), max_tokens=TOKENS).write(out)
+    measured = gate if spec.engine in OTHER_ROUNDING else dict(reference.check(out))
+    if reason := _answers_otherwise(reference, checkpoint, out):
+        return Outcome("defect", reason)
+    return _figures(measured)
+
+
+def keep(reference: Reference, folder: Path) -> None:
+    """For the cells of a checkpoint, whose processes are others."""
+    folder.with_suffix(".reference").write_bytes(pickle.dumps(reference))
+
+
+def kept(folder: Path) -> Reference:
+    """What `keep` kept."""
+    return cast(Reference, pickle.loads(folder.with_suffix(".reference").read_bytes()))
+
+
+def _reference(model: Any, checkpoint: Path, text: Path) -> Reference:
+    """What transformers' eager attention says of `model`, and the three texts that it writes."""
+    reference = Reference.of(_eager(model), checkpoint, text, TOKENS)
+    longest = reference.windows[0].source or reference.windows[0].ids
+    prompts = [longest[:length] for length in PROMPTS] if reference.continuations else []
+    reference = replace(reference, continuations=[continuation(model, prompt, NEW) for prompt in prompts])
+    model.set_attn_implementation("sdpa")
+    return reference
+
+
+def _eager(model: Any) -> Any:
+    """The model with the attention that transformers writes out in PyTorch."""
+    model.set_attn_implementation("eager")
+    return model
+
+
+def _answers_otherwise(reference: Reference, checkpoint: Path, out: Path) -> str | None:
+    """Why the served answers are not the engine's own texts, cut where the checkpoint's settings end them; None where they are."""
+    settings, engine = GenerationSettings.read(checkpoint), opened(out)
+    for one in reference.continuations:
+        written, answer = engine.generate([one.prompt], NEW)[0], engine.answer([one.prompt], NEW, settings.values)[0]
+        wanted = settings.cut(written, NEW)
+        if answer != wanted:
+            return f"it answers {len(one.prompt)} tokens with {len(answer)} tokens where its text ends after {len(wanted)}"
+    return None
+
+
+def _figures(metrics: Any) -> Outcome:
+    largest, mean = float(metrics.get("parity_max_abs", 0.0)), float(metrics.get("parity_mean_abs", 0.0))
+    return Outcome("exact" if largest <= EXACT.value else "within bound", max_nats=largest, mean_nats=mean)
+
+
+@cache
+def _engine(served: Path) -> InProcess:
+    """An engine that stays open while its cell lasts: some take most of a minute to start."""
+    return InProcess(served, 1, TOKENS, 1)
+
+
+def opened(served: Path, **_: Any) -> Borrowed:
+    """In the place of `open_worker`: the process of a cell is the engine's already."""
+    return Borrowed(_engine(served))
+
+
+class Borrowed:
+    """An engine that is not closed by whoever borrows it."""
+
+    def __init__(self, engine: InProcess) -> None:
+        self.score, self.generate, self.answer = engine.score, engine.generate, engine.answer
+
+    def __enter__(self) -> Borrowed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

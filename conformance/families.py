@@ -1,0 +1,125 @@
+"""Which families there are: transformers is asked what it opens, and each engine's own library what it takes of that."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from featherweight.errors import ToolchainError
+from featherweight.model.architecture import Family
+from featherweight.system.toolchains import python
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig
+
+VLLM_TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
+"""Where vLLM's registry names the decoders of text that it serves, with modules of its own or with transformers'."""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A model type of transformers with the head that its kind is measured by; `engines` have loaders for it."""
+
+    model_type: str
+    kind: Family
+    architecture: str
+    engines: tuple[str, ...]
+
+
+@cache
+def families() -> tuple[ModelFamily, ...]:
+    """Every model type of text that some engine besides PyTorch names, by its kind and name."""
+    known = {name: ask() for name, ask in ASKED.items()}
+    found: dict[str, ModelFamily] = {}
+    for kind, model_type, architecture, config in _opened():
+        engines = tuple(name for name, takes in known.items() if takes(architecture, config))
+        if engines:
+            found.setdefault(model_type, ModelFamily(model_type, kind, architecture, engines))
+    return tuple(sorted(found.values(), key=lambda one: (one.kind, one.model_type)))
+
+
+def _opened() -> Iterator[tuple[Family, str, str, type[PreTrainedConfig]]]:
+    """(kind, model type, architecture, configuration) of the models of text that transformers' auto classes open.
+
+    A model type of several heads comes with the one that it was made for: an encoder-decoder's before a decoder's of it.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    tables: dict[Family, dict[str, str]] = {
+        "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "encoder": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for kind, table in tables.items():
+        for model_type, architecture in table.items():
+            if model_type not in CONFIG_MAPPING:
+                continue
+            config = CONFIG_MAPPING[model_type]
+            if isinstance(architecture, str) and _of_text(config, kind):
+                yield kind, model_type, architecture, config
+
+
+def _of_text(config: type[PreTrainedConfig], kind: Family) -> bool:
+    """Whether it describes one model of text, and not parts for pictures or sound beside one."""
+    try:
+        made = config()
+    except Exception:  # what transformers cannot describe without being told more is no plain model of text
+        return False
+    parts = {"vision_config", "audio_config", "text_config", "num_mel_bins", "thinker_config"}
+    plain = made.get_text_config() is made if kind != "seq2seq" else made.is_encoder_decoder
+    return bool(plain) and not parts & set(made.to_dict())
+
+
+def _ctranslate2() -> Callable[[str, type[PreTrainedConfig]], bool]:
+    """Its converter has a loader for each configuration class; sound and heads other than the kind's are none of ours."""
+    from ctranslate2.converters import transformers as loaders
+
+    known = set(loaders._MODEL_LOADERS)
+    return lambda architecture, config: config.__name__ in known
+
+
+def _onnx_genai() -> Callable[[str, type[PreTrainedConfig]], bool]:
+    """Its model builder compares the checkpoint's architecture with names, one branch each."""
+    import onnxruntime_genai.models  # noqa: F401 - puts the builder's folder on the path, where it looks for its parts
+    from onnxruntime_genai.models import builder
+
+    known = set(re.findall(r'"(\w+)"', inspect.getsource(builder.create_model)))
+    return lambda architecture, config: architecture in known
+
+
+def _vllm() -> Callable[[str, type[PreTrainedConfig]], bool]:
+    """Its registry's tables, read without importing it; nothing where the toolchain is not installed."""
+    known = vllm_architectures()
+    return lambda architecture, config: architecture in known
+
+
+@cache
+def vllm_architectures() -> frozenset[str]:
+    """The architectures that vLLM's registry names; none where the toolchain is not installed."""
+    try:
+        environment: Path = python("vllm").parent.parent
+    except ToolchainError:
+        return frozenset()
+    path = next(environment.glob("lib/python*/site-packages/vllm/model_executor/models/registry.py"))
+    tables = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign | ast.AnnAssign))
+    return frozenset(key.value for node in tables if _name(node) in VLLM_TABLES for key in _keys(node.value))
+
+
+def _name(node: ast.Assign | ast.AnnAssign) -> str:
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _keys(value: ast.expr | None) -> Iterator[ast.Constant]:
+    yield from (key for key in (value.keys if isinstance(value, ast.Dict) else []) if isinstance(key, ast.Constant))
+
+
+ASKED = {"ctranslate2": _ctranslate2, "onnxruntime-genai": _onnx_genai, "vllm": _vllm}

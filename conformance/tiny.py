@@ -1,0 +1,231 @@
+"""A tiny random checkpoint of any model type: its own configuration class with small numbers, and the traits that go wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conformance.families import families
+from featherweight.model.architecture import Family
+from featherweight.text.documents import Document, write_documents
+from tests.support.tokenizers import byte_level
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+CONTEXT, WINDOW, ORIGINAL = 256, 48, 64
+"""Positions that a model was made for; how far back sliding layers see; where scaled rotary embeddings begin to be others."""
+HIDDEN, HEADS, KEY_HEADS, HEAD, INNER = 64, 4, 2, 16, 96
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embed_dim"), HIDDEN),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "ffn_hidden_size"), INNER),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_intermediate_size", "intermediate_size_mlp"), INNER),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), HEADS),
+    "decoder_attention_heads": HEADS,
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), KEY_HEADS),
+    **dict.fromkeys(("head_dim", "d_kv", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "swa_head_dim"), HEAD),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), CONTEXT),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), HEAD),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **{"query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    **{"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
+    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0},
+}
+"""What any configuration is told that knows the name. Scalars that are neutral by default are not here."""
+
+PART = {
+    name: SIZES[name]
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "sliding_window",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    )
+}
+PART |= {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": 320}  # fmt: skip
+"""One of the two stacks that some encoder-decoders describe each by itself."""
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mamba": {"num_hidden_layers": 2, "expand": 2, "time_step_rank": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "chunk_size": 32},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "gpt_oss": {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}},
+    "gpt_bigcode": {"multi_query": True},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "t5gemma": {"encoder": PART, "decoder": PART},
+    "t5gemma2": {"encoder": {"text_config": PART}, "decoder": PART},
+}  # fmt: skip
+"""What else a model type has to be told."""
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+BANDS = {"short_factor": [1 + index / 10 for index in range(8)], "long_factor": [2.0 + index for index in range(8)]}
+TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, rope linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
+    "llama, rope dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
+    "llama, rope yarn": ("llama", {"rope_parameters": ROPE | {"rope_type": "yarn", "original_max_position_embeddings": ORIGINAL}}),
+    "llama, rope llama3": ("llama", {"rope_parameters": ROPE | {
+        "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}}),
+    "phi3, rope longrope": ("phi3", {"sliding_window": None, "original_max_position_embeddings": ORIGINAL, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL} | BANDS}),
+    "qwen2, rope yarn": ("qwen2", {"use_sliding_window": False, "rope_parameters": ROPE | {
+        "rope_type": "yarn", "original_max_position_embeddings": ORIGINAL}}),
+    "llama, biases, heads of 20": ("llama", {
+        "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20, "vocab_size": 331,
+        "attention_bias": True, "mlp_bias": True}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, heads narrower than the model": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "mistral, tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2, no window": ("qwen2", {"use_sliding_window": False}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": HEAD}),
+    "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, alibi": ("falcon", {"alibi": True}),
+    "phi3, no window": ("phi3", {"sliding_window": None}),
+    "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
+    "t5, gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+"""Traits that no default of a model type shows: (model type, what its configuration says)."""
+
+WITHOUT_BOS = ("gpt2", "gpt_neox", "qwen2", "qwen3", "bloom", "gptj", "codegen", "gpt_bigcode", "gpt-sw3")
+"""Model types whose tokenizers put nothing before a text."""
+FRAMES: dict[Family, str] = {"causal": "<s> $A", "seq2seq": "$A </s>", "encoder": "<s> $A </s>"}
+TEXT = "The river and the stone met once. It was heavy, and it wanted to be light: 'What do I need?' it asked the old compiler. "
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the matrix: a model type, with what its configuration is told beside small numbers."""
+
+    name: str
+    model_type: str
+    kind: Family
+    engines: tuple[str, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    """Every family as it is by default, and the traits."""
+    known = {one.model_type: one for one in families()}
+    plain = [Case(name, name, one.kind, one.engines) for name, one in known.items()]
+    told = [Case(name, kind, known[kind].kind, known[kind].engines, changes) for name, (kind, changes) in TRAITS.items()]
+    return sorted([*plain, *told], key=lambda case: (case.engines == ("vllm",), case.kind, case.name))
+
+
+def make(case: Case, folder: Path) -> Path:
+    """The checkpoint of `case` in the new folder, with a tokenizer, two ends of text, and biases and norms that are not neutral."""
+    import torch
+
+    tokenizer = byte_level("$A" if case.model_type in WITHOUT_BOS else FRAMES[case.kind])
+    torch.manual_seed(0)
+    model = spread(_class(case)(configuration(case, tokenizer)).float().eval())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _give_ends(case, model, folder, tokenizer)
+    return folder
+
+
+def _class(case: Case) -> Any:
+    import transformers
+
+    return getattr(transformers, next(one.architecture for one in families() if one.model_type == case.model_type))
+
+
+def configuration(case: Case, tokenizer: Any) -> PreTrainedConfig:
+    """Small numbers for every name that the configuration class knows."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[case.model_type]
+    given: dict[str, Any] = {"vocab_size": len(tokenizer), **SIZES, **_ends(tokenizer)}
+    known = {name: value for name, value in given.items() if name in _names(kind)}
+    known |= {"num_key_value_heads": HEADS} if "kv_lora_rank" in known else {}  # compressed keys are each head's own
+    return kind(**known | _layers(kind) | SPECIAL.get(case.model_type, {}) | _start(case, tokenizer) | dict(case.changes))
+
+
+def _start(case: Case, tokenizer: Any) -> dict[str, int]:
+    """What an encoder-decoder's targets begin with."""
+    return {"decoder_start_token_id": tokenizer.pad_token_id} if case.kind == "seq2seq" else {}
+
+
+def _ends(tokenizer: Any) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _names(kind: type[PreTrainedConfig]) -> set[str]:
+    """What the configuration class has a field for."""
+    return {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
+
+
+def _layers(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """One layer of each kind where a model type has several, two at least."""
+    if "layer_types" not in _names(kind):
+        return {}
+    usual = getattr(kind(), "layer_types", None) or []
+    kinds = list(dict.fromkeys(usual)) if len(set(usual)) > 1 else []
+    return {"layer_types": kinds, "num_hidden_layers": len(kinds)} if kinds and "use_sliding_window" not in _names(kind) else {}
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights whose attention and logits are far from flat, norms off their neutral scale, biases off zero."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim in (2, 3) and "conv" not in name and not name.endswith(("A_log", "bias")):
+                weight.normal_(0, 0.15)
+            elif name.endswith("bias"):
+                weight.normal_(0, 0.2)
+            elif "norm" in name or "ln_" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+def _give_ends(case: Case, model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
+    """Two ends in generation_config.json, one of which the model writes after a while."""
+    import torch
+
+    if case.kind == "encoder":
+        return
+    ids = torch.tensor([tokenizer(TEXT).input_ids[:5]])
+    with torch.inference_mode():
+        written = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.pad_token_id)
+    second = int(written[0, -1])
+    path = folder / "generation_config.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(told | {"eos_token_id": [tokenizer.eos_token_id, second]}, indent=2))
+
+
+def write_text(folder: Path, kind: Family) -> Path:
+    """Documents of two texts each, of several lengths; with targets for an encoder-decoder."""
+    bodies = [f"{TEXT * 4} {number}: {TEXT[number:]}" for number in range(12)]
+    targets = [TEXT[number : number + 60] if kind == "seq2seq" else None for number in range(12)]
+    write_documents(folder, [Document(str(n), body, target) for n, (body, target) in enumerate(zip(bodies, targets, strict=True))])
+    return folder

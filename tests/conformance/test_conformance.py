@@ -1,0 +1,104 @@
+"""The conformance matrix: whom it asks, what it makes, what it calls a defect; and a part of it, run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance import cell, run
+from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, Folders
+from conformance.families import families
+from conformance.outcome import Matrix, Outcome
+from conformance.page import page
+from conformance.tiny import WINDOW, Case, cases, make
+from featherweight.errors import ParityError, RecipeError, ToolchainError
+from featherweight.runtimes import parity
+
+CASES = {case.name: case for case in cases()}
+GATE = ("llama, rope llama3", "qwen2", "gpt2", "t5", "bert")
+"""A scaled rotary embedding, a sliding window, Conv1D and no BOS, an encoder-decoder, an encoder."""
+ENGINES = ("torch", "ctranslate2", "onnxruntime-genai", "torchao-int8")
+
+
+def test_the_families_are_those_that_transformers_and_the_engines_name() -> None:
+    known = {one.model_type: one for one in families()}
+    assert {"ctranslate2", "onnxruntime-genai"} <= set(known["llama"].engines)
+    assert known["t5"].kind == "seq2seq" and known["bert"].kind == "encoder" and known["bloom"].kind == "causal"
+    assert not {"whisper", "gemma3", "wav2vec2"} & known.keys()
+    assert sum(set(one.engines) != {"vllm"} for one in known.values()) >= 40
+
+
+def test_a_tiny_checkpoint_has_the_traits_of_its_row(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = make(CASES["mistral"], tmp_path / "mistral")
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.sliding_window, config.num_hidden_layers, config.head_dim) == (WINDOW, 2, 16)
+    assert len(GenerationConfig.from_pretrained(folder).eos_token_id) == 2
+    assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == config.bos_token_id
+    assert AutoTokenizer.from_pretrained(make(CASES["gpt2"], tmp_path / "gpt2"))("a").input_ids[0] != config.bos_token_id
+
+
+def raising(error: Exception) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RecipeError("no"), Outcome("refused", "no", "at export")),
+        (ParityError("off"), Outcome("refused", "off", "by the gate")),
+        (ToolchainError("absent"), Outcome("not run", "absent")),
+        (KeyError("rope_type"), Outcome("defect", "KeyError: 'rope_type'")),
+    ],
+)
+def test_a_raw_error_is_a_defect_and_a_line_of_ours_is_none(error: Exception, outcome: Outcome) -> None:
+    assert cell.found(lambda: raising(error)) == outcome
+
+
+def ending(seconds: float) -> Outcome:
+    time.sleep(seconds)
+    os._exit(3)
+
+
+def test_a_cell_that_dies_or_hangs_is_a_defect(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    assert run.apart(fork, 20, tmp_path, ending, 0.0) == Outcome("defect", "its process died with exit code 3")
+    assert run.apart(fork, 0.2, tmp_path, ending, 60.0).reason == "not done after 0 s"
+
+
+def test_what_was_found_is_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def found(fork: Any, limit_s: float, folder: Path, work: Any, case: Case, folders: Folders, *column: str) -> Outcome:
+        seen.append(" ".join(column) or work.__name__)
+        return Outcome("defect", "wrong") if column else Outcome("exact", max_nats=0.0)
+
+    monkeypatch.setattr(run, "apart", found)
+    for _ in range(2):
+        matrix = Matrix.open(tmp_path / "cells.json")
+        run.run(matrix, [CASES["llama"]], [LOAD, QUANTIZE, f"torch {FLOAT}"], 1.0)
+    assert seen == ["built", "loaded", "quantized", f"torch {FLOAT}"]
+    told = page(Matrix.open(tmp_path / "cells.json"), [CASES["llama"], CASES["t5"]], [LOAD, QUANTIZE, f"torch {FLOAT}"])
+    assert "| llama | = | = | **!** · |" in told and "| t5 | · | · | · · |" in told
+    assert "- torch float32, llama: wrong" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GATE)
+def test_a_part_of_the_matrix(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is here is exact, within the bound, or refused in one line: the whole of it is `make conformance`."""
+    monkeypatch.setattr(parity, "open_worker", parity.open_worker)  # which a cell replaces in its own process
+    case, folders = CASES[name], Folders(tmp_path)
+    first = [cell.found(lambda work=work: work(case, folders)) for work in (cell.built, cell.loaded, cell.quantized)]  # type: ignore[misc]
+    assert [outcome.kind for outcome in first] == ["exact", "exact", "within bound"], first
+    for engine in ENGINES:
+        for form in (FLOAT, INT8):
+            outcome = cell.found(lambda engine=engine, form=form: cell.served(case, folders, engine, form))  # type: ignore[misc]
+            assert outcome.kind in ("exact", "within bound", "refused", "not offered"), (engine, form, outcome)
+            assert engine != "torch" or form != FLOAT or outcome.kind == "exact"
