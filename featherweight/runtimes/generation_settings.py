@@ -1,6 +1,6 @@
 """How a checkpoint wants its texts written: what its generation_config.json says, and what each engine can follow of it.
 
-The served model answers as transformers' `generate` does with these settings, with one beam: greedy where they do not ask for
+The served model answers as transformers' `generate` does with these settings: greedy where they ask for neither beams nor
 sampling. Measurements do not follow them: what is timed and compared is the model, over exactly so many tokens.
 """
 
@@ -15,10 +15,14 @@ FILE = "generation_config.json"
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty"), 1),
+    "early_stopping": False,
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p"), 0.0),
     "do_sample": False,
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
+"""What a search of several texts at once takes; the latter two mean nothing without the first."""
 LENGTHS = frozenset({"eos_token_id", "max_length", "max_new_tokens", "forced_eos_token_id"})
 """What any engine's answer follows: where it ends."""
 PROCESSED = LENGTHS | {
@@ -26,12 +30,24 @@ PROCESSED = LENGTHS | {
     *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "min_length", "min_new_tokens"),
 }
 """What an engine that hands out its logits follows: see `processors`."""
-EVERYTHING = PROCESSED | {
-    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "sequence_bias", "exponential_decay_length_penalty"),
-    *(*SAMPLING, "renormalize_logits", "remove_invalid_values"),
-}
-"""What transformers itself follows of what changes a text of one beam."""
-_OTHERS = ("guidance_scale", "stop_strings", "watermarking_config", "penalty_alpha", "dola_layers", "token_healing")
+EVERYTHING = (
+    PROCESSED
+    | BEAMS
+    | {
+        *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "sequence_bias", "exponential_decay_length_penalty"),
+        *(*SAMPLING, "renormalize_logits", "remove_invalid_values"),
+    }
+)
+"""What transformers itself follows of what changes a text."""
+_OTHERS = (
+    "guidance_scale",
+    "num_beam_groups",
+    "stop_strings",
+    "watermarking_config",
+    "penalty_alpha",
+    "dola_layers",
+    "token_healing",
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +69,13 @@ class GenerationSettings:
     def of(cls, config: Any) -> GenerationSettings:
         """Of transformers' own object; what says nothing new is left out."""
         given = {name: getattr(config, name, None) for name in sorted(EVERYTHING.union(_OTHERS))}
-        sampled = bool(given["do_sample"])
+        silent = set() if given["do_sample"] else set(SAMPLING)
+        silent |= set() if (given["num_beams"] or 1) > 1 else set(BEAMS)
         return cls(
             {
                 name: value
                 for name, value in given.items()
-                if value not in (None, [], {}) and value != NEUTRAL.get(name) and (sampled or name not in SAMPLING)
+                if value not in (None, [], {}) and value != NEUTRAL.get(name) and name not in silent
             }
         )
 
@@ -78,6 +95,8 @@ class GenerationSettings:
     def refusal(self, followed: Collection[str], engine: str) -> str | None:
         """Why the engine does not write as these settings ask; None where it does."""
         missing = sorted(set(self.values) - set(followed))
+        if {"num_beams", "do_sample"} <= set(self.values) and EVERYTHING.difference(followed):
+            missing.append("do_sample with num_beams")
         if not missing:
             return None
         them = "them" if len(missing) > 1 else "it"

@@ -6,12 +6,14 @@ import json
 from time import perf_counter
 from typing import Any
 
-from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
+from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
 SHARED = "shared_vocabulary.json"
 FOLLOWED = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
 FOLLOWED |= {"bad_words_ids", "suppress_tokens", "min_length", "min_new_tokens", "forced_bos_token_id"}
+FOLLOWED |= BEAMS
+PATIENCE = 4
 
 
 class CTranslate2Model(LoadedModel):
@@ -103,7 +105,10 @@ class CTranslate2Model(LoadedModel):
         shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
         return {
             "end_token": settings.ends,
-            "beam_size": 1,
+            "beam_size": values.get("num_beams", 1),
+            "length_penalty": values.get("length_penalty", 1.0),
+            # transformers goes on until nothing better can come; CTranslate2 until it has so many times the beams.
+            "patience": 1 if values.get("early_stopping") is True else PATIENCE,
             "repetition_penalty": values.get("repetition_penalty", 1.0),
             "no_repeat_ngram_size": values.get("no_repeat_ngram_size", 0),
             "suppress_sequences": [[self.vocabulary[token] for token in word] for word in words] or None,

@@ -93,7 +93,8 @@ class TorchModel(LoadedModel):
 
         tokens: Tokens = [[] for _ in prompts]
         ends = settings.ends
-        options = settings.values | {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0, "num_beams": 1}
+        options = settings.values | {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0}
+        options["num_beams"] = settings.values.get("num_beams", 1)
         with torch.inference_mode():
             for batch in by_length(prompts, self.limits.max_batch):
                 ids = self._batch(prompts, batch)
