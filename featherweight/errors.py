@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from featherweight.masking import masked
 
@@ -96,6 +97,15 @@ class IntegrityError(FeatherweightError):
     """An artifact's bytes are not those that its manifest records."""
 
     exit_code = 9
+
+
+def refused(check: Callable[..., object], *arguments: Any) -> str | None:
+    """What a check that raises says, as a reason; None where it lets the arguments through."""
+    try:
+        check(*arguments)
+    except FeatherweightError as error:
+        return str(error)
+    return None
 
 
 def told(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from featherweight.errors import Stopped
 from featherweight.masking import masked
+from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.report.result import OptimizationResult
@@ -19,7 +20,8 @@ from flows.progress_view import View, shown
 
 def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> OptimizationResult:
     """Run one optimization in this process. Raises FeatherweightError, Stopped at Ctrl-C."""
-    plan = expand(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    plan = expand(loaded, facts=Facts.read(loaded))
     check_url(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLflow", "MLFLOW_TRACKING_URI")
     workspace = Workspace.at(root)
     configure(root)

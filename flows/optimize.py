@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import flow
 
+from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import ESSENTIAL, Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
@@ -38,7 +39,7 @@ def optimize_flow(
     """
     changes = [*(overrides or []), *([f"checkpoint.source={source}", "checkpoint.train=null"] if source else [])]
     loaded = load_recipe(Path(recipe), tuple(changes))
-    plan, place = expand(loaded), Workspace.at(Path(workspace))
+    plan, place = expand(loaded, facts=Facts.read(loaded)), Workspace.at(Path(workspace))
     if progress is not None:
         return optimize(loaded, plan, place, ProgressChannel(Path(progress)), tags).to_dict()
     view = PlainView()

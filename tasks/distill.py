@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening, saving
 from featherweight.distillation.losses import distillation_loss
-from featherweight.distillation.matching import Matcher, Pair, layer_pairs
+from featherweight.distillation.matching import Matcher, Pair
 from featherweight.distillation.spec import DistillSpec
-from featherweight.distillation.students import make_student, require_same_tokens, student_sizes
+from featherweight.distillation.students import make_student, matched_layers, require_same_tokens
 from featherweight.distillation.teacher_answers import Answers, answers_of
-from featherweight.errors import RecipeError, StageError
-from featherweight.model import surgery
-from featherweight.model.architecture import LAYOUTS
+from featherweight.errors import RecipeError
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
@@ -85,16 +83,7 @@ def check(spec: DistillSpec, checkpoint: Path, config: PreTrainedConfig, student
     if student is not None:
         require_same_tokens(checkpoint, student, text)
         opening.require_context(opening.load_config(student), spec.sequence, "distill")
-    matched = spec.hidden_weight or spec.attention_weight
-    if student is not None and not matched:
-        return ()
-    if config.model_type not in LAYOUTS:
-        raise StageError(
-            f"distill handles {', '.join(sorted(LAYOUTS))} models, not '{config.model_type}'; give it a student of its own and "
-            "no weight to hidden states and attention maps, or leave the stage out"
-        )
-    sizes = student_sizes(spec, config, student)
-    return layer_pairs(spec.layer_map, sizes, surgery.stack_sizes(config)) if matched else ()
+    return matched_layers(spec, config, opening.load_config(student) if student else None)
 
 
 def training_blocks(

@@ -8,6 +8,7 @@ from typing import Any
 
 from featherweight.errors import FeatherweightError, told
 from featherweight.recipe.cost import Cost, estimate
+from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Node, Plan, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.artifact import ArtifactRef
@@ -59,11 +60,15 @@ class PlanForecast:
 
 
 def forecast(recipe: Recipe, root: Path) -> PlanForecast:
-    """Expand the recipe, look up what is cached, estimate the rest. Raises RecipeError."""
-    plan = expand(recipe)
+    """Expand the recipe for what its checkpoint tells, look up what is cached, estimate the rest.
+
+    Raises RecipeError, CheckpointError.
+    """
+    facts = Facts.read(recipe)
+    plan = expand(recipe, facts=facts)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
     measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    return PlanForecast(plan, estimate(plan, recipe, measured, set(cached)), warnings)
+    return PlanForecast(plan, estimate(plan, recipe, measured, set(cached)), (*facts.notes, *warnings))
 
 
 def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
+from featherweight.checkpoint.facts import ALREADY_QUANTIZED
 from featherweight.checkpoint.files import CONFIG, INDEX, copy
 from featherweight.checkpoint.saving import copy_companions
 from featherweight.errors import CheckpointError, RecipeError, StageError
@@ -22,11 +23,11 @@ from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
 from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
-from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
-from featherweight.quantization.spec import NONE, QuantizeSpec
+from featherweight.quantization.spec import QuantizeSpec
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.losses import mean_loss
 from tasks.stage import stage
@@ -73,8 +74,6 @@ def quantize(
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
-    if (what := spec.smooth if spec.method == DEFAULT else spec.method) != NONE:
-        given.require_linear(what)
     before = _loss_before(given)
     given = smoothed(given)
     choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))
@@ -129,9 +128,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     config = opening.load_config(checkpoint)
     opening.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():
-        raise CheckpointError(
-            f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
-        )
+        raise CheckpointError(ALREADY_QUANTIZED)
     parent = Parent(TASKS[family_of(config)], config.model_type, sparse=Sparsity.read(checkpoint) is not None)
     if reason := spec.refusal(parent):
         raise RecipeError(f"quantize: {reason}")

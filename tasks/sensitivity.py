@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
-from featherweight.errors import StageError
+from featherweight.errors import RecipeError, StageError
 from featherweight.grid import Grid, grid_named
+from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.parent import Parent, linear_refusal
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.interface import QuantizationInput, start_scales
 from featherweight.quantization.sensitivity import Matrix, Sensitivity
@@ -32,11 +34,13 @@ def sensitivity(
     squared rounding error does. Writes sensitivity.json and sensitivity.html. Metrics: `matrices`, `loss` (nats per token),
     `predicted_quality_loss` (all matrices on the coarse grid). Raises StageError where the model computes what is no number.
     """
+    config = opening.load_config(checkpoint)
+    if reason := linear_refusal("sensitivity", Parent(TASKS[family_of(config)], config.model_type)):
+        raise RecipeError(reason)
     model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     rounding = QuantizeSpec.of(grid=spec.grid, head=spec.head, scale=spec.scale)
     given = QuantizationInput(rounding, checkpoint, model, blocks, calibration, seed, progress)
-    given.require_linear("sensitivity")
     grids = given.grids
     loss, divergences = scan(model, grids, blocks, spec.scale, progress)
     finer = grid_named(spec.finer)

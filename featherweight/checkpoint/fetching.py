@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.files import ADAPTER, Listing, adapter_files, has_weights, read_json
-from featherweight.checkpoint.hub import fetch_hf, identify_hf
-from featherweight.checkpoint.local_folder import fetch_local, identify_local
-from featherweight.checkpoint.registered_model import fetch_registered, identify_registered
-from featherweight.checkpoint.s3_prefix import fetch_s3, identify_s3
+from featherweight.checkpoint.hub import fetch_hf, identify_hf, look_hf
+from featherweight.checkpoint.local_folder import fetch_local, identify_local, local_path
+from featherweight.checkpoint.registered_model import fetch_registered, identify_registered, look_registered
+from featherweight.checkpoint.s3_prefix import fetch_s3, identify_s3, look_s3
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest
@@ -21,10 +21,14 @@ WORK = ".fetch"
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of source. `fetch(spec, work, progress)` brings it to a local folder or GGUF file, at most into `work`."""
+    """One kind of source. `fetch(spec, work, progress)` brings it to a local folder or GGUF file, at most into `work`.
+
+    look: the files where they are, without fetching weights; None where they have to be fetched to be seen.
+    """
 
     fetch: Callable[[LoadSpec, Path, Progress], Path]
     identity: Callable[[LoadSpec], Any]
+    look: Callable[[LoadSpec], Listing | Path | None]
 
 
 def source_fingerprint(spec: LoadSpec) -> str:
@@ -57,10 +61,15 @@ def base_named(adapter: Path) -> str | None:
     return str(beside) if beside.exists() else f"hf:{told}" if told.count("/") == 1 and told[0] not in "./~" else str(told)
 
 
+def look_at(spec: LoadSpec) -> Listing | Path | None:
+    """The files of the source where they are: a folder or GGUF file here, or a listing; None where they must be fetched first."""
+    return source_of(spec)[1].look(spec)
+
+
 SOURCES = {
-    "s3://": Source(fetch_s3, identify_s3),
-    "hf:": Source(fetch_hf, identify_hf),
-    "models:": Source(fetch_registered, identify_registered),
-    "": Source(fetch_local, identify_local),
+    "s3://": Source(fetch_s3, identify_s3, look_s3),
+    "hf:": Source(fetch_hf, identify_hf, look_hf),
+    "models:": Source(fetch_registered, identify_registered, look_registered),
+    "": Source(fetch_local, identify_local, local_path),
 }
 """By how the source begins; what begins with none of them is a path."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from featherweight.errors import CheckpointError
 from featherweight.model.sparsity import FILE as SPARSITY
@@ -222,22 +222,41 @@ def _parse(listing: Listing, name: str) -> Any:
 def check_length(listing: Listing, name: str) -> None:
     """Compare a safetensors file's size with what its header promises."""
     size = listing.sizes[name]
+    header = read_header(listing, name)
+    expected = _header_bytes(listing, name) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        _refuse_length(listing, name, str(expected), shorter=size < expected)
+
+
+def read_header(listing: Listing, name: str) -> dict[str, Any]:
+    """What a safetensors file says of each of its tensors: `dtype`, `shape` and `data_offsets`. Reads nothing else of it."""
+    size, until = listing.sizes[name], _header_bytes(listing, name)
+    if size < until:
+        _refuse_length(listing, name, f"at least {until}", shorter=True)
+    try:
+        header = json.loads(listing.read(name, until)[8:])
+        [entry["data_offsets"][1] + len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _headless(listing, name) from error
+    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+
+
+def _header_bytes(listing: Listing, name: str) -> int:
+    """Where the header ends: 8 bytes tell its length."""
     lead = listing.read(name, 8)
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1
-    try:
-        if length > _MAX_HEADER:
-            raise ValueError("no header length")
-        expected = 8 + length
-        if size >= expected:
-            header = json.loads(listing.read(name, expected)[8:])
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-            expected += max(ends, default=0)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{listing.where}/{name} ({size} bytes) has no safetensors header; copy it again") from error
-    if size != expected:
-        least = "at least " if size < 8 + length else ""
-        problem = "is truncated" if size < expected else "has bytes after its end"
-        raise CheckpointError(f"{listing.where}/{name} {problem}: {size} of {least}{expected} bytes; copy it again")
+    if length > _MAX_HEADER:
+        raise _headless(listing, name)
+    return 8 + int(length)
+
+
+def _headless(listing: Listing, name: str) -> CheckpointError:
+    return CheckpointError(f"{listing.where}/{name} ({listing.sizes[name]} bytes) has no safetensors header; copy it again")
+
+
+def _refuse_length(listing: Listing, name: str, expected: str, *, shorter: bool) -> NoReturn:
+    problem = "is truncated" if shorter else "has bytes after its end"
+    raise CheckpointError(f"{listing.where}/{name} {problem}: {listing.sizes[name]} of {expected} bytes; copy it again")
 
 
 def require_tokenizer(listing: Listing) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,53 @@ def _hub_info(spec: LoadSpec) -> Any:
         return None
 
 
-def _hub_names(spec: LoadSpec) -> list[str] | None:
-    """Names to download; None where the hub is out of reach. Refuses a pickle before anything is downloaded."""
+def look_hf(spec: LoadSpec) -> Listing | Path | None:
+    """The files on the hub, read as far as is asked for; the cached folder, or None, where it is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with _hub_explained(spec):
+        info = _hub_info(spec)
+        if info is not None:
+            return _hub_listing(spec, info, _read_hub)
+        repo, revision = _repository(spec)
+        try:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True, **_hub_places()))
+        except LocalEntryNotFoundError:
+            return None
+
+
+def _read_hub(spec: LoadSpec, revision: str, name: str, length: int) -> bytes:
+    """The first bytes of a file of the repository, by a ranged request."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(_repository(spec)[0], name, revision=revision, endpoint=_hub_places()["endpoint"])
+    wanted = {**build_hf_headers(), "range": f"bytes=0-{max(0, length - 1)}"}
+    answer = get_session().get(url, headers=wanted, follow_redirects=True, timeout=20)
+    hf_raise_for_status(answer)
+    return bytes(answer.content[:length])
+
+
+def _download_hub(spec: LoadSpec, revision: str, name: str, length: int) -> bytes:
+    """The same of a whole file, which is kept in huggingface_hub's cache."""
     from huggingface_hub import hf_hub_download
 
+    return Path(hf_hub_download(_repository(spec)[0], name, revision=revision, **_hub_places())).read_bytes()
+
+
+def _hub_listing(spec: LoadSpec, info: Any, read: Callable[[LoadSpec, str, str, int], bytes]) -> Listing:
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    sizes = {name: size for name, size in sizes.items() if "/" not in name or is_companion(name)}
+    return Listing(spec.source, sizes, lambda name, length: read(spec, info.sha, name, length))
+
+
+def _hub_names(spec: LoadSpec) -> list[str] | None:
+    """Names to download; None where the hub is out of reach. Refuses a pickle before anything is downloaded."""
     info = _hub_info(spec)
     if info is None:
         return None
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    sizes = {name: size for name, size in sizes.items() if "/" not in name or is_companion(name)}
-
-    def read(name: str, length: int) -> bytes:
-        path = hf_hub_download(_repository(spec)[0], name, revision=info.sha, **_hub_places())
-        return Path(path).read_bytes()
-
-    listing = Listing(str(spec.source), sizes, read)
+    listing = _hub_listing(spec, info, _download_hub)
     return files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
 
 

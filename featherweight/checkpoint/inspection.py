@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
+from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line
 from featherweight.model.architecture import TASKS, family_of, head_class
@@ -60,7 +61,8 @@ def inspect_checkpoint(
     Raises CheckpointError with one line that names the file or the tensor.
     """
     listing = Listing.of(folder)
-    _check_config(listing, trust_remote_code)
+    require_described(listing, trust_remote_code)
+    _require_float(listing)
     weights = find_weights(listing, allow_pickle=allow_pickle)
     require_tokenizer(listing)
     shapes = read_shapes(listing, folder, weights)
@@ -71,16 +73,17 @@ def inspect_checkpoint(
     return _describe(model, folder, weights, sum(listing.sizes[name] for name in weights.files))
 
 
-def _check_config(listing: Listing, trust_remote_code: bool) -> None:
-    """Refuse what config.json says we cannot take: no model type, packed weights, code of its own."""
-    config = read_json(listing, CONFIG)
-    where = f"{listing.where}/{CONFIG}"
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{where} names no model_type; is it a transformers checkpoint?")
-    if config.get("quantization_config"):
-        packed = config["quantization_config"]
-        method = packed.get("quant_method", "unknown method") if isinstance(packed, dict) else packed
+def _require_float(listing: Listing) -> None:
+    """Refuse packed weights."""
+    if (method := method_of(read_json(listing, CONFIG))) is not None:
+        where = f"{listing.where}/{CONFIG}"
         raise CheckpointError(f"{where}: the weights are quantized already ({method}); start from the float checkpoint")
+
+
+def require_described(listing: Listing, trust_remote_code: bool) -> None:
+    """Refuse what config.json says we cannot take: no model type, code of its own."""
+    if not isinstance(read_json(listing, CONFIG).get("model_type"), str):
+        raise CheckpointError(f"{listing.where}/{CONFIG} names no model_type; is it a transformers checkpoint?")
     for name in (CONFIG, "tokenizer_config.json"):
         if name in listing.sizes and not trust_remote_code and read_json(listing, name).get("auto_map"):
             raise CheckpointError(
@@ -103,7 +106,7 @@ def dry_load(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-            _check_task(folder, config, task)
+            require_task(folder, config, task)
             model, info = model_class(config, folder, trust_remote_code).from_pretrained(
                 None,
                 config=config,
@@ -120,7 +123,7 @@ def dry_load(
     return model
 
 
-def _check_task(folder: Path, config: Any, task: Task | None) -> None:
+def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
     """Refuse a model that is made for another task."""
     found = TASKS[family_of(config)]
     if task is not None and task != found:

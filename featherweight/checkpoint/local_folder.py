@@ -14,12 +14,17 @@ from featherweight.store.artifact import file_sha256
 
 
 def fetch_local(spec: LoadSpec, work: Path, progress: Progress) -> Path:
-    return Path(str(spec.source)).expanduser()
+    return local_path(spec)
+
+
+def local_path(spec: LoadSpec) -> Path:
+    """The folder, or the GGUF file."""
+    return Path(spec.source).expanduser()
 
 
 def identify_local(spec: LoadSpec) -> dict[str, str]:
     """sha256 of every file that is taken, by name."""
-    path = fetch_local(spec, Path(), Progress())
+    path = local_path(spec)
     gguf = gguf_file(path)
     if gguf is not None:
         return {part.name: file_sha256(part) for part in parts_of(gguf)}

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.model.architecture import auto_class
+from featherweight.model.positions import context_refusal
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
+GENERATION = "generation_config.json"
 Model = TypeVar("Model", bound="nn.Module")
 
 
@@ -31,9 +33,8 @@ def model_type(folder: Path) -> str:
 
 def require_context(config: PreTrainedConfig, sequence: int, stage: str) -> None:
     """Refuse to train on sequences longer than the positions that the model knows."""
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and sequence > context:
-        raise RecipeError(f"{stage}.sequence {sequence} is longer than the model's context of {context}; lower it")
+    if reason := context_refusal(config, sequence, stage):
+        raise RecipeError(reason)
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -41,6 +42,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def generation_config(folder: Path, config: PreTrainedConfig | None = None, *, beside: bool = True) -> GenerationConfig:
+    """How a checkpoint wants its texts written, as transformers reads it: of config.json where there is no file `beside` it."""
+    from transformers import GenerationConfig
+
+    if beside and (folder / GENERATION).is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config or load_config(folder))
 
 
 def skeleton(folder: Path) -> PreTrainedModel:

@@ -28,6 +28,13 @@ def fetch_registered(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     return _with_tokenizer(_model_folder(root, spec), root, work)
 
 
+def look_registered(spec: LoadSpec) -> Path | None:
+    """The Hugging Face folder inside the model where its store is a local folder and it has all; None elsewhere."""
+    root = local_path(_model_location(spec))
+    folder = root and _model_folder(root, spec)
+    return folder if folder and has_tokenizer(Listing.of(folder)) else None
+
+
 def _model_location(spec: LoadSpec) -> str:
     """Where the artifacts of a registered version lie.
 

@@ -21,6 +21,13 @@ def fetch_s3(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     return work / "s3" / gguf[0] if gguf else work / "s3"
 
 
+def look_s3(spec: LoadSpec) -> Listing:
+    """The objects, of which so many bytes are read as are asked for."""
+    listing = s3.listing(spec.source)
+    _wanted(listing, spec)
+    return listing
+
+
 def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
     """Names to download: one GGUF model, or a complete checkpoint's needed files."""
     if not listing.sizes:

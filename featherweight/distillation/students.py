@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
 from featherweight.checkpoint.tokenizer import load_tokenizer
+from featherweight.distillation.matching import Pair, layer_pairs
 from featherweight.distillation.spec import DistillSpec, StackLayers
-from featherweight.errors import CheckpointError, RecipeError
+from featherweight.errors import CheckpointError, RecipeError, StageError, refused
 from featherweight.model import surgery
-from featherweight.model.architecture import Role, family_of
+from featherweight.model.architecture import LAYOUTS, Role, family_of
+from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.block_influence import block_influence, most_influential
 from featherweight.text.documents import read_documents
 from featherweight.text.model_inputs import example_blocks
@@ -25,10 +27,39 @@ PROBED = 8
 """Documents on which two tokenizers are compared beside their vocabularies."""
 
 
-def student_sizes(spec: DistillSpec, config: PreTrainedConfig, student: Path | None) -> dict[Role, int]:
+def student_refusal(spec: DistillSpec, teacher: CheckpointFacts, student: CheckpointFacts | None) -> str | None:
+    """Why the distillation cannot be done to a teacher, by what is known of both; None where it can, or where the stage will tell.
+
+    student: of one of its own; None where it is made of the teacher, or not known.
+    """
+    if spec.student is not None and student is None:
+        return None
+    reason = refused(require_same_kind, teacher.config, student.config) if student else None
+    asked = (spec, teacher.config, student.config if student else None)
+    return reason or (refused(matched_layers, *asked) if teacher.sized and spec.prune is None else None)
+
+
+def matched_layers(spec: DistillSpec, config: PreTrainedConfig, student: PreTrainedConfig | None) -> tuple[Pair, ...]:
+    """The pairs of layers that are to be matched, by configs alone; `student` is that of a student made elsewhere.
+
+    Raises RecipeError for layers that are not there, StageError for an architecture that cannot be cut.
+    """
+    matched = spec.hidden_weight or spec.attention_weight
+    if student is not None and not matched:
+        return ()
+    if config.model_type not in LAYOUTS:
+        raise StageError(
+            f"distill handles {', '.join(sorted(LAYOUTS))} models, not '{config.model_type}'; give it a student of its own and "
+            "no weight to hidden states and attention maps, or leave the stage out"
+        )
+    sizes = student_sizes(spec, config, student)
+    return layer_pairs(spec.layer_map, sizes, surgery.stack_sizes(config)) if matched else ()
+
+
+def student_sizes(spec: DistillSpec, config: PreTrainedConfig, student: PreTrainedConfig | None) -> dict[Role, int]:
     """Layers of the student's stacks, by config alone. Raises RecipeError for layers that the teacher lacks."""
     if student is not None:
-        return surgery.stack_sizes(opening.load_config(student))
+        return surgery.stack_sizes(student)
     return {role: len(layers) for role, layers in even_layers(spec, surgery.stack_sizes(config)).items()}
 
 
@@ -62,9 +93,9 @@ def make_student(
     return surgery.copy_layers(teacher, layers)
 
 
-def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:
-    """Refuse a student that reads or writes other token ids than its teacher. Raises CheckpointError, before any weight is read."""
-    configs = [opening.load_config(folder) for folder in (checkpoint, student)]
+def require_same_kind(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Raise CheckpointError for a student of another family than its teacher, or with other token ids, by configs alone."""
+    configs = (teacher, student)
     families = [family_of(config) for config in configs]
     if families[0] != families[1]:
         raise CheckpointError(
@@ -75,6 +106,11 @@ def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:
         theirs, own = (getattr(config, name, None) for config in configs)
         if theirs != own:
             raise CheckpointError(f"distill.student has {name} {own} and its teacher {theirs}; give a student of the teacher's own")
+
+
+def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:
+    """Refuse a student that reads or writes other token ids than its teacher. Raises CheckpointError, before any weight is read."""
+    require_same_kind(*(opening.load_config(folder) for folder in (checkpoint, student)))
     tokenizers = [load_tokenizer(folder) for folder in (checkpoint, student)]
     vocabulary, others = (tokenizer.get_vocab() for tokenizer in tokenizers)
     differing = sorted(token for token, place in vocabulary.items() if others.get(token) != place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from featherweight.model.architecture import LAYOUTS, model_types
+from featherweight.model.facts import CONV1D, CheckpointFacts
 from featherweight.spec import Task
 
 
@@ -13,17 +14,37 @@ class Parent:
     """What a method is asked about before any weight is read.
 
     model_type: as the checkpoint's config names it; None before that is known, when only what no model for `task` can is refused.
-    sparse: whether it has zeros that are to stay.
+    sparse: whether it has zeros that are to stay. facts: what else its folder tells; None before that is known.
     """
 
     task: Task
     model_type: str | None = None
     sparse: bool = False
+    facts: CheckpointFacts | None = None
+
+    @classmethod
+    def of(cls, facts: CheckpointFacts) -> Parent:
+        """The checkpoint that tells this of itself."""
+        return cls(facts.task, facts.model_type, facts.sparse, facts)
+
+    @property
+    def sized(self) -> CheckpointFacts | None:
+        """Its facts where the sizes that they name are its own."""
+        return self.facts if self.facts and self.facts.sized else None
 
     @property
     def model_types(self) -> tuple[str, ...]:
         """What its model type may be."""
         return (self.model_type,) if self.model_type else model_types(self.task)
+
+
+def linear_refusal(what: str, parent: Parent) -> str | None:
+    """Why `what` does not work on `parent`'s layers, in one line; None where it does, or where its type is not known."""
+    if parent.model_type not in CONV1D:
+        return None
+    return (
+        f"{what} works on Linear layers, and those of a '{parent.model_type}' model are Conv1D; take method: rtn, without smoothing"
+    )
 
 
 def walking_refusal(method: str, parent: Parent) -> str | None:

@@ -27,6 +27,14 @@ def context_tokens(config: PreTrainedConfig) -> int:
     return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions
 
 
+def context_refusal(config: PreTrainedConfig, sequence: int, stage: str) -> str | None:
+    """Why a stage does not take sequences that long: the model knows fewer positions; None where it does."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None or sequence <= context:
+        return None
+    return f"{stage}.sequence {sequence} is longer than the model's context of {context}; lower it"
+
+
 def edges(config: PreTrainedConfig) -> list[int]:
     """Lengths beyond which a layer no longer sees the beginning, or rotary embeddings are others; ascending.
 
@@ -41,6 +49,13 @@ def _edges(told: Mapping[str, Any]) -> Iterator[int]:
             yield from _edges(value)
         elif key in EDGES:
             yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int) and one > 1)
+
+
+def head_width(config: PreTrainedConfig) -> int | None:
+    """Channels of one attention head; None where the configuration does not say."""
+    config = config.get_text_config()
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    return getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -168,17 +168,27 @@ def resized_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTr
     """
     from transformers import MistralConfig
 
+    require_resizable(config, values)
     new = config.to_dict() | dict(values)
-    if config.model_type != "llama" or new["hidden_size"] % new["num_attention_heads"] == 0:
+    if not _uneven_llama(config, new):
         return type(config).from_dict(new)
-    if config.attention_bias or config.mlp_bias:
+    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
+        new.pop(key, None)
+    return MistralConfig.from_dict(new | {"sliding_window": None})
+
+
+def require_resizable(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """Raise StageError where no config says that the model has such sizes."""
+    new = config.to_dict() | dict(values)
+    if _uneven_llama(config, new) and (config.attention_bias or config.mlp_bias):
         raise StageError(
             f"a Llama with biases cannot have {new['num_attention_heads']} heads at hidden size {new['hidden_size']}: "
             "transformers wants a multiple; choose another prune ratio, or prune.attention: false"
         )
-    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
-        new.pop(key, None)
-    return MistralConfig.from_dict(new | {"sliding_window": None})
+
+
+def _uneven_llama(config: PreTrainedConfig, new: Mapping[str, Any]) -> bool:
+    return config.model_type == "llama" and new["hidden_size"] % new["num_attention_heads"] != 0
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -13,7 +13,8 @@ from pydantic import model_validator
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
-from featherweight.model.architecture import Attention, blocks
+from featherweight.model.architecture import Attention, blocks, dimensions
+from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.spec import Positive
@@ -78,4 +79,10 @@ def pooled(rows: Tensor, wanted: int, head_dim: int) -> Tensor:
     return rows.view(wanted, heads // wanted, head_dim, *rows.shape[1:]).mean(1).flatten(0, 1)
 
 
-ATTENTION = Pruner(AttentionSpec, prune)
+def check(spec: AttentionSpec, facts: CheckpointFacts) -> None:
+    """Raise RecipeError for heads that do not divide, StageError for a model whose heads cannot share keys."""
+    dimensions(facts.config)
+    target_heads(spec.kv_heads, facts.config)
+
+
+ATTENTION = Pruner(AttentionSpec, prune, check=check)

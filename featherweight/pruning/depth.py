@@ -13,6 +13,7 @@ from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
 from featherweight.model import surgery
 from featherweight.model.architecture import Role, Stack, dimensions, stacks
+from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.block_influence import block_influence, most_influential
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
@@ -99,4 +100,9 @@ def shallower(config: PreTrainedConfig, kept: Mapping[Role, Sequence[int]]) -> P
     return surgery.resized_config(config, values)
 
 
-DEPTH = Pruner(DepthSpec, prune)
+def check(spec: DepthSpec, facts: CheckpointFacts) -> None:
+    """Raise RecipeError for layers that the model lacks, StageError for a model whose layers are not known."""
+    wanted_layers(spec, facts.config)
+
+
+DEPTH = Pruner(DepthSpec, prune, check=check)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from featherweight.checkpoint import opening
+from featherweight.model.facts import CheckpointFacts
 from featherweight.model.parent import Parent
 from featherweight.progress import Progress
 from featherweight.pruning.spec import PruneSpec
@@ -72,8 +73,12 @@ class Pruned:
 
 
 def nothing_refused(spec: PruneSpec, parent: Parent) -> str | None:
-    """What a method says that judges by the checkpoint's config alone, in its `prune`."""
+    """What a method says that handles every checkpoint, or judges by its facts alone."""
     return None
+
+
+def nothing_checked(spec: PruneSpec, facts: CheckpointFacts) -> None:
+    """What a method does that takes a checkpoint of any size."""
 
 
 def gradient_operations(spec: PruneSpec, parameters: int) -> float:
@@ -89,6 +94,8 @@ class Pruner(Generic[SpecT]):
     libraries: distributions whose versions shape its result, beside torch and transformers.
     refusal: why it cannot handle a checkpoint, in one line that names both; asked by the plan, and again once the model type is
         known.
+    check: raises FeatherweightError where the sizes of the checkpoint do not allow what the spec asks for: `prune` does so too,
+        and the plan asks before anything runs.
     operations: floating-point operations that it takes for a model of so many parameters.
     sparse: the result has zeros that are to stay.
     """
@@ -99,6 +106,7 @@ class Pruner(Generic[SpecT]):
     refusal: Callable[[SpecT, Parent], str | None] = nothing_refused
     operations: Callable[[SpecT, int], float] = gradient_operations
     sparse: bool = False
+    check: Callable[[SpecT, CheckpointFacts], object] = nothing_checked
 
 
 def sample_blocks(spec: PruneSpec, checkpoint: Path, calibration: Path, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ every linear layer inside the blocks of decoders, encoders and encoder-decoders;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -14,8 +14,9 @@ from pydantic import Field, model_validator
 
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
-from featherweight.model.architecture import blocks
+from featherweight.model.architecture import blocks, dimensions
 from featherweight.model.blockwise import BATCH, Visit, linears, matrices, visits
+from featherweight.model.facts import CheckpointFacts
 from featherweight.model.sparsity import UNSTRUCTURED, Sparsity, Zeros
 from featherweight.progress import Progress
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
@@ -25,7 +26,7 @@ from featherweight.text.model_inputs import unpadded_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 BLOCK_SIZE = 128
 """Columns that SparseGPT chooses and updates together, as in the paper."""
@@ -83,20 +84,17 @@ class Target:
         """As `sparsity.json` and reports name it."""
         return f"{self.kept}:{self.of}" if self.of else UNSTRUCTURED
 
-    def require_fitting(self, criterion: str, config: PreTrainedConfig) -> None:
-        """Raise RecipeError for a matrix that would lose nothing, or whose rows are no whole number of groups.
-
-        Before any weight is read.
-        """
-        for name, linear in matrices(config).items():
-            compared = linear.in_features if criterion == "wanda" else linear.weight.numel()
+    def require_fitting(self, criterion: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise RecipeError for a matrix [rows, columns] that would lose nothing, or whose rows are no whole number of groups."""
+        for name, (rows, columns) in shapes.items():
+            compared = columns if criterion == "wanda" else rows * columns
             if self.share * compared < 1:
                 raise RecipeError(
                     f"prune.sparsity {self.share} removes none of {compared} weights that {criterion} compares in {name}; raise it"
                 )
-            if self.of and linear.in_features % self.of:
+            if self.of and columns % self.of:
                 raise RecipeError(
-                    f"prune.pattern {self.pattern}: the rows of {name} have {linear.in_features} weights, no multiple of "
+                    f"prune.pattern {self.pattern}: the rows of {name} have {columns} weights, no multiple of "
                     f"{self.of}; take another pattern, or a share with prune.sparsity"
                 )
 
@@ -107,7 +105,8 @@ def prune(given: PruningInput[SparseSpec]) -> Pruned:
     Raises RecipeError for a pattern that the matrices do not hold, StageError for an architecture that is not known.
     """
     target = Target.of_spec(given.spec)
-    target.require_fitting(given.spec.criterion, given.config)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in matrices(given.config).items()}
+    target.require_fitting(given.spec.criterion, shapes)
     before = given.loss()
     sparsity = sparsify(given.model, given.spec.criterion, target, given.blocks, given.progress)
     sparsity.write(given.out)
@@ -199,4 +198,10 @@ def _set(linear: nn.Linear, weight: Tensor) -> None:
     linear.weight.data.copy_(weight)
 
 
-SPARSE = Pruner(SparseSpec, prune, ("llmcompressor",), sparse=True)
+def check(spec: SparseSpec, facts: CheckpointFacts) -> None:
+    """Raise RecipeError for a share or pattern that the matrices do not hold, StageError for a model whose blocks are not known."""
+    dimensions(facts.config)
+    Target.of_spec(spec).require_fitting(spec.criterion, facts.rows_and_columns)
+
+
+SPARSE = Pruner(SparseSpec, prune, ("llmcompressor",), sparse=True, check=check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from featherweight.errors import RecipeError
+from featherweight.errors import RecipeError, refused
 from featherweight.model.parent import Parent
 from featherweight.pruning.catalog import DEFAULT, PRUNERS
 from featherweight.spec import NamedSpec, Positive, SequenceLength
@@ -55,7 +55,8 @@ class PruneSpec(NamedSpec):
 
     def refusal(self, parent: Parent) -> str | None:
         """Why this cannot be done to `parent`, in one line; None where it can."""
-        return PRUNERS[self.method].refusal(self, parent)
+        pruner = PRUNERS[self.method]
+        return pruner.refusal(self, parent) or (refused(pruner.check, self, parent.sized) if parent.sized else None)
 
     def operations(self, parameters: int) -> float:
         return PRUNERS[self.method].operations(self, parameters)

@@ -17,6 +17,7 @@ from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError
 from featherweight.model import surgery
 from featherweight.model.architecture import Attention, FeedForward, Role, Stack, dimensions, stacks
+from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.counts import kept_channels, kept_groups, nearest
 from featherweight.pruning.importance import Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
@@ -132,6 +133,11 @@ def _free_heads(config: PreTrainedConfig) -> bool:
 
 def pruned_config(config: PreTrainedConfig, shapes: Sequence[Shape]) -> PreTrainedConfig:
     """The config of `config`'s model cut to `shapes`."""
+    return surgery.resized_config(config, pruned_sizes(config, shapes))
+
+
+def pruned_sizes(config: PreTrainedConfig, shapes: Sequence[Shape]) -> dict[str, int]:
+    """The keys of the config that change where its model is cut to `shapes`."""
     values: dict[str, int] = {}
     for size, shape in zip(dimensions(config), shapes, strict=True):
         values[size.channels_key] = shape.channels
@@ -139,7 +145,7 @@ def pruned_config(config: PreTrainedConfig, shapes: Sequence[Shape]) -> PreTrain
             values[size.heads_key] = shape.kv_heads * (size.heads // size.kv_heads)
         if hasattr(config, "num_key_value_heads"):
             values |= {"num_key_value_heads": shape.kv_heads, "head_dim": size.head_dim}
-    return surgery.resized_config(config, values)
+    return values
 
 
 def parts(model: PreTrainedModel) -> list[Part]:
@@ -221,4 +227,9 @@ def kept_across(scores: Sequence[Tensor], wanted: int) -> list[int]:
     return [nearest(int((score >= threshold).sum()), len(score)) for score in scores]
 
 
-STRUCTURED = Pruner(StructuredSpec, prune, ("torch-pruning",))
+def check(spec: StructuredSpec, facts: CheckpointFacts) -> None:
+    """Raise RecipeError where nothing would go or nothing could load the result, StageError for a model that it cannot cut."""
+    surgery.require_resizable(facts.config, pruned_sizes(facts.config, target_shapes(spec, facts.config)))
+
+
+STRUCTURED = Pruner(StructuredSpec, prune, ("torch-pruning",), check=check)

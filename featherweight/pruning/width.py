@@ -15,6 +15,7 @@ from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import blocks, dimensions
+from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
@@ -171,4 +172,9 @@ def _keep_scale(model: PreTrainedModel, whole: int, size: int) -> None:
         model.base_model.get_parameter("decoder.final_layer_norm.weight").mul_((size / whole) ** 0.5)
 
 
-WIDTH = Pruner(WidthSpec, prune)
+def check(spec: WidthSpec, facts: CheckpointFacts) -> None:
+    """Raise StageError where the hidden size follows from the heads, RecipeError for a size out of range."""
+    surgery.require_resizable(facts.config, _sizes(facts.config, target_size(spec, facts.config)))
+
+
+WIDTH = Pruner(WidthSpec, prune, check=check)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from featherweight.checkpoint.files import Listing, Weights, find_weights
 from featherweight.checkpoint.tensors import stream_tensors
-from featherweight.errors import RecipeError, StageError
+from featherweight.errors import StageError
 from featherweight.grid import Grid, grid_named
 from featherweight.model.matrices import heads, matrices
 from featherweight.model.names import reading
@@ -80,14 +80,6 @@ class QuantizationInput(Generic[SpecT_co]):
     def transposed(self) -> frozenset[str]:
         """Names of the weights that hold a row of the grid in each column."""
         return frozenset(name for name, _, transposed in matrices(self.model) if transposed)
-
-    def require_linear(self, what: str) -> None:
-        """Raise RecipeError where the layers are none that `what` works on, which knows Linear alone."""
-        if self.transposed:
-            raise RecipeError(
-                f"{what} works on Linear layers, and those of a '{self.model.config.model_type}' model are Conv1D; "
-                "take method: rtn, without smoothing"
-            )
 
     @cached_property
     def copies(self) -> frozenset[str]:

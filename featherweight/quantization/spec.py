@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
-from featherweight.model.parent import Parent
+from featherweight.model.parent import Parent, linear_refusal
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.spec import GridName, NamedSpec, Positive, SequenceLength, Spec
 
@@ -92,7 +92,14 @@ class QuantizeSpec(NamedSpec):
 
     def refusal(self, parent: Parent) -> str | None:
         """Why this cannot be done to `parent`, in one line; None where it can."""
-        return next((reason for name in self.methods if (reason := QUANTIZERS[name].refusal(self, parent))), None)
+        asked = (QUANTIZERS[name].refusal(self, parent) for name in self.methods)
+        return next((reason for reason in asked if reason), None) or self._linear_refusal(parent)
+
+    def _linear_refusal(self, parent: Parent) -> str | None:
+        """What walks through the layers with llm-compressor, or trains them, knows Linear alone; so does the scan."""
+        walking = self.smooth if self.method == DEFAULT else self.method
+        what = walking if walking != NONE else "sensitivity" if self.mixed else None
+        return linear_refusal(what, parent) if what else None
 
     def operations(self, parameters: int) -> float:
         return sum(QUANTIZERS[name].operations(self, parameters) for name in self.methods)

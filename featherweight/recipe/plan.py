@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from featherweight.checkpoint.spec import LoadSpec
-from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import RecipeError
 from featherweight.measure.spec import BASELINE, DecideSpec
-from featherweight.model.parent import Parent
-from featherweight.pruning.spec import PruneSpec
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.facts import Facts, checkpoint_source, student_source
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
-from featherweight.recipe.refusals import (
-    machine_refusal,
-    refusal,
-    shape_refusal,
-    task_refusal,
-)
+from featherweight.recipe.refusals import Chosen
 from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ExportSpec, ServingSpec
-from featherweight.spec import Spec, Split, Task
+from featherweight.runtimes.workload import workload_refusal
+from featherweight.spec import Spec, Split
 from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
 
@@ -87,54 +79,20 @@ class Plan:
         return [id for id in self.nodes if id in wanted]
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What a variant would be made by and served on, as far as these can be at odds; None for a stage that is left out."""
+def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts()) -> Plan:
+    """The plan of a recipe for `machine`, this one by default. facts: what its checkpoints tell; nothing is read here.
 
-    task: Task
-    distill: DistillSpec | None
-    prune: PruneSpec | None
-    quantize: QuantizeSpec | None
-    serve: ServingSpec
-    machine: Machine
-
-    @property
-    def student(self) -> PruneSpec | None:
-        """How the student of a distillation is pruned."""
-        return self.distill.prune if self.distill else None
-
-    @property
-    def pruned(self) -> Parent:
-        """What is known of the checkpoint that is quantized."""
-        last = self.prune or self.student
-        return Parent(self.task, sparse=last is not None and last.sparse)
-
-
-REFUSALS: tuple[Callable[[_Chosen], str | None], ...] = (
-    lambda chosen: task_refusal(chosen.task, chosen.serve),
-    lambda chosen: chosen.distill.refusal(Parent(chosen.task)) if chosen.distill else None,
-    lambda chosen: chosen.prune.refusal(Parent(chosen.task)) if chosen.prune else None,
-    lambda chosen: chosen.quantize.refusal(chosen.pruned) if chosen.quantize else None,
-    lambda chosen: refusal(chosen.quantize, chosen.serve),
-    lambda chosen: shape_refusal(chosen.prune, chosen.serve),
-    lambda chosen: shape_refusal(chosen.student, chosen.serve),
-    lambda chosen: machine_refusal(chosen.serve, chosen.machine),
-)
-"""What rules a combination out, each with its reason in one line; the first that applies is told."""
-
-
-def expand(recipe: Recipe, machine: Machine | None = None) -> Plan:
-    """The plan of a recipe for `machine`, this one by default.
-
-    Raises RecipeError where nothing is left to run, or a name is unknown.
+    Raises RecipeError where nothing is left to run, a name is unknown, or the checkpoint holds no such workload.
     """
     machine = machine or describe()
+    if (known := facts.of(recipe)) and (reason := workload_refusal(recipe.workload, known)):
+        raise RecipeError(reason)
     nodes = {node.id: node for node in _roots(recipe)}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
-        if reason := _obstacle(recipe, choice, machine):
+        if reason := _obstacle(recipe, choice, machine, facts):
             ruled_out[name] = reason
             continue
         chain = _chain(recipe, *choice)
@@ -147,13 +105,16 @@ def expand(recipe: Recipe, machine: Machine | None = None) -> Plan:
     return Plan(nodes, tuple(variants), ruled_out)
 
 
-def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine) -> str | None:
+def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine, facts: Facts) -> str | None:
     """Why a (distill, prune, quantize, serve) cannot or should not be run on `machine`; None where it can."""
     distill, prune, quantize, serve = choice
     stages = recipe.stages
-    made = stages.distill.get(distill), stages.prune.get(prune), stages.quantize.get(quantize)
-    chosen = _Chosen(recipe.task, *made, _serve(recipe)[serve], machine)
-    return next((reason for rule in REFUSALS if (reason := rule(chosen))), None)
+    distilled, pruned = stages.distill.get(distill), stages.prune.get(prune)
+    student = facts.by_source.get(distilled.student) if distilled and distilled.student else None
+    chosen = Chosen(
+        recipe.task, distilled, pruned, stages.quantize.get(quantize), _serve(recipe)[serve], machine, facts.of(recipe), student
+    )
+    return chosen.obstacle()
 
 
 def _serve(recipe: Recipe) -> dict[str, ServingSpec]:
@@ -206,8 +167,7 @@ def _roots(recipe: Recipe) -> list[Node]:
     if made is not None:
         root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
     else:
-        wanted = LoadSpec(**recipe.checkpoint.model_dump(exclude={"train"}), task=recipe.task)
-        root = Node("checkpoint", "load", recipe.checkpoint.source or "", wanted)
+        root = Node("checkpoint", "load", recipe.checkpoint.source or "", checkpoint_source(recipe))
     plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE}))
     served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root))
     measured = Node(
@@ -292,7 +252,7 @@ def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:
     spec, seed, teacher = recipe.stages.distill[name], recipe.seed, {"checkpoint": "checkpoint"}
     nodes = {}
     if spec.student is not None:
-        nodes["student"] = Node(f"{name}+student", "load", spec.student, _student_source(recipe, spec.student))
+        nodes["student"] = Node(f"{name}+student", "load", spec.student, student_source(recipe, spec.student))
     if spec.prune is not None:
         inputs = {**teacher, "calibration": "text/calibration"}
         pruning = spec.prune.model_copy(update={"finetune": None})
@@ -306,12 +266,6 @@ def _before_quantize(recipe: Recipe, name: str, path: str, parent: str) -> dict[
     """What a quantization at `path` reads beside text and checkpoint, by input name: the scan that mixed precision asks for."""
     spec, inputs = recipe.stages.quantize[name].sensitivity, {"checkpoint": parent, "calibration": "text/calibration"}
     return {"sensitivity": Node(f"{path}+sensitivity", "sensitivity", name, spec, inputs, recipe.seed)} if spec else {}
-
-
-def _student_source(recipe: Recipe, source: str) -> LoadSpec:
-    """A student does what the recipe's own checkpoint does, and is trusted as far."""
-    trust = recipe.checkpoint.model_dump(include={"allow_pickle", "trust_remote_code"})
-    return LoadSpec(source=source, task=recipe.task, **trust)
 
 
 def _join(path: str, name: str) -> str:

@@ -1,18 +1,81 @@
 """Which combinations of stages make no sense, each with its reason in one line; what concerns an engine alone its Runtime is asked.
 
-All but `machine_refusal` is decided from the recipe alone, and all of it before anything runs.
+All is decided before anything runs: from the recipe, the machine, and what the checkpoint's folder tells where it can be read. A
+checkpoint that is still to be pruned tells its kind but not its sizes, which are judged again by the stage.
 """
 
 from __future__ import annotations
 
-from featherweight.grid import grid_named
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from featherweight.checkpoint.facts import kept_refusal
+from featherweight.distillation.spec import DistillSpec
+from featherweight.distillation.students import student_refusal
+from featherweight.grid import Grid, grid_named
+from featherweight.model.facts import CheckpointFacts
+from featherweight.model.parent import Parent
+from featherweight.model.positions import context_refusal
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
 from featherweight.system.machine import Machine
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a variant would be made by and served on; None for a stage that is left out.
+
+    facts: of the checkpoint, student: of a student of its own; None where they are not known.
+    """
+
+    task: Task
+    distill: DistillSpec | None
+    prune: PruneSpec | None
+    quantize: QuantizeSpec | None
+    serve: ServingSpec
+    machine: Machine
+    facts: CheckpointFacts | None = None
+    student: CheckpointFacts | None = None
+
+    @property
+    def student_pruning(self) -> PruneSpec | None:
+        """How the student of a distillation is pruned."""
+        return self.distill.prune if self.distill else None
+
+    @property
+    def distilled(self) -> CheckpointFacts | None:
+        """Of what the distillation leaves, trained, and so in float."""
+        if self.distill is None:
+            return self.facts
+        known = self.student if self.distill.student else self.facts and self.facts.cut()
+        return known and replace(known, quantized=None, grids=dict[str, Grid]())
+
+    @property
+    def pruned(self) -> CheckpointFacts | None:
+        """Of what is quantized, or served as it is."""
+        if self.prune is None or self.distilled is None:
+            return self.distilled
+        return replace(self.distilled.cut(), quantized=None, grids=dict[str, Grid]())
+
+    def parent(self, facts: CheckpointFacts | None) -> Parent:
+        """The checkpoint that a method is to change, known by `facts` or by the recipe alone."""
+        return Parent.of(facts) if facts else Parent(self.task)
+
+    @property
+    def quantized(self) -> Parent:
+        """What is known of the checkpoint that is quantized."""
+        last = self.prune or self.student_pruning
+        parent = self.parent(self.pruned)
+        return replace(parent, sparse=parent.sparse or (last is not None and last.sparse))
+
+    def obstacle(self) -> str | None:
+        """What rules the combination out, in one line: the first of `REFUSALS` that applies; None where nothing does."""
+        return next((reason for rule in REFUSALS if (reason := rule(self))), None)
 
 
 def task_refusal(task: Task, serve: ServingSpec) -> str | None:
@@ -50,3 +113,62 @@ def shape_refusal(prune: PruneSpec | None, serve: ServingSpec) -> str | None:
 def machine_refusal(serve: ServingSpec, machine: Machine) -> str | None:
     """Why `machine` has no kernel for `serve`, in one line that names what it needs; None where it has, or may have."""
     return RUNTIMES[serve.engine].machine_refusal(serve, machine)
+
+
+def _distill_refusal(chosen: Chosen) -> str | None:
+    if chosen.distill is None:
+        return None
+    reason = chosen.distill.refusal(chosen.parent(chosen.facts))
+    return reason or (student_refusal(chosen.distill, chosen.facts, chosen.student) if chosen.facts else None)
+
+
+def _quantize_refusal(chosen: Chosen) -> str | None:
+    if chosen.quantize is None:
+        return None
+    return (kept_refusal(chosen.pruned) if chosen.pruned else None) or chosen.quantize.refusal(chosen.quantized)
+
+
+def _context_refusal(chosen: Chosen) -> str | None:
+    """Sequences of a stage that are longer than the model's context."""
+    if chosen.facts is None:
+        return None
+    finetune = chosen.prune.finetune if chosen.prune else None
+    asked = {"distill": chosen.distill, "prune": chosen.prune, "finetune": finetune, "quantize": chosen.quantize}
+    told = (context_refusal(chosen.facts.config, spec.sequence, name) for name, spec in asked.items() if spec)
+    return next((reason for reason in told if reason), None)
+
+
+def _grids_refusal(chosen: Chosen) -> str | None:
+    """What the engine says of the grids; those that the checkpoint came with where nothing quantizes it."""
+    kept = chosen.pruned.kept_grids if chosen.pruned and chosen.quantize is None else None
+    if kept is None:
+        return refusal(chosen.quantize, chosen.serve)
+    reason = RUNTIMES[chosen.serve.engine].grid_refusal(Grids(*kept), chosen.serve)
+    return f"{kept[0].name} + {chosen.serve.engine}: {reason}" if reason else None
+
+
+def _model_refusal(chosen: Chosen) -> str | None:
+    """What the engine says of the model itself."""
+    facts = chosen.pruned
+    if facts is None:
+        return None
+    columns = {name: columns for name, (_, columns) in facts.rows_and_columns.items()}
+    even = chosen.quantize is not None and chosen.quantize.mixed is None
+    grid = grid_named(chosen.quantize.grid) if chosen.quantize and even else None
+    rows = {name: (grid, count) for name, count in columns.items()} if grid else {}
+    return Candidate(facts, chosen.serve.max_tokens, rows).refusal(RUNTIMES[chosen.serve.engine], chosen.serve)
+
+
+REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
+    lambda chosen: task_refusal(chosen.task, chosen.serve),
+    _distill_refusal,
+    lambda chosen: chosen.prune.refusal(chosen.parent(chosen.distilled)) if chosen.prune else None,
+    _quantize_refusal,
+    _context_refusal,
+    _grids_refusal,
+    lambda chosen: shape_refusal(chosen.prune, chosen.serve),
+    lambda chosen: shape_refusal(chosen.student_pruning, chosen.serve),
+    lambda chosen: machine_refusal(chosen.serve, chosen.machine),
+    _model_refusal,
+)
+"""What rules a combination out, each with its reason in one line; the first that applies is told."""

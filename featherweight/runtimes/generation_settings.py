@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FILE = "generation_config.json"
+from featherweight.checkpoint.opening import GENERATION, generation_config
+
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
@@ -59,11 +60,7 @@ class GenerationSettings:
     @classmethod
     def read(cls, folder: Path) -> GenerationSettings:
         """Of a checkpoint or a served folder, as transformers reads it: of config.json where there is no file of its own."""
-        from transformers import AutoConfig, GenerationConfig
-
-        if (folder / FILE).is_file():
-            return cls.of(GenerationConfig.from_pretrained(folder, local_files_only=True))
-        return cls.of(GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
+        return cls.of(generation_config(folder))
 
     @classmethod
     def of(cls, config: Any) -> GenerationSettings:
@@ -101,7 +98,7 @@ class GenerationSettings:
             return None
         them = "them" if len(missing) > 1 else "it"
         return (
-            f"{engine} cannot write as the checkpoint's {FILE} asks: it does not follow {', '.join(missing)}; "
+            f"{engine} cannot write as the checkpoint's {GENERATION} asks: it does not follow {', '.join(missing)}; "
             f"serve with torch, or take {them} out of that file"
         )
 

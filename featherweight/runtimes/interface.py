@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 Tokens = list[list[int]]
@@ -123,8 +124,11 @@ class Runtime(ABC, Generic[SpecOf]):
         """Why `machine` has no kernel for `spec`, naming what it needs; None where it has, or may have."""
         return None
 
-    def model_refusal(self, spec: SpecOf, source: Source) -> str | None:
-        """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell."""
+    def model_refusal(self, spec: SpecOf, model: Candidate) -> str | None:
+        """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell.
+
+        Asked by the plan where the checkpoint's folder can be read, and again before anything is written.
+        """
         return None
 
     def missing(self) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from featherweight.errors import RecipeError
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.architecture import Family, family_of
+from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.text.model_inputs import scoring_windows
 from featherweight.text.tokens import Window
@@ -33,7 +34,8 @@ class Workload:
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         family, context = family_of(config), context_tokens(config)
-        _require_context(spec, family, context)
+        if reason := _context_refusal(spec, family, context):
+            raise RecipeError(reason)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
         return cls(spec, windows, max(length, spec.prompt_tokens + spec.new_tokens), family)
@@ -63,12 +65,18 @@ class Workload:
         return prompts
 
 
-def _require_context(spec: WorkloadSpec, family: Family, context: int) -> None:
-    """Refuse a workload that does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
+def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
+    """Why the checkpoint does not hold the workload; None where it does."""
+    return _context_refusal(spec, family_of(facts.config), context_tokens(facts.config))
+
+
+def _context_refusal(spec: WorkloadSpec, family: Family, context: int) -> str | None:
+    """Why a workload does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
     prompt, new = spec.prompt_tokens, spec.new_tokens
     needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
-    if needed > context:
-        raise RecipeError(
-            f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
-            f"but the model's context holds {context}; lower them"
-        )
+    if needed <= context:
+        return None
+    return (
+        f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
+        f"but the model's context holds {context}; lower them"
+    )

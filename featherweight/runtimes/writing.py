@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featherweight.checkpoint.facts import facts_of
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
@@ -14,8 +15,8 @@ from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.positions import context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
+from featherweight.runtimes.candidate import Candidate, rows_of, served_tokens
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
-from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
@@ -58,8 +59,7 @@ class Source:
     @property
     def max_tokens(self) -> int:
         """The longest sequence that is served: what is asked for, within the model's context (of source and target, where both)."""
-        sequences = 2 if self.config.is_encoder_decoder else 1
-        return min(self.tokens, sequences * context_tokens(self.config))
+        return served_tokens(self.config, self.tokens)
 
     def round(self, body: Grid, head: Grid | None) -> QuantizedWeights:
         """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
@@ -130,7 +130,6 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
     if reason := runtime.machine_refusal(spec, describe()):
         raise ToolchainError(reason)
-    if reason := runtime.model_refusal(spec, source):
-        raise RecipeError(reason)
-    if reason := GenerationSettings.read(source.checkpoint).refusal(runtime.loaded_model().follows, spec.engine):
+    candidate = Candidate(facts_of(source.checkpoint, source.config), source.tokens, rows_of(quantized))
+    if reason := candidate.refusal(runtime, spec):
         raise RecipeError(reason)

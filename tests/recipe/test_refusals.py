@@ -178,7 +178,7 @@ def test_torchao_holds_mixed_precision_where_it_is_weight_only():
 
 @pytest.mark.parametrize(
     ("task", "model_type", "options", "reason"),
-    [("text-generation", "gpt2", {"method": "smoothquant"}, None), ("fill-mask", None, {"method": "gptq", "smooth": "awq"}, None),
+    [("text-generation", "gptj", {"method": "smoothquant"}, None), ("fill-mask", None, {"method": "gptq", "smooth": "awq"}, None),
      ("fill-mask", None, {"method": "smoothquant"}, "the norms of every encoder known here feed the residual too"),
      ("fill-mask", "bert", {"method": "gptq", "smooth": "smoothquant"}, "the norms of a 'bert' model feed the residual too"),
      ("text2text-generation", None, {"method": "smoothquant"}, None), ("fill-mask", "bert", {"method": "awq"}, None),

@@ -10,6 +10,7 @@ from featherweight.model.positions import sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
 from featherweight.spec import Task
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, "int8", "int8_float32", "int8_float16")
@@ -92,13 +94,16 @@ class CTranslate2(Runtime[CTranslate2Spec]):
             return float_of_rounded_refusal(spec.compute_type) + "; int8_float32 keeps them at 8 bits on disk"
         return _rows_refusal(grids) or _head_refusal(grids, spec)
 
-    def model_refusal(self, spec: CTranslate2Spec, source: Source) -> str | None:
-        """Windows that slide in a way that it does not compute: it stops beyond them, or sees all that lies before."""
-        window, kind = sliding_window(source.config), source.config.model_type
-        if window is None or source.max_tokens <= window:
+    def model_refusal(self, spec: CTranslate2Spec, model: Candidate) -> str | None:
+        """A model that its converter does not know; windows that it does not compute: it stops beyond them, or sees all before."""
+        known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
+        if known and model.facts.config_class not in known:
+            return f"CTranslate2's converter does not know {model.facts.model_type} models; take torch or torch-compile"
+        window, kind = sliding_window(model.config), model.config.model_type
+        if window is None or model.max_tokens <= window:
             return None
         return (
-            f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {source.max_tokens} are to be served; "
+            f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {model.max_tokens} are to be served; "
             f"say max_tokens {window}, or take torch or torch-compile"
         )
 

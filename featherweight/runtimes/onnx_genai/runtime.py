@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid
-from featherweight.model.positions import sliding_window
+from featherweight.model.positions import head_width, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import float_of_rounded_refusal
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (16, 32, 64, 128, 256)
 HEAD_MULTIPLE = 16
+HEADED = ("ForCausalLM", "LMHeadModel")
 
 
 class GenaiSpec(CompileSpec):
@@ -83,23 +86,32 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         every = (body, grids.head, grids.finer)
         return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
 
-    def model_refusal(self, spec: GenaiSpec, source: Source) -> str | None:
+    def model_refusal(self, spec: GenaiSpec, model: Candidate) -> str | None:
         """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs; windows that it overlooks."""
-        from featherweight.model.surgery import head_dim
-
-        window, kind = sliding_window(source.config), source.config.model_type
-        if window and source.max_tokens > window and getattr(source.config, "layer_types", None) is None:
+        if reason := _unknown_refusal(model.config):
+            return reason
+        window, kind = sliding_window(model.config), model.config.model_type
+        if window and model.max_tokens > window and getattr(model.config, "layer_types", None) is None:
             return (
-                f"onnxruntime-genai's model builder overlooks {kind}'s sliding window of {window} tokens, and {source.max_tokens} "
+                f"onnxruntime-genai's model builder overlooks {kind}'s sliding window of {window} tokens, and {model.max_tokens} "
                 f"are to be served; say max_tokens {window}, or take torch or torch-compile"
             )
-        width = head_dim(source.config)
-        if not width % HEAD_MULTIPLE:
+        width = head_width(model.config)
+        if not width or not width % HEAD_MULTIPLE:
             return None
         return (
             f"onnxruntime-genai wants attention heads of a multiple of {HEAD_MULTIPLE} channels, these have {width}; "
             "serve the model with ctranslate2 or vllm"
         )
+
+
+def _unknown_refusal(config: Any) -> str | None:
+    """Why its model builder cannot take an architecture: it names those that it knows."""
+    named = (config.architectures or [""])[0]
+    known = names_in("onnxruntime_genai", "models/builder.py", r'architectures\[0\] == "(\w+)"')
+    if not known or named in known or not named.endswith(HEADED):
+        return None
+    return f"onnxruntime-genai's model builder does not know {named}; take torch or ctranslate2"
 
 
 def _blocks_refusal(grid: Grid) -> str | None:

@@ -19,6 +19,7 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.machine import Machine
 
 if TYPE_CHECKING:
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 BITSANDBYTES: tuple[ComputeType, ...] = ("nf4", "llm.int8")
@@ -115,9 +116,9 @@ class TorchCompile(Runtime[TorchCompileSpec]):
             return f"torch.compile serves float32 here, not {spec.precision}; take onnxruntime-genai"
         return None if grids.body is None else float_of_rounded_refusal("float32")
 
-    def model_refusal(self, spec: TorchCompileSpec, source: Source) -> str | None:
+    def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
         """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
-        asking = rotary_kinds(source.config) & {"dynamic", "longrope"}
+        asking = rotary_kinds(model.config) & {"dynamic", "longrope"}
         return (
             f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take torch"
             if asking

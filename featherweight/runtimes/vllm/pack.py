@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import RecipeError
 from featherweight.grid import Grid
-from featherweight.model.matrices import matrices
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.vllm.schemes import Scheme
 
@@ -23,16 +21,17 @@ if TYPE_CHECKING:
 FLOAT8_MAX = 448.0
 
 
-def fused_refusal(quantized: QuantizedWeights, scheme: Scheme) -> str | None:
+def fused_refusal(rows: Mapping[str, tuple[Grid, int]], scheme: Scheme) -> str | None:
     """Why a matrix is not served: on a grid that `scheme` does not hold, on another than the rest, or with a short last group.
+
+    rows: grid and columns of each matrix in the blocks.
 
     vLLM fuses q, k and v, and gate and up, so that several grids in a model would meet in one matrix.
     """
-    shared = next(iter(_linear(quantized).values()), None)
-    for name, grid in _linear(quantized).items():
+    shared = next((grid for grid, _ in rows.values()), None)
+    for name, (grid, columns) in rows.items():
         if grid != shared or not scheme.holds(grid):
             return f"vLLM's {scheme.name} holds {scheme.weights}, all on one grid, and {name} lies on {grid.name}"
-        columns = quantized.q[name].shape[1]
         if grid.group_size and columns % grid.group_size:
             return (
                 f"vLLM wants groups that divide a row: {name} has {columns} columns, and {grid.name} groups of {grid.group_size}; "
@@ -58,8 +57,6 @@ def pack(
     from safetensors.torch import save_file
 
     linear = _linear(quantized) if quantized else {}
-    if transposed := {name for name, _, transposed in matrices(model) if transposed} & linear.keys():
-        raise RecipeError(f"vLLM reads quantized Linear layers only, and {min(transposed)} is a Conv1D's; take another engine")
     tensors: dict[str, Tensor] = {}
     for name, value in _once(model).items():
         if quantized and scheme and name in linear:

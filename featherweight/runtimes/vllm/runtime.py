@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.grid import GRIDS
+from featherweight.model.facts import CONV1D
+from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, float_of_rounded_refusal
@@ -15,6 +18,7 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.machine import Machine, gpus
 
 if TYPE_CHECKING:
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *SCHEMES)
@@ -91,17 +95,24 @@ class Vllm(Runtime[VllmSpec]):
         cache = "a key-value cache in fp8 needs a CUDA GPU or a CPU with AVX-512 in vLLM; leave kv_cache out"
         return cache if spec.kv_cache else None
 
-    def model_refusal(self, spec: VllmSpec, source: Source) -> str | None:
+    def model_refusal(self, spec: VllmSpec, model: Candidate) -> str | None:
         """Heads that the CPU kernel for an fp8 cache does not take; matrices that its format does not hold."""
-        from featherweight.model.surgery import head_dim
         from featherweight.runtimes.vllm.pack import fused_refusal
+        from featherweight.runtimes.vllm.write import ROUNDED_HERE
 
-        if spec.kv_cache and not gpus() and (width := head_dim(source.config)) % CACHE_HEADS:
+        if spec.kv_cache and not gpus() and (width := head_width(model.config)) and width % CACHE_HEADS:
             return (
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
-        return fused_refusal(source.quantized, SCHEMES[spec.compute_type]) if source.quantized else None
+        if spec.compute_type not in SCHEMES:
+            return None
+        if model.facts.model_type in CONV1D:
+            return f"vLLM reads quantized Linear layers only, and a {model.facts.model_type}'s are Conv1D; take another engine"
+        columns = {name: columns for name, (_, columns) in model.facts.rows_and_columns.items()}
+        rounded = GRIDS[ROUNDED_HERE[spec.compute_type]]
+        rows = model.rows or {name: (rounded, count) for name, count in columns.items()}
+        return fused_refusal(rows, SCHEMES[spec.compute_type])
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         if machine.architecture != "x86_64" or "avx512f" in machine.cpu_features or machine.gpus:

@@ -9,6 +9,7 @@ from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint, sav
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
+from featherweight.runtimes.candidate import rows_of
 from featherweight.runtimes.spec import SIXTEEN_BITS
 from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
@@ -44,7 +45,7 @@ def write(spec: VllmSpec, source: Source, out: Path) -> None:
 def _write_packed(spec: VllmSpec, source: Source, out: Path) -> None:
     copy_tokenizer(source.checkpoint, out)
     scheme = SCHEMES.get(spec.compute_type)
-    if source.quantized and scheme and (reason := pack.fused_refusal(source.quantized, scheme)):
+    if source.quantized and scheme and (reason := pack.fused_refusal(rows_of(source.quantized), scheme)):
         raise RecipeError(reason)
     scales = pack.cache_scales(source.model, cache_windows(source)) if spec.kv_cache else None
     pack.pack(source.model, source.quantized, source.checkpoint, out, scheme, scales)

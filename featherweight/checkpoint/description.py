@@ -1,0 +1,65 @@
+"""A checkpoint's configuration and generation settings as transformers understands them, for a process that must not import torch.
+
+transformers alone knows what a config.json leaves out, renames or derives, and it imports torch where it finds it. So another
+Python is asked, to which torch is hidden unless a GGUF file needs it; where torch is here already, this one is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.opening import generation_config
+from featherweight.errors import CheckpointError, one_line
+from featherweight.model.facts import describe
+from featherweight.system.processes import end_with_parent
+
+
+def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
+    """`config` (see featherweight.model.facts.describe) and `generation` (values) of a folder, or of a GGUF file in it.
+
+    Raises CheckpointError where transformers makes nothing of it.
+    """
+    if "torch" in sys.modules:
+        told = read(folder, gguf)
+    else:
+        asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=False, preexec_fn=end_with_parent())
+        told = _answer(answer)
+    if "error" in told:
+        where = folder / (gguf or "config.json")
+        raise CheckpointError(f"{where} describes no model that transformers can build: {told['error']}")
+    return told
+
+
+def _answer(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    try:
+        told = json.loads(answer.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": one_line(answer.stderr[-300:])}
+    return told if isinstance(told, dict) else {"error": one_line(answer.stdout)}
+
+
+def read(folder: Path, gguf: str | None) -> dict[str, Any]:
+    """The same in this process; a reason under `error` where transformers refuses."""
+    from transformers import AutoConfig
+
+    named = {"gguf_file": gguf} if gguf else {}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
+            generation = generation_config(folder, config, beside=gguf is None)
+        told = {"config": describe(config), "generation": generation.to_dict()}
+        return json.loads(json.dumps(told, default=str))
+    except Exception as error:  # a config can fail in as many ways as there are architectures
+        return {"error": one_line(error)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        sys.modules["torch"] = None  # type: ignore[assignment] # what Python takes for "not to be found"
+    print(json.dumps(read(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)))

@@ -1,0 +1,170 @@
+"""What a checkpoint tells of itself before it is loaded: from config.json, generation_config.json and the headers of its weights.
+
+Weights are not read and nothing large is fetched. What a source tells only by being fetched (a registry elsewhere, a service that
+is down, code of the checkpoint's own) is known at load.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.adapters import base_of, has_adapter
+from featherweight.checkpoint.description import described
+from featherweight.checkpoint.fetching import look_at
+from featherweight.checkpoint.files import (
+    CONFIG,
+    Listing,
+    Weights,
+    adapter_files,
+    check_length,
+    find_weights,
+    missing_part,
+    read_header,
+    read_json,
+    require_tokenizer,
+)
+from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file
+from featherweight.checkpoint.gguf_parts import parts_of
+from featherweight.checkpoint.inspection import require_described, require_task
+from featherweight.checkpoint.opening import GENERATION, generation_config
+from featherweight.checkpoint.quantized_formats import method_of, require_readable
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError, one_line
+from featherweight.grid import GRIDS, Grid
+from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.model.quantized_weights import DESCRIPTION
+from featherweight.model.sparsity import FILE as SPARSITY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+ALREADY_QUANTIZED = f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
+
+
+class KnownAtLoad(Exception):
+    """Why nothing can be said before the checkpoint is loaded."""
+
+
+def read_facts(spec: LoadSpec) -> CheckpointFacts:
+    """What the source of `spec` tells of its checkpoint.
+
+    Raises CheckpointError, as loading it would, for what can be told to be wrong; KnownAtLoad where only loading tells.
+    """
+    seen = look_at(spec)
+    if seen is None:
+        raise KnownAtLoad(f"{spec.source} has to be fetched first")
+    if isinstance(seen, Listing):
+        facts = _of_listing(seen, spec)
+    elif (gguf := gguf_file(seen)) is not None:
+        facts = _of_gguf(gguf)
+    elif has_adapter(seen, spec):
+        facts = _of_adapted(seen, spec)
+    else:
+        facts = _of_folder(seen, spec)
+    require_task(spec.source, facts.config, spec.task)
+    return facts
+
+
+def facts_of(folder: Path, config: PreTrainedConfig) -> CheckpointFacts:
+    """The same of a folder that a stage is given, whose `config` is open already: plain float safetensors."""
+    listing = Listing.of(folder)
+    shapes, size = _shapes(listing, find_weights(listing))
+    return CheckpointFacts(config, generation_config(folder, config), shapes, size, sparse=SPARSITY in listing.sizes)
+
+
+def kept_refusal(facts: CheckpointFacts) -> str | None:
+    """Why a checkpoint that came with integers of its own is not quantized; None for floats, or where only loading tells."""
+    return ALREADY_QUANTIZED if facts.grids else None
+
+
+def _of_folder(folder: Path, spec: LoadSpec) -> CheckpointFacts:
+    listing = Listing.of(folder)
+    told = _require_plain(listing, spec)
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    require_tokenizer(listing)
+    for name in () if weights.pickled else weights.files:
+        check_length(listing, name)
+    return _facts(described(folder), told, listing, weights)
+
+
+def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
+    """Files far away, whose headers can be read there."""
+    if CONFIG not in listing.sizes or adapter_files(listing):
+        raise KnownAtLoad(f"{listing.where} holds no plain checkpoint, and is looked into once it is here")
+    told = _require_plain(listing, spec)
+    if problem := missing_part(listing):
+        raise CheckpointError(problem)
+    weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    with tempfile.TemporaryDirectory() as place:
+        for name in {CONFIG, GENERATION} & listing.sizes.keys():
+            (Path(place) / name).write_bytes(listing.read(name, listing.sizes[name]))
+        return _facts(described(Path(place)), told, listing, weights)
+
+
+def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
+    """config.json; raises CheckpointError for what is not taken, KnownAtLoad for code of its own that is trusted."""
+    require_described(listing, spec.trust_remote_code)
+    told = read_json(listing, CONFIG)
+    if method_of(told) is not None:
+        require_readable(told, listing.where)
+    if spec.trust_remote_code and told.get("auto_map"):
+        raise KnownAtLoad("its own code describes it")
+    return told
+
+
+def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing, weights: Weights) -> CheckpointFacts:
+    method = method_of(told)
+    shapes, size = _shapes(listing, weights)
+    return CheckpointFacts(
+        Values(answer["config"]),
+        Values({"values": answer["generation"], "names": {}}),
+        shapes if method is None else None,
+        size,
+        method,
+        sparse=SPARSITY in listing.sizes,
+    )
+
+
+def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ...]] | None, int]:
+    """The shapes that the headers name, None for a pickle, which has none; and the bytes of the weight files."""
+    size = sum(listing.sizes[name] for name in weights.files)
+    if weights.pickled:
+        return None, size
+    headers = (read_header(listing, name) for name in weights.files)
+    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}, size
+
+
+def _of_gguf(file: Path) -> CheckpointFacts:
+    """The tensors keep llama.cpp's names. Integers stay where all of a model's matrices in the blocks are of one type of ours."""
+    import gguf
+
+    parts = parts_of(file)
+    try:
+        tensors = [tensor for part in parts for tensor in gguf.GGUFReader(part).tensors]
+    except Exception as error:  # the reader trusts the file: a damaged one fails anywhere
+        raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
+    answer = described(parts[0].parent, parts[0].name)
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors if len(tensor.shape) == 2}
+    grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF}
+    packed = any(kind not in FLOATS for kind in kinds.values())
+    return CheckpointFacts(
+        Values(answer["config"]),
+        Values({"values": answer["generation"], "names": {}}),
+        shapes,
+        sum(part.stat().st_size for part in parts),
+        "gguf" if packed else None,
+        grids,
+    )
+
+
+def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
+    """Those of the model that the adapter is merged into."""
+    told = base_of(found, spec)
+    plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
+    return replace(read_facts(spec.model_copy(update=plain)), quantized=None, grids=dict[str, Grid](), sparse=False)

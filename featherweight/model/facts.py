@@ -1,0 +1,122 @@
+"""What is known of a checkpoint before any weight of it is read: its configuration, generation settings, names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from featherweight.grid import Grid
+from featherweight.model.architecture import TASKS, family_of
+from featherweight.spec import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$|^\d+\..*\.weight$")
+_NO_LINEAR = re.compile(r"relative_attention_bias|(^|[._])(wpe|norm|ln_\w+|rotary_emb)\b")
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types whose layers are transformers' Conv1D, which holds a row of the weight in each column."""
+
+
+class Values:
+    """Attributes as transformers' configurations have them, without transformers: `described` is what `describe` told of one."""
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self._told = described
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_told":
+            raise AttributeError(name)
+        told = self._told
+        try:
+            return told["values"][told["names"].get(name, name)]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def get_text_config(self) -> Values:
+        """The configuration of the part that reads and writes text, as transformers' own method gives it."""
+        return Values(self._told["text"]) if self._told.get("text") else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its values by transformers' names."""
+        return dict(self._told["values"])
+
+
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration in JSON: `values` (properties too), other `names` of them, its `class`, and that of its `text` part."""
+    kind = type(config)
+    values = config.to_dict()
+    for name in (name for name in dir(kind) if isinstance(getattr(kind, name, None), property) and not name.startswith("_")):
+        try:
+            value = getattr(config, name)
+        except Exception:
+            continue
+        if isinstance(value, str | int | float | list | dict):
+            values.setdefault(name, value)
+    text = config.get_text_config()
+    told = {"class": kind.__name__, "values": values, "names": dict(kind.attribute_map)}
+    return told | ({"text": describe(text)} if text is not config else {})
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """A checkpoint, as far as it tells of itself without its weights.
+
+    config: transformers' configuration, or `Values` of one. generation: its generation_config.json, likewise; None where unknown.
+    shapes: of the stored tensors by name; None where only loading tells. quantized: how its weights are packed ('gptq', 'gguf').
+    grids: of the stored matrices whose integers stay as they are. sparse: it has zeros that are to stay.
+    sized: whether the sizes in `config` are those of the model; those of one that is still to be pruned are not known.
+    """
+
+    config: Any
+    generation: Any = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    size_bytes: int = 0
+    quantized: str | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    sparse: bool = False
+    sized: bool = True
+
+    @property
+    def task(self) -> Task:
+        """What the model is made for."""
+        return TASKS[family_of(self.config)]
+
+    @property
+    def model_type(self) -> str:
+        """As transformers names it."""
+        return str(self.config.model_type)
+
+    @property
+    def config_class(self) -> str:
+        """The class of its configuration, such as 'LlamaConfig'."""
+        return str(self.config._told["class"]) if isinstance(self.config, Values) else type(self.config).__name__
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights; 0 where that is not known."""
+        return sum(map(prod, self.shapes.values())) if self.shapes else 0
+
+    @property
+    def rows_and_columns(self) -> dict[str, tuple[int, int]]:
+        """Of the linear layers inside the blocks, by stored name, as matrices that are applied to a column of inputs."""
+        found = ((name, shape) for name, shape in (self.shapes or {}).items() if len(shape) == 2 and _IN_A_BLOCK.search(name))
+        turned = self.model_type in CONV1D
+        return {name: (s[1], s[0]) if turned else (s[0], s[1]) for name, s in found if not _NO_LINEAR.search(name)}
+
+    @property
+    def kept_grids(self) -> tuple[Grid, Grid | None, Grid | None] | None:
+        """The grids that the checkpoint came with: of the body, of embedding and head, of finer matrices; None for floats."""
+        body = {grid for name, grid in self.grids.items() if _IN_A_BLOCK.search(name)}
+        heads = {grid for name, grid in self.grids.items() if not _IN_A_BLOCK.search(name)}
+        if not body:
+            return None
+        coarse, *finer = sorted(body, key=lambda grid: grid.bits)
+        return coarse, min(heads, key=lambda grid: grid.bits) if heads else None, finer[0] if finer else None
+
+    def cut(self) -> CheckpointFacts:
+        """What is left to know of it once it has been pruned, or a student made of its layers: all but its sizes."""
+        return replace(self, shapes=None, sized=False)
