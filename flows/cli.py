@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, StageError, one_line
+from featherweight.errors import FeatherweightError, RecipeError, StageError, one_line
 from featherweight.masking import masked
 from flows.progress_view import view_for
 
@@ -152,26 +152,45 @@ def rollback(
     _tell(roll_back_by_hand(_workspace(workspace), model, why), as_json)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def watch(
-    source: Annotated[str, typer.Argument(help="A folder of checkpoints, or s3://bucket/prefix.")],
-    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="The recipe for each new checkpoint.")],
-    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 60.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of checkpoints, s3://bucket/prefix, hf:org/name (its revisions) or models:/NAME (its versions)."
+        ),
+    ] = "",
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="The recipe for each new checkpoint.")] = None,
+    every: Annotated[float, typer.Option(help="Seconds between looks.", min=1)] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, optimize what is due, and end.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Tell how all arrivals stand, the quarantined with the reason.")] = False,
+    take: Annotated[str, typer.Option(help="Of a training run's checkpoints: every, every:N, best or best:METRIC.")] = "every",
+    settle: Annotated[float, typer.Option(help="Seconds for which a new checkpoint must not have changed.")] = 10.0,
+    tries: Annotated[int, typer.Option(help="Tries of an optimization that fails, before it is quarantined.", min=1)] = 3,
     overrides: SetOpt = [],  # noqa: B006
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Optimize every complete new checkpoint below SOURCE, once each, as a scheduled Prefect flow."""
-    from flows.watch_schedule import serve_watch
+    """Optimize every complete new checkpoint at SOURCE, once each by its content, however many watch and whoever is killed."""
+    from flows.watch_schedule import arrivals_status, look_once, parameters_of, serve_watch
+    from tasks.claims import Patience
 
-    seen = serve_watch(source, recipe, tuple(overrides), workspace, every, once, view_for(quiet))
-    if as_json:
-        _print_json(seen)
-    failed = [one for one in seen if "error" in one]
+    patience = Patience(tries=tries)
+    if status:
+        _tell_arrivals(arrivals_status(workspace, patience), as_json)
+        return
+    if not source or recipe is None:
+        raise RecipeError("featherweight watch wants a SOURCE and --recipe, or --status alone")
+    parameters = parameters_of(source, recipe, tuple(overrides), workspace, take, settle, patience)
+    if not once:
+        serve_watch(parameters, workspace, every, view_for(quiet))
+        return
+    seen = look_once(parameters, workspace, view_for(quiet))
+    _tell_arrivals(seen, as_json)
+    failed = [one for one in seen if one["status"] == "failed"]
     if failed:
-        raise StageError(f"{len(failed)} of {len(seen)} new checkpoints failed, first {failed[0]['source']}: {failed[0]['error']}")
+        raise StageError(f"{len(failed)} of {len(seen)} arrivals failed, first {failed[0]['source']}: {failed[0]['error']}")
 
 
 @app.command()
@@ -256,6 +275,16 @@ def _console() -> Any:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str, allow_nan=False))
+
+
+def _tell_arrivals(arrivals: list[dict[str, Any]], as_json: bool) -> None:
+    """Print how arrivals stand, a line each."""
+    if as_json:
+        _print_json(arrivals)
+        return
+    for one in arrivals:
+        told = one.get("error") or one.get("winner") or one.get("reason") or ""
+        typer.echo(f"{one['status']:12} {one['source']}{f'  ({told})' if told else ''}")
 
 
 def _tell(outcome: Any, as_json: bool) -> None:

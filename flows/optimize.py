@@ -16,6 +16,7 @@ from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
 from featherweight.system.progress_channel import ProgressChannel
 from flows.progress_view import PlainView, shown
+from tasks.claim_runs import sign_own_run
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
@@ -37,6 +38,7 @@ def optimize_flow(
     source: replaces the recipe's checkpoint. tags: go to the optimization's MLflow run. progress: the file that tells how it
     goes (featherweight.system.progress_channel) where somebody follows one; lines on standard error where not.
     """
+    sign_own_run()
     changes = [*(overrides or []), *([f"checkpoint.source={source}", "checkpoint.train=null"] if source else [])]
     loaded = load_recipe(Path(recipe), tuple(changes))
     plan, place = expand(loaded, facts=Facts.read(loaded)), Workspace.at(Path(workspace))

@@ -1,54 +1,96 @@
-"""New checkpoints: look at a folder or an S3 prefix, and optimize every complete checkpoint there, once."""
+"""New checkpoints: every one below a watched place is claimed, once, and taken up again when its optimization died."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.flow_engine import run_flow
 
-from featherweight.checkpoint.new_checkpoints import Arrival, arrivals
+from featherweight.checkpoint.arrivals import Seen, look
+from featherweight.checkpoint.training_runs import Policy
+from featherweight.errors import RecipeError
 from featherweight.masking import masked
 from featherweight.recipe.reading import load_recipe
-from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
-from tasks.parent_run import connect
+from tasks.claim_runs import ClaimRuns, tell
+from tasks.claims import Claim, Patience, claim_key
+from tasks.parent_run import ambient
 
-CHECKPOINT = "featherweight.checkpoint_fingerprint"
+IDENTITY = "featherweight.checkpoint_identity"
 
 
 @flow(name="watch", flow_run_name="watch {source}", persist_result=False, validate_parameters=False)
 def watch_flow(
-    source: str, recipe: str, overrides: list[str] | None = None, workspace: str = ".featherweight"
+    source: str,
+    recipe: str,
+    overrides: list[str] | None = None,
+    workspace: str = ".featherweight",
+    take: str = "every",
+    settle_s: float = 10.0,
+    deployment: str = "optimize/optimize",
+    patience: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimize what is new below `source`; returns what was started. An optimization that failed is not started again by itself."""
-    place = Workspace.at(Path(workspace))
-    known = _known(place, load_recipe(Path(recipe), tuple(overrides or ())).name)
-    started = []
-    for arrival in arrivals(source):
-        if arrival.fingerprint in known:
-            continue
-        started.append(_optimize(arrival, recipe, list(overrides or ()), workspace))
-    return started
+    """One look: claim what is new below `source`, and what may be tried again; returns what was seen, as plain JSON.
+
+    take: which checkpoints of a training run ('every', 'every:N', 'best', 'best:METRIC'). settle_s: how long one that is new must
+    have been at rest. deployment: what each optimization is a flow run of. patience: tasks.claims.Patience.
+    """
+    place, policy, borne = Workspace.at(Path(workspace)), Policy.of(take), Patience(**(patience or {}))
+    wanted = load_recipe(Path(recipe), tuple([*(overrides or []), "checkpoint.source=arrival", "checkpoint.train=null"]))
+    _refuse_circle(source, wanted.promote.model)
+    with ambient(place.tracking_uri):
+        seen = look(source, place.root / "arrivals", settle_s, policy.taken)
+    runs = ClaimRuns(deployment)
+    known = runs.claims(borne, wanted.name)
+    told: dict[str, dict[str, Any]] = {}
+    for one in seen:
+        if one.state == "ready":
+            key = claim_key(wanted, one.identity)
+            parameters = {"recipe": recipe, "overrides": list(overrides or []), "source": one.source, "workspace": workspace}
+            claim = known[key] = _taken_up(runs, known.get(key, Claim(key, wanted.name)), one, borne, parameters)
+            told.setdefault(key, {"source": one.source, "identity": one.identity, **claim.to_dict(borne)})
+    return [
+        *told.values(),
+        *({"source": one.source, "status": one.state, "reason": one.reason} for one in seen if not one.identity),
+    ]
 
 
-def _known(workspace: Workspace, recipe: str) -> set[str]:
-    """Fingerprints of the checkpoints that an optimization of this recipe has taken up; a killed one does not count."""
-    client = connect(workspace)
-    with mlflow_explained(workspace.tracking_uri):
-        experiment = workspace.find_experiment(client, recipe)
-        if experiment is None:
-            return set()
-        runs = client.search_runs([experiment], f"tags.`{CHECKPOINT}` != ''", max_results=5000)
-        return {run.data.tags[CHECKPOINT] for run in runs if run.info.status != "KILLED"}
+def _taken_up(runs: ClaimRuns, claim: Claim, seen: Seen, patience: Patience, parameters: dict[str, Any]) -> Claim:
+    """The claim after what is due was done."""
+    due = claim.next_try(patience, datetime.now(UTC))
+    if due is not None:
+        return runs.make(claim, *due, {**parameters, "tags": {IDENTITY: seen.identity}})
+    if claim.last and claim.status(patience) == "quarantined":
+        tell("quarantined", claim, claim.last.number, seen.source)
+    return claim
 
 
-def _optimize(arrival: Arrival, recipe: str, overrides: list[str], workspace: str) -> dict[str, Any]:
-    """One optimization; its failure is told, and the other arrivals go on."""
-    tags = {CHECKPOINT: arrival.fingerprint}
-    state = optimize_flow(recipe, overrides, arrival.source, workspace, tags, return_state=True)
-    told = {"source": arrival.source, "fingerprint": arrival.fingerprint, "state": state.name}
+def run_due(looked: list[dict[str, Any]], deployment: str) -> list[dict[str, Any]]:
+    """Run here, one after another, what a look found queued and due; returns the look with what became of it."""
+    runs = ClaimRuns(deployment)
+    return [_run(runs, one) if one["status"] == "queued" and _is_due(one) else one for one in looked]
+
+
+def _run(runs: ClaimRuns, one: dict[str, Any]) -> dict[str, Any]:
+    """One optimization; its failure is told, and the others go on."""
+    run = runs.begin(one["flow_run"])
+    if run is None:
+        return {**one, "status": "running", "reason": "another process has begun it, or waits for its turn"}
+    state: Any = run_flow(optimize_flow, flow_run=run, return_type="state")
     if state.is_completed():
-        return {**told, "winner": state.result()["winner"]}
-    return {**told, "error": masked(state.message)}
+        return {**one, "status": "done", "winner": state.result()["winner"]}
+    return {**one, "status": "failed", "error": masked(state.message)}
+
+
+def _is_due(one: dict[str, Any]) -> bool:
+    return datetime.fromisoformat(one["since"]) <= datetime.now(UTC)
+
+
+def _refuse_circle(source: str, model: str) -> None:
+    """Raises RecipeError where what is made would arrive in its turn."""
+    if source.removeprefix("models:").strip("/") == model and source.startswith("models:"):
+        raise RecipeError(f"{source} is where this recipe registers its winners (promote.model); watch another model")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,18 +60,24 @@ FICLONE = 0x40049409
 
 # safetensors itself refuses longer headers.
 _MAX_HEADER = 100_000_000
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Listing:
     """A checkpoint's files wherever they lie.
 
-    sizes: in bytes, by name below its folder. `read(name, n)`: the first n bytes of one.
+    sizes: in bytes, by name below its folder. `read(name, n)`: the first n bytes of one. `stream(name)`: all of them, in pieces.
     """
 
     where: str
     sizes: Mapping[str, int]
     read: Callable[[str, int], bytes]
+    stream: Callable[[str], Iterator[bytes]] | None = None
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a file, in pieces that fit into memory where the place can give them so."""
+        return self.stream(name) if self.stream else iter((self.read(name, self.sizes[name]),))
 
     @classmethod
     def of(cls, folder: Path) -> Listing:
@@ -82,7 +88,7 @@ class Listing:
         inside = [path for pattern in COMPANIONS if "/" in pattern for path in folder.glob(pattern)]
         found = sorted(path for path in (*folder.iterdir(), *inside) if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-        return cls(str(folder), sizes, lambda name, length: _head(folder / name, length))
+        return cls(str(folder), sizes, lambda name, length: _head(folder / name, length), lambda name: _pieces(folder / name))
 
 
 @dataclass(frozen=True)
@@ -102,25 +108,47 @@ def _head(path: Path, length: int) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def is_complete(listing: Listing) -> bool:
-    """Whether everything that a checkpoint needs is there, every shard in full length."""
-    return missing_part(listing) is None
+def _pieces(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def missing_part(listing: Listing) -> str | None:
     """What a checkpoint still lacks, in one line; None when it is complete. Reads headers only, so that polling is cheap."""
     try:
-        read_json(listing, CONFIG)
-        weights = find_weights(listing, allow_pickle=True)
-        for name in weights.files if not weights.pickled else ():
-            check_length(listing, name)
-        require_tokenizer(listing)
+        if ADAPTER in listing.sizes and not has_weights(listing):
+            _require_adapter(listing)
+        else:
+            _require_model(listing)
         for name in companions(listing.sizes):
             if name.endswith(".json"):
                 _parse(listing, name)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _require_model(listing: Listing) -> None:
+    read_json(listing, CONFIG)
+    weights = find_weights(listing, allow_pickle=True)
+    for name in weights.files if not weights.pickled else ():
+        check_length(listing, name)
+    require_tokenizer(listing)
+
+
+def _require_adapter(listing: Listing) -> None:
+    """Its settings and its weights; the tokenizer may be the base model's."""
+    read_json(listing, ADAPTER)
+    weights = [name for name in adapter_files(listing) if name != ADAPTER]
+    if not weights:
+        raise CheckpointError(f"{listing.where} has {ADAPTER} and no {ADAPTER_WEIGHTS[0]}; copy it in too")
+    for name in weights:
+        if name.endswith(".safetensors"):
+            check_length(listing, name)
 
 
 def needed_files(listing: Listing, weights: Weights, *, trust_remote_code: bool = False) -> list[str]:
@@ -215,7 +243,7 @@ def read_json(listing: Listing, name: str) -> dict[str, Any]:
 def _parse(listing: Listing, name: str) -> Any:
     try:
         return json.loads(listing.read(name, listing.sizes[name]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
 
 
@@ -236,7 +264,7 @@ def read_header(listing: Listing, name: str) -> dict[str, Any]:
     try:
         header = json.loads(listing.read(name, until)[8:])
         [entry["data_offsets"][1] + len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _headless(listing, name) from error
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
 

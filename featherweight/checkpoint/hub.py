@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.arrivals import Arrival
 from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, files_of, is_companion
+from featherweight.checkpoint.identity import read_by_the_product
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.progress import Progress
+from featherweight.store.artifact import content_digest
 
 
 def fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
@@ -133,3 +137,44 @@ def identify_hf(spec: LoadSpec) -> list[str]:
         if info is not None:
             return [_repository(spec)[0], info.sha]
     return [_repository(spec)[0], fetch_hf(spec, Path(), Progress()).name]
+
+
+def revisions(source: str) -> Iterator[Arrival]:
+    """The commits that a repository's branches and tags stand for, or the one of `hf:org/name@revision`.
+
+    A commit is whole and never changes. It is known by what the hub tells of its files' content: sha256 of the large ones, git's
+    own digest of the others. Raises ServiceError where the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    spec = LoadSpec(source=source)
+    repo, _ = _repository(spec)
+    with _hub_explained(spec), _answering(spec):
+        names = [source.partition("@")[2]]
+        if not names[0]:
+            refs = HfApi(_hub_places()["endpoint"]).list_repo_refs(repo)
+            names = [ref.name for ref in (*refs.branches, *refs.tags)]
+        commits = {info.sha: info for name in names if (info := _hub_info(LoadSpec(source=f"hf:{repo}@{name}"))) is not None}
+    for commit, info in commits.items():
+        at = LoadSpec(source=f"hf:{repo}@{commit}")
+        yield Arrival(at.source, content_digest([at.source]), fixed=True, identify=partial(_content, at, info))
+
+
+@contextmanager
+def _answering(spec: LoadSpec) -> Iterator[None]:
+    """A hub that is out of reach, in one line."""
+    import httpx
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        yield
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise ServiceError(f"{spec.source}: the Hugging Face hub is out of reach ({one_line(error)}); check the network") from error
+
+
+def _content(spec: LoadSpec, info: Any) -> str:
+    """Digest of the files that are read; raises CheckpointError where they make no checkpoint."""
+    with _hub_explained(spec):
+        names = read_by_the_product(_hub_listing(spec, info, _download_hub))
+    told = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
+    return content_digest({name: told[name] for name in names})

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
+from featherweight.checkpoint.arrivals import Arrival
 from featherweight.checkpoint.files import CONFIG, Listing, has_tokenizer
+from featherweight.checkpoint.identity import content_identity
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.progress import Progress
+from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import FILE as SERVING
 from featherweight.store.served_folder import Serving
@@ -93,3 +99,25 @@ def _with_tokenizer(folder: Path, root: Path, work: Path) -> Path:
 def identify_registered(spec: LoadSpec) -> list[str]:
     """The location that an alias stands for now: every version has its own."""
     return [_model_location(spec)]
+
+
+def versions(source: str) -> Iterator[Arrival]:
+    """The versions of `models:/name` that lie ready in the registry MLflow points to; none that Featherweight made itself."""
+    from mlflow import MlflowClient
+
+    spec, name = LoadSpec(source=source), source.removeprefix("models:").strip("/")
+    if not name or set("/@'") & set(name):
+        raise CheckpointError(f"{source}: watch a whole registered model, models:/NAME")
+    with _registry_explained(spec):
+        found = MlflowClient().search_model_versions(f"name='{name}'")
+    for one in found:
+        if one.status == "READY" and not any(tag.startswith("featherweight.") for tag in one.tags):
+            at = LoadSpec(source=f"models:/{name}/{one.version}")
+            stamp = content_digest([at.source, one.source, one.creation_timestamp])
+            yield Arrival(at.source, stamp, fixed=True, identify=partial(_content, at))
+
+
+def _content(spec: LoadSpec) -> str:
+    """Digest of the checkpoint inside a version, which is downloaded for it where its store is no local folder."""
+    with tempfile.TemporaryDirectory() as work:
+        return content_identity(Listing.of(fetch_registered(spec, Path(work), Progress())))

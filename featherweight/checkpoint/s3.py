@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,16 +104,37 @@ def _pages(bucket: _Bucket, prefix: str) -> Iterator[S3Object]:
 
 def listing(uri: str) -> Listing:
     """The files right below a prefix, as a checkpoint listing: tells whether the checkpoint is complete before any download."""
-    bucket = _bucket(uri)
-    with _explained(uri):
-        objects = {item.name: item for item in _list(bucket, split_uri(uri)[1]) if "/" not in item.name or is_companion(item.name)}
+    objects = {item.name: item for item in list_objects(uri)}
+    return listing_of(uri, {name: item for name, item in objects.items() if "/" not in name or is_companion(name)})
+
+
+def listing_of(uri: str, objects: Mapping[str, S3Object]) -> Listing:
+    """A checkpoint listing of objects that were listed before, by their names in the checkpoint."""
 
     def read(name: str, length: int) -> bytes:
-        stop = min(length, objects[name].size)
-        with _explained(uri):
-            return b"".join(_body(bucket, objects[name], 0, stop)) if stop else b""
+        return b"".join(_range(uri, objects[name], 0, min(length, objects[name].size)))
 
-    return Listing(uri, {name: item.size for name, item in objects.items()}, read)
+    def stream(name: str) -> Iterator[bytes]:
+        for start in range(0, objects[name].size, RANGE_BYTES):
+            yield b"".join(_range(uri, objects[name], start, min(start + RANGE_BYTES, objects[name].size)))
+
+    return Listing(uri, {name: item.size for name, item in objects.items()}, read, stream)
+
+
+def _range(uri: str, item: S3Object, start: int, stop: int) -> list[bytes]:
+    """The bytes [start, stop) of an object, asked for again where the connection is cut."""
+    from botocore.exceptions import HTTPClientError
+
+    with _explained(uri):
+        bucket = _bucket(uri)
+        for left in reversed(range(ATTEMPTS if stop > start else 0)):
+            try:
+                return list(_body(bucket, item, start, stop))
+            except HTTPClientError:
+                if not left:
+                    raise
+                time.sleep(LOOK_EVERY_S)
+    return []
 
 
 def download(uri: str, folder: Path, progress: Progress = Progress(), names: Collection[str] | None = None) -> None:

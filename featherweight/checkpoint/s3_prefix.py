@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featherweight.checkpoint import s3
-from featherweight.checkpoint.files import CONFIG, Listing, files_of, has_weights, missing_part
+from featherweight.checkpoint.arrivals import DEPTH, Arrival, is_done
+from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, files_of, has_weights, is_companion, missing_part
 from featherweight.checkpoint.gguf_parts import only_model
+from featherweight.checkpoint.identity import may_be_read
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError
 from featherweight.progress import Progress
+from featherweight.store.artifact import content_digest
 
 
 def fetch_s3(spec: LoadSpec, work: Path, progress: Progress) -> Path:
@@ -46,3 +50,32 @@ def identify_s3(spec: LoadSpec) -> list[list[Any]]:
     """Name, size and ETag of every object that is taken."""
     names = _wanted(s3.listing(str(spec.source)), spec)
     return sorted([item.name, item.size, item.etag] for item in s3.list_objects(str(spec.source)) if item.name in names)
+
+
+def prefixes_below(source: str) -> Iterator[Arrival]:
+    """The prefixes at or below a watched one, DEPTH deep, that hold a configuration; one listing tells all."""
+    bucket, prefix = s3.split_uri(source)
+    places: dict[str, list[s3.S3Object]] = {}
+    for item in s3.list_objects(source):
+        parts = PurePosixPath(item.key).parts
+        if ".." not in parts:
+            places.setdefault(item.key.rpartition("/")[0], []).append(item)
+    for place in places:
+        below = place.removeprefix(prefix).strip("/")
+        if _is_place(place, places[place]) and len(PurePosixPath(below).parts) < DEPTH:
+            inside = [item for other in places if other == place or other.rpartition("/")[0] == place for item in places[other]]
+            yield _arrival(f"s3://{bucket}/{place}", place, inside)
+
+
+def _is_place(place: str, items: list[s3.S3Object]) -> bool:
+    """Whether a configuration lies there that is of a checkpoint, not of a part of one."""
+    names = {item.key.rpartition("/")[2] for item in items}
+    return bool(names & {CONFIG, ADAPTER}) and not is_companion(f"{place.rpartition('/')[2]}/{CONFIG}")
+
+
+def _arrival(uri: str, place: str, items: list[s3.S3Object]) -> Arrival:
+    named = {item.key.removeprefix(place).strip("/"): item for item in items}
+    named = {name: item for name, item in named.items() if "/" not in name or is_companion(name)}
+    marks = sorted((name, item.size, item.etag) for name, item in named.items() if may_be_read(name))
+    listing = s3.listing_of(uri, named)
+    return Arrival(uri, content_digest([uri, marks]), listing, fixed=is_done(tuple(named)))

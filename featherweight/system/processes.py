@@ -16,6 +16,8 @@ from pathlib import Path
 
 WORKERS_PEAK = "workers_peak_memory_bytes"
 """The metric in which a stage in several processes tells of their memory, which its own process does not see."""
+ENDS_WITH_PARENT = "FEATHERWEIGHT_ENDS_WITH_PARENT"
+"""Set in the environment of processes that somebody else starts for us, and that are to end with who did."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,6 +34,13 @@ def end_with_parent() -> Callable[[], object] | None:
         return None
     libc = ctypes.CDLL(None)
     return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_parent_where_told() -> None:
+    """Let this process end with its parent where its environment says so; the parent is to have no say in it any more."""
+    end = end_with_parent()
+    if os.environ.get(ENDS_WITH_PARENT) and end is not None:
+        end()
 
 
 def end_group(leader: subprocess.Popen[bytes]) -> None:
@@ -105,3 +114,34 @@ def peak_bytes(pid: int) -> int:
     except (OSError, psutil.NoSuchProcess):
         return 0
     return peaks[0] * 1024 if peaks else 0
+
+
+def process_name() -> str:
+    """This process, told so that any other on the machine can tell later whether it still runs."""
+    return _name_of(os.getpid())
+
+
+def is_running(name: str) -> bool | None:
+    """Whether the process of a `process_name()` runs; None where it is of another machine or container: nobody here knows."""
+    place, _, pid = name.rpartition("|")[0].rpartition("|")
+    if place != _place():
+        return None
+    return pid.isdigit() and _name_of(int(pid)) == name
+
+
+def _name_of(pid: int) -> str:
+    """Machine and container, number, and the time at which it began, since numbers come again."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        began = 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        began = 0.0
+    return f"{_place()}|{pid}|{began}"
+
+
+def _place() -> str:
+    """The machine, and where the system knows such, the container: process numbers mean nothing outside it."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}|{namespace.readlink() if namespace.is_symlink() else ''}"

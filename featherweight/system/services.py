@@ -15,6 +15,11 @@ from featherweight.system.locks import locked_file
 from featherweight.system.processes import free_port
 from featherweight.system.servers import LOCAL, await_url, check_url, start, stop
 
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "60",
+}
+"""A server keeps the leases of concurrency slots on disk: after a kill, those in its memory would hold their slots for good."""
 SCHEDULING = ("SCHEDULER", "LATE_RUNS", "PAUSE_EXPIRATIONS", "FOREMAN", "TRIGGERS", "CANCELLATION_CLEANUP", "REPOSSESSOR")
 
 
@@ -87,6 +92,7 @@ def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Po
         "PREFECT_API_URL": "",
         "PREFECT_UI_API_URL": f"http://{LOCAL}:{port}/api",
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        **LEASES,
     }
     if not services:
         environment |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in SCHEDULING}

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from featherweight.checkpoint import inspection, tensors
-from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS, Listing, find_weights, is_complete, missing_part, needed_files
+from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS, Listing, find_weights, missing_part, needed_files
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.errors import CheckpointError
 
@@ -299,7 +299,7 @@ def test_every_truncation_is_refused(folder: Path, tiny_checkpoint: Path, data: 
     whole = (tiny_checkpoint / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     assert WEIGHTS in refusal(folder)
-    assert not is_complete(Listing.of(folder))
+    assert missing_part(Listing.of(folder)) is not None
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -364,7 +364,7 @@ def test_a_checkpoint_is_complete_once_its_last_byte_has_arrived(folder: Path, t
         assert missing_part(Listing.of(arriving)) is not None
         (arriving / path.name).write_bytes(content)
         needed.discard(path.name)
-        assert is_complete(Listing.of(arriving)) == (not needed)
+        assert (missing_part(Listing.of(arriving)) is None) == (not needed)
     assert inspect_checkpoint(arriving).layers == 2
 
 

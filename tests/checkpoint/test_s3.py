@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from s3transfer.utils import OSUtils
 
 from featherweight.checkpoint import s3, s3_checksums
-from featherweight.checkpoint.files import is_complete, missing_part
+from featherweight.checkpoint.files import missing_part
 from featherweight.errors import ServiceError
 from featherweight.progress import Progress
 from tests.conftest import S3Server
@@ -317,9 +317,9 @@ def test_whether_a_checkpoint_is_complete_is_told_from_afar(s3_server: S3Server,
     uri = f"s3://{s3_server.bucket}/new"
     assert "config.json" in str(missing_part(s3.listing(uri)))
     for path in sorted(tiny_checkpoint.iterdir()):
-        assert not is_complete(s3.listing(uri)) or path.name == "tokenizer_config.json"
+        assert missing_part(s3.listing(uri)) is not None or path.name == "tokenizer_config.json"
         bucket.put_object(Bucket=s3_server.bucket, Key=f"new/{path.name}", Body=path.read_bytes())
-    assert is_complete(s3.listing(uri))
+    assert missing_part(s3.listing(uri)) is None
     whole = (tiny_checkpoint / "model.safetensors").read_bytes()
     bucket.put_object(Bucket=s3_server.bucket, Key="new/model.safetensors", Body=whole[:-1])
     assert f"{uri}/model.safetensors is truncated" in str(missing_part(s3.listing(uri)))

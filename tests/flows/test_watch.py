@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from featherweight.checkpoint.new_checkpoints import arrivals
-from featherweight.errors import DataError
 from featherweight.store.workspace import Workspace
+from tasks.claim_runs import ClaimRuns
+from tasks.claims import Patience
 
 
 @pytest.fixture
@@ -40,26 +40,19 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def look(source: str, recipe: Path, root: Path) -> list[dict]:
-    """One look of the watch flow."""
-    from flows.watch import watch_flow
+def look(source: object, recipe: Path, root: Path, **patience: float) -> list[dict]:
+    """What `featherweight watch --once` does, without a server of its own."""
+    from flows.watch import run_due, watch_flow
+    from flows.watch_schedule import _deployment, parameters_of
 
-    return watch_flow(source, str(recipe), None, str(root))
+    told = parameters_of(str(source), recipe, (), root, "every", 0.05, Patience(**patience))
+    _deployment(root).apply()
+    return run_due(watch_flow(**told), told["deployment"])
 
 
-def test_arrivals_in_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        arrivals(str(tmp_path / "nowhere"))
-    shutil.copytree(tiny_checkpoint, tmp_path / "a" / "b")
-    shutil.copytree(tiny_checkpoint, tmp_path / "unfinished")
-    weights = tmp_path / "unfinished" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-10])
-    first = arrivals(str(tmp_path))
-    assert [arrival.source for arrival in first] == [str(tmp_path / "a" / "b")]
-    assert arrivals(str(tmp_path)) == first
-    weights.write_bytes(whole)
-    assert len(arrivals(str(tmp_path))) == 2
+def statuses(seen: list[dict]) -> dict[str, str]:
+    """How each arrival stands, by the last part of its name."""
+    return {one["source"].rpartition("/")[2]: one["status"] for one in seen}
 
 
 @pytest.mark.engine
@@ -71,27 +64,34 @@ def test_a_checkpoint_on_s3_is_optimized_once(
     for path in tiny_checkpoint.iterdir():
         if path.name != "model.safetensors":
             shutil.copy(path, place)
-    assert look(source, recipe, root) == []
+    assert statuses(look(source, recipe, root)) == {"one": "waiting"}
     shutil.copy(tiny_checkpoint / "model.safetensors", place)
     (started,) = look(source, recipe, root)
-    assert started["state"] == "Completed", started
+    assert started["status"] == "done", started
     assert started["winner"] in ("ct2", "baseline")
-    assert look(source, recipe, root) == []
+    (place / "optimizer.pt").write_bytes(b"moments")
+    (place / "config.json").touch()
+    assert statuses(look(source, recipe, root)) == {"one": "done"}
     (version,) = Workspace.at(root).client().search_model_versions("name='arrived'")
     assert version.tags["featherweight.stage"] == "staging"
 
 
 @pytest.mark.engine
-def test_a_bad_checkpoint_is_tried_once_and_does_not_stop_the_others(
+def test_one_that_fails_costs_itself_only_and_is_quarantined(
     harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "incoming"
-    shutil.copytree(tiny_checkpoint, place / "bad")
-    config = place / "bad" / "config.json"
+    drop, root = tmp_path / "drop", tmp_path / "workspace"
+    shutil.copytree(tiny_checkpoint, drop / "bad")
+    config = drop / "bad" / "config.json"
     config.write_text(config.read_text().replace('"LlamaForCausalLM"', '"NoSuchModel"'))
-    shutil.copytree(tiny_checkpoint, place / "good")
-    bad, good = look(str(place), recipe, tmp_path / "workspace")
-    assert bad["state"] == "Failed"
-    assert bad["error"]
-    assert good["state"] == "Completed"
-    assert look(str(place), recipe, tmp_path / "workspace") == []
+    shutil.copytree(tiny_checkpoint, drop / "good")
+    (drop / "nonsense").mkdir()
+    (drop / "nonsense" / "config.json").write_text("[")
+    impatient = {"tries": 2, "backoff_s": 0.0}
+    first = look(drop, recipe, root, **impatient)
+    assert statuses(first) == {"bad": "failed", "good": "done", "nonsense": "waiting"}
+    assert "NoSuchModel" in next(one["error"] for one in first if "bad" in one["source"])
+    assert statuses(look(drop, recipe, root, **impatient))["bad"] == "failed"
+    assert statuses(look(drop, recipe, root, **impatient)) == {"bad": "quarantined", "good": "done", "nonsense": "waiting"}
+    quarantined = [one for one in ClaimRuns("").claims(Patience(**impatient)).values() if one.count("FAILED") == 2]
+    assert len(quarantined) == 1 and "NoSuchModel" in quarantined[0].tries[-1].reason

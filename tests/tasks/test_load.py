@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import boto3
 import pytest
 
+from featherweight.checkpoint.arrivals import look
 from featherweight.checkpoint.fetching import source_fingerprint
 from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
@@ -272,11 +274,16 @@ class Hub(BaseHTTPRequestHandler):
         if not self.path.startswith("/api/models/org/tiny"):
             return self._file(body=True)
         *_, kind, revision = self.path.split("?")[0].split("/")
+        if revision == "refs":
+            one = {"name": "main", "ref": "main", "targetCommit": self.commit}
+            body = json.dumps({"branches": [one], "tags": [one], "converts": []}).encode()
+            return self._answer(200, body, {"Content-Type": "application/json"})
         if revision not in ("main", self.commit):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         sizes = {path.name: path.stat().st_size for path in self.root.iterdir()}
         tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
-        files = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+        digests = {name: hashlib.sha256((self.root / name).read_bytes()).hexdigest() for name in sizes}
+        files = [{"rfilename": name, "size": size, "blobId": digests[name]} for name, size in sizes.items()]
         info = {"id": "org/tiny", "sha": self.commit, "siblings": files, "tags": [], "private": False, "downloads": 0}
         body = json.dumps(tree if kind == "tree" else info).encode()
         return self._answer(200, body, {"Content-Type": "application/json"})
@@ -326,6 +333,19 @@ def test_a_hub_repository_is_downloaded_once_and_only_what_is_needed(hub: type[H
     out.mkdir()
     load(spec("hf:org/tiny"), out=out)
     assert hub.served == []
+
+
+def test_the_revisions_of_a_hub_repository_are_arrivals(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A branch and a tag at one commit are one arrival; a change of what is not read is another commit of the same content."""
+    (one,) = look("hf:org/tiny", tmp_path / "notes", 0)
+    assert (one.state, one.source) == ("ready", f"hf:org/tiny@{hub.commit}")
+    (hub.root / "README.md").write_text("of no matter")
+    hub.commit = "f" * 40
+    (other,) = look("hf:org/tiny@main", tmp_path / "notes", 0)
+    assert other.source != one.source and other.identity == one.identity
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ServiceError, match="out of reach"):
+        look("hf:org/tiny", tmp_path / "notes", 0)
 
 
 def test_a_hub_repository_that_is_none_is_refused(hub: type[Hub], out: Path):
