@@ -24,7 +24,14 @@ from tasks.stages import stage_named
 from tasks.summary import summarize
 
 
-@flow(name="optimize", flow_run_name="optimize {recipe}", persist_result=False, validate_parameters=False)
+# Prefect lets a run that is completed never begin again where its result is persisted.
+@flow(
+    name="optimize",
+    flow_run_name="optimize {recipe}",
+    persist_result=True,
+    result_serializer="json",
+    validate_parameters=False,
+)
 def optimize_flow(
     recipe: str,
     overrides: list[str] | None = None,

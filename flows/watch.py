@@ -18,7 +18,7 @@ from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
 from tasks.claim_runs import ClaimRuns, tell
 from tasks.claims import Claim, Patience, claim_key
-from tasks.parent_run import ambient
+from tasks.parent_run import ambient, connect
 
 IDENTITY = "featherweight.checkpoint_identity"
 
@@ -63,10 +63,16 @@ def _taken_up(runs: ClaimRuns, claim: Claim, seen: Seen, patience: Patience, par
     """The claim after what is due was done."""
     due = claim.next_try(patience, datetime.now(UTC))
     if due is not None:
+        require_store(Workspace.at(Path(parameters["workspace"])), claim.recipe)
         return runs.make(claim, *due, {**parameters, "tags": {IDENTITY: seen.identity}})
     if claim.last and claim.status(patience) == "quarantined":
         tell("quarantined", claim, claim.last.number, seen.source)
     return claim
+
+
+def require_store(workspace: Workspace, recipe: str) -> None:
+    """Raise ServiceError where MLflow would refuse every optimization of a recipe, before one is tried and its tries are spent."""
+    workspace.find_experiment(connect(workspace), recipe)
 
 
 def run_due(looked: list[dict[str, Any]], deployment: str) -> list[dict[str, Any]]:

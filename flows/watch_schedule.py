@@ -111,6 +111,9 @@ def _server(parameters: dict[str, Any], root: Path, view: View, scheduled: bool)
     check_url(workspace.tracking_uri, "MLflow", "MLFLOW_TRACKING_URI")
     configure(root)
     with prefect_server(root, services=scheduled) as server:
+        from flows.watch import require_store
+
+        require_store(workspace, load_recipe(Path(parameters["recipe"]), tuple(parameters["overrides"])).name)
         server.wait()
         view.say(f"watching {masked(parameters['source'])}; Prefect UI while this runs: {masked(server.url)}")
         yield

@@ -64,9 +64,15 @@ class ClaimRuns:
         return replace(claim, tries=(*claim.tries, _try(run, number)))
 
     def begin(self, run_id: str) -> FlowRun | None:
-        """The flow run, ready to be run by this process; None where another one has begun it, or no slot is free."""
+        """The flow run, ready to be run by this process; None where another one has begun it, or no slot is free.
+
+        Of several that propose Pending at once Prefect lets one; it lets none leave Completed, because the result is persisted.
+        """
         from prefect.states import Pending
 
+        before = self.client.read_flow_run(uuid.UUID(run_id)).state
+        if before is None or not before.is_scheduled():
+            return None
         answer: Any = self.client.set_flow_run_state(run_id, Pending())
         if answer.state is None or not answer.state.is_pending() or answer.status.value != "ACCEPT":
             return None

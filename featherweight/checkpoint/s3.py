@@ -44,11 +44,16 @@ class S3Object:
 
 
 @dataclass(frozen=True)
-class _Bucket:
+class Bucket:
     """A bucket and the client that talks to it."""
 
     client: Any
     name: str
+
+    def objects(self, uri: str) -> list[S3Object]:
+        """The objects below `s3://bucket/prefix/`, or the one object of that very key; empty where there are none."""
+        with _explained(uri):
+            return _list(self, split_uri(uri)[1])
 
 
 def client() -> Any:
@@ -78,22 +83,23 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 def list_objects(uri: str) -> list[S3Object]:
     """The objects below `s3://bucket/prefix/`, or the one object of that very key; empty where there are none."""
+    return bucket_of(uri).objects(uri)
+
+
+def bucket_of(uri: str) -> Bucket:
+    """An address's bucket, with a client of its own: making one takes a while."""
     with _explained(uri):
-        return _list(_bucket(uri), split_uri(uri)[1])
+        return Bucket(client(), split_uri(uri)[0])
 
 
-def _bucket(uri: str) -> _Bucket:
-    return _Bucket(client(), split_uri(uri)[0])
-
-
-def _list(bucket: _Bucket, prefix: str) -> list[S3Object]:
+def _list(bucket: Bucket, prefix: str) -> list[S3Object]:
     below = list(_pages(bucket, f"{prefix}/" if prefix else ""))
     if below or not prefix:
         return below
     return [item for item in _pages(bucket, prefix) if item.key == prefix]
 
 
-def _pages(bucket: _Bucket, prefix: str) -> Iterator[S3Object]:
+def _pages(bucket: Bucket, prefix: str) -> Iterator[S3Object]:
     """All objects whose key starts with `prefix`; markers of folders are left out."""
     start = prefix.rfind("/") + 1
     for page in bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name, Prefix=prefix):
@@ -104,29 +110,29 @@ def _pages(bucket: _Bucket, prefix: str) -> Iterator[S3Object]:
 
 def listing(uri: str) -> Listing:
     """The files right below a prefix, as a checkpoint listing: tells whether the checkpoint is complete before any download."""
-    objects = {item.name: item for item in list_objects(uri)}
-    return listing_of(uri, {name: item for name, item in objects.items() if "/" not in name or is_companion(name)})
+    bucket = bucket_of(uri)
+    objects = {item.name: item for item in bucket.objects(uri)}
+    return listing_of(uri, {name: item for name, item in objects.items() if "/" not in name or is_companion(name)}, bucket)
 
 
-def listing_of(uri: str, objects: Mapping[str, S3Object]) -> Listing:
+def listing_of(uri: str, objects: Mapping[str, S3Object], bucket: Bucket) -> Listing:
     """A checkpoint listing of objects that were listed before, by their names in the checkpoint."""
 
     def read(name: str, length: int) -> bytes:
-        return b"".join(_range(uri, objects[name], 0, min(length, objects[name].size)))
+        return b"".join(_range(uri, bucket, objects[name], 0, min(length, objects[name].size)))
 
     def stream(name: str) -> Iterator[bytes]:
         for start in range(0, objects[name].size, RANGE_BYTES):
-            yield b"".join(_range(uri, objects[name], start, min(start + RANGE_BYTES, objects[name].size)))
+            yield from _range(uri, bucket, objects[name], start, min(start + RANGE_BYTES, objects[name].size))
 
     return Listing(uri, {name: item.size for name, item in objects.items()}, read, stream)
 
 
-def _range(uri: str, item: S3Object, start: int, stop: int) -> list[bytes]:
+def _range(uri: str, bucket: Bucket, item: S3Object, start: int, stop: int) -> list[bytes]:
     """The bytes [start, stop) of an object, asked for again where the connection is cut."""
     from botocore.exceptions import HTTPClientError
 
     with _explained(uri):
-        bucket = _bucket(uri)
         for left in reversed(range(ATTEMPTS if stop > start else 0)):
             try:
                 return list(_body(bucket, item, start, stop))
@@ -143,7 +149,7 @@ def download(uri: str, folder: Path, progress: Progress = Progress(), names: Col
     names: take only these (relative names). Progress is in bytes. Files are checked against size and checksum or ETag in a
     temporary folder beside `folder`, which is renamed at the end: where this raises (ServiceError), nothing is left behind.
     """
-    bucket = _bucket(uri)
+    bucket = bucket_of(uri)
     with _explained(uri):
         objects = [item for item in _list(bucket, split_uri(uri)[1]) if names is None or item.name in names]
     if not objects:
@@ -183,7 +189,7 @@ def _make_folders(work: Path, objects: list[S3Object]) -> None:
             path.touch()
 
 
-def _fetch_all(bucket: _Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
+def _fetch_all(bucket: Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
     """Let boto3's transfer manager fetch every object: in ranges side by side, each tried again where its connection is cut."""
     from boto3.s3.transfer import TransferConfig, create_transfer_manager
 
@@ -237,7 +243,7 @@ class _Fetched:
         return Subscriber()
 
 
-def _body(bucket: _Bucket, item: S3Object, start: int, stop: int) -> Iterator[bytes]:
+def _body(bucket: Bucket, item: S3Object, start: int, stop: int) -> Iterator[bytes]:
     """The bytes [start, stop) of an object, in chunks."""
     answer = bucket.client.get_object(Bucket=bucket.name, Key=item.key, Range=f"bytes={start}-{stop - 1}", IfMatch=f'"{item.etag}"')
     # Not every server heeds If-Match.
@@ -248,18 +254,18 @@ def _body(bucket: _Bucket, item: S3Object, start: int, stop: int) -> Iterator[by
     yield from answer["Body"].iter_chunks(_CHUNK)
 
 
-def _altered(bucket: _Bucket, item: S3Object) -> ServiceError:
+def _altered(bucket: Bucket, item: S3Object) -> ServiceError:
     return ServiceError(f"s3://{bucket.name}/{item.key} was replaced while it was being read; run it again")
 
 
-def _verify_all(bucket: _Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
+def _verify_all(bucket: Bucket, objects: list[S3Object], work: Path, progress: Progress) -> None:
     with ThreadPoolExecutor(WORKERS) as pool:
         verified = list(pool.map(lambda item: _verify(bucket, item, work / item.name), objects))
     if not all(verified):
         progress.note(f"{verified.count(False)} of {len(objects)} files: no checksum to compare, only the size was checked")
 
 
-def _verify(bucket: _Bucket, item: S3Object, path: Path) -> bool:
+def _verify(bucket: Bucket, item: S3Object, path: Path) -> bool:
     """Compare a file with its object's size, and ETag or checksum; False where the server gives no checksum to compare with."""
     if s3_checksums.is_md5_of(item.etag, path):
         return True

@@ -54,9 +54,9 @@ def identify_s3(spec: LoadSpec) -> list[list[Any]]:
 
 def prefixes_below(source: str) -> Iterator[Arrival]:
     """The prefixes at or below a watched one, DEPTH deep, that hold a configuration; one listing tells all."""
-    bucket, prefix = s3.split_uri(source)
+    bucket, prefix = s3.bucket_of(source), s3.split_uri(source)[1]
     places: dict[str, list[s3.S3Object]] = {}
-    for item in s3.list_objects(source):
+    for item in bucket.objects(source):
         parts = PurePosixPath(item.key).parts
         if ".." not in parts:
             places.setdefault(item.key.rpartition("/")[0], []).append(item)
@@ -64,7 +64,7 @@ def prefixes_below(source: str) -> Iterator[Arrival]:
         below = place.removeprefix(prefix).strip("/")
         if _is_place(place, places[place]) and len(PurePosixPath(below).parts) < DEPTH:
             inside = [item for other in places if other == place or other.rpartition("/")[0] == place for item in places[other]]
-            yield _arrival(f"s3://{bucket}/{place}", place, inside)
+            yield _arrival(bucket, place, inside)
 
 
 def _is_place(place: str, items: list[s3.S3Object]) -> bool:
@@ -73,9 +73,10 @@ def _is_place(place: str, items: list[s3.S3Object]) -> bool:
     return bool(names & {CONFIG, ADAPTER}) and not is_companion(f"{place.rpartition('/')[2]}/{CONFIG}")
 
 
-def _arrival(uri: str, place: str, items: list[s3.S3Object]) -> Arrival:
+def _arrival(bucket: s3.Bucket, place: str, items: list[s3.S3Object]) -> Arrival:
+    uri = f"s3://{bucket.name}/{place}"
     named = {item.key.removeprefix(place).strip("/"): item for item in items}
     named = {name: item for name, item in named.items() if "/" not in name or is_companion(name)}
     marks = sorted((name, item.size, item.etag) for name, item in named.items() if may_be_read(name))
-    listing = s3.listing_of(uri, named)
+    listing = s3.listing_of(uri, named, bucket)
     return Arrival(uri, content_digest([uri, marks]), listing, fixed=is_done(tuple(named)))

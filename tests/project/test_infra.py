@@ -27,10 +27,12 @@ PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200}
 @pytest.mark.slow
 def test_deployments_are_what_prefect_reads():
     from prefect.cli.deploy._models import PrefectYamlModel
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 
     tree = yaml.safe_load((INFRA / "prefect.yaml").read_text())
     deployments = {item.name: item for item in PrefectYamlModel.model_validate(tree).deployments}
-    assert set(deployments) == {"optimize", "watch"}
+    assert set(deployments) == {"optimize", "watch", "again"}
+    assert [DeploymentEventTrigger.model_validate(trigger) for trigger in deployments["watch"].triggers]
     assert deployments["watch"].schedules[0].interval.total_seconds() == 300
     assert all(item.work_pool.name == "featherweight" for item in deployments.values())
 
