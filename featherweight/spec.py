@@ -22,11 +22,12 @@ from featherweight.grid import grid_named
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 
 
-Positive = Annotated[int, Field(gt=0)]
+# Far above anything that a machine can do, far below what overflows on the way there.
+Positive = Annotated[int, Field(gt=0, le=10**15)]
 
 
 # The first token of a sequence is only read: one alone leaves nothing to predict.
-SequenceLength = Annotated[int, Field(ge=2)]
+SequenceLength = Annotated[int, Field(ge=2, le=10**9)]
 
 
 Split = Literal["train", "calibration", "evaluation"]
@@ -51,7 +52,7 @@ GridName = Annotated[str, AfterValidator(_known_grid)]
 class Spec(BaseModel):
     """Frozen, and strict: a key that is misspelt, or that the rest leaves without a meaning, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def unread(self) -> dict[str, str]:

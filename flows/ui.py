@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import webbrowser
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from featherweight.masking import masked
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import free_port
 from featherweight.system.servers import LOCAL, await_url, check_url, stop
-from featherweight.system.services import start_mlflow, start_prefect
+from featherweight.system.services import prefect_server, start_mlflow
 
 
 def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser: bool) -> None:
@@ -28,15 +27,9 @@ def serve_ui(workspace: Workspace, prefect_port: int, mlflow_port: int, browser:
 
 
 def _prefect(workspace: Workspace, port: int, stack: ExitStack) -> str:
-    named = os.environ.get("PREFECT_API_URL")
-    if named:
-        check_url(named, "Prefect", "PREFECT_API_URL")
-        return named.removesuffix("/api")
-    port = _port(port)
-    process = start_prefect(workspace.root, port)
-    stack.callback(stop, process)
-    await_url(f"http://{LOCAL}:{port}/api/health", process, "Prefect", workspace.root / "prefect-server.log")
-    return f"http://{LOCAL}:{port}"
+    server = stack.enter_context(prefect_server(workspace.root, services=True, port=_port(port)))
+    server.wait()
+    return server.url
 
 
 def _mlflow(workspace: Workspace, port: int, stack: ExitStack) -> str:

@@ -47,10 +47,10 @@ class WorkloadSpec(Spec):
 class ConstraintsSpec(Spec):
     """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte."""
 
-    max_quality_loss: float | None = None
-    min_speedup: float | None = None
+    max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
     max_size_bytes: Positive | None = None
-    max_p95_latency_s: float | None = None
+    max_p95_latency_s: Annotated[float, Field(gt=0)] | None = None
     max_peak_memory_bytes: Positive | None = None
 
 

@@ -11,16 +11,17 @@ from pydantic import ValidationError
 from featherweight.errors import RecipeError, nearest, one_line
 from featherweight.masking import masked_tree
 from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.yaml_text import read_yaml
 from featherweight.spec import NamedSpec, Spec
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read and validate a recipe; `overrides` are 'a.b=c' with c in YAML. Raises RecipeError with one line."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise RecipeError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
@@ -48,8 +49,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: '{key}' holds a value, not keys")
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree[last] = read_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {one_line(error)}") from error
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
 from featherweight.checkpoint.spec import OfAdapter
 from featherweight.distillation.spec import DistillSpec
@@ -64,10 +64,19 @@ class VariantsSpec(Spec):
         return value
 
 
+def _registrable(name: str) -> str:
+    """A name that MLflow registers, and that a reference such as NAME/3 or NAME@champion can be told from."""
+    wrong = sorted(set("/:@%'\"`\\") & set(name))
+    if wrong or not name.isprintable() or name.strip() != name or name.strip(".") == "" or len(name) > 200:
+        what = f"{wrong[0]} in it" if wrong else "such a name"
+        raise ValueError(f"no model can be registered with {what}; take letters, digits, '-', '_', '.' and at most 200 of them")
+    return name
+
+
 class PromoteSpec(Spec):
     """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'."""
 
-    model: str
+    model: Annotated[str, AfterValidator(_registrable)]
     stage: Literal["none", "staging", "production"] = "production"
 
 

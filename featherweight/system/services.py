@@ -40,10 +40,10 @@ class PrefectServer:
 
 
 @contextmanager
-def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer]:
+def prefect_server(root: Path, services: bool = False, port: int | None = None) -> Iterator[PrefectServer]:
     """The server that $PREFECT_API_URL names, or an embedded one that starts now and lasts as long as the block.
 
-    services: run the scheduler too, for deployments on a schedule.
+    services: run the scheduler too, for deployments on a schedule. port: where it listens; a free one where it is not said.
     """
     log = root / "prefect-server.log"
     named = os.environ.get("PREFECT_API_URL")
@@ -53,7 +53,7 @@ def prefect_server(root: Path, services: bool = False) -> Iterator[PrefectServer
         return
     with ExitStack() as first:
         came_up = _alone_the_first_time(root, first)
-        port = free_port()
+        port = port or free_port()
         process = start_prefect(root, port, services)
         os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
         try:

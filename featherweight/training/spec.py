@@ -12,13 +12,13 @@ from featherweight.spec import Positive, SequenceLength, Spec
 class TrainSpec(Spec):
     """A small Llama and its byte-level BPE tokenizer, from nothing."""
 
-    vocab_size: Positive = 2048
-    hidden_size: Positive = 256
-    intermediate_size: Positive = 688
-    layers: Positive = 6
-    heads: Positive = 8
-    kv_heads: Positive = 4
-    context: SequenceLength = 256
+    vocab_size: int = Field(default=2048, gt=0, le=10_000_000)
+    hidden_size: int = Field(default=256, gt=0, le=100_000)
+    intermediate_size: int = Field(default=688, gt=0, le=1_000_000)
+    layers: int = Field(default=6, gt=0, le=1000)
+    heads: int = Field(default=8, gt=0, le=10_000)
+    kv_heads: int = Field(default=4, gt=0, le=10_000)
+    context: int = Field(default=256, ge=2, le=10_000_000)
     steps: Positive = 300
     batch: Positive = 8
     learning_rate: float = Field(default=3e-3, gt=0)

@@ -1,5 +1,6 @@
 """Recipes are strict, and say what is wrong in one line."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
             "finetune.sequence: Input should be greater",
         ),
         ({"stages": {"quantize": {"a": {"sequence": 1}}}}, "a.sequence: Input should be greater"),
+        ({"promote": {"model": "a/b"}}, "promote.model: no model can be registered with / in it"),
+        ({"promote": {"model": ".."}}, "no model can be registered"),
+        ({"promote": {"model": "m" * 300}}, "at most 200"),
+        ({"constraints": {"min_speedup": float("nan")}}, "constraints.min_speedup: "),
+        ({"constraints": {"max_quality_loss": float("inf")}}, "constraints.max_quality_loss: "),
+        ({"constraints": {"min_speedup": -1}}, "constraints.min_speedup: "),
+        ({"checkpoint": {"train": {"layers": 200_000}}}, "checkpoint.train.layers: "),
+        ({"workload": {"rounds": 10**18}}, "workload.rounds: "),
         ({"workload": {"window_tokens": 1}}, "window_tokens: Input should be greater"),
         ({"stages": {"quantize": {"a": {"grid": "int4g32"}}}}, "a.grid: unknown grid 'int4g32'; did you mean 'int4-g32'?"),
         ({"stages": {"quantize": {"a": {"head": "int-8"}}}}, "a.head: unknown grid 'int-8'; did you mean 'int8'?"),
@@ -119,6 +128,31 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
         load_recipe(path)
     with pytest.raises(RecipeError, match="cannot read recipe"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nname: y\n", "the key 'name' stands twice"),
+        ("promote: {model: a, stage: none, model: b}\n", "the key 'model' stands twice"),
+        ("[" * 100_000, "nested more than 50 deep"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{f'*{chr(97 + n)},' * 10}]\n" for n in range(8)),
+            "aliases",
+        ),
+        ("a: &a [*a]\n", "aliases"),
+        ("x" * 2_000_000, "at most 1000000"),
+    ],
+    ids=["twice", "twice inside", "deep", "laughs", "itself", "long"],
+)
+def test_what_would_grow_or_hide_is_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+    assert time.process_time() - began < 1
 
 
 def test_overrides_reach_any_key(write) -> None:
