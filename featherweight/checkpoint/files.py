@@ -251,14 +251,14 @@ def check_length(listing: Listing, name: str) -> None:
     """Compare a safetensors file's size with what its header promises."""
     size = listing.sizes[name]
     header = read_header(listing, name)
-    expected = _header_bytes(listing, name) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    expected = header_bytes(listing, name) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         _refuse_length(listing, name, str(expected), shorter=size < expected)
 
 
 def read_header(listing: Listing, name: str) -> dict[str, Any]:
     """What a safetensors file says of each of its tensors: `dtype`, `shape` and `data_offsets`. Reads nothing else of it."""
-    size, until = listing.sizes[name], _header_bytes(listing, name)
+    size, until = listing.sizes[name], header_bytes(listing, name)
     if size < until:
         _refuse_length(listing, name, f"at least {until}", shorter=True)
     try:
@@ -269,7 +269,7 @@ def read_header(listing: Listing, name: str) -> dict[str, Any]:
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
 
 
-def _header_bytes(listing: Listing, name: str) -> int:
+def header_bytes(listing: Listing, name: str) -> int:
     """Where the header ends: 8 bytes tell its length."""
     lead = listing.read(name, 8)
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else _MAX_HEADER + 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +17,9 @@ from featherweight.checkpoint.files import (
     files_of,
     find_weights,
     has_weights,
+    header_bytes,
     is_companion,
+    read_header,
     read_json,
 )
 from featherweight.errors import CheckpointError
@@ -75,15 +75,12 @@ def _shards(listing: Listing) -> dict[str, set[str] | None]:
 
 def _tensors(listing: Listing, name: str) -> dict[str, list[Any]]:
     """[type, shape, sha256 of the bytes] of each tensor of a safetensors file."""
-    (length,) = struct.unpack("<Q", listing.read(name, 8))
-    header = json.loads(listing.read(name, 8 + length)[8:])
-    entries = [(entry["data_offsets"], tensor, entry) for tensor, entry in header.items() if tensor != "__metadata__"]
-    content = _Content(listing, name)
-    content.pass_to(8 + length)
-    told = {}
-    for (begin, end), tensor, entry in sorted(entries, key=lambda one: (one[0], one[1])):
-        content.pass_to(8 + length + begin)
-        told[tensor] = [entry["dtype"], entry["shape"], content.sha256_to(8 + length + end)]
+    header, start = read_header(listing, name), header_bytes(listing, name)
+    content, told = _Content(listing, name), {}
+    for tensor, entry in sorted(header.items(), key=lambda one: (one[1]["data_offsets"], one[0])):
+        begin, end = entry["data_offsets"]
+        content.pass_to(start + begin)
+        told[tensor] = [entry["dtype"], entry["shape"], content.sha256_to(start + end)]
     return told
 
 
