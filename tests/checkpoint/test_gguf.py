@@ -18,14 +18,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from tasks.load import load
 from tests.support.gguf_files import write_gguf
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.support.notes import Notes
 
 
 @pytest.fixture

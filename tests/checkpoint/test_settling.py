@@ -16,7 +16,6 @@ from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
-from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import ExportSpec
@@ -25,16 +24,9 @@ from tasks.export import export
 from tasks.load import load
 from tasks.quantize import quantize
 from tests.support.families import WORDS, family_checkpoint
+from tests.support.notes import Notes
 
 IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

@@ -18,13 +18,12 @@ from featherweight.checkpoint.tokenizer import SAMPLE, load_tokenizer, require_s
 from featherweight.errors import CheckpointError
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.text.documents import Document, write_documents
 from featherweight.training.spec import FinetuneSpec
 from tasks.export import export
 from tasks.finetune import finetune
 from tasks.load import load
 from tasks.quantize import quantize
-from tests.support.families import WORDS
+from tests.support.families import write_pairs
 from tests.support.slow_tokenizers import KINDS, slow_checkpoint
 
 TASKS = {"bert": "fill-mask", "gpt2": "text-generation"}
@@ -66,11 +65,7 @@ def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = [word for word in WORDS.split() if word.isalpha()]
-    lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
-    folder = tmp_path_factory.mktemp("text")
-    write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("text"))
 
 
 def cuts(folder: Path) -> list[Any]:

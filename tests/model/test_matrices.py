@@ -15,14 +15,13 @@ from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import heads, in_float, matrices, move_to_grid, round_to_nearest, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
-from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.text.documents import Document, write_documents
 from tasks.export import export
 from tasks.quantize import quantize
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.families import family_checkpoint, write_pairs
+from tests.support.notes import Notes
 
 HEADS = {
     "llama": {"model.embed_tokens.weight", "lm_head.weight"},
@@ -66,21 +65,7 @@ STACKS = {"t5": 2, "marian": 2}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = [word for word in WORDS.split() if word.isalpha()]
-    lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
-    folder = tmp_path_factory.mktemp("text")
-    write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
-    return folder
-
-
-class Notes(Progress):
-    """Keeps what is noted."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+    return write_pairs(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from featherweight.text.documents import Document, write_documents
+
 FAMILIES = ("llama", "t5", "marian", "mbart", "bert", "distilbert")
 """One model type or more of each family, for what has to work with all of them."""
 
@@ -96,3 +98,11 @@ def word_tokenizer(model_type: str) -> Any:
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
     names |= {} if LIKE.get(model_type, model_type) in ("t5", "bart") else {"bos_token": "<s>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=256, **names)
+
+
+def write_pairs(folder: Path) -> Path:
+    """A text of 24 lines of 20 words, and of each its translation into the same words backwards."""
+    words = [word for word in WORDS.split() if word.isalpha()]
+    lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
+    write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
+    return folder

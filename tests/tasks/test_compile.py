@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from featherweight.runtimes.packing import Packable
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.store.served_folder import Serving
 from tasks.compile import compile
-from tests.conftest import STORY, _tokenizer
+from tests.conftest import _tokenizer
 from tests.support import serving_models as models
 from tests.support.serving_models import serving_spec
 
@@ -33,21 +32,6 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 def genai(precision: str = "float32") -> CompileSpec:
     return serving_spec(engine="onnxruntime-genai", precision=precision)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.write_text(tmp_path_factory.mktemp("text"), STORY)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Checkpoints by family. Served folders share inodes with them, so at the end not a byte of theirs may have changed."""
-    root = tmp_path_factory.mktemp("models")
-    folders = {family: models.make(family, root / family, _tokenizer()) for family in models.FAMILIES}
-    before = models.digests(root)
-    yield folders
-    assert models.digests(root) == before
 
 
 def unpack(blocks: np.ndarray, bits: int, columns: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
 from tasks.export import export
-from tests.conftest import STORY, _tokenizer
+from tests.conftest import _tokenizer
 from tests.support import serving_models as models
 from tests.support.serving_models import serving_spec
 
@@ -34,21 +33,6 @@ TYPES = {1: np.int8, 0: np.float32, 2: np.int16, 3: np.int32}
 
 def ctranslate2(compute_type: str = "float32", reduce_range: bool | str = "auto") -> ExportSpec:
     return serving_spec(engine="ctranslate2", compute_type=compute_type, reduce_range=reduce_range)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.write_text(tmp_path_factory.mktemp("text"), STORY)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Checkpoints by family. Served folders share inodes with them, so at the end not a byte of theirs may have changed."""
-    root = tmp_path_factory.mktemp("models")
-    folders = {family: models.make(family, root / family, _tokenizer()) for family in models.FAMILIES}
-    before = models.digests(root)
-    yield folders
-    assert models.digests(root) == before
 
 
 @pytest.fixture(scope="module")
