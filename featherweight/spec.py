@@ -36,7 +36,12 @@ Split = Literal["train", "calibration", "evaluation"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-Task = Literal["text-generation", "text2text-generation", "fill-mask"]
+Head = Literal["feature-extraction", "text-classification", "token-classification"]
+Task = Literal["text-generation", "text2text-generation", "fill-mask", Head]
+
+
+HEADED: tuple[Task, ...] = ("feature-extraction", "text-classification", "token-classification")
+"""Tasks of encoders that answer a text at once: by a vector, by labels, by a label for each token."""
 
 
 def _known_grid(name: str) -> str:

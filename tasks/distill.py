@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening, saving
-from featherweight.distillation.losses import distillation_loss
+from featherweight.distillation.losses import answered
 from featherweight.distillation.matching import Matcher, Pair
 from featherweight.distillation.spec import DistillSpec
 from featherweight.distillation.students import make_student, matched_layers, require_same_tokens
 from featherweight.distillation.teacher_answers import Answers, answers_of
 from featherweight.errors import RecipeError
+from featherweight.model.architecture import task_of
+from featherweight.model.heads import answers as answers_to
+from featherweight.model.heads import read
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
@@ -146,8 +149,8 @@ def answer_loss(student: PreTrainedModel, answers: Answers, spec: DistillSpec) -
     def loss(ids: Tensor) -> Tensor:
         inputs, labels = inputs_and_labels(student.config, ids)
         target = answers(ids)
-        logits = student(**inputs).logits.flatten(0, 1)
-        return distillation_loss(logits, target, labels.flatten(), spec.temperature, spec.kl_weight, spec.divergence)
+        said = answers_to(student, inputs)
+        return answered(task_of(student.config), said, target, labels, spec.temperature, spec.kl_weight, spec.divergence)
 
     return loss
 
@@ -161,8 +164,9 @@ def matching_loss(teacher: PreTrainedModel, student: PreTrainedModel, matcher: M
         with torch.no_grad():
             of_teacher = matcher.run(teacher, inputs, teacher=True)
         of_student = matcher.run(student, inputs, teacher=False)
-        logits, target = of_student[0].logits.flatten(0, 1), of_teacher[0].logits.flatten(0, 1)
-        answered = distillation_loss(logits, target, labels.flatten(), spec.temperature, spec.kl_weight, spec.divergence)
-        return answered + matcher.loss(of_student, of_teacher, real_positions(inputs, labels))
+        said, target = (read(student.config, output, inputs) for output in (of_student[0], of_teacher[0]))
+        task, target = task_of(student.config), target.flatten(0, 1)
+        loss = answered(task, said, target, labels, spec.temperature, spec.kl_weight, spec.divergence)
+        return loss + matcher.loss(of_student, of_teacher, real_positions(inputs, labels))
 
     return loss

@@ -43,7 +43,7 @@ def evaluate(
         variant = MeasuredVariant(workload, served, stack, progress)
         other = variant if same_files(served, baseline) else MeasuredVariant(workload, baseline, stack, progress, known)
         pairs = [take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
-        measured = variant.measurement([ours for ours, _ in pairs])
+        measured = variant.measurement([ours for ours, _ in pairs], other)
         measured = replace(measured, roofline=_roofline(served, measured))
         reference = measured if other is variant else other.measurement([theirs for _, theirs in pairs])
     comparison = Comparison(measured, reference, hardware_fingerprint())

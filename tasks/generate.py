@@ -16,7 +16,7 @@ from featherweight.checkpoint import opening
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.spec import GenerateSpec
 from featherweight.errors import RecipeError, StageError
-from featherweight.model.architecture import TASKS, Family, family_of
+from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.ctranslate2 import pack
@@ -55,7 +55,7 @@ def generate(
     """
     config, tokenizer = opening.load_config(checkpoint), load_tokenizer(checkpoint)
     family = family_of(config)
-    if reason := spec.refusal(Parent(TASKS[family], config.model_type)):
+    if reason := spec.refusal(Parent(task_of(config), config.model_type)):
         raise RecipeError(reason)
     prompts = _prompts(spec, family, text, tokenizer)
     with tempfile.TemporaryDirectory() as folder:

@@ -202,9 +202,9 @@ def _same(one: RegisteredVersion, other: RegisteredVersion, tag: str) -> bool:
 
 
 def _quality(one: RegisteredVersion, other: RegisteredVersion) -> tuple[Figure, Estimate | None]:
-    """Quality as a loss: bits per byte on one text, else the change from the checkpoint that both come from."""
+    """Quality as a loss: bits per byte on one text, else the change from the checkpoint that each comes from."""
     change = QUALITY.read(one.metrics)
-    if not _same(one, other, "evaluation"):
+    if not _same(one, other, "evaluation") or BITS_PER_BYTE.key not in one.metrics:
         return QUALITY, change
     bits = BITS_PER_BYTE.read(one.metrics)
     if bits is None or change is None:
@@ -244,7 +244,7 @@ def _not_worse(name: str, figure: Figure, new: Estimate, old: Estimate, bound: f
 def _progress_gate(candidate: RegisteredVersion, champion: RegisteredVersion, objective: str) -> GateResult:
     """Better in something: noise alone must not let champions drift downwards step by step."""
     speed = goals.speed(goals.judged_batch(objective, candidate.metrics))
-    quality = BITS_PER_BYTE if _same(candidate, champion, "evaluation") else QUALITY
+    quality, _ = _quality(candidate, champion)
     pairs = [(one, one.read(candidate.metrics), one.read(champion.metrics)) for one in (quality, speed, SIZE)]
     better = [
         f"{figure.name} {figure.show(new.value)} against {figure.show(old.value)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from featherweight.checkpoint import opening, saving
 from featherweight.errors import RecipeError
-from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.architecture import task_of
 from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
 from featherweight.pruning.catalog import PRUNERS
@@ -27,7 +27,7 @@ def prune(
     Raises RecipeError for what no engine could load, StageError for an architecture that the method cannot cut.
     """
     given = PruningInput(spec, checkpoint, calibration, out, seed, progress)
-    if reason := spec.refusal(Parent(TASKS[family_of(given.config)], given.config.model_type)):
+    if reason := spec.refusal(Parent(task_of(given.config), given.config.model_type)):
         raise RecipeError(f"prune: {reason}")
     opening.require_context(given.config, spec.sequence, "prune")
     pruned = PRUNERS[spec.method].prune(given)

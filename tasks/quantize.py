@@ -16,7 +16,7 @@ from featherweight.checkpoint.files import CONFIG, INDEX, copy
 from featherweight.checkpoint.saving import copy_companions
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named
-from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.architecture import task_of
 from featherweight.model.matrices import in_float
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
@@ -129,7 +129,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     opening.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():
         raise CheckpointError(ALREADY_QUANTIZED)
-    parent = Parent(TASKS[family_of(config)], config.model_type, sparse=Sparsity.read(checkpoint) is not None)
+    parent = Parent(task_of(config), config.model_type, sparse=Sparsity.read(checkpoint) is not None)
     if reason := spec.refusal(parent):
         raise RecipeError(f"quantize: {reason}")
     if getattr(config, "quantization_config", None):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint import opening
 from featherweight.errors import RecipeError, StageError
 from featherweight.grid import Grid, grid_named
-from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.architecture import task_of
 from featherweight.model.parent import Parent, linear_refusal
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.interface import QuantizationInput, start_scales
@@ -35,7 +35,7 @@ def sensitivity(
     `predicted_quality_loss` (all matrices on the coarse grid). Raises StageError where the model computes what is no number.
     """
     config = opening.load_config(checkpoint)
-    if reason := linear_refusal("sensitivity", Parent(TASKS[family_of(config)], config.model_type)):
+    if reason := linear_refusal("sensitivity", Parent(task_of(config), config.model_type)):
         raise RecipeError(reason)
     model = opening.load_model(checkpoint).eval()
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)

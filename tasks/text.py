@@ -47,7 +47,7 @@ class Splits:
         documents: list[Document] = getattr(self, split)
         return {
             "documents": len(documents),
-            "bytes": sum(len(document.text.encode(errors="surrogatepass")) for document in documents),
+            "bytes": sum(len(document.content.encode(errors="surrogatepass")) for document in documents),
             "duplicates_dropped": self.duplicates.get(split, 0),
             "near_copies_kept_in_training": self.near_copies,
         }
@@ -88,7 +88,7 @@ def _hold_out(documents: list[Document], shares: dict[str, float], seed: int, so
         return {}, 0
     if sum(shares.values()) >= 1:
         raise RecipeError(f"data: the shares {shares} leave nothing to train on; together they must stay under 1")
-    copied = copied_shares([ngrams(document.text) for document in documents])
+    copied = copied_shares([ngrams(document.content) for document in documents])
     distinct = [document for document, share in zip(documents, copied, strict=True) if share <= NEAR_COPY]
     names = [name for name in ("evaluation", "calibration") if name in shares]
     if len(distinct) < len(names) or len(documents) <= len(names):
@@ -102,7 +102,7 @@ def _hold_out(documents: list[Document], shares: dict[str, float], seed: int, so
 
 def _take(documents: list[Document], shares: list[tuple[str, float]], seed: int, most: int) -> dict[str, list[Document]]:
     """Intervals of the documents' ranks: at least one document each, at most `most` in all, in the documents' order."""
-    ranks = [int(digest(document.text, str(seed))[:16], 16) / 2**64 for document in documents]
+    ranks = [int(digest(document.content, str(seed))[:16], 16) / 2**64 for document in documents]
     order = sorted(range(len(documents)), key=lambda place: (ranks[place], place))
     held: dict[str, list[Document]] = {}
     start, border = 0, 0.0

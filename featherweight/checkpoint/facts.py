@@ -29,6 +29,7 @@ from featherweight.checkpoint.files import (
 )
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file
 from featherweight.checkpoint.gguf_parts import parts_of
+from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import method_of, require_readable
@@ -120,6 +121,8 @@ def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
 def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing, weights: Weights) -> CheckpointFacts:
     method = method_of(told)
     shapes, size = _shapes(listing, weights)
+    if shapes is not None and method is None:
+        answer["config"]["values"].update(head_changes(listing, Values(answer["config"]), shapes)[0])
     return CheckpointFacts(
         Values(answer["config"]),
         Values({"values": answer["generation"], "names": {}}),

@@ -240,6 +240,14 @@ def read_json(listing: Listing, name: str) -> dict[str, Any]:
     return value
 
 
+def read_list(listing: Listing, name: str) -> list[dict[str, Any]]:
+    """A JSON array of objects of the checkpoint."""
+    value = _parse(listing, name)
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise CheckpointError(f"{listing.where}/{name} must hold a JSON array of objects")
+    return value
+
+
 def _parse(listing: Listing, name: str) -> Any:
     try:
         return json.loads(listing.read(name, listing.sizes[name]))

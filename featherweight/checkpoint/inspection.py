@@ -17,7 +17,7 @@ from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weight
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line
-from featherweight.model.architecture import TASKS, family_of, head_class
+from featherweight.model.architecture import family_of, head_class, head_refusal, task_of
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # What encoders were pre-trained with beside their masked-language-model head, and need no more.
 _BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
+# Heads that a file holds beside the base model that embeddings are made with.
+_HEADS = re.compile(r"^(cls|lm_head|mlm|vocab_\w+|generator_\w+|discriminator_predictions|classifier|qa_outputs|predictions)\.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def dry_load(
 
 def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
     """Refuse a model that is made for another task."""
-    found = TASKS[family_of(config)]
+    if reason := head_refusal(config):
+        raise CheckpointError(f"{folder}: {reason}")
+    found = task_of(config)
     if task is not None and task != found:
         kind = (config.architectures or [config.model_type])[0]
         raise CheckpointError(f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}")
@@ -184,6 +188,9 @@ def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any])
     missing = sorted(info["missing_keys"], key=lambda name: (name in ties, name))
     unexpected = sorted(name for name in info["unexpected_keys"] if not _BESIDE.search(name))
     mismatched = sorted(info["mismatched_keys"])
+    if task_of(model.config) == "feature-extraction":
+        missing = [name for name in missing if not _BESIDE.search(name)]
+        unexpected = [name for name in unexpected if not _HEADS.search(name)]
     if missing:
         raise CheckpointError(f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}; copy it again")
     if mismatched:

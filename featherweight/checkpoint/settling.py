@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
+from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import is_base, model_class, quiet
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.spec import LoadSpec
@@ -69,6 +70,8 @@ class Stored:
         missing = _tops(model.base_model) - _tops(model)
         prefix = f"{model.base_model_prefix}."
         reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
+        if model.base_model is model and prefix != ".":  # saved with a head that is not read
+            reads = {name: one.removeprefix(prefix) for name, one in reads.items()}
         first = _first_names(model, set(reads.values()))
         return cls(folder, weights, {name: first.get(one, one) for name, one in reads.items()})
 
@@ -91,10 +94,12 @@ def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple
     listing = Listing.of(found)
     weights = find_weights(listing, allow_pickle=spec.allow_pickle)
     try:
-        model = _skeleton(found, spec)
+        model, head, note = _skeleton(found, spec, weights)
+    except CheckpointError:
+        raise
     except Exception:  # whatever is wrong with the config, inspection says it in a line
         return found, {}
-    settlement = _settlement(Stored.of(found, weights, model), model)
+    settlement = _settlement(Stored.of(found, weights, model), model, head, note)
     if not (settlement.names or settlement.config or weights.pickled):
         return found, {}
     for note in settlement.notes:
@@ -119,25 +124,29 @@ def _symlink(source: Path, target: Path) -> None:
     target.symlink_to(source.resolve())
 
 
-def _skeleton(folder: Path, spec: LoadSpec) -> PreTrainedModel:
-    """The architecture that the folder is read into, without memory."""
+def _skeleton(folder: Path, spec: LoadSpec, weights: Weights) -> tuple[PreTrainedModel, dict[str, Any], str | None]:
+    """The architecture that the folder is read into, without memory; what config.json has to say of its head, and a note."""
     import torch
     from transformers import AutoConfig
 
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        listing = Listing.of(folder)
+        head, note = head_changes(listing, config, read_shapes(listing, folder, weights))
+        for name, value in head.items():
+            setattr(config, name, value)
         made = model_class(config, folder, spec.trust_remote_code)
-        return made._from_config(config)
+        return made._from_config(config), head, note
 
 
-def _settlement(stored: Stored, model: PreTrainedModel) -> Settlement:
+def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any], note: str | None) -> Settlement:
     config, renamed = read_config(stored.folder), stored.renamed
-    notes: list[str] = []
-    changes: dict[str, Any] = {}
+    notes: list[str] = [note] if note else []
+    changes: dict[str, Any] = dict(head)
     if renamed:
         first, read = next(iter(renamed.items()))
         notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")
-    if is_base(model.config):
+    if is_base(model.config) and not head and model.config.architectures != [type(model).__name__]:
         changes["architectures"] = [type(model).__name__]
     tied = _tied_by_file(stored, model) if method_of(config) is None else None
     if tied is not None:

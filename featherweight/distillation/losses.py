@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from featherweight.spec import Task
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,6 +64,19 @@ def top_k(logits: Tensor, temperature: float, k: int) -> TopK:
         return TopK(ids, kept)
     tail = log_p.scatter(1, ids, -math.inf).logsumexp(-1, keepdim=True)
     return TopK(ids, torch.cat([kept, tail], 1))
+
+
+def answered(task: Task, ours: Tensor, theirs: Tensor | TopK, labels: Tensor, temperature: float, weight: float, kind: str) -> Any:
+    """The loss of a student's answers [batch, positions, width] to its teacher's, flat, and the labels [batch, positions].
+
+    Of embeddings, which have no distribution, 1 - the cosine; of all others `distillation_loss`.
+    """
+    import torch
+
+    if task == "feature-extraction":
+        assert not isinstance(theirs, TopK), "embeddings are not kept"
+        return (1 - torch.cosine_similarity(ours.flatten(0, 1), theirs, -1)).mean()
+    return distillation_loss(ours.flatten(0, 1), theirs, labels.flatten(), temperature, weight, kind)
 
 
 @cache

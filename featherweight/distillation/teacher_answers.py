@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.distillation.losses import TopK, top_k
 from featherweight.distillation.spec import DistillSpec
+from featherweight.model.architecture import task_of
+from featherweight.model.heads import answers
+from featherweight.spec import HEADED
 from featherweight.text.model_inputs import inputs_and_labels
 
 if TYPE_CHECKING:
@@ -36,9 +39,9 @@ def answers_of(teacher: PreTrainedModel, blocks: Tensor, spec: DistillSpec) -> A
         import torch
 
         with torch.no_grad():
-            return teacher(**inputs_and_labels(teacher.config, ids)[0]).logits.flatten(0, 1)
+            return answers(teacher, inputs_and_labels(teacher.config, ids)[0]).flatten(0, 1)
 
-    if not cut_to_top_k(spec, len(blocks)):
+    if task_of(teacher.config) in HEADED or not cut_to_top_k(spec, len(blocks)):
         return whole
     positions = inputs_and_labels(teacher.config, blocks[:1])[1].shape[1]
     k = min(spec.top_k, teacher.config.vocab_size)

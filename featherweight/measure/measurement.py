@@ -13,18 +13,36 @@ from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.roofline import Roofline
-from featherweight.measure.statistics import Estimate, bootstrap_median_ratio, bootstrap_ratio
+from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_median_ratio, bootstrap_ratio
 
 FILE = "measurement.json"
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Per window of text: summed negative log-likelihood in nats, scored tokens, and the UTF-8 bytes that they stand for."""
+    """Per window of text: summed negative log-likelihood in nats, scored tokens, and the UTF-8 bytes that they stand for.
+
+    Of an encoder that answers by vectors or labels `nll` is the loss of each example, which `loss` names (see
+    featherweight/measure/agreement.py), and `figures` are what else is known of all of them.
+    """
 
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
+    loss: str = "bits_per_byte"
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def of_text(self) -> bool:
+        """Whether it is how well text is predicted, so that losses are compared by their ratio."""
+        return self.loss == "bits_per_byte"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its flat figures."""
+        if self.of_text:
+            return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity, "windows": len(self.nll)}
+        return {self.loss: sum(self.nll) / len(self.nll), **self.figures, "windows": len(self.nll)}
 
     @property
     def perplexity(self) -> float:
@@ -113,7 +131,8 @@ class Measurement:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Measurement:
         """The inverse of `dataclasses.asdict` and a trip through JSON."""
-        quality = Quality(**{key: tuple(values) for key, values in tree["quality"].items()})
+        told: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in tree["quality"].items()}
+        quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
         speeds = tuple(_speed(speed) for speed in tree["speeds"])
         return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline})
@@ -145,15 +164,16 @@ class Comparison:
 
     @cached_property
     def quality_change(self) -> Estimate:
-        """Relative change of bits per byte, paired by window; worse is positive."""
+        """Relative change of bits per byte, or difference of another loss, paired by window; worse is positive."""
         if self.variant.quality.bytes != self.baseline.quality.bytes:
             raise StageError("the variant and the baseline were scored on different windows; evaluate both anew")
-        return bootstrap_ratio(self.variant.quality.nll, self.baseline.quality.nll).shifted(-1.0)
+        losses = self.variant.quality.nll, self.baseline.quality.nll
+        return bootstrap_ratio(*losses).shifted(-1.0) if self.variant.quality.of_text else bootstrap_difference(*losses)
 
     def metrics(self) -> dict[str, float]:
         """Everything as flat figures: N in a name is a batch size, `_low` and `_high` bound a 95 % confidence interval."""
-        quality, variant = self.variant.quality, self.variant
-        figures = {"bits_per_byte": quality.bits_per_byte, "perplexity": quality.perplexity, "windows": len(quality.nll)}
+        variant = self.variant
+        figures: dict[str, float] = variant.quality.metrics
         figures |= _bounded("quality_change", self.quality_change)
         figures |= {key: getattr(variant, key) for key in ("peak_memory_bytes", "size_bytes", "startup_s")}
         for batch_size in self.batch_sizes:

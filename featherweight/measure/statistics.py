@@ -48,6 +48,18 @@ def bootstrap_ratio(
     return _estimate(float(first.mean() / second.mean()), ratios, confidence)
 
 
+def bootstrap_difference(
+    a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
+    """Mean of a[i] - b[i] with a percentile bootstrap interval."""
+    import numpy
+
+    first, second = _samples(a, b, paired=True)
+    differences = first - second
+    drawn = numpy.random.default_rng(seed).integers(0, len(first), (resamples, len(first)))
+    return _estimate(float(differences.mean()), differences[drawn].mean(1), confidence)
+
+
 def bootstrap_median_ratio(
     a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Estimate:

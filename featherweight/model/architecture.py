@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from featherweight.errors import StageError
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -217,7 +218,8 @@ LAYOUTS: Mapping[str, tuple[_Layout, ...]] = {
     **dict.fromkeys(("bart", "marian"), _BART_POST_NORM),
     **dict.fromkeys(("mbart", "m2m_100", "pegasus"), _BART_PRE_NORM),
     **dict.fromkeys(("t5", "mt5"), _SEQ2SEQ_T5),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _BERT),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "mpnet": (replace(_BERT[0], attentions={"attention.attn": ("q", "k", "v", "o")}),),
     "distilbert": _DISTILBERT,
 }
 """Where each model type keeps its stacks, an encoder before its decoder."""
@@ -229,25 +231,73 @@ PRE_NORM = tuple(name for name, layouts in LAYOUTS.items() if all(layout.norms f
 """Model types whose norms feed one sublayer each, and nothing else."""
 
 
+_HEADS: Mapping[str, Task] = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
+}
+"""What encoders are for, by the endings of their architectures; one without a head is for embeddings."""
+
+
 def family_of(config: PreTrainedConfig) -> Family:
-    """What a checkpoint is for: text from a prefix (causal), text from a text (seq2seq), or filling in masks (encoder)."""
+    """How a checkpoint reads: on from a prefix (causal), from a text to a text (seq2seq), or a whole text at once (encoder)."""
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     kinds = getattr(config, "architectures", None) or []
     one_way = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-    bidirectional = any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
-    return (
-        "encoder" if bidirectional or (not one_way and LAYOUTS.get(config.model_type, _LLAMA)[-1].role == "encoder") else "causal"
-    )
+    bidirectional = any(kind.endswith(tuple(_HEADS)) for kind in kinds)
+    return "encoder" if bidirectional or (not one_way and _reads_both_ways(config)) else "causal"
 
 
-TASKS: Mapping[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
-"""What a recipe calls the task of each family."""
+def encoder_classes(config: PreTrainedConfig) -> tuple[str | None, str | None]:
+    """Names of transformers' classes for this model type: the base model's, and of the one that fills masks, where there is one."""
+    told = getattr(config, "encoder_classes", None)
+    if told is not None:  # described where transformers is at hand
+        return tuple(told)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    base = MODEL_MAPPING_NAMES.get(config.model_type)
+    return (base[0] if isinstance(base, tuple) else base), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
+
+
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether a model of this type is an encoder: by the table, else by whether transformers fills masks with it."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    if config.model_type in LAYOUTS:
+        return LAYOUTS[config.model_type][-1].role == "encoder"
+    return encoder_classes(config)[1] is not None
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    """What a checkpoint is for, by the head that its config names."""
+    family, kinds = family_of(config), getattr(config, "architectures", None) or []
+    if family != "encoder":
+        return "text-generation" if family == "causal" else "text2text-generation"
+    named = (task for ending, task in _HEADS.items() if any(kind.endswith(ending) for kind in kinds))
+    return next(named, "feature-extraction" if kinds else "fill-mask")
+
+
+def head_refusal(config: PreTrainedConfig) -> str | None:
+    """Why the head that a config names is not taken, in one line; None where it is."""
+    kinds = getattr(config, "architectures", None) or []
+    ending = next((one for one in _NOT_TAKEN if any(kind.endswith(one) for kind in kinds)), None)
+    if ending:
+        return f"its head ({kinds[0]}) answers for no task that is known here; known heads: {', '.join(_HEADS)}"
+    if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and not _reads_both_ways(config):
+        return f"it labels texts with a decoder ({kinds[0]}); of such models only encoders are taken"
+    return None
+
+
+_NOT_TAKEN = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+
 
 _ROLES: Mapping[Task, tuple[Role, ...]] = {
     "text-generation": ("decoder",),
     "text2text-generation": ("encoder", "decoder"),
     "fill-mask": ("encoder",),
+    **dict.fromkeys(HEADED, ("encoder",)),
 }
 
 
@@ -257,11 +307,44 @@ def model_types(task: Task) -> tuple[str, ...]:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """transformers' Auto class that opens a checkpoint of this config with the head that its family is measured by."""
+    """transformers' Auto class that opens a checkpoint of this config with the head of its task."""
     import transformers
 
-    names = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "encoder": "AutoModelForMaskedLM"}
-    return getattr(transformers, names[family_of(config)])
+    names: Mapping[Task, str] = {
+        "text-generation": "AutoModelForCausalLM",
+        "text2text-generation": "AutoModelForSeq2SeqLM",
+        "fill-mask": "AutoModelForMaskedLM",
+        "text-classification": "AutoModelForSequenceClassification",
+        "token-classification": "AutoModelForTokenClassification",
+    }
+    task = task_of(config)
+    return getattr(transformers, names[task]) if task in names else _auto_encoder()
+
+
+@cache
+def _auto_encoder() -> Any:
+    """AutoModel without the pooler that next-sentence prediction needs: no embedding is read from it, and many files lack it."""
+    from transformers import AutoModel
+
+    class AutoEncoder:
+        _model_mapping = AutoModel._model_mapping
+
+        @staticmethod
+        def from_pretrained(*arguments: Any, **options: Any) -> Any:
+            return without_pooler(AutoModel.from_pretrained(*arguments, **options))
+
+        @staticmethod
+        def from_config(*arguments: Any, **options: Any) -> Any:
+            return without_pooler(AutoModel.from_config(*arguments, **options))
+
+    return AutoEncoder
+
+
+def without_pooler(model: Any) -> Any:
+    """The same base model, its pooler gone."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
 
 
 def head_class(config: PreTrainedConfig) -> Any:

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import Grid
-from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.architecture import encoder_classes, task_of
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
             continue
         if isinstance(value, str | int | float | list | dict):
             values.setdefault(name, value)
+    values["encoder_classes"] = list(encoder_classes(config))
     text = config.get_text_config()
     told = {"class": kind.__name__, "values": values, "names": dict(kind.attribute_map)}
     return told | ({"text": describe(text)} if text is not config else {})
@@ -83,7 +84,7 @@ class CheckpointFacts:
     @property
     def task(self) -> Task:
         """What the model is made for."""
-        return TASKS[family_of(self.config)]
+        return task_of(self.config)
 
     @property
     def model_type(self) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Model types whose positions begin after their padding token's."""
 EDGES = (
     "sliding_window",
     "window_size",
@@ -21,10 +23,18 @@ EDGES = (
 
 
 def context_tokens(config: PreTrainedConfig) -> int:
-    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's."""
+    """Longest sequence that a model was made for. RoBERTa's positions begin after its padding token's.
+
+    Of a model that makes embeddings, the longest text that its files say it reads.
+    """
     config = config.get_text_config()
+    longest = (getattr(config, "sentence_embedding", None) or {}).get("max_tokens") or 2**31
+    return min(longest, _positions(config))
+
+
+def _positions(config: PreTrainedConfig) -> int:
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
-    return positions - (config.pad_token_id or 0) - 1 if config.model_type in ("roberta", "xlm-roberta") else positions
+    return positions - (config.pad_token_id or 0) - 1 if config.model_type in AFTER_PADDING else positions
 
 
 def context_refusal(config: PreTrainedConfig, sequence: int, stage: str) -> str | None:

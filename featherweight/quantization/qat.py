@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.distillation.losses import distillation_loss
+from featherweight.distillation.losses import answered
 from featherweight.grid import Grid, grid_named
+from featherweight.model.architecture import task_of
+from featherweight.model.heads import answers
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.model.sparsity import Sparsity, Zeros
@@ -155,13 +157,13 @@ def _distillation(teacher: nn.Module, student: nn.Module) -> loop.LossFunction:
     import torch
 
     teacher.eval()
+    config: Any = student.config
 
     def loss(ids: Tensor) -> Tensor:
-        inputs, labels = inputs_and_labels(student.config, ids)
+        inputs, labels = inputs_and_labels(config, ids)
         with torch.inference_mode():
-            target = teacher(**inputs).logits.flatten(0, 1)
-        logits = student(**inputs).logits.flatten(0, 1)
-        return distillation_loss(logits, target, labels.flatten(), 1.0, 1.0)
+            target = answers(teacher, inputs).flatten(0, 1)
+        return answered(task_of(config), answers(student, inputs), target, labels, 1.0, 1.0, "forward_kl")
 
     return loss
 

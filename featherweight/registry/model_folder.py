@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import link
+from featherweight.registry.answering import signature
 from featherweight.runtimes.catalog import RUNTIMES
-
-if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
+from featherweight.spec import Task
 
 CODE = Path(__file__).with_name("pyfunc_model.py")
 SERVED = "artifacts/served"
@@ -26,16 +24,6 @@ def requirements(engine: str) -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *RUNTIMES[engine].requirements)]
 
 
-def signature() -> ModelSignature:
-    """Texts in, or conversations (lists of messages), texts out; `max_new_tokens` and `stop_at_end` as optional parameters."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    params = ParamSchema([ParamSpec("max_new_tokens", "long", None), ParamSpec("stop_at_end", "boolean", True)])
-    return ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec("string")]), params)
-
-
 def write_model_folder(
     folder: Path,
     *,
@@ -46,6 +34,7 @@ def write_model_folder(
     lineage: str,
     model_id: str,
     run_id: str,
+    task: Task = "text-generation",
 ) -> None:
     """Write everything of the MLflow model but the served files, which the caller puts at `folder/artifacts/served`.
 
@@ -64,7 +53,7 @@ def write_model_folder(
         metadata={"featherweight.digest": digest, "featherweight.engine": engine},
     )
     model = Model.load(str(folder))
-    model.signature = signature()
+    model.signature = signature(task)
     model.model_size_bytes = size_bytes
     served = {"path": SERVED, "uri": f"sha256:{digest}"}
     model.flavors["python_function"] |= {"artifacts": {"served": served}, "model_code_path": CODE.name}

@@ -10,29 +10,33 @@ from typing import Any
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from featherweight.registry.generator import Generator, prompts_of
+from featherweight.registry.answering import Answering, inputs_of, open_answering
 
 
 class ServedVariant(PythonModel):
-    """Text as the checkpoint's own settings ask for it (or masks filled in) by the variant's engine, in a process of its own.
+    """Text as the checkpoint's own settings ask for it, masks filled in, vectors or labels, by the engine in a process of its own.
 
     MLflow keeps the model object alive in a global, but its context only as long as the loaded model: so the engine belongs to the
     context, and ends with it or with this process.
     """
 
     def __init__(self) -> None:
-        self._generators: weakref.WeakKeyDictionary[PythonModelContext, Generator] = weakref.WeakKeyDictionary()
+        self._generators: weakref.WeakKeyDictionary[PythonModelContext, Answering] = weakref.WeakKeyDictionary()
 
     def load_context(self, context: PythonModelContext) -> None:
         """Start the engine. model_config: threads, max_tokens (prompt and new ones), max_batch."""
         config = context.model_config or {}
-        generator = Generator(Path(context.artifacts["served"]), **config)
+        generator = open_answering(Path(context.artifacts["served"]), **config)
         weakref.finalize(context, generator.close)
         self._generators[context] = generator
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """What follows each prompt, or what is said next in each conversation. params: max_new_tokens, stop_at_end."""
-        return self._generators[context](prompts_of(model_input), **(params or {}))
+    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[Any]:
+        """What follows each prompt, or what is said next in each conversation. params: max_new_tokens, stop_at_end.
+
+        Of encoders a vector for each text, its labels, or the entities in it. params: truncate, aggregate.
+        """
+        answering = self._generators[context]
+        return answering(inputs_of(answering, model_input), **(params or {}))
 
 
 set_model(ServedVariant())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from featherweight.errors import GateError, ServiceError
 from featherweight.registry import history
+from featherweight.registry.answering import served_task
 from featherweight.registry.history import GateResult, StageName, Transition
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.versions import (
@@ -290,6 +291,7 @@ class Registry:
                 lineage=winner.lineage,
                 model_id=logged.model_id,
                 run_id=winner.run_id,
+                task=served_task(winner.served),
             )
             place = local_path(logged.artifact_location)
             if place is None:

@@ -54,7 +54,7 @@ def _cards(result: OptimizationResult, winner: VariantRow | None) -> list[tuple[
         interval = f"95 % CI {times(low)} to {times(high)}, " if math.isfinite(low) and math.isfinite(high) else ""
         small = f"{interval}{rate(winner.get(f'tokens_per_s_{batch}'))} tokens/s"
         cards.append((f"speed, batch {batch}", times(winner.get(f"speedup_{batch}")), small))
-    cards.append(("change of bits per byte", percent(winner.get("quality_change")), _quality_note(winner)))
+    cards.append((f"change of {result.quality}", percent(winner.get("quality_change")), _quality_note(winner)))
     base = result.baseline.get("size_bytes") if result.baseline else math.nan
     cards.append(("size", mebibytes(winner.get("size_bytes")), f"baseline {mebibytes(base)}"))
     return [card for card in cards if card[1] != MISSING]

@@ -124,7 +124,7 @@ def pareto_chart(result: OptimizationResult, batch: int, width: int, height: int
     constraints = _constraints(result, batch)
     scale = _scale(plot, rows, batch, constraints)
     front = result.pareto_front(batch)
-    parts = [*_axes(scale, width, height, batch), *_bounds(scale, constraints), _front_line(scale, front, batch)]
+    parts = [*_axes(scale, width, height, batch, result.quality), *_bounds(scale, constraints), _front_line(scale, front, batch)]
     parts += [_whiskers(scale, row, batch) for row in rows]
     labels = place_labels(result, rows, front, batch, scale, full_names)
     parts += [_label(labels[row.name], row, scale, batch) for row in rows]
@@ -149,7 +149,7 @@ def _scale(plot: Box, rows: list[VariantRow], batch: int, constraints: Mapping[s
     return Scale.over(plot, [max(speed, 1e-3) for speed in speeds], losses)
 
 
-def _axes(scale: Scale, width: int, height: int, batch: int) -> Iterator[str]:
+def _axes(scale: Scale, width: int, height: int, batch: int, quality: str) -> Iterator[str]:
     plot = scale.plot
     for speed in scale.speed_ticks():
         x = scale.x(speed)
@@ -166,7 +166,7 @@ def _axes(scale: Scale, width: int, height: int, batch: int) -> Iterator[str]:
     middle = (plot.top + plot.bottom) / 2
     yield (
         f'<text class="axis" transform="translate(12 {middle:.0f}) rotate(-90)" text-anchor="middle">'
-        "change of bits per byte → better</text>"
+        f"change of {quality} → better</text>"
     )
 
 
@@ -303,7 +303,7 @@ def _point(result: OptimizationResult, row: VariantRow, on_front: bool, batch: i
     x, y = _spot(row, batch, scale)
     facts = [
         f"{times(row.get(f'speedup_{batch}'))} at batch {batch}, {rate(row.get(f'tokens_per_s_{batch}'))} tokens/s",
-        f"bits per byte {row.quality_loss}",
+        f"{result.quality} {row.quality_loss}",
         f"{mebibytes(row.get('size_bytes'))}, {row.engine}",
         "on the Pareto front" if on_front else "beaten in both speed and quality",
     ]

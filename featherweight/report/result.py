@@ -1,9 +1,10 @@
 """The result of an optimization: every variant with its numbers and its fate, how it was made, and the tables that show it.
 
 Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key that was not measured is left out.
-- `bits_per_byte`, `perplexity` (per token);
-- `quality_change`, `quality_change_low`, `quality_change_high`: relative change of bits per byte against the baseline, worse is
-  positive, with the bounds of its 95 % confidence interval;
+- `bits_per_byte`, `perplexity` (per token); of encoders that answer by vectors or labels instead `embedding_distance` or
+  `cross_entropy`, `rank_agreement`, `label_agreement`, `accuracy` (featherweight/measure/agreement.py);
+- `quality_change`, `quality_change_low`, `quality_change_high`: relative change of bits per byte against the baseline, or the
+  difference of those losses, worse is positive, with the bounds of its 95 % confidence interval;
 - `tokens_per_s_N`, `speedup_N`, `speedup_N_low`, `speedup_N_high`: throughput, and its ratio to the baseline's, with bounds;
 - `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
@@ -26,7 +27,7 @@ from typing import Any, Literal
 from featherweight.measure.figures import mebibytes, percent, times, with_interval
 from featherweight.measure.goals import judged_batch, measured_batches, pareto_front
 from featherweight.measure.statistics import Estimate
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 
 Status = Literal["winner", "loser", "baseline", "failed", "skipped", "ruled-out"]
 
@@ -159,6 +160,12 @@ class OptimizationResult:
         """The notes for a terminal."""
         return [f"{', '.join(names)}: {text}" for text, names in self.notes.items()]
 
+    @property
+    def quality(self) -> str:
+        """What the change of quality is one of."""
+        names = {"feature-extraction": "embedding distance"} | dict.fromkeys(HEADED[1:], "cross-entropy")
+        return names.get(self.task, "bits per byte")
+
     def headline(self) -> str:
         """The outcome in one sentence."""
         winner, tried = self.row(self.winner), len(self.measured) - 1
@@ -168,7 +175,7 @@ class OptimizationResult:
             return f"No variant kept every constraint ({tried} measured); the baseline stays."
         parts = [f"{times(winner.get(f'speedup_{batch}'))} the baseline's speed at batch {batch}" for batch in self.batch_sizes]
         parts.append(f"{mebibytes(winner.get('size_bytes'))}{self._smaller(winner)}")
-        parts.append(f"bits per byte {winner.quality_loss}")
+        parts.append(f"{self.quality} {winner.quality_loss}")
         return f"{winner.name}: {', '.join(parts)}."
 
     def _smaller(self, row: VariantRow) -> str:

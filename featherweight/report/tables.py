@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.measure.figures import MISSING, mebibytes, milliseconds, rate, share, times
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +30,13 @@ SCORED: Mapping[Task, str] = {
     "text-generation": "on the held-out text",
     "text2text-generation": "of the held-out targets, given their sources",
     "fill-mask": "of the masked tokens of the held-out text",
+    "feature-extraction": "1 - the cosine to the original's vectors of the held-out texts",
+    **dict.fromkeys(HEADED[1:], "to the held-out labels, or the original's own, as a share of a guess's"),
 }
 """What the quality of a model for each task is about."""
+
+
+RANKS = "Spearman's correlation with the original's scores, or cosines of pairs of texts"
 
 
 ROOFLINE = (
@@ -43,8 +48,9 @@ ROOFLINE = (
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
     batches = result.batch_sizes
-    scored, counted = SCORED[result.task], "tokens read" if result.task == "fill-mask" else "new tokens"
-    found = [_metric("Δ bits/byte (95 % CI)", "change of bits per byte against the baseline", "quality_change", brief=True)]
+    scored, counted = SCORED[result.task], "tokens read" if result.task in ("fill-mask", *HEADED) else "new tokens"
+    title = f"Δ {result.quality.replace('bits per byte', 'bits/byte')} (95 % CI)"
+    found = [_metric(title, f"change of {result.quality} against the baseline", "quality_change", brief=True)]
     for batch in batches:
         at = f"batch {batch}"
         found += [
@@ -62,6 +68,11 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("roofline, batch 1", ROOFLINE, "roofline_1", share),
         _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
         _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
+        _metric("embedding distance", scored, "embedding_distance", lambda value: _number(value, ".5f")),
+        _metric("cross-entropy", scored, "cross_entropy", lambda value: _number(value, ".4f")),
+        _metric("accuracy", "share of the held-out labels that are found", "accuracy", share),
+        _metric("same label", "share of answers with the original's likeliest label", "label_agreement", share),
+        _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),

@@ -67,6 +67,14 @@ class Worker:
         sources = [window.source for window in windows]
         return self.logprobs([window.ids for window in windows], sources if any(sources) else None)
 
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        """What an encoder answers to each sequence, rows of numbers. See LoadedModel.outputs."""
+        longest = max(map(len, ids), default=0)
+        if longest > self.max_tokens:
+            raise StageError(f"the worker was opened for sequences of {self.max_tokens} tokens, not for {longest}")
+        found: list[list[list[float]]] = self._call("outputs", ids, types)
+        return found
+
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
         """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token stops none. See LoadedModel.generate."""
         return self._generation(prompts, new_tokens).tokens
@@ -162,4 +170,10 @@ def _limits(threads: int, max_tokens: int, max_batch: int) -> list[str]:
 
 
 def _doing(name: str) -> str:
-    return {"logprobs": "scoring", "logprobs_given": "scoring", "generate": "generating", "answer": "generating"}.get(name, name)
+    return {
+        "logprobs": "scoring",
+        "logprobs_given": "scoring",
+        "generate": "generating",
+        "answer": "generating",
+        "outputs": "answering",
+    }.get(name, name)

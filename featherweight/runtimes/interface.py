@@ -225,12 +225,20 @@ class LoadedModel(ABC):
         """The same for windows with a source (see featherweight.text.tokens.Window): of ids[1:], or of the masked tokens."""
         raise StageError(f"{type(self).__name__} serves causal models only, which have no source")
 
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        """What an encoder with another head answers to each sequence: rows of numbers, see featherweight/model/heads.py.
+
+        types: which of two texts each token belongs to. Sequences of any lengths; each answer is that of the sequence alone.
+        """
+        raise StageError(f"{type(self).__name__} serves no encoder that answers by vectors or labels")
+
     @abstractmethod
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         """Greedy; exactly `new_tokens` each. The end-of-text token counts as any other and stops nothing.
 
         Seq2seq: prompts are sources, and a language that the checkpoint forces is the first new token. Encoder: one forward
-        pass, whose likeliest token at every position is what comes back; `new_tokens` plays no role.
+        pass, whose likeliest token at every position is what comes back, or nothing where it answers by vectors or labels;
+        `new_tokens` plays no role.
         """
 
     def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
@@ -259,6 +267,12 @@ def by_length(sequences: Tokens, most: int) -> Iterator[list[int]]:
         lengths.setdefault(len(ids), []).append(index)
     for indices in lengths.values():
         yield from (indices[start : start + most] for start in range(0, len(indices), most))
+
+
+def alike(sequences: Tokens, most: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, the longest first, at most `most` each: little of a batch is padding."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    yield from (order[start : start + most] for start in range(0, len(order), most))
 
 
 def by_shape(windows: Tokens, sources: Tokens, most: int) -> Iterator[list[int]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
 from featherweight.errors import StageError
+from featherweight.measure.agreement import embedding_quality, label_quality
 from featherweight.measure.measurement import Measurement, Quality, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
@@ -15,6 +17,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Timing
 from featherweight.runtimes.workload import Workload
+from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving, served_bytes
 
 PROBE_ROUNDS, PROBE_S = 3, 1.0
@@ -104,14 +107,33 @@ class MeasuredVariant:
             self.probes[batch_size],
         )
 
-    def measurement(self, speeds: list[Speed]) -> Measurement:
-        """Everything about it. Memory is read before the windows are scored, which serving never does."""
+    def measurement(self, speeds: list[Speed], original: MeasuredVariant | None = None) -> Measurement:
+        """Everything about it. Memory is read before the windows are scored, which serving never does.
+
+        original: the baseline that answers by vectors or labels are compared with, itself by default.
+        """
         peak = self.known.peak_memory_bytes if self.known else self.worker.peak_memory_bytes()
         startup_s = self.known.startup_s if self.known else self.worker.startup_s
-        quality = self.known.quality if self.known else self._quality()
+        quality = self.known.quality if self.known else self._quality(original or self)
         return Measurement(self.engine, quality, tuple(speeds), peak, served_bytes(self.served), startup_s)
 
-    def _quality(self) -> Quality:
+    @cached_property
+    def answers(self) -> list[list[list[float]]]:
+        """What an encoder answers to each example."""
+        examples = self.workload.examples
+        self.progress.note(f"asking {self.engine} for {len(examples)} answers")
+        return self.worker.outputs([one.ids for one in examples], [one.types for one in examples])
+
+    def _quality(self, original: MeasuredVariant) -> Quality:
+        work = self.workload
+        if work.task == "feature-extraction":
+            return embedding_quality(self.answers, original.answers, work.quality_bytes)
+        if work.task in HEADED:
+            labels = [one.labels for one in work.examples]
+            return label_quality(self.answers, original.answers, labels, work.quality_bytes, work.single)
+        return self._text_quality()
+
+    def _text_quality(self) -> Quality:
         windows = self.workload.windows
         scores: list[list[float]] = []
         for start in range(0, len(windows), 8):

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from featherweight.errors import ParityError, StageError
 from featherweight.model.architecture import auto_class, family_of
@@ -69,6 +69,8 @@ class Reference:
     cuts: list[int]
     continuations: list[Continuation] = field(default_factory=list)
 
+    fewest: ClassVar[int] = FEWEST
+
     @classmethod
     def of(cls, model: PreTrainedModel, source: Path, text: Path, max_tokens: int = SERVED_TOKENS) -> Reference:
         """Score windows of `text` with `model`, and write on from it, up to `max_tokens`; `source` has the tokenizer."""
@@ -95,11 +97,11 @@ class Reference:
         serving = Serving.read(served)
         bound, name = bound or bound_of(serving), f"{serving.engine} ({serving.grid or 'float'})"
         with open_worker(served, threads=1, max_tokens=self.longest, max_batch=1) as worker:
-            with _told(name, self.longest):
+            with told(name, self.longest):
                 found = worker.score(self.windows)
             metrics = self.hold(found, bound, name)
             for continuation in self.continuations:
-                with _told(name, len(continuation.prompt) + len(continuation.tokens)):
+                with told(name, len(continuation.prompt) + len(continuation.tokens)):
                     gaps = _gaps(worker, continuation)
                 _hold_gaps(gaps, continuation, bound, name)
         return metrics
@@ -110,14 +112,18 @@ class Reference:
         written = [len(one.prompt) + len(one.tokens) for one in self.continuations]
         return max([*written, *(max(len(window.ids), len(window.source)) for window in self.windows)])
 
-    def scored_by(self, model: PreTrainedModel) -> list[list[float]]:
-        """Log-probabilities of the same windows by another PyTorch model."""
-        return [_score(model, window)[0] for window in self.windows]
+    def hold_twin(self, model: PreTrainedModel, bound: Bound, name: str) -> Metrics:
+        """The same for another PyTorch model, of which nothing is written."""
+        return self.hold([_score(model, window)[0] for window in self.windows], bound, name)
 
     def hold(self, found: list[list[float]], bound: Bound, name: str) -> Metrics:
         """The same for log-probabilities that `name` has computed already; of what it writes nothing is known."""
         pairs = zip(self.logprobs, found, strict=True)
         by_window = [[abs(a - b) for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
+        return self.hold_differences(by_window, bound, name)
+
+    def hold_differences(self, by_window: list[list[float]], bound: Bound, name: str) -> Metrics:
+        """Hold differences, by window, to `bound`; see `check`."""
         differences = [difference for row in by_window for difference in row]
         values = _statistics(differences)
         broken = self._broken(by_window, bound)
@@ -141,7 +147,7 @@ class Reference:
             for position, difference in zip(positions, row, strict=True):
                 stretches[bisect_right(self.cuts, position) - 1].append(difference)
         for start, stretch in zip(self.cuts, stretches, strict=True):
-            if len(stretch) >= FEWEST and not _kept(stretch, bound):
+            if len(stretch) >= self.fewest and not _kept(stretch, bound):
                 return start, _statistics(stretch)
         return None
 
@@ -181,7 +187,7 @@ def _kept(differences: list[float], bound: Bound) -> bool:
 
 
 @contextmanager
-def _told(name: str, tokens: int) -> Iterator[None]:
+def told(name: str, tokens: int) -> Iterator[None]:
     """An engine that breaks off cannot be compared: say at which length."""
     try:
         yield

@@ -8,21 +8,28 @@ from pathlib import Path
 
 from featherweight.errors import RecipeError
 from featherweight.measure.spec import WorkloadSpec
-from featherweight.model.architecture import Family, family_of
+from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
+from featherweight.spec import Task
+from featherweight.text.examples import Example
 from featherweight.text.model_inputs import scoring_windows
 from featherweight.text.tokens import Window
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it."""
+    """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it.
+
+    single: a model that labels texts has one label only.
+    """
 
     spec: WorkloadSpec
     windows: list[Window]
     max_tokens: int
     family: Family = "causal"
+    task: Task = "text-generation"
+    single: bool = False
 
     @classmethod
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
@@ -38,7 +45,8 @@ class Workload:
             raise RecipeError(reason)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
-        return cls(spec, windows, max(length, spec.prompt_tokens + spec.new_tokens), family)
+        longest = max(length, spec.prompt_tokens + (0 if family == "encoder" else spec.new_tokens))
+        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1)
 
     @property
     def new_tokens(self) -> int:
@@ -54,6 +62,11 @@ class Workload:
     def quality_bytes(self) -> tuple[int, ...]:
         """UTF-8 bytes that each window stands for."""
         return tuple(window.text_bytes for window in self.windows)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The windows of an encoder that answers by vectors or labels."""
+        return [window for window in self.windows if isinstance(window, Example)]
 
     def prompts(self, batch_size: int) -> list[list[int]]:
         """Prompts of equal length, each from the beginning of another window; short windows borrow from the next ones."""

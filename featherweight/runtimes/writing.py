@@ -11,15 +11,18 @@ from featherweight.checkpoint.facts import facts_of
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
+from featherweight.model.architecture import task_of
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.positions import context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
+from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.candidate import Candidate, rows_of, served_tokens
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
+from featherweight.spec import HEADED
 from featherweight.store.served_folder import SERVED_TOKENS, Serving
 from featherweight.system.machine import describe
 
@@ -84,7 +87,8 @@ class Source:
     def reference(self) -> Reference:
         """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""
         self.progress.note("comparing with PyTorch")
-        return Reference.of(self.model.float(), self.checkpoint, self.calibration, self.max_tokens)
+        kind = AnswerReference if task_of(self.config) in HEADED else Reference
+        return kind.of(self.model.float(), self.checkpoint, self.calibration, self.max_tokens)
 
     def release(self) -> None:
         """Let go of the weights, before an engine loads them once more."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAMED = 5
 _FEATURES = ["id", "bytes", "words", "control", "digest"]
-_REQUIRED = re.compile(r"bits_per_byte|perplexity|size_bytes|(speedup|tokens_per_s)_\d+")
+_REQUIRED = re.compile(r"bits_per_byte|perplexity|embedding_distance|cross_entropy|size_bytes|(speedup|tokens_per_s)_\d+")
 _POSITIVE = re.compile(r"bits_per_byte|.*_bytes|speedup|tokens_per_s|ttft_s|p\d+_latency_s")
 # Memory is not the roof of every engine, so that not every variant has these.
 _OF_SOME = re.compile(r"roofline_\d+|bytes_per_token|bandwidth_bytes_s")
@@ -103,7 +103,7 @@ def _text_frames(folders: Mapping[str, Path]) -> dict[str, pd.DataFrame]:
     rows, grams = [], []
     for document in read_documents(folders["evaluation"]):
         rows.append(_features(document))
-        grams.append(ngrams(document.text))
+        grams.append(ngrams(document.content))
     evaluation = pd.DataFrame(rows, columns=_FEATURES)
     frames = {}
     for split in folders:
@@ -119,7 +119,7 @@ def _frame_against(folder: Path, split: str, evaluation: pd.DataFrame, pool: Poo
     rows = []
     for document in read_documents(folder):
         rows.append(_features(document))
-        pool.meet(ngrams(document.text))
+        pool.meet(ngrams(document.content))
     frame = pd.DataFrame(rows, columns=_FEATURES)
     names = dict(zip(frame["digest"], frame["id"], strict=True))
     evaluation[f"overlap with {split}"] = pool.shares()
@@ -129,10 +129,10 @@ def _frame_against(folder: Path, split: str, evaluation: pd.DataFrame, pool: Poo
 
 def _features(document: Document) -> dict[str, Any]:
     """`control` is the share of characters that no text should hold: control codes, replacement marks, lone surrogates."""
-    size = len(document.text.encode(errors="surrogatepass"))
-    control = len(_CONTROL.findall(document.text)) / max(len(document.text), 1)
-    words = len(document.text.split())
-    return {"id": document.id, "bytes": size, "words": words, "control": control, "digest": digest(document.text)}
+    size = len(document.content.encode(errors="surrogatepass"))
+    control = len(_CONTROL.findall(document.content)) / max(len(document.content), 1)
+    words = len(document.content.split())
+    return {"id": document.id, "bytes": size, "words": words, "control": control, "digest": digest(document.content)}
 
 
 def _facts(frame: pd.DataFrame) -> dict[str, float]:

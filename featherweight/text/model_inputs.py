@@ -2,7 +2,8 @@
 
 A block is int64 [length] for causal models: every token is to be predicted from those before it. For the other families it is
 int64 [2 * length], a source and a target: a text and its translation (or its first and second half), padded; or a text with
-15 % of its tokens masked, and the text itself. So every stage handles blocks alike, and only this module knows the difference.
+15 % of its tokens masked, and the text itself; what encoders with another head read, featherweight/text/examples.py says. So
+every stage handles blocks alike, and only these modules know the difference.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError, DataError
-from featherweight.model.architecture import Role, family_of
+from featherweight.model.architecture import Role, family_of, task_of
+from featherweight.spec import HEADED
 from featherweight.text.documents import shuffled_documents
+from featherweight.text.examples import head_blocks, head_inputs, head_windows
+from featherweight.text.labels import IGNORED
 from featherweight.text.tokens import (
     Encoded,
     Window,
@@ -33,8 +37,6 @@ if TYPE_CHECKING:
 
 MASKED = 0.15
 """Share of the tokens that an encoder has to fill in (Devlin et al. 2018)."""
-IGNORED = -100
-"""The label of a position where nothing is to be predicted."""
 SHORTEST = 8
 """Fewest tokens of a text of which an encoder is to fill in some."""
 
@@ -46,6 +48,8 @@ def example_blocks(
 
     With a `seed` the documents come in a random order, so that a `limit` takes a sample. Raises DataError for too little text.
     """
+    if task_of(config) in HEADED:
+        return head_blocks(checkpoint, config, text, length, limit, seed)
     tokenizer = load_tokenizer(checkpoint)
     family = family_of(config)
     if family == "seq2seq":
@@ -60,6 +64,9 @@ def inputs_and_labels(config: Any, ids: Tensor) -> tuple[dict[str, Any], Tensor]
     The labels are aligned with the logits (int64 [batch, positions]), IGNORED where nothing is to be predicted.
     """
     import torch
+
+    if task_of(config) in HEADED:
+        return head_inputs(config, ids)
 
     family = family_of(config)
     if family == "causal":
@@ -78,6 +85,8 @@ def unpadded_inputs(config: Any, ids: Tensor, batch: int) -> list[dict[str, Any]
     import torch
 
     inputs, labels = inputs_and_labels(config, ids)
+    if task_of(config) in HEADED:
+        return _unpadded(inputs, batch)
     if "decoder_input_ids" not in inputs:
         return [inputs_and_labels(config, part)[0] for part in ids.split(batch)]
     real = real_positions(inputs, labels)
@@ -89,6 +98,20 @@ def unpadded_inputs(config: Any, ids: Tensor, batch: int) -> list[dict[str, Any]
         {name: inputs[name][rows, : shape[end]] for name, end in ends.items()} | {"use_cache": False}
         for shape, every in shapes.items()
         for rows in torch.tensor(every).split(batch)
+    ]
+
+
+def _unpadded(inputs: Mapping[str, Tensor], batch: int) -> list[dict[str, Any]]:
+    """Inputs of an encoder in batches of one length each, in which every position is read."""
+    import torch
+
+    rows: dict[int, list[int]] = {}
+    for row, length in enumerate(_lengths(inputs["attention_mask"])):
+        rows.setdefault(length, []).append(row)
+    return [
+        {name: tensor[some, :length] for name, tensor in inputs.items() if name != "attention_mask"}
+        for length, every in rows.items()
+        for some in torch.tensor(every).split(batch)
     ]
 
 
@@ -105,6 +128,8 @@ def scoring_windows(checkpoint: Path, config: PreTrainedConfig, text: Path, leng
 
     The same checkpoint and text give the same windows, masks included. Raises DataError for too little text.
     """
+    if task_of(config) in HEADED:
+        return list(head_windows(checkpoint, config, text, length, limit))
     tokenizer, family = load_tokenizer(checkpoint), family_of(config)
     if family == "causal":
         return token_windows(text, tokenizer, length, limit)
@@ -160,6 +185,8 @@ def real_positions(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tens
 
     if "decoder_input_ids" in inputs:
         return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
+    if "attention_mask" in inputs:
+        return {"encoder": inputs["attention_mask"].bool()}
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     return {"encoder": everywhere, "decoder": everywhere}
 

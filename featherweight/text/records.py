@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from featherweight.errors import DataError
-from featherweight.text.documents import Document
+from featherweight.text.documents import Document, Label
 from featherweight.text.opening import HEAD, open_text, require_characters
 from featherweight.text.spec import DataSpec
 
@@ -36,10 +36,28 @@ class Record:
 
     def document(self, data: DataSpec) -> Document:
         """The record as a document. Raises DataError where its field holds no text."""
-        if isinstance(self.value, str) and data.target is None:
+        if isinstance(self.value, str) and len(data.columns) == 1:
             return Document(f"{self.name}#{self.number}", self._whole(self.value, "the text"))
-        target = None if data.target is None else self._text(data.target, "target")
-        return Document(f"{self.name}#{self.number}", self._text(data.field, "field"), target)
+        text = self._words(data.field) if data.label else self._text(data.field, "field")
+        target, pair = (key and self._text(key, option) for option, key in (("target", data.target), ("pair", data.pair)))
+        return Document(f"{self.name}#{self.number}", text, target, pair, data.label and self._label(data.label))
+
+    def _words(self, key: str) -> str:
+        """A text, or one of words in a list."""
+        value = self.value.get(key) if isinstance(self.value, Mapping) else None
+        if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+            return self._whole(" ".join(value), f"'{key}'")
+        return self._text(key, "field")
+
+    def _label(self, key: str) -> Label:
+        value = self.value.get(key) if isinstance(self.value, Mapping) else None
+        if isinstance(value, bool):
+            return int(value)
+        if isinstance(value, str | int) or (isinstance(value, list) and all(isinstance(one, str | int) for one in value)):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise self.without_text(key, "label", "label")
 
     def _text(self, key: str, option: str) -> str:
         value = self.value.get(key) if isinstance(self.value, Mapping) else None
@@ -57,15 +75,15 @@ class Record:
             )
         return text
 
-    def without_text(self, key: str, option: str) -> DataError:
-        """What to say where there is no text under `key`: what is there instead, or what keys there are."""
+    def without_text(self, key: str, option: str, what: str = "text") -> DataError:
+        """What to say where there is no text, or label, under `key`: what is there instead, or what keys there are."""
         if not isinstance(self.value, Mapping):
             found = f"it is {_kind(self.value)}"
         elif key in self.value:
             found = f"it holds {_kind(self.value[key])}"
         else:
             found = f"found: {listed(self.value)}"
-        return DataError(f"{self.name} {self.where} has no text under '{key}' ({found}); set data.{option}, or leave it out")
+        return DataError(f"{self.name} {self.where} has no {what} under '{key}' ({found}); set data.{option}, or leave it out")
 
 
 def listed(names: Iterable[object]) -> str:
@@ -91,7 +109,7 @@ def _kind(value: object) -> str:
 def read_json(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
     """JSON Lines, an array, an object with a list or with columns, or several objects one after another."""
     with open_text(name, path) as stream:
-        reader = JsonReader(name, stream, _decoder({data.field, data.target}))
+        reader = JsonReader(name, stream, _decoder(set(data.columns.values())))
         for record in reader.array() if reader.peek() == "[" else reader.values():
             for part in _parts(record, data):
                 yield part.document(data)
@@ -103,13 +121,19 @@ def _parts(record: Record, data: DataSpec) -> Iterable[Record]:
     if not isinstance(value, dict):
         return [record]
     if data.field in value:
-        return _columns(record, data) if isinstance(value[data.field], (list, dict)) else [record]
+        words = data.label is not None and _are_words(value[data.field])
+        return _columns(record, data) if isinstance(value[data.field], (list, dict)) and not words else [record]
     lists = {key: items for key, items in value.items() if isinstance(items, list) and items and _are_records(items)}
     if len(lists) > 1:
         raise DataError(
             f"{record.name} {record.where} has several lists that could be meant ({listed(lists)}); keep one of them in the file"
         )
     return _numbered(record, *lists.popitem()) if lists else [record]
+
+
+def _are_words(value: Any) -> bool:
+    """Whether a list holds the words of one text: where labels are read, each text of a column would have a space."""
+    return isinstance(value, list) and all(isinstance(word, str) and " " not in word for word in value)
 
 
 def _are_records(items: list[Any]) -> bool:
@@ -123,7 +147,7 @@ def _numbered(record: Record, key: str, items: list[Any]) -> Iterator[Record]:
 
 def _columns(record: Record, data: DataSpec) -> Iterable[Record]:
     """Columns by name, as pandas writes a table: each a list, or an object of values by row."""
-    names = [data.field, *([] if data.target is None else [data.target])]
+    names = list(data.columns.values())
     columns = [_cells(record.value.get(name)) for name in names]
     lengths = {len(column) for column in columns}
     if len(lengths) > 1:
@@ -140,7 +164,7 @@ class _Repeated(ValueError):
     """A key that is read stands twice in one object, so that its value is anyone's guess."""
 
 
-def _decoder(keys: set[str | None]) -> json.JSONDecoder:
+def _decoder(keys: set[str]) -> json.JSONDecoder:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -315,8 +339,8 @@ def _rows(name: str, rows: Any, columns: list[str]) -> Iterator[Record]:
 
 
 def _require_columns(name: str, columns: list[str], data: DataSpec) -> None:
-    for option, column in (("field", data.field), ("target", data.target)):
-        if column is not None and columns.count(column) != 1:
+    for option, column in data.columns.items():
+        if columns.count(column) != 1:
             how = "no column" if column not in columns else "more than one column"
             raise DataError(f"{name} has {how} '{column}' (columns: {listed(columns)}); set data.{option}")
 
@@ -346,7 +370,7 @@ def read_parquet(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    wanted = [data.field, *([] if data.target is None else [data.target])]
+    wanted = list(data.columns.values())
     try:
         with ParquetFile(path) as file:
             _require_columns(name, file.schema_arrow.names, data)

@@ -58,7 +58,7 @@ def _distinct(documents: Iterator[Document]) -> Source:
     for document in documents:
         if document.text.strip():
             seen += 1
-            kept.setdefault(digest(document.text), document)
+            kept.setdefault(digest(document.content), document)
     return Source(list(kept.values()), seen - len(kept))
 
 
@@ -84,7 +84,9 @@ def _capped(files: list[tuple[str, Path]], data: DataSpec) -> Iterator[Document]
 
 
 def _cut(document: Document, size: int) -> Document:
-    """The document's first `size` bytes, back to the last full line."""
+    """The document's first `size` bytes, back to the last full line; whole where something else belongs to its text."""
+    if document.pair is not None or isinstance(document.label, list):
+        return document
     encoded = document.text.encode(errors="surrogatepass")
     if len(encoded) <= size:
         return document

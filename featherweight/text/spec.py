@@ -13,6 +13,8 @@ class DataSpec(Spec):
     """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own.
 
     field, target: the key or column of the text; `target` is what a seq2seq model is to make of it (a translation, a summary).
+    pair, label: those of the second of two texts that are judged together, and of what a classifier is to say: a label, several, or
+    one for each word of a text that is words between spaces or in a list.
     format: what the files are, where their content is not to tell it: JSON that is to be read as prose, say.
     """
 
@@ -20,11 +22,19 @@ class DataSpec(Spec):
     pattern: str = "**/*"
     field: str = "text"
     target: str | None = None
+    pair: str | None = None
+    label: str | None = None
     separator: str | None = None
     format: Format | None = None
     evaluation: Share | str = 0.05
     calibration: Share | str = 0.05
     max_bytes: Positive | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The keys or columns that are read, by the option that names each."""
+        named = {option: getattr(self, option) for option in ("field", "target", "pair", "label")}
+        return {option: name for option, name in named.items() if name is not None}
 
 
 class TextSpec(Spec):

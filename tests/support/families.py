@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
 LIKE = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
     **dict.fromkeys(("mbart", "m2m_100", "marian", "pegasus"), "bart"),
-    **dict.fromkeys(("roberta", "xlm-roberta"), "bert"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "electra", "mpnet"), "bert"),
     "mt5": "t5",
     "gpt_bigcode": "gpt2",
     **dict.fromkeys(("gpt_neox", "falcon", "phi"), "bert"),
@@ -51,6 +51,7 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
     from featherweight.model.architecture import auto_class
 
     like = LIKE.get(model_type, model_type)
+    changes = ({"embedding_size": 32} if model_type == "electra" else {}) | changes
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     spread = {"init_std": 0.1} if like == "bart" else {"initializer_factor": 2.0} if like == "t5" else {"initializer_range": 0.1}
     heads = {"num_key_value_heads": 2, "head_dim": 8} if like == "llama" else {}

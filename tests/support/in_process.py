@@ -38,6 +38,9 @@ class InProcess:
         except Exception as error:
             raise StageError(f"failed while generating: {type(error).__name__}: {error}") from error
 
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        return self.model.outputs(ids, types)
+
     def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
         return self.model.answer(prompts, new_tokens, settings)
 

@@ -73,7 +73,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
             return "its model builder knows decoders only; take ctranslate2 or torch"
-        return "its model builder knows decoders only; take torch or torch-compile" if task == "fill-mask" else None
+        return None if task == "text-generation" else "its model builder knows decoders only; take torch or torch-compile"
 
     def grid_refusal(self, grids: Grids, spec: GenaiSpec) -> str | None:
         body = grids.body

@@ -8,7 +8,9 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from featherweight.model.architecture import task_of
 from featherweight.runtimes.torch.eager import TorchModel
+from featherweight.spec import HEADED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +30,7 @@ class CompiledTorchModel(TorchModel):
         self.caches: dict[tuple[int, int], Any] = {}
         self.step = torch.compile(self._next, dynamic=False, fullgraph=True)
         self.read = torch.compile(self._likeliest, dynamic=False, fullgraph=True)
+        self.label = torch.compile(super()._answers, dynamic=True)
 
     def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         import torch
@@ -41,11 +44,21 @@ class CompiledTorchModel(TorchModel):
                 new.append(ids)
             return torch.cat(new, dim=1), first
 
-    def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
+    def _fill(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         import torch
+
+        if task_of(self.model.config) in HEADED:
+            return super()._fill(ids, new_tokens)
 
         with torch.inference_mode(False), torch.no_grad():
             return self.read(ids.clone()), perf_counter()
+
+    def _answers(self, inputs: dict[str, Tensor]) -> Tensor:
+        """One graph for texts of all lengths."""
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad():
+            return self.label({name: tensor.clone() for name, tensor in inputs.items()})
 
     def _cache(self, batch: int, tokens: int) -> Any:
         """An empty static cache for `batch` sequences of `tokens`, the same object each time: a graph is tied to it."""

@@ -5,14 +5,27 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from featherweight.model.architecture import auto_class, family_of
+from featherweight.model.architecture import auto_class, family_of, task_of
+from featherweight.model.heads import answers, takes_types
 from featherweight.model.positions import rotary_switch
 from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
-from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, by_shape, windows_at_once
+from featherweight.runtimes.interface import (
+    Generation,
+    LoadedModel,
+    Timing,
+    Tokens,
+    alike,
+    by_length,
+    by_shape,
+    windows_at_once,
+)
+from featherweight.spec import HEADED
+from featherweight.text.examples import packed_inputs
 from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 
 class TorchModel(LoadedModel):
@@ -72,6 +85,23 @@ class TorchModel(LoadedModel):
         chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
         scores = chosen - logits.logsumexp(-1)
         return [row[wanted != IGNORED].tolist() for row, wanted in zip(scores, labels, strict=True)]
+
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        """Sequences of like lengths together, the shorter ones padded and the padding masked."""
+        import torch
+
+        found: list[list[list[float]]] = [[] for _ in ids]
+        by_tokens = task_of(self.model.config) == "token-classification"
+        with torch.inference_mode():
+            for batch in alike(ids, self.limits.max_batch):
+                inputs = packed_inputs(self.model.config, *([rows[index] for index in batch] for rows in (ids, types)))
+                rows = self._answers({name: tensor.to(self.model.device) for name, tensor in inputs.items()}).float().tolist()
+                for index, row in zip(batch, rows, strict=True):
+                    found[index] = row[: len(ids[index])] if by_tokens else row
+        return found
+
+    def _answers(self, inputs: dict[str, Tensor]) -> Tensor:
+        return answers(self.model, inputs)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         import torch
@@ -147,11 +177,22 @@ class TorchModel(LoadedModel):
         return logits[:, -1].argmax(-1, keepdim=True)
 
     def _fill(self, ids: Tensor, _: int) -> tuple[Tensor, float]:
-        """The likeliest token at every position, int64 [batch, tokens]."""
+        """The likeliest token at every position, int64 [batch, tokens]; none where vectors or labels are answered."""
+        if task_of(self.model.config) in HEADED:
+            self._answers(_alone(self.model.config, ids))
+            return ids[:, :0], perf_counter()
         return self._likeliest(ids), perf_counter()
 
     def _likeliest(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids).logits.argmax(-1)
+
+
+def _alone(config: PreTrainedConfig, ids: Tensor) -> dict[str, Tensor]:
+    """Inputs of texts of one length, ids [batch, tokens]."""
+    import torch
+
+    types = {"token_type_ids": torch.zeros_like(ids)} if takes_types(config) else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
 
 
 def _bitsandbytes(rounded: str) -> dict[str, Any]:

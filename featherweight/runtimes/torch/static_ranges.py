@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.matrices import matrices
-from featherweight.text.model_inputs import example_blocks, inputs_and_labels
+from featherweight.text.model_inputs import example_blocks, unpadded_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,8 +34,8 @@ def input_ranges(model: PreTrainedModel, names: Iterable[str], source: Path, tex
     length = min(BLOCK_TOKENS, getattr(model.config, "max_position_embeddings", None) or BLOCK_TOKENS)
     blocks = example_blocks(source, model.config, text, length, BLOCKS, seed)
     with observed(model, set(names)) as graphs, torch.no_grad():
-        for block in blocks:
-            model(**inputs_and_labels(model.config, block[None])[0])
+        for inputs in unpadded_inputs(model.config, blocks, 1):
+            model(**inputs)
     return {path: _range(graph) for path, graph in graphs.items()}
 
 

@@ -46,6 +46,6 @@ def check_rounded(source: Source, served: Path) -> Metrics:
 
 
 def _check_float_twin(reference: Reference, served: Path) -> Metrics:
-    twin = reference.scored_by(pack.load(served, WEIGHT_ONLY))
-    measured = reference.hold(twin, EXACT, f"{Serving.read(served).engine} with float activations")
+    name = f"{Serving.read(served).engine} with float activations"
+    measured = reference.hold_twin(pack.load(served, WEIGHT_ONLY), EXACT, name)
     return {"parity_weights_max_abs": measured["parity_max_abs"]}

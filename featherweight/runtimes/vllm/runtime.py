@@ -13,7 +13,7 @@ from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm.schemes import SCHEMES
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import Machine, gpus
 
@@ -67,6 +67,8 @@ class Vllm(Runtime[VllmSpec]):
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
             return "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch"
+        if task in HEADED:
+            return "vLLM is asked for text here, and not for vectors or labels; take ctranslate2, torch or torch-compile"
         return "vLLM serves no masked-language-model head; take torch or torch-compile" if task == "fill-mask" else None
 
     def grid_refusal(self, grids: Grids, spec: VllmSpec) -> str | None:

@@ -1,0 +1,153 @@
+"""Text in, vectors or labels out, through a served encoder's own engine."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.opening import load_config
+from featherweight.checkpoint.tokenizer import load_tokenizer
+from featherweight.errors import DataError, StageError
+from featherweight.model.architecture import task_of
+from featherweight.model.heads import by_label
+from featherweight.model.positions import context_tokens
+from featherweight.registry.entities import entities
+from featherweight.runtimes.client import Worker, open_worker
+from featherweight.store.served_folder import verified_tokens
+from featherweight.text.examples import encoded, types_of
+
+Rows = list[list[float]]
+
+
+class Labeller:
+    """A served encoder's engine and tokenizer: a vector for each text, its labels, or the entities in it.
+
+    Answers are those of sentence-transformers' `encode`, or of transformers' pipeline for the task. Safe to call from several
+    threads, which take turns. max_tokens: the longest text; by default as many tokens as were verified.
+    """
+
+    def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
+        self.served, self.threads, self.max_batch = served, threads, max_batch
+        self.max_tokens = max_tokens or verified_tokens(served)
+        self.config = load_config(served)
+        self.task = task_of(self.config)
+        self._tokenizer: Any = load_tokenizer(served)
+        self._turn = threading.Lock()
+        self._worker: Worker | None = self._open()
+
+    def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool = True) -> Any:
+        """An answer to each text, or pair of texts.
+
+        feature-extraction: a vector, float32 [texts, width]. text-classification: `label` and `score` of the likeliest label, and
+        the `scores` of all; a checkpoint of one label (a reranker) has one `score`. token-classification: the entities of each
+        text, with `entity`, `score`, `word`, `start` and `end`; tokens by themselves where `aggregate` is false.
+        truncate: whether a text that is too long is cut; by default of embeddings, as their files ask for, and of no others.
+        Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
+        """
+        cut = self.task == "feature-extraction" if truncate is None else truncate
+        told = [self._encode(one, cut) for one in texts]
+        answers = self._outputs(told)
+        if self.task == "feature-extraction":
+            return _vectors(answers)
+        if self.task == "text-classification":
+            return [scored(self.config, rows) for rows in answers]
+        return [entities(self.config, text, one, rows, aggregate) for text, one, rows in zip(texts, told, answers, strict=True)]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _open(self) -> Worker:
+        return open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
+
+    def _encode(self, given: Any, cut: bool) -> Any:
+        text, pair = _parts(given)
+        if pair is not None and self.task != "text-classification":
+            raise DataError(f"two texts are asked of a model for {self.task}, which reads one; give a text")
+        longest = context_tokens(self.config) if cut else None
+        offsets = self.task == "token-classification"
+        options = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if offsets else {}
+        told = encoded(self.config, self._tokenizer, text, pair, longest, **options)
+        if len(told["input_ids"]) > self.max_tokens:
+            raise DataError(
+                f"a text of {len(told['input_ids'])} tokens: this model is served for {self.max_tokens}; give less, or truncate"
+            )
+        return told
+
+    def _outputs(self, told: list[Any]) -> list[Rows]:
+        if not told:
+            return []
+        with self._turn:
+            if self._worker is None:
+                self._worker = self._open()
+            try:
+                return self._worker.outputs([list(one["input_ids"]) for one in told], [types_of(one) for one in told])
+            except StageError:
+                self.close()
+                raise
+
+
+def _parts(given: Any) -> tuple[str, str | None]:
+    """A text, or two: a pair, or a mapping of `text` and `text_pair`."""
+    if isinstance(given, Mapping):
+        given = (given.get("text"), given.get("text_pair"))
+    parts = (given, None) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else (None,)
+    if len(parts) != 2 or not isinstance(parts[0], str) or not isinstance(parts[1], str | None):
+        raise DataError("give a text, or two of them as a pair or under 'text' and 'text_pair'")
+    if any("\ud800" <= character <= "\udfff" for part in parts if part for character in part):
+        raise DataError("the text holds half of a surrogate pair, which is no character; leave it out")
+    return parts[0], parts[1]
+
+
+def scored(config: Any, rows: Rows) -> dict[str, Any]:
+    """The labels of a text by transformers' own rules: sigmoids of labels that stand by themselves, else a softmax.
+
+    What a regression says is its score; and so is what a cross-encoder says whose config asks for no activation.
+    """
+    if by_label(config):
+        logits = [row[1] for row in rows]
+        scores = logits if _without_activation(config) else [_sigmoid(logit) for logit in logits]
+    else:
+        logits = rows[0]
+        least = max(logits)
+        total = math.fsum(math.exp(logit - least) for logit in logits)
+        scores = [math.exp(logit - least) / total for logit in logits]
+    if config.problem_type == "regression":
+        scores = logits
+    names = [config.id2label[place] for place in range(len(scores))]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return {"label": names[best], "score": scores[best], "scores": dict(zip(names, scores, strict=True))}
+
+
+def _without_activation(config: Any) -> bool:
+    """Whether sentence-transformers gives this cross-encoder's logit as its score."""
+    told = getattr(config, "sentence_transformers", None) or {}
+    named = told.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or ""
+    return config.num_labels == 1 and str(named).endswith("Identity")
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def _vectors(answers: list[Rows]) -> Any:
+    import numpy
+
+    return numpy.array([rows[0] for rows in answers], dtype=numpy.float32)
+
+
+def texts_of(model_input: Any) -> list[Any]:
+    """The texts in what MLflow hands to a model: texts, pairs, or rows of `text` and `text_pair`."""
+    if isinstance(model_input, Mapping):
+        model_input = [model_input]
+    if not hasattr(model_input, "columns"):
+        return list(model_input)
+    if "text" in model_input.columns and "text_pair" in model_input.columns:
+        return list(zip(model_input["text"].tolist(), model_input["text_pair"].tolist(), strict=True))
+    name = "text" if "text" in model_input.columns else model_input.columns[0]
+    return [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]

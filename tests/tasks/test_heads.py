@@ -1,0 +1,239 @@
+"""Encoders that answer by vectors or labels: loaded with the head that they have, and served as the libraries that made them do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.checkpoint.opening import load_config, load_model
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError
+from featherweight.model.architecture import task_of
+from featherweight.runtimes import answer_parity
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Limits, LoadedModel
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.text.documents import Document, write_documents
+from tasks.export import export
+from tasks.load import load
+from tests.support import heads
+from tests.support.in_process import InProcess
+from tests.support.serving_models import serving_spec
+
+TEXTS = ["the fox sang", "once upon a time there was a little bear in the wood and they ran", "ran", "the old hare, the wolf"]
+MADE: dict[str, tuple[Task, Any, dict[str, Any]]] = {
+    "vectors": ("feature-extraction", None, {}),
+    "labels": ("text-classification", heads.labelled, {"num_labels": 2}),
+    "pairs": ("text-classification", heads.paired, {"num_labels": 1}),
+    "tags": ("token-classification", heads.tagged, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A loaded checkpoint of each kind, made once; what has labels is trained for a moment."""
+
+    @cache
+    def get(kind: str, model_type: str = "bert") -> Path:
+        task, documents, changes = MADE[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        made = heads.head_checkpoint(model_type, task, folder / "made", documents and documents(200), **changes)
+        if kind == "vectors":
+            heads.sentence_files(made)
+        return loaded(made, folder / "loaded", task)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Held-out documents of each kind."""
+
+    @cache
+    def get(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("text") / kind
+        documents = MADE[kind][1]
+        plain = [Document(str(place), one) for place, one in enumerate(TEXTS * 3)]
+        write_documents(folder, documents(40, seed=1) if documents else plain)
+        return folder
+
+    return get
+
+
+def loaded(source: Path, out: Path, task: Task) -> Path:
+    out.mkdir()
+    load(LoadSpec(source=str(source), task=task), out=out)
+    return out
+
+
+def exported(checkpoint: Path, text: Path, out: Path, **spec: Any) -> tuple[Path, dict[str, float]]:
+    out.mkdir()
+    return out, dict(export(serving_spec(**spec), checkpoint=checkpoint, calibration=text, out=out))
+
+
+def opened(folder: Path, batch: int = 8) -> LoadedModel:
+    serving = Serving.read(folder)
+    return RUNTIMES[serving.engine].loaded_model()(folder, serving, Limits(threads=1, max_tokens=64, max_batch=batch))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_parity, "open_worker", InProcess)
+
+
+def mean_vectors(folder: Path, texts: list[str]) -> Any:
+    """What sentence-transformers makes of texts: transformers' own model, the mean of its tokens, at length 1, one by one."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    rows = []
+    for one in texts:
+        given = tokenizer(one, truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            rows.append(torch.nn.functional.normalize(model(**given).last_hidden_state.mean(1), dim=-1)[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_the_head_of_the_checkpoint_says_what_it_is_for(checkpoint: Any, tmp_path: Path, kind: str) -> None:
+    task = MADE[kind][0]
+    wrong: Task = "fill-mask"
+    assert task_of(load_config(checkpoint(kind))) == task
+    with pytest.raises(CheckpointError, match=f"is a model for {task} .*the recipe's task is {wrong}; set task: {task}"):
+        load(LoadSpec(source=str(checkpoint(kind)), task=wrong), out=tmp_path)
+
+
+def test_what_the_file_holds_counts_and_not_the_class_that_the_config_names(checkpoint: Any, tmp_path: Path) -> None:
+    for name in ("BertForMaskedLM", "BertForPreTraining"):
+        source = Path(shutil.copytree(checkpoint("vectors"), tmp_path / name))
+        (source / "modules.json").unlink()
+        config = json.loads((source / "config.json").read_text())
+        config.pop("sentence_embedding")
+        (source / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        out = loaded(source, tmp_path / f"{name}-out", "feature-extraction")
+        told = json.loads((out / "config.json").read_text())
+        assert told["architectures"] == ["BertModel"] and told["sentence_embedding"]["pooling"] == ["mean"]
+        assert not told["sentence_embedding"]["normalize"]
+
+
+def test_a_whole_masked_model_beside_the_files_of_sentence_transformers_makes_vectors(tmp_path: Path) -> None:
+    from tests.support.families import family_checkpoint
+
+    source = heads.sentence_files(family_checkpoint("bert", tmp_path / "made"))
+    out = loaded(source, tmp_path / "out", "feature-extraction")
+    assert task_of(load_config(out)) == "feature-extraction"
+    ours, theirs = opened_vectors(out), mean_vectors(source, TEXTS)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def opened_vectors(folder: Path) -> Any:
+    import torch
+
+    if not (folder / "serving.json").exists():
+        Serving("torch").write(folder)
+    ids, types = tokens(folder, TEXTS)
+    return torch.tensor(opened(folder).outputs(ids, types))[:, 0]
+
+
+def tokens(folder: Path, texts: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    from featherweight.checkpoint.tokenizer import load_tokenizer
+    from featherweight.text.examples import encoded, types_of
+
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    parts = [one if isinstance(one, tuple) else (one, None) for one in texts]
+    told = [encoded(config, tokenizer, first, second, 24) for first, second in parts]
+    return [list(one["input_ids"]) for one in told], [types_of(one) for one in told]
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong"),
+    [("Dense", "go through sentence-transformers' Dense module"), ("Pooling", "pooling 'strange' is not known here")],
+)
+def test_what_is_not_known_of_the_files_is_refused(tmp_path: Path, module: str, wrong: str) -> None:
+    source = heads.sentence_files(heads.head_checkpoint("bert", "feature-extraction", tmp_path / "made"))
+    if module == "Dense":
+        kinds = [
+            *json.loads((source / "modules.json").read_text()),
+            {"path": "3_Dense", "type": "sentence_transformers.models.Dense"},
+        ]
+        (source / "modules.json").write_text(json.dumps(kinds))
+    else:
+        (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_strange": True}))
+    with pytest.raises(CheckpointError, match=wrong):
+        loaded(source, tmp_path / "out", "feature-extraction")
+
+
+def test_a_head_that_is_not_taken_is_named(tmp_path: Path) -> None:
+    source = heads.head_checkpoint("bert", "feature-extraction", tmp_path / "made")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["BertForQuestionAnswering"]}))
+    with pytest.raises(CheckpointError, match=r"its head \(BertForQuestionAnswering\) answers for no task that is known here"):
+        loaded(source, tmp_path / "out", "feature-extraction")
+
+
+@pytest.mark.parametrize("pooling", ["cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"])
+def test_tokens_are_pooled_as_the_files_say(tmp_path: Path, pooling: str) -> None:
+    """Against the formulas of sentence-transformers, on a text that is padded and on one that is not."""
+    import torch
+
+    source = heads.head_checkpoint("bert", "feature-extraction", tmp_path / "made")
+    heads.sentence_files(source, normalize=False, **{f"pooling_mode_{pooling}": True})
+    out = loaded(source, tmp_path / "out", "feature-extraction")
+    ours = opened_vectors(out)
+    model, (ids, _) = load_model(out).eval(), tokens(out, TEXTS)
+    for row, one in zip(ours, ids, strict=True):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([one])).last_hidden_state[0]
+        places = torch.arange(1, len(one) + 1.0)[:, None]
+        right = {
+            "cls_token": hidden[0],
+            "max_tokens": hidden.amax(0),
+            "mean_sqrt_len_tokens": hidden.sum(0) / len(one) ** 0.5,
+            "weightedmean_tokens": (hidden * places).sum(0) / places.sum(),
+            "lasttoken": hidden[-1],
+        }[pooling]
+        assert torch.allclose(row, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["torch", "torch-dynamic", "torchao-int8"])
+@pytest.mark.parametrize("kind", MADE)
+def test_several_texts_at_once_are_answered_as_each_alone(
+    checkpoint: Any, text: Any, tmp_path: Path, kind: str, engine: str, in_process: None
+) -> None:
+    """And parity holds, to the served length, with other texts and lengths than these.
+
+    torch-dynamic rounds all tokens of a batch by one range, which is that of a text alone but for some of a step.
+    """
+    import torch
+
+    served, metrics = exported(checkpoint(kind), text(kind), tmp_path / "served", engine=engine)
+    if engine != "torch":
+        assert metrics["parity_mean_abs"] < metrics["parity_bound"]
+        assert metrics.get("parity_weights_max_abs", 0.0) < 1e-3
+    texts = [(one, "the wolf met") for one in TEXTS] if kind == "pairs" else TEXTS
+    ids, types = tokens(served, texts)
+    together, alone = opened(served).outputs(ids, types), opened(served, batch=1).outputs(ids, types)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=0.02 if engine == "torch-dynamic" else 1e-5)
+
+
+def test_a_scale_that_is_wrong_fails_parity(checkpoint: Any, text: Any, tmp_path: Path, in_process: None) -> None:
+    from featherweight.errors import ParityError
+    from featherweight.runtimes.answer_parity import AnswerReference
+    from featherweight.runtimes.bounds import EXACT
+
+    for kind in MADE:
+        model = load_model(checkpoint(kind)).eval()
+        reference = AnswerReference.of(model, checkpoint(kind), text(kind))
+        assert reference.hold_twin(model, EXACT, "itself")["parity_max_abs"] < 1e-5
+        model.base_model.encoder.layer[1].output.dense.weight.data *= 1.05
+        with pytest.raises(ParityError, match="does not compute what its PyTorch source computes"):
+            reference.hold_twin(model, EXACT, "another")
+    assert tmp_path
