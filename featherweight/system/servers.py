@@ -35,8 +35,11 @@ def check_url(url: str, what: str, variable: str) -> None:
         raise ServiceError(f"the {what} server at {url} does not answer ({reason}); start it or unset {variable}") from error
 
 
-def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server that a Ctrl-C in the terminal does not reach, and that dies with this process however that ends."""
+def start(command: list[str], log: Path, environment: dict[str, str], user: str | None = None) -> subprocess.Popen[bytes]:
+    """Start a server that a Ctrl-C in the terminal does not reach, and that dies with this process however that ends.
+
+    environment: changes to ours; '' takes a name out. user: who runs it, where that is not who we are.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, **environment}
     env = {name: value for name, value in env.items() if value != ""}
@@ -48,6 +51,8 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
             stdin=subprocess.DEVNULL,
             env=env,
             start_new_session=True,
+            user=user,
+            cwd="/" if user else None,
             preexec_fn=end_with_parent(),
         )
 
@@ -73,3 +78,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """End a server and its children."""
     if process.poll() is None:
         end_group(process)
+
+
+def require_free(ports: dict[str, int]) -> None:
+    """Raise ServiceError that names every port, by what is to listen there, on which somebody listens already."""
+    taken = []
+    for name, port in ports.items():
+        with socket.socket() as probe:
+            if probe.connect_ex((LOCAL, port)) == 0:
+                taken.append(f"{port} ({name})")
+    if taken:
+        raise ServiceError(f"somebody listens on port {', '.join(taken)} already; end that, or give other ports (--help)")

