@@ -27,7 +27,7 @@ from featherweight.checkpoint.files import (
     read_json,
     require_tokenizer,
 )
-from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file
+from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers, types_of
 from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
@@ -153,8 +153,8 @@ def _of_gguf(file: Path) -> CheckpointFacts:
         raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
     answer = described(parts[0].parent, parts[0].name)
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors if len(tensor.shape) == 2}
-    grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF}
+    kinds = types_of(tensors)
+    grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF and keeps_integers(kinds)}
     packed = any(kind not in FLOATS for kind in kinds.values())
     return CheckpointFacts(
         Values(answer["config"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ def _integers(file: Path, model: PreTrainedModel) -> tuple[QuantizedWeights, Cou
     kept = QuantizedWeights({}, {}, {}, "gguf", heads(model))
     matrix = [tensor for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) == 2]
     types = Counter(tensor.tensor_type.name for tensor in matrix)
-    for kind, name in GRID_OF.items():
+    for kind, name in GRID_OF.items() if keeps_integers(types_of(matrix)) else ():
         grid = GRIDS[name]
         places: dict[bytes, tuple[Tensor, Tensor]] = {}
         for tensor in matrix:
@@ -127,6 +127,20 @@ def _integers(file: Path, model: PreTrainedModel) -> tuple[QuantizedWeights, Cou
                 places |= {row.numpy().tobytes(): (q[at], scales[at]) for at, row in enumerate(grid.dequantize(q, scales))}
         _keep(kept, grid, model, places)
     return kept, types
+
+
+def types_of(tensors: Iterable[Any]) -> dict[str, str]:
+    """The type of each matrix among a file's tensors, by its name there."""
+    return {str(tensor.name): str(tensor.tensor_type.name) for tensor in tensors if len(tensor.shape) == 2}
+
+
+def keeps_integers(types: Mapping[str, str]) -> bool:
+    """Whether the integers of Q8_0 and Q4_0 stay: where most matrices in the blocks are of these types.
+
+    A checkpoint whose embedding alone lies on a grid is one to be quantized, not one that is quantized already.
+    """
+    blocks = [kind for name, kind in types.items() if "blk." in name and kind not in FLOATS]
+    return 2 * sum(kind in GRID_OF for kind in blocks) > len(blocks)
 
 
 def _keep(kept: QuantizedWeights, grid: Grid, model: PreTrainedModel, places: Mapping[bytes, tuple[Tensor, Tensor]]) -> None:
@@ -159,10 +173,10 @@ def _unpacked(tensor: Any, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _told(quantized: QuantizedWeights, types: Counter[str], progress: Progress) -> dict[str, float]:
-    lost = {kind: count for kind, count in types.items() if kind not in (*FLOATS, *GRID_OF)}
+    lost = {kind: count for kind, count in types.items() if kind not in FLOATS and (kind not in GRID_OF or not quantized.q)}
     if lost:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(lost.items()))
-        progress.note(f"matrices of types that are no grid here become float: {kinds}")
+        progress.note(f"matrices become float: {kinds}")
     if not lost and not quantized.q:
         return {}
     return {"quantized_layers": float(len(quantized.q)), "dequantized_layers": float(sum(lost.values()))}

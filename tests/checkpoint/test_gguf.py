@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from featherweight.checkpoint.facts import kept_refusal, read_facts
 from featherweight.checkpoint.fetching import source_fingerprint
 from featherweight.checkpoint.files import WEIGHTS
 from featherweight.checkpoint.gguf_parts import names_of_parts, only_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
+from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from tasks.load import load
@@ -143,3 +145,22 @@ def test_a_float_file_is_not_quantized(tiny_checkpoint: Path, tmp_path: Path, ou
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"": "F16"})
     assert "quantized_layers" not in taken(tmp_path / "m.gguf", out)
     assert QuantizedWeights.read(out) is None
+
+
+def test_an_embedding_alone_on_a_grid_leaves_a_checkpoint_to_be_quantized(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    """SmolLM2's Q4_1 file has its embedding in Q8_0, and every quantize stage was refused."""
+    told = Notes()
+    write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"embed_tokens": "Q8_0", "": "Q4_1"})
+    facts = read_facts(LoadSpec(source=str(tmp_path / "m.gguf")))
+    assert (facts.quantized, facts.kept_grids, kept_refusal(facts)) == ("gguf", None, None)
+    assert taken(tmp_path / "m.gguf", out, told) == {"quantized_layers": 0.0, "dequantized_layers": 15.0}
+    assert QuantizedWeights.read(out) is None
+    assert any("become float: Q4_1 (14), Q8_0 (1)" in note for note in told.notes)
+
+
+def test_a_plan_knows_which_integers_a_file_keeps(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"embed_tokens": "Q8_0", "": "Q4_0"})
+    facts = read_facts(LoadSpec(source=str(tmp_path / "m.gguf")))
+    assert facts.kept_grids == (GRIDS["int4-g32"], GRIDS["int8-g32"], None)
+    assert "leave the quantize stage out" in str(kept_refusal(facts))
+    assert (facts.model_type, facts.config.num_hidden_layers) == ("llama", 2)
