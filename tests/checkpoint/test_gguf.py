@@ -153,7 +153,8 @@ def test_an_embedding_alone_on_a_grid_leaves_a_checkpoint_to_be_quantized(tiny_c
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"embed_tokens": "Q8_0", "": "Q4_1"})
     facts = read_facts(LoadSpec(source=str(tmp_path / "m.gguf")))
     assert (facts.quantized, facts.kept_grids, kept_refusal(facts)) == ("gguf", None, None)
-    assert taken(tmp_path / "m.gguf", out, told) == {"quantized_layers": 0.0, "dequantized_layers": 15.0}
+    metrics = taken(tmp_path / "m.gguf", out, told)
+    assert (metrics["quantized_layers"], metrics["dequantized_layers"]) == (0, 15)
     assert QuantizedWeights.read(out) is None
     assert any("become float: Q4_1 (14), Q8_0 (1)" in note for note in told.notes)
 
