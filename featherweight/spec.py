@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -54,6 +55,15 @@ def _known_grid(name: str) -> str:
 GridName = Annotated[str, AfterValidator(_known_grid)]
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together."""
+
+    parameters: int
+    matrices: int = 0
+    columns: int = 0
+
+
 class Spec(BaseModel):
     """Frozen, and strict: a key that is misspelt, or that the rest leaves without a meaning, is an error."""
 
@@ -69,8 +79,8 @@ class Spec(BaseModel):
         """The methods and engines that it names, as 'module:attribute': what they are made of shapes the result."""
         return ()
 
-    def operations(self, parameters: int) -> float:
-        """About how many floating-point operations its stage takes for a model of so many parameters."""
+    def operations(self, size: ModelSize) -> float:
+        """About how many floating-point operations its stage takes for a model of this size, loading and saving aside."""
         return 0.0
 
     @model_validator(mode="after")

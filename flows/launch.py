@@ -7,6 +7,7 @@ from pathlib import Path
 
 from featherweight.errors import Stopped
 from featherweight.masking import masked
+from featherweight.recipe.cost import size_of
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe
@@ -16,12 +17,15 @@ from featherweight.system.environment import configure
 from featherweight.system.servers import check_url
 from featherweight.system.services import prefect_server
 from flows.progress_view import View, shown
+from tasks.forecast import require_room
 
 
 def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> OptimizationResult:
     """Run one optimization in this process. Raises FeatherweightError, Stopped at Ctrl-C."""
     loaded = load_recipe(recipe, overrides)
-    plan = expand(loaded, facts=Facts.read(loaded))
+    facts = Facts.read(loaded)
+    plan = expand(loaded, facts=facts)
+    require_room(size_of(loaded, facts.of(loaded)), root)
     check_url(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLflow", "MLFLOW_TRACKING_URI")
     workspace = Workspace.at(root)
     configure(root)

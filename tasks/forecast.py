@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.errors import FeatherweightError, told
-from featherweight.recipe.cost import Cost, estimate
+from featherweight.errors import FeatherweightError, RecipeError, told
+from featherweight.recipe import fit
+from featherweight.recipe.cost import Cost, estimate, size_of
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Node, Plan, expand
 from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.refusals import disk_refusal
+from featherweight.spec import ModelSize
 from featherweight.store.artifact import ArtifactRef
 from featherweight.store.workspace import Workspace
 from featherweight.system.environment import configure
+from featherweight.system.machine import free_bytes, memory_bytes
 from tasks.run_node import cached_ref
 from tasks.stages import stage_named
 
@@ -65,10 +69,19 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     Raises RecipeError, CheckpointError.
     """
     facts = Facts.read(recipe)
-    plan = expand(recipe, facts=facts)
+    plan, size = expand(recipe, facts=facts), size_of(recipe, facts.of(recipe))
+    require_room(size, root)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
     measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    return PlanForecast(plan, estimate(plan, recipe, measured, set(cached)), (*facts.notes, *warnings))
+    costs = estimate(plan, recipe, measured, set(cached), facts.of(recipe))
+    large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
+    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings))
+
+
+def require_room(size: ModelSize, root: Path) -> None:
+    """Raise RecipeError where a workspace's disk cannot take in a checkpoint of this size."""
+    if reason := disk_refusal(size, free_bytes(root)):
+        raise RecipeError(reason)
 
 
 def _cached(plan: Plan, root: Path) -> tuple[dict[str, ArtifactRef], tuple[str, ...]]:

@@ -8,7 +8,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
-from featherweight.spec import ByStack, Layers, Positive, SequenceLength, Spec
+from featherweight.spec import ByStack, Layers, ModelSize, Positive, SequenceLength, Spec
 from featherweight.training.spec import TrainingSpec
 
 
@@ -55,8 +55,8 @@ class GenerateSpec(WritingSpec):
             return None
         return f"{parent.task} + distill.sequence_level: an encoder fills in masks and writes no text; leave it out"
 
-    def operations(self, parameters: int) -> float:
-        return 2.0 * parameters * self.beams * self.samples * self.sequence
+    def operations(self, size: ModelSize) -> float:
+        return 2.0 * size.parameters * self.beams * self.samples * self.sequence
 
 
 class SequenceLevelSpec(WritingSpec):
@@ -120,8 +120,8 @@ class DistillSpec(TrainingSpec):
         asked = (self.generate, self.prune)
         return next((reason for one in asked if one and (reason := one.refusal(parent))), None)
 
-    def operations(self, parameters: int) -> float:
-        return 8.0 * parameters * self.steps * self.batch * self.sequence
+    def operations(self, size: ModelSize) -> float:
+        return 8.0 * size.parameters * self.steps * self.batch * self.sequence
 
     @model_validator(mode="after")
     def _room_after_the_prompt(self) -> DistillSpec:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import Grid
 from featherweight.model.architecture import encoder_classes, task_of
-from featherweight.spec import Task
+from featherweight.spec import ModelSize, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$|^\d+\..*\.weight$")
+_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 _NO_LINEAR = re.compile(r"relative_attention_bias|(^|[._])(wpe|norm|ln_\w+|rotary_emb)\b")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D, which holds a row of the weight in each column."""
@@ -100,6 +101,18 @@ class CheckpointFacts:
     def parameters(self) -> int:
         """Number of stored weights; 0 where that is not known."""
         return sum(map(prod, self.shapes.values())) if self.shapes else 0
+
+    @property
+    def size(self) -> ModelSize:
+        """How large the model is; where its headers do not tell, by the arithmetic of a decoder of its configuration's sizes."""
+        rows = self.rows_and_columns
+        if rows:
+            return ModelSize(self.parameters, len(rows) + 1, sum(columns for _, columns in rows.values()))
+        config = self.config.get_text_config()
+        hidden, layers, vocabulary, inner = (getattr(config, name, None) or 0 for name in _SIZES)
+        body = layers * hidden * (4 * hidden + 3 * (inner or 4 * hidden))
+        heads = vocabulary * hidden * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+        return ModelSize(body + heads or self.size_bytes // 4, 7 * layers + 1, layers * (6 * hidden + inner))
 
     @property
     def rows_and_columns(self) -> dict[str, tuple[int, int]]:

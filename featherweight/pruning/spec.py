@@ -8,7 +8,7 @@ from typing import Literal
 from featherweight.errors import RecipeError, refused
 from featherweight.model.parent import Parent
 from featherweight.pruning.catalog import DEFAULT, PRUNERS
-from featherweight.spec import NamedSpec, Positive, SequenceLength
+from featherweight.spec import ModelSize, NamedSpec, Positive, SequenceLength
 from featherweight.training.spec import FinetuneSpec
 
 Criterion = Literal["vectorize", "param_first", "param_second", "param_mix", "l1", "l2", "random"]
@@ -58,5 +58,5 @@ class PruneSpec(NamedSpec):
         pruner = PRUNERS[self.method]
         return pruner.refusal(self, parent) or (refused(pruner.check, self, parent.sized) if parent.sized else None)
 
-    def operations(self, parameters: int) -> float:
-        return PRUNERS[self.method].operations(self, parameters)
+    def operations(self, size: ModelSize) -> float:
+        return PRUNERS[self.method].operations(self, size.parameters)

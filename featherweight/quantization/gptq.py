@@ -132,4 +132,6 @@ def _modifier_class() -> Any:
     return Gptq
 
 
-GPTQ = Quantizer(GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True)
+GPTQ = Quantizer(
+    GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True, column_s=2e-4
+)

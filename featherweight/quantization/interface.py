@@ -142,6 +142,7 @@ class Quantizer(Generic[SpecT]):
     refusal: why it cannot handle a checkpoint, in one line that names both; asked by the plan, and again once the model type is
         known. Of a spec of another method, too, where that one smooths with it or starts from it: then it reads the shared keys.
     operations: floating-point operations that it takes for a model of so many parameters.
+    column_s: seconds for each column of each matrix, where it goes through them one by one.
     starts_training: training may begin from its integers; it reads none but the shared keys.
     """
 
@@ -152,6 +153,7 @@ class Quantizer(Generic[SpecT]):
     refusal: Callable[[SpecT, Parent], str | None] = nothing_refused
     operations: Callable[[SpecT, int], float] = no_operations
     starts_training: bool = False
+    column_s: float = 0.0
 
 
 def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:

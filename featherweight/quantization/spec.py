@@ -11,12 +11,10 @@ from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
 from featherweight.model.parent import Parent, linear_refusal
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
-from featherweight.spec import GridName, NamedSpec, Positive, SequenceLength, Spec
+from featherweight.spec import GridName, ModelSize, NamedSpec, Positive, SequenceLength, Spec
 
 NONE = "none"
 """No smoothing."""
-SCANNED = 100
-"""A scan runs the model once for each matrix: seven a layer, and few models of interest have under a dozen layers."""
 
 
 class MixedSpec(Spec):
@@ -40,8 +38,9 @@ class SensitivitySpec(Spec):
     samples: Positive
     sequence: SequenceLength
 
-    def operations(self, parameters: int) -> float:
-        return SCANNED * 2.0 * parameters * self.samples * self.sequence
+    def operations(self, size: ModelSize) -> float:
+        """The model is run once in float, and once for each of its matrices."""
+        return (1 + size.matrices) * 2.0 * size.parameters * self.samples * self.sequence
 
 
 class QuantizeSpec(NamedSpec):
@@ -101,8 +100,8 @@ class QuantizeSpec(NamedSpec):
         what = walking if walking != NONE else "sensitivity" if self.mixed else None
         return linear_refusal(what, parent) if what else None
 
-    def operations(self, parameters: int) -> float:
-        return sum(QUANTIZERS[name].operations(self, parameters) for name in self.methods)
+    def operations(self, size: ModelSize) -> float:
+        return sum(QUANTIZERS[name].operations(self, size.parameters) for name in self.methods)
 
     @property
     def sensitivity(self) -> SensitivitySpec | None:

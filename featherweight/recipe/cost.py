@@ -1,32 +1,55 @@
-"""What a plan will cost: what a node took last time where that is known, an estimate from its arithmetic elsewhere."""
+"""What a plan will cost: what a node took last time where that is known, an estimate from its arithmetic elsewhere.
+
+An estimate is a constant for each stage (imports, engines that start), the arithmetic of its method at the speed of this machine's
+matrix products, the weights that it reads for every generated token at the speed of its memory, and the files that it reads, writes
+and hashes. All of them scale with the model. Variants that are pruned or distilled count as large as the checkpoint.
+"""
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
+from featherweight.measure.spec import WorkloadSpec
+from featherweight.model.facts import CheckpointFacts
+from featherweight.pruning.catalog import PRUNERS
+from featherweight.pruning.spec import PruneSpec
+from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.refusals import FLOAT_BYTES
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.probes import NEW_TOKENS, SHORT_TOKENS, SHORT_WINDOWS
 from featherweight.runtimes.spec import ServingSpec
+from featherweight.spec import ModelSize, Spec
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
 FIXED_S = {
     "text": 2,
-    "gate": 8,
+    "gate": 6,
     "train": 6,
     "load": 2,
     "distill": 1,
     "prune": 2,
     "finetune": 1,
-    "quantize": 3,
+    "quantize": 2,
+    "sensitivity": 2,
     "generate": 6,
     "decide": 3,
     "register": 2,
     "promote": 1,
 }
+CALIBRATED_S = 11
+"""More for a method of llm-compressor, whose import takes so long."""
+FILES_BYTES_S = 4e8
+"""Reading or writing weights and hashing them."""
+REACHED = 0.35
+"""The share of a large matrix product's speed that a model's forward and backward reach."""
+COMPARED_TOKENS = 16 * 128
+"""Tokens on which what a stage made is compared with what it was given."""
 
 
 @dataclass(frozen=True)
@@ -37,39 +60,76 @@ class Cost:
     basis: str
 
 
-def parameters_of(recipe: Recipe) -> int | None:
-    """Number of weights of the recipe's checkpoint, without loading it; None where its source is not local."""
+@dataclass(frozen=True)
+class Speeds:
+    """Of a machine: floating-point operations, and bytes read from memory, per second."""
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a node does beside its constant: arithmetic, bytes of memory read again and again, bytes of files, seconds."""
+
+    operations: float = 0.0
+    memory: float = 0.0
+    files: float = 0.0
+    waiting: float = 0.0
+
+    def seconds(self, speeds: Speeds) -> float:
+        """How long it takes at these speeds."""
+        arithmetic = self.operations / (REACHED * speeds.flops) + self.memory / speeds.bandwidth
+        return arithmetic + self.files / FILES_BYTES_S + self.waiting
+
+
+def size_of(recipe: Recipe, facts: CheckpointFacts | None) -> ModelSize:
+    """How large the recipe's checkpoint is; of one that is trained, by its spec. Nothing where neither is known."""
     spec = recipe.checkpoint.train
-    if spec is not None:
-        heads = spec.hidden_size // spec.heads
-        attention = 2 * spec.hidden_size * (spec.hidden_size + heads * spec.kv_heads)
-        mlp = 3 * spec.hidden_size * spec.intermediate_size
-        return spec.vocab_size * spec.hidden_size + spec.layers * (attention + mlp)
-    folder = Path(recipe.checkpoint.source or "")
-    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    try:
-        width = 2 if "16" in str(json.loads((folder / "config.json").read_text()).get("dtype", "")) else 4
-    except (OSError, ValueError):
-        return None
-    return sum(sizes) // width or None
+    if spec is None:
+        return facts.size if facts else ModelSize(0)
+    heads = spec.hidden_size // spec.heads
+    attention = 2 * spec.hidden_size * (spec.hidden_size + heads * spec.kv_heads)
+    mlp = 3 * spec.hidden_size * spec.intermediate_size
+    parameters = spec.vocab_size * spec.hidden_size + spec.layers * (attention + mlp)
+    return ModelSize(parameters, 7 * spec.layers + 1, spec.layers * (6 * spec.hidden_size + spec.intermediate_size))
 
 
-def machine_flops() -> float:
-    """Floating-point operations per second of a float32 matrix product here, measured in a tenth of a second."""
+@cache
+def machine_speeds() -> Speeds:
+    """Of this machine, in a third of a second. The best of many short passes: one that nothing interrupted."""
     import numpy as np
 
-    a = np.random.default_rng(0).random((768, 768), dtype=np.float32)
-    a @ a
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        a @ a
-        rounds += 1
-    return rounds * 2 * 768**3 / (time.perf_counter() - started)
+    a = np.random.default_rng(0).random((512, 512), dtype=np.float32)
+    array = np.ones(2**25, dtype=np.float32)
+    # A product takes all cores; a pass over memory one, whose own time does not count while another process has it.
+    multiplied, read = _shortest(lambda: a @ a, time.perf_counter), _shortest(array.max, time.thread_time)
+    return Speeds(2 * 512**3 / multiplied, array.nbytes / read)
 
 
-def estimate(plan: Plan, recipe: Recipe, measured: dict[str, float], cached: set[str]) -> dict[str, Cost]:
-    """Cost of every node. `measured`: seconds by node id from earlier runs of the same spec; `cached`: ids with a result."""
-    parameters, flops = parameters_of(recipe) or 0, machine_flops() / 3
+def _shortest(run: Callable[[], object], clock: Callable[[], float], budget_s: float = 0.15) -> float:
+    run()
+    begun, times = time.perf_counter(), list[float]()
+    while len(times) < 3 or time.perf_counter() - begun < budget_s:
+        started = clock()
+        run()
+        times.append(clock() - started)
+    return min(times)
+
+
+def estimate(
+    plan: Plan,
+    recipe: Recipe,
+    measured: dict[str, float],
+    cached: set[str],
+    facts: CheckpointFacts | None = None,
+    speeds: Speeds | None = None,
+) -> dict[str, Cost]:
+    """Cost of every node. `measured`: seconds by node id from earlier runs of the same spec; `cached`: ids with a result.
+
+    facts: what the checkpoint tells of itself. speeds: this machine's by default.
+    """
+    size, speeds = size_of(recipe, facts), speeds or machine_speeds()
     costs = {}
     for id, node in plan.nodes.items():
         if id in cached:
@@ -77,7 +137,7 @@ def estimate(plan: Plan, recipe: Recipe, measured: dict[str, float], cached: set
         elif id in measured:
             costs[id] = Cost(measured[id], "measured")
         else:
-            costs[id] = Cost(node.spec.operations(parameters) / flops + _fixed(node, plan), "estimated")
+            costs[id] = Cost(_fixed(node, plan) + _work(node, plan, size).seconds(speeds), "estimated")
     return costs
 
 
@@ -89,4 +149,50 @@ def _fixed(node: Node, plan: Plan) -> float:
     if isinstance(served, ServingSpec):
         runtime = RUNTIMES[served.engine]
         return runtime.writing_s if node.spec is served else runtime.measuring_s
-    return FIXED_S.get(node.stage, 1)
+    return FIXED_S.get(node.stage, 1) + (CALIBRATED_S if "llmcompressor" in _libraries(node.spec) else 0)
+
+
+def _libraries(spec: Spec) -> set[str]:
+    """The distributions that the methods of a spec are made with."""
+    if isinstance(spec, QuantizeSpec):
+        return {library for name in spec.methods for library in QUANTIZERS[name].libraries}
+    return set(PRUNERS[spec.method].libraries) if isinstance(spec, PruneSpec) else set()
+
+
+def _work(node: Node, plan: Plan, size: ModelSize) -> Work:
+    """What the node does with a model of `size`."""
+    spec, weights = node.spec, FLOAT_BYTES * size.parameters
+    if node.stage in ("text", "gate", "decide", "promote"):
+        return Work()
+    if isinstance(spec, ServingSpec):
+        return _writing(spec, size)
+    if isinstance(spec, WorkloadSpec):
+        return _measuring(spec, size, sides=1 if node.inputs["served"] == node.inputs["baseline"] else 2)
+    if isinstance(spec, SensitivitySpec):
+        return Work(spec.operations(size), files=weights)
+    if isinstance(spec, QuantizeSpec):
+        one_by_one = size.columns * sum(QUANTIZERS[name].column_s for name in spec.methods)
+        return Work(spec.operations(size) + 2 * _forward(size, COMPARED_TOKENS), files=4 * weights, waiting=one_by_one)
+    compared = _forward(size, COMPARED_TOKENS) if node.stage in ("prune", "distill", "finetune") else 0.0
+    return Work(spec.operations(size) + compared, files=3 * weights)
+
+
+def _forward(size: ModelSize, tokens: float) -> float:
+    """Operations of a forward pass over so many tokens."""
+    return 2.0 * size.parameters * tokens
+
+
+def _writing(spec: ServingSpec, size: ModelSize) -> Work:
+    """Converting and hashing, and the comparison with PyTorch, which both sides compute and go on from token by token."""
+    tokens = spec.max_tokens + SHORT_WINDOWS * SHORT_TOKENS
+    weights = FLOAT_BYTES * size.parameters
+    return Work(2 * _forward(size, tokens), memory=2 * NEW_TOKENS * weights, files=4 * weights)
+
+
+def _measuring(spec: WorkloadSpec, size: ModelSize, sides: int) -> Work:
+    """Scoring the windows once, and by turns with the baseline generating for every batch size: tries, warming up, rounds."""
+    generations = spec.rounds + 1 + len(spec.threads or (1, 2))
+    tokens = sum(batch * (spec.prompt_tokens + spec.new_tokens) for batch in spec.batch_sizes) * generations * sides
+    steps = len(spec.batch_sizes) * spec.new_tokens * generations * sides
+    weights = FLOAT_BYTES * size.parameters
+    return Work(_forward(size, spec.windows * spec.window_tokens + tokens), memory=steps * weights, files=sides * weights)

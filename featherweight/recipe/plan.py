@@ -13,7 +13,7 @@ from featherweight.measure.spec import BASELINE, DecideSpec
 from featherweight.recipe.facts import Facts, checkpoint_source, student_source
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
-from featherweight.recipe.refusals import Chosen
+from featherweight.recipe.refusals import Chosen, memory_refusal
 from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ExportSpec, ServingSpec
@@ -85,7 +85,8 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     Raises RecipeError where nothing is left to run, a name is unknown, or the checkpoint holds no such workload.
     """
     machine = machine or describe()
-    if (known := facts.of(recipe)) and (reason := workload_refusal(recipe.workload, known)):
+    known = facts.of(recipe)
+    if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes)):
         raise RecipeError(reason)
     nodes = {node.id: node for node in _roots(recipe)}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]

@@ -22,8 +22,11 @@ from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.spec import ServingSpec
-from featherweight.spec import Task
+from featherweight.spec import ModelSize, Task
 from featherweight.system.machine import Machine
+
+FLOAT_BYTES = 4
+"""Every stage holds the weights in float32."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,30 @@ class Chosen:
     def obstacle(self) -> str | None:
         """What rules the combination out, in one line: the first of `REFUSALS` that applies; None where nothing does."""
         return next((reason for rule in REFUSALS if (reason := rule(self))), None)
+
+
+def memory_refusal(size: ModelSize, memory_bytes: int) -> str | None:
+    """Why a machine with so much memory cannot hold the model at all; None where it can."""
+    needed = FLOAT_BYTES * size.parameters
+    if needed <= memory_bytes:
+        return None
+    return (
+        f"checkpoint: {size.parameters / 1e9:.1f} billion weights take {gib(needed)} in float32, as every stage loads them, and "
+        f"this machine has {gib(memory_bytes)} of memory; take a larger machine, or a smaller checkpoint"
+    )
+
+
+def disk_refusal(size: ModelSize, free_bytes: int) -> str | None:
+    """Why a disk with so much room cannot take in even the checkpoint; None where it can."""
+    needed = FLOAT_BYTES * size.parameters
+    if needed <= free_bytes:
+        return None
+    return f"checkpoint: it takes {gib(needed)} in the workspace, and its disk has {gib(free_bytes)} free; free some, or set -w"
+
+
+def gib(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GiB"
 
 
 def task_refusal(task: Task, serve: ServingSpec) -> str | None:

@@ -73,7 +73,7 @@ class Runtime(ABC, Generic[SpecOf]):
     toolchain: str | None = None
     """The environment of its own that it runs in, where it cannot live in this one."""
     writing_s: float = 5
-    measuring_s: float = 8
+    measuring_s: float = 12
     """Seconds of writing and of measuring a variant that do not depend on its size (seen on two AVX2 cores)."""
     slow_to_switch: bool = False
     """Another number of threads costs it tens of seconds, so that few are worth trying."""

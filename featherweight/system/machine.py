@@ -138,6 +138,12 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that a folder lies on, or would."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def memory_bandwidth_bytes_s(threads: int | None = None, budget_s: float = 0.5) -> float:
     """Bytes per second that `threads` (default: all in reach) read from main memory; the best of several passes.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from featherweight.spec import Positive, SequenceLength, Spec
+from featherweight.spec import ModelSize, Positive, SequenceLength, Spec
 
 
 class TrainSpec(Spec):
@@ -24,8 +24,8 @@ class TrainSpec(Spec):
     learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
 
-    def operations(self, parameters: int) -> float:
-        return 6.0 * parameters * self.steps * self.batch * self.context
+    def operations(self, size: ModelSize) -> float:
+        return 6.0 * size.parameters * self.steps * self.batch * self.context
 
 
 class TrainingSpec(Spec):
@@ -68,9 +68,9 @@ class FinetuneSpec(TrainingSpec):
     save_every_s: float = Field(default=60.0, ge=0)
     processes: Positive = 1
 
-    def operations(self, parameters: int) -> float:
+    def operations(self, size: ModelSize) -> float:
         """Adapters need no gradient of the weights, which is a third of the work."""
-        return (4.0 if self.lora else 6.0) * parameters * self.steps * self.batch * self.sequence
+        return (4.0 if self.lora else 6.0) * size.parameters * self.steps * self.batch * self.sequence
 
     @model_validator(mode="after")
     def _parts_are_not_empty(self) -> FinetuneSpec:

@@ -1,0 +1,114 @@
+"""What a plan costs: estimates scale with the model and its text, and what cannot fit the machine is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from featherweight.errors import RecipeError
+from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.recipe import fit
+from featherweight.recipe.cost import Speeds, estimate, machine_speeds, size_of
+from featherweight.recipe.facts import Facts
+from featherweight.recipe.plan import expand
+from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.refusals import disk_refusal, memory_refusal
+from featherweight.spec import ModelSize
+from featherweight.system.machine import Machine
+
+SPEEDS = Speeds(1e11, 1e10)
+MACHINE = Machine("Linux", "x86_64", "some", frozenset(), 2, 2, 2**33, ())
+
+
+def recipe(**stages: Any) -> Recipe:
+    """Two ways to serve a checkpoint, behind these alternatives of quantize."""
+    return Recipe.model_validate(
+        {
+            "name": "try",
+            "checkpoint": {"source": "here"},
+            "data": {"source": "text"},
+            "stages": {"export": {"ct2": {"engine": "ctranslate2", "compute_type": "int8"}}, "quantize": stages},
+            "promote": {"model": "try"},
+        }
+    )
+
+
+def decoder(layers: int, hidden: int, vocabulary: int = 32000) -> CheckpointFacts:
+    """The facts of a Llama of this size, with the shapes of its matrices."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048, "head_dim": 64}
+    config |= {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocabulary, "num_attention_heads": hidden // 64}
+    config |= {"intermediate_size": 4 * hidden, "is_encoder_decoder": False, "pad_token_id": None, "tie_word_embeddings": True}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"model.layers.{layer}.mlp.{name}_proj.weight": (4 * hidden, hidden) for name in ("up", "gate")}
+        shapes |= {f"model.layers.{layer}.mlp.down_proj.weight": (hidden, 4 * hidden)}
+    return CheckpointFacts(Values({"values": config, "names": {}, "class": "LlamaConfig"}), shapes=shapes)
+
+
+def costs(facts: CheckpointFacts | None, wanted: Recipe, speeds: Speeds = SPEEDS) -> dict[str, float]:
+    plan = expand(wanted, MACHINE, Facts({"here": facts} if facts else {}))
+    return {id: cost.seconds for id, cost in estimate(plan, wanted, {}, set(), facts, speeds).items()}
+
+
+def test_every_stage_that_handles_weights_grows_with_the_model() -> None:
+    wanted = recipe(q={})
+    small, large = costs(decoder(6, 256), wanted), costs(decoder(24, 1024), wanted)
+    grown = {id for id in small if large[id] > 5 * small[id]}
+    assert {"q", "ct2", "q/ct2", "ct2/evaluate", "baseline/evaluate", "checkpoint"} <= grown
+    assert all(large[id] == small[id] for id in ("text/train", "gate", "decide", "promote"))
+
+
+def test_a_scan_costs_a_pass_for_each_matrix() -> None:
+    mixed = {"method": "gptq", "grid": "int4-g32", "head": "int8", "mixed": {"grid": "int8", "budget": 0.1}}
+    exported = {"torch": {"engine": "torchao-int4"}}
+    wanted = recipe(mix=mixed)
+    wanted = Recipe.model_validate(wanted.model_dump() | {"stages": {"quantize": {"mix": mixed}, "export": exported}})
+    few, many = costs(decoder(6, 256), wanted)["mix+sensitivity"], costs(decoder(24, 256), wanted)["mix+sensitivity"]
+    assert 4 < many / few < 16
+
+
+def test_a_slower_machine_takes_longer_and_a_cached_node_nothing() -> None:
+    wanted, facts = recipe(q={}), decoder(12, 512)
+    quick, slow = costs(facts, wanted), costs(facts, wanted, Speeds(2.5e10, 2.5e9))
+    assert 2 < slow["ct2/evaluate"] / quick["ct2/evaluate"] <= 4
+    plan = expand(wanted, MACHINE, Facts({"here": facts}))
+    assert estimate(plan, wanted, {"gate": 3.5}, {"checkpoint"}, facts, SPEEDS)["checkpoint"].seconds == 0
+    assert estimate(plan, wanted, {"gate": 3.5}, {"checkpoint"}, facts, SPEEDS)["gate"].basis == "measured"
+
+
+def test_the_size_of_a_model_is_what_its_headers_or_its_configuration_say() -> None:
+    facts = decoder(12, 512)
+    told = facts.size
+    assert told == ModelSize(32000 * 512 + 12 * 16 * 512 * 512, 85, 12 * 10 * 512)
+    packed = dataclasses.replace(facts, shapes=None).size
+    assert packed.parameters == pytest.approx(told.parameters, rel=0.01)
+    assert (packed.matrices, packed.columns) == (told.matrices, told.columns)
+    assert size_of(recipe(), None).parameters == 0
+
+
+def test_what_cannot_fit_is_refused_and_what_comes_near_is_warned_of() -> None:
+    seven, plenty = ModelSize(7_000_000_000, 225, 0), 2**40
+    assert "7.0 billion weights take 26.1 GiB in float32" in str(memory_refusal(seven, 24 * 2**30))
+    assert memory_refusal(seven, 32 * 2**30) is None
+    assert "takes 26.1 GiB in the workspace, and its disk has 20.0 GiB free" in str(disk_refusal(seven, 20 * 2**30))
+    plan = expand(recipe(q={}), MACHINE)
+    near = fit.warnings(plan, seven, 48 * 2**30, 60 * 2**30, ())
+    assert any("q holds about 91.3 GiB at once, and this machine has 48.0 GiB of memory" in line for line in near)
+    assert any("the results take about" in line for line in near)
+    assert fit.warnings(plan, seven, plenty, plenty, ()) == []
+    assert fit.warnings(plan, ModelSize(10**6), 2**33, 2**33, ()) == []
+
+
+def test_a_plan_for_a_machine_that_is_too_small_is_refused() -> None:
+    large = dataclasses.replace(decoder(80, 8192), shapes=None)
+    with pytest.raises(RecipeError, match=r"billion weights take .* and this machine has 8.0 GiB of memory"):
+        expand(recipe(), MACHINE, Facts({"here": large}))
+
+
+def test_speeds_are_those_of_some_machine() -> None:
+    found = machine_speeds()
+    assert 1e9 < found.flops < 1e15
+    assert 1e8 < found.bandwidth < 1e13
