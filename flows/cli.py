@@ -128,6 +128,19 @@ def lineage(
 
 
 @app.command()
+def history(
+    model: ModelArg,
+    repair: Annotated[bool, typer.Option("--repair", help="Where its end was cut off: let what is left count.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show who moved which version where, when and why, with the gates that judged, and what came second."""
+    from flows.history import history_of
+
+    _tell(history_of(_workspace(workspace), model, repair), as_json)
+
+
+@app.command()
 def promote(
     model: ModelArg,
     to: Annotated[str, typer.Option("--to", help="staging, production, archived or none.")] = "production",
@@ -288,7 +301,7 @@ def _tell_arrivals(arrivals: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _tell(outcome: Any, as_json: bool) -> None:
-    """Print what a promotion did."""
+    """Print what a command did, or found."""
     if as_json:
         _print_json(outcome.to_dict())
     else:

@@ -17,6 +17,7 @@ from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import PromoteSpec
 from featherweight.registry.history import GateResult, StageName
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.registry.versions import CHAMPION
 from featherweight.system.user import user_name
 from tasks.parent_run import ParentRun
 from tasks.register import Registration
@@ -145,7 +146,8 @@ def gated_transition(
 
     force: record the refusing gates with the transition instead of obeying them.
     """
-    candidate, champion = registry.get(model, version), registry.champion(model)
+    seen = registry.settle(model)
+    candidate, champion = seen.pick(version), seen.holder(CHAMPION)
     if candidate.stage == to:
         return Promotion.of(candidate, False, f"version {candidate.version} is in {to} already")
     if to == "production" and champion is not None and champion.digest == candidate.digest:

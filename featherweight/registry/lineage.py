@@ -208,7 +208,7 @@ def from_registry(registry: Registry, model: str, ref: str = "champion") -> Line
 
 
 def _lineage(registry: Registry, version: RegisteredVersion, graph: LineageGraph) -> Lineage:
-    history = tuple(entry for entry in registry.history(version.model) if entry.version == version.version)
+    history = tuple(entry for entry in registry.history(version.model).transitions if entry.version == version.version)
     return Lineage(
         model=version.model,
         version=version.version,
@@ -235,10 +235,8 @@ def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
         for number, node in enumerate(lineage.graph.nodes):
             folder = Path(scratch) / str(number)
             verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f)))
-    faults = registry.history_faults(lineage.model)
-    return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults or ())] + (
-        [] if faults else [Verdict("history", "ok")]
-    )
+    faults = registry.history(lineage.model).faults
+    return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults)] + ([] if faults else [Verdict("history", "ok")])
 
 
 def _judge(part: str, digest: str, fetch: Any) -> Verdict:

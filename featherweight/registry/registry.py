@@ -16,20 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from featherweight.errors import GateError, ServiceError
-from featherweight.registry import history
 from featherweight.registry.answering import served_task
-from featherweight.registry.history import GateResult, StageName, Transition
+from featherweight.registry.commit import Decide, commit, complete
+from featherweight.registry.decisions import rollback_decision, transition_decision
+from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
+from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, refuse_renamed, served_models
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
-from featherweight.registry.versions import (
-    CHAMPION,
-    NAME,
-    TAG,
-    RegisteredModel,
-    RegisteredVersion,
-    all_pages,
-    locked,
-    refuse_renamed,
-)
+from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.tracking import open_client
@@ -98,21 +91,21 @@ class Registry:
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """Names of all registered models."""
+        """Names of all registered models, those that hold histories left out."""
         with self._service():
-            return sorted(model.name for model in all_pages(self.client.search_registered_models))
+            return sorted(model.name for model in served_models(self.client))
 
     def get(self, model: str, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError where there is none."""
-        return self._model(model).pick(version)
+        return self.model(model).pick(version)
 
     def versions(self, model: str) -> list[RegisteredVersion]:
         """All versions of a model, oldest first."""
-        return list(self._model(model).versions.values())
+        return list(self.model(model).versions.values())
 
     def champion(self, model: str) -> RegisteredVersion | None:
         """The version in production, None where there is none, or where it was deleted in MLflow."""
-        return self._model(model).holder(CHAMPION)
+        return self.model(model).holder(CHAMPION)
 
     def find(self, model: str, digest: str) -> RegisteredVersion | None:
         """The version that serves the artifact of that digest, None where there is none.
@@ -125,13 +118,20 @@ class Registry:
                 return None
         return next((one for one in self.versions(model) if one.digest == digest), None)
 
-    def history(self, model: str) -> list[Transition]:
-        """Every transition of the model's versions, oldest first."""
-        return self._model(model).history
+    def history(self, model: str) -> History:
+        """What was decided for a model's versions, and what lost against it."""
+        return self.model(model).history
 
-    def history_faults(self, model: str) -> list[str]:
-        """Entries of the history that were altered or removed by other hands, in words."""
-        return history.faults(self._model(model).tags)
+    def model(self, model: str) -> RegisteredModel:
+        """The model at one look. Raises GateError where there is none."""
+        with self._service():
+            return MlflowStore(self.client, model).read()
+
+    def settle(self, model: str) -> RegisteredModel:
+        """Let aliases, tags and stages follow the history, where somebody stopped before they did; the model as it then stands."""
+        with self._service():
+            store = MlflowStore(self.client, model)
+            return complete(store, store.read())
 
     def lineage_json(self, version: RegisteredVersion) -> str:
         """The `lineage.json` that was registered with a version."""
@@ -206,49 +206,42 @@ class Registry:
         gates: Sequence[GateResult] = (),
         expect_champion: str | None = None,
     ) -> RegisteredVersion:
-        """Move a version to a stage and append that to the history; nothing happens where it stands there already.
+        """Move a version to a stage by one entry in the history; nothing happens where it stands there already.
 
-        The aliases champion, challenger and previous are the truth. A displaced champion is archived and becomes `previous`,
-        a displaced challenger goes back to none. The entry is written before the aliases move, so that no promotion can
-        go unrecorded. expect_champion: the version number that the gates compared with, '' for none: GateError where another
-        has become champion meanwhile. None does not look.
+        A displaced champion is archived and becomes `previous`, a displaced challenger goes back to none.
+        expect_champion: the version number that the gates compared with, '' for none: GateError, naming who came first, where
+        another is champion now. None does not look.
         """
         _check_words(to, who, why)
-        with self._service(), locked(self.client, model) as held:
-            moved, champion = held.pick(version), held.holder(CHAMPION)
-            present = champion.version if champion else ""
-            if expect_champion is not None and present != expect_champion:
-                raise GateError(f"version {present or 'none'} of '{model}' became champion meanwhile; promote again")
-            if moved.stage != to:
-                held.move(moved, to, who, why, gates)
-        return self.get(model, moved.version)
+
+        number = version if version.isdigit() else self.get(model, version).version  # an alias may name another one in a moment
+        return self._commit(model, transition_decision(number, to, who, why, gates, expect_champion)).pick(number)
 
     def rollback(self, model: str, who: str, why: str) -> RegisteredVersion:
         """Make the champion before the present one champion again; a second rollback goes one further back.
 
-        Raises GateError where there is no champion to go back to.
+        Raises GateError where there is no champion to go back to, or where another promotion or rollback came first.
         """
         _check_words("production", who, why)
-        with self._service(), locked(self.client, model) as held:
-            held.roll_back(who, why)
-        return self.get(model, CHAMPION)
+        return self._commit(model, rollback_decision(who, why)).pick(CHAMPION)
+
+    def repair(self, model: str, who: str) -> Entry | None:
+        """Take what is left of a history that was cut for the whole of it, by an entry that says so; None where it is whole."""
+        with self._service():
+            _, entry = commit(MlflowStore(self.client, model), lambda seen: seen.repair(who))
+        return entry
 
     # -- how ------------------------------------------------------------------------------------------------------------
 
-    def _model(self, model: str) -> RegisteredModel:
+    def _commit(self, model: str, decide: Decide[RegisteredModel]) -> RegisteredModel:
         with self._service():
-            return RegisteredModel.read(self.client, model)
+            seen, _ = commit(MlflowStore(self.client, model), decide)
+        return seen
 
     def _ensure_model(self, model: str) -> None:
         """The registered model, with the name by which recipes know it in a tag, which stays where MLflow renames it."""
-        from mlflow.exceptions import MlflowException
-
         with self._service():
-            try:
-                self.client.create_registered_model(model)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
+            create_model(self.client, model)
             self.client.set_registered_model_tag(model, NAME, model)
 
     def _create_logged_model(self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> LoggedModel:
@@ -303,23 +296,19 @@ class Registry:
             shutil.copytree(folder, place, dirs_exist_ok=True)
 
     def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
-        """The registered version, all tags in the one call that creates it."""
+        """The registered version, all tags in the one call that creates it; of two for one digest the lower number is the one."""
         self._ensure_model(winner.model)
-        with locked(self.client, winner.model) as held:
-            known = next((one for one in held.versions.values() if one.digest == winner.digest), None)
-            if known is not None:
-                self._discard(winner, logged)
-                return known
-            made = self.client.create_model_version(
-                winner.model,
-                logged.artifact_location,
-                winner.run_id,
-                _version_tags(winner, engine, logged.model_id),
-                description=f"{winner.variant} on {engine}",
-                await_creation_for=0,
-                model_id=logged.model_id,
-            )
-        return replace(RegisteredVersion.of(made, {}), new=True)
+        made = self.client.create_model_version(
+            winner.model,
+            logged.artifact_location,
+            winner.run_id,
+            _version_tags(winner, engine, logged.model_id),
+            description=f"{winner.variant} on {engine}",
+            await_creation_for=0,
+            model_id=logged.model_id,
+        )
+        first = next(one for one in self.versions(winner.model) if one.digest == winner.digest)
+        return replace(first, new=first.version == str(made.version))
 
     def _discard(self, winner: WinnerRecord, logged: LoggedModel) -> None:
         """Take back what a failed registration wrote; a LoggedModel that was there before keeps its metrics."""
@@ -374,6 +363,8 @@ def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str,
 def _check_name(model: str) -> None:
     if not re.fullmatch(r"\w[\w .-]*", model):
         raise GateError(f"'{model}' cannot name a registered model; use letters, digits, spaces, '-', '_' and '.'")
+    if model.endswith(SUFFIX):
+        raise GateError(f"'{model}' cannot name a registered model: '{SUFFIX}' ends the names of those that hold histories")
 
 
 def _check_words(to: str, who: str, why: str) -> None:
@@ -381,5 +372,5 @@ def _check_words(to: str, who: str, why: str) -> None:
         raise GateError(f"no stage '{to}'; stages: {', '.join(get_args(StageName))}")
     if not who.strip() or not why.strip():
         raise GateError("a transition needs who does it and why")
-    if len(why) > history.WHY_LIMIT or len(who) > history.WHY_LIMIT:
-        raise GateError(f"who and why hold at most {history.WHY_LIMIT} characters each")
+    if len(why) > WHY_LIMIT or len(who) > WHY_LIMIT:
+        raise GateError(f"who and why hold at most {WHY_LIMIT} characters each")

@@ -1,41 +1,35 @@
-"""One registered model: its versions, who is champion, and what may be done about it.
+"""One registered model as it stands: its versions, its history, and how far what MLflow shows follows it.
 
-The aliases champion, challenger and previous are the truth, because MLflow's own stages are deprecated; tags say the stage too, and
-MLflow's stage is set where the server still has stages.
+The history is the truth. Aliases, stage tags and MLflow's own stages are read only in order to see whether they follow.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import time
-import uuid
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from featherweight.errors import GateError, ServiceError
-from featherweight.registry import history
-from featherweight.registry.history import Action, GateResult, Transition
+from featherweight.errors import GateError, IntegrityError
+from featherweight.registry import tag_history
+from featherweight.registry.commit import Cell
+from featherweight.registry.history import Action, Entry, GateResult, History, Move, Standing, fold
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import RegisteredModel as MlflowModel
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-HELD = {"production": CHAMPION, "staging": CHALLENGER}
-BELOW = {"production": "archived", "staging": "none"}
+OURS = (CHAMPION, "production", CHALLENGER, "staging", PREVIOUS)
+"""The aliases that follow the history; `production` and `staging` are there for MLflow's page."""
 TAG = "featherweight."
-LOCK = f"{TAG}lock."
 NAME = f"{TAG}name"
-LEASE_S = 60.0
+MARK = f"{TAG}history_head"
 
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A registered version as the registry holds it. `new` is False where registering found that the digest was there."""
+    """A registered version as the registry holds it. `new`: whether the call that returned it registered it."""
 
     model: str
     version: str
@@ -48,16 +42,13 @@ class RegisteredVersion:
     new: bool = False
 
     @classmethod
-    def of(cls, found: ModelVersion, aliases: Mapping[str, str]) -> RegisteredVersion:
-        """MLflow's version, with the stage that its aliases give it, or else its tag."""
-        mine = tuple(sorted(alias for alias, number in aliases.items() if number == str(found.version)))
-        held = [stage for stage, alias in HELD.items() if alias in mine]
-        tagged = "archived" if found.tags.get(f"{TAG}stage") == "archived" else "none"
+    def of(cls, found: ModelVersion, aliases: Mapping[str, str], stage: str = "none") -> RegisteredVersion:
+        """MLflow's version, with the stage that the history gives it."""
         return cls(
             model=found.name,
             version=str(found.version),
-            stage=held[0] if held else tagged,
-            aliases=mine,
+            stage=stage,
+            aliases=tuple(sorted(alias for alias, number in aliases.items() if number == str(found.version))),
             run_id=found.run_id or "",
             source=found.source or "",
             tags=dict(found.tags),
@@ -89,41 +80,44 @@ class RegisteredVersion:
         return self.tags.get(f"{TAG}{name}", "")
 
 
+@dataclass(frozen=True)
 class RegisteredModel:
-    """A registered model as it stands, read in two calls. Write to it only within `locked`."""
+    """A registered model at one look.
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        model: str,
-        aliases: dict[str, str],
-        tags: dict[str, str],
-        versions: dict[str, RegisteredVersion],
-    ) -> None:
-        self.client, self.model, self.aliases, self.tags, self.versions = client, model, aliases, tags, versions
+    born: when MLflow created it, in ms: what tells it from a deleted one of its name. shown: the aliases as MLflow has them.
+    stages: MLflow's own stage of each version, None on a server that has no stages.
+    """
+
+    model: str
+    born: int
+    tags: Mapping[str, str]
+    shown: Mapping[str, str]
+    versions: Mapping[str, RegisteredVersion]
+    stages: Mapping[str, str] | None
+    history: History
 
     @classmethod
-    def read(cls, client: MlflowClient, model: str) -> RegisteredModel:
-        """The model of that name. Raises GateError, naming the known ones, where there is none."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            holder = client.get_registered_model(model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            refuse_renamed(client, model)
-            known = ", ".join(sorted(one.name for one in all_pages(client.search_registered_models))) or "none"
-            raise GateError(f"no registered model '{model}'; registered: {known}") from error
-        aliases = {alias: str(number) for alias, number in holder.aliases.items()}
-        found = all_pages(client.search_model_versions, filter_string=f"name = '{holder.name}'")
-        ordered = sorted((RegisteredVersion.of(one, aliases) for one in found), key=lambda one: int(one.version))
-        return cls(client, model, aliases, dict(holder.tags), {one.version: one for one in ordered})
+    def of(
+        cls, holder: MlflowModel, found: Sequence[ModelVersion], stored: Mapping[int, str], has_stages: bool = True
+    ) -> RegisteredModel:
+        """What MLflow holds of a model: itself, its versions, and the stored entries of its history by number."""
+        shown = {alias: str(number) for alias, number in holder.aliases.items()}
+        earlier, faults = tag_history.read(holder.tags)
+        before = tag_history.standing(earlier, shown) if earlier else Standing()
+        told = fold(stored, holder.creation_timestamp, earlier, before)
+        told = replace(told, faults=(*faults, *told.faults, *_cut(told, holder.tags.get(MARK, ""))))
+        aliases = {alias: number for alias, number in shown.items() if alias not in OURS} | _named(told.standing)
+        ordered = sorted(found, key=lambda one: int(one.version))
+        versions = {str(one.version): RegisteredVersion.of(one, aliases, told.stage(str(one.version))) for one in ordered}
+        stages = {str(one.version): str(one.current_stage) for one in ordered} if has_stages else None
+        return cls(holder.name, holder.creation_timestamp, dict(holder.tags), shown, versions, stages, told)
 
     @property
-    def history(self) -> list[Transition]:
-        """Every transition, oldest first."""
-        return history.read(self.tags)
+    def aliases(self) -> dict[str, str]:
+        """Version numbers by alias: ours as the history has them, others as MLflow has them."""
+        standing, others = self.history.standing, {alias: n for alias, n in self.shown.items() if alias not in OURS}
+        held = {"production": standing.champion, "staging": standing.challenger}
+        return others | _named(standing) | {alias: number for alias, number in held.items() if number}
 
     def pick(self, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError, naming the known ones, where there is none."""
@@ -134,146 +128,103 @@ class RegisteredModel:
             way = f"promote another (`featherweight promote {self.model}/NUMBER`; versions: {left}), or roll back"
             raise GateError(f"version {number} of '{self.model}', its {version}, was deleted in MLflow; {way}")
         if found is None:
-            known = f"versions: {', '.join(self.versions) or 'none'}; aliases: {', '.join(sorted(self.aliases)) or 'none'}"
+            named = ", ".join(sorted(self.aliases)) or "none"
+            known = f"versions: {', '.join(self.versions) or 'none'}; aliases: {named}"
             raise GateError(f"model '{self.model}' has no version or alias '{version}'; {known}")
         return found
 
     def holder(self, alias: str) -> RegisteredVersion | None:
-        """The version that an alias names, None where there is none any more: some servers keep the alias of a deleted version."""
+        """The version that an alias names, None where there is none any more."""
         return self.versions.get(self.aliases.get(alias, ""))
 
-    def move(self, moved: RegisteredVersion, to: str, who: str, why: str, gates: Sequence[GateResult]) -> None:
-        """Move a version to a stage, and whoever stands there to the stage below.
+    # -- what may be decided --------------------------------------------------------------------------------------------
 
-        Entries are written before the aliases move, so that no promotion goes unrecorded; the new alias is set before the old
-        ones go, so that there is a champion at every moment.
-        """
-        out = self.holder(HELD[to]) if to in HELD else None
-        self._record(moved, to, who, why, "transition", gates)
-        if out is not None:
-            self._record(out, BELOW[to], who, f"displaced by version {moved.version}", "displaced")
-            if to == "production":
-                self._set_alias(PREVIOUS, out)
-        self._give_alias(moved, to)
-        if out is not None:
-            self._tag_stage(out, BELOW[to])
+    def transition(self, moved: RegisteredVersion, to: str, who: str, why: str, gates: Sequence[GateResult]) -> Entry:
+        """The entry that moves a version to a stage, and whoever stands there to the stage below."""
+        after, moves = self.history.standing.moved(moved.version, to)
+        return self._entry("transition", moves, after, who, why, tuple(gates))
 
-    def roll_back(self, who: str, why: str) -> None:
-        """Make `previous` champion, and the champion before it `previous`. Raises GateError where there is no previous one."""
-        back, champion = self.pick(PREVIOUS) if PREVIOUS in self.aliases else None, self.holder(CHAMPION)
-        if back is None:
+    def rollback(self, who: str, why: str) -> Entry:
+        """The entry that makes `previous` champion. Raises GateError where there is no previous one, or it was deleted."""
+        if not self.history.standing.previous:
             raise GateError(f"model '{self.model}' has no previous champion to go back to")
-        if champion is not None:
-            self._record(champion, "archived", who, why, "rollback")
-        self._record(back, "production", who, why, "rollback")
-        self._give_alias(back, "production")
-        if champion is not None:
-            self._tag_stage(champion, "archived")
-        line = [one for one in history.champions(self.history) if one in self.versions and one != back.version]
-        if line:
-            self._set_alias(PREVIOUS, self.versions[line[-1]])
+        self.pick(PREVIOUS)
+        after, moves = self.history.standing.rolled_back()
+        return self._entry("rollback", moves, after, who, why)
 
-    def _record(
-        self,
-        moved: RegisteredVersion,
-        to: str,
-        who: str,
-        why: str,
-        action: Action,
-        gates: Sequence[GateResult] = (),
-    ) -> None:
-        entry = Transition("", who, why, action, moved.version, moved.digest, moved.stage, to, tuple(gates))
-        key, value = history.follow(entry, self.history).as_tag()
-        self.client.set_registered_model_tag(self.model, key, value)
-        self.tags[key] = value
+    def _entry(
+        self, action: Action, moves: Mapping[str, str], after: Standing, who: str, why: str, gates: tuple[GateResult, ...] = ()
+    ) -> Entry:
+        told = tuple(Move(version, self._digest(version), self.history.stage(version), to) for version, to in moves.items())
+        return Entry("", self.born, 0, "", "", who, why, action, told, after, gates)
 
-    def _give_alias(self, moved: RegisteredVersion, to: str) -> None:
-        """Let the version hold the alias of its stage and no other."""
-        if to in HELD:
-            self._set_alias(HELD[to], moved)
-        gone = {CHAMPION, CHALLENGER, *([PREVIOUS] if to == "production" else [])} - {HELD.get(to)}
-        for alias in gone:
-            if self.aliases.get(alias) == moved.version:
-                self.client.delete_registered_model_alias(self.model, alias)
-                del self.aliases[alias]
-        self._tag_stage(moved, to)
+    def _digest(self, version: str) -> str:
+        return self.versions[version].digest if version in self.versions else ""
 
-    def _set_alias(self, alias: str, version: RegisteredVersion) -> None:
-        self.client.set_registered_model_alias(self.model, alias, version.version)
-        self.aliases[alias] = version.version
+    # -- what follows ---------------------------------------------------------------------------------------------------
 
-    def _tag_stage(self, moved: RegisteredVersion, stage: str) -> None:
-        """Say the stage in a tag, and in MLflow's own stage where the server still has stages."""
-        from mlflow.exceptions import MlflowException
+    def behind(self) -> list[tuple[Cell, str | None]]:
+        """What MLflow shows otherwise than the history has it, and what it has to show; the new champion's alias comes first."""
+        if not self.history.entries or self.cut:
+            return []
+        found = self._found()
+        return [(cell, value) for cell, value in self._wanted().items() if found.get(cell) != value]
 
-        self.client.set_model_version_tag(self.model, moved.version, f"{TAG}stage", stage)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            try:
-                self.client.transition_model_version_stage(self.model, moved.version, stage.capitalize())
-            except MlflowException as error:
-                if error.error_code not in ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED"):
-                    raise
+    def _wanted(self) -> dict[Cell, str | None]:
+        """Every cell as the history makes it. No alias can name a version that was deleted."""
+        aliases = {alias: self.aliases.get(alias) for alias in OURS}
+        wanted = {Cell("alias", alias): n for alias, n in aliases.items() if n is None or n in self.versions}
+        for version in self.versions:
+            stage = self.history.stage(version)
+            wanted[Cell("tag", version)] = stage
+            if self.stages is not None:
+                wanted[Cell("stage", version)] = stage.capitalize()
+        return {**wanted, Cell("mark", ""): mark(self.history.entries[-1])}
 
+    def _found(self) -> dict[Cell, str | None]:
+        tags = {Cell("tag", one.version): one.tag("stage") for one in self.versions.values()}
+        stages = {Cell("stage", version): stage for version, stage in (self.stages or {}).items()}
+        return {Cell("alias", a): n for a, n in self.shown.items()} | tags | stages | {Cell("mark", ""): self.tags.get(MARK)}
 
-def refuse_renamed(client: MlflowClient, model: str) -> None:
-    """Raise GateError where a model of another name was registered under `model`."""
-    for one in all_pages(client.search_registered_models):
-        if one.tags.get(NAME) == model and one.name != model:
-            way = f"rename it back, or write `promote: {{model: {one.name}}}` in the recipe and use that name"
-            raise GateError(f"the registered model '{model}' was renamed to '{one.name}' in MLflow; {way}")
+    @property
+    def cut(self) -> list[str]:
+        """What tells that the end of the history was removed or altered, in words; empty where it is whole."""
+        return _cut(self.history, self.tags.get(MARK, ""))
+
+    def require_whole(self) -> None:
+        """Raise IntegrityError where the end of the history was cut off or altered: what was decided is not known then."""
+        if self.cut:
+            raise IntegrityError(f"{self.cut[0]}; nothing is decided on it (`featherweight history {self.model} --repair`)")
+
+    def repair(self, who: str) -> Entry | None:
+        """The entry that takes what is left of a cut history for the whole of it, None where it is not cut."""
+        why = f"{'; '.join(self.cut)}: what is left counts"
+        return replace(self._entry("repair", {}, self.history.standing, who, why), mends=self.tags[MARK]) if self.cut else None
 
 
-@contextmanager
-def locked(client: MlflowClient, model: str, patience_s: float = 30.0) -> Iterator[RegisteredModel]:
-    """The model as it stands, locked, so that reading the champion and moving the aliases is one step among all writers.
-
-    MLflow has no compare-and-set. A writer sets a tag of its own, then looks: it holds the lock if it sees no other.
-    Of two writers at least the later one sees the other's tag, so never both hold it; on a clash both remove theirs
-    and try again after a random pause. A tag left by a killed writer counts for LEASE_S only. Raises GateError for an
-    unknown model, ServiceError where the lock stays taken for `patience_s`.
-    """
-    RegisteredModel.read(client, model)
-    mine, end = f"{LOCK}{uuid.uuid4().hex}", time.monotonic() + patience_s
-    while not _try_lock(client, model, mine):
-        if time.monotonic() > end:
-            raise ServiceError(f"another promotion of '{model}' has been under way for {patience_s:.0f} s; try again")
-        time.sleep(random.uniform(0.02, 0.3))
-    try:
-        yield RegisteredModel.read(client, model)
-    finally:
-        client.delete_registered_model_tag(model, mine)
+def mark(entry: Entry) -> str:
+    """What the registered model says of the last entry that its aliases follow."""
+    return f"{entry.number}:{entry.digest}"
 
 
-def _try_lock(client: MlflowClient, model: str, mine: str) -> bool:
-    """Set this writer's tag; remove it again and say False where another one is set."""
-    client.set_registered_model_tag(model, mine, str(time.time() + LEASE_S))
-    tags = client.get_registered_model(model).tags
-    others = {key: float(until) for key, until in tags.items() if key.startswith(LOCK) and key != mine}
-    for key in [key for key, until in others.items() if until < time.time()]:
-        client.delete_registered_model_tag(model, key)
-        del others[key]
-    if others:
-        client.delete_registered_model_tag(model, mine)
-    return not others
+def _cut(history: History, marked: str) -> list[str]:
+    """What a mark tells of a history that does not hold the marked entry."""
+    if not marked or any(marked in (mark(entry), entry.mends) for entry in history.entries):
+        return []
+    return [f"history entry {marked.partition(':')[0]}, which the aliases followed, was removed or altered"]
 
 
-def all_pages(search: Any, **query: Any) -> Iterator[Any]:
-    """All results of a paged MLflow search."""
-    token = None
-    while True:
-        page = search(page_token=token, **query)
-        yield from page
-        token = page.token
-        if not token:
-            return
+def _named(standing: Standing) -> dict[str, str]:
+    """The aliases that name the versions of a standing."""
+    named = {CHAMPION: standing.champion, CHALLENGER: standing.challenger, PREVIOUS: standing.previous}
+    return {alias: number for alias, number in named.items() if number}
 
 
 def parse_reference(reference: str, default: str) -> tuple[str, str]:
     """'name', 'name@alias', 'name/3' or either with 'models:/' in front: (name, alias or number)."""
     plain = reference.removeprefix("models:/")
-    for mark in ("@", "/"):
-        name, found, version = plain.partition(mark)
+    for sign in ("@", "/"):
+        name, found, version = plain.partition(sign)
         if found:
             return name, version
     return plain, default

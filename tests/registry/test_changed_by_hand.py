@@ -48,7 +48,7 @@ def test_a_deleted_champion_is_named_and_another_is_promoted(desk: Bench) -> Non
     champion = desk.registry.champion(MODEL)
     assert champion is not None
     assert champion.version == "1"
-    assert desk.registry.history_faults(MODEL) == []
+    assert desk.registry.history(MODEL).faults == ()
 
 
 def test_a_deleted_champion_is_rolled_back_from(desk: Bench) -> None:

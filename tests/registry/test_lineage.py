@@ -10,6 +10,7 @@ import pytest
 
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry.lineage import LineageGraph, LineageNode, build, code_commit, from_registry, verify
+from featherweight.registry.mlflow_store import ENTRY
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from tests.support.registering import METRICS, MODEL, Bench, bench, desk
@@ -211,10 +212,9 @@ def test_verify_finds_altered_registered_files_and_history(desk: Bench) -> None:
     served = desk.registry.served_folder(version, desk.root)
     (served / "model.safetensors").unlink()  # the link only: the stage's own artifact stays whole
     (served / "model.safetensors").write_bytes(b"other weights")
-    client = desk.registry.client
-    tags = client.get_registered_model(MODEL).tags
-    key = next(key for key in tags if ".history." in key)
-    client.set_registered_model_tag(MODEL, key, tags[key].replace("fast", "slow"))
+    client, side = desk.registry.client, f"{MODEL}.history"
+    entry = client.get_model_version(side, "1").tags[ENTRY]
+    client.set_model_version_tag(side, "1", ENTRY, entry.replace("fast", "slow"))
     found = verdicts(desk)
     assert found.pop("registered files") == ("altered", f"artifact {served}: file model.safetensors is altered")
     assert found.pop("history")[0] == "altered"

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,11 +14,11 @@ import pytest
 
 from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.registry import registry
-from featherweight.registry.history import GateResult, champions
+from featherweight.registry.history import GateResult
 from featherweight.registry.registry import Registry
-from featherweight.registry.versions import locked
 from featherweight.store import artifact
 from featherweight.system.processes import free_port
+from tests.support.mlflow_server import mlflow_server
 from tests.support.registering import METRICS, MODEL, Bench, bench, desk
 from tests.support.stores import empty_store
 
@@ -156,13 +151,13 @@ def test_history_tells_who_when_why_and_the_gates(desk: Bench) -> None:
     move(desk, "1", "production", "the first")
     gates = [GateResult("quality", True, "2.02 is fine", 2.02, 2.05)]
     desk.registry.transition(MODEL, "2", "production", who="ada", why="é better", gates=gates)
-    first, second, displaced = desk.registry.history(MODEL)
+    first, second, displaced = desk.registry.history(MODEL).transitions
     assert (first.version, first.source, first.target, first.why) == ("1", "none", "production", "the first")
     assert (second.who, second.why, second.gates) == ("ada", "é better", tuple(gates))
     assert second.digest == desk.registry.get(MODEL, "2").digest
     assert (displaced.version, displaced.source, displaced.target) == ("1", "production", "archived")
     assert (displaced.action, displaced.why) == ("displaced", "displaced by version 2")
-    assert first.when < second.when < displaced.when
+    assert first.when < second.when == displaced.when
     assert first.when.endswith("+00:00")
 
 
@@ -201,7 +196,7 @@ def test_rollback_goes_back_one_champion_at_a_time(desk: Bench) -> None:
     assert desk.state() == before
     move(desk, "3", "production", "repaired")
     assert desk.registry.rollback(MODEL, "ada", "no").version == "1"
-    assert champions(desk.registry.history(MODEL)) == ["1"]
+    assert desk.registry.history(MODEL).standing.line == ("1",)
     assert [one.stage for one in desk.registry.versions(MODEL)] == ["production", "archived", "archived"]
 
 
@@ -210,7 +205,7 @@ def test_champion_that_changed_meanwhile_stops_a_promotion(desk: Bench) -> None:
     three_versions(desk)
     move(desk, "1", "production")
     before = desk.state()
-    with pytest.raises(GateError, match="version 1 of 'little-llama' became champion meanwhile; promote again"):
+    with pytest.raises(GateError, match=r"version 1 of 'little-llama' became champion meanwhile \(.*\); promote again"):
         desk.registry.transition(MODEL, "2", "production", who="ada", why="x", expect_champion="")
     assert desk.state() == before
     moved = desk.registry.transition(MODEL, "2", "production", who="ada", why="x", expect_champion="1")
@@ -242,91 +237,6 @@ def test_stages_of_mlflow_are_set_without_a_warning(desk: Bench) -> None:
         warnings.simplefilter("error")
         move(desk, "1", "production")
     assert desk.registry.client.get_model_version(MODEL, "1").current_stage == "Production"
-
-
-# -- the history, and two writers --------------------------------------------------------------------------------------
-
-
-def entries(desk: Bench) -> dict[str, str]:
-    tags = desk.registry.client.get_registered_model(MODEL).tags
-    return {key: value for key, value in tags.items() if key.startswith("featherweight.history.")}
-
-
-@pytest.mark.slow
-def test_history_is_only_appended(desk: Bench) -> None:
-    three_versions(desk)
-    for version in "12":
-        move(desk, version, "production")
-    before = entries(desk)
-    desk.registry.rollback(MODEL, "ada", "back")
-    move(desk, "3", "staging")
-    after = entries(desk)
-    assert len(before) == 3
-    assert len(after) == 6
-    assert before.items() <= after.items()
-    assert desk.registry.history_faults(MODEL) == []
-
-
-@pytest.mark.slow
-def test_altered_and_removed_entries_are_found(desk: Bench) -> None:
-    three_versions(desk)
-    for version in "123":
-        move(desk, version, "production")
-    first, second, *_ = sorted(entries(desk))
-    client = desk.registry.client
-    client.set_registered_model_tag(MODEL, first, entries(desk)[first].replace("ada", "bob"))
-    altered, orphan = desk.registry.history_faults(MODEL)
-    assert f"{first} was altered" in altered
-    assert f"before {second} was removed or altered" in orphan
-    client.delete_registered_model_tag(MODEL, first)
-    assert [fault for fault in desk.registry.history_faults(MODEL) if f"before {second} was removed" in fault]
-    client.set_registered_model_tag(MODEL, second, "{}")
-    with pytest.raises(IntegrityError, match="is not readable; it was altered outside Featherweight"):
-        desk.registry.history(MODEL)
-
-
-@pytest.mark.slow
-def test_two_writers_lose_nothing(desk: Bench) -> None:
-    three_versions(desk)
-    failures: list[BaseException] = []
-
-    def write(name: str, versions: str) -> None:
-        own = Registry(desk.registry.tracking_uri)
-        try:
-            for version in versions:
-                own.transition(MODEL, version, "production", who=name, why=f"{name} wants {version}")
-        except BaseException as error:
-            failures.append(error)
-
-    writers = [threading.Thread(target=write, args=("ada", "123")), threading.Thread(target=write, args=("bob", "321"))]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-    assert failures == []
-    history = desk.registry.history(MODEL)
-    promoted = [entry for entry in history if entry.target == "production"]
-    displaced = [entry for entry in history if entry.action == "displaced"]
-    assert desk.registry.history_faults(MODEL) == []
-    assert {entry.who for entry in promoted} == {"ada", "bob"}
-    assert len(displaced) == len(promoted) - 1
-    assert [entry.version for entry in displaced] == [entry.version for entry in promoted[:-1]]
-    aliases = {alias: one.version for one in desk.registry.versions(MODEL) for alias in one.aliases}
-    assert aliases == {"champion": promoted[-1].version, "previous": promoted[-2].version}
-    assert not [key for key in entries(desk) if ".lock." in key]
-
-
-@pytest.mark.slow
-def test_writer_waits_for_a_lock_and_not_for_a_dead_one(desk: Bench) -> None:
-    three_versions(desk)
-    client = desk.registry.client
-    client.set_registered_model_tag(MODEL, "featherweight.lock.other", str(time.time() + 1000))
-    with pytest.raises(ServiceError, match="another promotion of 'little-llama' has been under way"):  # noqa: SIM117
-        with locked(client, MODEL, patience_s=0.2):
-            pass
-    client.set_registered_model_tag(MODEL, "featherweight.lock.other", str(time.time() - 1))
-    assert move(desk, "1", "production").stage == "production"
-    assert not [key for key in entries(desk) if ".lock." in key]
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -370,32 +280,10 @@ def test_unknown_models_and_versions_name_the_known(desk: Bench) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server that keeps artifacts itself (mlflow-artifacts:)."""
-    root, port = tmp_path_factory.mktemp("server"), free_port()
+    root = tmp_path_factory.mktemp("server")
     (root / "mlflow.db").write_bytes(empty_store())
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", str(root / "served")]
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                Registry(f"http://127.0.0.1:{port}").check()
-                break
-            except ServiceError:
-                assert process.poll() is None, (root / "log").read_text()
-                assert time.monotonic() < deadline, (root / "log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+    with mlflow_server(root, f"sqlite:///{root}/mlflow.db") as url:
+        yield url
 
 
 @pytest.mark.server
@@ -415,6 +303,6 @@ def test_everything_works_through_a_server(server: str, tmp_path: Path) -> None:
         assert len(desk.registry.client.get_logged_model(model_id).metrics) == len(METRICS)
     assert desk.registry.rollback(MODEL, "ada", "back").version == "1"
     assert [one.stage for one in desk.registry.versions(MODEL)] == ["production", "archived"]
-    assert desk.registry.history_faults(MODEL) == []
+    assert desk.registry.history(MODEL).faults == ()
     with pytest.raises(GateError, match="no registered model 'nobody'"):
         desk.registry.get("nobody", "champion")

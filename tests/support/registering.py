@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from featherweight.registry.lineage import LineageGraph, build
 from featherweight.registry.registry import Registry, WinnerRecord
@@ -104,3 +105,11 @@ def bench(root: Path, tracking_uri: str = "", artifacts: str | None = "") -> Ben
 def desk(tmp_path: Path) -> Bench:
     """A bench of this test's own."""
     return bench(tmp_path)
+
+
+def plain_versions(client: MlflowClient, model: str, count: int) -> None:
+    """A registered model with versions 1 to `count` that hold nothing: enough to promote, made in a moment."""
+    client.create_registered_model(model, {"featherweight.name": model})
+    for number in range(1, count + 1):
+        tags = {"featherweight.digest": f"d{number}", "featherweight.variant": f"v{number}"}
+        client.create_model_version(model, "featherweight:/nothing", tags=tags, await_creation_for=0)

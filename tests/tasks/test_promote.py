@@ -148,7 +148,7 @@ def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk
     first = register_winner(desk.registry, desk.winner("one", constraints={"min_speedup": 7.0}))
     done = gated_transition(desk.registry, MODEL, first.version, who="ada", why="first")
     assert (done.changed, done.version, done.stage) == (True, "1", "production")
-    (entry,) = desk.registry.history(MODEL)
+    (entry,) = desk.registry.history(MODEL).transitions
     assert entry.gates == done.gates
     assert [gate.gate for gate in entry.gates] == ["min_speedup", "champion"]
     slow = METRICS | {"speedup_1": 7.2, "speedup_1_low": 7.1, "speedup_1_high": 7.3}
@@ -158,7 +158,7 @@ def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk
         gated_transition(desk.registry, MODEL, second.version, who="ada", why="second")
     assert desk.state() == before
     forced = gated_transition(desk.registry, MODEL, "2", who="ada", why="I know", force=True)
-    (gate,) = desk.registry.history(MODEL)[1].gates
+    (gate,) = desk.registry.history(MODEL).transitions[1].gates
     assert (forced.version, forced.stage, gate.gate, gate.passed) == ("2", "production", "forced", False)
     assert "speed 7.20x [7.10, 7.30] at batch 1 is worse" in gate.reason
     assert desk.registry.rollback(MODEL, "ada", "slow indeed").version == "1"

@@ -1,0 +1,140 @@
+"""The history of a registered model in MLflow: versions of a second model, numbered by the server and never written again.
+
+An MLflow server creates a version and its tags in one transaction, under a number that it gives to nobody else: the atomic
+step that `commit` builds on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import GateError, one_line
+from featherweight.registry.commit import Cell, Unsure
+from featherweight.registry.history import Entry
+from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel as MlflowModel
+
+ENTRY = f"{TAG}entry"
+HISTORY = f"{TAG}history"
+HISTORY_OF = f"{TAG}history_of"
+SUFFIX = ".history"
+SOURCE = "featherweight:/history"
+WITHOUT_STAGES = ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
+MAYBE_WRITTEN = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+
+
+class MlflowStore:
+    """One registered model, and the model `NAME.history` beside it, through MLflow's client."""
+
+    def __init__(self, client: MlflowClient, model: str) -> None:
+        self.client, self.model = client, model
+        self._has_stages = True
+        self._history = ""
+
+    def read(self) -> RegisteredModel:
+        """The model as it stands. Raises GateError, naming the known ones, where there is none."""
+        holder = self._holder()
+        self._history = holder.tags.get(HISTORY) or f"{holder.name}{SUFFIX}"
+        found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
+        query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
+        entries = all_pages(self.client.search_model_versions, **query)
+        stored = {int(entry.version): entry.tags.get(ENTRY, "") for entry in entries}
+        return RegisteredModel.of(holder, found, stored, self._has_stages)
+
+    def append(self, entry: Entry) -> None:
+        """Create the version that holds the entry; the model of versions first, where there is none yet."""
+        from mlflow.exceptions import MlflowException
+
+        tags, told = {ENTRY: entry.to_json()}, f"{entry.when[:19]}Z: {entry.told()}"
+        try:
+            if not entry.follows:
+                self._begin()
+            self.client.create_model_version(self._history, SOURCE, tags=tags, description=told, await_creation_for=0)
+        except MlflowException as error:
+            if error.error_code not in MAYBE_WRITTEN:
+                raise
+            raise Unsure(f"MLflow failed while it stored a history entry: {one_line(error)}") from error
+
+    def write(self, cell: Cell, value: str | None) -> None:
+        """Set one cell; nothing where the version that it belongs to was deleted meanwhile."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._write(cell, value)
+        except MlflowException as error:
+            if cell.kind == "stage" and error.error_code in WITHOUT_STAGES:
+                self._has_stages = False
+            elif error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+    def _write(self, cell: Cell, value: str | None) -> None:
+        if cell.kind == "alias" and value is None:
+            self.client.delete_registered_model_alias(self.model, cell.name)
+        elif cell.kind == "alias":
+            self.client.set_registered_model_alias(self.model, cell.name, str(value))
+        elif cell.kind == "mark":
+            self.client.set_registered_model_tag(self.model, MARK, value)
+        elif cell.kind == "tag":
+            self.client.set_model_version_tag(self.model, cell.name, f"{TAG}stage", value)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.client.transition_model_version_stage(self.model, cell.name, str(value))
+
+    def _holder(self) -> MlflowModel:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            refuse_renamed(self.client, self.model)
+            known = ", ".join(sorted(one.name for one in served_models(self.client))) or "none"
+            raise GateError(f"no registered model '{self.model}'; registered: {known}") from error
+
+    def _begin(self) -> None:
+        """The model that will hold the history, and its name in a tag of the first, which stays where MLflow renames that."""
+        about = f"The history of '{self.model}', kept by Featherweight: one version an entry. Nothing to serve; do not edit."
+        create_model(self.client, self._history, {HISTORY_OF: self.model}, about)
+        self.client.set_registered_model_tag(self.model, HISTORY, self._history)
+
+
+def create_model(client: MlflowClient, name: str, tags: dict[str, str] | None = None, about: str | None = None) -> None:
+    """A registered model of that name, unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, tags, about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def served_models(client: MlflowClient) -> list[MlflowModel]:
+    """All registered models but those that hold histories."""
+    return [one for one in all_pages(client.search_registered_models) if HISTORY_OF not in one.tags]
+
+
+def refuse_renamed(client: MlflowClient, model: str) -> None:
+    """Raise GateError where a model of another name was registered under `model`."""
+    for one in served_models(client):
+        if one.tags.get(NAME) == model and one.name != model:
+            way = f"rename it back, or write `promote: {{model: {one.name}}}` in the recipe and use that name"
+            raise GateError(f"the registered model '{model}' was renamed to '{one.name}' in MLflow; {way}")
+
+
+def all_pages(search: Any, **query: Any) -> Iterator[Any]:
+    """All results of a paged MLflow search."""
+    token = None
+    while True:
+        page = search(page_token=token, **query)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -1,0 +1,66 @@
+"""What was decided about a registered model, and what came second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featherweight.registry.history import History, Transition
+from featherweight.registry.registry import Registry
+from featherweight.registry.versions import parse_reference
+from featherweight.store.workspace import Workspace
+from featherweight.system.user import user_name
+
+
+@dataclass(frozen=True)
+class ToldHistory:
+    """The history of `model`. behind: how many aliases, tags and stages in MLflow did not follow it until this look."""
+
+    model: str
+    history: History
+    behind: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: transitions in order, where all stand, what lost against which entry, what does not hold together."""
+        lost = [{**asdict(one.entry), "number": one.entry.number, "lost_to": one.winner.number} for one in self.history.lost]
+        return {
+            "model": self.model,
+            "standing": asdict(self.history.standing),
+            "transitions": [asdict(one) for one in self.history.transitions],
+            "lost": lost,
+            "faults": list(self.history.faults),
+            "completed": self.behind,
+        }
+
+    def to_text(self) -> str:
+        """A line for each transition, entry and gate, then what lost and what is wrong."""
+        standing = self.history.standing
+        held = {"champion": standing.champion, "challenger": standing.challenger, "previous": standing.previous}
+        lines = [f"{self.model}: " + ", ".join(f"{name} {number or 'none'}" for name, number in held.items())]
+        lines += [line for one in self.history.transitions for line in _transition(one)]
+        lines += [f"{one.number:>4}  {one.when[:19]}Z  {one.told()}" for one in self.history.entries if not one.moves]
+        lines += [f"lost to entry {one.winner.number}: {one.entry.told()}" for one in self.history.lost]
+        lines += [f"{self.behind} aliases, tags and stages were behind, and follow now"] if self.behind else []
+        return "\n".join([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
+
+
+def _transition(one: Transition) -> list[str]:
+    entry = f"{one.number:>4}" if one.number else " tag"
+    first = f"{entry}  {one.when[:19]}Z  version {one.version}: {one.source} → {one.target}  by {one.who}: {one.why}"
+    return [first, *(f"        {'✓' if gate.passed else '✗'} {gate.gate}: {gate.reason}" for gate in one.gates)]
+
+
+def history_of(workspace: Workspace, reference: str, repair: bool = False) -> ToldHistory:
+    """The history of a registered model, which aliases, tags and stages follow afterwards. Raises GateError where there is none.
+
+    repair: where its end was cut off, let what is left count.
+    """
+    registry = Registry(workspace.tracking_uri)
+    registry.check()
+    model, _ = parse_reference(reference, "champion")
+    if repair:
+        registry.repair(model, user_name())
+    seen = registry.model(model)
+    if seen.behind():
+        registry.settle(model)
+    return ToldHistory(model, seen.history, len(seen.behind()))
