@@ -257,7 +257,7 @@ def encoder_classes(config: PreTrainedConfig) -> tuple[str | None, str | None]:
         return tuple(told)
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    base = MODEL_MAPPING_NAMES.get(config.model_type)
+    base: Any = MODEL_MAPPING_NAMES.get(config.model_type)
     return (base[0] if isinstance(base, tuple) else base), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
 
 

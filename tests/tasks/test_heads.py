@@ -202,7 +202,7 @@ def test_tokens_are_pooled_as_the_files_say(tmp_path: Path, pooling: str) -> Non
         assert torch.allclose(row, right, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["torch", "torch-dynamic", "torchao-int8"])
+@pytest.mark.parametrize("engine", ["torch", "torch-dynamic", "torchao-int8", "ctranslate2"])
 @pytest.mark.parametrize("kind", MADE)
 def test_several_texts_at_once_are_answered_as_each_alone(
     checkpoint: Any, text: Any, tmp_path: Path, kind: str, engine: str, in_process: None
@@ -237,3 +237,13 @@ def test_a_scale_that_is_wrong_fails_parity(checkpoint: Any, text: Any, tmp_path
         with pytest.raises(ParityError, match="does not compute what its PyTorch source computes"):
             reference.hold_twin(model, EXACT, "another")
     assert tmp_path
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "distilbert"])
+def test_ctranslate2_holds_the_encoder_and_the_head_stands_behind_it(
+    checkpoint: Any, text: Any, tmp_path: Path, kind: str, model_type: str, in_process: None
+) -> None:
+    spec = {"engine": "ctranslate2", "compute_type": "int8_float32"}
+    _, metrics = exported(checkpoint(kind, model_type), text(kind), tmp_path / "served", **spec)
+    assert metrics["parity_max_abs"] < metrics["parity_bound"] == 1e-3

@@ -6,6 +6,7 @@ import json
 from time import perf_counter
 from typing import Any
 
+from featherweight.runtimes.ctranslate2.encoder import HEAD, Encoder
 from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 
@@ -24,19 +25,26 @@ class CTranslate2Model(LoadedModel):
 
     follows = FOLLOWED
 
+    encoder: Encoder | None = None
+
     def load(self) -> None:
         import ctranslate2
 
+        device, compute_type = self.options.get("device", "cpu"), self.options.get("compute_type", "float32")
+        if (self.weights / HEAD).exists():
+            most = self.limits.max_batch
+            self.encoder = Encoder(self.weights, self.served, device, self.threads, compute_type, most)
+            return
         self.seq2seq = (self.weights / SHARED).exists() or (self.weights / "target_vocabulary.json").exists()
         self.vocabulary = self._tokens("target" if self.seq2seq else "")
         self.sources = self._tokens("source") if self.seq2seq else self.vocabulary
         kind = ctranslate2.Translator if self.seq2seq else ctranslate2.Generator
         self.generator: Any = kind(
             str(self.weights),
-            device=self.options.get("device", "cpu"),
+            device=device,
             inter_threads=1,
             intra_threads=self.threads,
-            compute_type=self.options.get("compute_type", "float32"),
+            compute_type=compute_type,
         )
 
     def _tokens(self, side: str) -> list[str]:
@@ -45,7 +53,10 @@ class CTranslate2Model(LoadedModel):
         return json.loads((path if path.exists() or not side else self.weights / SHARED).read_text())
 
     def unload(self) -> None:
-        del self.generator
+        self.encoder = self.generator = None
+
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        return self.encoder.outputs(ids, types) if self.encoder else super().outputs(ids, types)
 
     def logprobs(self, windows: Tokens) -> list[list[float]]:
         import numpy
@@ -72,6 +83,8 @@ class CTranslate2Model(LoadedModel):
         return [[self.sources[token] for token in source] for source in sources]
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        if self.encoder:
+            return self.encoder.time(prompts)
         waiting, first, began = set(range(len(prompts))), 0.0, perf_counter()
 
         def seen(step: Any) -> bool:

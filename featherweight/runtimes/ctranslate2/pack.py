@@ -1,4 +1,4 @@
-"""Converting a decoder or an encoder-decoder to CTranslate2, without a second rounding.
+"""Converting a decoder, an encoder-decoder or an encoder's blocks to CTranslate2, without a second rounding.
 
 CTranslate2's own converter lays the variables out; where the weights are quantized, the checkpoint's integers and scales go in
 instead of the float matrix. CTranslate2 divides by its scales where a Grid multiplies, so they are stored as reciprocals.
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
+from featherweight.model.architecture import task_of
 from featherweight.runtimes.ctranslate2 import patches
 from featherweight.runtimes.packing import QuantizedRows
+from featherweight.spec import HEADED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,11 +31,14 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
     class Converter(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
             shell = _shell(model)
+            if task_of(model.config) in HEADED:
+                shell = shell.base_model
             patches.mend_model(shell)
             return shell
 
         def _load(self) -> Any:
             spec = super()._load()
+            patches.drop_pooler(spec)
             patches.give_head_dim(spec, model)
             patches.mend_vocabularies(spec, model)
             if rows is not None:

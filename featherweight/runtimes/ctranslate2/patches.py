@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from featherweight.model.positions import AFTER_PADDING
 from featherweight.text.model_inputs import decoder_start
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def marian_as_bart() -> Iterator[None]:
         transformers._MODEL_LOADERS["MarianConfig"] = before
 
 
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+"""Model types of encoders that CTranslate2 converts."""
 NORMALIZED_BEFORE = {"bart": False, "mbart": True, "pegasus": True, "marian": False}
 
 
@@ -52,12 +55,36 @@ def mend_model(model: PreTrainedModel) -> None:
     if config.model_type in NORMALIZED_BEFORE:
         config.normalize_before = NORMALIZED_BEFORE[config.model_type]
         config.normalize_embedding = config.model_type in ("bart", "mbart")
+    if config.model_type in ENCODERS:
+        config.position_embedding_type = "absolute"
+        if config.model_type != "distilbert" and getattr(model, "pooler", None) is None:
+            model.pooler = _no_pooler(config.hidden_size)  # the loaders take one; see drop_pooler
+        if config.model_type in AFTER_PADDING and config.pad_token_id == 0:
+            # Its loaders cut the rows up to the padding's off, but none where that is the first.
+            positions = model.embeddings.position_embeddings
+            positions.weight = type(positions.weight)(positions.weight.detach()[1:], requires_grad=False)
+        if config.model_type == "xlm-roberta":
+            model.__dict__["roberta"] = model  # its loader looks below a head
     if config.model_type in ("t5", "mt5"):
         # The loader takes it for the sign that the decoder's outputs are scaled; transformers calls every T5 tied.
         config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
     if config.model_type == "m2m_100":
         for positions in (model.model.encoder.embed_positions, model.model.decoder.embed_positions):
             positions.offset = positions.padding_idx + 1  # where its forward begins; the attribute is always 2
+
+
+def _no_pooler(width: int) -> Any:
+    from torch import nn
+
+    pooler = nn.Module()
+    pooler.dense = nn.Linear(width, width)
+    return pooler
+
+
+def drop_pooler(spec: Any) -> None:
+    """Leave out the pooler of an encoder: no answer is read from it here, and CTranslate2 would round it to int8 with the rest."""
+    for name in ("pooler_dense", "pooler_activation"):
+        spec.__dict__.pop(name, None)
 
 
 def give_head_dim(spec: Any, model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
-from featherweight.spec import HEADED, Task
+from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import INT8_DOT, Machine, cpu_features
 
@@ -83,8 +83,6 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     def task_refusal(self, task: Task) -> str | None:
         if task == "fill-mask":
             return "its encoders end before the masked-language-model head; take torch or torch-compile"
-        if task in HEADED:
-            return "its encoders are not served yet; take torch or torch-compile"
         return None
 
     def grid_refusal(self, grids: Grids, spec: CTranslate2Spec) -> str | None:

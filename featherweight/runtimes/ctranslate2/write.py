@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.grid import GRIDS, Grid
+from featherweight.model.architecture import task_of
 from featherweight.model.padding import without_padding
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.ctranslate2.encoder import write_head
 from featherweight.runtimes.ctranslate2.pack import convert
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.runtimes.spec import SIXTEEN_BITS
+from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import INT8_DOT, cpu_features
 from featherweight.text.model_inputs import decoder_prefix
@@ -39,6 +42,8 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
     rows = QuantizedRows.of(model, quantized) if quantized else None
     floats = spec.compute_type if spec.compute_type in SIXTEEN_BITS else None
     convert(model, source.checkpoint, out / FOLDER, rows, floats)
+    if task_of(model.config) in HEADED:
+        write_head(source.model, out / FOLDER)
     copy_tokenizer(source.checkpoint, out)
     Serving("ctranslate2", FOLDER, _options(spec, model), source.grid).write(out)
 
