@@ -78,7 +78,7 @@ class Encoder:
         inputs = packed_inputs(self.config, ids, types)
         told = {"token_type_ids": inputs["token_type_ids"].tolist()} if takes_types(self.config) else {}
         view = self.encoder.forward_batch(ids, **told).last_hidden_state
-        hidden = torch.from_numpy(numpy.array(view.to_device(_cpu()) if view.device == "cuda" else view)).float()
+        hidden: Any = torch.from_numpy(numpy.array(view.to_device(_cpu()) if view.device == "cuda" else view)).float()
         with torch.inference_mode():
             given = BaseModelOutputWithPooling(last_hidden_state=hidden)
             return read(self.config, given if self.head is None else self.head(inputs, hidden), inputs)
@@ -102,7 +102,8 @@ def _head(config: Any, file: Path) -> Any:
     class Given(torch.nn.Module):
         def __init__(self, pooler: Any) -> None:
             super().__init__()
-            self.pooler, self.hidden = pooler, torch.empty(0)
+            self.pooler: Any = pooler
+            self.hidden: Any = None
 
         def forward(self, *_: Any, **__: Any) -> Any:
             pooled = None if self.pooler is None else self.pooler(self.hidden)

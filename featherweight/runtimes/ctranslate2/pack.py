@@ -30,7 +30,7 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
 
     class Converter(TransformersConverter):
         def load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
-            shell = _shell(model)
+            shell: Any = _shell(model)
             if task_of(model.config) in HEADED:
                 shell = shell.base_model
             patches.mend_model(shell)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.positions import AFTER_PADDING
+from featherweight.model.surgery import replace_weight
 from featherweight.text.model_inputs import decoder_start
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def mend_model(model: PreTrainedModel) -> None:
             model.pooler = _no_pooler(config.hidden_size)  # the loaders take one; see drop_pooler
         if config.model_type in AFTER_PADDING and config.pad_token_id == 0:
             # Its loaders cut the rows up to the padding's off, but none where that is the first.
-            positions = model.embeddings.position_embeddings
-            positions.weight = type(positions.weight)(positions.weight.detach()[1:], requires_grad=False)
+            positions: Any = model.get_submodule("embeddings.position_embeddings")
+            replace_weight(positions, positions.weight[1:])
         if config.model_type == "xlm-roberta":
             model.__dict__["roberta"] = model  # its loader looks below a head
     if config.model_type in ("t5", "mt5"):

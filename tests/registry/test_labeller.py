@@ -1,0 +1,152 @@
+"""The served model's vectors, labels and entities against transformers' own pipelines, in the signature of its task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import DataError
+from featherweight.registry import labeller
+from featherweight.registry.answering import signature
+from featherweight.registry.labeller import Labeller, scored, texts_of
+from featherweight.store.served_folder import Serving
+from tasks.load import load
+from tests.support import heads
+from tests.support.in_process import InProcess
+
+TEXTS = ["the fox sang", "once upon a time there was a bear fox and a wolf", "ran", "Hare, the old"]
+MADE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "vectors": ("feature-extraction", None, {}),
+    "labels": ("text-classification", heads.labelled, {"num_labels": 2}),
+    "several": ("text-classification", None, {"num_labels": 3, "problem_type": "multi_label_classification"}),
+    "pairs": ("text-classification", heads.paired, {"num_labels": 1}),
+    "tags": ("token-classification", heads.tagged, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def get(kind: str) -> Path:
+        task, documents, changes = MADE[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        made = heads.head_checkpoint("bert", task, folder / "made", documents and documents(200), **changes)
+        if kind == "vectors":
+            heads.sentence_files(made)
+        (folder / "served").mkdir()
+        load(LoadSpec(source=str(made), task=task), out=folder / "served")
+        Serving("torch").write(folder / "served")
+        return folder / "served"
+
+    return get
+
+
+@pytest.fixture
+def opened(served: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(labeller, "open_worker", InProcess)
+    yield lambda kind: Labeller(served(kind), max_tokens=64)
+
+
+def pipeline(folder: Path, task: str, **options: Any) -> Any:
+    import transformers
+
+    made: Any = transformers.pipeline
+    kind = {"text-classification": "SequenceClassification", "token-classification": "TokenClassification"}[task]
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder)
+    return made(task, model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(folder), **options)
+
+
+def test_vectors_are_cut_and_pooled_as_the_files_say(served: Any, opened: Any) -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder, answer = served("vectors"), opened("vectors")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    texts = [*TEXTS, "the old river " * 20]
+    found = answer(texts)
+    assert found.shape == (5, 32) and found.dtype == "float32"
+    for row, text in zip(found, texts, strict=True):
+        given = tokenizer(text, truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            right = torch.nn.functional.normalize(model(**given).last_hidden_state.mean(1), dim=-1)[0]
+        assert row == pytest.approx(right.numpy(), abs=1e-5)
+    with pytest.raises(DataError, match="a text of 62 tokens"):
+        Labeller(folder, max_tokens=32)(texts, truncate=False)
+
+
+@pytest.mark.parametrize("kind", ["labels", "several", "pairs"])
+def test_labels_and_scores_are_those_of_the_pipeline(served: Any, opened: Any, kind: str) -> None:
+    right = pipeline(served(kind), "text-classification", top_k=None)
+    texts: list[Any] = [(one, "the fox ran") for one in TEXTS] if kind == "pairs" else list(TEXTS)
+    found = opened(kind)(texts)
+    for one, answer in zip(texts, found, strict=True):
+        expected = right({"text": one[0], "text_pair": one[1]} if kind == "pairs" else [one])
+        rows = expected if isinstance(expected[0], dict) else expected[0]
+        scores = {row["label"]: row["score"] for row in rows}
+        assert answer["scores"] == pytest.approx(scores, abs=1e-5)
+        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["label"]]
+
+
+def test_a_trained_classifier_is_right(opened: Any) -> None:
+    documents = heads.labelled(60, seed=2)
+    found = opened("labels")([one.text for one in documents])
+    right = sum(answer["label"] == f"LABEL_{one.label}" for one, answer in zip(documents, found, strict=True))
+    assert right > 50
+    documents = heads.tagged(20, seed=2)
+    found = opened("tags")([one.text for one in documents])
+    animals = [sum(word in heads.ANIMALS for word in one.text.split()) for one in documents]
+    assert sum(len(one["word"].split()) for answer in found for one in answer) > 0.8 * sum(animals)
+
+
+@pytest.mark.parametrize(("aggregate", "strategy"), [(True, "simple"), (False, "none")])
+def test_entities_are_those_of_the_pipeline(served: Any, opened: Any, aggregate: bool, strategy: str) -> None:
+    right = pipeline(served("tags"), "token-classification", aggregation_strategy=strategy)(TEXTS)
+    found = opened("tags")(TEXTS, aggregate=aggregate)
+    key = "entity_group" if aggregate else "entity"
+    for text, ours, theirs in zip(TEXTS, found, right, strict=True):
+        assert [(one["entity"], one["start"], one["end"]) for one in ours] == [
+            (one[key], one["start"], one["end"]) for one in theirs
+        ]
+        assert [one["score"] for one in ours] == pytest.approx([float(one["score"]) for one in theirs], abs=1e-5)
+        assert all(one["word"] == text[one["start"] : one["end"]] for one in ours)
+
+
+def test_what_is_no_text_is_refused(opened: Any) -> None:
+    for wrong in (3, None, {"pair": "a"}, ["a", "b", "c"], "half \ud83d"):
+        with pytest.raises(DataError, match=r"give a text|half of a surrogate pair"):
+            opened("labels")([wrong])
+    with pytest.raises(DataError, match="two texts are asked of a model for token-classification"):
+        opened("tags")([("a", "b")])
+    with pytest.raises(DataError, match="tokens: this model is served for 64"):
+        opened("labels")(["the river " * 40])
+    assert opened("labels")([]) == [] and len(opened("labels")(["the river " * 40], truncate=True)) == 1
+
+
+def test_a_cross_encoder_without_activation_gives_its_logit(served: Any) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(served("pairs"))
+    assert scored(config, [[0.0, 3.0]])["score"] == pytest.approx(0.9526, abs=1e-4)
+    config.sbert_ce_default_activation_function = "torch.nn.modules.linear.Identity"
+    assert scored(config, [[0.0, 3.0]])["score"] == 3.0
+
+
+def test_texts_come_in_every_shape_that_mlflow_gives() -> None:
+    assert texts_of(["a", "b"]) == texts_of(pandas.DataFrame({0: ["a", "b"]})) == ["a", "b"]
+    assert texts_of(pandas.DataFrame({"text": ["a"], "text_pair": ["b"]})) == [("a", "b")]
+    assert texts_of({"text": "a"}) == [{"text": "a"}]
+    assert texts_of(pandas.DataFrame({0: [["a", "b"]]})) == [["a", "b"]]
+
+
+def test_every_task_has_its_signature() -> None:
+    for task, out in (("feature-extraction", "tensor"), ("text-classification", "any"), ("token-classification", "any")):
+        told = signature(task).to_dict()  # type: ignore[arg-type]
+        assert json.loads(told["outputs"])[0]["type"] == out
+        assert "truncate" in told["params"]
