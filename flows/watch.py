@@ -12,11 +12,10 @@ from prefect.flow_engine import run_flow
 from featherweight.checkpoint.arrivals import Seen, look
 from featherweight.checkpoint.training_runs import Policy
 from featherweight.errors import RecipeError
-from featherweight.masking import masked
 from featherweight.recipe.reading import load_recipe
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
-from tasks.claim_runs import ClaimRuns, tell
+from tasks.claim_runs import ClaimRuns, reason_of, tell
 from tasks.claims import Claim, Patience, claim_key
 from tasks.parent_run import ambient, connect
 
@@ -89,7 +88,7 @@ def _run(runs: ClaimRuns, one: dict[str, Any]) -> dict[str, Any]:
     state: Any = run_flow(optimize_flow, flow_run=run, return_type="state")
     if state.is_completed():
         return {**one, "status": "done", "winner": state.result()["winner"]}
-    return {**one, "status": "failed", "error": masked(state.message)}
+    return {**one, "status": "failed", "error": reason_of(state)}
 
 
 def _is_due(one: dict[str, Any]) -> bool:

@@ -143,15 +143,19 @@ def tell(what: str, claim: Claim, number: int, source: str) -> None:
     )
 
 
+def reason_of(state: Any) -> str:
+    """Why a run is in its state, in one line."""
+    return one_line(_PREFIX.sub("", state.message or ""))
+
+
 def _try(run: FlowRun, number: int) -> Try:
     state = run.state
     if state is None:
         raise ServiceError(f"Prefect's flow run {run.id} has no state; see its page")
     since = state.state_details.scheduled_time if state.is_scheduled() else None
-    reason = one_line(_PREFIX.sub("", state.message or ""))
     source = masked(run.parameters.get("source", ""))
     process = str(run.labels.get(PROCESS, ""))
-    return Try(number, str(run.id), state.type.value, since or state.timestamp, reason, process, source)
+    return Try(number, str(run.id), state.type.value, since or state.timestamp, reason_of(state), process, source)
 
 
 def _tag(recipe: str) -> str:

@@ -86,7 +86,7 @@ class Claim:
         if self.status(patience) not in ("failed", "crashed"):
             return None
         before = self.count(last.state) - (last.state == "CRASHED")
-        wait = timedelta(seconds=patience.backoff_s) * 4 ** (before - 1) if before else timedelta()
+        wait = timedelta(seconds=patience.backoff_s) * 4 ** min(before - 1, 10) if before else timedelta()
         return last.number + 1, last.since + min(wait, LONGEST_WAIT)
 
     def to_dict(self, patience: Patience) -> dict[str, Any]:
@@ -99,8 +99,11 @@ class Claim:
 
 
 def claim_key(recipe: Recipe, identity: str) -> str:
-    """The key of an arrival's optimization: what the recipe says but for where its checkpoint comes from, and the content."""
-    told = recipe.model_dump(mode="json")
+    """The key of an arrival's optimization: what the recipe says but for where its checkpoint comes from, and the content.
+
+    Of what it does not say the defaults are left out: a later version may have more of them, and what was optimized stays so.
+    """
+    told = recipe.model_dump(mode="json", exclude_unset=True)
     told["checkpoint"].pop("source", None)
     told["checkpoint"].pop("train", None)
     return content_digest([told, identity])

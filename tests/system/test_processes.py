@@ -1,0 +1,29 @@
+"""Processes are told apart from those that had their number before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+
+from featherweight.system.processes import _name_of, is_running, process_name
+
+
+def test_whether_a_process_still_runs() -> None:
+    assert is_running(process_name()) is True
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    name = _name_of(other.pid)
+    assert is_running(name) is True
+    other.kill()
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        continue
+    assert is_running(name) is False  # killed, though nobody has waited for it
+    other.wait()
+    assert is_running(name) is False
+
+
+def test_a_number_that_came_again_and_a_place_that_is_elsewhere() -> None:
+    place, _, began = process_name().rpartition("|")
+    assert is_running(f"{place}|{float(began) - 1000}") is False
+    assert is_running(f"another-{process_name()}") is None
