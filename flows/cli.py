@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,7 @@ QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 WhyOpt = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
 ModelArg = Annotated[str, typer.Argument(help="A registered model, such as 'stories', 'stories@champion' or 'stories/3'.")]
 HERE = Path(".featherweight")
+_printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -251,6 +254,10 @@ def main() -> None:
         app()
     except FeatherweightError as error:
         _fail(error, one_line(error, 2000), error.exit_code)
+    except SystemExit as end:
+        if end.code:
+            _json_of_failure("the command line was refused; standard error says why", end.code)
+        raise
     except Exception as error:
         text = one_line(error, 300)
         _fail(error, f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)
@@ -259,7 +266,14 @@ def main() -> None:
 def _fail(error: Exception, line: str, code: int) -> None:
     trace = "".join(traceback.format_exception(error)) if "--debug" in sys.argv else ""
     print(masked(trace) + f"featherweight: {line}", file=sys.stderr)
+    _json_of_failure(line, code)
     sys.exit(code)
+
+
+def _json_of_failure(line: str, code: object) -> None:
+    """Where JSON was asked for and none was printed yet, what went wrong is the JSON."""
+    if "--json" in sys.argv and not _printed_json.get():
+        _print_json({"error": line, "exit_code": code})
 
 
 def _workspace(root: Path) -> Any:
@@ -287,7 +301,17 @@ def _console() -> Any:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str, allow_nan=False))
+    print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
+    _printed_json.set(True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _tell_arrivals(arrivals: list[dict[str, Any]], as_json: bool) -> None:

@@ -14,6 +14,7 @@ from featherweight.checkpoint.files import Listing, copy, find_weights, link, ne
 from featherweight.checkpoint.gguf import convert_gguf, gguf_file
 from featherweight.checkpoint.inspection import CheckpointInfo, inspect_checkpoint
 from featherweight.checkpoint.quantized_formats import method_of
+from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.settling import settle
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import saving
@@ -44,6 +45,7 @@ def adopt(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress
         return Adopted(inspect_checkpoint(out, task=spec.task), unpacked=unpacked)
     if has_adapter(found, spec):
         return _adopt_adapted(found, spec, work, out, progress)
+    require_sane(Listing.of(found))
     folder, settled = settle(found, spec, work, progress)
     with named(folder, str(found)):
         info, unpacked = _adopt_folder(folder, spec, out, progress)

@@ -33,6 +33,7 @@ from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import method_of, require_readable
+from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import GRIDS, Grid
@@ -110,6 +111,7 @@ def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
 def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
     """config.json; raises CheckpointError for what is not taken, KnownAtLoad for code of its own that is trusted."""
     require_described(listing, spec.trust_remote_code)
+    require_sane(listing)
     told = read_json(listing, CONFIG)
     if method_of(told) is not None:
         require_readable(told, listing.where)

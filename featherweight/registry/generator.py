@@ -30,6 +30,8 @@ class Generator:
         self.served, self.threads, self.max_batch = served, threads, max_batch
         self.max_tokens = max_tokens or verified_tokens(served)
         self._tokenizer = load_tokenizer(served)
+        # Four times, for what a tokenizer takes out of a text before it cuts it.
+        self._longest_token = 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
@@ -101,12 +103,22 @@ class Generator:
         return new
 
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        self._require_short(prompt)
         if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
             raise DataError("the prompt holds half of a surrogate pair, which is no character; leave it out")
         ids = self._ids(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
         return ids
+
+    def _require_short(self, prompt: str | Sequence[Message]) -> None:
+        """DataError for a prompt that cannot fit, before a tokenizer spends a minute on it: no token is longer than the longest."""
+        if not isinstance(prompt, str):
+            _require_messages(prompt)
+        said = prompt if isinstance(prompt, str) else "".join(one["content"] for one in prompt)
+        most = self.max_tokens * self._longest_token
+        if len(said) > most:
+            raise DataError(f"a prompt of {len(said)} characters: this model is served with room for {self.max_tokens} tokens")
 
     def _ids(self, prompt: str) -> list[int]:
         """As the tokenizer frames a text; but a causal prompt is not closed by an end token, as the text goes on."""

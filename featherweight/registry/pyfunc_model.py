@@ -7,10 +7,30 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from featherweight.errors import DataError, FeatherweightError, one_line
 from featherweight.registry.answering import Answering, inputs_of, open_answering
+
+
+class Refusal(MlflowException):
+    """Our reason as the answer to a request; MLflow would answer with a trace, or with the whole request before the reason."""
+
+    def __init__(self, error: FeatherweightError) -> None:
+        self._reason = one_line(error)
+        super().__init__(self._reason, INVALID_PARAMETER_VALUE if isinstance(error, DataError) else INTERNAL_ERROR)
+
+    @property
+    def message(self) -> str:
+        """The reason, whatever is to be put before it."""
+        return self._reason
+
+    @message.setter
+    def message(self, value: str) -> None:
+        """Nothing is put before it."""
 
 
 class ServedVariant(PythonModel):

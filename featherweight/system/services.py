@@ -91,6 +91,7 @@ def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Po
     environment = {
         "PREFECT_API_URL": "",
         "PREFECT_UI_API_URL": f"http://{LOCAL}:{port}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOCAL}:{port}",  # any page in the user's browser could call it else
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         **LEASES,
     }

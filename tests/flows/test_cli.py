@@ -121,6 +121,14 @@ def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "unknown stage 'moon'" in refused(call("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
 
 
+@pytest.mark.parametrize("arguments", [("plan", "absent.yaml"), ("plan", "--nonsense", "x"), ("watch", "--every", "0")])
+def test_json_is_json_where_it_fails_too(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = call(*arguments, "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == done.returncode == 2
+    assert told["error"]
+
+
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     done = call("--debug", "plan", "absent.yaml", cwd=tmp_path)
     assert done.returncode != 0

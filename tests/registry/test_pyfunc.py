@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import signal
@@ -216,13 +215,19 @@ def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tin
             assert (found if isinstance(found, list) else found["predictions"]) == [greedy(tiny_checkpoint, TOLD, NEW)]
         wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=60)
         assert wrong.status_code == 400
-        long = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": ["light " * 200]}, timeout=60)
-        assert "this model is served with room for 128 tokens" in json.dumps(long.json())
+        room, shape = "this model is served with room for 128 tokens", "a prompt is a text, or a conversation"
+        for prompt, reason in (("light " * 200, room), ("light " * 1_700_000, room), (None, shape), (["a"], shape)):
+            refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [prompt]}, timeout=20)
+            assert refused.status_code == 400 and reason in refused.json()["message"], refused.text[-2000:]
+            assert len(refused.text) < 500 and "Traceback" not in refused.text and str(ROOT) not in refused.text
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
     _, alive = psutil.wait_procs(engines, timeout=15)
     assert alive == []
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _await(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,0 +1,80 @@
+"""Numbers that no model has, found in a checkpoint's JSON before a library builds what they ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, find_weights, read_header, read_json
+from featherweight.errors import CheckpointError
+
+LARGEST_ID = 10_000_000
+"""Tokenizers make room for every id up to the largest; the largest vocabulary that was seen has a million."""
+LARGEST = 10_000_000_000
+DEEPEST = 64
+_LAYERS = re.compile(r"(num_|n_)?(\w+_)?layers?")
+_TOKENS = re.compile(r"\w+_token_id")
+
+
+def require_sane(listing: Listing) -> None:
+    """Raise CheckpointError for more layers than there are tensors, and for numbers and token ids beyond any model.
+
+    Only headers and JSON are read, and nothing is built.
+    """
+    tensors = _tensors(listing)
+    for name in (CONFIG, "generation_config.json"):
+        if name in listing.sizes:
+            for key, number in _numbers(read_json(listing, name)):
+                _require_number(f"{listing.where}/{name}", key, number, tensors)
+    for name, ids in _ids(listing):
+        far = max(ids, default=0)
+        if far > LARGEST_ID:
+            raise CheckpointError(f"{listing.where}/{name} has the token id {far}; no vocabulary is so large; copy it again")
+
+
+def _require_number(where: str, key: str, number: float, tensors: int | None) -> None:
+    if tensors is not None and _LAYERS.fullmatch(key) and number > tensors:
+        raise CheckpointError(f"{where}: {key} is {number:.0f}, but the files hold {tensors} tensors; they do not belong together")
+    if number > (LARGEST_ID if _TOKENS.fullmatch(key) else LARGEST):
+        raise CheckpointError(f"{where}: {key} is {number:.0f}; no model has so many")
+
+
+def _tensors(listing: Listing) -> int | None:
+    """How many tensors the files hold; None where a pickle would have to be opened for it."""
+    weights = find_weights(listing, allow_pickle=True)
+    return None if weights.pickled else sum(len(read_header(listing, name)) for name in weights.files)
+
+
+def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
+    """Every integer of a JSON tree with the key that it stands under."""
+    if depth > DEEPEST:
+        raise CheckpointError(f"{CONFIG} is nested more than {DEEPEST} deep; is it a transformers checkpoint?")
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield from _numbers(one, name, depth + 1)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one, key, depth + 1)
+
+
+def _ids(listing: Listing) -> Iterator[tuple[str, list[int]]]:
+    """Token ids by the file that gives them, as far as it has the usual form; the rest is for its library to judge."""
+    for name in ("vocab.json", "added_tokens.json"):
+        if name in listing.sizes:
+            yield name, _integers(read_json(listing, name).values())
+    if TOKENIZER_CONFIG in listing.sizes:
+        added = read_json(listing, TOKENIZER_CONFIG).get("added_tokens_decoder")
+        yield TOKENIZER_CONFIG, [int(one) for one in added if one.isdigit()] if isinstance(added, dict) else []
+    if "tokenizer.json" in listing.sizes:
+        tree = read_json(listing, "tokenizer.json")
+        model, added = tree.get("model"), tree.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        yield "tokenizer.json", _integers(vocabulary.values() if isinstance(vocabulary, dict) else ())
+        yield "tokenizer.json", _integers(one.get("id") for one in added or () if isinstance(one, dict))
+
+
+def _integers(values: Iterable[Any]) -> list[int]:
+    return [one for one in values if isinstance(one, int)]

@@ -1,0 +1,64 @@
+"""What asks for more than any model has is refused from its JSON and headers, within a second and next to no memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.sanity import require_sane
+from featherweight.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def rewritten(path: Path, *keys: str, value: Any) -> None:
+    """One value of a JSON file changed, below these keys."""
+    tree = json.loads(path.read_text())
+    place = tree
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "message"),
+    [
+        ("config.json", ["num_hidden_layers"], 200_000, "num_hidden_layers is 200000, but the files hold 20 tensors"),
+        ("config.json", ["encoder_layers"], 200_000, "encoder_layers is 200000"),
+        ("config.json", ["text_config"], {"num_layers": 10**6}, "num_layers is 1000000"),
+        ("config.json", ["hidden_size"], 10**18, "no model has so many"),
+        ("config.json", ["eos_token_id"], [0, 10**9], "eos_token_id is 1000000000"),
+        ("generation_config.json", ["pad_token_id"], 10**9, "pad_token_id is 1000000000"),
+        ("tokenizer.json", ["model", "vocab", "far"], 10**9, "tokenizer.json has the token id 1000000000"),
+        ("tokenizer.json", ["added_tokens"], [{"id": 10**9, "content": "far"}], "tokenizer.json has the token id 1000000000"),
+    ],
+)
+def test_absurd_numbers(folder: Path, file: str, keys: list[str], value: Any, message: str) -> None:
+    rewritten(folder / file, *keys, value=value)
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=message):
+        require_sane(Listing.of(folder))
+    assert time.process_time() - began < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_deep_nesting(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config)[:-1] + ', "x": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises(CheckpointError, match=r"nested more than 64|is not JSON"):
+        require_sane(Listing.of(folder))
+
+
+def test_sound_ones_pass(tiny_checkpoint: Path) -> None:
+    require_sane(Listing.of(tiny_checkpoint))
