@@ -75,6 +75,10 @@ class ServiceError(FeatherweightError):
     exit_code = 6
 
 
+class Unreachable(ServiceError):
+    """A server or a database does not answer. It may come back, so that it is worth waiting for."""
+
+
 class ToolchainError(FeatherweightError):
     """A toolchain is not installed, or this machine cannot run it."""
 

@@ -20,12 +20,16 @@ from featherweight.registry.lineage import code_commit
 from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
+from featherweight.system.environment import QUIET
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.system.servers import check_url
 from featherweight.system.user import user_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,23 @@ def _parent_run(
 
 @contextmanager
 def ambient(tracking_uri: str) -> Iterator[None]:
-    """MLflow's own environment variable, by which it resolves `models:/` sources."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    """What MLflow reads in the environment during a run: the store by which it resolves `models:/` sources, and its patience.
+
+    A command that only asks fails at once where no server answers; a run waits for it, six minutes with MLflow's own waits.
+    """
+    told = {"MLFLOW_TRACKING_URI": tracking_uri}
+    if os.environ.get(RETRIES) in (None, QUIET[RETRIES]):
+        told[RETRIES] = "8"
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["MLFLOW_TRACKING_URI"]
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def connect(workspace: Workspace) -> MlflowClient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError
+from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError, Unreachable
 from featherweight.recipe.plan import Node
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, content_digest
@@ -18,6 +18,9 @@ from tasks.stage import Stage
 
 if TYPE_CHECKING:
     from prefect import Task
+
+WAITS_S = (2, 10, 30, 60, 90, 120)
+"""The waits before each further try of a stage: five minutes in all, which a server takes that is started anew."""
 
 
 def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun) -> Outcome:
@@ -59,15 +62,16 @@ def _task(stage: Stage, node: Node, key: str, workspace: Workspace) -> Task[...,
         persist_result=True,
         result_serializer="json",
         refresh_cache=stage.acts or not is_cached(key, workspace),
-        retries=1,
-        retry_delay_seconds=2,
+        retries=len(WAITS_S),
+        retry_delay_seconds=list(WAITS_S),
         retry_condition_fn=_is_transient,
     )
 
 
 def _is_transient(task: Any, run: Any, state: Any) -> bool:
-    """Only a service that may come back is worth a second try."""
-    return isinstance(state.result(raise_on_failure=False), ServiceError)
+    """A server that does not answer may come back within minutes; what one refuses is worth a second try, no more."""
+    raised = state.result(raise_on_failure=False)
+    return isinstance(raised, Unreachable) or (isinstance(raised, ServiceError) and run.run_count <= 1)
 
 
 def _slot(key: str, workspace: Workspace) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from featherweight.checkpoint import s3_checksums
 from featherweight.checkpoint.files import Listing, is_companion
-from featherweight.errors import ServiceError, one_line
+from featherweight.errors import ServiceError, Unreachable, one_line
 from featherweight.progress import Progress
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
@@ -284,20 +284,23 @@ def _verify(bucket: Bucket, item: S3Object, path: Path) -> bool:
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Turn what boto3 and the disk raise into one ServiceError line."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
     try:
         yield
     except RetriesExceededError as error:
         cut = f"the connection was cut {ATTEMPTS} times ({one_line(error.last_exception)})"
-        raise ServiceError(f"{uri}: {cut}; nothing was kept, run it again") from error
+        raise Unreachable(f"{uri}: {cut}; nothing was kept, run it again") from error
     except S3DownloadFailedError as error:
         raise ServiceError(f"{uri} was replaced while it was being read ({one_line(error)}); run it again") from error
     except ClientError as error:
-        raise ServiceError(_explain_answer(uri, error.response)) from error
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        kind = Unreachable if status in (500, 502, 503, 504) else ServiceError
+        raise kind(_explain_answer(uri, error.response)) from error
     except BotoCoreError as error:
-        raise ServiceError(_explain_failure(uri, error)) from error
+        kind = Unreachable if isinstance(error, HTTPClientError) else ServiceError
+        raise kind(_explain_failure(uri, error)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ServiceError(f"no space left on the disk for {uri}: {error.strerror}; free some, run it again") from error

@@ -56,7 +56,10 @@ class ServedVariant(PythonModel):
         Of encoders a vector for each text, its labels, or the entities in it. params: truncate, aggregate.
         """
         answering = self._generators[context]
-        return answering(inputs_of(answering, model_input), **(params or {}))
+        try:
+            return answering(inputs_of(answering, model_input), **(params or {}))
+        except FeatherweightError as error:
+            raise Refusal(error) from error
 
 
 set_model(ServedVariant())

@@ -6,10 +6,13 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from featherweight.errors import FeatherweightError, ServiceError, one_line
+from featherweight.errors import FeatherweightError, ServiceError, Unreachable, one_line
 
 # MLflow answers an unknown alias with the second.
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "NoSuchKey", "404")
+# MLflow's client tells of a connection that failed in words only, and so do PostgreSQL's drivers.
+_NO_SERVER = ("API request to", "Max retries exceeded", "Connection refused", "Connection aborted", "Read timed out")
+_NO_DATABASE = ("could not connect", "connection to server", "Connection refused", "server closed the connection", "starting up")
 REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
 
@@ -29,7 +32,8 @@ def mlflow_explained(tracking_uri: str, missing: FeatherweightError | None = Non
         reason = _reason(error)
         if missing is not None and _is_missing(error):
             raise type(missing)(f"{missing} ({reason})") from error
-        raise ServiceError(f"MLflow at {tracking_uri} {_verdict(error, reason)}") from error
+        kind = Unreachable if _is_away(error) else ServiceError
+        raise kind(f"MLflow at {tracking_uri} {_verdict(error, reason)}") from error
 
 
 def _is_service(error: Exception) -> bool:
@@ -41,6 +45,19 @@ def _is_service(error: Exception) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     return isinstance(error, MlflowException | RequestException | SQLAlchemyError | Boto3Error | BotoCoreError | ClientError)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether nobody answered: MLflow's server, its database or its artifacts' server, or a gateway before them."""
+    from botocore.exceptions import HTTPClientError
+    from requests import ConnectionError, Timeout
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    if isinstance(error, ConnectionError | Timeout | HTTPClientError):
+        return True
+    if isinstance(error, OperationalError | InterfaceError):
+        return error.connection_invalidated or any(words in str(error.orig) for words in _NO_DATABASE)
+    return _code(error) == "TEMPORARILY_UNAVAILABLE" or any(words in str(error) for words in _NO_SERVER)
 
 
 def _code(error: Exception) -> str:

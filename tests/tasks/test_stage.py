@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import DivergenceError, ServiceError, StageError
+from featherweight.errors import DivergenceError, ServiceError, StageError, Unreachable
 from featherweight.progress import Metrics, Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
@@ -26,6 +26,7 @@ from featherweight.system.processes import WORKERS_PEAK
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.text.spec import DataSpec, TextSpec
 from featherweight.training.spec import FinetuneSpec
+from tasks import run_node as run_node_module
 from tasks.nested_run import execute
 from tasks.outcome import Outcome
 from tasks.parent_run import ParentRun
@@ -68,6 +69,18 @@ def resumable(spec: FinetuneSpec, *, out: Path, scratch: Path, seed: int, progre
     (scratch / str(count)).touch()
     if count < 2 and spec.steps == 1:
         raise [ServiceError("the disk is full"), StageError("diverged")][count]
+    (out / "x.txt").write_text("x")
+    return {}
+
+
+@stage("away")
+def away(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    """A server that answers again at the fourth call; a disk that stays full, for a spec of two steps."""
+    CALLS.append("away")
+    if spec.steps == 2:
+        raise ServiceError("no space left")
+    if len(CALLS) < 4:
+        raise Unreachable("the server does not answer")
     (out / "x.txt").write_text("x")
     return {}
 
@@ -204,6 +217,16 @@ def test_a_full_disk_is_told_as_such(parent: ParentRun) -> None:
     (outcome,) = run(parent, (full, node()))
     assert outcome.kind == "ServiceError"
     assert "no space left" in outcome.reason
+
+
+def test_a_server_that_does_not_answer_is_waited_for(parent: ParentRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 300 <= sum(run_node_module.WAITS_S) < 600
+    monkeypatch.setattr(run_node_module, "WAITS_S", (0.01,) * 6)
+    (outcome,) = run(parent, (away, node(steps=1)))
+    assert (outcome.status, CALLS) == ("done", ["away"] * 4)
+    CALLS.clear()
+    (outcome,) = run(parent, (away, node(steps=2)))
+    assert (outcome.kind, CALLS) == ("ServiceError", ["away"] * 2)
 
 
 def test_the_key_sees_inputs_seed_spec_version_and_library() -> None:
