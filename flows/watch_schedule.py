@@ -75,6 +75,8 @@ def parameters_of(
     """What the watch flow is called with. Raises RecipeError before anything starts."""
     load_recipe(recipe, overrides)
     Policy.of(take)
+    if masked(source) != source:
+        raise RecipeError(f"{source} holds a password or a key; give credentials by the environment (AWS_..., HF_TOKEN)")
     if not settle_s >= 0:
         raise RecipeError(f"--settle {settle_s}: expected seconds, 0 or more")
     return {

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from featherweight.errors import RecipeError, nearest, one_line
-from featherweight.masking import masked_tree
+from featherweight.masking import masked, masked_tree
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.yaml_text import read_yaml
 from featherweight.spec import NamedSpec, Spec
@@ -27,6 +27,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
     for override in overrides:
         _set(tree, override)
+    _refuse_passwords(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -36,6 +37,14 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def recipe_text(recipe: Recipe) -> str:
     """The recipe with every default spelt out, as YAML fit to be shown."""
     return yaml.safe_dump(masked_tree(recipe.model_dump(mode="json")), sort_keys=False)
+
+
+def _refuse_passwords(tree: Any, where: str = "") -> None:
+    """A recipe is copied, logged and shown: what it must not hold is refused, so that it is nowhere."""
+    if isinstance(tree, str) and masked(tree) != tree:
+        raise RecipeError(f"{where}: {tree} holds a password or a key; give credentials by the environment (AWS_..., HF_TOKEN)")
+    for key, one in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        _refuse_passwords(one, f"{where}{'.' if where else ''}{key}")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

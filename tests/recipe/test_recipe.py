@@ -155,6 +155,22 @@ def test_what_would_grow_or_hide_is_refused_at_once(tmp_path: Path, text: str, m
     assert time.process_time() - began < 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "override", "where"),
+    [
+        ({"checkpoint": {"source": "s3://ada:hunter2@bucket/model"}}, "seed=1", "checkpoint.source"),
+        ({"data": {"source": "text", "evaluation": "s3://bucket/x?X-Amz-Signature=hunter2"}}, "seed=1", "data.evaluation"),
+        ({}, "data.source=s3://key:hun/ter2@bucket", "data.source"),
+        ({}, "checkpoint.base=hf:org/name?token=hunter2", "checkpoint.base"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_told(write, changes: dict, override: str, where: str) -> None:
+    """What a recipe cannot hold gets into no plan, copy, tag or database."""
+    with pytest.raises(RecipeError, match=f"^{where}: .* holds a password") as caught:
+        load_recipe(write(**changes), (override,))
+    assert "hunter2" not in str(caught.value) and "ter2" not in str(caught.value)
+
+
 def test_overrides_reach_any_key(write) -> None:
     path = write()
     recipe = load_recipe(path, ("workload.batch_sizes=[2]", "constraints.max_quality_loss=0.02", "seed=7"))
