@@ -216,7 +216,7 @@ def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tin
         wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=60)
         assert wrong.status_code == 400
         room, shape = "this model is served with room for 128 tokens", "a prompt is a text, or a conversation"
-        for prompt, reason in (("light " * 200, room), ("light " * 1_700_000, room), (None, shape), (["a"], shape)):
+        for prompt, reason in (("light " * 200, room), ("light " * 1_700_000, room), (None, shape), (3, shape)):
             refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [prompt]}, timeout=20)
             assert refused.status_code == 400 and reason in refused.json()["message"], refused.text[-2000:]
             assert len(refused.text) < 500 and "Traceback" not in refused.text and str(ROOT) not in refused.text
