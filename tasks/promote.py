@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from featherweight.errors import GateError, told
+from featherweight.errors import GateError, IntegrityError, told
 from featherweight.measure import goals
 from featherweight.measure.figures import with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, QUALITY, SIZE, Figure
@@ -15,6 +15,7 @@ from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import PromoteSpec
+from featherweight.registry.evidence import with_evidence
 from featherweight.registry.history import GateResult, StageName
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.versions import CHAMPION
@@ -81,8 +82,8 @@ def promotion_gate(
 
     It has to keep every constraint with its confidence bound; its bits per byte must not be worse than the champion's, beyond
     max_quality_loss where that is set; its objective must not be worse, both beyond the confidence intervals; and it
-    has to be better in at least one of quality, speed and size. constraints, objective: those registered with the
-    candidate if not given. Raises GatesRefused, with the reasons, if any gate refuses.
+    has to be better in at least one of quality, speed and size. constraints, objective: those of the candidate's
+    recipe if not given. Raises GatesRefused, with the reasons, if any gate refuses.
     """
     bounds = _registered_constraints(candidate) if constraints is None else constraints
     objective = objective or candidate.tag("objective") or goals.OBJECTIVE
@@ -154,25 +155,39 @@ def gated_transition(
         return Promotion.of(champion, False, f"version {champion.version}, the champion, is the same artifact")
     gates: list[GateResult] = []
     if to == "production":
-        gates = _judged(candidate, champion, constraints, objective, force)
+        gates = _judged(registry, candidate, champion, constraints, objective, force)
     expect = champion.version if champion else ""
     moved = registry.transition(model, candidate.version, to, who=who, why=why, gates=gates, expect_champion=expect)
     return Promotion.of(moved, True, why, tuple(gates))
 
 
 def _judged(
+    registry: Registry,
     candidate: RegisteredVersion,
     champion: RegisteredVersion | None,
     constraints: ConstraintsSpec | None,
     objective: str,
     force: bool,
 ) -> list[GateResult]:
+    """The gates on what is verified of both; without evidence none passes."""
     try:
-        return promotion_gate(candidate, champion, constraints, objective)
+        proven = _proven(registry, candidate, "re-evaluate it, or force")
+        other = _proven(registry, champion, "re-evaluate the champion, or force") if champion else None
+        return promotion_gate(proven, other, constraints, objective)
     except GatesRefused as error:
         if not force:
             raise
         return [GateResult("forced", False, str(error)[:1500])]
+
+
+def _proven(registry: Registry, version: RegisteredVersion, way: str) -> RegisteredVersion:
+    """The version as its verified evaluation has it. Raises GatesRefused where there is none."""
+    try:
+        return with_evidence(registry, version)
+    except IntegrityError as error:
+        gate = GateResult("evidence", False, f"{told(error)[:1000]}; {way}")
+        who = f"version {version.version} ({version.variant}) of '{version.model}'"
+        raise GatesRefused(f"refused to promote on what is told of {who}; evidence: {gate.reason}", (gate,)) from error
 
 
 def _registered_constraints(candidate: RegisteredVersion) -> ConstraintsSpec:

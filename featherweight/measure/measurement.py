@@ -201,6 +201,14 @@ class Comparison:
             raise IntegrityError(f"{folder / FILE} is no measurement ({error}); evaluate the variant anew") from error
 
 
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The flat figures that `Comparison.write` left in a folder; raises IntegrityError where there are none."""
+    try:
+        return {str(key): float(value) for key, value in json.loads((folder / FILE).read_text())["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{folder / FILE} holds no metrics ({error}); evaluate the variant anew") from error
+
+
 def quantile(values: tuple[float, ...], share: float) -> float:
     """Linear interpolation between the ordered values, as numpy's default."""
     ordered = sorted(values)

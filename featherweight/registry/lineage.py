@@ -201,10 +201,15 @@ def from_registry(registry: Registry, model: str, ref: str = "champion") -> Line
     Raises GateError for an unknown model, version or alias, IntegrityError where the stored lineage was altered.
     """
     version = registry.get(model, ref)
+    return _lineage(registry, version, read_graph(registry, version))
+
+
+def read_graph(registry: Registry, version: RegisteredVersion) -> LineageGraph:
+    """The graph that was registered with a version. Raises IntegrityError where it was altered since, or is another artifact's."""
     text = registry.lineage_json(version)
     if hashlib.sha256(text.encode()).hexdigest() != version.tag("lineage"):
         raise IntegrityError(f"lineage.json of {version.uri} was altered after it was registered")
-    return _lineage(registry, version, LineageGraph.from_json(text))
+    return LineageGraph.from_json(text)
 
 
 def _lineage(registry: Registry, version: RegisteredVersion, graph: LineageGraph) -> Lineage:

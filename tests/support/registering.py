@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from featherweight.registry.lineage import LineageGraph, build
@@ -59,10 +63,27 @@ class Bench:
         return ref, manifest
 
     def winner(self, name: str = "w8/torch", **changes: Any) -> WinnerRecord:
-        """A winner that can be registered; `changes` to its fields."""
-        made = self.artifact(name)
-        graph = build([made], made[1].digest, variant=name, recipe="name: test\n", run_id=self.run_id, metrics=METRICS)
+        """A winner that can be registered and promoted: measured, with a recipe of its constraints; `changes` to its fields."""
+        metrics = changes.get("metrics", METRICS)
+        recipe = yaml.safe_dump({"name": "test", **{key: changes[key] for key in ("constraints", "objective") if key in changes}})
+        made = self.artifact(name, parents={"checkpoint": self.origin[0][1].digest})
+        measured = self.measurement(name, made[1].digest, metrics)
+        told = {"recipe": recipe, "run_id": self.run_id, "metrics": metrics, "measured": measured[1].digest}
+        graph = build([*self.origin, made, measured], made[1].digest, variant=name, **told)
         return self.record(name, made[0], graph, **changes)
+
+    def measurement(self, name: str, served: str, metrics: Mapping[str, float]) -> tuple[ArtifactRef, Manifest]:
+        """The artifact of an evaluation."""
+        folder = self.root / "artifacts-of-runs" / f"{name.replace('/', '-')}-measured"
+        folder.mkdir(parents=True)
+        (folder / "measurement.json").write_text(json.dumps({"of": served, "metrics": metrics}))
+        parents = {"served": served, "evaluation": self.origin[1][1].digest}
+        return self.publish(folder, f"{name}/evaluate", "evaluate", parents=parents)
+
+    @cached_property
+    def origin(self) -> list[tuple[ArtifactRef, Manifest]]:
+        """The checkpoint and the evaluation text that all winners of the bench share."""
+        return [self.artifact("checkpoint", "load"), self.artifact("text/evaluation", "text")]
 
     def record(self, name: str, ref: ArtifactRef, graph: LineageGraph, **changes: Any) -> WinnerRecord:
         """The winner of an artifact and its lineage."""

@@ -12,8 +12,9 @@ import pytest
 from featherweight.errors import GateError, IntegrityError
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.recipe.recipe import PromoteSpec
+from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.registry import RegisteredVersion
-from featherweight.store.workspace import Workspace
+from featherweight.store.workspace import Workspace, local_path
 from tasks.parent_run import ParentRun
 from tasks.promote import GatesRefused, Promotion, gated_transition, promote, promotion_gate
 from tasks.register import FILE, Registration, register_winner
@@ -162,6 +163,40 @@ def test_promotion_records_its_gates_and_the_next_worse_one_changes_nothing(desk
     assert (forced.version, forced.stage, gate.gate, gate.passed) == ("2", "production", "forced", False)
     assert "speed 7.20x [7.10, 7.30] at batch 1 is worse" in gate.reason
     assert desk.registry.rollback(MODEL, "ada", "slow indeed").version == "1"
+
+
+def test_the_gate_believes_no_tag(desk: Bench) -> None:
+    slow = {name: value * 0.5 for name, value in METRICS.items() if name.startswith("speedup")}
+    for name, metrics in (("one", METRICS), ("two", METRICS | slow)):
+        register_winner(desk.registry, desk.winner(name, metrics=metrics, constraints={"max_size_bytes": 2000.0}))
+    gated_transition(desk.registry, MODEL, "1", who="ada", why="first")
+    client = desk.registry.client
+    fast = METRICS | {"speedup_1": 999.0, "speedup_1_low": 999.0, "speedup_1_high": 999.0}
+    client.set_model_version_tag(MODEL, "2", "featherweight.metrics", json.dumps(fast))
+    client.set_model_version_tag(MODEL, "2", "featherweight.constraints", "{}")
+    client.set_model_version_tag(MODEL, "2", "featherweight.objective", "size")
+    with pytest.raises(GateError, match=r"objective speedup@1: speed 4\.00x .* is worse than the champion's 8\.00x"):
+        gated_transition(desk.registry, MODEL, "2", who="eve", why="look how fast")
+
+
+def test_without_verified_evidence_nothing_is_promoted_unless_it_is_forced(desk: Bench) -> None:
+    winner = desk.winner()
+    register_winner(desk.registry, winner)
+    (measured,) = (node for node in LineageGraph.from_json(winner.lineage).nodes if node.stage == "evaluate")
+    file = Path(str(local_path(measured.uri))) / "measurement.json"
+    file.write_text(file.read_text().replace("8.0", "999.0"))
+    said = r"evidence: no verified evaluation of version 1: artifact .*: file measurement.json is altered; re-evaluate it, or force"
+    with pytest.raises(GatesRefused, match=said) as caught:
+        gated_transition(desk.registry, MODEL, "1", who="eve", why="x")
+    assert [(gate.gate, gate.passed) for gate in caught.value.gates] == [("evidence", False)]
+    by_hand = {f"featherweight.{key}": value for key, value in {"metrics": '{"speedup_1": 999}', "digest": "d2"}.items()}
+    desk.registry.client.create_model_version(MODEL, "featherweight:/nothing", tags=by_hand, await_creation_for=0)
+    with pytest.raises(GatesRefused, match="no verified evaluation of version 2"):
+        gated_transition(desk.registry, MODEL, "2", who="eve", why="x")
+    assert desk.registry.champion(MODEL) is None
+    gated_transition(desk.registry, MODEL, "1", who="ada", why="I know", force=True)
+    (gate,) = desk.registry.history(MODEL).transitions[0].gates
+    assert (gate.gate, gate.passed, "file measurement.json is altered" in gate.reason) == ("forced", False, True)
 
 
 def test_same_artifact_as_the_champion_is_nothing_to_do(desk: Bench) -> None:

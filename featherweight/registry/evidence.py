@@ -1,0 +1,65 @@
+"""What a promotion gate may believe of a version: figures of the evaluation that its lineage names, verified, never its tags."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from featherweight.errors import FeatherweightError, IntegrityError
+from featherweight.measure.measurement import read_metrics
+from featherweight.registry.lineage import LineageGraph, LineageNode, read_graph
+from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.registry.versions import TAG
+from featherweight.store import artifact
+from featherweight.store.workspace import local_path
+
+
+def with_evidence(registry: Registry, version: RegisteredVersion) -> RegisteredVersion:
+    """The version, with verified figures, digests and goals in the place of those that its tags tell.
+
+    Its lineage has the registered digest and is of the registered artifact; the evaluation that it names has the digest that
+    it names; constraints and objective are those of its recipe. Raises IntegrityError, saying what is missing or altered.
+    """
+    try:
+        graph = read_graph(registry, version)
+        if graph.served != version.digest:
+            raise IntegrityError("its lineage is of another artifact than the registered one")
+        node = _evaluation(graph)
+        told = {"metrics": _metrics(registry, node), **_goals(graph.recipe)}
+    except FeatherweightError as error:
+        raise IntegrityError(f"no verified evaluation of version {version.version}: {error}") from error
+    root = graph.checkpoint
+    told |= {"evaluation": node.parents.get("evaluation", ""), "checkpoint": root.digest if root else ""}
+    told |= {"digest": graph.served, "variant": graph.variant}
+    return replace(version, tags={**version.tags, **{f"{TAG}{name}": value for name, value in told.items()}})
+
+
+def _evaluation(graph: LineageGraph) -> LineageNode:
+    """The node that measured the served artifact."""
+    for node in graph.nodes:
+        if node.stage == "evaluate" and node.parents.get("served") == graph.served:
+            return node
+    raise IntegrityError("its lineage names none")
+
+
+def _metrics(registry: Registry, node: LineageNode) -> str:
+    """The figures of an evaluation whose files have the digest of the node, as JSON."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = local_path(node.uri) or registry.download(node.uri, Path(scratch))
+        artifact.verify(folder, node.digest)
+        return json.dumps(read_metrics(folder))
+
+
+def _goals(recipe: str) -> dict[str, str]:
+    """Constraints and objective of a recipe's text, as tags hold them."""
+    tree: Any = yaml.safe_load(recipe)
+    if not isinstance(tree, Mapping):
+        raise IntegrityError("its lineage holds no recipe")
+    bounds = {name: bound for name, bound in (tree.get("constraints") or {}).items() if bound is not None}
+    return {"constraints": json.dumps(bounds), "objective": str(tree.get("objective") or "")}
