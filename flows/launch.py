@@ -7,7 +7,6 @@ from pathlib import Path
 
 from featherweight.errors import Stopped
 from featherweight.masking import masked
-from featherweight.recipe.cost import size_of
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe
@@ -25,7 +24,7 @@ def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> 
     loaded = load_recipe(recipe, overrides)
     facts = Facts.read(loaded)
     plan = expand(loaded, facts=facts)
-    require_room(size_of(loaded, facts.of(loaded)), root)
+    require_room(facts.size(loaded), root)
     check_url(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLflow", "MLFLOW_TRACKING_URI")
     workspace = Workspace.at(root)
     configure(root)

@@ -8,7 +8,7 @@ from typing import Any
 
 from featherweight.errors import FeatherweightError, RecipeError, told
 from featherweight.recipe import fit
-from featherweight.recipe.cost import Cost, estimate, size_of
+from featherweight.recipe.cost import Cost, estimate
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Node, Plan, expand
 from featherweight.recipe.recipe import Recipe
@@ -69,11 +69,11 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     Raises RecipeError, CheckpointError.
     """
     facts = Facts.read(recipe)
-    plan, size = expand(recipe, facts=facts), size_of(recipe, facts.of(recipe))
+    plan, size = expand(recipe, facts=facts), facts.size(recipe)
     require_room(size, root)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
     measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    costs = estimate(plan, recipe, measured, set(cached), facts.of(recipe))
+    costs = estimate(plan, measured, set(cached), size)
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
     return PlanForecast(plan, costs, (*facts.notes, *large, *warnings))
 

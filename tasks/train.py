@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening, saving
 from featherweight.errors import DataError, RecipeError
@@ -39,7 +39,8 @@ def train(
     Metrics: `loss_first` and `loss_last` (nats per token, means over a tenth of the steps), `steps`, `tokens`, `tokens_per_s`,
     `parameters`. Raises RecipeError for sizes that do not fit one another, StageError on divergence.
     """
-    check_sizes(spec)
+    if reason := spec.refusal():
+        raise RecipeError(reason)
     progress.note("training the tokenizer")
     tokenizer = train_tokenizer(text, spec)
     model = new_model(spec, tokenizer, seed)
@@ -49,16 +50,6 @@ def train(
     saving.save_model(model, out)
     saving.save_tokenizer(tokenizer, out)
     return run | {"parameters": opening.parameters(model)}
-
-
-def check_sizes(spec: TrainSpec) -> None:
-    """Refuse sizes that no Llama can have, before any work."""
-    if spec.hidden_size % (2 * spec.heads):
-        raise RecipeError(f"train: hidden_size {spec.hidden_size} must be an even multiple of heads {spec.heads}")
-    if spec.heads % spec.kv_heads:
-        raise RecipeError(f"train: heads {spec.heads} must be a multiple of kv_heads {spec.kv_heads}")
-    if spec.vocab_size < 256 + 3:
-        raise RecipeError(f"train: vocab_size {spec.vocab_size} must be at least 259: every byte, BOS, EOS and padding")
 
 
 def train_tokenizer(text: Path, spec: TrainSpec) -> PreTrainedTokenizerFast:
@@ -116,20 +107,8 @@ def new_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast, seed: int) ->
 def _config(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        max_position_embeddings=spec.context,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ends: Any = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    return LlamaConfig(**spec.llama | ends | {"vocab_size": len(tokenizer), "initializer_range": 0.02})
 
 
 def _damp_residuals(model: LlamaForCausalLM, layers: int) -> None:

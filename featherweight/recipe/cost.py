@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from featherweight.measure.spec import WorkloadSpec
-from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.catalog import PRUNERS
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node, Plan
-from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import FLOAT_BYTES
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.probes import NEW_TOKENS, SHORT_TOKENS, SHORT_WINDOWS
@@ -83,18 +81,6 @@ class Work:
         return arithmetic + self.files / FILES_BYTES_S + self.waiting
 
 
-def size_of(recipe: Recipe, facts: CheckpointFacts | None) -> ModelSize:
-    """How large the recipe's checkpoint is; of one that is trained, by its spec. Nothing where neither is known."""
-    spec = recipe.checkpoint.train
-    if spec is None:
-        return facts.size if facts else ModelSize(0)
-    heads = spec.hidden_size // spec.heads
-    attention = 2 * spec.hidden_size * (spec.hidden_size + heads * spec.kv_heads)
-    mlp = 3 * spec.hidden_size * spec.intermediate_size
-    parameters = spec.vocab_size * spec.hidden_size + spec.layers * (attention + mlp)
-    return ModelSize(parameters, 7 * spec.layers + 1, spec.layers * (6 * spec.hidden_size + spec.intermediate_size))
-
-
 @cache
 def machine_speeds() -> Speeds:
     """Of this machine, in a third of a second. The best of many short passes: one that nothing interrupted."""
@@ -119,17 +105,16 @@ def _shortest(run: Callable[[], object], clock: Callable[[], float], budget_s: f
 
 def estimate(
     plan: Plan,
-    recipe: Recipe,
     measured: dict[str, float],
     cached: set[str],
-    facts: CheckpointFacts | None = None,
+    size: ModelSize = ModelSize(0),
     speeds: Speeds | None = None,
 ) -> dict[str, Cost]:
     """Cost of every node. `measured`: seconds by node id from earlier runs of the same spec; `cached`: ids with a result.
 
-    facts: what the checkpoint tells of itself. speeds: this machine's by default.
+    size: the checkpoint's. speeds: this machine's by default.
     """
-    size, speeds = size_of(recipe, facts), speeds or machine_speeds()
+    speeds = speeds or machine_speeds()
     costs = {}
     for id, node in plan.nodes.items():
         if id in cached:

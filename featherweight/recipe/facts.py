@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from featherweight.checkpoint.facts import KnownAtLoad, read_facts
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import ServiceError, one_line
-from featherweight.model.facts import CheckpointFacts
+from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.recipe.recipe import Recipe
+from featherweight.spec import ModelSize
+from featherweight.training.spec import TrainSpec
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,13 @@ class Facts:
 
     def of(self, recipe: Recipe) -> CheckpointFacts | None:
         """Those of the checkpoint that the recipe optimizes; None where they are not known."""
-        return self.by_source.get(recipe.checkpoint.source or "")
+        made = recipe.checkpoint.train
+        return trained(made) if made else self.by_source.get(recipe.checkpoint.source or "")
+
+    def size(self, recipe: Recipe) -> ModelSize:
+        """How large the checkpoint is; nothing where that is not known."""
+        known = self.of(recipe)
+        return known.size if known else ModelSize(0)
 
     @classmethod
     def read(cls, recipe: Recipe) -> Facts:
@@ -34,6 +42,13 @@ class Facts:
             except (KnownAtLoad, ServiceError) as reason:
                 notes.append(f"{spec.source}: what it holds is known once it is loaded: {one_line(reason)}")
         return cls(found, tuple(notes))
+
+
+def trained(spec: TrainSpec) -> CheckpointFacts:
+    """Those of the Llama that a recipe trains from nothing."""
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_encoder_decoder": False, "pad_token_id": None}
+    biases = {"attention_bias": False, "mlp_bias": False}
+    return CheckpointFacts(Values({"class": "LlamaConfig", "values": kind | biases | spec.llama, "names": {}}))
 
 
 def sources(recipe: Recipe) -> list[LoadSpec]:

@@ -85,6 +85,8 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     Raises RecipeError where nothing is left to run, a name is unknown, or the checkpoint holds no such workload.
     """
     machine = machine or describe()
+    if recipe.checkpoint.train and (reason := recipe.checkpoint.train.refusal()):
+        raise RecipeError(reason)
     known = facts.of(recipe)
     if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes)):
         raise RecipeError(reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,30 @@ class TrainSpec(Spec):
     batch: Positive = 8
     learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
+
+    @property
+    def llama(self) -> dict[str, Any]:
+        """Its sizes by the names of transformers' LlamaConfig."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": True,
+        }
+
+    def refusal(self) -> str | None:
+        """Why no Llama can have these sizes; None where one can."""
+        if self.hidden_size % (2 * self.heads):
+            return f"train: hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}"
+        if self.heads % self.kv_heads:
+            return f"train: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}"
+        if self.vocab_size < 256 + 3:
+            return f"train: vocab_size {self.vocab_size} must be at least 259: every byte, BOS, EOS and padding"
+        return None
 
     def operations(self, size: ModelSize) -> float:
         return 6.0 * size.parameters * self.steps * self.batch * self.context

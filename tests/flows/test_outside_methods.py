@@ -100,7 +100,7 @@ def test_they_are_planned_with_their_cost_and_refused_where_they_say_so(site: Pa
     assert [variant.name for variant in plan.variants] == ["baseline", "short/ct2", "clip8/ct2-int8"]
     assert plan.ruled_out == {"thin/clip8/ct2-int8": "sparse + clip-int8: clips no zeros"}
     ours = Recipe.model_validate(RECIPE | {"stages": RECIPE["stages"] | {"quantize": {"clip8": {"method": "rtn"}}}})
-    costs = [estimate(expand(one), one, {}, set())["clip8"].seconds for one in (recipe, ours)]
+    costs = [estimate(expand(one), {}, set())["clip8"].seconds for one in (recipe, ours)]
     assert costs[0] > costs[1] + 1
     masked = RECIPE["stages"] | {"export": {"torch": {"engine": "torch"}}}
     with pytest.raises(RecipeError, match=r"every combination is impossible; short/torch: fill-mask \+ tail: cuts no encoder"):

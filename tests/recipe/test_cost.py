@@ -10,7 +10,7 @@ import pytest
 from featherweight.errors import RecipeError
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.recipe import fit
-from featherweight.recipe.cost import Speeds, estimate, machine_speeds, size_of
+from featherweight.recipe.cost import Speeds, estimate, machine_speeds
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
@@ -50,7 +50,7 @@ def decoder(layers: int, hidden: int, vocabulary: int = 32000) -> CheckpointFact
 
 def costs(facts: CheckpointFacts | None, wanted: Recipe, speeds: Speeds = SPEEDS) -> dict[str, float]:
     plan = expand(wanted, MACHINE, Facts({"here": facts} if facts else {}))
-    return {id: cost.seconds for id, cost in estimate(plan, wanted, {}, set(), facts, speeds).items()}
+    return {id: cost.seconds for id, cost in estimate(plan, {}, set(), facts.size if facts else ModelSize(0), speeds).items()}
 
 
 def test_every_stage_that_handles_weights_grows_with_the_model() -> None:
@@ -75,8 +75,8 @@ def test_a_slower_machine_takes_longer_and_a_cached_node_nothing() -> None:
     quick, slow = costs(facts, wanted), costs(facts, wanted, Speeds(2.5e10, 2.5e9))
     assert 2 < slow["ct2/evaluate"] / quick["ct2/evaluate"] <= 4
     plan = expand(wanted, MACHINE, Facts({"here": facts}))
-    assert estimate(plan, wanted, {"gate": 3.5}, {"checkpoint"}, facts, SPEEDS)["checkpoint"].seconds == 0
-    assert estimate(plan, wanted, {"gate": 3.5}, {"checkpoint"}, facts, SPEEDS)["gate"].basis == "measured"
+    assert estimate(plan, {"gate": 3.5}, {"checkpoint"}, facts.size, SPEEDS)["checkpoint"].seconds == 0
+    assert estimate(plan, {"gate": 3.5}, {"checkpoint"}, facts.size, SPEEDS)["gate"].basis == "measured"
 
 
 def test_the_size_of_a_model_is_what_its_headers_or_its_configuration_say() -> None:
@@ -86,7 +86,7 @@ def test_the_size_of_a_model_is_what_its_headers_or_its_configuration_say() -> N
     packed = dataclasses.replace(facts, shapes=None).size
     assert packed.parameters == pytest.approx(told.parameters, rel=0.01)
     assert (packed.matrices, packed.columns) == (told.matrices, told.columns)
-    assert size_of(recipe(), None).parameters == 0
+    assert Facts().size(recipe()) == ModelSize(0)
 
 
 def test_what_cannot_fit_is_refused_and_what_comes_near_is_warned_of() -> None:

@@ -193,3 +193,15 @@ def test_the_model_types_of_conv1d_are_those_of_transformers() -> None:
     using = (path for path in models.glob("*/modeling_*.py") if named.search(path.read_text()))
     names = {path.stem.removeprefix("modeling_") for path in using} - {"clvp"}
     assert {name.replace("openai", "openai-gpt") for name in names} == set(CONV1D)
+
+
+def test_a_llama_that_is_trained_from_nothing_is_judged_by_its_spec() -> None:
+    keys = {"hidden_size": 96, "heads": 4, "kv_heads": 2, "layers": 3, "vocab_size": 512}
+    asked = recipe({"engine": "onnxruntime-genai"}).model_dump(exclude_none=True)
+    wanted = Recipe.model_validate(asked | {"checkpoint": {"train": keys}})
+    with pytest.raises(RecipeError, match="a multiple of 16 channels, these have 24"):
+        expand(wanted, MACHINE, Facts.read(wanted))
+    assert Facts.read(wanted).size(wanted).parameters > 512 * 96
+    odd = Recipe.model_validate(asked | {"checkpoint": {"train": keys | {"kv_heads": 3}}})
+    with pytest.raises(RecipeError, match="heads 4 must be a multiple of kv_heads 3"):
+        expand(odd, MACHINE)

@@ -54,7 +54,7 @@ def test_a_plan_ends_in_the_choice_the_registration_and_the_promotion() -> None:
     nodes = register.spec.model_dump()["nodes"]
     assert nodes == {variant.name: (variant.served, variant.measured) for variant in plan.variants}
     assert (promote.spec, promote.inputs) == (recipe.promote, {"registered": "register"})
-    costs = estimate(plan, recipe, {}, set())
+    costs = estimate(plan, {}, set())
     assert all(costs[id].seconds > 0 for id in ("decide", "register", "promote"))
 
 
@@ -136,7 +136,7 @@ def test_no_variants_section_means_every_combination() -> None:
 )
 def test_every_plan_is_in_order_and_every_variant_reaches_the_checkpoint(lines: list[dict[str, Any]]) -> None:
     try:
-        recipe, plan = plan_of(lines)
+        _, plan = plan_of(lines)
     except RecipeError as error:
         assert "impossible" in str(error)
         return
@@ -147,7 +147,7 @@ def test_every_plan_is_in_order_and_every_variant_reaches_the_checkpoint(lines: 
     for variant in plan.variants:
         path = plan.path(variant.measured)
         assert {"checkpoint", "text/evaluation", variant.served} <= set(path)
-    costs = estimate(plan, recipe, {}, set())
+    costs = estimate(plan, {}, set())
     assert all(cost.seconds >= 0 for cost in costs.values())
     assert len({v.name for v in plan.variants}) == len(plan.variants)
 
