@@ -55,6 +55,17 @@ def base_of(found: Path, spec: LoadSpec) -> str | None:
 
 def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progress) -> None:
     """Write to `out` the model in `base` with the adapter's weights added: float32, with the adapter's tokenizer if it has one."""
+    weights = adapter_weights(adapter, spec)
+    progress.note(f"merging the adapter into {spec.base or 'its base'}")
+    merged = _merged(load_model(base), adapter, weights)
+    with saving(out):
+        save_model(merged, out, base)
+    if has_tokenizer(Listing.of(adapter)):
+        _take_tokenizer(adapter, out)
+
+
+def adapter_weights(adapter: Path, spec: LoadSpec) -> str:
+    """The file of an adapter's weights; raises CheckpointError where there is none, or it is a pickle that nobody allowed."""
     listing = Listing.of(adapter)
     weights = next((name for name in ADAPTER_WEIGHTS if name in listing.sizes), None)
     if weights is None:
@@ -64,12 +75,7 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
             f"{adapter} holds its adapter as a pickle ({weights}), which can run code; ask for a safetensors copy, "
             "or set checkpoint.allow_pickle: true to convert it"
         )
-    progress.note(f"merging the adapter into {spec.base or 'its base'}")
-    merged = _merged(load_model(base), adapter, weights)
-    with saving(out):
-        save_model(merged, out, base)
-    if has_tokenizer(listing):
-        _take_tokenizer(adapter, out)
+    return weights
 
 
 def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import base_of, has_adapter
+from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
@@ -22,8 +22,6 @@ from featherweight.checkpoint.files import (
     adapter_files,
     check_length,
     find_weights,
-    missing_part,
-    read_header,
     read_json,
     require_tokenizer,
 )
@@ -89,8 +87,6 @@ def _of_folder(folder: Path, spec: LoadSpec) -> CheckpointFacts:
     told = _require_plain(listing, spec)
     weights = find_weights(listing, allow_pickle=spec.allow_pickle)
     require_tokenizer(listing)
-    for name in () if weights.pickled else weights.files:
-        check_length(listing, name)
     return _facts(described(folder), told, listing, weights)
 
 
@@ -99,9 +95,8 @@ def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
     if CONFIG not in listing.sizes or adapter_files(listing):
         raise KnownAtLoad(f"{listing.where} holds no plain checkpoint, and is looked into once it is here")
     told = _require_plain(listing, spec)
-    if problem := missing_part(listing):
-        raise CheckpointError(problem)
     weights = find_weights(listing, allow_pickle=spec.allow_pickle)
+    require_tokenizer(listing)
     with tempfile.TemporaryDirectory() as place:
         for name in {CONFIG, GENERATION} & listing.sizes.keys():
             (Path(place) / name).write_bytes(listing.read(name, listing.sizes[name]))
@@ -136,11 +131,14 @@ def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing,
 
 
 def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ...]] | None, int]:
-    """The shapes that the headers name, None for a pickle, which has none; and the bytes of the weight files."""
+    """The shapes that the headers name, None for a pickle, which has none; and the bytes of the weight files.
+
+    Raises CheckpointError for a file that is cut short.
+    """
     size = sum(listing.sizes[name] for name in weights.files)
     if weights.pickled:
         return None, size
-    headers = (read_header(listing, name) for name in weights.files)
+    headers = (check_length(listing, name) for name in weights.files)
     return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}, size
 
 
@@ -171,5 +169,6 @@ def _of_gguf(file: Path) -> CheckpointFacts:
 def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     """Those of the model that the adapter is merged into."""
     told = base_of(found, spec)
+    adapter_weights(found, spec)
     plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
     return replace(read_facts(spec.model_copy(update=plain)), quantized=None, grids=dict[str, Grid](), sparse=False)

@@ -255,13 +255,14 @@ def _parse(listing: Listing, name: str) -> Any:
         raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
 
 
-def check_length(listing: Listing, name: str) -> None:
-    """Compare a safetensors file's size with what its header promises."""
+def check_length(listing: Listing, name: str) -> dict[str, Any]:
+    """Compare a safetensors file's size with what its header promises, and give the header (see read_header)."""
     size = listing.sizes[name]
     header = read_header(listing, name)
     expected = header_bytes(listing, name) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         _refuse_length(listing, name, str(expected), shorter=size < expected)
+    return header
 
 
 def read_header(listing: Listing, name: str) -> dict[str, Any]:

@@ -73,14 +73,19 @@ def look_hf(spec: LoadSpec) -> Listing | Path | None:
 
 
 def _read_hub(spec: LoadSpec, revision: str, name: str, length: int) -> bytes:
-    """The first bytes of a file of the repository, by a ranged request."""
+    """The first bytes of a file of the repository, by a ranged request. Raises ServiceError where the hub is out of reach."""
+    import httpx
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     url = hf_hub_url(_repository(spec)[0], name, revision=revision, endpoint=_hub_places()["endpoint"])
     wanted = {**build_hf_headers(), "range": f"bytes=0-{max(0, length - 1)}"}
-    answer = get_session().get(url, headers=wanted, follow_redirects=True, timeout=20)
-    hf_raise_for_status(answer)
+    try:
+        with _hub_explained(spec):
+            answer = get_session().get(url, headers=wanted, follow_redirects=True, timeout=20)
+            hf_raise_for_status(answer)
+    except httpx.TransportError as error:
+        raise ServiceError(f"{spec.source}: the Hugging Face hub is out of reach: {one_line(error)}") from error
     return bytes(answer.content[:length])
 
 

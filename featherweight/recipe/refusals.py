@@ -24,6 +24,7 @@ from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize, Task
 from featherweight.system.machine import Machine
+from featherweight.training.lora import unknown_target
 
 FLOAT_BYTES = 4
 """Every stage holds the weights in float32."""
@@ -165,6 +166,15 @@ def _context_refusal(chosen: Chosen) -> str | None:
     return next((reason for reason in told if reason), None)
 
 
+def _lora_refusal(chosen: Chosen) -> str | None:
+    """Layers that adapters are asked for, and that the model does not have; llama.cpp's names are not the model's."""
+    spec = chosen.prune.finetune if chosen.prune else None
+    facts = chosen.facts
+    if spec is None or spec.lora is None or facts is None or not facts.rows_and_columns or facts.quantized == "gguf":
+        return None
+    return unknown_target(spec.lora, sorted({*(name.split(".")[-2] for name in facts.rows_and_columns), "lm_head"}))
+
+
 def _grids_refusal(chosen: Chosen) -> str | None:
     """What the engine says of the grids; those that the checkpoint came with where nothing quantizes it."""
     kept = chosen.pruned.kept_grids if chosen.pruned and chosen.quantize is None else None
@@ -192,6 +202,7 @@ REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     lambda chosen: chosen.prune.refusal(chosen.parent(chosen.distilled)) if chosen.prune else None,
     _quantize_refusal,
     _context_refusal,
+    _lora_refusal,
     _grids_refusal,
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student_pruning, chosen.serve),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from featherweight.errors import RecipeError
@@ -38,6 +39,12 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
+def unknown_target(spec: LoraSpec, known: Sequence[str]) -> str | None:
+    """Why the targets are none of the linear layers that a model has, by the last part of their names; None where they are."""
+    missing = [target for target in spec.targets or () if target not in known]
+    return f"lora.targets: the model has no linear layer '{missing[0]}'; it has {', '.join(known)}" if missing else None
+
+
 def _targets(model: PreTrainedModel, spec: LoraSpec) -> str | list[str]:
     """peft's word for the targets: all linear layers but the output head, or those that the recipe names."""
     from torch import nn
@@ -45,9 +52,9 @@ def _targets(model: PreTrainedModel, spec: LoraSpec) -> str | list[str]:
     if spec.targets is None:
         return "all-linear"
     known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    if reason := unknown_target(spec, known):
+        raise RecipeError(reason)
     for target in spec.targets:
-        if target not in known:
-            raise RecipeError(f"lora.targets: the model has no linear layer '{target}'; it has {', '.join(known)}")
         if sharing := _sharing(model, target):
             raise RecipeError(
                 f"lora.targets: the weight of '{target}' is that of '{sharing}' too, which adapters beside one of them would leave "

@@ -16,6 +16,7 @@ import boto3
 import pytest
 
 from featherweight.checkpoint.arrivals import look
+from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.fetching import source_fingerprint
 from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
@@ -244,6 +245,11 @@ def test_a_broken_checkpoint_in_s3_is_refused_under_its_own_name(s3_server: S3Se
     save_file(tensors, lost)
     assert f"{upload(s3_server, folder)}/{lost.name}: tensor {first} holds NaN" in refusal(uri, out)
     assert "holds no objects" in refusal(f"{uri}-none", out, ServiceError)
+
+
+def test_a_plan_reads_the_headers_of_a_checkpoint_in_s3(s3_server: S3Server, folder: Path):
+    facts = read_facts(spec(upload(s3_server, folder)))
+    assert (facts.config_class, facts.config.num_hidden_layers, facts.size.matrices) == ("LlamaConfig", 2, 15)
 
 
 def test_a_gguf_file_in_s3(s3_server: S3Server, tmp_path: Path, out: Path, tiny_checkpoint: Path):
@@ -544,3 +550,9 @@ def test_a_t5_with_a_head_of_its_own_keeps_it(tmp_path: Path, out: Path) -> None
     load(spec(folder, task="text2text-generation"), out=out)
     assert not inspect_checkpoint(out).tied
     assert load_model(out).get_output_embeddings().weight.equal(head)
+
+
+def test_a_plan_reads_the_headers_of_a_hub_repository_and_downloads_no_weights(hub: type[Hub], tmp_path: Path):
+    facts = read_facts(spec("hf:org/tiny"))
+    assert (facts.config_class, facts.config.num_hidden_layers, facts.size.matrices) == ("LlamaConfig", 2, 15)
+    assert facts.parameters > 0 and not (tmp_path / "hub-cache").exists()
