@@ -1,21 +1,27 @@
 """A checkpoint's configuration and generation settings as transformers understands them, for a process that must not import torch.
 
 transformers alone knows what a config.json leaves out, renames or derives, and it imports torch where it finds it. So another
-Python is asked, to which torch is hidden unless a GGUF file needs it; where torch is here already, this one is.
+Python is asked, to which torch is hidden unless a GGUF file needs it; where torch is here already, this one is. What it answered
+is kept in the user's cache, by the files and the versions that it depends on: asking takes seconds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.inspection import quiet
-from featherweight.checkpoint.opening import generation_config
+from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.errors import CheckpointError, one_line
+from featherweight.model import facts
 from featherweight.model.facts import describe
+from featherweight.store.artifact import content_digest, file_sha256
 from featherweight.system.processes import end_with_parent
 
 
@@ -24,16 +30,43 @@ def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
 
     Raises CheckpointError where transformers makes nothing of it.
     """
-    if "torch" in sys.modules:
-        told = read(folder, gguf)
-    else:
-        asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False, preexec_fn=end_with_parent())
-        told = _answer(answer)
+    told = read(folder, gguf) if "torch" in sys.modules else _remembered(folder, gguf)
     if "error" in told:
         where = folder / (gguf or "config.json")
         raise CheckpointError(f"{where} describes no model that transformers can build: {told['error']}")
     return told
+
+
+def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
+    """The answer of before, or another process's, which is kept if it is one."""
+    kept = _cache() / f"{_key(folder, gguf)}.json"
+    with suppress(OSError, ValueError):  # nobody asked before, or was stopped while writing
+        return dict(json.loads(kept.read_text()))
+    asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
+    told = _answer(subprocess.run(asked, capture_output=True, text=True, check=False, preexec_fn=end_with_parent()))
+    if "error" not in told:
+        with suppress(OSError):  # a home that cannot be written to costs the time again, no more
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            written = kept.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(told))
+            written.replace(kept)
+    return told
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight" / "descriptions"
+
+
+def _key(folder: Path, gguf: str | None) -> str:
+    """Of all that an answer depends on: the files (of a large one its size and time), the code, and transformers."""
+    if gguf:
+        stat = (folder / gguf).stat()
+        files: list[Any] = [str(folder.resolve()), gguf, stat.st_size, stat.st_mtime_ns]
+    else:
+        named = [folder / name for name in ("config.json", GENERATION)]
+        files = [path.read_text(errors="replace") if path.is_file() else None for path in named]
+    code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__)]
+    return content_digest([files, code, version("transformers")])
 
 
 def _answer(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:

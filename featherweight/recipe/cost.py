@@ -7,6 +7,7 @@ and hashes. All of them scale with the model. Variants that are pruned or distil
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,23 +84,27 @@ class Work:
 
 @cache
 def machine_speeds() -> Speeds:
-    """Of this machine, in a third of a second. The best of many short passes: one that nothing interrupted."""
+    """Of this machine when it has nothing else to do, in a third of a second: the best of many short passes of one core.
+
+    In the thread's own time, in which what another process takes away does not count.
+    """
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
     a = np.random.default_rng(0).random((512, 512), dtype=np.float32)
     array = np.ones(2**25, dtype=np.float32)
-    # A product takes all cores; a pass over memory one, whose own time does not count while another process has it.
-    multiplied, read = _shortest(lambda: a @ a, time.perf_counter), _shortest(array.max, time.thread_time)
-    return Speeds(2 * 512**3 / multiplied, array.nbytes / read)
+    with threadpool_limits(1):
+        multiplied, read = _shortest(lambda: a @ a), _shortest(array.max)
+    return Speeds(len(os.sched_getaffinity(0)) * 2 * 512**3 / multiplied, array.nbytes / read)
 
 
-def _shortest(run: Callable[[], object], clock: Callable[[], float], budget_s: float = 0.15) -> float:
+def _shortest(run: Callable[[], object], budget_s: float = 0.15) -> float:
     run()
     begun, times = time.perf_counter(), list[float]()
     while len(times) < 3 or time.perf_counter() - begun < budget_s:
-        started = clock()
+        started = time.thread_time()
         run()
-        times.append(clock() - started)
+        times.append(time.thread_time() - started)
     return min(times)
 
 

@@ -1,0 +1,52 @@
+"""What another Python said of a checkpoint is kept, for as long as it would say the same."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.checkpoint import description
+from featherweight.errors import CheckpointError
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The commands that were started, from a process without torch and a cache that is empty."""
+    commands: list[Any] = []
+
+    def run(command: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        told = "Some library speaks first.\n" + '{"config": {"names": {}, "values": {}}, "generation": {}}'
+        return subprocess.CompletedProcess(command, 0, told if "broken" not in command[-1] else "", "ValueError: no such rope")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delitem(description.sys.modules, "torch", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return commands
+
+
+def test_it_is_asked_once_until_a_file_changes(asked: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    answers = [description.described(tmp_path) for _ in range(3)]
+    assert (len(asked), answers[0]) == (1, answers[2])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    description.described(tmp_path)
+    assert len(asked) == 2
+    kept = list((tmp_path / "cache").rglob("*.json"))
+    kept[0].write_text("{half")
+    kept[1].write_text("{half")
+    assert description.described(tmp_path) == answers[0]
+    assert len(asked) == 3
+
+
+def test_a_refusal_is_not_kept(asked: list[Any], tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="describes no model that transformers can build: ValueError: no such rope"):
+            description.described(folder)
+    assert len(asked) == 2
