@@ -182,7 +182,9 @@ def watch(
     status: Annotated[bool, typer.Option("--status", help="Tell how all arrivals stand, the quarantined with the reason.")] = False,
     take: Annotated[str, typer.Option(help="Of a training run's checkpoints: every, every:N, best or best:METRIC.")] = "every",
     settle: Annotated[float, typer.Option(help="Seconds for which a new checkpoint must not have changed.")] = 10.0,
-    tries: Annotated[int, typer.Option(help="Tries of an optimization that fails, before it is quarantined.", min=1)] = 3,
+    tries: Annotated[
+        int, typer.Option(help="Tries of an optimization that fails, before it is quarantined; more let it out again.", min=1)
+    ] = 3,
     overrides: SetOpt = [],  # noqa: B006
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,

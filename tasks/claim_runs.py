@@ -99,7 +99,7 @@ class ClaimRuns:
         if last.state not in ("PENDING", "RUNNING"):
             return last
         running = is_running(last.process) if last.process else None
-        bearable = replace(patience, silent_s=patience.silent_s or _three_heartbeats())
+        bearable = patience if patience.silent_s is not None else replace(patience, silent_s=_three_heartbeats())
         if not is_lost(last, bearable, running, self._heard(last) if running is None else last.since, _now()):
             return last
         reason = "its process is gone" if running is False else "its process sends no sign of life"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import yaml
 
+from featherweight.errors import CheckpointError
 from featherweight.store.workspace import Workspace
-from tasks.claim_runs import ClaimRuns
+from featherweight.system.processes import process_name
+from flows.watch_schedule import _deployment, parameters_of
+from tasks.claim_runs import PROCESS, ClaimRuns
 from tasks.claims import Patience
 
 
@@ -43,7 +50,6 @@ def recipe(tmp_path: Path) -> Path:
 def look(source: object, recipe: Path, root: Path, **patience: float) -> list[dict]:
     """What `featherweight watch --once` does, without a server of its own."""
     from flows.watch import run_due, watch_flow
-    from flows.watch_schedule import _deployment, parameters_of
 
     told = parameters_of(str(source), recipe, (), root, "every", 0.05, Patience(**patience))
     _deployment(root).apply()
@@ -76,22 +82,66 @@ def test_a_checkpoint_on_s3_is_optimized_once(
     assert version.tags["featherweight.stage"] == "staging"
 
 
-@pytest.mark.engine
+def stand_in(recipe: str, overrides: list, source: str, workspace: str, tags: dict | None = None) -> dict[str, str]:
+    """In the place of an optimization: what is called bad fails."""
+    if "bad" in source:
+        raise CheckpointError(f"{source} has no such model")
+    return {"winner": "stand-in"}
+
+
 def test_one_that_fails_costs_itself_only_and_is_quarantined(
-    harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path
+    harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from flows import watch
+
+    monkeypatch.setattr(watch.optimize_flow, "fn", stand_in)
+    monkeypatch.setattr(watch, "require_store", lambda *_: None)
     drop, root = tmp_path / "drop", tmp_path / "workspace"
-    shutil.copytree(tiny_checkpoint, drop / "bad")
-    config = drop / "bad" / "config.json"
-    config.write_text(config.read_text().replace('"LlamaForCausalLM"', '"NoSuchModel"'))
-    shutil.copytree(tiny_checkpoint, drop / "good")
-    (drop / "nonsense").mkdir()
-    (drop / "nonsense" / "config.json").write_text("[")
+    for number, name in enumerate(("bad", "good", "nonsense")):
+        shutil.copytree(tiny_checkpoint, drop / name)
+        config = json.loads((drop / name / "config.json").read_text())
+        (drop / name / "config.json").write_text(json.dumps({**config, "number": number}) if number < 2 else "[")
     impatient = {"tries": 2, "backoff_s": 0.0}
     first = look(drop, recipe, root, **impatient)
     assert statuses(first) == {"bad": "failed", "good": "done", "nonsense": "waiting"}
-    assert "NoSuchModel" in next(one["error"] for one in first if "bad" in one["source"])
+    assert next(one["error"] for one in first if "bad" in one["source"]).endswith("/bad has no such model")
     assert statuses(look(drop, recipe, root, **impatient))["bad"] == "failed"
     assert statuses(look(drop, recipe, root, **impatient)) == {"bad": "quarantined", "good": "done", "nonsense": "waiting"}
-    quarantined = [one for one in ClaimRuns("").claims(Patience(**impatient)).values() if one.count("FAILED") == 2]
-    assert len(quarantined) == 1 and "NoSuchModel" in quarantined[0].tries[-1].reason
+    claims = ClaimRuns("").claims(Patience(**impatient), "arrived").values()
+    (quarantined,) = [one for one in claims if one.count("FAILED")]
+    told = quarantined.to_dict(Patience(**impatient))
+    assert (told["status"], told["tries"]) == ("quarantined", 2) and "no such model" in told["reason"]
+    assert statuses(look(drop, recipe, root, tries=3, backoff_s=0.0))["bad"] == "failed"  # a further try was granted
+
+
+def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whoever began it is gone: known at once on this machine, by its silence where nobody here can know."""
+    from prefect.states import Pending, Running
+
+    from flows import watch
+
+    monkeypatch.setattr(watch.optimize_flow, "fn", stand_in)
+    monkeypatch.setattr(watch, "require_store", lambda *_: None)
+    shutil.copytree(tiny_checkpoint, tmp_path / "drop" / "one")
+    told = parameters_of(str(tmp_path / "drop"), recipe, (), tmp_path / "workspace", "every", 0.05, Patience(backoff_s=0.0))
+    _deployment(tmp_path / "workspace").apply()
+    (claimed,) = watch.watch_flow(**told)
+    runs = ClaimRuns("")
+    for state in (Pending(), Running()):
+        runs.client.set_flow_run_state(claimed["flow_run"], state)
+    dead, here = subprocess.Popen(["true"]), process_name()
+    dead.wait()
+    for process, patience, status in (
+        (here, {}, "running"),
+        (f"elsewhere-{here}", {"silent_s": 1000.0}, "running"),
+        (f"elsewhere-{here}", {"silent_s": 0.0}, "crashed"),
+    ):
+        runs.client.update_flow_run_labels(UUID(claimed["flow_run"]), {PROCESS: process})
+        (claim,) = [one for one in runs.claims(Patience(**patience)).values() if one.key == claimed["key"]]
+        assert claim.status(Patience()) == status
+    again = look(tmp_path / "drop", recipe, tmp_path / "workspace", backoff_s=0.0)
+    assert [(one["status"], one["tries"]) for one in again] == [("done", 2)]
+    runs.client.update_flow_run_labels(
+        UUID(again[0]["flow_run"]), {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))}
+    )
+    assert statuses(look(tmp_path / "drop", recipe, tmp_path / "workspace")) == {"one": "done"}
