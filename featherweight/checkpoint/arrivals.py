@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from featherweight.checkpoint.identity import content_identity
 from featherweight.errors import CheckpointError, told
 
 DEPTH = 4
+READERS = 4
 DONE = ("trainer_state.json", "_SUCCESS", "DONE", ".done", "done.txt")
 """What trainers and uploaders write last: transformers' Trainer its state, Hadoop and Spark `_SUCCESS`, scripts the others."""
 
@@ -89,7 +91,8 @@ def look(source: str, notes: Path, settle_s: float, take: Callable[[list[Arrival
         time.sleep(settle_s)
     stamps = {one.source: one.stamp for one in first}
     again = take(arrivals(source)) if new else first
-    return [_seen(one, notes, stamps.get(one.source) == one.stamp) for one in again]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda one: _seen(one, notes, stamps.get(one.source) == one.stamp), again))
 
 
 def _seen(arrival: Arrival, notes: Path, at_rest: bool) -> Seen:
