@@ -144,6 +144,16 @@ def history(
 
 
 @app.command()
+def keys(action: Annotated[str, typer.Argument(help="init: make a key pair that signs from now on.")]) -> None:
+    """Make the key pair that signs what is registered and decided here. Others trust its public key as trusted/NAME.pem."""
+    from featherweight.registry.keys import Keys
+
+    if action != "init":
+        raise RecipeError(f"unknown action '{action}'; known: init")
+    typer.echo(f"public key: {Keys.here().make()}")
+
+
+@app.command()
 def promote(
     model: ModelArg,
     to: Annotated[str, typer.Option("--to", help="staging, production, archived or none.")] = "production",

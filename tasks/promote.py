@@ -171,7 +171,7 @@ def _judged(
 ) -> list[GateResult]:
     """The gates on what is verified of both; without evidence none passes."""
     try:
-        proven = _proven(registry, candidate, "re-evaluate it, or force")
+        proven = _proven(registry, candidate, "re-evaluate it, or force", files=True)
         other = _proven(registry, champion, "re-evaluate the champion, or force") if champion else None
         return promotion_gate(proven, other, constraints, objective)
     except GatesRefused as error:
@@ -180,10 +180,10 @@ def _judged(
         return [GateResult("forced", False, str(error)[:1500])]
 
 
-def _proven(registry: Registry, version: RegisteredVersion, way: str) -> RegisteredVersion:
+def _proven(registry: Registry, version: RegisteredVersion, way: str, files: bool = False) -> RegisteredVersion:
     """The version as its verified evaluation has it. Raises GatesRefused where there is none."""
     try:
-        return with_evidence(registry, version)
+        return with_evidence(registry, version, files)
     except IntegrityError as error:
         gate = GateResult("evidence", False, f"{told(error)[:1000]}; {way}")
         who = f"version {version.version} ({version.variant}) of '{version.model}'"

@@ -19,6 +19,7 @@ from tests.support import started
 SILENT = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
+    "FEATHERWEIGHT_KEYS": os.devnull,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
 }

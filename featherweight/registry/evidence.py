@@ -13,23 +13,29 @@ import yaml
 
 from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.measure.measurement import read_metrics
+from featherweight.registry.attestation import require_signed
+from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph, LineageNode, read_graph
+from featherweight.registry.model_folder import SERVED
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.versions import TAG
 from featherweight.store import artifact
 from featherweight.store.workspace import local_path
 
 
-def with_evidence(registry: Registry, version: RegisteredVersion) -> RegisteredVersion:
+def with_evidence(registry: Registry, version: RegisteredVersion, files: bool = False) -> RegisteredVersion:
     """The version, with verified figures, digests and goals in the place of those that its tags tell.
 
     Its lineage has the registered digest and is of the registered artifact; the evaluation that it names has the digest that
-    it names; constraints and objective are those of its recipe. Raises IntegrityError, saying what is missing or altered.
+    it names; constraints and objective are those of its recipe. files: its files are verified too, all of them where keys are
+    trusted here, else the served ones. Raises IntegrityError, saying what is missing or altered.
     """
     try:
         graph = read_graph(registry, version)
         if graph.served != version.digest:
             raise IntegrityError("its lineage is of another artifact than the registered one")
+        if files:
+            _verify_files(registry, version)
         node = _evaluation(graph)
         told = {"metrics": _metrics(registry, node), **_goals(graph.recipe)}
     except FeatherweightError as error:
@@ -38,6 +44,13 @@ def with_evidence(registry: Registry, version: RegisteredVersion) -> RegisteredV
     told |= {"evaluation": node.parents.get("evaluation", ""), "checkpoint": root.digest if root else ""}
     told |= {"digest": graph.served, "variant": graph.variant}
     return replace(version, tags={**version.tags, **{f"{TAG}{name}": value for name, value in told.items()}})
+
+
+def _verify_files(registry: Registry, version: RegisteredVersion) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = registry.model_folder(version, Path(scratch))
+        require_signed(folder, Keys.here())
+        artifact.verify(folder / SERVED, version.digest)
 
 
 def _evaluation(graph: LineageGraph) -> LineageNode:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.errors import FeatherweightError, IntegrityError
+from featherweight.registry.attestation import folder_faults
 from featherweight.registry.history import Transition
+from featherweight.registry.keys import Keys
 from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
@@ -235,6 +237,7 @@ def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
     registered = "registered files"
     with tempfile.TemporaryDirectory() as scratch:
         verdicts = [_judge(registered, lineage.digest, lambda: registry.served_folder(version, Path(scratch)))]
+        verdicts += signed_files(version, registry)
         if lineage.graph.served != lineage.digest:
             verdicts.append(Verdict("served digest", "altered", "the registered digest is not the lineage's"))
         for number, node in enumerate(lineage.graph.nodes):
@@ -242,6 +245,21 @@ def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
             verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f)))
     faults = registry.history(lineage.model).faults
     return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults)] + ([] if faults else [Verdict("history", "ok")])
+
+
+def signed_files(version: RegisteredVersion, registry: Registry) -> list[Verdict]:
+    """Each file of the registered folder that is not what was signed; nothing where no key is trusted here."""
+    keys = Keys.here()
+    if not keys.public:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            faults = folder_faults(registry.model_folder(version, Path(scratch)), keys)
+        except FeatherweightError as error:
+            return [Verdict("signature", "missing", str(error))]
+    if not faults:
+        return [Verdict("signature", "ok")]
+    return [Verdict(f"file {name}", "missing" if why.startswith("missing") else "altered", why) for name, why in faults.items()]
 
 
 def _judge(part: str, digest: str, fetch: Any) -> Verdict:

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import GateError, one_line
 from featherweight.registry.commit import Cell, Unsure
 from featherweight.registry.history import Entry
+from featherweight.registry.keys import Keys
 from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.entities.model_registry import RegisteredModel as MlflowModel
 
 ENTRY = f"{TAG}entry"
+SIGNED = f"{TAG}entry_signature"
 HISTORY = f"{TAG}history"
 HISTORY_OF = f"{TAG}history_of"
 SUFFIX = ".history"
@@ -41,16 +44,25 @@ class MlflowStore:
         holder = self._holder()
         self._history = holder.tags.get(HISTORY) or f"{holder.name}{SUFFIX}"
         found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
-        query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
-        entries = all_pages(self.client.search_model_versions, **query)
-        stored = {int(entry.version): entry.tags.get(ENTRY, "") for entry in entries}
+        stored = {int(entry.version): entry.tags.get(ENTRY, "") for entry in self._entries()}
         return RegisteredModel.of(holder, found, stored, self._has_stages)
+
+    def signatures(self) -> dict[int, tuple[str, str]]:
+        """Text and signature ('' where there is none) of each stored entry, by number."""
+        self.read()
+        return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in self._entries()}
+
+    def _entries(self) -> Iterator[ModelVersion]:
+        query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
+        return all_pages(self.client.search_model_versions, **query)
 
     def append(self, entry: Entry) -> None:
         """Create the version that holds the entry; the model of versions first, where there is none yet."""
         from mlflow.exceptions import MlflowException
 
-        tags, told = {ENTRY: entry.to_json()}, f"{entry.when[:19]}Z: {entry.told()}"
+        text = entry.to_json()
+        signature = Keys.here().sign(text)
+        tags, told = {ENTRY: text, **({SIGNED: signature} if signature else {})}, f"{entry.when[:19]}Z: {entry.told()}"
         try:
             if not entry.follows:
                 self._begin()

@@ -61,6 +61,7 @@ def write_model_folder(
     model.save(str(folder / "MLmodel"))
     (folder / LINEAGE).write_text(lineage, encoding="utf-8")
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    (folder / "__pycache__").touch()  # no byte code can be put beside the code, by Python at loading or by anybody to be run
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -14,6 +14,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from featherweight.errors import DataError, FeatherweightError, one_line
 from featherweight.registry.answering import Answering, inputs_of, open_answering
+from featherweight.registry.attestation import require_signed
+from featherweight.registry.keys import Keys
 
 
 class Refusal(MlflowException):
@@ -44,9 +46,13 @@ class ServedVariant(PythonModel):
         self._generators: weakref.WeakKeyDictionary[PythonModelContext, Answering] = weakref.WeakKeyDictionary()
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Start the engine. model_config: threads, max_tokens (prompt and new ones), max_batch."""
-        config = context.model_config or {}
-        generator = open_answering(Path(context.artifacts["served"]), **config)
+        """Start the engine, where keys are trusted here on files that one of them signed.
+
+        model_config: threads, max_tokens (prompt and new ones), max_batch.
+        """
+        served, config = Path(context.artifacts["served"]), context.model_config or {}
+        require_signed(served.parents[1], Keys.here())
+        generator = open_answering(served, **config)
         weakref.finalize(context, generator.close)
         self._generators[context] = generator
 

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from featherweight.errors import GateError, ServiceError
 from featherweight.registry.answering import served_task
+from featherweight.registry.attestation import ATTESTATION, sign_folder, statement
 from featherweight.registry.commit import Decide, commit, complete
 from featherweight.registry.decisions import rollback_decision, transition_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
+from featherweight.registry.keys import Keys
 from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, refuse_renamed, served_models
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
@@ -145,6 +147,15 @@ class Registry:
         folder.mkdir(parents=True, exist_ok=True)
         with self._service():
             return Path(self._artifacts(uri).download_artifacts("", str(folder)))
+
+    def model_folder(self, version: RegisteredVersion, folder: Path) -> Path:
+        """All files of a version: where they lie on a local store, else downloaded into `folder`."""
+        return local_path(version.source) or self.download(version.source, folder)
+
+    def entry_signatures(self, model: str) -> dict[int, tuple[str, str]]:
+        """Text and signature of each stored history entry, by number."""
+        with self._service():
+            return MlflowStore(self.client, model).signatures()
 
     def served_folder(self, version: RegisteredVersion, folder: Path) -> Path:
         """The served files of a version: where they lie on a local store, else downloaded into `folder`."""
@@ -288,12 +299,13 @@ class Registry:
             )
             place = local_path(logged.artifact_location)
             if place is None:
-                store = self._artifacts(logged.artifact_location)
-                store.log_artifacts(str(winner.served), SERVED)
-                store.log_artifacts(str(folder))
+                link_tree(winner.served, folder / SERVED)
+                sign_folder(folder, Keys.here())
+                self._artifacts(logged.artifact_location).log_artifacts(str(folder))
                 return
             link_tree(winner.served, place / SERVED)
             shutil.copytree(folder, place, dirs_exist_ok=True)
+            sign_folder(place, Keys.here())
 
     def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
         """The registered version, all tags in the one call that creates it; of two for one digest the lower number is the one."""
@@ -307,8 +319,11 @@ class Registry:
             await_creation_for=0,
             model_id=logged.model_id,
         )
-        first = next(one for one in self.versions(winner.model) if one.digest == winner.digest)
-        return replace(first, new=first.version == str(made.version))
+        model = self.model(winner.model)
+        first = next(one for one in model.versions.values() if one.digest == winner.digest)
+        if signature := Keys.here().sign(statement(first, model.born)):
+            self.client.set_model_version_tag(winner.model, first.version, ATTESTATION, signature)
+        return replace(self.get(winner.model, first.version), new=first.version == str(made.version))
 
     def _discard(self, winner: WinnerRecord, logged: LoggedModel) -> None:
         """Take back what a failed registration wrote; a LoggedModel that was there before keeps its metrics."""

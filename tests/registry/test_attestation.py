@@ -1,0 +1,124 @@
+"""Keys and what they sign: every file of a version, which version it is, and each entry of the history."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from featherweight.errors import GateError, IntegrityError
+from featherweight.registry.attestation import attested, folder_faults, require_signed
+from featherweight.registry.keys import Keys
+from featherweight.registry.lineage import from_registry, verify
+from featherweight.store.workspace import local_path
+from tasks.promote import GatesRefused, gated_transition
+from tests.support.registering import MODEL, Bench, desk
+
+__all__ = ["desk"]
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keys:
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "keys"))
+    made = Keys.here()
+    made.make()
+    return made
+
+
+def test_a_key_pair_is_its_owners_alone_and_never_replaced(keys: Keys) -> None:
+    assert stat.S_IMODE((keys.folder / "private.pem").stat().st_mode) == 0o600
+    with pytest.raises(GateError, match=r"private\.pem is there already"):
+        keys.make()
+    signature = keys.sign("entry")
+    assert keys.signed("entry", signature)
+    assert not keys.signed("Entry", signature)
+    assert not keys.signed("entry", "no base64!")
+    assert not keys.signed("entry", "")
+
+
+def test_another_key_is_trusted_once_it_lies_there(keys: Keys, tmp_path: Path) -> None:
+    other = Keys(tmp_path / "other")
+    public, signature = other.make(), other.sign("entry")
+    assert not keys.signed("entry", signature)
+    (keys.folder / "trusted").mkdir()
+    (keys.folder / "trusted" / "ada.pem").write_bytes(public.read_bytes())
+    assert keys.signed("entry", signature)
+
+
+def test_every_file_is_covered_and_each_that_differs_is_named(desk: Bench, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = desk.registry.register(desk.winner())
+    folder = local_path(version.source)
+    assert folder is not None
+    assert folder_faults(folder, keys) == {}
+    (folder / "registered_model_meta").write_text("what MLflow writes when it loads a version")
+    assert folder_faults(folder, keys) == {}
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    covered = [name for name in names if name not in ("model.sig", "registered_model_meta")]
+    assert {"MLmodel", "pyfunc_model.py", "requirements.txt", "python_env.yaml", "lineage.json"} < set(covered)
+    for name in covered:
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert folder_faults(folder, keys) == {name: "missing"}
+        (folder / name).write_bytes(whole + b" ")
+        assert folder_faults(folder, keys) == {name: "altered"}
+        (folder / name).write_bytes(whole)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    spec = importlib.util.spec_from_file_location("as_mlflow_loads_it", folder / "pyfunc_model.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert folder_faults(folder, keys) == {}, "loading leaves nothing behind, byte code least of all"
+    (folder / "__pycache__").unlink()
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "pyfunc_model.cpython-311.pyc").write_bytes(b"code")
+    said = r"is not what was signed: __pycache__ \(missing\), __pycache__/pyfunc_model.cpython-311.pyc \(foreign\)"
+    with pytest.raises(IntegrityError, match=said):
+        require_signed(folder, keys)
+
+
+def test_a_signature_that_is_gone_or_of_another_key_vouches_for_nothing(desk: Bench, keys: Keys, tmp_path: Path) -> None:
+    version = desk.registry.register(desk.winner())
+    folder = local_path(version.source)
+    assert folder is not None
+    other = Keys(tmp_path / "other")
+    other.make()
+    assert "no trusted key signed it" in folder_faults(folder, other)["model.sig"]
+    (folder / "model.sig").write_text("{}")
+    assert "no trusted key signed it" in folder_faults(folder, keys)["model.sig"]
+    (folder / "model.sig").unlink()
+    assert "nobody signed these files" in folder_faults(folder, keys)["model.sig"]
+    require_signed(folder, Keys(tmp_path / "none"))  # where no key is trusted, nothing is asked for
+
+
+def test_promotion_and_verification_look_at_the_flavours_own_files(desk: Bench, keys: Keys) -> None:
+    version = desk.registry.register(desk.winner())
+    assert {one.state for one in verify(from_registry(desk.registry, MODEL, "1"), desk.registry)} == {"ok"}
+    code = Path(str(local_path(version.source))) / "pyfunc_model.py"
+    code.write_text("import os  # and whatever an attacker likes\n" + code.read_text())
+    found = {one.part: one.state for one in verify(from_registry(desk.registry, MODEL, "1"), desk.registry)}
+    assert (found["file pyfunc_model.py"], found["registered files"]) == ("altered", "ok")
+    with pytest.raises(GatesRefused, match=r"not what was signed: pyfunc_model\.py \(altered\)"):
+        gated_transition(desk.registry, MODEL, "1", who="eve", why="x")
+
+
+def test_a_version_is_attested_by_number_model_and_files(desk: Bench, keys: Keys) -> None:
+    version = desk.registry.register(desk.winner())
+    born = desk.registry.model(MODEL).born
+    assert attested(version, born, keys)
+    client = desk.registry.client
+    client.create_model_version(MODEL, version.source, version.run_id, tags=dict(version.tags), await_creation_for=0)
+    copied = desk.registry.get(MODEL, "2")
+    assert copied.tags == version.tags
+    assert not attested(copied, born, keys)
+    client.set_model_version_tag(MODEL, "1", "featherweight.lineage", "0" * 64)
+    assert not attested(desk.registry.get(MODEL, "1"), born, keys)
+
+
+def test_entries_are_signed_as_they_are_written(desk: Bench, keys: Keys) -> None:
+    desk.registry.register(desk.winner())
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="first")
+    ((text, signature),) = desk.registry.entry_signatures(MODEL).values()
+    assert keys.signed(text, signature)
+    assert not keys.signed(text.replace("ada", "eve"), signature)
