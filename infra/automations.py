@@ -17,10 +17,9 @@ RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 
 def silent_runs() -> Any:
     """A run whose heartbeats stop, and that has not ended, has crashed."""
-    from prefect.automations import Automation
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import EventTrigger, Posture
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     ends = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled")}
     trigger = EventTrigger(
@@ -33,15 +32,14 @@ def silent_runs() -> Any:
         within=SILENCE,
     )
     action = ChangeFlowRunState(state=StateType.CRASHED, message="its process sends no sign of life")
-    return Automation(name="featherweight: silent runs have crashed", trigger=trigger, actions=[action])
+    return AutomationCore(name="featherweight: silent runs have crashed", trigger=trigger, actions=[action])
 
 
 def notification(block: str) -> Any:
     """A message through a notification block for what did not go well."""
-    from prefect.automations import Automation
     from prefect.client.orchestration import get_client
     from prefect.events.actions import SendNotification
-    from prefect.events.schemas.automations import EventTrigger, Posture
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     kind, _, name = block.partition("/")
     document = get_client(sync_client=True).read_block_document_by_name(name, kind)
@@ -49,7 +47,7 @@ def notification(block: str) -> Any:
     trigger = EventTrigger(expect=events, posture=Posture.Reactive, threshold=1)
     words = "{{ event.event }}: {{ event.resource.name or event.resource.id }}\n{{ event.payload }}"
     action = SendNotification(block_document_id=document.id, subject="Featherweight", body=words)
-    return Automation(name="featherweight: notifications", trigger=trigger, actions=[action])
+    return AutomationCore(name="featherweight: notifications", trigger=trigger, actions=[action])
 
 
 def put(automation: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -145,3 +146,21 @@ def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recip
         UUID(again[0]["flow_run"]), {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))}
     )
     assert statuses(look(tmp_path / "drop", recipe, tmp_path / "workspace")) == {"one": "done"}
+
+
+def test_a_teams_automations_are_set_once(harness: None) -> None:
+    """Set twice, each is there once: silent runs are told to be crashed; what goes wrong is told through a block."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.client.orchestration import get_client
+
+    from infra.automations import notification, put, silent_runs
+
+    block: Any = CustomWebhookNotificationBlock(name="team", url="http://127.0.0.1:9", json_data={"text": "{{body}}"})
+    block.save("team", overwrite=True)
+    for _ in range(2):
+        put(silent_runs())
+        put(notification("custom-webhook/team"))
+    found = {one.name: one for one in get_client(sync_client=True).read_automations()}
+    assert len(found) == 2
+    assert found["featherweight: silent runs have crashed"].trigger.within.total_seconds() == 120
+    assert "featherweight.arrival.quarantined" in found["featherweight: notifications"].trigger.expect
