@@ -28,10 +28,10 @@ def serve_postgres(folder: Path, port: int, password: str, databases: tuple[str,
     if not (data / "PG_VERSION").exists():
         _make(tool("initdb"), folder, data, password, owner)
     command = [tool("postgres"), "-D", str(data), "-p", str(port), "-c", f"listen_addresses={LOCAL}"]
-    process = start([*command, "-c", "unix_socket_directories="], folder.parent / "postgres.log", {}, user=owner)
+    process = start([*command, "-c", "unix_socket_directories="], folder / "postgres.log", {}, user=owner)
     stack.callback(stop, process)
     for name in databases:
-        _make_database(address("postgres", port, password), name, process, folder.parent / "postgres.log")
+        _make_database(address("postgres", port, password), name, process, folder / "postgres.log")
 
 
 def address(database: str, port: int, password: str, driver: str = "") -> str:

