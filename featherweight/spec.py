@@ -57,11 +57,15 @@ GridName = Annotated[str, AfterValidator(_known_grid)]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together."""
+    """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together.
+
+    packed: the weights have to be unpacked when they are loaded.
+    """
 
     parameters: int
     matrices: int = 0
     columns: int = 0
+    packed: bool = False
 
 
 class Spec(BaseModel):

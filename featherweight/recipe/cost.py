@@ -20,7 +20,7 @@ from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.refusals import FLOAT_BYTES
-from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.catalog import BASELINE, RUNTIMES
 from featherweight.runtimes.probes import NEW_TOKENS, SHORT_TOKENS, SHORT_WINDOWS
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize, Spec
@@ -47,6 +47,8 @@ FILES_BYTES_S = 4e8
 """Reading or writing weights and hashing them."""
 REACHED = 0.35
 """The share of a large matrix product's speed that a model's forward and backward reach."""
+UNPACK_S = 2.5e-7
+"""Seconds for each weight of a GGUF file or another quantized checkpoint (seen on SmolLM2-135M)."""
 COMPARED_TOKENS = 16 * 128
 """Tokens on which what a stage made is compared with what it was given."""
 
@@ -163,8 +165,9 @@ def _work(node: Node, plan: Plan, size: ModelSize) -> Work:
     if isinstance(spec, QuantizeSpec):
         one_by_one = size.columns * sum(QUANTIZERS[name].column_s for name in spec.methods)
         return Work(spec.operations(size) + 2 * _forward(size, COMPARED_TOKENS), files=4 * weights, waiting=one_by_one)
+    unpacked = UNPACK_S * size.parameters if node.stage == "load" and size.packed else 0.0
     compared = _forward(size, COMPARED_TOKENS) if node.stage in ("prune", "distill", "finetune") else 0.0
-    return Work(spec.operations(size) + compared, files=3 * weights)
+    return Work(spec.operations(size) + compared, files=3 * weights, waiting=unpacked)
 
 
 def _forward(size: ModelSize, tokens: float) -> float:
@@ -176,7 +179,10 @@ def _writing(spec: ServingSpec, size: ModelSize) -> Work:
     """Converting and hashing, and the comparison with PyTorch, which both sides compute and go on from token by token."""
     tokens = spec.max_tokens + SHORT_WINDOWS * SHORT_TOKENS
     weights = FLOAT_BYTES * size.parameters
-    return Work(2 * _forward(size, tokens), memory=2 * NEW_TOKENS * weights, files=4 * weights)
+    if spec.engine == BASELINE:  # the checkpoint's own files, and what all others are compared with
+        return Work(files=weights)
+    converting = RUNTIMES[spec.engine].weight_s * size.parameters
+    return Work(2 * _forward(size, tokens), memory=2 * NEW_TOKENS * weights, files=4 * weights, waiting=converting)
 
 
 def _measuring(spec: WorkloadSpec, size: ModelSize, sides: int) -> Work:

@@ -75,6 +75,8 @@ class Runtime(ABC, Generic[SpecOf]):
     writing_s: float = 5
     measuring_s: float = 12
     """Seconds of writing and of measuring a variant that do not depend on its size (seen on two AVX2 cores)."""
+    weight_s: float = 0.0
+    """Seconds more for each weight, where its converter takes its time."""
     slow_to_switch: bool = False
     """Another number of threads costs it tens of seconds, so that few are worth trying."""
     layers_may_differ: bool = False

@@ -47,6 +47,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     libraries = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
     requirements = ("onnxruntime-genai",)
     writing_s = 6
+    weight_s = 5e-7
 
     def write(self, spec: GenaiSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.onnx_genai.write import write
