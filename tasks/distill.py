@@ -10,7 +10,7 @@ from featherweight.checkpoint import opening, saving
 from featherweight.distillation.losses import answered
 from featherweight.distillation.matching import Matcher, Pair
 from featherweight.distillation.spec import DistillSpec
-from featherweight.distillation.students import make_student, matched_layers, require_same_tokens
+from featherweight.distillation.students import make_student, matched_layers, require_same_tokens, require_vectors_as_wide
 from featherweight.distillation.teacher_answers import Answers, answers_of
 from featherweight.errors import RecipeError
 from featherweight.model.architecture import task_of
@@ -85,7 +85,9 @@ def check(spec: DistillSpec, checkpoint: Path, config: PreTrainedConfig, student
         raise RecipeError("distill: a student that is given or pruned is an input of the stage; give its folder")
     if student is not None:
         require_same_tokens(checkpoint, student, text)
-        opening.require_context(opening.load_config(student), spec.sequence, "distill")
+        own = opening.load_config(student)
+        opening.require_context(own, spec.sequence, "distill")
+        require_vectors_as_wide(config, own)
     return matched_layers(spec, config, opening.load_config(student) if student else None)
 
 

@@ -9,6 +9,7 @@ from featherweight.checkpoint import opening, saving
 from featherweight.errors import RecipeError
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
+from featherweight.text.labels import require_labels
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training import loop, lora
 from featherweight.training.data_parallel import launched, leads
@@ -49,6 +50,7 @@ def finetune(
         return run_in_processes(f"{__name__}:finetune", spec, folders, seed, spec.processes, progress)
     config = opening.load_config(checkpoint)
     opening.require_context(config, spec.sequence, "finetune")
+    require_labels(config, text)
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     held_out = held_out_text(spec, checkpoint, config, calibration)
     model = opening.load_model(checkpoint)

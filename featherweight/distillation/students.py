@@ -12,7 +12,7 @@ from featherweight.distillation.matching import Pair, layer_pairs
 from featherweight.distillation.spec import DistillSpec, StackLayers
 from featherweight.errors import CheckpointError, RecipeError, StageError, refused
 from featherweight.model import surgery
-from featherweight.model.architecture import LAYOUTS, Role, family_of
+from featherweight.model.architecture import LAYOUTS, Role, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.block_influence import block_influence, most_influential
 from featherweight.text.documents import read_documents
@@ -106,6 +106,15 @@ def require_same_kind(teacher: PreTrainedConfig, student: PreTrainedConfig) -> N
         theirs, own = (getattr(config, name, None) for config in configs)
         if theirs != own:
             raise CheckpointError(f"distill.student has {name} {own} and its teacher {theirs}; give a student of the teacher's own")
+
+
+def require_vectors_as_wide(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Raise RecipeError for a student whose vectors cannot be compared with its teacher's."""
+    if task_of(teacher) == "feature-extraction" and student.hidden_size != teacher.hidden_size:
+        raise RecipeError(
+            f"distill.student makes vectors of {student.hidden_size} numbers, and its teacher of {teacher.hidden_size}; "
+            "give one as wide"
+        )
 
 
 def require_same_tokens(checkpoint: Path, student: Path, text: Path) -> None:

@@ -45,7 +45,8 @@ class WorkloadSpec(Spec):
 
 
 class ConstraintsSpec(Spec):
-    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte."""
+    """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte; of
+    encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py)."""
 
     max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None

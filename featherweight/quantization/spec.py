@@ -11,7 +11,7 @@ from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
 from featherweight.model.parent import Parent, linear_refusal
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
-from featherweight.spec import GridName, ModelSize, NamedSpec, Positive, SequenceLength, Spec
+from featherweight.spec import HEADED, GridName, ModelSize, NamedSpec, Positive, SequenceLength, Spec
 
 NONE = "none"
 """No smoothing."""
@@ -91,6 +91,8 @@ class QuantizeSpec(NamedSpec):
 
     def refusal(self, parent: Parent) -> str | None:
         """Why this cannot be done to `parent`, in one line; None where it can."""
+        if self.mixed is not None and parent.task in HEADED:
+            return f"{parent.task} + mixed: the scan that it asks for measures the loss of a text; leave mixed out"
         asked = (QUANTIZERS[name].refusal(self, parent) for name in self.methods)
         return next((reason for reason in asked if reason), None) or self._linear_refusal(parent)
 

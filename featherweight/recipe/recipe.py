@@ -96,7 +96,8 @@ class RegisterSpec(Spec):
 class Recipe(Spec):
     """A whole optimization.
 
-    task: text from a prefix (Llama, Qwen ...), text from a text (T5, mBART, Marian ...), or filling in masks (BERT, RoBERTa ...).
+    task: text from a prefix (Llama, Qwen ...), text from a text (T5, mBART, Marian ...), filling in masks (BERT, RoBERTa ...), or
+    an encoder's vectors (feature-extraction), labels of texts or pairs of them, labels of words.
     """
 
     name: Name

@@ -9,7 +9,7 @@ from pathlib import Path
 from featherweight.checkpoint.files import link
 from featherweight.registry.answering import signature
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 
 CODE = Path(__file__).with_name("pyfunc_model.py")
 SERVED = "artifacts/served"
@@ -19,9 +19,10 @@ EXAMPLE = ["Once upon a time"]
 _COMMON = ("mlflow", "pandas", "transformers", "featherweight")
 
 
-def requirements(engine: str) -> list[str]:
+def requirements(engine: str, task: Task = "text-generation") -> list[str]:
     """The distributions that serve a variant of `engine`, at the versions installed here, without a '+cpu' of a local build."""
-    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *RUNTIMES[engine].requirements)]
+    behind = ("torch",) if task in HEADED and "torch" not in RUNTIMES[engine].requirements else ()
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *RUNTIMES[engine].requirements, *behind)]
 
 
 def write_model_folder(
@@ -48,7 +49,7 @@ def write_model_folder(
         path=str(folder),
         python_model=str(CODE),
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
-        pip_requirements=requirements(engine),
+        pip_requirements=requirements(engine, task),
         model_config=config,
         metadata={"featherweight.digest": digest, "featherweight.engine": engine},
     )

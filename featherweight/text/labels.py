@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from featherweight.errors import DataError
 from featherweight.measure.agreement import IGNORED
 from featherweight.model.architecture import task_of
 from featherweight.model.heads import by_label
-from featherweight.text.documents import Document, Label
+from featherweight.spec import HEADED
+from featherweight.text.documents import Document, Label, read_documents
+
+
+def require_labels(config: Any, text: Path) -> None:
+    """Raise DataError where a classifier would be trained on what it says itself."""
+    if task_of(config) not in HEADED[1:]:
+        return
+    first = next(read_documents(text), None)
+    if first is not None and first.label is None:
+        raise DataError(
+            f"the text ({first.id} ...) has no labels to train on; set data.label, or leave finetune out: a distillation learns "
+            "from the checkpoint's own answers"
+        )
 
 
 def label_ids(config: Any, tokenizer: Any, document: Document, told: Any) -> list[int]:
