@@ -1,0 +1,53 @@
+"""A password in the address of MLflow's server is nowhere: not in files, databases, artifacts, nor on the terminal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featherweight.errors import CheckpointError
+from featherweight.system.environment import QUIET
+from tests.support.mlflow_server import mlflow_server
+
+SECRET = "hunter2"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_password_is_left_nowhere(
+    harness: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails tells the most: messages, tags, a nested run's error, the flow run's state."""
+    from prefect.settings import get_current_settings
+
+    from flows.optimize import optimize_flow
+
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    (tmp_path / "text.txt").write_text(
+        "".join(f"The little model number {n} went for a walk of {n} steps.\n\n" for n in range(200))
+    )
+    tree = {
+        "name": "planted",
+        "checkpoint": {"source": str(tmp_path / "nowhere")},
+        "data": {"source": str(tmp_path / "text.txt")},
+        "stages": {"export": {"half": {"engine": "torch", "compute_type": "bfloat16"}}},
+        "promote": {"model": "planted"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with mlflow_server(tmp_path, f"sqlite:///{tmp_path}/server.db") as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", f"://ada:{SECRET}@"))
+        with pytest.raises(CheckpointError) as caught:
+            optimize_flow(str(tmp_path / "recipe.yaml"), workspace=str(tmp_path / "workspace"))
+    told = capfd.readouterr()
+    places = {path for path in tmp_path.rglob("*") if path.is_file()}
+    database = re.sub(r"^sqlite.*?:///", "/", get_current_settings().server.database.connection_url.get_secret_value())
+    places |= set(Path(database).parent.glob(f"{Path(database).name}*"))
+    assert any(path.name == "server.db" for path in places) and len(places) > 5
+    assert SECRET not in told.out + told.err + str(caught.value)
+    assert [str(path) for path in places if SECRET.encode() in path.read_bytes()] == []
