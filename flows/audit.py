@@ -1,16 +1,19 @@
-"""Looking back: the table of a finished optimization, and the lineage of a registered version."""
+"""Looking back: the lineage of a registered version, and the audit of registered models."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from featherweight.errors import IntegrityError
+from featherweight.registry.auditing import Finding, audit_model
 from featherweight.registry.lineage import Lineage, Verdict, from_registry, verify
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
+from featherweight.system.user import user_name
 
 RESULT = "result.json"
 
@@ -44,3 +47,60 @@ def audit(workspace: Workspace, reference: str, check: bool) -> Audit:
     registry.check()
     found = from_registry(registry, *parse_reference(reference, "champion"))
     return Audit(found, tuple(verify(found, registry)) if check else ())
+
+
+@dataclass(frozen=True)
+class RegistryAudit:
+    """What an audit of registered models found. repaired: what was mended before it, in words."""
+
+    findings: tuple[Finding, ...]
+    repaired: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"ok": not self.wrong, "findings": [asdict(one) for one in self.findings], "repaired": list(self.repaired)}
+
+    def to_text(self) -> str:
+        """A line for each thing that is not ok, by class, and how many are."""
+        order = ("altered", "missing", "foreign", "out of step")
+        rows = sorted(self.wrong, key=lambda one: (order.index(one.state), one.model, one.version))
+        lines = [f"{row.state:<12}{_where(row)}: {row.part}{f'  {row.reason}' if row.reason else ''}" for row in rows]
+        return "\n".join([*self.repaired, *lines, f"{len(self.findings) - len(rows)} ok, {len(rows)} not"])
+
+    @property
+    def wrong(self) -> list[Finding]:
+        """Everything that is not ok."""
+        return [one for one in self.findings if one.state != "ok"]
+
+    def raise_if_wrong(self) -> None:
+        """Raise IntegrityError where anything is not ok."""
+        if self.wrong:
+            first = self.wrong[0]
+            raise IntegrityError(f"{len(self.wrong)} findings, first {_where(first)}: {first.part} is {first.state}")
+
+
+def _where(finding: Finding) -> str:
+    return f"{finding.model}/{finding.version}" if finding.version else finding.model
+
+
+def audit_registry(workspace: Workspace, name: str, repair: bool) -> RegistryAudit:
+    """Audit one registered model, or all for ''.
+
+    repair: first take unreadable history entries out, let what is left of a cut history count, and complete what follows from it.
+    """
+    registry = Registry(workspace.tracking_uri)
+    registry.check()
+    names = [parse_reference(name, "champion")[0]] if name else registry.models()
+    repaired = [line for one in names for line in _repair(registry, one)] if repair else []
+    return RegistryAudit(tuple(finding for one in names for finding in audit_model(registry, one)), tuple(repaired))
+
+
+def _repair(registry: Registry, name: str) -> Iterator[str]:
+    for number in registry.quarantine(name):
+        yield f"{name}: history entry {number} was not readable and is out; its text is in the model's tag quarantined.{number}"
+    behind = registry.model(name).behind()
+    entry = registry.repair(name, user_name())
+    if entry is not None:
+        yield f"{name}: entry {entry.number}, {entry.told()}"
+    registry.settle(name)
+    yield from (f"{name}: {cell.kind} {cell.name} follows the history again" for cell, _ in behind)

@@ -143,6 +143,24 @@ def history(
     _tell(history_of(_workspace(workspace), model, repair), as_json)
 
 
+@app.command(name="audit", epilog=EXIT_CODES)
+def audit_models(
+    model: Annotated[str, typer.Argument(help="A registered model.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="All registered models.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="First mend the history; aliases, tags and stages follow it.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Hold everything that is stored of a model against what was signed, decided and measured; exit 9 where anything differs."""
+    from flows.audit import audit_registry
+
+    if bool(model) == every:
+        raise RecipeError("audit a model by its name, or --all")
+    found = audit_registry(_workspace(workspace), model, repair)
+    _tell(found, as_json)
+    found.raise_if_wrong()
+
+
 @app.command()
 def keys(action: Annotated[str, typer.Argument(help="init: make a key pair that signs from now on.")]) -> None:
     """Make the key pair that signs what is registered and decided here. Others trust its public key as trusted/NAME.pem."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 State = Literal["ok", "missing", "altered"]
 VERSION = 2
+TOLD = ("stage", "spec", "parents", "metrics", "seed", "environment", "machine", "started", "finished")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
             verdicts.append(Verdict("served digest", "altered", "the registered digest is not the lineage's"))
         for number, node in enumerate(lineage.graph.nodes):
             folder = Path(scratch) / str(number)
-            verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f)))
+            verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f), node))
     faults = registry.history(lineage.model).faults
     return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults)] + ([] if faults else [Verdict("history", "ok")])
 
@@ -262,8 +263,8 @@ def signed_files(version: RegisteredVersion, registry: Registry) -> list[Verdict
     return [Verdict(f"file {name}", "missing" if why.startswith("missing") else "altered", why) for name, why in faults.items()]
 
 
-def _judge(part: str, digest: str, fetch: Any) -> Verdict:
-    """Fetch an artifact and recompute its digest."""
+def _judge(part: str, digest: str, fetch: Any, node: LineageNode | None = None) -> Verdict:
+    """Fetch an artifact and recompute its digest; what else its manifest tells has to be what the node tells."""
     try:
         folder = fetch()
         if not Path(folder).is_dir():
@@ -271,10 +272,11 @@ def _judge(part: str, digest: str, fetch: Any) -> Verdict:
     except FeatherweightError as error:
         return Verdict(part, "missing", str(error))
     try:
-        artifact.verify(Path(folder), digest)
+        manifest = artifact.verify(Path(folder), digest)
     except IntegrityError as error:
         return Verdict(part, "altered", str(error))
-    return Verdict(part, "ok")
+    told = [name for name in TOLD if node is not None and getattr(manifest, name) != getattr(node, name)]
+    return Verdict(part, "altered", f"its manifest tells otherwise: {', '.join(told)}") if told else Verdict(part, "ok")
 
 
 def _fetch(registry: Registry, uri: str, folder: Path) -> Path:

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import GateError, one_line
+from featherweight.errors import GateError, IntegrityError, one_line
 from featherweight.registry.commit import Cell, Unsure
-from featherweight.registry.history import Entry
+from featherweight.registry.history import ENTRY_LIMIT, Entry
 from featherweight.registry.keys import Keys
 from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ENTRY = f"{TAG}entry"
 SIGNED = f"{TAG}entry_signature"
+QUARANTINED = f"{TAG}quarantined."
 HISTORY = f"{TAG}history"
 HISTORY_OF = f"{TAG}history_of"
 SUFFIX = ".history"
@@ -51,6 +52,15 @@ class MlflowStore:
         """Text and signature ('' where there is none) of each stored entry, by number."""
         self.read()
         return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in self._entries()}
+
+    def quarantine(self) -> list[int]:
+        """Delete the versions whose entry cannot be read, their text kept in tags of the model; returns their numbers."""
+        self.read()
+        unreadable = [one for one in self._entries() if not _readable(one)]
+        for one in unreadable:
+            self.client.set_registered_model_tag(self.model, f"{QUARANTINED}{one.version}", one.tags.get(ENTRY, "")[:ENTRY_LIMIT])
+            self.client.delete_model_version(self._history, one.version)
+        return [int(one.version) for one in unreadable]
 
     def _entries(self) -> Iterator[ModelVersion]:
         query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
@@ -115,6 +125,14 @@ class MlflowStore:
         about = f"The history of '{self.model}', kept by Featherweight: one version an entry. Nothing to serve; do not edit."
         create_model(self.client, self._history, {HISTORY_OF: self.model}, about)
         self.client.set_registered_model_tag(self.model, HISTORY, self._history)
+
+
+def _readable(found: ModelVersion) -> bool:
+    try:
+        Entry.from_json(found.tags.get(ENTRY, ""), int(found.version))
+    except IntegrityError:
+        return False
+    return True
 
 
 def create_model(client: MlflowClient, name: str, tags: dict[str, str] | None = None, about: str | None = None) -> None:

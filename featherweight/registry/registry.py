@@ -8,14 +8,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from featherweight.errors import GateError, ServiceError
+from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import ATTESTATION, sign_folder, statement
 from featherweight.registry.commit import Decide, commit, complete
@@ -25,7 +25,8 @@ from featherweight.registry.keys import Keys
 from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, refuse_renamed, served_models
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
-from featherweight.store.mlflow_errors import mlflow_explained
+from featherweight.registry.witness import lost, witness, witnessed_fault
+from featherweight.store.mlflow_errors import MISSING, mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.tracking import open_client
 from featherweight.store.workspace import local_path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 PING_S = 5.0
+T = TypeVar("T")
 
 __all__ = ["GateResult", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
 
@@ -133,7 +135,9 @@ class Registry:
         """Let aliases, tags and stages follow the history, where somebody stopped before they did; the model as it then stands."""
         with self._service():
             store = MlflowStore(self.client, model)
-            return complete(store, store.read())
+            seen = store.read()
+            _require_witnessed(seen)
+            return complete(store, seen)
 
     def lineage_json(self, version: RegisteredVersion) -> str:
         """The `lineage.json` that was registered with a version."""
@@ -156,6 +160,23 @@ class Registry:
         """Text and signature of each stored history entry, by number."""
         with self._service():
             return MlflowStore(self.client, model).signatures()
+
+    def run_metrics(self, run_id: str) -> dict[str, float] | None:
+        """Last figures of a run, None where there is no such run any more."""
+        with self._service():
+            run = _unless_missing(lambda: self.client.get_run(run_id))
+        return None if run is None or run.info.lifecycle_stage == "deleted" else dict(run.data.metrics)
+
+    def model_metrics(self, model_id: str) -> dict[str, float] | None:
+        """Figures of a LoggedModel, None where there is none any more."""
+        with self._service():
+            model = _unless_missing(lambda: self.client.get_logged_model(model_id))
+        return None if model is None else {metric.key: metric.value for metric in model.metrics or ()}
+
+    def quarantine(self, model: str) -> list[int]:
+        """Take unreadable history entries out, their text kept in a tag of the model; returns their numbers."""
+        with self._service():
+            return MlflowStore(self.client, model).quarantine()
 
     def served_folder(self, version: RegisteredVersion, folder: Path) -> Path:
         """The served files of a version: where they lie on a local store, else downloaded into `folder`."""
@@ -239,14 +260,20 @@ class Registry:
     def repair(self, model: str, who: str) -> Entry | None:
         """Take what is left of a history that was cut for the whole of it, by an entry that says so; None where it is whole."""
         with self._service():
-            _, entry = commit(MlflowStore(self.client, model), lambda seen: seen.repair(who))
+            seen, entry = commit(
+                MlflowStore(self.client, model), lambda seen: seen.repair(who, lost(seen.born, seen.history, Keys.here()))
+            )
+        witness(seen, Keys.here())
         return entry
 
     # -- how ------------------------------------------------------------------------------------------------------------
 
     def _commit(self, model: str, decide: Decide[RegisteredModel]) -> RegisteredModel:
         with self._service():
-            seen, _ = commit(MlflowStore(self.client, model), decide)
+            store = MlflowStore(self.client, model)
+            _require_witnessed(store.read())
+            seen, _ = commit(store, decide)
+        witness(seen, Keys.here())
         return seen
 
     def _ensure_model(self, model: str) -> None:
@@ -353,6 +380,24 @@ def _ping(url: str) -> None:
         raise ServiceError(f"the MLflow server at {url} does not answer ({reason}); is it running?") from error
     if status >= 500:
         raise ServiceError(f"the MLflow server at {url} answers {status}; look into its log")
+
+
+def _require_witnessed(seen: RegisteredModel) -> None:
+    """Raise IntegrityError where the history does not hold what this user saw of it."""
+    if fault := witnessed_fault(seen.born, seen.history, Keys.here()):
+        raise IntegrityError(f"{fault}; nothing is decided on it (`featherweight audit {seen.model} --repair`)")
+
+
+def _unless_missing(ask: Callable[[], T]) -> T | None:
+    """What MLflow answers, None where it has no such thing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return ask()
+    except MlflowException as error:
+        if error.error_code not in MISSING:
+            raise
+        return None
 
 
 def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str, str]:

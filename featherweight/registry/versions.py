@@ -196,10 +196,17 @@ class RegisteredModel:
         if self.cut:
             raise IntegrityError(f"{self.cut[0]}; nothing is decided on it (`featherweight history {self.model} --repair`)")
 
-    def repair(self, who: str) -> Entry | None:
-        """The entry that takes what is left of a cut history for the whole of it, None where it is not cut."""
-        why = f"{'; '.join(self.cut)}: what is left counts"
-        return replace(self._entry("repair", {}, self.history.standing, who, why), mends=self.tags[MARK]) if self.cut else None
+    def repair(self, who: str, witnessed: str = "") -> Entry | None:
+        """The entry that takes what is left of a cut history for the whole of it, None where nothing is known to be cut.
+
+        witnessed: mark of an entry that was seen elsewhere and is not there.
+        """
+        marks = [*([self.tags[MARK]] if self.cut else []), *([witnessed] if witnessed else [])]
+        numbers = " and ".join(sorted({one.partition(":")[0] for one in marks}))
+        entry = self._entry(
+            "repair", {}, self.history.standing, who, f"entry {numbers} was removed or altered: what is left counts"
+        )
+        return replace(entry, mends=" ".join(marks)) if marks else None
 
 
 def mark(entry: Entry) -> str:
@@ -207,9 +214,14 @@ def mark(entry: Entry) -> str:
     return f"{entry.number}:{entry.digest}"
 
 
+def knows(entry: Entry, marked: str) -> bool:
+    """Whether an entry is the marked one, or the repair that gave it up."""
+    return marked == mark(entry) or marked in entry.mends.split()
+
+
 def _cut(history: History, marked: str) -> list[str]:
     """What a mark tells of a history that does not hold the marked entry."""
-    if not marked or any(marked in (mark(entry), entry.mends) for entry in history.entries):
+    if not marked or any(knows(entry, marked) for entry in history.entries):
         return []
     return [f"history entry {marked.partition(':')[0]}, which the aliases followed, was removed or altered"]
 

@@ -38,7 +38,7 @@ def move(desk: Bench, version: str, to: str, why: str = "a test") -> registry.Re
 
 
 def test_registered_version_tells_all_of_the_winner(desk: Bench) -> None:
-    winner = desk.winner(recipe="r1", constraints={"max_quality_loss": 0.01}, threads=2)
+    winner = desk.winner(recipe="r1", checkpoint="c1", evaluation="e1", constraints={"max_quality_loss": 0.01}, threads=2)
     version = desk.registry.register(winner)
     assert (version.new, version.version, version.stage, version.aliases) == (True, "1", "none", ())
     assert (version.digest, version.variant, version.run_id) == (winner.digest, "w8/torch", desk.run_id)

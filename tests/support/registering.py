@@ -70,7 +70,8 @@ class Bench:
         measured = self.measurement(name, made[1].digest, metrics)
         told = {"recipe": recipe, "run_id": self.run_id, "metrics": metrics, "measured": measured[1].digest}
         graph = build([*self.origin, made, measured], made[1].digest, variant=name, **told)
-        return self.record(name, made[0], graph, **changes)
+        origin = {"checkpoint": self.origin[0][1].digest, "evaluation": self.origin[1][1].digest}
+        return self.record(name, made[0], graph, **{"recipe": recipe, **origin, **changes})
 
     def measurement(self, name: str, served: str, metrics: Mapping[str, float]) -> tuple[ArtifactRef, Manifest]:
         """The artifact of an evaluation."""
@@ -78,7 +79,7 @@ class Bench:
         folder.mkdir(parents=True)
         (folder / "measurement.json").write_text(json.dumps({"of": served, "metrics": metrics}))
         parents = {"served": served, "evaluation": self.origin[1][1].digest}
-        return self.publish(folder, f"{name}/evaluate", "evaluate", parents=parents)
+        return self.publish(folder, f"{name}/evaluate", "evaluate", parents=parents, metrics=dict(metrics))
 
     @cached_property
     def origin(self) -> list[tuple[ArtifactRef, Manifest]]:

@@ -1,0 +1,158 @@
+"""The audit of a registered model: everything that is stored of it against what was signed, decided and measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from featherweight.errors import FeatherweightError
+from featherweight.measure.goals import OBJECTIVE
+from featherweight.registry.attestation import ATTESTATION, attested
+from featherweight.registry.evidence import with_evidence
+from featherweight.registry.keys import Keys
+from featherweight.registry.lineage import Lineage, from_registry, verify
+from featherweight.registry.registry import Registry
+from featherweight.registry.versions import RegisteredModel, RegisteredVersion
+from featherweight.registry.witness import witnessed_fault
+
+State = Literal["ok", "altered", "missing", "foreign", "out of step"]
+PROVEN = ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. version: '' for what belongs to the model. reason: what is wrong, or known of it."""
+
+    model: str
+    version: str
+    part: str
+    state: State
+    reason: str = ""
+
+
+def audit_model(registry: Registry, name: str, keys: Keys | None = None) -> list[Finding]:
+    """Everything of a model, down to the checkpoint's files: every byte still reachable is read.
+
+    altered: not what it was. missing: no longer there. foreign: nothing that is trusted here vouches for it. out of step: MLflow
+    shows otherwise than the history has it. keys: those of this user by default. Raises GateError for an unknown model.
+    """
+    keys = keys or Keys.here()
+    seen = registry.model(name)
+    findings = [*_history(registry, seen, keys), *_entries(registry, seen, keys), *_cells(seen)]
+    for version in seen.versions.values():
+        findings += [*_origin(seen, version, keys), *_content(registry, version)]
+    return findings
+
+
+def _history(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[Finding]:
+    """What does not hold together by itself, and against what was seen from here before."""
+    faults = [*seen.history.faults, *filter(None, [witnessed_fault(seen.born, seen.history, keys)])]
+    for fault in faults:
+        gone = "deleted" in fault or "is not there" in fault
+        yield Finding(seen.model, "", "history", "missing" if gone else "altered", fault)
+    if not faults:
+        yield Finding(seen.model, "", "history", "ok", f"{len(seen.history.entries)} entries")
+
+
+def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[Finding]:
+    """Entries that no trusted key signed, from the first that one did."""
+    began = False
+    for number, (text, signature) in registry.entry_signatures(seen.model).items():
+        good = bool(signature) and keys.signed(text, signature)
+        began = began or good
+        if good or not keys.public or not (began or signature):
+            continue
+        state: State = "altered" if signature else "foreign"
+        yield Finding(seen.model, "", f"entry {number}", state, "no trusted key signed it as it stands")
+
+
+def _cells(seen: RegisteredModel) -> Iterator[Finding]:
+    """Aliases, tags and stages that do not follow the history."""
+    words = {
+        "alias": "alias {0}",
+        "tag": "stage tag of version {0}",
+        "stage": "MLflow's stage of version {0}",
+        "mark": "history_head",
+    }
+    for cell, value in seen.behind():
+        part = words[cell.kind].format(cell.name)
+        yield Finding(seen.model, "", part, "out of step", f"the history has it at {value or 'nothing'}")
+
+
+def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys) -> Iterator[Finding]:
+    """Whether a version was registered by somebody who is trusted here."""
+    twin = next((one for one in seen.versions.values() if one.digest == version.digest), version)
+    signed = [int(one.version) for one in seen.versions.values() if attested(one, seen.born, keys)]
+    told = (seen.model, version.version, "registration")
+    if twin.version != version.version:
+        yield Finding(*told, "foreign", f"the artifact of version {twin.version} once more")
+    elif not keys.public or int(version.version) in signed:
+        yield Finding(*told, "ok", "" if keys.public else "no key is trusted here")
+    elif ATTESTATION in version.tags:
+        yield Finding(*told, "altered", "it is not what was attested of it")
+    elif signed and int(version.version) > min(signed):
+        yield Finding(*told, "foreign", "no trusted key attests it")
+    else:
+        yield Finding(*told, "ok", "unsigned, of the time before keys")
+
+
+def _content(registry: Registry, version: RegisteredVersion) -> Iterator[Finding]:
+    """Files, lineage, evaluation, tags and MLflow's figures of a version."""
+    try:
+        told = from_registry(registry, version.model, version.version)
+    except FeatherweightError as error:
+        gone: State = "altered" if "altered" in str(error) or "readable" in str(error) else "missing"
+        yield Finding(version.model, version.version, "lineage.json", gone, str(error))
+        return
+    for verdict in verify(told, registry):
+        if verdict.part != "history":
+            foreign = verdict.reason.startswith("foreign")
+            yield Finding(version.model, version.version, verdict.part, "foreign" if foreign else verdict.state, verdict.reason)
+    yield from _tags(registry, version, told)
+    yield from _runs(registry, version, told)
+
+
+def _tags(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
+    """Tags that tell otherwise than the lineage and the verified evaluation."""
+    known = {"recipe": told.graph.recipe, "run_id": told.graph.run_id}
+    try:
+        proven = with_evidence(registry, version)
+        known |= {name: proven.tag(name) for name in PROVEN}
+    except FeatherweightError as error:
+        yield Finding(version.model, version.version, "evaluation", "missing", str(error))
+    for name, value in known.items():
+        if _plain(name, version.tag(name)) != _plain(name, value):
+            yield Finding(version.model, version.version, f"tag {name}", "altered", "the lineage tells otherwise")
+
+
+def _plain(name: str, value: str) -> Any:
+    """A tag's value, to compare."""
+    if name == "objective":
+        return value or OBJECTIVE
+    try:
+        return json.loads(value) if name in ("metrics", "constraints") else value
+    except ValueError:
+        return value
+
+
+def _runs(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
+    """MLflow's runs and their figures, stage by stage, and those of the logged model."""
+    for node in told.graph.nodes:
+        shown = registry.run_metrics(node.run_id)
+        if shown is None:
+            yield Finding(version.model, version.version, f"run of {node.id}", "missing", "MLflow has it no more")
+        else:
+            yield from _figures(version, f"run of {node.id}", node.metrics, shown)
+    shown = registry.model_metrics(version.tag("model_id"))
+    if shown is None:
+        yield Finding(version.model, version.version, "logged model", "missing", "MLflow has it no more")
+    else:
+        yield from _figures(version, "logged model", told.graph.metrics, shown)
+
+
+def _figures(version: RegisteredVersion, part: str, known: Any, shown: dict[str, float]) -> Iterator[Finding]:
+    wrong = sorted(name for name, value in shown.items() if name in known and known[name] != value)
+    if wrong:
+        yield Finding(version.model, version.version, f"figures in the {part}", "altered", ", ".join(wrong))

@@ -1,0 +1,47 @@
+"""A second place for the end of each history: a file beside the keys, which no one who writes to MLflow can write to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from featherweight.registry.history import History
+from featherweight.registry.keys import Keys
+from featherweight.registry.versions import RegisteredModel, knows, mark
+from featherweight.system.locks import locked_file
+
+FILE = "witness.json"
+
+
+def witness(model: RegisteredModel, keys: Keys) -> None:
+    """Remember the last entry of a history, where there are keys of one's own."""
+    if keys.private is None or not model.history.entries:
+        return
+    path = keys.folder / FILE
+    with locked_file(path.with_name(f"{FILE}.lock")):
+        seen = _read(path)
+        if lost(model.born, model.history, keys):
+            return  # what was seen before outlives what it was replaced by
+        part = path.with_name(f"{FILE}.part")
+        part.write_text(json.dumps(seen | {str(model.born): mark(model.history.entries[-1])}, indent=1))
+        part.replace(path)
+
+
+def lost(born: int, history: History, keys: Keys) -> str:
+    """Mark of the entry that this user saw last, where the history does not hold it; '' where it does, or nothing was seen."""
+    seen = _read(keys.folder / FILE).get(str(born), "")
+    return "" if any(knows(entry, seen) for entry in history.entries) else seen
+
+
+def witnessed_fault(born: int, history: History, keys: Keys) -> str:
+    """What that means in words, '' where nothing is wrong."""
+    number = lost(born, history, keys).partition(":")[0]
+    return (
+        f"history entry {number}, which was seen from here, is not there any more, or another: cut off or rewritten"
+        if number
+        else ""
+    )
+
+
+def _read(path: Path) -> dict[str, str]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,259 @@
+"""An audit names each of many tamperings with what is registered, signed, decided and measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from featherweight.errors import IntegrityError
+from featherweight.registry.auditing import Finding, audit_model
+from featherweight.registry.keys import Keys
+from featherweight.registry.lineage import LineageGraph
+from featherweight.registry.mlflow_store import ENTRY, SIGNED
+from featherweight.store.workspace import Workspace, local_path
+from flows.audit import audit_registry
+from tests.support.registering import METRICS, MODEL, Bench, desk
+
+__all__ = ["desk"]
+SIDE = f"{MODEL}.history"
+
+
+@dataclass(frozen=True)
+class Tampering:
+    """What an attacker does, how it is undone, and what the audit has to say: the class, and words of the part or the reason."""
+
+    name: str
+    do: Callable[[], object]
+    undo: Callable[[], object]
+    state: str
+    words: str
+
+
+@pytest.fixture
+def whole(desk: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Two signed versions, each champion in its turn, with figures in a run and in the logged models."""
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "keys"))
+    Keys.here().make()
+    for name in ("one", "two"):
+        version = desk.registry.register(desk.winner(name, model_id=desk.registry.log_variant(desk.run_id, name, METRICS)))
+        desk.registry.transition(MODEL, version.version, "production", who="ada", why=f"{name} is good")
+    desk.registry.client.log_metric(desk.run_id, "speedup_1", METRICS["speedup_1"])
+    return desk
+
+
+def wrong(desk: Bench) -> list[Finding]:
+    return [one for one in audit_model(desk.registry, MODEL) if one.state != "ok"]
+
+
+def files(desk: Bench) -> Iterator[Tampering]:
+    """Every file that serving can touch, changed in four ways."""
+    folder = Path(str(local_path(desk.registry.get(MODEL, "2").source)))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, content = str(path.relative_to(folder)), path.read_bytes()
+        ways = {"delete": None, "replace": b"something else", "truncate": content[: len(content) // 2]}
+        ways["flip"] = bytes([content[0] ^ 1]) + content[1:] if content else b"\x01"
+        for way, changed in ways.items():
+            if changed == content:
+                continue
+            words = "model.sig" if name == "model.sig" else Path(name).name
+
+            def do(path: Path = path, changed: bytes | None = changed) -> None:
+                path.unlink()  # served files are links to the stage's own
+                if changed is not None:
+                    path.write_bytes(changed)
+
+            def undo(path: Path = path, content: bytes = content) -> None:
+                path.unlink(missing_ok=True)
+                path.write_bytes(content)
+
+            yield Tampering(f"{way} {name}", do, undo, "missing" if changed is None else "altered", words)
+    foreign = folder / "sitecustomize.py"
+    yield Tampering("add a file", lambda: foreign.write_text("code"), foreign.unlink, "foreign", "sitecustomize.py")
+
+
+def artifacts(desk: Bench) -> Iterator[Tampering]:
+    """What the version was made of and measured by: files, manifests, whole folders."""
+    graph = LineageGraph.from_json(desk.registry.lineage_json(desk.registry.get(MODEL, "2")))
+    for node in graph.nodes:
+        folder = Path(str(local_path(node.uri)))
+        away = folder.with_name(f"{folder.name}-away")
+        yield Tampering(
+            f"remove {node.id}", lambda f=folder, a=away: f.rename(a), lambda f=folder, a=away: a.rename(f), "missing", node.id
+        )
+        manifest = folder / "manifest.json"
+        if node.stage != "evaluate":
+            continue
+        for name, value in {"metrics": {"speedup_1": 999.0}, "parents": {"x": "y"}, "machine": {"cpu": "other"}, "seed": 7}.items():
+            text = manifest.read_text()
+            changed = json.dumps({**json.loads(text), name: value})
+            do, undo = (lambda m=manifest, t=one: m.write_text(t) for one in (changed, text))
+            yield Tampering(f"{name} in the manifest of {node.id}", do, undo, "altered", name)
+
+
+def tags(desk: Bench) -> Iterator[Tampering]:
+    client = desk.registry.client
+    version = client.get_model_version(MODEL, "2")
+    for name in ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant", "recipe", "run_id"):
+        value = {"metrics": '{"speedup_1": 999}', "constraints": '{"min_speedup": 0.1}'}.get(name, "other")
+        do, undo = (
+            lambda key=f"featherweight.{name}", v=one: client.set_model_version_tag(MODEL, "2", key, v)
+            for one in (value, version.tags[f"featherweight.{name}"])
+        )
+        yield Tampering(f"tag {name}", do, undo, "altered", f"tag {name}")
+    for name, words in {"digest": "registration", "lineage": "lineage.json", "attestation": "registration"}.items():
+        do, undo = (
+            lambda key=f"featherweight.{name}", v=one: client.set_model_version_tag(MODEL, "2", key, v)
+            for one in ("0" * 64, version.tags[f"featherweight.{name}"])
+        )
+        yield Tampering(f"tag {name}", do, undo, "altered", words)
+    stage = (lambda v=one: client.set_model_version_tag(MODEL, "1", "featherweight.stage", v) for one in ("production", "archived"))
+    yield Tampering("tag stage", *stage, "out of step", "stage tag of version 1")
+    moved = (lambda v=one: client.transition_model_version_stage(MODEL, "1", v) for one in ("Production", "Archived"))
+    yield Tampering("MLflow's stage", *moved, "out of step", "MLflow's stage of version 1")
+
+
+def aliases(desk: Bench) -> Iterator[Tampering]:
+    client = desk.registry.client
+    for alias, version in {"champion": "2", "production": "2", "previous": "1"}.items():
+        other = "1" if version == "2" else "2"
+        do, undo = (lambda a=alias, v=one: client.set_registered_model_alias(MODEL, a, v) for one in (other, version))
+        yield Tampering(f"move {alias}", do, undo, "out of step", f"alias {alias}")
+        gone = lambda a=alias: client.delete_registered_model_alias(MODEL, a)  # noqa: E731
+        yield Tampering(f"delete {alias}", gone, undo, "out of step", f"alias {alias}")
+    for alias in ("challenger", "staging"):
+        gone = lambda a=alias: client.delete_registered_model_alias(MODEL, a)  # noqa: E731
+        do = lambda a=alias: client.set_registered_model_alias(MODEL, a, "1")  # noqa: E731
+        yield Tampering(f"set {alias}", do, gone, "out of step", f"alias {alias}")
+
+
+def history(desk: Bench) -> Iterator[Tampering]:
+    client = desk.registry.client
+
+    def undelete(number: str) -> None:
+        with sqlite3.connect(desk.root / "mlflow.db") as base:
+            base.execute("update model_versions set current_stage = 'None' where name = ? and version = ?", [SIDE, int(number)])
+
+    for number in "12":
+        stored = client.get_model_version(SIDE, number).tags
+        for way, text in {"edit": stored[ENTRY].replace("good", "bad"), "garble": "{}"}.items():
+            do, undo = (lambda n=number, t=one: client.set_model_version_tag(SIDE, n, ENTRY, t) for one in (text, stored[ENTRY]))
+            yield Tampering(f"{way} entry {number}", do, undo, "altered", f"entry {number}")
+        do, undo = (lambda n=number, t=one: client.set_model_version_tag(SIDE, n, SIGNED, t) for one in ("MAo=", stored[SIGNED]))
+        yield Tampering(f"sign entry {number} anew", do, undo, "altered", f"entry {number}")
+        gone = lambda n=number: client.delete_model_version(SIDE, n)  # noqa: E731
+        yield Tampering(f"delete entry {number}", gone, lambda n=number: undelete(n), "altered", f"entry {number}")
+    stripped = client.get_model_version(SIDE, "2").tags[SIGNED]
+    yield Tampering(
+        "strip the signature of entry 2",
+        lambda: client.delete_model_version_tag(SIDE, "2", SIGNED),
+        lambda: client.set_model_version_tag(SIDE, "2", SIGNED, stripped),
+        "foreign",
+        "entry 2",
+    )
+    mark = client.get_registered_model(MODEL).tags["featherweight.history_head"]
+
+    def cut() -> None:
+        client.delete_model_version(SIDE, "2")
+        client.delete_registered_model_tag(MODEL, "featherweight.history_head")
+
+    def mend() -> None:
+        undelete("2")
+        client.set_registered_model_tag(MODEL, "featherweight.history_head", mark)
+
+    yield Tampering("delete the newest entry and its mark", cut, mend, "missing", "seen from here")
+
+
+def figures(desk: Bench) -> Iterator[Tampering]:
+    client, id = desk.registry.client, desk.registry.get(MODEL, "2").tag("model_id")
+    do, undo = (lambda v=one: client.log_metric(desk.run_id, "speedup_1", v) for one in (999.0, METRICS["speedup_1"]))
+    yield Tampering("a run's metric", do, undo, "altered", "figures in the run")
+    yield Tampering(
+        "delete the run", lambda: client.delete_run(desk.run_id), lambda: client.restore_run(desk.run_id), "missing", "run of"
+    )
+
+    def rewrite(value: float) -> None:
+        with sqlite3.connect(desk.root / "mlflow.db") as base:
+            base.execute(
+                "update logged_model_metrics set metric_value = ? where model_id = ? and metric_name = 'speedup_1'", [value, id]
+            )
+
+    yield Tampering(
+        "a logged model's metric", lambda: rewrite(999.0), lambda: rewrite(8.0), "altered", "figures in the logged model"
+    )
+
+
+def trust(desk: Bench) -> Iterator[Tampering]:
+    keys = Keys.here().folder
+
+    def replaced() -> None:
+        shutil.move(keys / "public.pem", keys / "kept")
+        (keys / "public.pem").write_bytes(Keys(desk.root / "other").make().read_bytes())
+
+    yield Tampering(
+        "replace the key", replaced, lambda: shutil.move(keys / "kept", keys / "public.pem"), "altered", "no trusted key"
+    )
+
+
+@pytest.mark.slow
+def test_each_tampering_is_named(whole: Bench) -> None:
+    assert wrong(whole) == []
+    count = 0
+    for tell in (files, artifacts, tags, aliases, history, figures, trust):
+        for tampering in tell(whole):
+            tampering.do()
+            found = [f"{one.part} {one.reason}" for one in wrong(whole) if one.state == tampering.state]
+            assert any(tampering.words in one for one in found), (tampering.name, tampering.state, found, wrong(whole))
+            tampering.undo()
+            count += 1
+    assert wrong(whole) == []
+    assert count >= 60
+    print(f"{count} tamperings")
+
+
+def test_a_copied_and_a_hand_made_version_are_foreign(whole: Bench) -> None:
+    client = whole.registry.client
+    first = client.get_model_version(MODEL, "1")
+    client.create_model_version(MODEL, first.source, first.run_id, tags=dict(first.tags), await_creation_for=0)
+    client.create_model_version(
+        MODEL, first.source, first.run_id, {**first.tags, "featherweight.digest": "d"}, await_creation_for=0
+    )
+    del first
+    found = {one.version: one.reason for one in wrong(whole) if one.state == "foreign" and one.part == "registration"}
+    assert found["3"] == "the artifact of version 1 once more"
+    assert any(one.version == "4" and one.part == "registration" for one in wrong(whole))
+
+
+def test_nothing_is_decided_on_a_history_that_was_seen_whole_and_is_not(whole: Bench) -> None:
+    client = whole.registry.client
+    client.delete_model_version(SIDE, "2")
+    client.delete_registered_model_tag(MODEL, "featherweight.history_head")
+    with pytest.raises(IntegrityError, match="history entry 2, which was seen from here, is not there any more"):
+        whole.registry.rollback(MODEL, "eve", "x")
+    with pytest.raises(IntegrityError, match="seen from here"):
+        whole.registry.settle(MODEL)
+    assert client.get_registered_model(MODEL).aliases["champion"] == 2
+    repaired = audit_registry(Workspace.at(whole.root), MODEL, True)
+    assert "entry 2 was removed or altered: what is left counts" in repaired.to_text()
+    assert client.get_registered_model(MODEL).aliases["champion"] == 1
+    assert whole.registry.transition(MODEL, "2", "production", who="ada", why="again").stage == "production"
+
+
+def test_the_audit_repairs_what_follows_and_takes_out_what_cannot_be_read(whole: Bench) -> None:
+    workspace, client = Workspace.at(whole.root), whole.registry.client
+    assert audit_registry(workspace, "", False).to_text().endswith(" ok, 0 not")
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    client.set_model_version_tag(SIDE, "1", ENTRY, "no JSON")
+    before = audit_registry(workspace, MODEL, False)
+    assert {one.state for one in before.wrong} >= {"altered", "out of step"}
+    repaired = audit_registry(workspace, MODEL, True)
+    assert [one.state for one in repaired.wrong if one.state == "out of step"] == []
+    assert any("entry 1 was not readable and is out" in line for line in repaired.repaired)
+    assert "alias champion follows the history again" in repaired.to_text()
+    assert client.get_registered_model(MODEL).aliases["champion"] == 2
+    assert json.loads(json.dumps(repaired.to_dict()))["ok"] is False  # what was taken out stays told
