@@ -9,7 +9,7 @@ from featherweight.recipe.refusals import FLOAT_BYTES, gib
 from featherweight.spec import ModelSize
 
 HELD = {
-    "load": 1.5,
+    "load": 2,
     "prune": 3,
     "sensitivity": 2,
     "quantize": 3.5,
@@ -17,7 +17,7 @@ HELD = {
     "finetune": 5,
     "train": 5,
     "generate": 2.5,
-    "compile": 3.5,
+    "compile": 4.5,
     "export": 2.5,
     "evaluate": 3,
 }

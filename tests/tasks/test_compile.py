@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from featherweight.errors import RecipeError, StageError
+from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
@@ -133,7 +133,7 @@ def test_grids_may_differ_between_query_key_and_value_and_the_head_may_stay_floa
 
 
 def test_an_architecture_that_the_builder_does_not_know(checkpoints, text, tmp_path):
-    with pytest.raises(StageError, match="does not know the architecture in gpt2"):
+    with pytest.raises(RecipeError, match="model builder does not know GPT2LMHeadModel; take torch"):
         compile(genai(), checkpoint=checkpoints["gpt2"], calibration=text, out=tmp_path)
 
 
