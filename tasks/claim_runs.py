@@ -43,6 +43,8 @@ class ClaimRuns:
         names: dict[str, str] = {}
         for run in self._runs([ARRIVAL, *([_tag(recipe)] if recipe else [])]):
             key, _, number = str(run.idempotency_key).rpartition("/")
+            if not number.isdigit():  # a copy that somebody made by hand
+                continue
             found.setdefault(key, []).append(self._crashed_where_lost(_try(run, int(number)), patience))
             names[key] = next((tag.partition(" ")[2] for tag in run.tags if tag.startswith(_tag(""))), "")
         return {key: Claim(key, names[key], tuple(sorted(tries, key=lambda one: one.number))) for key, tries in found.items()}

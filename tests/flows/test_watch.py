@@ -17,7 +17,7 @@ from featherweight.errors import CheckpointError
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import process_name
 from flows.watch_schedule import _deployment, parameters_of
-from tasks.claim_runs import PROCESS, ClaimRuns
+from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns
 from tasks.claims import Patience
 
 
@@ -140,6 +140,9 @@ def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recip
         runs.client.update_flow_run_labels(UUID(claimed["flow_run"]), {PROCESS: process})
         (claim,) = [one for one in runs.claims(Patience(**patience)).values() if one.key == claimed["key"]]
         assert claim.status(Patience()) == status
+    deployment = runs.client.read_deployment_by_name(told["deployment"]).id
+    by_hand = {"parameters": {"recipe": str(recipe)}, "tags": [ARRIVAL, "recipe arrived"]}
+    runs.client.create_flow_run_from_deployment(deployment, **by_hand)
     again = look(tmp_path / "drop", recipe, tmp_path / "workspace", backoff_s=0.0)
     assert [(one["status"], one["tries"]) for one in again] == [("done", 2)]
     runs.client.update_flow_run_labels(
