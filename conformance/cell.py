@@ -211,11 +211,12 @@ def kept(folder: Path) -> Reference:
 
 def _reference(model: Any, checkpoint: Path, text: Path) -> Reference:
     """What transformers' eager attention says of `model`, and the three texts that it writes."""
+    usual = model.config._attn_implementation
     reference = Reference.of(_eager(model), checkpoint, text, TOKENS)
     longest = reference.windows[0].source or reference.windows[0].ids
     prompts = [longest[:length] for length in PROMPTS] if reference.continuations else []
     reference = replace(reference, continuations=[continuation(model, prompt, NEW) for prompt in prompts])
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(usual)
     return reference
 
 

@@ -1,7 +1,9 @@
-"""What every cell imports, imported once: see run.PRELOADED."""
+"""What every cell imports, imported once, before the processes of the cells part: see run.PRELOADED."""
 
-import torchao  # noqa: F401
+import tasks.load
+import tasks.quantize  # noqa: F401
+from conformance import cell, families
 
-from conformance import cell
+families.families()  # asks transformers and the engines' libraries, which imports most of them
 
 __all__ = ["cell"]

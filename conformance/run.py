@@ -19,12 +19,13 @@ from conformance.cell import LOAD, QUANTIZE, Folders
 from conformance.outcome import KINDS, Matrix, Outcome
 from conformance.tiny import Case
 
-PRELOADED = ["torch", "transformers", "ctranslate2", "onnxruntime_genai", "conformance.preload"]
+PRELOADED = ["conformance.preload", "conformance.run"]
 """What the processes of the cells share from the start, instead of importing it in each."""
 
 
 def run(matrix: Matrix, cases: Iterable[Case], columns: list[str], limit_s: float, *, redo: bool = False) -> None:
     """Find every cell of `cases` in `columns` that this code has not found yet; each is kept at once."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool of compilers takes longer to start than to be of use
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(PRELOADED)
     every, began = list(cases), monotonic()

@@ -110,6 +110,16 @@ TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, alibi": ("falcon", {"alibi": True}),
     "phi3, no window": ("phi3", {"sliding_window": None}),
+    "phi3, rope longrope, short texts": ("phi3", {
+        "sliding_window": None, "original_max_position_embeddings": 200, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 200} | BANDS}),
+    "phi3, half of each head rotary": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "gemma2, wide window, no caps": ("gemma2", {
+        "sliding_window": CONTEXT, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text, wide window": ("gemma3_text", {
+        "sliding_window": CONTEXT, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gpt_neox, untwisted": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_oss, wide window": ("gpt_oss", {"sliding_window": CONTEXT}),
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
     "t5, gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.model.architecture import task_of
-from featherweight.runtimes.ctranslate2 import patches
+from featherweight.runtimes.ctranslate2 import loaders, patches, rotary
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import HEADED
 
@@ -40,13 +40,14 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
             spec = super()._load()
             patches.drop_pooler(spec)
             patches.give_head_dim(spec, model)
+            rotary.give(spec, model)
             patches.mend_vocabularies(spec, model)
             if rows is not None:
                 pack(spec, rows)
             return spec
 
     try:
-        with patches.quick_collections(), patches.marian_as_bart():
+        with patches.quick_collections(), loaders.ours():
             Converter(str(checkpoint)).convert(str(out), quantization=floats)
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         kind = type(model).__name__

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.positions import AFTER_PADDING
 from featherweight.model.surgery import replace_weight
+from featherweight.runtimes.ctranslate2 import rotary
 from featherweight.text.model_inputs import decoder_start
 
 if TYPE_CHECKING:
@@ -25,26 +27,6 @@ def quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-@contextmanager
-def marian_as_bart() -> Iterator[None]:
-    """Marian through the loader of its siblings, where padding is a token like any other.
-
-    CTranslate2's own cuts the last row off every embedding, which need not be padding's, and has the decoder start from zeros
-    where the checkpoint starts from the padding's embedding: other probabilities, once that row has been trained.
-    """
-    from ctranslate2.converters import transformers
-
-    class Marian(transformers.BartLoader):
-        architecture_name = "MarianMTModel"
-
-    before = transformers._MODEL_LOADERS["MarianConfig"]
-    transformers._MODEL_LOADERS["MarianConfig"] = Marian()
-    try:
-        yield
-    finally:
-        transformers._MODEL_LOADERS["MarianConfig"] = before
-
-
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 """Model types of encoders that CTranslate2 converts."""
 NORMALIZED_BEFORE = {"bart": False, "mbart": True, "pegasus": True, "marian": False}
@@ -53,6 +35,7 @@ NORMALIZED_BEFORE = {"bart": False, "mbart": True, "pegasus": True, "marian": Fa
 def mend_model(model: PreTrainedModel) -> None:
     """Put back what CTranslate2's loaders read of a model and transformers 5 has dropped, overwrites, or counts otherwise."""
     config = model.config
+    rotary.hide_scaling(config)
     if config.model_type in NORMALIZED_BEFORE:
         config.normalize_before = NORMALIZED_BEFORE[config.model_type]
         config.normalize_embedding = config.model_type in ("bart", "mbart")
@@ -69,6 +52,11 @@ def mend_model(model: PreTrainedModel) -> None:
     if config.model_type in ("t5", "mt5"):
         # The loader takes it for the sign that the decoder's outputs are scaled; transformers calls every T5 tied.
         config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
+    if config.model_type == "gpt_neox":
+        model.embed_out, config.rotary_pct = model.lm_head, 1.0  # of which `rotary.give` makes what it is
+    if config.model_type == "phi3":
+        for layer in model.model.layers:
+            layer.self_attn.rotary_emb = SimpleNamespace(long_factor=None, short_factor=None)
     if config.model_type == "m2m_100":
         for positions in (model.model.encoder.embed_positions, model.model.decoder.embed_positions):
             positions.offset = positions.padding_idx + 1  # where its forward begins; the attribute is always 2

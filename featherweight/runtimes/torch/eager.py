@@ -1,4 +1,4 @@
-"""PyTorch eager, SDPA attention, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
+"""PyTorch eager, SDPA attention where the model has it, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ class TorchModel(LoadedModel):
         config = AutoConfig.from_pretrained(self.weights, local_files_only=True)
         model: Any = auto_class(config).from_pretrained(
             self.weights,
-            attn_implementation="sdpa",
             local_files_only=True,
             **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
         )
