@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import CheckpointError, RecipeError
-from featherweight.model.architecture import auto_class
+from featherweight.model.architecture import attention_options, auto_class
 from featherweight.model.positions import context_refusal
 
 if TYPE_CHECKING:
@@ -57,17 +57,18 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, its weights without memory and values."""
     import torch
 
+    config = load_config(folder)
     with torch.device("meta"):
-        return auto_class(load_config(folder)).from_config(load_config(folder))
+        return auto_class(config).from_config(config, **attention_options(config))
 
 
 def load_model(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder with its family's head, float32, from local safetensors only."""
     import torch
 
-    model = auto_class(load_config(folder)).from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    config = load_config(folder)
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **attention_options(config)}
+    model = auto_class(config).from_pretrained(folder, local_files_only=True, **options)
     return to_device(model)
 
 

@@ -347,6 +347,21 @@ def without_pooler(model: Any) -> Any:
     return model
 
 
+def attention_options(config: PreTrainedConfig) -> dict[str, str]:
+    """What transformers is to be told so that the attention is the one of `config`: nothing, where its own choice is.
+
+    SDPA, which it chooses by itself, leaves out soft caps (as Gemma 2 has them) without a word.
+    """
+    return {"attn_implementation": "eager"} if attention_cap(config) else {}
+
+
+def attention_cap(config: Any) -> float | None:
+    """What the logits of attention are capped by, in the model or a stack of it; None for no cap."""
+    told = config.get_text_config().to_dict()
+    parts = (told, *(part for name in ("encoder", "decoder") if isinstance(part := told.get(name), dict)))
+    return next((cap for part in parts if (cap := part.get("attn_logit_softcapping"))), None)
+
+
 def head_class(config: PreTrainedConfig) -> Any:
     """The very class that `auto_class` chooses; None where transformers has none for this config."""
     return auto_class(config)._model_mapping.get(type(config), None)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from featherweight.model.architecture import Block, auto_class, blocks, stacks
+from featherweight.model.architecture import Block, attention_options, auto_class, blocks, stacks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +59,7 @@ def matrices(config: PreTrainedConfig) -> dict[str, nn.Linear]:
     import torch
 
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config, **attention_options(config))
     return {name: linear for block in blocks(model) for name, linear in linears(block).items()}
 
 

@@ -87,6 +87,15 @@ def rotary_switch(config: PreTrainedConfig) -> int | None:
     return next(map(int, switches), None)
 
 
+def crosses_switch(config: PreTrainedConfig, prompt: int, new_tokens: int) -> bool:
+    """Whether a text of `new_tokens` behind a prompt gets to where all its keys would have to be others.
+
+    `generate` of transformers 5.17 forgets the prompt there, unless it keeps no keys.
+    """
+    switch = rotary_switch(config)
+    return switch is not None and prompt <= switch < prompt + new_tokens
+
+
 def _rotary(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
     """The rotary parameters of all layers, or of each kind of layer."""
     told = getattr(config.get_text_config(), "rope_parameters", None) or {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import RecipeError, StageError
-from featherweight.model.architecture import LAYOUTS, Attention, FeedForward, Role, Stack, auto_class, stacks
+from featherweight.model.architecture import LAYOUTS, Attention, FeedForward, Role, Stack, attention_options, auto_class, stacks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -202,7 +202,7 @@ def with_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
     weights = model.state_dict()
     with torch.device("meta"):
-        result = auto_class(config).from_config(config, dtype=torch.float32)
+        result = auto_class(config).from_config(config, dtype=torch.float32, **attention_options(config))
     result.load_state_dict(weights, strict=True, assign=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is embedding.weight:  # T5's config says tied whatever the weights are

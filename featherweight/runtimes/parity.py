@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from featherweight.errors import ParityError, StageError
-from featherweight.model.architecture import auto_class, family_of
-from featherweight.model.positions import context_tokens, rotary_switch
+from featherweight.model.architecture import attention_options, auto_class, family_of
+from featherweight.model.positions import context_tokens, crosses_switch
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import Bound
 from featherweight.runtimes.catalog import RUNTIMES
@@ -168,8 +168,9 @@ def load_reference(source: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
 
-    kind = auto_class(AutoConfig.from_pretrained(source, local_files_only=True))
-    return kind.from_pretrained(source, dtype=torch.float32, local_files_only=True, use_safetensors=True).eval()
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    options = {"dtype": torch.float32, "use_safetensors": True, **attention_options(config)}
+    return auto_class(config).from_pretrained(source, local_files_only=True, **options).eval()
 
 
 def bound_of(serving: Serving) -> Bound:
@@ -208,13 +209,8 @@ def _score(model: PreTrainedModel, window: Window) -> tuple[list[float], list[in
 
 
 def continuation(model: PreTrainedModel, prompt: list[int], new: int) -> Continuation:
-    """Greedy, by transformers' own `generate`.
-
-    Without a cache where all its keys would have to be others half-way: `generate` of transformers 5.17 then forgets the prompt.
-    """
+    """Greedy, by transformers' own `generate`."""
     import torch
-
-    switch = rotary_switch(model.config)
 
     ids, source = torch.tensor([prompt]), family_of(model.config) == "seq2seq"
     with _nothing_but_greedy(model) as generator:
@@ -222,7 +218,7 @@ def continuation(model: PreTrainedModel, prompt: list[int], new: int) -> Continu
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
-            use_cache=switch is None or not len(prompt) <= switch < len(prompt) + new,
+            use_cache=not crosses_switch(model.config, len(prompt), new),
             output_logits=True,
             return_dict_in_generate=True,
         )

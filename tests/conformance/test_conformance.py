@@ -89,6 +89,28 @@ def test_what_was_found_is_kept_and_not_run_again(tmp_path: Path, monkeypatch: p
     assert "- torch float32, llama: wrong" in told
 
 
+ONCE_WRONG = (
+    ("llama, rope llama3", "ctranslate2"),
+    ("llama, rope yarn", "ctranslate2"),
+    ("phi3, rope longrope, short texts", "ctranslate2"),
+    ("gemma2, wide window, no caps", "ctranslate2"),
+    ("phi", "ctranslate2"),
+    ("gpt_neox", "ctranslate2"),
+    ("gemma2", "torch"),
+    ("bloom", "torch"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "engine"), ONCE_WRONG)
+def test_what_was_once_wrong_or_refused_is_exact(name: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "open_worker", parity.open_worker)
+    case, folders = CASES[name], Folders(tmp_path)
+    for work in (cell.built, cell.loaded):
+        assert work(case, folders).kind == "exact"
+    assert cell.found(lambda: cell.served(case, folders, engine, FLOAT)).kind == "exact"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GATE)
 def test_a_part_of_the_matrix(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

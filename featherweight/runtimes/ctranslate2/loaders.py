@@ -1,4 +1,4 @@
-"""Loaders of CTranslate2's converter in the place of its own, where those read what transformers 5 no longer has, or read it wrongly.
+"""Loaders of CTranslate2's converter in the place of its own, where those read what transformers 5 no longer has.
 
 Each was needed with ctranslate2 4.8 and transformers 5.17.
 """
@@ -67,7 +67,6 @@ def _phi() -> Any:
 
         def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
             config.bos_token, config.eos_token, config.unk_token = tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token
-            config.layer_norm_epsilon = model.config.layer_norm_eps
 
         def set_layer_norm(self, spec: Any, module: Any) -> None:
             spec.gamma, spec.beta = module.weight, module.bias

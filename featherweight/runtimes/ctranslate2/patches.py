@@ -92,6 +92,16 @@ def give_head_dim(spec: Any, model: PreTrainedModel) -> None:
         layer.self_attention.__dict__.setdefault("head_dim", numpy.int32(head_dim))
 
 
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+
+
+def give_epsilon(spec: Any, model: PreTrainedModel) -> None:
+    """Tell a decoder what its norms add to a variance, which half of the loaders leave at CTranslate2's usual number."""
+    told = [value for name in EPSILONS if (value := getattr(model.config, name, None)) is not None]
+    if told and not model.config.is_encoder_decoder:
+        spec.config.layer_norm_epsilon = told[0]
+
+
 def mend_vocabularies(spec: Any, model: PreTrainedModel) -> None:
     """Vocabularies that CTranslate2 loads, with the tokens at their places."""
     if model.config.is_encoder_decoder:

@@ -31,7 +31,7 @@ def hide_scaling(config: Any) -> None:
 
 
 def give(spec: Any, model: PreTrainedModel) -> None:
-    """Give each layer of a decoder's specification the base, the frequencies and the scale of attention of the model's own layer."""
+    """Give each layer of a decoder's specification the base, frequencies and scale of attention of the model's own layer."""
     from ctranslate2.specs.attention_spec import RotaryScalingType
     from numpy import float32, int8, int32
 

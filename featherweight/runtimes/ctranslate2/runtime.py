@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from featherweight.model.positions import sliding_window
+from featherweight.model.architecture import attention_cap
+from featherweight.model.positions import rotary_switch, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
@@ -99,13 +100,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
         if known and model.facts.config_class not in known:
             return f"CTranslate2's converter does not know {model.facts.model_type} models; take torch or torch-compile"
-        window, kind = sliding_window(model.config), model.config.model_type
-        if window is None or model.max_tokens <= window:
-            return None
-        return (
-            f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {model.max_tokens} are to be served; "
-            f"say max_tokens {window}, or take torch or torch-compile"
-        )
+        return _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
@@ -116,6 +111,34 @@ class CTranslate2(Runtime[CTranslate2Spec]):
             return None
         reason = "no VNNI: CTranslate2's int8 adds pairs of products in int16 and saturates"
         return reason, "keep `reduce_range: auto` in exports, or true"
+
+
+def _function_refusal(model: Candidate) -> str | None:
+    """What a configuration asks to be computed and CTranslate2's layers leave out without a word."""
+    config, kind = model.config.get_text_config(), model.facts.model_type
+    capped = attention_cap(model.config) or getattr(config, "final_logit_softcapping", None)
+    if capped:
+        return f"CTranslate2 does not compute {kind}'s soft caps of logits ({capped:g}); take torch or torch-compile"
+    if getattr(config, "qk_layernorm", False):
+        return f"CTranslate2 does not compute {kind}'s norms of queries and keys; take torch or torch-compile"
+    return None
+
+
+def _length_refusal(model: Candidate) -> str | None:
+    """Where a model begins to compute what CTranslate2 does not: behind a sliding window, or with longrope's other factors."""
+    window, switch = sliding_window(model.config), rotary_switch(model.config)
+    kind, tokens = model.facts.model_type, model.max_tokens
+    if window is not None and tokens > window:
+        return (
+            f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {tokens} are to be served; "
+            f"say max_tokens {window}, or take torch or torch-compile"
+        )
+    if switch is not None and tokens > switch:
+        return (
+            f"CTranslate2 keeps keys as they were rotated first, {kind}'s are others beyond {switch} tokens (longrope), and "
+            f"{tokens} are to be served; say max_tokens {switch}, or take torch"
+        )
+    return None
 
 
 def _rows_refusal(grids: Grids) -> str | None:

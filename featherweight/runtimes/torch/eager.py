@@ -1,13 +1,13 @@
-"""PyTorch eager, SDPA attention where the model has it, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
+"""PyTorch eager, SDPA where the model has it, key-value cache: in float32 the baseline, as fast as transformers itself makes it."""
 
 from __future__ import annotations
 
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from featherweight.model.architecture import auto_class, family_of, task_of
+from featherweight.model.architecture import attention_options, auto_class, family_of, task_of
 from featherweight.model.heads import answers, takes_types
-from featherweight.model.positions import rotary_switch
+from featherweight.model.positions import crosses_switch, rotary_switch
 from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
 from featherweight.runtimes.interface import (
     Generation,
@@ -47,6 +47,7 @@ class TorchModel(LoadedModel):
         model: Any = auto_class(config).from_pretrained(
             self.weights,
             local_files_only=True,
+            **attention_options(config),
             **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
         )
         self.model = model.eval()
@@ -128,6 +129,7 @@ class TorchModel(LoadedModel):
             for batch in by_length(prompts, self.limits.max_batch):
                 ids = self._batch(prompts, batch)
                 options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "max_length": None}
+                options["use_cache"] = not crosses_switch(self.model.config, ids.shape[1], new_tokens)
                 found = self.model.generate(ids, **options)
                 behind = 1 if family_of(self.model.config) == "seq2seq" else ids.shape[1]
                 for index, row in zip(batch, found[:, behind:].tolist(), strict=True):

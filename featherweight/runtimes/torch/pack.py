@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import IntegrityError
-from featherweight.model.architecture import auto_class
+from featherweight.model.architecture import attention_options, auto_class
 from featherweight.model.matrices import ends, matrices
 from featherweight.runtimes.torch.formats import FORMATS, Format
 from featherweight.runtimes.torch.storage import Packed
@@ -73,7 +73,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
 
     config = load_config(folder)
     with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32, **attention_options(config))
     model.tie_weights()
     return model
 
