@@ -14,7 +14,7 @@ from conformance.outcome import Outcome
 from conformance.tiny import Case, make, write_text
 from featherweight.errors import FeatherweightError, ParityError, StageError, ToolchainError, one_line
 from featherweight.grid import GRIDS
-from featherweight.model.architecture import TASKS
+from featherweight.model.architecture import Family
 from featherweight.model.matrices import in_float, matrices, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
@@ -25,12 +25,14 @@ from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.parity import Reference, continuation, load_reference
 from featherweight.runtimes.writing import Source, refuse
+from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
 from tests.support.in_process import InProcess
 
 TOKENS, NEW = 128, 64
 """The served length, and how many tokens each text has."""
 PROMPTS = (5, 40, TOKENS - NEW)
+TASKS: dict[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
 LOAD, QUANTIZE = "load", "quantize int8"
 FLOAT, INT8 = "float32", "int8"
 OPTIONS: dict[tuple[str, str], dict[str, str]] = {
@@ -111,7 +113,7 @@ def loaded(case: Case, folders: Folders) -> Outcome:
     reference = _reference(load_reference(folders.model), folders.checkpoint, folders.text)
     keep(reference, folders.checkpoint)
     ours = _eager(load_reference(folders.checkpoint))
-    return _figures(reference.hold(reference.scored_by(ours), EXACT, "the loaded checkpoint"))
+    return _figures(reference.hold_twin(ours, EXACT, "the loaded checkpoint"))
 
 
 def quantized(_: Case, folders: Folders) -> Outcome:

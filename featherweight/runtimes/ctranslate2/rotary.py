@@ -64,7 +64,8 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[int, tuple[Tensor, float],
     if rotary is None:
         return
     kinds = getattr(model.config, "layer_types", None) or []
-    for index, block in enumerate(model.base_model.layers):
+    stack: Any = model.base_model
+    for index, block in enumerate(stack.layers):
         kind = f"{kinds[index]}_" if kinds and hasattr(rotary, f"{kinds[index]}_inv_freq") else ""
         told = model.config.rope_parameters
         base = float((told[kinds[index]] if kind else told)["rope_theta"])
