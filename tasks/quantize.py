@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import opening
-from featherweight.checkpoint.facts import ALREADY_QUANTIZED
+from featherweight.checkpoint.facts import ALREADY_QUANTIZED, facts_of
 from featherweight.checkpoint.files import CONFIG, INDEX, copy
 from featherweight.checkpoint.saving import copy_companions
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named
-from featherweight.model.architecture import task_of
 from featherweight.model.matrices import in_float
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
@@ -129,7 +128,7 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
     opening.require_context(config, spec.sequence, "quantize")
     if (checkpoint / DESCRIPTION).exists():
         raise CheckpointError(ALREADY_QUANTIZED)
-    parent = Parent(task_of(config), config.model_type, sparse=Sparsity.read(checkpoint) is not None)
+    parent = replace(Parent.of(facts_of(checkpoint, config)), sparse=Sparsity.read(checkpoint) is not None)
     if reason := spec.refusal(parent):
         raise RecipeError(f"quantize: {reason}")
     if getattr(config, "quantization_config", None):

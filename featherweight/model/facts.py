@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$|^\d+\..*\.weight$")
 _SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 _NO_LINEAR = re.compile(r"relative_attention_bias|(^|[._])(wpe|norm|ln_\w+|rotary_emb)\b")
+LONGEST_CONVOLUTION = 8
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D, which holds a row of the weight in each column."""
+
+
+def _of_experts(name: str, shape: tuple[int, ...]) -> bool:
+    """Convolutions have three dimensions too, one of them a few steps of time wide."""
+    return (len(shape) == 3 and min(shape[1:]) > LONGEST_CONVOLUTION) or (len(shape) == 2 and ".experts." in name)
 
 
 class Values:
@@ -120,6 +126,12 @@ class CheckpointFacts:
         found = ((name, shape) for name, shape in (self.shapes or {}).items() if len(shape) == 2 and _IN_A_BLOCK.search(name))
         turned = self.model_type in CONV1D
         return {name: (s[1], s[0]) if turned else (s[0], s[1]) for name, s in found if not _NO_LINEAR.search(name)}
+
+    @property
+    def experts(self) -> float:
+        """The share of the stored weights that are those of experts: a matrix for each, or one of three dimensions for all."""
+        found = (prod(shape) for name, shape in (self.shapes or {}).items() if _of_experts(name, shape))
+        return sum(found) / (self.parameters or 1)
 
     @property
     def kept_grids(self) -> tuple[Grid, Grid | None, Grid | None] | None:

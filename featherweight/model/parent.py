@@ -47,6 +47,20 @@ def linear_refusal(what: str, parent: Parent) -> str | None:
     )
 
 
+FEW = 0.1
+"""The share of a model's weights that may stay in float where it is called by the grid of the others."""
+
+
+def experts_refusal(facts: CheckpointFacts | None) -> str | None:
+    """Why a mixture of experts is not moved to a grid, in one line; None where there are few of their weights, or none."""
+    if facts is None or facts.experts <= FEW:
+        return None
+    return (
+        f"{facts.experts:.0%} of the weights of this {facts.model_type} model are its experts', which nothing moves to a grid "
+        "here: it would be quantized in name only; serve it in float32, without a quantize stage"
+    )
+
+
 def walking_refusal(method: str, parent: Parent) -> str | None:
     """Why `method`, which goes through the blocks of a model one by one, cannot go through `parent`'s; None where it can.
 

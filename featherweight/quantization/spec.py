@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from featherweight.errors import RecipeError
 from featherweight.grid import grid_named
-from featherweight.model.parent import Parent, linear_refusal
+from featherweight.model.parent import Parent, experts_refusal, linear_refusal
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.spec import HEADED, GridName, ModelSize, NamedSpec, Positive, SequenceLength, Spec
 
@@ -94,7 +94,8 @@ class QuantizeSpec(NamedSpec):
         if self.mixed is not None and parent.task in HEADED:
             return f"{parent.task} + mixed: the scan that it asks for measures the loss of a text; leave mixed out"
         asked = (QUANTIZERS[name].refusal(self, parent) for name in self.methods)
-        return next((reason for reason in asked if reason), None) or self._linear_refusal(parent)
+        first = next((reason for reason in asked if reason), None)
+        return first or self._linear_refusal(parent) or experts_refusal(parent.facts)
 
     def _linear_refusal(self, parent: Parent) -> str | None:
         """What walks through the layers with llm-compressor, or trains them, knows Linear alone; so does the scan."""

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from featherweight.checkpoint.facts import facts_of
+from featherweight.checkpoint.opening import load_config
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
-from featherweight.model.matrices import heads, in_float, matrices, move_to_grid, round_to_nearest, rows_of
+from featherweight.model.matrices import heads, matrices, move_to_grid, round_to_nearest, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.parity import load_reference
@@ -21,12 +23,10 @@ from featherweight.runtimes.spec import ExportSpec
 from tasks.export import export
 from tasks.quantize import quantize
 from tests.support.families import family_checkpoint, write_pairs
-from tests.support.notes import Notes
 
 HEADS = {
     "llama": {"model.embed_tokens.weight", "lm_head.weight"},
     "qwen2": {"model.embed_tokens.weight", "lm_head.weight"},
-    "qwen3_moe": {"model.embed_tokens.weight", "lm_head.weight"},
     "phi": {"model.embed_tokens.weight", "lm_head.weight"},
     "opt": {"model.decoder.embed_tokens.weight", "lm_head.weight"},
     "gpt2": {"transformer.wte.weight", "lm_head.weight"},
@@ -44,7 +44,6 @@ HEADS = {
 BLOCK = {
     "llama": 7,
     "qwen2": 7,
-    "qwen3_moe": 4,
     "phi": 6,
     "opt": 6,
     "gpt2": 4,
@@ -137,19 +136,19 @@ def test_what_knows_linear_alone_refuses_conv1d(options: dict[str, Any], checkpo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_that_stay_in_float_are_counted_and_said(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_is_refused_by_name_before_any_weight_is_read(checkpoint: Any, text: Path, tmp_path: Path) -> None:
     """81 % of a Qwen3-MoE stayed in float, the metric said 8.5 bits a weight and the report int8."""
-    told = Notes()
-    spec = QuantizeSpec.of(sequence=16, samples=2)
-    metrics = quantize(spec, checkpoint=checkpoint("qwen3_moe"), text=text, calibration=text, out=tmp_path, progress=told)
-    model, quantized = load_reference(tmp_path), QuantizedWeights.read(tmp_path)
-    assert quantized
+    facts = facts_of(checkpoint("qwen3_moe"), load_config(checkpoint("qwen3_moe")))
+    model = load_reference(checkpoint("qwen3_moe"))
     experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert metrics["float_weights"] >= experts / total > 0.3
-    assert metrics["bits_per_weight"] > 8 + 0.9 * 24 * experts / total
-    assert any("stay in float, most of them model.layers." in note and ".experts." in note for note in told.notes)
-    assert sum(in_float(model, quantized).values()) == total - sum(q.numel() for q in quantized.q.values())
+    assert facts.experts == pytest.approx(experts / sum(parameter.numel() for parameter in model.parameters()))
+    assert facts_of(checkpoint("gpt2"), load_config(checkpoint("gpt2"))).experts == 0
+    inputs = {"checkpoint": checkpoint("qwen3_moe"), "calibration": text, "out": tmp_path}
+    with pytest.raises(RecipeError, match=rf"^quantize: {facts.experts:.0%} of the weights .* are its experts'"):
+        quantize(QuantizeSpec.of(sequence=16, samples=2), text=text, **inputs)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RecipeError, match="quantized in name only"):
+        export(ExportSpec.model_validate({"engine": "torchao-int8"}), **inputs)
 
 
 def test_a_conv1d_is_rounded_by_its_output_features(checkpoint: Any) -> None:

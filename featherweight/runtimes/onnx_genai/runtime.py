@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid
+from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import head_width, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
@@ -90,6 +91,8 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     def model_refusal(self, spec: GenaiSpec, model: Candidate) -> str | None:
         """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs; windows that it overlooks."""
         if reason := _unknown_refusal(model.config):
+            return reason
+        if spec.precision != "float32" and (reason := experts_refusal(model.facts)):
             return reason
         window, kind = sliding_window(model.config), model.config.model_type
         if window and model.max_tokens > window and getattr(model.config, "layer_types", None) is None:

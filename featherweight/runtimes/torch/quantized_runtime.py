@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featherweight.model.parent import experts_refusal
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
 
@@ -71,6 +73,10 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         if self.format.by_row and odd:
             return f"its int8 product has one scale per row of 8-bit weights, not {odd[0].name}; take {WEIGHT_ONLY}"
         return None
+
+    def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
+        """Experts, which are no Linear."""
+        return experts_refusal(model.facts)
 
 
 TORCH_DYNAMIC = QuantizedTorch("torch-dynamic", modules=("torch",))

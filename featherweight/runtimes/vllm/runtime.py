@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CONV1D
+from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
@@ -111,6 +112,8 @@ class Vllm(Runtime[VllmSpec]):
             return None
         if model.facts.model_type in CONV1D:
             return f"vLLM reads quantized Linear layers only, and a {model.facts.model_type}'s are Conv1D; take another engine"
+        if reason := experts_refusal(model.facts):
+            return reason
         columns = {name: columns for name, (_, columns) in model.facts.rows_and_columns.items()}
         rounded = GRIDS[ROUNDED_HERE[spec.compute_type]]
         rows = model.rows or {name: (rounded, count) for name, count in columns.items()}
