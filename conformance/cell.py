@@ -178,6 +178,8 @@ def served(case: Case, folders: Folders, engine: str, form: str) -> Outcome:
     if reason := runtime.missing():
         return Outcome("not run", reason)
     checkpoint = folders.quantized(head) if form == INT8 else folders.checkpoint
+    if not checkpoint.with_suffix(".reference").exists():
+        return Outcome("refused", "the quantize stage refuses this checkpoint", "before work")
     source = Source(checkpoint, folders.text, QuantizedWeights.read(checkpoint), 0, Progress(), TOKENS)
     try:
         refuse(runtime, spec, source)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from datetime import UTC, datetime
 
 from conformance.cell import FLOAT, INT8, LOAD, NEW, QUANTIZE, TOKENS
-from conformance.families import vllm_architectures
+from conformance.families import families
 from conformance.outcome import KINDS, Kind, Matrix, Outcome, versions
 from conformance.tiny import Case
 
@@ -23,7 +23,8 @@ HEAD = """# What each engine serves
 Every model type of text in transformers that an engine besides PyTorch names, in tiny and with random weights, and the traits that
 no default shows, through every engine: loaded, quantized to int8 per row, served from float32 and from int8. Held to transformers'
 eager float32 are log-probabilities up to {tokens} tokens, round every window and rotary edge, and texts of {new} tokens after three
-prompts, with two ends of text in generation_config.json. Made by `make conformance` on {date} with {versions}.
+prompts, with two ends of text in generation_config.json. Made by `make conformance` on {date} with
+{versions}.
 
 `=` exact: within 0.001 nats, the order of float additions · `≈` within the bound of what the engine rounds · `r` refused in one
 line, whose reason stands below · `–` not offered: the engine does not hold the task or the grid, whatever the checkpoint ·
@@ -34,14 +35,37 @@ line, whose reason stands below · `–` not offered: the engine does not hold t
 
 def page(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
     """Markdown of all that `matrix` knows of `cases`."""
+    cases = [case for case in cases if matrix.cells.get(case.name)]
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
     head = HEAD.format(tokens=TOKENS, new=NEW, date=datetime.now(UTC).date().isoformat(), versions=told)
-    parts = [head, _counts(matrix, cases, columns), _rows(matrix, cases, columns), _reasons(matrix, cases, columns)]
+    parts = [
+        head,
+        _older(matrix, cases, columns),
+        _counts(matrix, cases, columns),
+        _rows(matrix, cases, columns),
+        _reasons(matrix, cases, columns),
+        _absent(matrix),
+    ]
     return "\n".join(parts)
 
 
 def _outcome(matrix: Matrix, case: Case, column: str) -> Outcome:
     return matrix.get(case.name, column) or Outcome("not run")
+
+
+def _absent(matrix: Matrix) -> str:
+    """The families that were not run at all."""
+    names = [one.model_type for one in families() if one.model_type not in matrix.cells]
+    alone = all(one.engines == ("vllm",) for one in families() if one.model_type in names)
+    only = " (which vLLM alone names)" if alone else ""
+    return f"Families without a row, not run: {', '.join(names)}{only}.\n" if names else ""
+
+
+def _older(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
+    """How much of it was found with other code than this."""
+    found = [(case.name, column) for case in cases for column in columns if matrix.get(case.name, column)]
+    older = sum(not matrix.is_current(*cell) for cell in found)
+    return f"{older} of the {len(found)} cells were found before the last change of the code that makes them.\n" if older else ""
 
 
 def _counts(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
@@ -79,8 +103,7 @@ def _reasons(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
             f"- {_who(where, len(cases))}: {reason}{_moment(moment)}" for (k, moment, reason), where in found.items() if k == kind
         ]
         parts += [f"## {kind.capitalize()}", "", *sorted(lines), ""] if lines else []
-    known = len(vllm_architectures())
-    return "\n".join([*parts, f"vLLM's registry names {known} architectures of text." if known else ""])
+    return "\n".join(parts)
 
 
 def _moment(moment: str) -> str:

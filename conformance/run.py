@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from time import monotonic
@@ -42,6 +42,7 @@ def _run_case(matrix: Matrix, case: Case, columns: list[str], limit_s: float, fo
         stopped: Outcome | None = None
         for work, column in ((cell.built, None), (cell.loaded, LOAD), (cell.quantized, QUANTIZE)):
             outcome = stopped or apart(fork, limit_s, folders.root, work, case, folders)
+            outcome = replace(outcome, moment="before work") if outcome.kind == "refused" else outcome
             if column in columns:
                 matrix.put(case.name, column, outcome)
             if outcome.kind not in ("exact", "within bound") and work is not cell.quantized:
@@ -65,7 +66,7 @@ def apart(fork: BaseContext, limit_s: float, folder: Path, work: Callable[..., O
         return Outcome("defect", f"not done after {limit_s:.0f} s", seconds=limit_s)
     if not answer.exists():
         return Outcome("defect", f"its process died with exit code {process.exitcode}")
-    return Outcome(**json.loads(answer.read_text()))
+    return Outcome(**json.loads(answer.read_text().replace(f"{folder}/", "")))  # no machine's own path in a reason
 
 
 def _work(work: Callable[..., Outcome], arguments: tuple[Any, ...], answer: Path) -> None:

@@ -76,6 +76,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}},
     "gpt_bigcode": {"multi_query": True},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "m2m_100": {"decoder_start_token_id": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -177,7 +178,7 @@ def configuration(case: Case, tokenizer: Any) -> PreTrainedConfig:
     given: dict[str, Any] = {"vocab_size": len(tokenizer), **SIZES, **_ends(tokenizer)}
     known = {name: value for name, value in given.items() if name in _names(kind)}
     known |= {"num_key_value_heads": HEADS} if "kv_lora_rank" in known else {}  # compressed keys are each head's own
-    return kind(**known | _layers(kind) | SPECIAL.get(case.model_type, {}) | _start(case, tokenizer) | dict(case.changes))
+    return kind(**known | _layers(kind) | _start(case, tokenizer) | SPECIAL.get(case.model_type, {}) | dict(case.changes))
 
 
 def _start(case: Case, tokenizer: Any) -> dict[str, int]:

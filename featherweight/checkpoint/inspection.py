@@ -21,7 +21,7 @@ from featherweight.model.architecture import family_of, head_class, head_refusal
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # What encoders were pre-trained with beside their masked-language-model head, and need no more.
@@ -94,6 +94,14 @@ def require_described(listing: Listing, trust_remote_code: bool) -> None:
             )
 
 
+def _require_alike(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse what is wider in some layers than in others by its very configuration, as Gemma 4: nothing here asks each layer."""
+    told = getattr(config.get_text_config(), "_heterogeneity_spec", None)
+    if told is not None:
+        names = ", ".join(sorted(told.per_layer_attributes))
+        raise CheckpointError(f"{folder}: the layers of a {config.model_type} model differ in {names}, which is not taken here yet")
+
+
 def dry_load(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], task: Task | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -109,6 +117,7 @@ def dry_load(
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             require_task(folder, config, task)
+            _require_alike(folder, config)
             model, info = model_class(config, folder, trust_remote_code).from_pretrained(
                 None,
                 config=config,

@@ -38,6 +38,8 @@ def give(spec: Any, model: PreTrainedModel) -> None:
     for layer, rotary, scale in _layers(model):
         attention, (frequencies, base) = spec.decoder.layer[layer].self_attention, rotary
         told = vars(attention)  # specifications refuse attributes that their constructor did not make
+        if "rotary_dim" not in told:
+            continue
         told["rotary_base"] = float32(base)
         told["rotary_dim"] = int32(2 * len(frequencies))
         if scale is not None:
@@ -56,7 +58,7 @@ def _plain(base: float, count: int) -> Tensor:
     return base ** -(torch.arange(count, dtype=torch.float64) / count)
 
 
-def _layers(model: PreTrainedModel) -> Iterator[tuple[int, tuple[Tensor, float], float | None]]:
+def _layers(model: Any) -> Iterator[tuple[int, tuple[Tensor, float], float | None]]:
     """(layer, (its frequencies, their base), its scale of attention where that is not the usual one) of a decoder with a rotary
     module for all its layers; nothing of any other.
     """
@@ -64,8 +66,7 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[int, tuple[Tensor, float],
     if rotary is None:
         return
     kinds = getattr(model.config, "layer_types", None) or []
-    stack: Any = model.base_model
-    for index, block in enumerate(stack.layers):
+    for index, block in enumerate(getattr(model.base_model, "layers", None) or model.base_model.h):
         kind = f"{kinds[index]}_" if kinds and hasattr(rotary, f"{kinds[index]}_inv_freq") else ""
         told = model.config.rope_parameters
         base = float((told[kinds[index]] if kind else told)["rope_theta"])

@@ -11,7 +11,9 @@ from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
+from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
@@ -207,9 +209,8 @@ def _choices(response: httpx.Response) -> Any:
 
 def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
     """A key-value cache that holds the batch twice over, in blocks of 128 tokens and float32, at least 64 MiB."""
-    config = json.loads((folder / "config.json").read_text())
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    per_token = 2 * 4 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim
+    config = load_config(folder).get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * 4 * config.num_hidden_layers * heads * (head_width(config) or 0)
     blocks = max_batch * -(-max_tokens // 128) + 2
     return max(2 * blocks * 128 * per_token, 2**26)
