@@ -63,16 +63,17 @@ def quality(kind: str, folder: Path, original: Path, text: Path) -> Quality:
 
     from featherweight.model.heads import answers
 
-    found = []
+    found: list[list[list[list[float]]]] = []
     for one in (folder, original):
         model = load_model(one).eval()
         examples = head_windows(original, model.config, text, 24, 40)
         with torch.no_grad():
             found.append([answers(model, packed_inputs(model.config, [e.ids], [e.types]))[0].tolist() for e in examples])
+    ours, theirs = found
     sizes = tuple(one.text_bytes for one in examples)
     if kind == "vectors":
-        return embedding_quality(*found, sizes)
-    return label_quality(*found, [one.labels for one in examples], sizes, single=kind == "pairs")
+        return embedding_quality(ours, theirs, sizes)
+    return label_quality(ours, theirs, [one.labels for one in examples], sizes, single=kind == "pairs")
 
 
 def mean(found: Quality) -> float:
