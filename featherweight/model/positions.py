@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 """Model types whose positions begin after their padding token's."""
+UNBOUNDED = 2**31
+"""The context of a model that names none, as T5 with its relative positions."""
 EDGES = (
     "sliding_window",
     "window_size",
@@ -28,12 +30,12 @@ def context_tokens(config: PreTrainedConfig) -> int:
     Of a model that makes embeddings, the longest text that its files say it reads.
     """
     config = config.get_text_config()
-    longest = (getattr(config, "sentence_embedding", None) or {}).get("max_tokens") or 2**31
+    longest = (getattr(config, "sentence_embedding", None) or {}).get("max_tokens") or UNBOUNDED
     return min(longest, _positions(config))
 
 
 def _positions(config: PreTrainedConfig) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNBOUNDED
     return positions - (config.pad_token_id or 0) - 1 if config.model_type in AFTER_PADDING else positions
 
 

@@ -133,5 +133,5 @@ def _modifier_class() -> Any:
 
 
 GPTQ = Quantizer(
-    GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True, column_s=2e-4
+    GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True, column_s=1e-3
 )

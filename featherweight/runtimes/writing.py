@@ -13,7 +13,7 @@ from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.architecture import task_of
 from featherweight.model.matrices import move_to_grid, round_to_nearest
-from featherweight.model.positions import context_tokens
+from featherweight.model.positions import UNBOUNDED, context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.answer_parity import AnswerReference
@@ -119,7 +119,8 @@ def length_note(served: Path) -> str | None:
     verified, context = Serving.read(served).max_tokens, context_tokens(load_config(served))
     if verified is None or verified >= context:
         return None
-    return f"verified and served up to {verified} tokens of a context of {context}; workload.max_tokens raises it"
+    whole = f" of a context of {context}" if context < UNBOUNDED else ""
+    return f"verified and served up to {verified} tokens{whole}; workload.max_tokens raises it"
 
 
 def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:

@@ -51,6 +51,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     modules = ("ctranslate2",)
     libraries = ("ctranslate2", "torch", "transformers")
     requirements = ("ctranslate2",)
+    weight_s = 5e-7
     layers_may_differ = True
 
     def write(self, spec: CTranslate2Spec, source: Source, out: Path) -> None:
