@@ -43,12 +43,15 @@ def _in_blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def ends(model: PreTrainedModel) -> set[int]:
-    """Identities of the parameters with a row for each token: the embeddings of the model and its stacks, and the output head."""
+    """Identities of the parameters with a row for each token: the embeddings of the model and its stacks, and the output head.
+
+    What reads pictures beside the text has an embedding of four dimensions, which is none of these.
+    """
     from transformers import PreTrainedModel
 
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     modules = [found for one in models for found in (one.get_input_embeddings(), one.get_output_embeddings())]
-    return {id(module.weight) for module in modules if module is not None}
+    return {id(module.weight) for module in modules if module is not None and module.weight.ndim == 2}
 
 
 def heads(model: PreTrainedModel) -> frozenset[str]:

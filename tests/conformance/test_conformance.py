@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 
 from conformance import cell, run
-from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, Folders
+from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, TOKENS, Folders
 from conformance.families import families
 from conformance.outcome import Matrix, Outcome
 from conformance.page import page
-from conformance.tiny import WINDOW, Case, cases, make
+from conformance.tiny import WINDOW, Case, cases, configuration, make
 from featherweight.errors import CheckpointError, ParityError, RecipeError, ToolchainError
+from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
+from tests.support.tokenizers import byte_level
 
 CASES = {case.name: case for case in cases()}
 GATE = ("llama, rope llama3", "qwen2", "gpt2", "t5", "bert")
@@ -51,6 +56,22 @@ def test_layers_of_several_shapes_are_refused_in_one_line(tmp_path: Path) -> Non
         CheckpointError, match=r"the layers of a gemma4_text model differ in .*head_dim.*, which is not taken here yet"
     ):
         cell.loaded(CASES["gemma4_text"], folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "reason"),
+    [
+        ("llama, rope yarn", "onnxruntime-genai", r"cannot take this llama's rotary embeddings \(yarn\)"),
+        ("llama, rope linear", "onnxruntime-genai", r"cannot take this llama's rotary embeddings \(linear\)"),
+        ("gemma2", "ctranslate2", r"does not compute gemma2's soft caps of logits \(5\)"),
+        ("mistral", "ctranslate2", "say max_tokens 48"),
+        ("phi3, rope longrope", "ctranslate2", r"beyond 64 tokens \(longrope\).* say max_tokens 64"),
+    ],
+)
+def test_what_an_engine_does_not_compute_is_refused_by_the_configuration_alone(name: str, engine: str, reason: str) -> None:
+    config = configuration(CASES[name], byte_level())
+    spec = RUNTIMES[engine].spec.model_validate({"engine": engine})
+    assert re.search(reason, RUNTIMES[engine].model_refusal(spec, Candidate(CheckpointFacts(config), TOKENS)) or "")
 
 
 def raising(error: Exception) -> Any:

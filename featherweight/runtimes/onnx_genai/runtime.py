@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid
 from featherweight.model.parent import experts_refusal
-from featherweight.model.positions import head_width, sliding_window
+from featherweight.model.positions import head_width, rotary_kinds, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
@@ -94,6 +94,8 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
             return reason
         if spec.precision != "float32" and (reason := experts_refusal(model.facts)):
             return reason
+        if reason := _rotary_refusal(model):
+            return reason
         window, kind = sliding_window(model.config), model.config.model_type
         if window and model.max_tokens > window and getattr(model.config, "layer_types", None) is None:
             return (
@@ -116,6 +118,17 @@ def _unknown_refusal(config: Any) -> str | None:
     if not known or named in known or not named.endswith(HEADED):
         return None
     return f"onnxruntime-genai's model builder does not know {named}; take torch or ctranslate2"
+
+
+def _rotary_refusal(model: Candidate) -> str | None:
+    """Scaled rotary embeddings that its builder leaves out without a word, or reads by names of transformers 4."""
+    scaled = rotary_kinds(model.config) & {"linear", "yarn", "longrope"}
+    if not scaled or model.facts.model_type == "gpt_oss":
+        return None
+    return (
+        f"onnxruntime-genai's model builder cannot take this {model.facts.model_type}'s rotary embeddings ({min(scaled)}); "
+        "take torch or ctranslate2"
+    )
 
 
 def _blocks_refusal(grid: Grid) -> str | None:
