@@ -73,9 +73,10 @@ def _of_text(config: type[PreTrainedConfig], kind: Family) -> bool:
         made = config()
     except Exception:  # what transformers cannot describe without being told more is no plain model of text
         return False
-    parts = {"vision_config", "audio_config", "text_config", "num_mel_bins", "thinker_config"}
+    parts, told = {"vision_config", "audio_config", "text_config", "num_mel_bins", "thinker_config"}, made.to_dict()
+    stacks = (one for one in (told.get("encoder"), told.get("decoder")) if isinstance(one, dict))
     plain = made.get_text_config() is made if kind != "seq2seq" else made.is_encoder_decoder
-    return bool(plain) and not parts & set(made.to_dict())
+    return bool(plain) and not any(parts & one.keys() for one in (told, *stacks))
 
 
 def _ctranslate2() -> Callable[[str, type[PreTrainedConfig]], bool]:

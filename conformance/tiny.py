@@ -82,7 +82,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "t5gemma": {"encoder": PART, "decoder": PART},
-    "t5gemma2": {"encoder": {"text_config": PART}, "decoder": PART},
 }  # fmt: skip
 """What else a model type has to be told."""
 
