@@ -184,8 +184,8 @@ def test_a_file_of_another_length_is_not_taken(s3_server: S3Server, tmp_path: Pa
 
     objects = [s3.S3Object(item.key, item.name, item.size, "opaque") for item in s3.list_objects(uri) if item.name == "big.bin"]
     monkeypatch.setattr(OSUtils, "rename_file", longer)
-    s3._fetch_all(s3._Bucket(s3.client(), s3_server.bucket), objects, tmp_path, Progress())
-    line = refusal(lambda: s3._verify(s3._Bucket(answers, "b"), objects[0], tmp_path / "big.bin"))
+    s3._fetch_all(s3.Bucket(s3.client(), s3_server.bucket), objects, tmp_path, Progress())
+    line = refusal(lambda: s3._verify(s3.Bucket(answers, "b"), objects[0], tmp_path / "big.bin"))
     assert "has 300004 bytes here, 300000 there" in line
 
 
@@ -367,7 +367,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, bool | None
 def test_a_file_is_compared_with_whatever_the_server_tells(tmp_path: Path, name: str):
     etag, head, part, expected = ANSWERS[name]
     (tmp_path / "file").write_bytes(CONTENT)
-    bucket = s3._Bucket(Heads({"ETag": f'"{etag}"', **head}, part), "bucket")
+    bucket = s3.Bucket(Heads({"ETag": f'"{etag}"', **head}, part), "bucket")
     item = s3.S3Object("key", "key", len(CONTENT), etag)
     if expected is None:
         assert "arrived damaged" in refusal(lambda: s3._verify(bucket, item, tmp_path / "file"))
