@@ -52,6 +52,7 @@ def work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     install(tmp_path / "site", "outside_quantizer", "featherweight.quantizers", "clip", "CLIP")
     install(tmp_path / "site", "outside_pruner", "featherweight.pruners", "tail", "TAIL")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     words = STORY.split()
     texts = [" ".join(words[index % 9 :: 1 + index % 5]) + f" {index}" for index in range(60)]
@@ -102,10 +103,10 @@ def test_what_is_from_outside_is_planned_checked_measured_cached_reported_and_re
         ),
         ("stages.export.plain.attention=flash", "stages.export.plain.attention: Input should be 'eager' or 'sdpa'"),
         ("stages.export.plain.atention=sdpa", "unknown key 'stages.export.plain.atention'; did you mean 'attention'?"),
-        ("task=fill-mask", "fill-mask + plain: plain knows decoders only"),
+        ("task=fill-mask checkpoint.source=hf:nobody/nothing", "fill-mask + plain: plain knows decoders only"),
     ],
 )
 def test_its_keys_and_refusals_are_told_like_our_own(work: Path, change: str, told: str) -> None:
-    refused = featherweight("plan", "recipe.yaml", "--set", change, cwd=work)
+    refused = featherweight("plan", "recipe.yaml", *(part for one in change.split() for part in ("--set", one)), cwd=work)
     assert refused.returncode == 2 and told in refused.stderr
     assert len(refused.stderr.splitlines()) == 1

@@ -18,7 +18,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.model import surgery
-from featherweight.model.architecture import TASKS, family_of
+from featherweight.model.architecture import task_of
 from featherweight.model.parent import Parent
 from featherweight.model.sparsity import FILE, Sparsity, Zeros
 from featherweight.pruning.spec import PruneSpec
@@ -212,7 +212,7 @@ def test_gptq_would_fill_zeros_and_is_refused(spec: dict[str, Any], sparse: Path
 
 def loaded(source: Path, out: Path) -> dict[str, float]:
     out.mkdir()
-    task = TASKS[family_of(opening.load_config(source))]
+    task = task_of(opening.load_config(source))
     return dict(load(LoadSpec(source=str(source), task=task), out=out))
 
 

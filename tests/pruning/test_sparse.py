@@ -10,7 +10,7 @@ import torch
 
 from featherweight.checkpoint import opening
 from featherweight.errors import StageError
-from featherweight.model.architecture import LAYOUTS, blocks
+from featherweight.model.architecture import LAYOUTS, blocks, family_of
 from featherweight.model.blockwise import linears, visits
 from featherweight.pruning import sparse
 from featherweight.pruning.sparse import Target, sparsify
@@ -28,7 +28,7 @@ def tiny_model(model_type: str) -> Any:
 
 def example_ids(model: Any, count: int = 6, length: int = 12) -> torch.Tensor:
     """Random blocks as `model` reads them; some seq2seq sources and targets end in padding."""
-    whole = "bert" in model.config.model_type or model.config.is_encoder_decoder
+    whole = family_of(model.config) != "causal"
     ids = torch.randint(5, model.config.vocab_size, (count, 2 * length if whole else length), generator=seeded())
     if model.config.is_encoder_decoder:
         ids[0, length - 4 : length], ids[1, -5:] = 0, 0

@@ -212,6 +212,7 @@ def test_every_method_works_or_is_refused(options: Any, kind: str, checkpoint: A
 
 def test_a_structure_that_is_not_known_is_refused_before_any_weight_is_read(text: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "led", "is_encoder_decoder": true}')
+    save_file({"shared.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(RecipeError, match="text2text-generation \\+ gptq: where a 'led' model keeps its blocks is not known here"):
         quantize(QuantizeSpec.of(method="gptq"), checkpoint=tmp_path, text=text, calibration=text, out=tmp_path)
 

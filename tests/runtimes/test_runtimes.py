@@ -294,7 +294,8 @@ def test_the_root_error_of_a_server_is_found_in_its_log():
 
 
 def test_the_servers_cache_is_sized_by_the_model(tmp_path):
-    config = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "num_key_value_heads": 8}
+    config = {"model_type": "llama", "num_attention_heads": 32, "hidden_size": 4096}
+    config |= {"num_hidden_layers": 32, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     per_token = 2 * 4 * 32 * 8 * 128
     assert _cache_bytes(tmp_path, 256, 8) == 2 * (8 * 2 + 2) * 128 * per_token

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from featherweight.model.architecture import family_of
 from featherweight.text.documents import Document, write_documents
 
 FAMILIES = ("llama", "t5", "marian", "mbart", "bert", "distilbert")
@@ -75,7 +76,7 @@ def alone_inputs(model: Any, block: Any) -> dict[str, Any]:
     import torch
 
     config = model.config
-    if "bert" not in config.model_type and not config.is_encoder_decoder:
+    if family_of(config) == "causal":
         return {"input_ids": block[None]}
     source, target = (part[part != config.pad_token_id] for part in block.chunk(2))
     if not config.is_encoder_decoder:
