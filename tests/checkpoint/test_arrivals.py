@@ -20,6 +20,8 @@ from featherweight.checkpoint.identity import content_identity
 from featherweight.checkpoint.training_runs import Policy, numbered
 from featherweight.errors import CheckpointError, DataError, RecipeError, ServiceError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def drop(tmp_path: Path, tiny_checkpoint: Path) -> Path:

@@ -24,6 +24,8 @@ from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from tests.support.tokenizers import byte_level
 
+pytestmark = pytest.mark.slow
+
 CASES = {case.name: case for case in cases()}
 GATE = ("llama, rope llama3", "qwen2", "gpt2", "t5", "bert")
 """A scaled rotary embedding, a sliding window, Conv1D and no BOS, an encoder-decoder, an encoder."""

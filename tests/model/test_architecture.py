@@ -15,6 +15,8 @@ from featherweight.text.model_inputs import IGNORED, example_blocks, inputs_and_
 from featherweight.training.losses import mean_loss, token_loss
 from tests.support.families import FAMILIES, family_checkpoint, tiny_model
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 64
 
 

@@ -21,6 +21,8 @@ from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.system.machine import Machine
 
+pytestmark = pytest.mark.slow
+
 LLAMA: dict[str, Any] = {
     **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 512},

@@ -17,6 +17,8 @@ from featherweight.store.workspace import local_path
 from tasks.promote import GatesRefused, gated_transition
 from tests.support.registering import MODEL, Bench, desk
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 
 

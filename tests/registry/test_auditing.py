@@ -20,6 +20,8 @@ from featherweight.store.workspace import Workspace, local_path
 from flows.audit import audit_registry
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 SIDE = f"{MODEL}.history"
 

@@ -25,6 +25,8 @@ from featherweight.registry.decisions import rollback_decision, transition_decis
 from featherweight.registry.history import Entry
 from featherweight.registry.versions import MARK, RegisteredModel
 
+pytestmark = pytest.mark.slow
+
 ALL = frozenset({Cell("alias", "champion"), Cell("mark", "")})
 SOME = ALL if "FEATHERWEIGHT_SWEEP" in os.environ else frozenset({Cell("alias", "champion")})
 NONE = ALL if "FEATHERWEIGHT_SWEEP" in os.environ else frozenset()

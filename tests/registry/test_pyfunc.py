@@ -28,6 +28,8 @@ from featherweight.text.documents import Document, write_documents
 from tests.support.registering import METRICS, MODEL, Bench, bench
 from tests.support.serving_models import serving_spec
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
 NEW = 12
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"

@@ -22,6 +22,8 @@ from tests.support.mlflow_server import mlflow_server
 from tests.support.registering import METRICS, MODEL, Bench, bench, desk
 from tests.support.stores import empty_store
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 
 

@@ -18,6 +18,8 @@ from featherweight.text.documents import Document, write_documents
 from tests.support import serving_models, tokenizers
 from tests.support.serving_models import serving_spec
 
+pytestmark = pytest.mark.slow
+
 NEW = 24
 PROMPTS = ["The river and the stone", "漢字 🙂 The", "The river, the lamp"]
 ENGINES = ("torch", "ctranslate2", "onnxruntime-genai")

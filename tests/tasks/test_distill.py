@@ -19,6 +19,8 @@ from featherweight.model import surgery
 from featherweight.text.documents import Document, write_documents
 from tasks.distill import distill
 
+pytestmark = pytest.mark.slow
+
 SPEC = DistillSpec(layers=2, steps=40, batch=4, sequence=32, learning_rate=3e-3)
 
 

@@ -21,6 +21,8 @@ from featherweight.training.threads import cores
 from tasks.finetune import finetune
 from tests.support.families import family_checkpoint
 
+pytestmark = pytest.mark.slow
+
 OF_BART = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 WITHOUT_DROPOUT = {
     "t5": {"dropout_rate": 0.0},

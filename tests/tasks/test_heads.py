@@ -26,6 +26,8 @@ from tests.support import heads
 from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["the fox sang", "once upon a time there was a little bear in the wood and they ran", "ran", "the old hare, the wolf"]
 MADE: dict[str, tuple[Task, Any, dict[str, Any]]] = {
     "vectors": ("feature-extraction", None, {}),

@@ -20,6 +20,8 @@ from tasks.promote import GatesRefused, Promotion, gated_transition, promote, pr
 from tasks.register import FILE, Registration, register_winner
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 FREE = ConstraintsSpec()
 
