@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.errors import DataError, StageError, one_line
+from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
-from featherweight.runtimes.client import Worker, open_worker
+from featherweight.registry.served_engine import ServedEngine
 from featherweight.runtimes.generation_settings import GenerationSettings
-from featherweight.store.served_folder import verified_tokens
 from featherweight.text.tokens import Frame
 
 Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64
 
 
-class Generator:
+class Generator(ServedEngine):
     """A served folder's engine and tokenizer, which answer as transformers' `generate` does with the folder's own
     generation_config.json (greedy, where that does not ask for sampling). Safe to call from several threads, which take turns.
 
@@ -27,16 +25,14 @@ class Generator:
     """
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
-        self.served, self.threads, self.max_batch = served, threads, max_batch
-        self.max_tokens = max_tokens or verified_tokens(served)
+        super().__init__(served, threads, max_tokens, max_batch)
         self._tokenizer = load_tokenizer(served)
         # Four times, for what a tokenizer takes out of a text before it cuts it.
         self._longest_token = 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
-        self._turn = threading.Lock()
-        self._worker: Worker | None = self._open()
+        self._open()
 
     def __call__(
         self, prompts: Sequence[str | Sequence[Message]], max_new_tokens: int | None = None, stop_at_end: bool = True
@@ -68,25 +64,11 @@ class Generator:
             for start in range(0, len(places), self.max_batch):
                 yield places[start : start + self.max_batch], count
 
-    def close(self) -> None:
-        """Stop the engine."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-    def _open(self) -> Worker:
-        return open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
-
     def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool) -> list[list[int]]:
-        if self._worker is None:
-            self._worker = self._open()
-        try:
+        with self._running() as worker:
             if stop_at_end and self._family != "encoder":
-                return self._worker.answer(prompts, new_tokens, self._settings.values)
-            return self._worker.generate(prompts, new_tokens)
-        except StageError:
-            self.close()
-            raise
+                return worker.answer(prompts, new_tokens, self._settings.values)
+            return worker.generate(prompts, new_tokens)
 
     def _room(self, ids: list[int], asked: int | None) -> int:
         """How many tokens to write behind a prompt; DataError where there is no room for one, or for as many as are asked for."""

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.opening import load_config
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.errors import DataError, StageError
+from featherweight.errors import DataError
 from featherweight.model.architecture import task_of
 from featherweight.model.heads import by_label
 from featherweight.model.positions import context_tokens
 from featherweight.registry.entities import entities
-from featherweight.runtimes.client import Worker, open_worker
-from featherweight.store.served_folder import verified_tokens
+from featherweight.registry.served_engine import ServedEngine
 from featherweight.text.examples import encoded, types_of
 
 Rows = list[list[float]]
 
 
-class Labeller:
+class Labeller(ServedEngine):
     """A served encoder's engine and tokenizer: a vector for each text, its labels, or the entities in it.
 
     Answers are those of sentence-transformers' `encode`, or of transformers' pipeline for the task. Safe to call from several
@@ -30,13 +28,11 @@ class Labeller:
     """
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
-        self.served, self.threads, self.max_batch = served, threads, max_batch
-        self.max_tokens = max_tokens or verified_tokens(served)
+        super().__init__(served, threads, max_tokens, max_batch)
         self.config = load_config(served)
         self.task = task_of(self.config)
         self._tokenizer: Any = load_tokenizer(served)
-        self._turn = threading.Lock()
-        self._worker: Worker | None = self._open()
+        self._open()
 
     def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool = True) -> Any:
         """An answer to each text, or pair of texts.
@@ -56,15 +52,6 @@ class Labeller:
             return [scored(self.config, rows) for rows in answers]
         return [entities(self.config, text, one, rows, aggregate) for text, one, rows in zip(texts, told, answers, strict=True)]
 
-    def close(self) -> None:
-        """Stop the engine."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
-
-    def _open(self) -> Worker:
-        return open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
-
     def _encode(self, given: Any, cut: bool) -> Any:
         text, pair = _parts(given)
         if pair is not None and self.task != "text-classification":
@@ -82,14 +69,8 @@ class Labeller:
     def _outputs(self, told: list[Any]) -> list[Rows]:
         if not told:
             return []
-        with self._turn:
-            if self._worker is None:
-                self._worker = self._open()
-            try:
-                return self._worker.outputs([list(one["input_ids"]) for one in told], [types_of(one) for one in told])
-            except StageError:
-                self.close()
-                raise
+        with self._turn, self._running() as worker:
+            return worker.outputs([list(one["input_ids"]) for one in told], [types_of(one) for one in told])
 
 
 def _parts(given: Any) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ import pytest
 
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DataError
-from featherweight.registry import labeller
+from featherweight.registry import served_engine
 from featherweight.registry.answering import signature
 from featherweight.registry.labeller import Labeller, scored, texts_of
 from featherweight.store.served_folder import Serving
@@ -50,7 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def opened(served: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(labeller, "open_worker", InProcess)
+    monkeypatch.setattr(served_engine, "open_worker", InProcess)
     yield lambda kind: Labeller(served(kind), max_tokens=64)
 
 

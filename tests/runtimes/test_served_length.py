@@ -12,7 +12,7 @@ from featherweight.errors import DataError, FeatherweightError, ParityError, Rec
 from featherweight.model.positions import edges, rotary_kinds, rotary_switch, sliding_window
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
-from featherweight.registry import generator
+from featherweight.registry import served_engine
 from featherweight.registry.generator import Generator
 from featherweight.runtimes import parity
 from featherweight.runtimes.bounds import INT8_ACTIVATIONS, Bound
@@ -178,7 +178,7 @@ def test_more_than_was_verified_is_refused_in_one_line(
         open_worker(tmp_path, threads=1, max_tokens=65)
     with pytest.raises(StageError, match=r"512 tokens .* up to 64 only"):
         Generator(tmp_path, max_tokens=512)
-    monkeypatch.setattr(generator, "open_worker", InProcess)
+    monkeypatch.setattr(served_engine, "open_worker", InProcess)
     served = Generator(tmp_path)
     assert served(["Once"], 4)
     with pytest.raises(DataError, match="room for 64 tokens"):
