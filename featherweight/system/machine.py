@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from featherweight.system.gpu import Gpu, driver
+
 # Features that an inference engine dispatches on, by the names that Linux gives them.
 RELEVANT = (
     "sse4_1", "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
@@ -22,14 +24,6 @@ RELEVANT = (
 )  # fmt: skip
 # Any of these multiplies and adds int8 into int32 in one step, without the int16 in between that AVX2 saturates.
 INT8_DOT = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An accelerator; `memory_bytes` is its total memory."""
-
-    name: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -180,10 +174,8 @@ def _read_passes(parts: list[Any], budget_s: float) -> list[float]:
 
 @lru_cache(maxsize=1)
 def gpus() -> tuple[Gpu, ...]:
-    """NVIDIA GPUs as nvidia-smi lists them; torch is not imported for it. Empty where there are none."""
-    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    lines = (line.rsplit(",", 1) for line in _output("nvidia-smi", *query).splitlines())
-    return tuple(Gpu(name.strip(), int(mib) * 2**20) for name, mib in lines if mib.strip().isdigit())
+    """NVIDIA GPUs in reach; torch is not imported for it. Empty where there are none."""
+    return driver().gpus
 
 
 def _sysctl(key: str) -> str:

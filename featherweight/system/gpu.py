@@ -1,0 +1,163 @@
+"""NVIDIA's GPUs as its driver tells of them, through NVML (nvidia-ml-py, a binding without compiled code); torch is not imported.
+
+`nvml` is the module `pynvml` everywhere, given by tests alone. Nothing raises: without a driver, or with a broken one, there are no
+GPUs, and a reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Capability = tuple[int, int]
+DEVICES = ("/dev/nvidia", "/dev/dxg")
+"""What a process with GPU memory holds open, the second on Windows' Linux."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator. memory_bytes: all of it. compute_capability: (major, minor) as CUDA counts, None where it is not told."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: Capability | None = None
+
+    @property
+    def sm(self) -> str:
+        """The name of its architecture in CUDA's words, as 'sm_90'; empty where it is not known."""
+        return "sm_{}{}".format(*self.compute_capability) if self.compute_capability else ""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the driver tells. cuda: the newest CUDA that it runs, (major, minor). reason: why there is nothing, or not all."""
+
+    version: str = ""
+    cuda: tuple[int, int] | None = None
+    gpus: tuple[Gpu, ...] = ()
+    reason: str = ""
+
+
+def driver(nvml: Any = None) -> Driver:
+    """The driver of this machine and the GPUs that CUDA_VISIBLE_DEVICES leaves; empty, with a reason, where there is none."""
+    try:
+        with _session(nvml) as answers:
+            cuda = answers.nvmlSystemGetCudaDriverVersion_v2()
+            gpus = _visible(answers, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            version = answers.nvmlSystemGetDriverVersion()
+            return Driver(version, (cuda // 1000, cuda % 1000 // 10), tuple(_gpu(answers, one) for one in gpus))
+    except _Silent as silent:
+        return Driver(reason=str(silent))
+
+
+def process_memory_bytes(pid: int, nvml: Any = None) -> int | None:
+    """Bytes that a process and its children hold on all GPUs now; None where NVML cannot tell.
+
+    It cannot where the driver keeps no count by process (Windows, some virtual GPUs), and where it lists the processes of a
+    container under the numbers that they have outside.
+    """
+    family = _family(pid)
+    try:
+        with _session(nvml) as answers:
+            handles = _handles(answers)
+            listed = [one for handle in handles for one in answers.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except _Silent:
+        return None
+    held = [one.usedGpuMemory for one in listed if one.pid in family]
+    if None in held or (not held and any(map(_may_hold_memory, family))):
+        return None
+    return sum(held)
+
+
+class _Silent(Exception):
+    """NVML does not answer; why."""
+
+
+@contextmanager
+def _session(nvml: Any) -> Iterator[Any]:
+    """NVML between its start and its end; whatever goes wrong with it is _Silent."""
+    try:
+        nvml = nvml or _binding()
+        nvml.nvmlInit()
+    except ImportError as error:
+        raise _Silent("nvidia-ml-py, which asks the driver, is not installed") from error
+    except nvml.NVMLError as error:
+        raise _Silent(f"NVIDIA's driver does not answer: {error}") from error
+    try:
+        yield nvml
+    except nvml.NVMLError as error:
+        raise _Silent(f"NVIDIA's driver answers in part only: {error}") from error
+    finally:
+        _end(nvml)
+
+
+def _binding() -> Any:
+    import pynvml
+
+    return pynvml
+
+
+def _end(nvml: Any) -> str:
+    """Close NVML; the reason where a driver that broke in between does not even close."""
+    try:
+        nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        return str(error)
+    return ""
+
+
+def _handles(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+
+
+def _visible(nvml: Any, wanted: str | None) -> list[Any]:
+    """The GPUs that CUDA would show for a value of CUDA_VISIBLE_DEVICES: by number or UUID, none behind one that is not there.
+
+    NVML counts by PCI bus, as CUDA does under CUDA_DEVICE_ORDER=PCI_BUS_ID, and where all GPUs are alike.
+    """
+    handles = _handles(nvml)
+    if wanted is None:
+        return handles
+    chosen: list[Any] = []
+    for name in (part.strip() for part in wanted.split(",")):
+        found = _named(nvml, handles, name)
+        if found is None:
+            break
+        chosen.append(found)
+    return chosen
+
+
+def _named(nvml: Any, handles: list[Any], name: str) -> Any:
+    """A GPU by its number, by the beginning of its UUID, or a slice of one (MIG) by its whole UUID; None where there is none."""
+    if name.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    if name.isdigit():
+        return handles[int(name)] if int(name) < len(handles) else None
+    return next((handle for handle in handles if name and nvml.nvmlDeviceGetUUID(handle).startswith(name)), None)
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    return Gpu(nvml.nvmlDeviceGetName(handle), int(nvml.nvmlDeviceGetMemoryInfo(handle).total), capability)
+
+
+def _family(pid: int) -> set[int]:
+    """A process and all below it."""
+    import psutil
+
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return {pid}
+
+
+def _may_hold_memory(pid: int) -> bool:
+    """Whether a process has a GPU open; without that it holds no memory there, whatever it is called in NVML's list."""
+    try:
+        return any(str(one.readlink()).startswith(DEVICES) for one in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return not Path("/proc/self/fd").exists()
