@@ -34,6 +34,7 @@ def test_rounding_a_second_time_changes_nothing(grid: Grid, weight: torch.Tensor
     assert grid.fake_quantize(grid.dequantize(q, scales)).allclose(grid.dequantize(q, scales), rtol=1e-6)
 
 
+@pytest.mark.slow
 @INTEGER_GRID
 @settings(max_examples=40, deadline=None)
 @given(weight=weights())
@@ -61,6 +62,7 @@ def test_the_largest_weight_of_a_group_is_kept(grid: Grid) -> None:
         assert kept.allclose(group.gather(1, largest), rtol=1e-6)
 
 
+@pytest.mark.slow
 @GRID
 @settings(max_examples=20, deadline=None)
 @given(weight=weights())

@@ -75,6 +75,7 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_base_that_it_names(base: Path, adapter: Path, out: Path) -> None:
     metrics = taken(adapter, out)
     assert metrics["adapters_merged"] == 1
@@ -115,6 +116,7 @@ def test_full_weights_with_an_adapter_beside_them_are_what_the_recipe_says(
     assert not list(plain.glob("adapter*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_that_added_tokens(base: Path, tmp_path: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -42,6 +42,7 @@ def test_the_names_of_parts() -> None:
     assert only_model(["a.gguf", "b.gguf"]) is only_model([]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["folder", "first", "last"])
 def test_a_model_in_several_files_is_one(named: str, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     (tmp_path / "split").mkdir()
@@ -104,6 +105,7 @@ def test_other_types_become_float_and_are_said(tiny_checkpoint: Path, tmp_path: 
     assert any("become float: Q5_0 (2)" in note for note in told.notes)
 
 
+@pytest.mark.slow
 def test_every_type_of_llama_cpp_is_read_as_its_library_reads_it(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     """K-quants, IQ and the rest: each in a matrix of its own of a Llama whose rows are whole blocks."""
     import gguf
@@ -141,6 +143,7 @@ def where(matrix: str) -> str:
     return f"self_attn.{part}" if part in ("v_proj", "o_proj") else f"mlp.{part}"
 
 
+@pytest.mark.slow
 def test_a_float_file_is_not_quantized(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"": "F16"})
     assert "quantized_layers" not in taken(tmp_path / "m.gguf", out)

@@ -83,6 +83,7 @@ def test_it_says_what_the_checkpoint_is(tiny_checkpoint: Path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared models on this machine")
 @pytest.mark.parametrize(("name", "parameters"), [("stories260K", 260_032), ("stories15M", 15_191_712)])
 def test_it_accepts_a_real_checkpoint(name: str, parameters: int):
@@ -272,6 +273,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_checkpoint_is_refused_in_one_line(folder: Path, name: str):
     break_it, words = BROKEN[name]

@@ -110,6 +110,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options", "grid"), CASES.values(), ids=CASES.keys())
 def test_every_integer_scale_and_zero_point_is_read(method, options, grid, tiny_checkpoint, tmp_path):
     truth, notes = make(tiny_checkpoint, tmp_path / "source", method, **options), Notes()
@@ -225,6 +226,7 @@ FP8: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", FP8.values(), ids=FP8.keys())
 def test_fp8_weights_go_on_to_vllm_bit_for_bit(recipe, tiny_checkpoint, tmp_path):
     written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", recipe)

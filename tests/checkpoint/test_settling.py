@@ -138,6 +138,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 def test_names_become_those_that_transformers_reads(place: str, tied: bool, tmp_path: Path, out: Path) -> None:
@@ -152,6 +153,7 @@ def test_names_become_those_that_transformers_reads(place: str, tied: bool, tmp_
     assert torch.equal(logits(out), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prefix"), [("gpt2", "transformer."), ("bert", "bert."), ("gpt_neox", "gpt_neox.")])
 def test_other_families_likewise(kind: str, prefix: str, tmp_path: Path, out: Path) -> None:
     folder = family_checkpoint(kind, tmp_path / "source")
@@ -197,6 +199,7 @@ def test_a_head_that_was_never_saved_is_not_invented(tmp_path: Path, out: Path) 
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", PLACES.values(), ids=PLACES)
 def test_pickles_are_renamed_as_they_are_converted(change: Callable[[str], str], tmp_path: Path, out: Path) -> None:
     folder = llama(tmp_path / "source", tied=True)

@@ -76,6 +76,7 @@ def test_layers_are_mapped() -> None:
         layer_pairs(StackMap(encoder=(0,)), {"decoder": 2}, {"decoder": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 def test_the_matched_loss_is_the_sum_of_its_parts(kind: str, checkpoints: dict[str, Path], text: Path) -> None:
     spec = SPEC.model_copy(update={"hidden_weight": 0.5, "attention_weight": 2.0, "attention_loss": kind})

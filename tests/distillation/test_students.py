@@ -24,6 +24,7 @@ from tests.support.distillation import SPEC
 from tests.support.families import FAMILIES, family_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_students_of_every_family_begin_as_layers_of_the_teacher_and_load_again(
     name: str, checkpoints: dict[str, Path], text: Path, tmp_path: Path

@@ -20,6 +20,7 @@ from tasks.generate import generate
 from tests.support.distillation import SPEC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk", None])
 def test_kept_answers_are_the_teachers(
     place: str | None, checkpoints: dict[str, Path], text: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,6 +43,7 @@ def saved(tree: dict, folder: Path) -> str:
     return "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_plan_prints_the_tree_and_runs_nothing(tmp_path: Path) -> None:
     done = call("plan", str(RECIPES / "demo.yaml"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -52,6 +53,7 @@ def test_plan_prints_the_tree_and_runs_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plan_speaks_json_and_takes_overrides(tmp_path: Path) -> None:
     done = call("plan", str(RECIPES / "demo.yaml"), "--json", "--set", "variants=[{serve: ort}]", cwd=tmp_path)
     tree = json.loads(done.stdout)
@@ -59,6 +61,7 @@ def test_plan_speaks_json_and_takes_overrides(tmp_path: Path) -> None:
     assert tree["seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["optimize", "plan"])
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, demo: dict, command: str) -> None:
     demo["constrains"] = demo.pop("constraints")
@@ -67,6 +70,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, demo: d
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_an_impossible_recipe_is_refused_before_anything_starts(tmp_path: Path, demo: dict) -> None:
     demo["variants"] = [{"quantize": "qat4", "serve": "ct2-int8"}]
     line = refused(call("optimize", saved(demo, tmp_path), cwd=tmp_path), 2)
@@ -121,6 +125,7 @@ def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "unknown stage 'moon'" in refused(call("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("plan", "absent.yaml"), ("plan", "--nonsense", "x"), ("watch", "--every", "0")])
 def test_json_is_json_where_it_fails_too(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = call(*arguments, "--json", cwd=tmp_path)
@@ -129,6 +134,7 @@ def test_json_is_json_where_it_fails_too(tmp_path: Path, arguments: tuple[str, .
     assert told["error"]
 
 
+@pytest.mark.slow
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     done = call("--debug", "plan", "absent.yaml", cwd=tmp_path)
     assert done.returncode != 0

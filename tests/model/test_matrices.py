@@ -95,6 +95,7 @@ def test_quantize_and_export_round_the_very_same_matrices(kind: str, checkpoint:
     assert metrics["float_weights"] == pytest.approx(1 - sum(q.numel() for q in stored.q.values()) / sum(sizes.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
 def test_a_head_in_float_stays_so_whatever_it_is_called(kind: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
     spec = QuantizeSpec.of(sequence=16, samples=2, head=None, grid="int4-g32")

@@ -162,6 +162,7 @@ def test_dense_layers_of_a_partly_sparse_teacher_stay_dense(text: Path, tmp_path
     assert partly.of_layers(surgery.copy_layers(source, (1,))) == replace(partly, shares={name.replace("1", "0"): 0.5})
 
 
+@pytest.mark.slow
 def test_held_zeros_get_no_step_at_all(sparse: Path) -> None:
     """Not put back afterwards: the optimizer never moves them, so that they stay zero in every forward pass."""
     model = opening.load_model(sparse)
@@ -182,6 +183,7 @@ def test_held_zeros_get_no_step_at_all(sparse: Path) -> None:
     zeros.require_kept(model, "restoring")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -216,6 +218,7 @@ def loaded(source: Path, out: Path) -> dict[str, float]:
     return dict(load(LoadSpec(source=str(source), task=task), out=out))
 
 
+@pytest.mark.slow
 def test_a_sparse_source_stays_sparse(sparse: Path, text: Path, tmp_path: Path) -> None:
     assert loaded(sparse, tmp_path / "loaded")["zero_share"] == 0.5
     assert Sparsity.read(tmp_path / "loaded") == Sparsity.read(sparse)

@@ -199,6 +199,7 @@ def test_only_the_matrices_inside_the_blocks_get_zeros(model_type: str, criterio
             assert torch.equal(weight, old), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [HALF, TWO_OF_FOUR], ids=lambda target: target.pattern)
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_a_llama_is_pruned_as_by_llm_compressor(criterion: str, target: Target, tmp_path: Path) -> None:

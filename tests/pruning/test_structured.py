@@ -112,6 +112,7 @@ def test_an_untied_t5_head_survives(text: Path, tmp_path: Path) -> None:
     assert saved.config.scale_decoder_outputs == before.config.scale_decoder_outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mbart"])
 def test_heads_that_a_config_cannot_count_are_refused_or_left(family: str, text: Path, tmp_path: Path) -> None:
     source, notes = family_checkpoint(family, tmp_path / "source"), []

@@ -21,6 +21,8 @@ from flows.history import history_of
 from tests.support.registering import MODEL, Bench, desk, plain_versions
 
 __all__ = ["desk"]
+pytestmark = pytest.mark.slow
+
 SIDE = f"{MODEL}.history"
 
 

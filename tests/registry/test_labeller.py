@@ -81,6 +81,7 @@ def test_vectors_are_cut_and_pooled_as_the_files_say(served: Any, opened: Any) -
         Labeller(folder, max_tokens=32)(texts, truncate=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels", "several", "pairs"])
 def test_labels_and_scores_are_those_of_the_pipeline(served: Any, opened: Any, kind: str) -> None:
     right = pipeline(served(kind), "text-classification", top_k=None)

@@ -342,6 +342,7 @@ def test_browser_sorts_the_table(seen):
     assert seen["byName"] == sorted(seen["byName"])
 
 
+@pytest.mark.slow
 def test_browser_shows_points_hints_and_paths(seen):
     assert seen["points"] == 14
     assert (seen["panels"], seen["panelsAfter"]) == ([False, True], [True, False])

@@ -117,6 +117,7 @@ def test_onnx_runtime_reads_4_bits_and_a_scale_for_each_block(llama, tmp_path, t
     assert bytes_read(tmp_path).step == words * row + (0 if tied else row) + 4 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["marian", "t5"])
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 def test_an_encoder_and_the_keys_of_its_output_are_read_once(tmp_path, model_type, engine):

@@ -41,6 +41,7 @@ def test_without_vnni_reduce_range_is_advised():
     assert {check.state for check in doctor._engines(with_vnni) if check.name == "engine ctranslate2"} == {"ok"}
 
 
+@pytest.mark.slow
 def test_every_engine_of_the_catalog_has_its_line(tmp_path):
     names = [check.name.removeprefix("engine ") for check in doctor.diagnose(tmp_path).checks if check.name.startswith("engine ")]
     assert names == list(RUNTIMES)

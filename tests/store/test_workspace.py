@@ -92,6 +92,7 @@ def on_another_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(Path, "rename", refusing)
 
 
+@pytest.mark.slow
 def test_an_artifact_goes_whole_to_another_file_system(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     client, folder = workspace.client(), made(workspace)
     run = client.create_run(workspace.experiment(client, "x"))

@@ -182,6 +182,7 @@ def test_an_architecture_that_ctranslate2_does_not_know(text, tmp_path):
         export(ctranslate2(), checkpoint=tmp_path / "olmo", calibration=text, out=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "untied", "pruned"])
 def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkpoints, text, tmp_path):
     model = load_reference(checkpoints[family])

@@ -110,6 +110,7 @@ def test_a_window_is_scored_as_transformers_scores_it(
             assert -sum(row) == pytest.approx(model(**given).loss.item() * len(row), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_a_target_counts_the_bytes_of_its_text(checkpoint: Any, text: Path, kind: str) -> None:
     windows, tokenizer = windows_of(checkpoint(kind), text)[1], load_tokenizer(checkpoint(kind))
@@ -149,6 +150,7 @@ def test_a_target_is_written_as_transformers_writes_it(
     assert writer.generate(prompts[:1], 1).tokens == [expected[0][:1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 def test_a_language_that_the_checkpoint_forces_comes_first(
     text: Path, tmp_path: Path, engine: EngineName, without_parity: None

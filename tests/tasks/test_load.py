@@ -157,6 +157,7 @@ def pickled(folder: Path, shards: bool) -> None:
     (folder / PICKLE_INDEX).write_text(json.dumps({"weight_map": mapping}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_pickle_is_converted_only_where_the_recipe_says_so(folder: Path, out: Path, tiny_checkpoint: Path, shards: bool):
     pickled(folder, shards)
@@ -179,6 +180,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, out: Path):
 # --- GGUF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_a_gguf_file_becomes_safetensors_with_its_tokenizer(tmp_path: Path, out: Path, tiny_checkpoint: Path, as_folder: bool):
     import torch
@@ -328,6 +330,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_hub_repository_is_downloaded_once_and_only_what_is_needed(hub: type[Hub], out: Path, tiny_checkpoint: Path):
     load(spec(f"hf:org/tiny@{hub.commit}"), out=out)
     assert names(out) == TAKEN
@@ -408,6 +411,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     mlflow.set_tracking_uri(before)
 
 
+@pytest.mark.slow
 def test_a_registered_folder(registry: Callable[[str, Path], Path], folder: Path, out: Path):
     location = registry("plain", folder)
     before = names(location)

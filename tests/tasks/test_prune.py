@@ -74,6 +74,7 @@ def groups_of(model: Any) -> list[Group]:
     return [part.group for part in pruning.parts(model)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference vectors of LLM-Pruner beside the checkout (../shared)")
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_llm_pruner(method: str, tmp_path: Path) -> None:

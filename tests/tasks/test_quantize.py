@@ -116,6 +116,7 @@ def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, 
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     run(tiny_checkpoint, text, tmp_path / "out", method="gptq", grid="int4", head=None)
     assert_on_grid(tmp_path / "out", "int4", None)
@@ -242,6 +243,7 @@ def test_one_smoothing_at_a_time() -> None:
         spec(method="awq", smooth="smoothquant")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["int4-g32", "int8", "int8-reduced"])
 def test_gptq_is_the_formula(grid: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """On the first layer, whose inputs no earlier rounding has touched."""

@@ -88,6 +88,7 @@ def test_the_loss_falls_and_the_result_is_a_complete_checkpoint(trained: tuple[P
     assert opening.parameters(model) == metrics["parameters"]
 
 
+@pytest.mark.slow
 def test_the_saved_model_speaks_with_its_tokenizer(trained: tuple[Path, dict[str, float]]) -> None:
     out, _ = trained
     tokenizer, model = load_tokenizer(out), opening.load_model(out)

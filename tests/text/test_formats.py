@@ -143,6 +143,7 @@ def archive(make: Callable[..., object]) -> bytes:
     return sink.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

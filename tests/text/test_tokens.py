@@ -57,6 +57,7 @@ def size(text: str) -> int:
     return len(text.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("length", [7, 16, 63, 256])
 @pytest.mark.parametrize("text", TEXTS)

@@ -85,6 +85,7 @@ def test_a_head_that_shares_its_weight_is_refused(model_type: str, target: str, 
     assert untied.get_submodule(target).lora_A
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.filterwarnings("error")
 def test_adapters_of_every_family_raise_no_warning(model_type: str) -> None:

@@ -104,6 +104,7 @@ def run(trained: torch.nn.Module, scratch: Path | None, **options: object) -> li
     return loop.train_loop(trained, BLOCKS, TrainingPlan(**(settings | options)), **beside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_tells_its_whole_curve_and_ends_with_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     one, resumed = model(), model(seed=9)
@@ -116,6 +117,7 @@ def test_a_resumed_run_tells_its_whole_curve_and_ends_with_the_same_bits(optimiz
     assert listener.steps == list(enumerate(whole, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"steps": 9}, {"seed": 1}, {"learning_rate": 1e-3}])
 def test_the_state_of_another_run_is_not_taken_up(change: dict[str, float], tmp_path: Path) -> None:
     interrupted(tmp_path)
