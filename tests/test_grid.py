@@ -24,6 +24,7 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) * magnitudes * torch.randint(0, 2, (rows, 1), generator=generator)
 
 
+@pytest.mark.slow
 @GRID
 @settings(max_examples=40, deadline=None)
 @given(weight=weights())

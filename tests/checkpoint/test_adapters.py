@@ -100,6 +100,7 @@ def test_a_base_that_is_gone_is_named(adapter: Path, tmp_path: Path, out: Path) 
     assert "/nowhere/at/all does not exist" in refusal(moved, out)
 
 
+@pytest.mark.slow
 def test_full_weights_with_an_adapter_beside_them_are_what_the_recipe_says(
     base: Path, adapter: Path, tmp_path: Path, out: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_an_adapter_that_added_tokens(base: Path, tmp_path: Path, out: Path) -> 
     torch.testing.assert_close(logits(out), right(wide, adapter), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pickled_adapter_is_refused_until_the_recipe_allows_it(base: Path, adapter: Path, tmp_path: Path, out: Path) -> None:
     from safetensors.torch import load_file
 

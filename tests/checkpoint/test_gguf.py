@@ -64,6 +64,7 @@ def test_a_missing_part_is_named(tiny_checkpoint: Path, tmp_path: Path, out: Pat
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_texts_begin_as_the_file_says(add_bos: bool, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, add_bos=add_bos)
@@ -73,6 +74,7 @@ def test_texts_begin_as_the_file_says(add_bos: bool, tiny_checkpoint: Path, tmp_
     assert tokenizer("Once upon a time")["input_ids"] == ([tokenizer.bos_token_id] if add_bos else []) + plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "grid"), [("Q8_0", "int8-g32"), ("Q4_0", "int4-g32")])
 def test_integers_on_a_grid_of_ours_are_kept(kind: str, grid: str, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     import gguf
@@ -93,6 +95,7 @@ def test_integers_on_a_grid_of_ours_are_kept(kind: str, grid: str, tiny_checkpoi
     assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], torch.from_numpy(theirs))
 
 
+@pytest.mark.slow
 def test_other_types_become_float_and_are_said(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     """Q5_0 stands for all that is no grid here, K-quants among them."""
     told = Notes()

@@ -113,6 +113,7 @@ def test_chat_templates_beside_the_first_are_carried(tiny_checkpoint: Path, tmp_
         assert load_tokenizer(folder).chat_template == load_tokenizer(source).chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "marian", "gpt2"])
 def test_a_folder_whose_tokenizer_became_another_is_refused(kind: str, tmp_path: Path) -> None:
     source, out = slow_checkpoint(kind, tmp_path / "source"), made(tmp_path / "out")

@@ -115,6 +115,7 @@ def test_answers_hidden_states_and_maps_are_learned_together(
     assert load_tokenizer(tmp_path).get_vocab() == load_tokenizer(checkpoints[name]).get_vocab()
 
 
+@pytest.mark.slow
 def test_a_narrower_student_learns_through_projections(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     narrow = family_checkpoint("llama", tmp_path / "narrow", hidden_size=16)
     spec = DistillSpec(

@@ -98,6 +98,7 @@ def test_a_layer_that_does_nothing_is_left_out(checkpoints: dict[str, Path], tex
         distill(spec, checkpoint=folder, text=text, out=tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_pruned_student_is_taught_by_the_whole_model(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     spec = DistillSpec(prune=PruneSpec.of(ratio=0.5, samples=4, sequence=16), steps=12, batch=4, sequence=24, learning_rate=3e-3)
     assert spec.prune is not None

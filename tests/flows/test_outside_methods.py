@@ -95,6 +95,7 @@ def planned(**changes: Any) -> tuple[Recipe, Plan]:
     return recipe, expand(recipe)
 
 
+@pytest.mark.slow
 def test_they_are_planned_with_their_cost_and_refused_where_they_say_so(site: Path) -> None:
     recipe, plan = planned()
     assert [variant.name for variant in plan.variants] == ["baseline", "short/ct2", "clip8/ct2-int8"]

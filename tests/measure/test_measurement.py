@@ -66,6 +66,7 @@ def test_the_same_samples_have_the_ratio_one(values):
         assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(positive, positive), min_size=1, max_size=20), st.floats(0.1, 10), st.integers(0, 3))
 def test_an_estimate_lies_in_its_interval_scales_with_its_unit_and_repeats(pairs, unit, seed):
     a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -254,6 +254,7 @@ def test_zeros_that_nobody_told_of_are_found(
     assert found is None or found.shares == pytest.approx(told.shares)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -17,6 +17,7 @@ from tests.support.families import family_checkpoint, tiny_model
 from tests.support.pruning import SMALL, logits, pruned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [2, 1])
 def test_pooled_heads_are_the_means_of_their_groups(wanted: int, text: Path, tmp_path: Path) -> None:
     source = family_checkpoint("qwen2", tmp_path / "source", num_key_value_heads=4)

@@ -169,6 +169,7 @@ def test_a_block_is_shown_what_it_reads_in_the_whole_model(model_type: str) -> N
         torch.testing.assert_close(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "criterion"), [("marian", "wanda"), ("t5", "sparsegpt")])
 def test_padding_is_no_text(model_type: str, criterion: str) -> None:
     padded, plain = tiny_model(model_type), tiny_model(model_type)
@@ -182,6 +183,7 @@ def test_padding_is_no_text(model_type: str, criterion: str) -> None:
         torch.testing.assert_close(weight, other, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "criterion"),
     [*((name, "wanda") for name in FAMILIES), ("llama", "magnitude"), ("mbart", "magnitude"), ("bert", "sparsegpt")],

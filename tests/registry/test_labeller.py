@@ -95,6 +95,7 @@ def test_labels_and_scores_are_those_of_the_pipeline(served: Any, opened: Any, k
         assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["label"]]
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_is_right(opened: Any) -> None:
     documents = heads.labelled(60, seed=2)
     found = opened("labels")([one.text for one in documents])

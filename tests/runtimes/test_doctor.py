@@ -47,6 +47,7 @@ def test_every_engine_of_the_catalog_has_its_line(tmp_path):
     assert names == list(RUNTIMES)
 
 
+@pytest.mark.slow
 def test_a_missing_toolchain_is_shown_and_not_fatal(tmp_path, monkeypatch):
     monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
     found = doctor.diagnose(tmp_path)
@@ -59,6 +60,7 @@ def test_a_missing_toolchain_is_shown_and_not_fatal(tmp_path, monkeypatch):
     assert "its variants are skipped" in text and "→ run `make setup`" in text
 
 
+@pytest.mark.slow
 def test_a_server_that_is_named_and_down_is_fatal(tmp_path, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

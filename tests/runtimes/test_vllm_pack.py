@@ -60,6 +60,7 @@ def packed(checkpoint: Path, compute_type: str, grid: str, out: Path) -> Quantiz
     return quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute_type", "grid"),
     [("int8", "int8"), ("int8", "int8-reduced"), ("w8a16", "int8"), ("w8a16", "int8-g32"), ("w4a16", "int4"), ("w4a16", "int4-g32"),
@@ -178,6 +179,7 @@ def windows(checkpoint: Path, text: Path) -> list[list[int]]:
     return cache_windows(Source(checkpoint, text, None, 0, Progress()))
 
 
+@pytest.mark.slow
 def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     from torch.utils.data import DataLoader
 

@@ -75,6 +75,7 @@ def test_a_child_that_hangs_is_ended_with_all_of_its_own() -> None:
     worker.close()
 
 
+@pytest.mark.slow
 def test_children_that_share_a_pipe_do_not_talk_at_once(tmp_path: Path) -> None:
     turn = tmp_path / "turn"
     turn.touch()

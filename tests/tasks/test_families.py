@@ -117,6 +117,7 @@ def test_a_target_counts_the_bytes_of_its_text(checkpoint: Any, text: Path, kind
     assert [w.text_bytes for w in windows] == [len(tokenizer.decode(w.ids[1:], skip_special_tokens=True)) for w in windows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_same_tokens_are_masked_every_time(checkpoint: Any, text: Path, kind: str) -> None:
     windows, frame = windows_of(checkpoint(kind), text)[1], Frame.of(load_tokenizer(checkpoint(kind)))

@@ -344,6 +344,7 @@ def test_a_hub_repository_is_downloaded_once_and_only_what_is_needed(hub: type[H
     assert hub.served == []
 
 
+@pytest.mark.slow
 def test_the_revisions_of_a_hub_repository_are_arrivals(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A branch and a tag at one commit are one arrival; a change of what is not read is another commit of the same content."""
     (one,) = look("hf:org/tiny", tmp_path / "notes", 0)
@@ -363,6 +364,7 @@ def test_a_hub_repository_that_is_none_is_refused(hub: type[Hub], out: Path):
     assert "hf:org/name" in refusal("hf:a/b/c", out)
 
 
+@pytest.mark.slow
 def test_a_pickle_on_the_hub_is_refused_before_it_is_downloaded(hub: type[Hub], out: Path):
     pickled(hub.root, shards=False)
     assert "checkpoint.allow_pickle: true" in refusal("hf:org/tiny", out)
@@ -371,6 +373,7 @@ def test_a_pickle_on_the_hub_is_refused_before_it_is_downloaded(hub: type[Hub], 
     assert names(out) == TAKEN
 
 
+@pytest.mark.slow
 def test_without_the_hub_the_cache_serves_or_the_error_says_so(hub: type[Hub], out: Path, monkeypatch: pytest.MonkeyPatch):
     load(spec("hf:org/tiny"), out=out)
     before = source_fingerprint(spec("hf:org/tiny"))
@@ -422,6 +425,7 @@ def test_a_registered_folder(registry: Callable[[str, Path], Path], folder: Path
     assert source_fingerprint(spec("models:/plain@champion")) == source_fingerprint(spec("models:/plain/1"))
 
 
+@pytest.mark.slow
 def test_a_served_variant_inside_a_registered_pyfunc(
     registry: Callable[[str, Path], Path], folder: Path, tmp_path: Path, out: Path
 ):
@@ -518,6 +522,7 @@ def stored(folder: Path) -> dict[str, Any]:
     return dict(model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_headless_encoder_and_a_damaged_seq2seq_model_are_refused(tmp_path: Path, out: Path) -> None:
     from safetensors.torch import load_file, save_file
 

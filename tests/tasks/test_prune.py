@@ -149,6 +149,7 @@ def test_a_llama_whose_heads_still_divide_its_width_stays_a_llama(tiny_checkpoin
     assert (config.model_type, config.num_attention_heads, config.head_dim) == ("llama", 4, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_either_half_can_be_left_alone(part: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     spec = PruneSpec.of(samples=2, sequence=32, attention=part == "attention", mlp=part == "mlp")

@@ -348,6 +348,7 @@ def test_a_run_away_training_is_an_error(options: dict[str, Any], tiny_checkpoin
         run(tiny_checkpoint, text, tmp_path / "out", method="qat", **options)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_writes_its_own_text(tiny_checkpoint: Path) -> None:
     model = opening.load_model(tiny_checkpoint)
     bos = torch.full((6000, 1), model.config.bos_token_id)

@@ -127,6 +127,7 @@ def test_the_state_of_another_run_is_not_taken_up(change: dict[str, float], tmp_
     assert losses == run(model(), None, **change)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_not_taken_up(tmp_path: Path) -> None:
     interrupted(tmp_path)
     whole = (tmp_path / FILE).read_bytes()
@@ -149,6 +150,7 @@ def test_the_state_is_one_safetensors_file_without_a_copy_of_frozen_weights(tmp_
     assert not any("embed_tokens" in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_an_accumulated_step_is_the_step_of_the_whole_batch(parts: int) -> None:
     one, many = model(dropout=0), model(dropout=0)
