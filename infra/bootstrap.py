@@ -69,10 +69,14 @@ class Environment:
 
 
 def main_environment(extras: str) -> Environment:
-    """Featherweight itself, editable, at the locked versions, with those extras and the ones installed before."""
+    """Featherweight itself, editable, at the locked versions, with those extras and the ones installed before.
+
+    The extra `cuda` comes along where there is an NVIDIA GPU.
+    """
     folder, lock = ROOT / ".venv", LOCKS / "main.txt"
     before = Environment("main", folder, folder / "setup.json", "", (), ()).noted().get("package", "")
-    package = f"featherweight[{','.join(sorted({*extras.split(','), *re.findall(r'[a-z]+', before)[1:]}))}]"
+    wanted = {*extras.split(","), *re.findall(r"[a-z]+", before)[1:], *(["cuda"] if has_nvidia_gpu() else [])}
+    package = f"featherweight[{','.join(sorted(wanted))}]"
     arguments = ("--constraints", str(lock), "--editable", package.replace("featherweight", str(ROOT), 1))
     inputs = (ROOT / "pyproject.toml", lock, LOCKS / "uv.txt")
     return Environment("main", folder, folder / "setup.json", package, arguments, inputs)

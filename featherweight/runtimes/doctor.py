@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import ServiceError, ToolchainError
 from featherweight.masking import masked
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.findings import GIB, Check
+from featherweight.runtimes.gpu_findings import GpuFindings
 from featherweight.system import machine, toolchains
 from featherweight.system.servers import check_url
 
@@ -22,23 +24,10 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import RenderableType
 
-State = Literal["ok", "warn", "missing"]
 LOCK = toolchains.ROOT / "infra" / "toolchains" / "main.txt"
-GIB = 2**30
 # A run keeps every variant's files; below the second figure even the demo does not fit.
 ROOMY_BYTES, TIGHT_BYTES = 10 * GIB, 2 * GIB
 STYLES = {"ok": "green", "warn": "yellow", "missing": "red"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. `essential`: Featherweight cannot run a recipe while it is missing."""
-
-    name: str
-    state: State
-    found: str
-    remedy: str = ""
-    essential: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +37,7 @@ class Diagnosis:
     checks: tuple[Check, ...]
     machine: machine.Machine
     memory_bandwidth_bytes_s: float
+    gpu: GpuFindings
 
     @property
     def exit_code(self) -> int:
@@ -61,17 +51,18 @@ class Diagnosis:
             "checks": [asdict(check) for check in self.checks],
             "machine": self.machine.to_json(),
             "memory_bandwidth_bytes_s": self.memory_bandwidth_bytes_s,
+            "gpu": asdict(self.gpu),
             "exit_code": self.exit_code,
         }
 
 
 def diagnose(folder: Path = Path()) -> Diagnosis:
-    """Look at everything that a run in `folder` needs; takes about a second, most of it for the memory bandwidth."""
-    here = machine.describe()
+    """Look at everything that a run in `folder` needs; takes about a second, and some more where there is a GPU to be asked."""
+    here, gpu = machine.describe(), GpuFindings.here()
     bandwidth = machine.memory_bandwidth_bytes_s()
-    checks = [_machine(here), _cpu(here), _bandwidth(bandwidth, here), _gpus(here), _disk(folder)]
+    checks = [_machine(here), _cpu(here), _bandwidth(bandwidth, here), *gpu.checks(), _disk(folder)]
     checks += [_python(), _libraries(), *_engines(here), *_toolchains(), *_services()]
-    return Diagnosis(tuple(checks), here, bandwidth)
+    return Diagnosis(tuple(checks), here, bandwidth, gpu)
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
@@ -118,11 +109,6 @@ def _bandwidth(bandwidth: float, here: machine.Machine) -> Check:
     tokens = bandwidth / 1e9
     found = f"{tokens:.1f} GB/s read by {here.cores} threads: at most {tokens:.0f} tokens/s from 1 GB of weights"
     return Check("memory bandwidth", "ok", found)
-
-
-def _gpus(here: machine.Machine) -> Check:
-    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in here.gpus)
-    return Check("GPUs", "ok", names or "none; every engine runs on the CPU")
 
 
 def _disk(folder: Path) -> Check:

@@ -16,6 +16,9 @@ from typing import Any
 Capability = tuple[int, int]
 DEVICES = ("/dev/nvidia", "/dev/dxg")
 """What a process with GPU memory holds open, the second on Windows' Linux."""
+NO_DRIVER = "there is no NVIDIA driver"
+LIBRARY_NOT_FOUND = 12
+"""NVML_ERROR_LIBRARY_NOT_FOUND of nvml.h."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def _session(nvml: Any) -> Iterator[Any]:
     except ImportError as error:
         raise _Silent("nvidia-ml-py, which asks the driver, is not installed") from error
     except nvml.NVMLError as error:
-        raise _Silent(f"NVIDIA's driver does not answer: {error}") from error
+        absent = getattr(error, "value", None) == LIBRARY_NOT_FOUND
+        raise _Silent(NO_DRIVER if absent else f"NVIDIA's driver does not answer: {error}") from error
     try:
         yield nvml
     except nvml.NVMLError as error:

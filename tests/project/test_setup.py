@@ -69,6 +69,13 @@ def test_a_gpu_machine_gets_the_cuda_build(monkeypatch):
     assert all(path.is_file() for path in (*cuda.inputs, *cpu.inputs))
 
 
+@pytest.mark.parametrize(("gpu", "extras"), [(True, {"cuda", "dev"}), (False, {"dev"})])
+def test_a_gpu_machine_gets_what_serving_there_wants(monkeypatch, tmp_path, gpu, extras):
+    monkeypatch.setattr(bootstrap, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    assert bootstrap.main_environment("dev").package == f"featherweight[{','.join(sorted(extras))}]"
+
+
 def test_the_installers_reason_fits_one_line():
     lines = ["Resolved 3 packages", "error: Failed to fetch `x`", "  cause: dns error", "  cause: more"]
     assert bootstrap.reason(lines) == "error: Failed to fetch `x` cause: dns error"

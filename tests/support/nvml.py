@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 
 class NVMLError(Exception):
-    """pynvml's."""
+    """pynvml's. value: the number of the error."""
+
+    value = 0
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,28 @@ class Card:
 
 
 class FakeNvml:
-    """The part of pynvml that featherweight.system.gpu asks. fails: the functions that raise, by name, and what they say."""
+    """The part of pynvml that featherweight.system.gpu asks. fails: the functions that raise, by name, and what they say.
+
+    absent: there is no driver at all.
+    """
 
     NVMLError = NVMLError
 
-    def __init__(self, *cards: Card, driver: str = "580.95.05", cuda: int = 13000, fails: Mapping[str, str] = {}) -> None:
-        self.cards, self.driver, self.cuda, self.fails, self.open = cards, driver, cuda, fails, 0
+    def __init__(
+        self,
+        *cards: Card,
+        driver: str = "580.95.05",
+        cuda: int = 13000,
+        fails: Mapping[str, str] = {},
+        absent: bool = False,
+    ) -> None:
+        self.cards, self.driver, self.cuda, self.fails, self.absent, self.open = cards, driver, cuda, fails, absent, 0
 
     def _answer(self, name: str) -> None:
-        if name in self.fails:
-            raise NVMLError(self.fails[name])
+        if name in self.fails or self.absent:
+            error = NVMLError(self.fails.get(name, "NVML Shared Library Not Found"))
+            error.value = 12 if self.absent else 9
+            raise error
 
     def nvmlInit(self) -> None:
         self._answer("nvmlInit")

@@ -10,13 +10,14 @@ from featherweight.model.architecture import attention_cap
 from featherweight.model.positions import rotary_switch, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
+from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import INT8_DOT, Machine, cpu_features
+from featherweight.system.machine import INT8_DOT, Machine, cpu_features, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -104,8 +105,11 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         return _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
-        cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
-        return gpu_refusal(self.name, spec.compute_type) if cuda else None
+        if spec.compute_type not in CUDA_ONLY:
+            return None
+        if not machine.gpus:
+            return gpu_refusal(self.name, spec.compute_type)
+        return cublas.refusal() if machine == describe() else None
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         if machine.int8_dot_product:
