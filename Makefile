@@ -1,6 +1,6 @@
 # `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench conformance lint stack clean
+.PHONY: help setup demo test test-fast bench conformance gpu-check gpu-bundle lint stack clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -45,6 +45,14 @@ bench: ## run the benchmarks
 conformance: ## every family of models in tiny through every engine, and docs/runtimes.md (most of an hour; it resumes)
 	$(SETUP)
 	@$(BIN)/python -m conformance --page docs/runtimes.md $(ARGS)
+
+gpu-check: ## prove the CUDA side on this machine within ten minutes; without a GPU all that needs none (build/gpu-check)
+	$(SETUP)
+	@$(BIN)/python -m infra.gpu_check --out build/gpu-check $(ARGS)
+
+gpu-bundle: ## make the folder to carry to a GPU machine without a network (build/gpu-bundle; there: bash gpu-bundle/run)
+	$(SETUP)
+	@$(BIN)/python infra/gpu_check/bundle.py build/gpu-bundle $(ARGS)
 
 lint: ## check style, format, types and who imports whom
 	$(SETUP)

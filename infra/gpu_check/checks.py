@@ -1,0 +1,114 @@
+"""Which checks there are: processes with a limit each, what they wait for, and what needs a GPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from featherweight.recipe.plan import Node, Plan
+from infra.gpu_check.plans import ENDING, ENGINES, STAGES, at, folder_of, plan_of
+
+SHARED = ("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint")
+"""What all stages read: made once, on the CPU."""
+SERVING = ("export", "compile", "evaluate")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One process. after: names of checks that must have ended well. alone: nothing else runs beside it, for it is timed.
+
+    device: what it computes on, set for it in FEATHERWEIGHT_DEVICE. reason: why it is not run at all.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    limit_s: float = 120
+    after: tuple[str, ...] = ()
+    device: str = "cpu"
+    alone: bool = False
+    reason: str | None = None
+
+
+def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
+    """All of them, in the order in which they begin."""
+    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda)]
+    if speed:
+        found += _engines(work, cuda)
+    return [*found, _flow(work, cuda)]
+
+
+def _doctor(cuda: bool) -> Check:
+    return Check("doctor", _python("flows.cli", "doctor", "--json"), device=_auto(cuda))
+
+
+def _tests(cuda: bool) -> Check:
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests")
+    return Check("tests marked cuda", command, 300, device="cuda") if cuda else _none("tests marked cuda")
+
+
+def _flow(work: Path, cuda: bool) -> Check:
+    """A whole optimization, in its own workspace, on whichever device there is."""
+    recipe, folder = Path(__file__).with_name("flow.yaml"), work / "flow"
+    command = _python("flows.cli", "optimize", str(recipe), "--json", "-w", str(folder), "--report", str(folder / "report.html"))
+    return Check("featherweight optimize", command, 300, device=_auto(cuda))
+
+
+def _stages(work: Path, cuda: bool) -> list[Check]:
+    """Each stage on the CPU, and then on CUDA from the CPU's inputs."""
+    plan = plan_of(STAGES)
+    nodes = [node for node in plan.nodes.values() if node.stage not in (*SERVING, *ENDING)]
+    found = [_node(STAGES, node, work / "stages", "cpu") for node in nodes]
+    on_cuda = [node for node in nodes if node.stage not in ("text", "gate")]
+    if not cuda:
+        return found + [_none(f"{node.stage} {node.id} on cuda") for node in on_cuda]
+    return found + [_node(STAGES, node, work / "stages", "cuda", beside=True) for node in on_cuda]
+
+
+def _engines(work: Path, cuda: bool) -> list[Check]:
+    """A larger checkpoint made here; each engine's export with its parity, and then, alone, its measurement."""
+    folder, tokenizer = work / "made", folder_of(work / "stages", "cpu", "checkpoint")
+    made = Check(
+        "checkpoint of engines", _python("infra.gpu_check.made", str(tokenizer), str(folder)), 120, ("train checkpoint on cpu",)
+    )
+    recipe, device = at(ENGINES, folder, work / "engines.yaml"), _auto(cuda)
+    plan = plan_of(recipe)
+    nodes = [node for node in plan.nodes.values() if node.stage not in ENDING]
+    found = [_node(recipe, node, work / "engines", device, after=(made.name,) if node.id == "checkpoint" else ()) for node in nodes]
+    return [made, *found, *_ruled_out(plan)]
+
+
+def _ruled_out(plan: Plan) -> list[Check]:
+    return [Check(f"serve {name}", reason=f"refused in the plan: {reason}") for name, reason in plan.ruled_out.items()]
+
+
+def _node(recipe: Path, node: Node, work: Path, device: str, beside: bool = False, after: tuple[str, ...] = ()) -> Check:
+    """A node of a plan, after the nodes that it reads: the CPU's where they are to be compared."""
+    command = _python("infra.gpu_check.node", str(recipe), node.id, str(work), device, *(["--beside"] if beside else []))
+    on = "cpu" if beside else device
+    before = tuple(_named(recipe, id, stage, on) for id, stage in _inputs(recipe, node))
+    own = (_named(recipe, node.id, node.stage, "cpu"),) if beside else ()
+    name, alone = _named(recipe, node.id, node.stage, device), node.stage == "evaluate"
+    return Check(name, command, 240, (*after, *before, *own), device, alone)
+
+
+def _named(recipe: Path, id: str, stage: str, device: str) -> str:
+    prefix = "engines: " if recipe.name == ENGINES.name else ""
+    return f"{prefix}{stage} {id} on {device}"
+
+
+def _inputs(recipe: Path, node: Node) -> list[tuple[str, str]]:
+    nodes = plan_of(recipe).nodes
+    return [(id, nodes[id].stage) for id in dict.fromkeys(node.inputs.values())]
+
+
+def _none(name: str) -> Check:
+    return Check(name, reason="no CUDA")
+
+
+def _auto(cuda: bool) -> str:
+    return "cuda" if cuda else "cpu"
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *arguments)
