@@ -68,9 +68,8 @@ def _stages(work: Path, cuda: bool) -> list[Check]:
 def _engines(work: Path, cuda: bool) -> list[Check]:
     """A larger checkpoint made here; each engine's export with its parity, and then, alone, its measurement."""
     folder, tokenizer = work / "made", folder_of(work / "stages", "cpu", "checkpoint")
-    made = Check(
-        "checkpoint of engines", _python("infra.gpu_check.made", str(tokenizer), str(folder)), 120, ("train checkpoint on cpu",)
-    )
+    making = _python("infra.gpu_check.made", str(tokenizer), str(folder))
+    made = Check("checkpoint of engines", making, 120, ("train checkpoint on cpu",))
     recipe, device = at(ENGINES, folder, work / "engines.yaml"), _auto(cuda)
     plan = plan_of(recipe)
     nodes = [node for node in plan.nodes.values() if node.stage not in ENDING]

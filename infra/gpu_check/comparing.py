@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featherweight.recipe.plan import Node
 from infra.gpu_check.plans import folder_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOWS, TOKENS = 24, 128
 
@@ -86,11 +90,7 @@ def loss_of(checkpoint: Path, text: Path) -> float:
 def weights_apart(one: Path, other: Path) -> tuple[float, float]:
     """The share of weights that differ by more than rounding of their sums, and the largest difference over the tensor's largest
     weight; 1 and infinity where shapes differ."""
-    from safetensors.torch import load_file
-
-    first, second = (
-        {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()} for folder in (one, other)
-    )
+    first, second = _weights(one), _weights(other)
     if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
         return 1.0, float("inf")
     differing, total, furthest = 0, 0, 0.0
@@ -100,6 +100,12 @@ def weights_apart(one: Path, other: Path) -> tuple[float, float]:
         total += weight.numel()
         furthest = max(furthest, apart.max().item() / (largest or 1.0))
     return differing / max(total, 1), furthest
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}
 
 
 def _texts(cpu: Path, cuda: Path) -> tuple[str, str, dict[str, Any]]:
@@ -117,9 +123,7 @@ def _lines(folder: Path) -> list[str]:
 def _scans(cpu: Path, cuda: Path) -> tuple[str, str, dict[str, Any]]:
     """The losses that a scan found for each matrix."""
     ours, theirs = (dict(_numbers(json.loads(file.read_text()))) for file in (_scan(cuda), _scan(cpu)))
-    apart = (
-        max(abs(ours[key] - value) / max(abs(value), 1.0) for key, value in theirs.items()) if ours.keys() == theirs.keys() else 1
-    )
+    apart = max((abs(ours.get(key, math.inf) - value) / max(abs(value), 1.0) for key, value in theirs.items()), default=math.inf)
     return "ok" if apart <= 0.005 else "failed", f"{len(ours)} figures, {apart:.2g} apart at most (allowed 0.005)", {"apart": apart}
 
 

@@ -1,6 +1,6 @@
-"""The process of one node: a stage of a recipe's plan on one device, and what it made beside what the CPU made of the same inputs.
+"""The process of one node: a stage of a recipe's plan on one device, beside what the CPU made of the same inputs.
 
-Usage: python -m infra.gpu_check.node RECIPE NODE WORK DEVICE [--beside DEVICE]. Prints one line of JSON: `state`, `found`, `metrics`.
+Usage: python -m infra.gpu_check.node RECIPE NODE WORK DEVICE [--beside]. Prints a line of JSON: `state`, `found`, `metrics`.
 """
 
 from __future__ import annotations
