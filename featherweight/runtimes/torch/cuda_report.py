@@ -64,7 +64,7 @@ def look() -> CudaReport:
     """The same in this process."""
     import torch
 
-    told = {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    told: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
     if not torch.cuda.is_available():
         return CudaReport(**told, reason="built for CPUs only" if not told["cuda"] else "torch reaches no GPU here")
     devices = tuple(_device(index) for index in range(torch.cuda.device_count()))

@@ -16,6 +16,8 @@ from featherweight.errors import StageError
 from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
+from featherweight.runtimes.vllm.capabilities import disabled_kernels
+from featherweight.system.machine import gpus
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _ECHOES = ("EngineDeadError", "See root cause above")
 class VllmModel(LoadedModel):
     """A server of this worker's own, in a process group of its own.
 
-    options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same.
+    options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same; `tensor_parallel_size`, 1.
     """
 
     follows = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens"}
@@ -71,6 +73,7 @@ class VllmModel(LoadedModel):
             "--generation-config": "vllm",
             "--kv-cache-dtype": self.options.get("kv_cache_dtype", "auto"),
             "--kv-cache-memory-bytes": _cache_bytes(self.weights, self.limits.max_tokens + 1, self.limits.max_batch),
+            "--tensor-parallel-size": self.options.get("tensor_parallel_size", "1"),
             "--host": "127.0.0.1",
             "--port": port,
         }
@@ -79,7 +82,7 @@ class VllmModel(LoadedModel):
         return [str(part) for pair in options.items() for part in pair] + flags
 
     def _environment(self) -> dict[str, str]:
-        count = str(self.threads)
+        count, disabled = str(self.threads), disabled_kernels(self.options.get("compute_type"), gpus())
         return os.environ | {
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
@@ -90,6 +93,7 @@ class VllmModel(LoadedModel):
             "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
+            **({"VLLM_DISABLED_KERNELS": disabled} if disabled else {}),
         }
 
     def _wait_until_ready(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CONV1D
 from featherweight.model.parent import experts_refusal
@@ -13,6 +15,7 @@ from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, l
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
+from featherweight.runtimes.vllm import capabilities, parallel
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
@@ -29,10 +32,12 @@ CACHE_HEADS = 32
 class VllmSpec(ExportSpec):
     """compute_type: a float; int8 (or w8a8) with activations rounded too; w8a16 and w4a16, which compute in float16; fp8, e4m3
     weights per row and activations per token. kv_cache: fp8 keeps keys and values in e4m3, by scales from the calibration text.
+    tensor_parallel_size: GPUs that share every layer.
     """
 
     engine: Literal["vllm"]
     compute_type: ComputeType = "float32"
+    tensor_parallel_size: int = Field(1, ge=1)
 
 
 class Vllm(Runtime[VllmSpec]):
@@ -85,8 +90,10 @@ class Vllm(Runtime[VllmSpec]):
         return mixed if grids.finer else None
 
     def machine_refusal(self, spec: VllmSpec, machine: Machine) -> str | None:
+        if reason := parallel.machine_refusal(spec.tensor_parallel_size, machine):
+            return reason
         if machine.gpus:
-            return None
+            return capabilities.refusal(spec.compute_type, spec.kv_cache, machine.gpus)
         if spec.compute_type == "w8a16":
             return (
                 "W8A16 needs a CUDA GPU: vLLM has no CPU kernel for 8-bit weights with float activations; take int8 (W8A8) or w4a16"
@@ -99,7 +106,7 @@ class Vllm(Runtime[VllmSpec]):
         return cache if spec.kv_cache else None
 
     def model_refusal(self, spec: VllmSpec, model: Candidate) -> str | None:
-        """Heads that the CPU kernel for an fp8 cache does not take; matrices that its format does not hold."""
+        """Heads that an fp8 cache does not take, or several GPUs cannot share; matrices that its format does not hold."""
         from featherweight.runtimes.vllm.pack import fused_refusal
         from featherweight.runtimes.vllm.write import ROUNDED_HERE
 
@@ -108,6 +115,8 @@ class Vllm(Runtime[VllmSpec]):
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
+        if reason := _gpu_refusal(spec, model):
+            return reason
         if spec.compute_type not in SCHEMES:
             return None
         if model.facts.model_type in CONV1D:
@@ -117,12 +126,21 @@ class Vllm(Runtime[VllmSpec]):
         columns = {name: columns for name, (_, columns) in model.facts.rows_and_columns.items()}
         rounded = GRIDS[ROUNDED_HERE[spec.compute_type]]
         rows = model.rows or {name: (rounded, count) for name, count in columns.items()}
-        return fused_refusal(rows, SCHEMES[spec.compute_type])
+        return fused_refusal(rows, SCHEMES[spec.compute_type]) or parallel.groups_refusal(spec.tensor_parallel_size, rows)
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        if found := capabilities.emulated(machine.gpus):
+            return "; ".join(f"{what} is emulated: {how}" for what, how in found.items()), "take int8 (W8A8) or w4a16 for speed"
         if machine.architecture != "x86_64" or "avx512f" in machine.cpu_features or machine.gpus:
             return None
         return "no AVX-512: vLLM's 4-bit kernels are not in its build for this CPU", "take compute_type int8"
+
+
+def _gpu_refusal(spec: VllmSpec, model: Candidate) -> str | None:
+    """Heads that the GPUs here have no fp8 cache for, or that several GPUs cannot share."""
+    width = head_width(model.config)
+    cache = capabilities.heads_refusal(width) if spec.kv_cache and width else None
+    return cache or parallel.model_refusal(spec.tensor_parallel_size, model.config)
 
 
 VLLM = Vllm()

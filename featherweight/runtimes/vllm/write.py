@@ -60,6 +60,8 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
         options["dtype"] = "float16" if spec.compute_type in ("w8a16", "w4a16") or gpus() else "float32"
     if spec.kv_cache:
         options["kv_cache_dtype"] = spec.kv_cache
+    if spec.tensor_parallel_size > 1:
+        options["tensor_parallel_size"] = str(spec.tensor_parallel_size)
     return options
 
 
