@@ -45,8 +45,9 @@ def load() -> None:
     """Load it for this process; nothing happens where it is already, or on another system. Raises ToolchainError without it."""
     if reason := refusal():
         raise ToolchainError(reason)
-    if sys.platform == "linux":
-        ctypes.CDLL(str(find()), mode=ctypes.RTLD_GLOBAL)
+    if sys.platform == "linux" and (file := find()):
+        # Where it lies itself, beside the library that it needs in turn; behind a link the loader would not look there.
+        ctypes.CDLL(str(file.resolve()), mode=ctypes.RTLD_GLOBAL)
 
 
 def _candidates(folders: Sequence[str]) -> Iterator[Path]:
