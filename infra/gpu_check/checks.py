@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from featherweight.errors import ToolchainError
 from featherweight.recipe.plan import Node, Plan
 from infra.gpu_check.plans import ENDING, ENGINES, STAGES, at, folder_of, plan_of
 
@@ -18,7 +19,8 @@ SERVING = ("export", "compile", "evaluate")
 class Check:
     """One process. after: names of checks that must have ended well. alone: nothing else runs beside it, for it is timed.
 
-    device: what it computes on, set for it in FEATHERWEIGHT_DEVICE. reason: why it is not run at all.
+    device: what it computes on, set for it in FEATHERWEIGHT_DEVICE. accepted: exit codes of one that is well. reason: why it is
+    not run at all.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Check:
     after: tuple[str, ...] = ()
     device: str = "cpu"
     alone: bool = False
+    accepted: tuple[int, ...] = (0,)
     reason: str | None = None
 
 
@@ -39,7 +42,9 @@ def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
 
 
 def _doctor(cuda: bool) -> Check:
-    return Check("doctor", _python("flows.cli", "doctor", "--json"), device=_auto(cuda))
+    """A machine of this check's lacks what the bundle leaves out, which is a finding and no fault of it."""
+    accepted = (0, ToolchainError.exit_code)
+    return Check("doctor", _python("flows.cli", "doctor", "--json"), device=_auto(cuda), accepted=accepted)
 
 
 def _tests(cuda: bool) -> Check:

@@ -123,10 +123,10 @@ def _result(running: _Running, code: int | None, seconds: float) -> Result:
         return Result(check.name, "failed", f"stopped after {seconds:.0f} s", seconds, check.device)
     said = running.log.read_text(errors="replace").strip().splitlines()
     told = _json(said)
-    state, found = ("ok" if code == 0 else "failed"), told.get("found") or _summary(told) or (said[-1] if said else "")
+    state, found = ("ok" if code in check.accepted else "failed"), told.get("found") or _summary(told) or (said[-1] if said else "")
     if code < 0:
         found = f"ended by {signal.Signals(-code).name}"
-    elif code and not told:
+    elif code not in check.accepted and not told:
         errors = running.log.with_suffix(".err").read_text(errors="replace").strip().splitlines()
         found = " | ".join((said[-1:] or [""]) + errors[-2:])[-LAST:]
     return Result(check.name, state, str(found)[:LAST], seconds, check.device, told.get("metrics", told))
