@@ -115,7 +115,9 @@ def install(wanted: list[str], folder: Path, python: str) -> None:
     listed.write_text("\n".join(wanted))
     platform = ("--python-version", python, "--python-platform", "x86_64-manylinux_2_34")
     command = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(folder), *platform)
-    done = subprocess.run([*command, "--no-deps", "--only-binary", ":all:", "-r", str(listed)])
+    # Its own copies: `trim` changes them, and links would change uv's cache and every environment beside it.
+    copies = ("--link-mode", "copy")
+    done = subprocess.run([*command, *copies, "--no-deps", "--only-binary", ":all:", "-r", str(listed)])
     listed.unlink()
     if done.returncode:
         raise SystemExit(done.returncode)
