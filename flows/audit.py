@@ -10,6 +10,7 @@ from typing import Any
 from featherweight.errors import IntegrityError
 from featherweight.registry.auditing import Finding, audit_model
 from featherweight.registry.lineage import Lineage, Verdict, from_registry, verify
+from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
@@ -34,18 +35,20 @@ class Audit:
         lines = [f"{v.state:8} {v.part}{f'  {v.reason}' if v.reason else ''}" for v in self.verdicts]
         return "\n".join([self.lineage.to_text(), *(["", "verified:", *lines] if lines else [])])
 
-    def raise_if_altered(self) -> None:
-        """Raise IntegrityError naming the parts that are not what they were."""
-        altered = [verdict.part for verdict in self.verdicts if verdict.state == "altered"]
-        if altered:
-            raise IntegrityError(f"altered since it was registered: {', '.join(altered)}")
+    def raise_if_wrong(self) -> None:
+        """Raise IntegrityError naming the parts that are not what they were, and those that are gone."""
+        wrong = [f"{verdict.part} is {verdict.state}" for verdict in self.verdicts if verdict.state != "ok"]
+        if wrong:
+            raise IntegrityError(f"not what was registered: {', '.join(wrong)}")
 
 
 def audit(workspace: Workspace, reference: str, check: bool) -> Audit:
     """The lineage of a registered version, verified where `check`. Raises GateError where there is no such version."""
     registry = Registry(workspace.tracking_uri)
     registry.check()
-    found = from_registry(registry, *parse_reference(reference, "champion"))
+    model, version = parse_reference(reference, "champion")
+    look(registry, model)
+    found = from_registry(registry, model, version)
     return Audit(found, tuple(verify(found, registry)) if check else ())
 
 
@@ -91,8 +94,16 @@ def audit_registry(workspace: Workspace, name: str, repair: bool) -> RegistryAud
     registry = Registry(workspace.tracking_uri)
     registry.check()
     names = [parse_reference(name, "champion")[0]] if name else registry.models()
+    moved = [finding for one in names for finding in _moved(registry, one)]
     repaired = [line for one in names for line in _repair(registry, one)] if repair else []
-    return RegistryAudit(tuple(finding for one in names for finding in audit_model(registry, one)), tuple(repaired))
+    return RegistryAudit((*moved, *(finding for one in names for finding in audit_model(registry, one))), tuple(repaired))
+
+
+def _moved(registry: Registry, name: str) -> Iterator[Finding]:
+    """What somebody had moved in MLflow, which is in the history from now on."""
+    _, moved = look(registry, name)
+    if moved:
+        yield Finding(name, "", "out of band", "out of step", f"{moved.why} (entry {moved.entry})")
 
 
 def _repair(registry: Registry, name: str) -> Iterator[str]:

@@ -6,11 +6,12 @@ from typing import get_args
 
 from featherweight.errors import RecipeError
 from featherweight.registry.history import StageName
+from featherweight.registry.out_of_band import look
+from featherweight.registry.promotion import Promotion, gated_transition
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
 from featherweight.system.user import user_name
-from tasks.promote import Promotion, gated_transition
 
 
 def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, force: bool) -> Promotion:
@@ -25,4 +26,6 @@ def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, for
 def roll_back_by_hand(workspace: Workspace, reference: str, why: str) -> Promotion:
     """Make the previous champion the champion again. Raises GateError where there is none."""
     model, _ = parse_reference(reference, "champion")
-    return Promotion.of(Registry(workspace.tracking_uri).rollback(model, user_name(), why), True, why)
+    registry = Registry(workspace.tracking_uri)
+    look(registry, model)
+    return Promotion.of(registry.rollback(model, user_name(), why), True, why)

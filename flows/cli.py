@@ -112,10 +112,10 @@ def variants(
         typer.echo("\n".join(result.note_lines), nl=bool(result.note_lines))
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def lineage(
     model: ModelArg,
-    verify: Annotated[bool, typer.Option("--verify", help="Recompute the digest of every artifact still reachable.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute every digest; exit 9 where any is altered or gone.")] = False,
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
@@ -127,7 +127,7 @@ def lineage(
         _print_json(found.to_dict())
     else:
         _console().print(found.to_text(), highlight=False, soft_wrap=True)
-    found.raise_if_altered()
+    found.raise_if_wrong()
 
 
 @app.command()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featherweight.registry.history import History, Transition
+from featherweight.registry.out_of_band import OutOfBand, look
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
@@ -14,11 +15,15 @@ from featherweight.system.user import user_name
 
 @dataclass(frozen=True)
 class ToldHistory:
-    """The history of `model`. behind: how many aliases, tags and stages in MLflow did not follow it until this look."""
+    """The history of `model`. behind: how many aliases, tags and stages in MLflow did not follow it until this look.
+
+    moved: what somebody had moved in MLflow, as this look found and recorded it.
+    """
 
     model: str
     history: History
     behind: int
+    moved: OutOfBand | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: transitions in order, where all stand, what lost against which entry, what does not hold together."""
@@ -30,6 +35,7 @@ class ToldHistory:
             "lost": lost,
             "faults": list(self.history.faults),
             "completed": self.behind,
+            "out_of_band": asdict(self.moved) if self.moved else None,
         }
 
     def to_text(self) -> str:
@@ -40,6 +46,7 @@ class ToldHistory:
         lines += [line for one in self.history.transitions for line in _transition(one)]
         lines += [f"{one.number:>4}  {one.when[:19]}Z  {one.told()}" for one in self.history.entries if not one.moves]
         lines += [f"lost to entry {one.winner.number}: {one.entry.told()}" for one in self.history.lost]
+        lines += [self.moved.to_text()] if self.moved else []
         lines += [f"{self.behind} aliases, tags and stages were behind, and follow now"] if self.behind else []
         return "\n".join([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
 
@@ -60,7 +67,6 @@ def history_of(workspace: Workspace, reference: str, repair: bool = False) -> To
     model, _ = parse_reference(reference, "champion")
     if repair:
         registry.repair(model, user_name())
-    seen = registry.model(model)
-    if seen.behind():
-        registry.settle(model)
-    return ToldHistory(model, seen.history, len(seen.behind()))
+    behind = len(registry.model(model).behind())
+    seen, moved = look(registry, model)
+    return ToldHistory(model, seen.history, 0 if moved else behind, moved)

@@ -13,6 +13,8 @@ from featherweight.checkpoint.arrivals import Seen, look
 from featherweight.checkpoint.training_runs import Policy
 from featherweight.errors import RecipeError
 from featherweight.recipe.reading import load_recipe
+from featherweight.registry.out_of_band import look as look_at
+from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
 from tasks.claim_runs import ClaimRuns, reason_of, tell
@@ -53,9 +55,17 @@ def watch_flow(
             claim = known[key] = _taken_up(runs, known.get(key, Claim(key, wanted.name)), one, borne, parameters)
             told.setdefault(key, {"source": one.source, "identity": one.identity, **claim.to_dict(borne)})
     return [
+        *_moved(place, wanted.promote.model),
         *told.values(),
         *({"source": one.source, "status": one.state, "reason": one.reason} for one in seen if not one.identity),
     ]
+
+
+def _moved(workspace: Workspace, model: str) -> list[dict[str, Any]]:
+    """What somebody moved in MLflow behind the registered model's history, recorded by this look."""
+    registry = Registry(workspace.tracking_uri)
+    found = look_at(registry, model)[1] if model in registry.models() else None
+    return [{"source": f"models:/{model}", "status": "out of band", "reason": found.why}] if found else []
 
 
 def _taken_up(runs: ClaimRuns, claim: Claim, seen: Seen, patience: Patience, parameters: dict[str, Any]) -> Claim:

@@ -14,6 +14,7 @@ from featherweight.measure.spec import BASELINE
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import RegisterSpec
 from featherweight.registry.lineage import LineageGraph, build
+from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry, WinnerRecord
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.served_folder import Serving
@@ -68,6 +69,7 @@ def register(
         progress.note(f"registering {decision.winner}")
         winner = _winner(spec, inputs, artifacts, decision, parent, logged[decision.winner])
         record = _record(register_winner(registry, winner), decision)
+        look(registry, record.model)
     (out / FILE).write_text(json.dumps(asdict(record), indent=1))
     return {"logged_models": len(logged), "new_versions": float(record.new)}
 

@@ -16,6 +16,7 @@ from featherweight.model.sparsity import Sparsity
 from featherweight.recipe.plan import Node, Plan, Variant
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe
+from featherweight.registry.promotion import Promotion
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.runtimes.catalog import RUNTIMES
@@ -27,7 +28,6 @@ from featherweight.store.workspace import Workspace
 from tasks.decide import read_decision
 from tasks.outcome import Outcome, Outcomes
 from tasks.parent_run import ParentRun, connect
-from tasks.promote import Promotion
 
 REPORT, RESULT = "report.html", "result.json"
 

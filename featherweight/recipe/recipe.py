@@ -74,10 +74,18 @@ def _registrable(name: str) -> str:
 
 
 class PromoteSpec(Spec):
-    """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'."""
+    """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'.
+
+    out_of_band: what becomes of an alias or stage that somebody sets in MLflow: undone, kept where the gate lets it pass, or left
+    as it is; each is recorded in the history. approval: 'required' lets the winner wait in staging for a person.
+    smoke: ask the new champion something on its engine, and go back to the former where it does not answer.
+    """
 
     model: Annotated[str, AfterValidator(_registrable)]
     stage: Literal["none", "staging", "production"] = "production"
+    out_of_band: Literal["undo", "keep", "tell"] = "undo"
+    approval: Literal["none", "required"] = "none"
+    smoke: bool = True
 
 
 class RegisterSpec(Spec):

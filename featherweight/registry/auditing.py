@@ -12,7 +12,7 @@ from featherweight.measure.goals import OBJECTIVE
 from featherweight.registry.attestation import ATTESTATION, attested
 from featherweight.registry.evidence import with_evidence
 from featherweight.registry.keys import Keys
-from featherweight.registry.lineage import Lineage, from_registry, verify
+from featherweight.registry.lineage import Lineage, of_version, verify
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import witnessed_fault
@@ -42,7 +42,7 @@ def audit_model(registry: Registry, name: str, keys: Keys | None = None) -> list
     seen = registry.model(name)
     findings = [*_history(registry, seen, keys), *_entries(registry, seen, keys), *_cells(seen)]
     for version in seen.versions.values():
-        findings += [*_origin(seen, version, keys), *_content(registry, version)]
+        findings += [*_origin(seen, version, keys), *_content(registry, seen, version)]
     return findings
 
 
@@ -98,15 +98,15 @@ def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys) -> It
         yield Finding(*told, "ok", "unsigned, of the time before keys")
 
 
-def _content(registry: Registry, version: RegisteredVersion) -> Iterator[Finding]:
+def _content(registry: Registry, seen: RegisteredModel, version: RegisteredVersion) -> Iterator[Finding]:
     """Files, lineage, evaluation, tags and MLflow's figures of a version."""
     try:
-        told = from_registry(registry, version.model, version.version)
+        told = of_version(registry, seen, version)
     except FeatherweightError as error:
         gone: State = "altered" if "altered" in str(error) or "readable" in str(error) else "missing"
         yield Finding(version.model, version.version, "lineage.json", gone, str(error))
         return
-    for verdict in verify(told, registry):
+    for verdict in verify(told, registry, seen):
         if verdict.part != "history":
             foreign = verdict.reason.startswith("foreign")
             yield Finding(version.model, version.version, verdict.part, "foreign" if foreign else verdict.state, verdict.reason)
@@ -139,8 +139,9 @@ def _plain(name: str, value: str) -> Any:
 
 def _runs(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
     """MLflow's runs and their figures, stage by stage, and those of the logged model."""
+    runs = {id: registry.run_metrics(id) for id in dict.fromkeys(node.run_id for node in told.graph.nodes)}
     for node in told.graph.nodes:
-        shown = registry.run_metrics(node.run_id)
+        shown = runs[node.run_id]
         if shown is None:
             yield Finding(version.model, version.version, f"run of {node.id}", "missing", "MLflow has it no more")
         else:

@@ -11,7 +11,7 @@ from featherweight.registry.versions import CHAMPION, RegisteredModel
 
 
 def transition_decision(
-    version: str, to: str, who: str, why: str, gates: Sequence[GateResult], expect_champion: str | None
+    version: str, to: str, who: str, why: str, gates: Sequence[GateResult], expect_champion: str | None, rule: str = ""
 ) -> Decide[RegisteredModel]:
     """Move a version (its number) to a stage, unless it stands there; refuse where the champion is not the expected one."""
 
@@ -20,7 +20,7 @@ def transition_decision(
         moved, champion = seen.pick(version), seen.holder(CHAMPION)
         if expect_champion is not None and (champion.version if champion else "") != expect_champion:
             raise GateError(_overtaken(seen, "promote again"))
-        return None if moved.stage == to else seen.transition(moved, to, who, why, gates)
+        return None if moved.stage == to else seen.transition(moved, to, who, why, gates, rule)
 
     return decide
 

@@ -21,7 +21,8 @@ WHY_LIMIT = 1000
 LINE_LIMIT = 50  # champions that a rollback can go back to
 
 StageName = Literal["none", "staging", "production", "archived"]
-Action = Literal["transition", "displaced", "rollback", "repair"]
+Action = Literal["transition", "displaced", "rollback", "repair", "out of band"]
+Rule = Literal["undo", "keep", "tell"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
@@ -118,6 +119,8 @@ class Entry:
     follows: number of the entry that it follows, 0 for the first. before: that entry's digest.
     after: where all stand once it counts. earlier: for the first entry, digest of the history that tags kept before.
     mends: of a repair, the mark of the entry that is given up. number: what the server assigned, not stored.
+    rule: what becomes of aliases that are moved out of band from here on, '' for as before. found: of an out-of-band entry, what
+    was moved, as (kind, name, value) of its cells; left: whether it stays as it was found.
     """
 
     id: str
@@ -133,6 +136,9 @@ class Entry:
     gates: tuple[GateResult, ...] = ()
     earlier: str = ""
     mends: str = ""
+    rule: str = ""
+    found: tuple[tuple[str, str, str | None], ...] = ()
+    left: bool = False
     number: int = field(default=0, compare=False)
 
     @cached_property
@@ -148,7 +154,8 @@ class Entry:
         return text
 
     def _stored(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "number"}
+        later = {"rule", "found", "left"}  # entries of before these were there keep their digests
+        return {name: value for name, value in asdict(self).items() if name != "number" and (value or name not in later)}
 
     @classmethod
     def from_json(cls, text: str, number: int) -> Entry:
@@ -157,6 +164,7 @@ class Entry:
             fields: dict[str, Any] = json.loads(text)
             fields["moves"] = tuple(Move(**move) for move in fields["moves"])
             fields["gates"] = tuple(GateResult(**gate) for gate in fields["gates"])
+            fields["found"] = tuple((kind, name, value) for kind, name, value in fields.get("found", ()))
             after = fields["after"]
             fields["after"] = Standing(after["champion"], after["challenger"], tuple(map(str, after["line"])))
             return cls(**fields | {"number": number, "follows": int(fields["follows"]), "model": int(fields["model"])})
@@ -196,7 +204,7 @@ class History:
     """What the stored entries amount to.
 
     entries: those that count, in order. lost: those that came second. stages: of every version that ever moved.
-    faults: what does not hold together, in words. earlier: the transitions that tags kept before.
+    faults: what does not hold together, in words. earlier: the transitions that tags kept before. begun: where all stood by them.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -205,6 +213,7 @@ class History:
     stages: Mapping[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     earlier: tuple[Transition, ...] = ()
+    begun: Standing = Standing()
 
     @property
     def head(self) -> int:
@@ -220,6 +229,18 @@ class History:
         """Where a version stands."""
         last = self.stages.get(version, "none")
         return self.standing.stage(version) or {"production": "archived", "staging": "none"}.get(last, last)
+
+    @property
+    def rule(self) -> Rule:
+        """What becomes of aliases that are moved out of band: what the last entry that says so says."""
+        said = [rule for entry in self.entries for rule in get_args(Rule) if entry.rule == rule]
+        return said[-1] if said else "undo"
+
+    def until(self, number: int) -> History:
+        """The history as it was once the entry of that number counted; 0 for before all."""
+        entries = tuple(entry for entry in self.entries if entry.number <= number)
+        standing = entries[-1].after if entries else self.begun
+        return replace(self, entries=entries, standing=standing, stages=_stages(self.earlier, entries))
 
     def find(self, id: str) -> Entry | None:
         """The entry of that id, where it counts."""
@@ -251,10 +272,14 @@ def fold(stored: Mapping[int, str], model: int, earlier: Sequence[Transition] = 
                 faults.append(f"history entry {number} follows {entry.follows}, which does not count")
             elif entry.id != winner.id:
                 lost.append(Lost(entry, winner))
-    stages = {one.version: one.target for one in earlier}
-    stages |= {move.version: move.target for entry in counted for move in entry.moves}
     now = counted[-1].after if counted else standing
-    return History(tuple(counted), tuple(lost), now, stages, tuple(faults), tuple(earlier))
+    return History(tuple(counted), tuple(lost), now, _stages(earlier, counted), tuple(faults), tuple(earlier), standing)
+
+
+def _stages(earlier: Sequence[Transition], counted: Sequence[Entry]) -> dict[str, str]:
+    """The stage that each version that ever moved went to last."""
+    stages = {one.version: one.target for one in earlier}
+    return stages | {move.version: move.target for entry in counted for move in entry.moves}
 
 
 def _parsed(stored: Mapping[int, str]) -> tuple[dict[int, Entry], list[str]]:

@@ -20,7 +20,8 @@ from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 
 if TYPE_CHECKING:
-    from featherweight.registry.registry import RegisteredVersion, Registry
+    from featherweight.registry.registry import Registry
+    from featherweight.registry.versions import RegisteredModel, RegisteredVersion
 
 State = Literal["ok", "missing", "altered"]
 VERSION = 2
@@ -203,8 +204,13 @@ def from_registry(registry: Registry, model: str, ref: str = "champion") -> Line
 
     Raises GateError for an unknown model, version or alias, IntegrityError where the stored lineage was altered.
     """
-    version = registry.get(model, ref)
-    return _lineage(registry, version, read_graph(registry, version))
+    seen = registry.model(model)
+    return of_version(registry, seen, seen.pick(ref))
+
+
+def of_version(registry: Registry, seen: RegisteredModel, version: RegisteredVersion) -> Lineage:
+    """The same of a version of a model that was looked at. Raises IntegrityError where the stored lineage was altered."""
+    return _lineage(seen, version, read_graph(registry, version))
 
 
 def read_graph(registry: Registry, version: RegisteredVersion) -> LineageGraph:
@@ -215,8 +221,8 @@ def read_graph(registry: Registry, version: RegisteredVersion) -> LineageGraph:
     return LineageGraph.from_json(text)
 
 
-def _lineage(registry: Registry, version: RegisteredVersion, graph: LineageGraph) -> Lineage:
-    history = tuple(entry for entry in registry.history(version.model).transitions if entry.version == version.version)
+def _lineage(seen: RegisteredModel, version: RegisteredVersion, graph: LineageGraph) -> Lineage:
+    history = tuple(entry for entry in seen.history.transitions if entry.version == version.version)
     return Lineage(
         model=version.model,
         version=version.version,
@@ -229,12 +235,14 @@ def _lineage(registry: Registry, version: RegisteredVersion, graph: LineageGraph
     )
 
 
-def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
+def verify(lineage: Lineage, registry: Registry, seen: RegisteredModel | None = None) -> list[Verdict]:
     """Recompute the digest of every artifact still reachable, of the registered files and of the history.
 
-    Reads every byte of them: seconds per gigabyte on a local store, a download from a remote one.
+    Reads every byte of them: seconds per gigabyte on a local store, a download from a remote one. seen: the model, where it was
+    looked at already.
     """
-    version = registry.get(lineage.model, lineage.version)
+    seen = seen or registry.model(lineage.model)
+    version = seen.pick(lineage.version)
     registered = "registered files"
     with tempfile.TemporaryDirectory() as scratch:
         verdicts = [_judge(registered, lineage.digest, lambda: registry.served_folder(version, Path(scratch)))]
@@ -244,7 +252,7 @@ def verify(lineage: Lineage, registry: Registry) -> list[Verdict]:
         for number, node in enumerate(lineage.graph.nodes):
             folder = Path(scratch) / str(number)
             verdicts.append(_judge(node.id, node.digest, lambda n=node, f=folder: _fetch(registry, n.uri, f), node))
-    faults = registry.history(lineage.model).faults
+    faults = seen.history.faults
     return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults)] + ([] if faults else [Verdict("history", "ok")])
 
 

@@ -43,19 +43,18 @@ class MlflowStore:
     def read(self) -> RegisteredModel:
         """The model as it stands. Raises GateError, naming the known ones, where there is none."""
         holder = self._holder()
-        self._history = holder.tags.get(HISTORY) or f"{holder.name}{SUFFIX}"
         found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
         stored = {int(entry.version): entry.tags.get(ENTRY, "") for entry in self._entries()}
         return RegisteredModel.of(holder, found, stored, self._has_stages)
 
     def signatures(self) -> dict[int, tuple[str, str]]:
         """Text and signature ('' where there is none) of each stored entry, by number."""
-        self.read()
+        self._holder()
         return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in self._entries()}
 
     def quarantine(self) -> list[int]:
         """Delete the versions whose entry cannot be read, their text kept in tags of the model; returns their numbers."""
-        self.read()
+        self._holder()
         unreadable = [one for one in self._entries() if not _readable(one)]
         for one in unreadable:
             self.client.set_registered_model_tag(self.model, f"{QUARANTINED}{one.version}", one.tags.get(ENTRY, "")[:ENTRY_LIMIT])
@@ -109,10 +108,13 @@ class MlflowStore:
                 self.client.transition_model_version_stage(self.model, cell.name, str(value))
 
     def _holder(self) -> MlflowModel:
+        """MLflow's registered model, and with it the name of the one that holds its history."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.get_registered_model(self.model)
+            holder = self.client.get_registered_model(self.model)
+            self._history = holder.tags.get(HISTORY) or f"{holder.name}{SUFFIX}"
+            return holder
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise

@@ -237,17 +237,18 @@ class Registry:
         why: str,
         gates: Sequence[GateResult] = (),
         expect_champion: str | None = None,
+        rule: str = "",
     ) -> RegisteredVersion:
         """Move a version to a stage by one entry in the history; nothing happens where it stands there already.
 
         A displaced champion is archived and becomes `previous`, a displaced challenger goes back to none.
         expect_champion: the version number that the gates compared with, '' for none: GateError, naming who came first, where
-        another is champion now. None does not look.
+        another is champion now. None does not look. rule: what becomes of aliases moved out of band from then on, '' for as before.
         """
         _check_words(to, who, why)
 
         number = version if version.isdigit() else self.get(model, version).version  # an alias may name another one in a moment
-        return self._commit(model, transition_decision(number, to, who, why, gates, expect_champion)).pick(number)
+        return self.decide(model, transition_decision(number, to, who, why, gates, expect_champion, rule)).pick(number)
 
     def rollback(self, model: str, who: str, why: str) -> RegisteredVersion:
         """Make the champion before the present one champion again; a second rollback goes one further back.
@@ -255,7 +256,7 @@ class Registry:
         Raises GateError where there is no champion to go back to, or where another promotion or rollback came first.
         """
         _check_words("production", who, why)
-        return self._commit(model, rollback_decision(who, why)).pick(CHAMPION)
+        return self.decide(model, rollback_decision(who, why)).pick(CHAMPION)
 
     def repair(self, model: str, who: str) -> Entry | None:
         """Take what is left of a history that was cut for the whole of it, by an entry that says so; None where it is whole."""
@@ -266,15 +267,16 @@ class Registry:
         witness(seen, Keys.here())
         return entry
 
-    # -- how ------------------------------------------------------------------------------------------------------------
-
-    def _commit(self, model: str, decide: Decide[RegisteredModel]) -> RegisteredModel:
+    def decide(self, model: str, decide: Decide[RegisteredModel]) -> RegisteredModel:
+        """Append what `decide` says as things stand, if anything; the model once it shows that. Raises what `decide` raises."""
         with self._service():
             store = MlflowStore(self.client, model)
             _require_witnessed(store.read())
             seen, _ = commit(store, decide)
         witness(seen, Keys.here())
         return seen
+
+    # -- how ------------------------------------------------------------------------------------------------------------
 
     def _ensure_model(self, model: str) -> None:
         """The registered model, with the name by which recipes know it in a tag, which stays where MLflow renames it."""

@@ -115,9 +115,7 @@ class RegisteredModel:
     @property
     def aliases(self) -> dict[str, str]:
         """Version numbers by alias: ours as the history has them, others as MLflow has them."""
-        standing, others = self.history.standing, {alias: n for alias, n in self.shown.items() if alias not in OURS}
-        held = {"production": standing.champion, "staging": standing.challenger}
-        return others | _named(standing) | {alias: number for alias, number in held.items() if number}
+        return {alias: n for alias, n in self.shown.items() if alias not in OURS} | _aliases(self.history.standing)
 
     def pick(self, version: str) -> RegisteredVersion:
         """A version by number or alias. Raises GateError, naming the known ones, where there is none."""
@@ -139,10 +137,16 @@ class RegisteredModel:
 
     # -- what may be decided --------------------------------------------------------------------------------------------
 
-    def transition(self, moved: RegisteredVersion, to: str, who: str, why: str, gates: Sequence[GateResult]) -> Entry:
+    def transition(
+        self, moved: RegisteredVersion, to: str, who: str, why: str, gates: Sequence[GateResult], rule: str = ""
+    ) -> Entry:
         """The entry that moves a version to a stage, and whoever stands there to the stage below."""
         after, moves = self.history.standing.moved(moved.version, to)
-        return self._entry("transition", moves, after, who, why, tuple(gates))
+        return replace(self._entry("transition", moves, after, who, why, tuple(gates)), rule=rule)
+
+    def told(self, action: Action, who: str, why: str, gates: Sequence[GateResult] = ()) -> Entry:
+        """An entry that moves nothing."""
+        return self._entry(action, {}, self.history.standing, who, why, tuple(gates))
 
     def rollback(self, who: str, why: str) -> Entry:
         """The entry that makes `previous` champion. Raises GateError where there is no previous one, or it was deleted."""
@@ -167,19 +171,38 @@ class RegisteredModel:
         """What MLflow shows otherwise than the history has it, and what it has to show; the new champion's alias comes first."""
         if not self.history.entries or self.cut:
             return []
-        found = self._found()
-        return [(cell, value) for cell, value in self._wanted().items() if found.get(cell) != value]
+        found, last = self._found(), self.history.entries[-1]
+        left = {Cell(kind, name): value for kind, name, value in last.found} if last.left else {}
+        wanted = self._wanted(self.history) | {cell: value for cell, value in left.items() if found.get(cell) == value}
+        return [(cell, value) for cell, value in wanted.items() if found.get(cell) != value]
 
-    def _wanted(self) -> dict[Cell, str | None]:
-        """Every cell as the history makes it. No alias can name a version that was deleted."""
-        aliases = {alias: self.aliases.get(alias) for alias in OURS}
-        wanted = {Cell("alias", alias): n for alias, n in aliases.items() if n is None or n in self.versions}
+    def out_of_band(self) -> dict[Cell, str | None]:
+        """The cells that somebody else moved, and what they show: what no entry makes of them that they may have followed.
+
+        Those are the entries from the marked one on, or all where none is marked: a writer may have stopped before they followed.
+        A version without a stage tag was made by hand, not moved. Nothing of a model that we did not register.
+        """
+        if self.cut or NAME not in self.tags:
+            return {}
+        begun, found = int(self.tags.get(MARK, "0").partition(":")[0] or 0), self._found()
+        follows = [self._wanted(self.history.until(0))] if not begun else []
+        follows += [self._wanted(self.history.until(one.number)) for one in self.history.entries if one.number >= begun]
+        known = {Cell(kind, name): value for one in self.history.entries if one.number > begun for kind, name, value in one.found}
+        wanted = self.behind() if self.history.entries else follows[0].items()
+        moved = [cell for cell, _ in wanted if cell.kind != "mark" and (cell.kind != "tag" or found.get(cell))]
+        shown = {cell: found.get(cell) for cell in moved if all(found.get(cell) != one.get(cell) for one in follows)}
+        return {cell: value for cell, value in shown.items() if cell not in known or known[cell] != value}
+
+    def _wanted(self, history: History) -> dict[Cell, str | None]:
+        """Every cell as a history makes it. No alias can name a version that was deleted."""
+        held = _aliases(history.standing)
+        wanted = {Cell("alias", one): held.get(one) for one in OURS if one not in held or held[one] in self.versions}
         for version in self.versions:
-            stage = self.history.stage(version)
+            stage = history.stage(version)
             wanted[Cell("tag", version)] = stage
             if self.stages is not None:
                 wanted[Cell("stage", version)] = stage.capitalize()
-        return {**wanted, Cell("mark", ""): mark(self.history.entries[-1])}
+        return wanted | ({Cell("mark", ""): mark(history.entries[-1])} if history.entries else {})
 
     def _found(self) -> dict[Cell, str | None]:
         tags = {Cell("tag", one.version): one.tag("stage") for one in self.versions.values()}
@@ -203,9 +226,7 @@ class RegisteredModel:
         """
         marks = [*([self.tags[MARK]] if self.cut else []), *([witnessed] if witnessed else [])]
         numbers = " and ".join(sorted({one.partition(":")[0] for one in marks}))
-        entry = self._entry(
-            "repair", {}, self.history.standing, who, f"entry {numbers} was removed or altered: what is left counts"
-        )
+        entry = self.told("repair", who, f"entry {numbers} was removed or altered: what is left counts")
         return replace(entry, mends=" ".join(marks)) if marks else None
 
 
@@ -230,6 +251,12 @@ def _named(standing: Standing) -> dict[str, str]:
     """The aliases that name the versions of a standing."""
     named = {CHAMPION: standing.champion, CHALLENGER: standing.challenger, PREVIOUS: standing.previous}
     return {alias: number for alias, number in named.items() if number}
+
+
+def _aliases(standing: Standing) -> dict[str, str]:
+    """All of our aliases that name a version."""
+    held = {"production": standing.champion, "staging": standing.challenger}
+    return _named(standing) | {alias: number for alias, number in held.items() if number}
 
 
 def parse_reference(reference: str, default: str) -> tuple[str, str]:

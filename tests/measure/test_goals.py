@@ -15,9 +15,9 @@ from featherweight.measure import goals
 from featherweight.measure.goals import choose_winner, judge, judged_batch
 from featherweight.measure.measurement import Comparison
 from featherweight.measure.spec import ConstraintsSpec
+from featherweight.registry.gate import promotion_gate
 from featherweight.registry.registry import RegisteredVersion
 from featherweight.report.result import OptimizationResult, VariantRow
-from tasks.promote import promotion_gate
 from tests.support.comparisons import comparison, measurement, speed
 
 

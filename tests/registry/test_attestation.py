@@ -11,10 +11,11 @@ import pytest
 
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry.attestation import attested, folder_faults, require_signed
+from featherweight.registry.gate import GatesRefused
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import from_registry, verify
+from featherweight.registry.promotion import gated_transition
 from featherweight.store.workspace import local_path
-from tasks.promote import GatesRefused, gated_transition
 from tests.support.registering import MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow

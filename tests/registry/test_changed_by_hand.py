@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import CheckpointError, GateError, ServiceError
+from featherweight.registry.promotion import gated_transition
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
-from tasks.promote import gated_transition
 from tests.support.registering import MODEL, Bench, desk, empty_store
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,8 @@ from featherweight.errors import GateError, IntegrityError
 from featherweight.registry.lineage import LineageGraph, LineageNode, build, code_commit, from_registry, verify
 from featherweight.registry.mlflow_store import ENTRY
 from featherweight.store.artifact import ArtifactRef, Manifest
-from featherweight.store.workspace import local_path
+from featherweight.store.workspace import Workspace, local_path
+from flows.audit import audit
 from tests.support.registering import METRICS, MODEL, Bench, bench, desk
 
 pytestmark = pytest.mark.slow
@@ -204,6 +205,9 @@ def test_verify_tells_altered_from_missing(desk: Bench) -> None:
     state, reason = found.pop("text/train")
     assert (state, "is not there" in reason) == ("missing", True)
     assert {state for state, _ in found.values()} == {"ok"}
+    checked = audit(Workspace.at(desk.root), f"{MODEL}/1", True)
+    with pytest.raises(IntegrityError, match="not what was registered: text/train is missing, w8 is altered"):
+        checked.raise_if_wrong()
 
 
 def test_verify_finds_altered_registered_files_and_history(desk: Bench) -> None:

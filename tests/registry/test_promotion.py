@@ -12,11 +12,13 @@ import pytest
 from featherweight.errors import GateError, IntegrityError
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.recipe.recipe import PromoteSpec
+from featherweight.registry.gate import GatesRefused, promotion_gate
 from featherweight.registry.lineage import LineageGraph
+from featherweight.registry.promotion import Promotion, gated_transition
 from featherweight.registry.registry import RegisteredVersion
 from featherweight.store.workspace import Workspace, local_path
 from tasks.parent_run import ParentRun
-from tasks.promote import GatesRefused, Promotion, gated_transition, promote, promotion_gate
+from tasks.promote import promote
 from tasks.register import FILE, Registration, register_winner
 from tests.support.registering import METRICS, MODEL, Bench, desk
 

@@ -1,0 +1,119 @@
+"""What somebody moves in MLflow is seen at the next look, judged, recorded once, and undone, kept or told."""
+
+from __future__ import annotations
+
+import pytest
+
+from featherweight.registry.commit import placed
+from featherweight.registry.mlflow_store import MlflowStore
+from featherweight.registry.out_of_band import OutOfBand
+from featherweight.registry.out_of_band import look as patient_look
+from featherweight.registry.promotion import gated_transition
+from featherweight.store.workspace import Workspace
+from flows.history import history_of
+from tests.support.registering import METRICS, MODEL, Bench, desk
+
+pytestmark = pytest.mark.slow
+
+__all__ = ["desk"]
+SLOW = METRICS | {name: value * 0.5 for name, value in METRICS.items() if name.startswith("speedup")}
+FAST = METRICS | {name: value * 2 for name, value in METRICS.items() if name.startswith("speedup")}
+
+
+def look(desk: Bench) -> OutOfBand | None:
+    return patient_look(desk.registry, MODEL, settle_s=0)[1]
+
+
+def aliases(desk: Bench) -> dict[str, int]:
+    return {name: int(number) for name, number in desk.registry.client.get_registered_model(MODEL).aliases.items()}
+
+
+def promoted(desk: Bench, rule: str) -> None:
+    """Three versions of one, half and double speed; the first is champion, under a rule."""
+    for name, metrics in (("one", METRICS), ("slow", SLOW), ("fast", FAST)):
+        desk.registry.register(desk.winner(name, metrics=metrics))
+    gated_transition(desk.registry, MODEL, "1", who="ada", why="first", rule=rule)  # type: ignore[arg-type]
+
+
+def test_what_was_moved_is_undone_and_recorded_once_with_the_gate(desk: Bench) -> None:
+    promoted(desk, "")
+    client, whole = desk.registry.client, {"champion": 1, "production": 1}
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    found = look(desk)
+    assert found is not None
+    assert (found.outcome, found.entry) == ("undone", 2)
+    assert found.why.startswith("alias champion went from 1 to 2; undone, and the gate refuses it: objective speedup@1: speed 4")
+    assert any(not gate.passed for gate in found.gates)
+    assert (aliases(desk), look(desk)) == (whole, None)
+    for do, told in (
+        (lambda: client.delete_registered_model_alias(MODEL, "champion"), "alias champion went from 1 to nothing; undone"),
+        (
+            lambda: client.set_model_version_tag(MODEL, "3", "featherweight.stage", "production"),
+            "the stage tag of version 3 went from none to production; undone",
+        ),
+        (
+            lambda: client.transition_model_version_stage(MODEL, "3", "Production"),
+            "MLflow's stage of version 3 went from None to Production; undone",
+        ),
+    ):
+        do()
+        found = look(desk)
+        assert found is not None
+        assert found.why == told
+        assert (aliases(desk), look(desk)) == (whole, None)
+    history = desk.registry.history(MODEL)
+    assert [entry.action for entry in history.entries] == ["transition", *["out of band"] * 4]
+    assert "out of band, by somebody in MLflow, seen by" in history_of(Workspace.at(desk.root), MODEL).to_text()
+    assert history.faults == ()
+
+
+def test_what_the_gate_lets_pass_is_kept_where_the_recipe_says_so(desk: Bench) -> None:
+    promoted(desk, "keep")
+    client = desk.registry.client
+    client.set_registered_model_alias(MODEL, "champion", "2")
+    found = look(desk)
+    assert found is not None
+    assert (found.outcome, aliases(desk)["champion"]) == ("undone", 1)
+    client.set_registered_model_alias(MODEL, "champion", "3")
+    found = look(desk)
+    assert found is not None
+    assert (found.outcome, [gate.passed for gate in found.gates]) == ("kept", [True] * 3)
+    assert aliases(desk) == {"champion": 3, "production": 3, "previous": 1}
+    assert desk.registry.get(MODEL, "1").stage == "archived"
+    client.set_registered_model_alias(MODEL, "challenger", "2")
+    assert getattr(look(desk), "outcome", "") == "kept"
+    client.delete_registered_model_alias(MODEL, "challenger")
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert getattr(look(desk), "outcome", "") == "kept"
+    assert desk.registry.champion(MODEL) is None
+    assert desk.registry.model(MODEL).behind() == []
+
+
+def test_what_is_only_told_stays_until_the_next_decision(desk: Bench) -> None:
+    promoted(desk, "tell")
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "3")
+    found = look(desk)
+    assert found is not None
+    assert (found.outcome, aliases(desk)["champion"], look(desk)) == ("left as it is", 3, None)
+    assert getattr(desk.registry.champion(MODEL), "version", "") == "1"
+    gated_transition(desk.registry, MODEL, "3", who="ada", why="indeed")
+    assert aliases(desk) == {"champion": 3, "production": 3, "previous": 1}
+
+
+def test_a_killed_writer_and_a_model_of_others_moved_nothing(desk: Bench) -> None:
+    promoted(desk, "")
+    store = MlflowStore(desk.registry.client, MODEL)
+    seen = store.read()
+    store.append(placed(seen.transition(seen.pick("3"), "production", "bob", "killed", ()), seen.history))
+    assert (look(desk), aliases(desk)["champion"]) == (None, 3)
+    client = desk.registry.client
+    client.create_registered_model("theirs")
+    client.create_model_version("theirs", "somewhere:/else", await_creation_for=0)
+    client.set_registered_model_alias("theirs", "champion", "1")
+    assert patient_look(desk.registry, "theirs", settle_s=0)[1] is None
+    assert client.get_registered_model("theirs").aliases
+    desk.registry.register(desk.winner("other", model="fresh"))
+    client.set_registered_model_alias("fresh", "champion", "1")
+    found = patient_look(desk.registry, "fresh", settle_s=0)[1]
+    assert found is not None
+    assert (found.why, client.get_registered_model("fresh").aliases) == ("alias champion went from nothing to 1; undone", {})
