@@ -14,13 +14,24 @@ from featherweight.store.workspace import Workspace
 from featherweight.system.user import user_name
 
 
-def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, force: bool) -> Promotion:
-    """Move a version to a stage through its gates. Raises GateError with the reason where one refuses."""
+def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, force: bool, smoke: bool = True) -> Promotion:
+    """Move a version to a stage through its gates. Raises GateError with the reason where one refuses, or it does not answer."""
     if to not in get_args(StageName):
         raise RecipeError(f"unknown stage '{to}'; known: {', '.join(get_args(StageName))}")
     model, version = parse_reference(reference, "challenger")
-    registry = Registry(workspace.tracking_uri)
-    return gated_transition(registry, model, version, to, who=user_name(), why=why, force=force)  # type: ignore[arg-type]
+    registry, who = Registry(workspace.tracking_uri), user_name()
+    return gated_transition(registry, model, version, to, who=who, why=why, force=force, smoke=smoke)  # type: ignore[arg-type]
+
+
+def approve_by_hand(workspace: Workspace, reference: str, why: str, refuse: bool, smoke: bool = True) -> Promotion:
+    """A person approves a version, which is promoted through its other gates, or refuses it. Raises GateError where it stays."""
+    model, version = parse_reference(reference, "challenger")
+    registry, who = Registry(workspace.tracking_uri), user_name()
+    look(registry, model)
+    if refuse:
+        gone = registry.refuse(model, version, who, why)
+        return Promotion.of(gone, True, f"approval refused by {who}: {why}")
+    return gated_transition(registry, model, version, who=who, why=why, approved=True, smoke=smoke)
 
 
 def roll_back_by_hand(workspace: Workspace, reference: str, why: str) -> Promotion:

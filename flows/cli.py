@@ -37,6 +37,10 @@ WorkspaceOpt = Annotated[
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 WhyOpt = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
+SmokeOpt = Annotated[
+    bool,
+    typer.Option("--smoke/--no-smoke", help="Ask the new champion something on its engine; back to the former if it fails."),
+]
 ModelArg = Annotated[str, typer.Argument(help="A registered model, such as 'stories', 'stories@champion' or 'stories/3'.")]
 HERE = Path(".featherweight")
 _printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
@@ -177,13 +181,29 @@ def promote(
     to: Annotated[str, typer.Option("--to", help="staging, production, archived or none.")] = "production",
     why: WhyOpt = "promoted by hand",
     force: Annotated[bool, typer.Option("--force", help="Promote although a gate refuses; the history says so.")] = False,
+    smoke: SmokeOpt = True,
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
     """Move a version to a stage, if the gate against the present champion lets it pass."""
     from flows.by_hand import promote_by_hand
 
-    _tell(promote_by_hand(_workspace(workspace), model, to, why, force), as_json)
+    _tell(promote_by_hand(_workspace(workspace), model, to, why, force, smoke), as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def approve(
+    model: ModelArg,
+    why: Annotated[str, typer.Option("--why", help="The reason, kept in the history with your name.")],
+    refuse: Annotated[bool, typer.Option("--refuse", help="Refuse it: it goes back to none.")] = False,
+    smoke: SmokeOpt = True,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Approve a version that waits in staging (promote.approval: required): it is promoted through its other gates."""
+    from flows.by_hand import approve_by_hand
+
+    _tell(approve_by_hand(_workspace(workspace), model, why, refuse, smoke), as_json)
 
 
 @app.command()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from featherweight.errors import GateError, told
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import PromoteSpec
 from featherweight.registry.gate import GatesRefused
-from featherweight.registry.promotion import FILE, Promotion, gated_transition
+from featherweight.registry.promotion import FILE, Promotion, gated_transition, staged_for_approval
 from featherweight.registry.registry import Registry
 from featherweight.system.user import user_name
 from tasks.parent_run import ParentRun
@@ -40,9 +41,14 @@ def _promoted(spec: PromoteSpec, found: Registration, parent: ParentRun) -> Prom
     name, version = f"registered as {found.model} version {found.version}", registry.get(found.model, found.version)
     if spec.stage == "none":
         return Promotion.of(version, False, f"{name}, not promoted (promote.stage is none)")
+    who, rule = user_name(), spec.out_of_band
     try:
-        moved = gated_transition(registry, found.model, found.version, spec.stage, who=user_name(), why=why, rule=spec.out_of_band)
+        if spec.approval == "required" and spec.stage == "production":
+            moved = staged_for_approval(registry, found.model, found.version, who=who, why=why, rule=rule)
+        else:
+            told_by: Any = {"who": who, "why": why, "rule": rule, "smoke": spec.smoke}
+            moved = gated_transition(registry, found.model, found.version, spec.stage, **told_by)
     except GateError as error:
         gates = error.gates if isinstance(error, GatesRefused) else ()
-        return Promotion.of(version, False, f"{name}; {told(error)}", gates)
-    return replace(moved, reason=f"{name}, in {moved.stage}" + ("" if moved.changed else f" ({moved.reason})"))
+        return Promotion.of(registry.get(found.model, found.version), False, f"{name}; {told(error)}", gates)
+    return replace(moved, reason=f"{name}, in {moved.stage}" + ("" if moved.changed and not moved.waits else f" ({moved.reason})"))

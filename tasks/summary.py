@@ -91,6 +91,8 @@ def require_winner(result: OptimizationResult) -> None:
         failed = any(row.status == "failed" for row in result.variants)
         error = StageError if failed else ToolchainError
         raise error("no variant was made, and nothing registered; the table says why each failed or was skipped")
+    if result.unserved:
+        raise GateError(f"the winner did not answer once it was champion, and is champion no more: {result.unserved}")
     if result.winner is None:
         raise GateError("no variant keeps the constraints; the table says by how much each misses them")
 
@@ -98,6 +100,7 @@ def require_winner(result: OptimizationResult) -> None:
 def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -> OptimizationResult:
     started = datetime.fromtimestamp(parent.client.get_run(parent.run_id).info.start_time / 1000, UTC)
     decision = read_decision(_folder("decide", outcomes, parent))
+    promoted = Promotion.read(_folder("promote", outcomes, parent)) if decision.winner else None
     return OptimizationResult(
         name=recipe.name,
         objective=recipe.objective,
@@ -110,7 +113,9 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         versions=_versions(outcomes, parent),
         runs={"mlflow": parent.run_id, "prefect": parent.tags.get("featherweight.prefect_flow_run", "")},
         recipe=recipe_text(recipe),
-        registered=Promotion.read(_folder("promote", outcomes, parent)).reason if decision.winner else "",
+        registered=promoted.reason if promoted else "",
+        unserved=promoted.unserved if promoted else "",
+        waits=promoted.waits if promoted else False,
         started=started.isoformat(timespec="seconds"),
         seconds=(datetime.now(UTC) - started).total_seconds(),
         seed=recipe.seed,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from featherweight.errors import GateError
 from featherweight.registry.commit import Decide
 from featherweight.registry.history import Entry, GateResult
-from featherweight.registry.versions import CHAMPION, RegisteredModel
+from featherweight.registry.versions import CHAMPION, PREVIOUS, RegisteredModel
+
+APPROVAL = "approval"
 
 
 def transition_decision(
@@ -35,6 +38,33 @@ def rollback_decision(who: str, why: str) -> Decide[RegisteredModel]:
         if begun[-1] != begun[0]:
             raise GateError(_overtaken(seen, "roll back again if that is still wanted"))
         return seen.rollback(who, why)
+
+    return decide
+
+
+def withdrawal_decision(version: str, who: str, why: str, gates: Sequence[GateResult]) -> Decide[RegisteredModel]:
+    """Take a champion back: the former one is champion again, or nobody; nothing where another one is champion meanwhile."""
+
+    def decide(seen: RegisteredModel) -> Entry | None:
+        seen.require_whole()
+        if seen.history.standing.champion != version:
+            return None
+        back = seen.holder(PREVIOUS) is not None
+        entry = seen.rollback(who, why) if back else seen.transition(seen.pick(version), "archived", who, why, ())
+        return replace(entry, gates=tuple(gates))
+
+    return decide
+
+
+def refusal_decision(version: str, who: str, why: str) -> Decide[RegisteredModel]:
+    """A person refuses a version: it goes back to none, and the history says so, also where it stood there. No champion."""
+
+    def decide(seen: RegisteredModel) -> Entry | None:
+        seen.require_whole()
+        moved = seen.pick(version)
+        if moved.stage == "production":
+            raise GateError(f"version {moved.version} of '{seen.model}' is in production already; roll back instead")
+        return seen.transition(moved, "none", who, why, (GateResult(APPROVAL, False, f"refused by {who}: {why}"),))
 
     return decide
 

@@ -70,9 +70,10 @@ def _metrics(registry: Registry, node: LineageNode) -> str:
 
 
 def _goals(recipe: str) -> dict[str, str]:
-    """Constraints and objective of a recipe's text, as tags hold them."""
+    """Constraints, objective and whether a person has to approve, of a recipe's text, as tags hold them."""
     tree: Any = yaml.safe_load(recipe)
     if not isinstance(tree, Mapping):
         raise IntegrityError("its lineage holds no recipe")
     bounds = {name: bound for name, bound in (tree.get("constraints") or {}).items() if bound is not None}
-    return {"constraints": json.dumps(bounds), "objective": str(tree.get("objective") or "")}
+    approval = (tree.get("promote") or {}).get("approval", "none")
+    return {"constraints": json.dumps(bounds), "objective": str(tree.get("objective") or ""), "approval": str(approval)}

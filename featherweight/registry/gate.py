@@ -12,6 +12,7 @@ from featherweight.measure.figures import with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, QUALITY, SIZE, Figure
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
+from featherweight.registry.decisions import APPROVAL
 from featherweight.registry.evidence import with_evidence
 from featherweight.registry.history import GateResult
 from featherweight.registry.registry import RegisteredVersion, Registry
@@ -60,11 +61,23 @@ def judged(
     champion: RegisteredVersion | None,
     constraints: ConstraintsSpec | None = None,
     objective: str = "",
+    approved: str = "",
 ) -> list[GateResult]:
-    """The gates on what is verified of both; without evidence none passes. Raises GatesRefused."""
+    """The gates on what is verified of both; without evidence none passes. Raises GatesRefused, for a person's approval last.
+
+    approved: by whom, and why, '' for nobody.
+    """
     proven = _proven(registry, candidate, "re-evaluate it, or force", files=True)
     other = _proven(registry, champion, "re-evaluate the champion, or force") if champion else None
-    return promotion_gate(proven, other, constraints, objective)
+    gates = promotion_gate(proven, other, constraints, objective)
+    if approved:
+        return [*gates, GateResult(APPROVAL, True, f"approved by {approved}")]
+    if proven.tag("approval") != "required":
+        return gates
+    way = f"featherweight approve {candidate.model}/{candidate.version} --why ..."
+    waits = GateResult(APPROVAL, False, f"its recipe wants a person's approval: {way}")
+    who = f"version {candidate.version} ({candidate.variant}) of '{candidate.model}'"
+    raise GatesRefused(f"{who} waits; {waits.reason}", (*gates, waits))
 
 
 def _proven(registry: Registry, version: RegisteredVersion, way: str, files: bool = False) -> RegisteredVersion:

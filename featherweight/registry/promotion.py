@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from featherweight.measure.spec import ConstraintsSpec
+from featherweight.registry.decisions import APPROVAL, withdrawal_decision
 from featherweight.registry.gate import GatesRefused, judged
-from featherweight.registry.history import GateResult, Rule, StageName
+from featherweight.registry.history import WHY_LIMIT, GateResult, Rule, StageName
 from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry
-from featherweight.registry.versions import CHAMPION
+from featherweight.registry.smoke import smoke_gate
+from featherweight.registry.versions import CHAMPION, RegisteredModel
 
 FILE = "promoted.json"
+SMOKE = "smoke"
 
 
 @dataclass(frozen=True)
 class Promotion:
     """What a promotion did: the version, the stage where it now stands, and the gates that judged with their numbers.
 
-    changed: False where the version, or its very digest, stood there already, and where a gate refused.
+    changed: False where the version, or its very digest, stood there already, and where a gate refused. waits: for a person's
+    approval.
     """
 
     model: str
@@ -31,6 +36,12 @@ class Promotion:
     changed: bool
     reason: str
     gates: tuple[GateResult, ...] = ()
+    waits: bool = False
+
+    @property
+    def unserved(self) -> str:
+        """Why the version did not answer once it was champion, and so is champion no more; '' where it did, or was not asked."""
+        return next((gate.reason for gate in self.gates if gate.gate == SMOKE and not gate.passed), "")
 
     @classmethod
     def of(cls, version: RegisteredVersion, changed: bool, reason: str, gates: tuple[GateResult, ...] = ()) -> Self:
@@ -66,11 +77,14 @@ def gated_transition(
     objective: str = "",
     force: bool = False,
     rule: Rule | Literal[""] = "",
+    approved: bool = False,
+    smoke: bool = False,
 ) -> Promotion:
     """Move a version to a stage, through the gates on its way to production. A refusal (GatesRefused) changes nothing.
 
     force: record the refusing gates with the transition instead of obeying them. rule: what becomes of aliases that are moved
-    out of band from then on, as before if not given.
+    out of band from then on, as before if not given. approved: `who` is a person who approves, for the reason `why`. smoke: ask
+    the new champion something; where it does not answer the former is champion again, and GatesRefused says so.
     """
     seen, _ = look(registry, model)
     candidate, champion = seen.pick(version), seen.holder(CHAMPION)
@@ -81,11 +95,60 @@ def gated_transition(
     gates: list[GateResult] = []
     try:
         if to == "production":
-            gates = judged(registry, candidate, champion, constraints, objective)
+            gates = judged(registry, candidate, champion, constraints, objective, f"{who}: {why}" if approved else "")
     except GatesRefused as error:
         if not force:
             raise
         gates = [GateResult("forced", False, str(error)[:1500])]
     expect = champion.version if champion else ""
     moved = registry.transition(model, candidate.version, to, who=who, why=why, gates=gates, expect_champion=expect, rule=rule)
+    if smoke and to == "production":
+        gates.append(_smoked(registry, moved, who))
     return Promotion.of(moved, True, why, tuple(gates))
+
+
+def _smoked(registry: Registry, champion: RegisteredVersion, who: str) -> GateResult:
+    """The gate that a new champion answers on its engine; where it does not, the former one is champion again."""
+    gate = smoke_gate(registry, champion)
+    if gate.passed:
+        return gate
+    why = f"smoke request failed, {gate.reason}"[:WHY_LIMIT]
+    after = registry.decide(champion.model, withdrawal_decision(champion.version, who, why, (gate,)))
+    holder = after.holder(CHAMPION)
+    back = f"version {holder.version} is champion" if holder else "there is no champion"
+    raise GatesRefused(
+        f"version {champion.version} ({champion.variant}) of '{champion.model}' was champion and taken back: {why}; {back}", (gate,)
+    )
+
+
+def staged_for_approval(
+    registry: Registry, model: str, version: str, *, who: str, why: str, rule: Rule | Literal[""] = ""
+) -> Promotion:
+    """Let a version wait in staging for a person's approval, once all other gates let it pass. Raises GatesRefused where not."""
+    seen, _ = look(registry, model)
+    candidate, champion = seen.pick(version), seen.holder(CHAMPION)
+    if candidate.stage == "production" or (champion is not None and champion.digest == candidate.digest):
+        return Promotion.of(candidate, False, f"version {candidate.version} is in {candidate.stage} already")
+    if refused := _refused(seen, candidate):
+        return Promotion.of(candidate, False, refused)
+    waits = f"waits for approval (featherweight approve {model}/{candidate.version} --why ...)"
+    gates = [gate for gate in _gates_before_approval(registry, candidate, champion) if gate.gate != APPROVAL]
+    moved = registry.transition(model, candidate.version, "staging", who=who, why=f"{why}, {waits}", gates=gates, rule=rule)
+    return replace(Promotion.of(moved, candidate.stage != "staging", waits, tuple(gates)), waits=True)
+
+
+def _gates_before_approval(
+    registry: Registry, candidate: RegisteredVersion, champion: RegisteredVersion | None
+) -> Sequence[GateResult]:
+    try:
+        return judged(registry, candidate, champion)
+    except GatesRefused as refused:
+        if [gate.gate for gate in refused.gates if not gate.passed] != [APPROVAL]:
+            raise
+        return refused.gates
+
+
+def _refused(seen: RegisteredModel, version: RegisteredVersion) -> str:
+    """That a person refused a version, in words; '' where none did."""
+    gates = [gate for one in seen.history.transitions if one.version == version.version for gate in one.gates]
+    return next((gate.reason for gate in reversed(gates) if gate.gate == APPROVAL and not gate.passed), "")

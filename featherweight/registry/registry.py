@@ -19,7 +19,7 @@ from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import ATTESTATION, sign_folder, statement
 from featherweight.registry.commit import Decide, commit, complete
-from featherweight.registry.decisions import rollback_decision, transition_decision
+from featherweight.registry.decisions import refusal_decision, rollback_decision, transition_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
 from featherweight.registry.keys import Keys
 from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, refuse_renamed, served_models
@@ -257,6 +257,12 @@ class Registry:
         """
         _check_words("production", who, why)
         return self.decide(model, rollback_decision(who, why)).pick(CHAMPION)
+
+    def refuse(self, model: str, version: str, who: str, why: str) -> RegisteredVersion:
+        """Record that a person refuses a version, which goes back to none. Raises GateError where it is in production."""
+        _check_words("none", who, why)
+        number = self.get(model, version).version
+        return self.decide(model, refusal_decision(number, who, why)).pick(number)
 
     def repair(self, model: str, who: str) -> Entry | None:
         """Take what is left of a history that was cut for the whole of it, by an entry that says so; None where it is whole."""

@@ -110,6 +110,8 @@ class OptimizationResult:
     seed: int = 0
     report: Path | None = None
     task: Task = "text-generation"
+    unserved: str = ""
+    waits: bool = False
 
     def row(self, name: str | None) -> VariantRow | None:
         """The variant of that name."""

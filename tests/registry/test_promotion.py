@@ -17,6 +17,8 @@ from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.promotion import Promotion, gated_transition
 from featherweight.registry.registry import RegisteredVersion
 from featherweight.store.workspace import Workspace, local_path
+from featherweight.system.user import user_name
+from flows.by_hand import approve_by_hand
 from tasks.parent_run import ParentRun
 from tasks.promote import promote
 from tasks.register import FILE, Registration, register_winner
@@ -232,13 +234,15 @@ def test_winner_without_numbers_or_with_other_lineage_is_not_registered(desk: Be
     assert desk.state() == before
 
 
-def promoted(desk: Bench, registration: Registration, stage: str, folder: Path) -> Promotion:
+def promoted(
+    desk: Bench, registration: Registration, stage: str, folder: Path, smoke: bool = False, approval: str = "none"
+) -> Promotion:
     """The record of the promote stage after a registration."""
     for name in ("registered", "out"):
         (folder / name).mkdir(parents=True)
     (folder / "registered" / FILE).write_text(json.dumps(dataclasses.asdict(registration)))
     parent = ParentRun(Workspace(folder, desk.registry.tracking_uri), desk.experiment, desk.run_id)
-    spec = PromoteSpec.model_validate({"model": MODEL, "stage": stage})
+    spec = PromoteSpec.model_validate({"model": MODEL, "stage": stage, "smoke": smoke, "approval": approval})
     metrics = promote(spec, registered=folder / "registered", parent=parent, out=folder / "out")
     record = Promotion.read(folder / "out")
     assert metrics["changed"] == record.changed
@@ -267,6 +271,56 @@ def test_the_stage_records_what_moved_what_refused_and_that_nothing_was_register
     nothing = promoted(desk, Registration(MODEL, reason="no variant was measured"), "production", tmp_path / "4")
     assert (nothing.version, nothing.changed, nothing.reason) == ("", False, "nothing registered: no variant was measured")
     assert desk.registry.champion(MODEL).version == "1"
+
+
+def test_a_champion_that_does_not_answer_is_taken_back(desk: Bench, tmp_path: Path) -> None:
+    """These artifacts hold no tokenizer."""
+    small = METRICS | {"size_bytes": 500.0}
+    first, second = (desk.registry.register(desk.winner(name, metrics=one)) for name, one in (("a", METRICS), ("b", small)))
+    with pytest.raises(GatesRefused, match=r"version 1 \(a\) of .* was champion and taken back: .*it did not answer.*no champion"):
+        gated_transition(desk.registry, MODEL, "1", who="ada", why="first", smoke=True)
+    assert (desk.registry.champion(MODEL), desk.registry.get(MODEL, "1").stage) == (None, "archived")
+    gated_transition(desk.registry, MODEL, first.version, who="ada", why="again")
+    registration = Registration(MODEL, "b", second.version, second.digest, second.uri, True, "best")
+    record = promoted(desk, registration, "production", tmp_path / "1", smoke=True)
+    assert (record.stage, record.changed, record.unserved.startswith("it did not answer")) == ("archived", False, True)
+    assert "; version 1 is champion" in record.reason
+    last = desk.registry.history(MODEL).entries[-1]
+    assert (last.action, last.after.champion, last.after.line, last.gates[0].gate) == ("rollback", "1", ("1",), "smoke")
+    assert desk.registry.model(MODEL).behind() == []
+
+
+def test_a_version_waits_for_a_person_and_who_and_why_are_kept(desk: Bench, tmp_path: Path) -> None:
+    wanted = {"approval": "required"}
+    found = desk.registry.register(desk.winner("a", promote=wanted, constraints={"min_speedup": 7.0}))
+    registration = Registration(MODEL, "a", found.version, found.digest, found.uri, True, "best")
+    record = promoted(desk, registration, "production", tmp_path / "1", approval="required")
+    assert (record.stage, record.waits, record.changed) == ("staging", True, True)
+    assert "waits for approval (featherweight approve little-llama/1 --why ...)" in record.reason
+    assert [(gate.gate, gate.passed) for gate in record.gates] == [("min_speedup", True), ("champion", True)]
+    with pytest.raises(GatesRefused, match=r"version 1 .* waits; its recipe wants a person's approval"):
+        gated_transition(desk.registry, MODEL, "1", who="eve", why="quick")
+    workspace = Workspace(tmp_path, desk.registry.tracking_uri)
+    refused = approve_by_hand(workspace, MODEL, "too early", refuse=True)
+    assert (refused.stage, desk.registry.history(MODEL).entries[-1].why) == ("none", "too early")
+    again = promoted(desk, registration, "production", tmp_path / "2", approval="required")
+    assert (again.stage, again.waits, "refused by" in again.reason, "too early" in again.reason) == ("none", False, True, True)
+    done = approve_by_hand(workspace, f"{MODEL}/1", "tried it", refuse=False, smoke=False)
+    assert (done.stage, done.gates[-1].gate, done.gates[-1].reason) == (
+        "production",
+        "approval",
+        f"approved by {user_name()}: tried it",
+    )
+    assert desk.registry.history(MODEL).entries[-1].gates == done.gates
+    with pytest.raises(GateError, match="version 1 of 'little-llama' is in production already; roll back instead"):
+        approve_by_hand(workspace, MODEL + "/1", "oh", refuse=True)
+
+
+def test_a_gate_that_refuses_lets_nothing_wait(desk: Bench, tmp_path: Path) -> None:
+    found = desk.registry.register(desk.winner("a", promote={"approval": "required"}, constraints={"min_speedup": 99.0}))
+    registration = Registration(MODEL, "a", found.version, found.digest, found.uri, True, "best")
+    record = promoted(desk, registration, "production", tmp_path / "1", approval="required")
+    assert (record.stage, record.waits, "min_speedup" in record.reason) == ("none", False, True)
 
 
 def test_a_refusal_carries_its_gates_through_a_pickle() -> None:

@@ -62,10 +62,11 @@ class Bench:
         ref = ArtifactRef(uri=folder.as_uri(), digest=digest, run_id=self.run_id, node=name, seconds=1.0, metrics=manifest.metrics)
         return ref, manifest
 
-    def winner(self, name: str = "w8/torch", **changes: Any) -> WinnerRecord:
+    def winner(self, name: str = "w8/torch", promote: Mapping[str, Any] | None = None, **changes: Any) -> WinnerRecord:
         """A winner that can be registered and promoted: measured, with a recipe of its constraints; `changes` to its fields."""
         metrics = changes.get("metrics", METRICS)
-        recipe = yaml.safe_dump({"name": "test", **{key: changes[key] for key in ("constraints", "objective") if key in changes}})
+        said = {key: changes[key] for key in ("constraints", "objective") if key in changes}
+        recipe = yaml.safe_dump({"name": "test", **said, "promote": {"model": MODEL, **(promote or {})}})
         made = self.artifact(name, parents={"checkpoint": self.origin[0][1].digest})
         measured = self.measurement(name, made[1].digest, metrics)
         told = {"recipe": recipe, "run_id": self.run_id, "metrics": metrics, "measured": measured[1].digest}
