@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import get_args
+from uuid import UUID
 
 from featherweight.errors import RecipeError
 from featherweight.registry.history import StageName
+from featherweight.registry.lineage import from_registry
 from featherweight.registry.out_of_band import look
 from featherweight.registry.promotion import Promotion, gated_transition
 from featherweight.registry.registry import Registry
@@ -26,12 +30,32 @@ def promote_by_hand(workspace: Workspace, reference: str, to: str, why: str, for
 def approve_by_hand(workspace: Workspace, reference: str, why: str, refuse: bool, smoke: bool = True) -> Promotion:
     """A person approves a version, which is promoted through its other gates, or refuses it. Raises GateError where it stays."""
     model, version = parse_reference(reference, "challenger")
-    registry, who = Registry(workspace.tracking_uri), user_name()
+    registry = Registry(workspace.tracking_uri)
+    done = decided(registry, model, version, user_name(), why, refuse, smoke)
+    _let_go_on(registry, done, why)
+    return done
+
+
+def decided(registry: Registry, model: str, version: str, who: str, why: str, refuse: bool, smoke: bool) -> Promotion:
+    """What a person decides about a version: it is promoted, or goes back to none. Raises GateError where another gate refuses."""
     look(registry, model)
     if refuse:
         gone = registry.refuse(model, version, who, why)
         return Promotion.of(gone, True, f"approval refused by {who}: {why}")
     return gated_transition(registry, model, version, who=who, why=why, approved=True, smoke=smoke)
+
+
+def _let_go_on(registry: Registry, done: Promotion, why: str) -> None:
+    """Resume the flow run that waits for this decision, where the environment names the Prefect server that has it."""
+    flow_run = from_registry(registry, done.model, done.version).graph.flow_run_id
+    if not flow_run or not os.environ.get("PREFECT_API_URL"):
+        return
+    from prefect.exceptions import FlowPauseTimeout, NotPausedError, ObjectNotFound
+    from prefect.flow_runs import resume_flow_run
+
+    answer = {"approve": done.stage == "production", "who": user_name(), "why": why}
+    with suppress(NotPausedError, ObjectNotFound, FlowPauseTimeout):  # it waits no more, or another server had it
+        resume_flow_run(UUID(flow_run), run_input=answer)
 
 
 def roll_back_by_hand(workspace: Workspace, reference: str, why: str) -> Promotion:

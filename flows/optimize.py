@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.context import FlowRunContext
 
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import ESSENTIAL, Plan, expand
@@ -15,13 +16,14 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
 from featherweight.system.progress_channel import ProgressChannel
+from flows.approval import awaited
 from flows.progress_view import PlainView, shown
 from tasks.claim_runs import sign_own_run
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
 from tasks.stages import stage_named
-from tasks.summary import summarize
+from tasks.summary import summarize, waiting_result
 
 
 # Prefect lets a run that is completed never begin again where its result is persisted.
@@ -48,13 +50,30 @@ def optimize_flow(
     sign_own_run()
     changes = [*(overrides or []), *([f"checkpoint.source={source}", "checkpoint.train=null"] if source else [])]
     loaded = load_recipe(Path(recipe), tuple(changes))
-    plan, place = expand(loaded, facts=Facts.read(loaded)), Workspace.at(Path(workspace))
+    place = Workspace.at(Path(workspace))
+    result = _before_it_was_suspended(place)
+    if result is None:
+        result = _run(loaded, place, progress, tags)
+    return awaited(result, place, loaded.promote.smoke).to_dict()
+
+
+def _before_it_was_suspended(workspace: Workspace) -> OptimizationResult | None:
+    """What this flow run came to before it waited for a person, None where it begins."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or context.flow_run.run_count < 2:
+        return None
+    return waiting_result(workspace, str(context.flow_run.id))
+
+
+def _run(recipe: Recipe, workspace: Workspace, progress: str | None, tags: dict[str, str] | None) -> OptimizationResult:
+    """The optimization, with lines on standard error where nobody follows it by a file."""
+    plan = expand(recipe, facts=Facts.read(recipe))
     if progress is not None:
-        return optimize(loaded, plan, place, ProgressChannel(Path(progress)), tags).to_dict()
+        return optimize(recipe, plan, workspace, ProgressChannel(Path(progress)), tags)
     view = PlainView()
     view.begin(plan)
-    with shown(view, place.root) as channel:
-        return optimize(loaded, plan, place, channel, tags).to_dict()
+    with shown(view, workspace.root) as channel:
+        return optimize(recipe, plan, workspace, channel, tags)
 
 
 def optimize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 
 from featherweight.checkpoint.arrivals import Seen, look
@@ -95,7 +96,10 @@ def _run(runs: ClaimRuns, one: dict[str, Any]) -> dict[str, Any]:
     run = runs.begin(one["flow_run"])
     if run is None:
         return {**one, "status": "running", "reason": "another process has begun it, or waits for its turn"}
-    state: Any = run_flow(optimize_flow, flow_run=run, return_type="state")
+    try:
+        state: Any = run_flow(optimize_flow, flow_run=run, return_type="state")
+    except Pause:
+        return {**one, "status": "unapproved", "reason": "the winner waits for a person: featherweight approve, or Prefect's page"}
     if state.is_completed():
         return {**one, "status": "done", "winner": state.result()["winner"]}
     return {**one, "status": "failed", "error": reason_of(state)}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from featherweight.recipe.recipe import Recipe
 from featherweight.store.artifact import content_digest
 
-Status = Literal["new", "queued", "running", "done", "failed", "crashed", "quarantined", "cancelled"]
+Status = Literal["new", "queued", "running", "unapproved", "done", "failed", "crashed", "quarantined", "cancelled"]
 LONGEST_WAIT = timedelta(hours=1)
 
 
@@ -72,7 +72,8 @@ class Claim:
         if last.state in ("FAILED", "CRASHED"):
             spent = self.count("FAILED") >= patience.tries or self.count("CRASHED") >= patience.crashes
             return "quarantined" if spent else "failed" if last.state == "FAILED" else "crashed"
-        known: dict[str, Status] = {"COMPLETED": "done", "SCHEDULED": "queued", "CANCELLED": "cancelled", "CANCELLING": "cancelled"}
+        known: dict[str, Status] = {"COMPLETED": "done", "SCHEDULED": "queued", "PAUSED": "unapproved"}
+        known |= {"CANCELLED": "cancelled", "CANCELLING": "cancelled"}
         return known.get(last.state, "running")
 
     def next_try(self, patience: Patience, now: datetime) -> tuple[int, datetime] | None:

@@ -115,7 +115,7 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         recipe=recipe_text(recipe),
         registered=promoted.reason if promoted else "",
         unserved=promoted.unserved if promoted else "",
-        waits=promoted.waits if promoted else False,
+        waits=f"{promoted.model}/{promoted.version}" if promoted and promoted.waits else "",
         started=started.isoformat(timespec="seconds"),
         seconds=(datetime.now(UTC) - started).total_seconds(),
         seed=recipe.seed,
@@ -199,6 +199,16 @@ def past_result(workspace: Workspace, run_id: str) -> OptimizationResult:
             raise GateError(f"no finished optimization in {workspace.root}; run `featherweight optimize RECIPE` first")
         run_id = runs[0].info.run_id
     return OptimizationResult.from_dict(json.loads(_logged_result(workspace, run_id)))
+
+
+def waiting_result(workspace: Workspace, flow_run: str) -> OptimizationResult | None:
+    """The result that a flow run came to before it was suspended, None where it was not suspended."""
+    client = connect(workspace)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"tags.featherweight.prefect_flow_run = '{flow_run}' AND tags.featherweight.kind = 'optimization'"
+    runs = client.search_runs(experiments, f"{wanted} AND attributes.status = 'FINISHED'", max_results=1)
+    result = OptimizationResult.from_dict(json.loads(_logged_result(workspace, runs[0].info.run_id))) if runs else None
+    return result if result and result.waits else None
 
 
 def _logged_result(workspace: Workspace, run_id: str) -> str:

@@ -111,7 +111,7 @@ class OptimizationResult:
     report: Path | None = None
     task: Task = "text-generation"
     unserved: str = ""
-    waits: bool = False
+    waits: str = ""
 
     def row(self, name: str | None) -> VariantRow | None:
         """The variant of that name."""

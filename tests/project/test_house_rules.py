@@ -25,7 +25,7 @@ LAYERS = ("featherweight", "tasks", "flows")
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "great_expectations", "ctranslate2", "onnx", "onnxruntime"}
 HEAVY |= {"onnxruntime_genai", "llmcompressor", "torch_pruning", "boto3", "plotly", "pandas"}
 # Programs of an engine's own process, the model file that MLflow loads, the modules that only a flow loads.
-MAY_BE_HEAVY = re.compile(r"featherweight/(runtimes/|registry/pyfunc_model\.py)|flows/(optimize|watch|audit_schedule)\.py")
+MAY_BE_HEAVY = re.compile(r"featherweight/(runtimes/|registry/pyfunc_model\.py)|flows/(approval|optimize|watch|audit_schedule)\.py")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
