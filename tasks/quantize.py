@@ -24,6 +24,7 @@ from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
+from featherweight.quantization.judgement import judged
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
@@ -60,12 +61,13 @@ def quantize(
     scratch: where a killed training (QAT) resumes from.
 
     Writes a checkpoint of the quantized float weights that loads plainly, with the integers and scales beside it (see
-    model/quantized_weights.py). Metrics: `loss_before` and `loss_after` (cross-entropy on the calibration text, nats per
-    token), `weight_rms_error` (of the quantized weights, as a share of their RMS), `bits_per_weight` (over all weights, scales
-    included), `float_weights` (the share of weights on no grid), for
-    mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`, and the method's own.
-    Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros,
-    DataError for too little text, StageError where a method fails.
+    model/quantized_weights.py). Metrics: `loss_before`, `loss_after` and, of plain rounding to nearest on the same grids,
+    `rtn_loss` (cross-entropy on the same windows of the calibration text, nats per token), `weight_rms_error` (of the quantized
+    weights, as a share of their RMS), `bits_per_weight` (over all weights, scales included), `float_weights` (the share of
+    weights on no grid), for mixed precision `finer_matrices` and `predicted_quality_loss`, for a sparse checkpoint `zero_share`,
+    and the method's own.
+    Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros, DataError for too
+    little text, StageError where a method fails, or makes what is worse than rounding to nearest (quantization/judgement.py).
     """
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
@@ -79,17 +81,14 @@ def quantize(
     error = write_checkpoint(given, choice, out)
     saved = opening.load_model(out)
     zeros.require_kept(saved, spec.method)
-    after = mean_loss(saved, blocks[:COMPARED])
-    if not math.isfinite(after):
-        raise StageError(f"the quantized checkpoint's loss is {after} where the source's is {before:.4g}; do not use it")
     return {
         "loss_before": before,
-        "loss_after": after,
         "weight_rms_error": error,
         **_share_in_float(saved, choice.quantized, progress),
         **mixing,
         **zeros.metrics(),
         **choice.metrics,
+        **judged(given, saved, choice.quantized.grids, blocks[:COMPARED]),
     }
 
 
@@ -199,6 +198,8 @@ def _final(name: str, tensor: Tensor, choice: Choice, transposed: frozenset[str]
     if name not in choice.quantized.q:
         return source.contiguous()
     weight = choice.quantized.dequantize(name)
+    if not weight.isfinite().all():
+        raise StageError(f"{choice.quantized.method} made NaN or infinite weights of {name}; do not use it, take rtn")
     weight = weight.T if name in transposed else weight
     squares[0] += (weight - source).double().square().sum().item()
     squares[1] += source.double().square().sum().item()

@@ -73,8 +73,23 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         metrics=metrics,
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
-        notes=((RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else ()) + ((length,) if length else ()),
+        notes=(
+            *((RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else ()),
+            *((length,) if length else ()),
+            *_judgements(plan, variant, outcomes),
+        ),
     )
+
+
+def _judgements(plan: Plan, variant: Variant, outcomes: Outcomes) -> Iterable[str]:
+    """What the methods that rounded a variant's weights made of them, beside rounding to nearest."""
+    for id in plan.path(variant.measured):
+        metrics = outcomes[id].artifact.metrics if plan.nodes[id].stage == "quantize" else {}
+        if "rtn_loss" in metrics:
+            yield (
+                f"{id}: {metrics['loss_after']:.4f} nats a token on the calibration text, {metrics['rtn_loss']:.4f} by rounding "
+                f"to nearest, {metrics['loss_before']:.4f} in float"
+            )
 
 
 def served_zeros(plan: Plan, variant: Variant, outcomes: Outcomes, parent: ParentRun) -> tuple[str, float] | None:

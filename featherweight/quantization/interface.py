@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+TOLERANCE = 0.005
+"""The share of RTN's loss by which a method's may be the larger beyond the noise: perplexity moves by less than a hundredth."""
+
 SpecT = TypeVar("SpecT", bound=QuantizeSpec)
 SpecT_co = TypeVar("SpecT_co", bound=QuantizeSpec, covariant=True)
 
@@ -99,9 +102,12 @@ class QuantizationInput(Generic[SpecT_co]):
 
     def files(self) -> Iterator[tuple[str, str, Tensor]]:
         """(file, stored name, tensor), likewise."""
-        for file, name, tensor in stream_tensors(self.checkpoint, self.weights):
-            if self.read_as(name) not in self.copies:
-                yield file, name, self.smoothed.get(self.read_as(name), tensor)
+        return ((file, name, self.smoothed.get(self.read_as(name), tensor)) for file, name, tensor in self.stored())
+
+    def stored(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(file, stored name, tensor), as the checkpoint has them."""
+        every = stream_tensors(self.checkpoint, self.weights)
+        return ((file, name, tensor) for file, name, tensor in every if self.read_as(name) not in self.copies)
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
         """The embedding and, where it is not tied, the output head."""
@@ -144,6 +150,7 @@ class Quantizer(Generic[SpecT]):
     operations: floating-point operations that it takes for a model of so many parameters.
     column_s: seconds for each column of each matrix, where it goes through them one by one.
     starts_training: training may begin from its integers; it reads none but the shared keys.
+    tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
 
     spec: type[SpecT]
@@ -154,6 +161,7 @@ class Quantizer(Generic[SpecT]):
     operations: Callable[[SpecT, int], float] = no_operations
     starts_training: bool = False
     column_s: float = 0.0
+    tolerance: float = TOLERANCE
 
 
 def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:

@@ -60,4 +60,9 @@ def _modifier_class() -> Any:
     return SmoothQuant
 
 
-SMOOTHQUANT = Quantizer(SmoothQuantSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations)
+TOLERANCE = 0.02
+"""Of RTN's loss with float activations: it makes weights harder to round, for activations that only the engine rounds."""
+
+SMOOTHQUANT = Quantizer(
+    SmoothQuantSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations, tolerance=TOLERANCE
+)

@@ -29,15 +29,16 @@ SCALE = 20.0
 """What cosines are multiplied by before their softmax, as in sentence-transformers' MultipleNegativesRankingLoss."""
 
 
-def contrast(vectors: Tensor) -> Tensor:
-    """Mean cross-entropy of finding each text's other half among those of the batch, by cosine (Henderson et al. 2017).
+def contrast(vectors: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of finding each text's other half among those of the batch, by cosine (Henderson et al. 2017).
 
-    vectors: [2 * batch, width], all first halves before all second ones.
+    vectors: [2 * batch, width], all first halves before all second ones. reduction: the mean, or 'none' for one of each.
     """
     import torch
 
     first, second = torch.nn.functional.normalize(vectors, dim=-1).chunk(2)
-    return torch.nn.functional.cross_entropy(SCALE * first @ second.T, torch.arange(len(first), device=vectors.device))
+    others = torch.arange(len(first), device=vectors.device)
+    return torch.nn.functional.cross_entropy(SCALE * first @ second.T, others, reduction=reduction)
 
 
 def predicted_tokens(model: nn.Module, blocks: Tensor) -> int:
@@ -47,18 +48,38 @@ def predicted_tokens(model: nn.Module, blocks: Tensor) -> int:
 
 def mean_loss(model: nn.Module, blocks: Tensor, batch: int = 8) -> float:
     """Mean cross-entropy over all `blocks`, in nats per predicted token, without gradients."""
+    nats, counts = block_losses(model, blocks, batch)
+    return (nats.sum() / counts.sum()).item()
+
+
+def block_losses(model: nn.Module, blocks: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
+    """What each of the `blocks` costs in nats, and of how many predicted tokens: float64 [blocks] both, without gradients.
+
+    What a batch is matters to embeddings alone: each text's other half is sought in it.
+    """
     import torch
 
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
     try:
         with torch.inference_mode():
-            for part in blocks.split(batch):
-                count = predicted_tokens(model, part)
-                total += token_loss(model, part.to(device)).item() * count
-                tokens += count
+            found = [torch.stack(_row_losses(model, part.to(device))).double().cpu() for part in blocks.split(batch)]
     finally:
         model.train(was_training)
-    return total / tokens
+    nats, counts = torch.cat(found, dim=1).clone()
+    return nats, counts
+
+
+def _row_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The nats of each block of a batch, and its predicted tokens."""
+    import torch
+
+    config: Any = model.config
+    inputs, labels = inputs_and_labels(config, ids)
+    logits = answers(model, inputs)
+    if task_of(config) == "feature-extraction":
+        nats = contrast(logits.squeeze(1), reduction="none")
+        return nats, torch.ones_like(nats)
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return nats.view_as(labels).sum(1), (labels != IGNORED).sum(1).to(nats.dtype)

@@ -6,6 +6,7 @@ import html
 import inspect
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -79,6 +80,13 @@ def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Pat
     assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
     assert note in html.unescape((done / "report.html").read_text())
     assert f"sparse24/ct2: {note}" in featherweight("variants", cwd=done).stdout
+
+
+def test_the_report_tells_a_method_from_rounding_to_nearest(done: Path, result: dict) -> None:
+    rows = {row["name"]: row for row in result["variants"]}
+    (note,) = rows["gptq8/ct2-int8"]["notes"]
+    assert re.fullmatch(r"gptq8: \S+ nats a token on the calibration text, \S+ by rounding to nearest, \S+ in float", note)
+    assert note in html.unescape((done / "report.html").read_text())
 
 
 def test_the_winner_is_promoted_and_each_loser_has_a_reason(done: Path, result: dict) -> None:

@@ -1,0 +1,110 @@
+"""The judgement of a method: what it made against plain rounding to nearest (RTN), on the same text, window by window.
+
+RTN looks at no data and has nothing that could go wrong. Whatever is worse computes something else than it should, as a kernel
+did that took signed scales for positive ones; the weights alone do not show it, since good methods move them further than RTN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import StageError
+from featherweight.grid import Grid
+from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
+from featherweight.quantization.interface import QuantizationInput, start_scales
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.training.losses import block_losses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+SIGMAS = 3.0
+"""Standard errors of the paired difference that are noise."""
+FEWEST = 8
+"""Windows whose spread says what the noise is."""
+LARGEST = 0.1
+"""What passes for noise at most, as a share of RTN's loss: damage spreads too. It is what fewer windows are allowed."""
+
+Losses = tuple["Tensor", "Tensor"]
+"""Nats and predicted tokens of each window (see training.losses.block_losses)."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Mean losses of a result and of RTN, nats per predicted token, and by how much the result's may be the larger one."""
+
+    loss: float
+    rtn_loss: float
+    allowed: float
+
+    @classmethod
+    def of(cls, result: Losses, rtn: Losses, tolerance: float) -> Judgement:
+        """tolerance: a share of RTN's loss, or of 1 nat where that is less; what passes for noise comes on top, likewise."""
+        tokens = rtn[1].sum().item()
+        loss, rtn_loss = (one[0].sum().item() / tokens for one in (result, rtn))
+        unit = max(rtn_loss, 1.0)
+        return cls(loss, rtn_loss, min(SIGMAS * _noise(result, rtn), LARGEST * unit) + tolerance * unit)
+
+    def require(self, what: str) -> None:
+        """Raise StageError for a result that is worse than RTN, or no number."""
+        if not self.loss - self.rtn_loss <= self.allowed:
+            raise StageError(
+                f"{what}: the loss on the calibration text is {self.loss:.4g} nats where rounding to nearest has "
+                f"{self.rtn_loss:.4g} ({self.allowed:.2g} more would pass for noise), so it did not compute what it should; "
+                "do not use it: take rtn, milder settings of the method, or another device"
+            )
+
+
+def _noise(result: Losses, rtn: Losses) -> float:
+    """Standard error of the difference of the two means: a ratio of sums over windows, which are drawn together."""
+    count, tokens = len(rtn[0]), rtn[1].sum()
+    if count < FEWEST:
+        return math.inf
+    nats = result[0] - rtn[0]
+    beside = nats - nats.sum() / tokens * rtn[1]
+    return ((beside.square().sum() * count / (count - 1)).sqrt() / tokens).item()
+
+
+def judged(given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping[str, Grid], blocks: Tensor) -> Mapping[str, float]:
+    """`loss_after` of the result `saved`, and `rtn_loss` of RTN on the same `grids`, over windows of the calibration text.
+
+    The recipe's text it is for every method, also for one that trains on what the checkpoint itself writes. `saved` is used up:
+    RTN takes its place, tensor by tensor. RTN itself is not compared. Raises StageError for what is worse, or no number.
+    """
+    result, what = block_losses(saved, blocks), f"{' behind '.join(given.spec.methods)} on {given.spec.grid}"
+    loss = (result[0].sum() / result[1].sum()).item()
+    if not math.isfinite(loss):
+        raise StageError(f"{what}: the quantized checkpoint's loss is {loss}; do not use it")
+    if given.spec.methods == (DEFAULT,):
+        return {"loss_after": loss}
+    round_in_place(saved, given, grids)
+    judgement = Judgement.of(result, block_losses(saved, blocks), tolerance(given.spec))
+    judgement.require(what)
+    return {"loss_after": loss, "rtn_loss": judgement.rtn_loss}
+
+
+def tolerance(spec: QuantizeSpec) -> float:
+    """That of the most tolerated of its methods."""
+    return max(QUANTIZERS[name].tolerance for name in spec.methods)
+
+
+def round_in_place(model: PreTrainedModel, given: QuantizationInput[Any], grids: Mapping[str, Grid]) -> None:
+    """Give `model` the checkpoint's own weights, those that have one of `grids` rounded to it."""
+    import torch
+
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in ((given.read_as(stored), tensor) for _, stored, tensor in given.stored()):
+            if name in state:
+                rounded = _rounded(tensor, grids[name], given, name in given.transposed) if name in grids else tensor
+                state[name].copy_(rounded)
+
+
+def _rounded(tensor: Tensor, grid: Grid, given: QuantizationInput[Any], transposed: bool) -> Tensor:
+    rows = tensor.T if transposed else tensor
+    weight = grid.dequantize(*grid.quantize(rows, start_scales(grid, rows, given.spec.scale)))
+    return weight.T if transposed else weight
