@@ -73,6 +73,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    quiet: ClassVar[frozenset[str]] = frozenset()
+    """Keys that a dump leaves out at their default: they were added later, and no digest of before is to change."""
+
     @property
     def unread(self) -> dict[str, str]:
         """Keys without a meaning here, such as the criterion of a method that asks none, and what makes them so."""
@@ -97,7 +100,8 @@ class Spec(BaseModel):
     @model_serializer(mode="wrap")
     def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a dump is valid in its turn, and that no cache key holds what changes nothing."""
-        return {key: value for key, value in dump(self).items() if key not in self.unread}
+        silent = {key for key in self.quiet if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in dump(self).items() if key not in self.unread and key not in silent}
 
 
 class NamedSpec(Spec):

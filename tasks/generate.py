@@ -20,12 +20,14 @@ from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.ctranslate2 import pack
+from featherweight.system.device import current
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import decoder_start, token_pairs
 from featherweight.text.tokens import token_windows
 from tasks.stage import stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tokens = list[list[int]]
@@ -105,9 +107,13 @@ def _writer(
 
 def require_agreement(reference: Writer, fast: Writer, prompts: Tokens) -> None:
     """Raise StageError where the two engines give other log-probabilities to what the fast one writes."""
-    for prompt, written in zip(prompts, fast.write(prompts), strict=True):
-        ours, theirs = fast.score(prompt, written), reference.score(prompt, written)
-        apart = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    try:
+        written = fast.write(prompts)
+        scores = [fast.score(prompt, answer) for prompt, answer in zip(prompts, written, strict=True)]
+    except RuntimeError as error:  # such as a library of CUDA that it loads when it first computes
+        raise StageError(f"CTranslate2 does not compute here: {' '.join(str(error).split())}") from error
+    for prompt, answer, ours in zip(prompts, written, scores, strict=True):
+        apart = max((abs(a - b) for a, b in zip(ours, reference.score(prompt, answer), strict=True)), default=0.0)
         if not apart <= BOUND_NATS:
             raise StageError(f"CTranslate2's log-probabilities are up to {apart:.3g} nats off PyTorch's")
 
@@ -124,7 +130,7 @@ class CTranslate2Writer:
         self.tokenizer: Any = tokenizer
         self.spec = spec
         try:
-            self.engine: Any = engine(str(folder), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
+            self.engine: Any = engine(str(folder), device=current(), compute_type="float32", intra_threads=torch.get_num_threads())
         except (ValueError, RuntimeError) as error:
             raise StageError(f"CTranslate2 does not load the model: {' '.join(str(error).split())}") from error
         self.translates = family == "seq2seq"
@@ -163,7 +169,7 @@ class TorchWriter:
     def _write(self, prompt: list[int]) -> list[int]:
         import torch
 
-        spec, ids = self.spec, torch.tensor([prompt], device=self.model.device)
+        spec, ids = self.spec, self._ids(prompt)
         how: dict[str, Any] = {"num_beams": spec.beams, "do_sample": spec.temperature is not None}
         how |= {"temperature": spec.temperature, "top_k": 0, "top_p": 1.0} if spec.temperature is not None else {}
         most = spec.sequence if self.translates else spec.sequence - spec.prompt_tokens
@@ -178,11 +184,17 @@ class TorchWriter:
         """Natural-log probabilities of the written tokens."""
         import torch
 
-        target = torch.tensor(written, dtype=torch.long)[:, None]
         with torch.inference_mode():
             if self.translates:
-                decoder = torch.tensor([[decoder_start(self.model.config), *written[:-1]]])
-                logits = self.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[0]
+                decoder = self._ids([decoder_start(self.model.config), *written[:-1]])
+                logits = self.model(input_ids=self._ids(prompt), decoder_input_ids=decoder).logits[0]
             else:
-                logits = self.model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1]
-        return logits[: len(written)].float().log_softmax(-1).gather(1, target).squeeze(1).tolist()
+                logits = self.model(self._ids(prompt + written)).logits[0, len(prompt) - 1 : -1]
+        scores = logits[: len(written)].float().log_softmax(-1)
+        return scores.gather(1, self._ids(written).T).squeeze(1).tolist()
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        """[1, tokens], beside the model."""
+        import torch
+
+        return torch.tensor([ids], dtype=torch.long, device=self.model.device)

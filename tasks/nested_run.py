@@ -20,6 +20,7 @@ from featherweight.progress import Metrics
 from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
+from featherweight.system.device import using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from tasks.cache_key import hardware, libraries_of, library_versions
 from tasks.live_progress import LiveProgress
@@ -62,7 +63,7 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
     with workspace.working_folder() as work, _scratch(stage, parent, key) as scratch, _clear_errors(node.id):
         out = work / "artifact"
         out.mkdir()
-        with highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
+        with using(node.device), highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
             metrics = dict(stage.function(node.spec, out=out, seed=node.seed, progress=progress, **given, **scratch))
         seconds = time.perf_counter() - clock
         manifest = _manifest(stage, node, inputs, key, out, metrics, started)
@@ -97,7 +98,7 @@ def _manifest(
         parents={name: ref.digest for name, ref in inputs.items()},
         metrics=metrics,
         environment=library_versions((*stage.libraries, *libraries_of(node))),
-        machine=_machine(),
+        machine=_machine() | ({"device": node.device} if node.device else {}),
         started=started,
         finished=_now(),
     )

@@ -16,6 +16,7 @@ from typing import Any
 from featherweight.progress import Metrics
 from featherweight.recipe.plan import Node
 from featherweight.store.artifact import content_digest
+from featherweight.system.device import CUDA
 from tasks.cache_key import hardware, library_versions, made_by
 
 
@@ -74,6 +75,7 @@ class Stage:
                 "seed": node.seed,
                 "libraries": library_versions(self.libraries),
                 "hardware": hardware() if self.hardware else None,
+                **({"device": node.device} if node.device == CUDA else {}),
             }
         )
 

@@ -74,11 +74,21 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
         notes=(
-            *((RUNTIMES[serving.engine].zeros_note(*zeros),) if zeros else ()),
-            *((length,) if length else ()),
+            *(note for note in (_zeros_note(serving, zeros), length, _device_note(plan, serving)) if note),
             *_judgements(plan, variant, outcomes),
         ),
+        device=serving.device,
     )
+
+
+def _zeros_note(serving: Serving, zeros: tuple[str, float] | None) -> str | None:
+    return RUNTIMES[serving.engine].zeros_note(*zeros) if zeros else None
+
+
+def _device_note(plan: Plan, serving: Serving) -> str | None:
+    """What is to be known of a comparison across devices, which the recipe has asked for."""
+    other = plan.nodes[BASELINE].device or serving.device
+    return None if other == serving.device else f"served from {serving.device}, and compared with the baseline on {other}"
 
 
 def _judgements(plan: Plan, variant: Variant, outcomes: Outcomes) -> Iterable[str]:
@@ -124,7 +134,7 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         constraints=recipe.constraints.model_dump(exclude_none=True),
         nodes=tuple(_node_row(node, outcomes[id]) for id, node in plan.nodes.items()),
         gates=_gates(outcomes, parent),
-        machine=_machine(),
+        machine=_machine() | {"stages computed on": plan.nodes[BASELINE].device or ""},
         versions=_versions(outcomes, parent),
         runs={"mlflow": parent.run_id, "prefect": parent.tags.get("featherweight.prefect_flow_run", "")},
         recipe=recipe_text(recipe),
@@ -168,6 +178,7 @@ def _node_row(node: Node, outcome: Outcome) -> NodeRow:
         ref.digest if ref else "",
         ref.run_id if ref else "",
         outcome.cached,
+        node.device or "",
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint import opening, saving
 from featherweight.errors import DataError, RecipeError
 from featherweight.progress import Metrics, Progress
+from featherweight.system import device
 from featherweight.text.documents import read_documents
 from featherweight.text.tokens import token_blocks
 from featherweight.training import loop
@@ -101,7 +102,7 @@ def new_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(spec, tokenizer))
         _damp_residuals(model, spec.layers)
-    return opening.to_device(model)
+    return device.place(model)
 
 
 def _config(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

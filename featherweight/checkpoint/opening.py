@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.model.architecture import attention_options, auto_class
 from featherweight.model.positions import context_refusal
+from featherweight.system import device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 
 GENERATION = "generation_config.json"
-Model = TypeVar("Model", bound="nn.Module")
 
 
 def model_type(folder: Path) -> str:
@@ -63,22 +63,13 @@ def skeleton(folder: Path) -> PreTrainedModel:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder with its family's head, float32, from local safetensors only."""
+    """The model of a checkpoint folder with its family's head, float32, from local safetensors only, on the device in use."""
     import torch
 
     config = load_config(folder)
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **attention_options(config)}
     model = auto_class(config).from_pretrained(folder, local_files_only=True, **options)
-    return to_device(model)
-
-
-def to_device(model: Model) -> Model:
-    """`model` on the GPU where there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.nn.Module.to(model, torch.device("cuda"))
-    return model
+    return device.place(model)
 
 
 def parameters(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_median_ratio, bootstrap_ratio
+from featherweight.system.device import CPU, Device
 
 FILE = "measurement.json"
 
@@ -109,7 +110,7 @@ class Speed:
 class Measurement:
     """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds.
 
-    roofline: what its tokens at batch 1 read, None where memory is not its roof.
+    roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said that it served from.
     """
 
     engine: str
@@ -119,6 +120,7 @@ class Measurement:
     size_bytes: int
     startup_s: float
     roofline: Roofline | None = None
+    device: Device = CPU
 
     def speed(self, batch_size: int) -> Speed:
         """The measurement at a batch size; raises StageError if there is none."""
@@ -152,6 +154,11 @@ class Comparison:
     machine: str = ""
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether either side was served from a GPU."""
+        return any(side.device != CPU for side in (self.variant, self.baseline))
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes that were measured."""
         return tuple(speed.batch_size for speed in self.variant.speeds)
@@ -175,6 +182,7 @@ class Comparison:
         variant = self.variant
         figures: dict[str, float] = variant.quality.metrics
         figures |= _bounded("quality_change", self.quality_change)
+        figures |= {"on_gpu": variant.device != CPU, "baseline_on_gpu": self.baseline.device != CPU} if self.on_gpu else {}
         figures |= {key: getattr(variant, key) for key in ("peak_memory_bytes", "size_bytes", "startup_s")}
         for batch_size in self.batch_sizes:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))

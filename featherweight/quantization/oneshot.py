@@ -32,7 +32,7 @@ def run(model: PreTrainedModel, modifiers: Callable[[], list[Any]], blocks: Tens
     modifiers: makes llm-compressor's modifiers; they are returned once they have run. Raises StageError where the library fails.
     """
     try:
-        with patches.quiet(), patches.eager_gptq():
+        with patches.quiet(), patches.eager_gptq(), patches.device_in_use():
             return _oneshot(model, modifiers(), blocks)
     except Exception as error:  # the library's own checks, tracing and linear algebra each raise in their way
         raise StageError(f"llm-compressor could not calibrate this checkpoint: {one_line(error)}") from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from featherweight.system.device import torch_device
 
 MODULES = ("llmcompressor", "compressed_tensors")
 GPTQ_KERNEL = "LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"
@@ -22,6 +25,23 @@ def eager_gptq() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(GPTQ_KERNEL) if before is None else os.environ.update({GPTQ_KERNEL: before})
+
+
+@contextmanager
+def device_in_use() -> Iterator[None]:
+    """It takes an accelerator wherever torch knows one, whatever device its caller computes on."""
+    from llmcompressor.pipelines.data_free import pipeline as data_free
+    from llmcompressor.pipelines.sequential import pipeline as sequential
+
+    pipelines: tuple[Any, ...] = (data_free, sequential)
+    before = [pipeline.get_main_device for pipeline in pipelines]
+    for pipeline in pipelines:
+        pipeline.get_main_device = torch_device
+    try:
+        yield
+    finally:
+        for pipeline, theirs in zip(pipelines, before, strict=True):
+            pipeline.get_main_device = theirs
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ExportSpec, ServingSpec
 from featherweight.runtimes.workload import workload_refusal
 from featherweight.spec import Spec, Split
+from featherweight.system.device import CPU, Device, resolve
 from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
 
@@ -35,7 +36,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class Node:
     """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids.
 
-    engines: those that it measures; what serves is written by that of its spec.
+    engines: those that it measures; what serves is written by that of its spec. device: where it computes, or what it measures is
+    served; None where it computes nothing.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Node:
     inputs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     engines: tuple[str, ...] = ()
+    device: Device | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -82,23 +85,25 @@ class Plan:
 def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts()) -> Plan:
     """The plan of a recipe for `machine`, this one by default. facts: what its checkpoints tell; nothing is read here.
 
-    Raises RecipeError where nothing is left to run, a name is unknown, or the checkpoint holds no such workload.
+    Raises RecipeError where nothing is left to run, a name is unknown, or the checkpoint holds no such workload, ToolchainError
+    where the recipe wants a device that `machine` does not have.
     """
     machine = machine or describe()
+    where = resolve(recipe.device, machine)
     if recipe.checkpoint.train and (reason := recipe.checkpoint.train.refusal()):
         raise RecipeError(reason)
     known = facts.of(recipe)
     if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes)):
         raise RecipeError(reason)
-    nodes = {node.id: node for node in _roots(recipe)}
+    nodes = {node.id: node for node in _roots(recipe, where)}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
-        if reason := _obstacle(recipe, choice, machine, facts):
+        if reason := _obstacle(recipe, choice, machine, where, facts):
             ruled_out[name] = reason
             continue
-        chain = _chain(recipe, *choice)
+        chain = _chain(recipe, where, *choice)
         nodes.update({node.id: node for node in chain})
         variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
     if ruled_out and len(variants) == 1:
@@ -108,16 +113,15 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     return Plan(nodes, tuple(variants), ruled_out)
 
 
-def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine, facts: Facts) -> str | None:
-    """Why a (distill, prune, quantize, serve) cannot or should not be run on `machine`; None where it can."""
+def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine, where: Device, facts: Facts) -> str | None:
+    """Why a (distill, prune, quantize, serve) cannot or should not be run on `machine`, `where` it is; None where it can."""
     distill, prune, quantize, serve = choice
     stages = recipe.stages
     distilled, pruned = stages.distill.get(distill), stages.prune.get(prune)
     student = facts.by_source.get(distilled.student) if distilled and distilled.student else None
-    chosen = Chosen(
-        recipe.task, distilled, pruned, stages.quantize.get(quantize), _serve(recipe)[serve], machine, facts.of(recipe), student
-    )
-    return chosen.obstacle()
+    quantized, served = stages.quantize.get(quantize), _serve(recipe)[serve]
+    known = facts.of(recipe)
+    return Chosen(recipe.task, distilled, pruned, quantized, served, machine, where, known, student).obstacle()
 
 
 def _serve(recipe: Recipe) -> dict[str, ServingSpec]:
@@ -162,17 +166,17 @@ def _pick(stage: str, patterns: tuple[str, ...], known: Mapping[str, Spec]) -> l
     return picked
 
 
-def _roots(recipe: Recipe) -> list[Node]:
+def _roots(recipe: Recipe, where: Device) -> list[Node]:
     """What every variant shares: the text, its gate, the checkpoint, and the baseline's measurement."""
     text = [Node(f"text/{s}", "text", s, TextSpec(data=recipe.data, split=s), seed=recipe.seed) for s in SPLITS]
     gate = Node("gate", "gate", "text", GateSpec(), {split: f"text/{split}" for split in SPLITS})
     made = recipe.checkpoint.train
     if made is not None:
-        root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed)
+        root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed, device=where)
     else:
-        root = Node("checkpoint", "load", recipe.checkpoint.source or "", checkpoint_source(recipe))
+        root = Node("checkpoint", "load", recipe.checkpoint.source or "", checkpoint_source(recipe), device=CPU)
     plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE}))
-    served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root))
+    served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root), device=where)
     measured = Node(
         f"{BASELINE}/evaluate",
         "evaluate",
@@ -181,21 +185,23 @@ def _roots(recipe: Recipe) -> list[Node]:
         _evaluation_inputs(served, None),
         recipe.seed,
         (BASELINE_ENGINE,),
+        where,
     )
     return [*text, gate, root, served, measured]
 
 
-def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
+def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
     """The nodes of one variant below the checkpoint; equal prefixes of two variants give equal ids."""
     stages, nodes, path, parent = recipe.stages, [], "", "checkpoint"
 
     def add(stage: str, label: str, spec: Spec, **inputs: str) -> None:
         nonlocal parent
-        nodes.append(Node(path, stage, label, spec, {"checkpoint": parent, **inputs}, recipe.seed))
+        device = spec.served_on(where) if isinstance(spec, ServingSpec) else where
+        nodes.append(Node(path, stage, label, spec, {"checkpoint": parent, **inputs}, recipe.seed, device=device))
         parent = path
 
     if distill != NONE:
-        before = _before_distill(recipe, distill)
+        before = _before_distill(recipe, where, distill)
         nodes += before.values()
         path = distill
         calibrated = {"calibration": "text/calibration"} if stages.distill[distill].choose == "block_influence" else {}
@@ -210,13 +216,14 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
             add("finetune", prune, spec.finetune, text="text/train", calibration="text/calibration")
     if quantize != NONE:
         path = _join(path.removesuffix("+finetune"), quantize)
-        scan = _before_quantize(recipe, quantize, path, parent)
+        scan = _before_quantize(recipe, where, quantize, path, parent)
         nodes += scan.values()
         made = {name: node.id for name, node in scan.items()}
         add("quantize", quantize, stages.quantize[quantize], text="text/train", calibration="text/calibration", **made)
     path = _join(path.removesuffix("+finetune"), serve)
     stage = "compile" if serve in stages.compile else "export"
-    add(stage, serve, _serve(recipe)[serve], calibration="text/calibration")
+    served = _serve(recipe)[serve]
+    add(stage, serve, served, calibration="text/calibration")
     measure = Node(
         f"{path}/evaluate",
         "evaluate",
@@ -224,7 +231,8 @@ def _chain(recipe: Recipe, distill: str, prune: str, quantize: str, serve: str) 
         recipe.workload,
         _evaluation_inputs(nodes[-1], f"{BASELINE}/evaluate"),
         recipe.seed,
-        (_serve(recipe)[serve].engine, BASELINE_ENGINE),
+        (served.engine, BASELINE_ENGINE),
+        served.served_on(where),
     )
     return [*nodes, measure]
 
@@ -250,25 +258,28 @@ def _ending(recipe: Recipe, nodes: Iterable[str], variants: Iterable[Variant]) -
     ]
 
 
-def _before_distill(recipe: Recipe, name: str) -> dict[str, Node]:
+def _before_distill(recipe: Recipe, where: Device, name: str) -> dict[str, Node]:
     """What a distillation reads beside text and teacher, by input name: a student of its own, the teacher's generations."""
     spec, seed, teacher = recipe.stages.distill[name], recipe.seed, {"checkpoint": "checkpoint"}
     nodes = {}
     if spec.student is not None:
-        nodes["student"] = Node(f"{name}+student", "load", spec.student, student_source(recipe, spec.student))
+        nodes["student"] = Node(f"{name}+student", "load", spec.student, student_source(recipe, spec.student), device=CPU)
     if spec.prune is not None:
         inputs = {**teacher, "calibration": "text/calibration"}
         pruning = spec.prune.model_copy(update={"finetune": None})
-        nodes["student"] = Node(f"{name}+student", "prune", name, pruning, inputs, seed)
+        nodes["student"] = Node(f"{name}+student", "prune", name, pruning, inputs, seed, device=where)
     if spec.generate is not None:
-        nodes["generated"] = Node(f"{name}+text", "generate", name, spec.generate, {**teacher, "text": "text/train"}, seed)
+        inputs = {**teacher, "text": "text/train"}
+        nodes["generated"] = Node(f"{name}+text", "generate", name, spec.generate, inputs, seed, device=where)
     return nodes
 
 
-def _before_quantize(recipe: Recipe, name: str, path: str, parent: str) -> dict[str, Node]:
+def _before_quantize(recipe: Recipe, where: Device, name: str, path: str, parent: str) -> dict[str, Node]:
     """What a quantization at `path` reads beside text and checkpoint, by input name: the scan that mixed precision asks for."""
     spec, inputs = recipe.stages.quantize[name].sensitivity, {"checkpoint": parent, "calibration": "text/calibration"}
-    return {"sensitivity": Node(f"{path}+sensitivity", "sensitivity", name, spec, inputs, recipe.seed)} if spec else {}
+    if spec is None:
+        return {}
+    return {"sensitivity": Node(f"{path}+sensitivity", "sensitivity", name, spec, inputs, recipe.seed, device=where)}
 
 
 def _join(path: str, name: str) -> str:

@@ -13,6 +13,7 @@ from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import Name, Spec, Task
+from featherweight.system.device import Wanted
 from featherweight.text.spec import DataSpec
 from featherweight.training.spec import TrainSpec
 
@@ -106,11 +107,16 @@ class Recipe(Spec):
 
     task: text from a prefix (Llama, Qwen ...), text from a text (T5, mBART, Marian ...), filling in masks (BERT, RoBERTa ...), or
     an encoder's vectors (feature-extraction), labels of texts or pairs of them, labels of words.
+    device: where every stage computes and every variant, the baseline too, is served: 'auto' is the GPU where there is one. An
+    alternative of the last stage may say otherwise for itself.
     """
+
+    quiet = frozenset({"device"})
 
     name: Name
     checkpoint: CheckpointSpec
     task: Task = "text-generation"
+    device: Wanted = "auto"
     data: DataSpec
     stages: StagesSpec = StagesSpec()
     variants: tuple[VariantsSpec, ...] | None = None

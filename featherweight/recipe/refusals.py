@@ -23,6 +23,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize, Task
+from featherweight.system.device import CPU, CUDA, Device, cuda_refusal
 from featherweight.system.machine import Machine
 from featherweight.training.lora import unknown_target
 
@@ -34,7 +35,8 @@ FLOAT_BYTES = 4
 class Chosen:
     """What a variant would be made by and served on; None for a stage that is left out.
 
-    facts: of the checkpoint, student: of a student of its own; None where they are not known.
+    facts: of the checkpoint, student: of a student of its own; None where they are not known. where: the device of the run, and of
+    its baseline.
     """
 
     task: Task
@@ -43,6 +45,7 @@ class Chosen:
     quantize: QuantizeSpec | None
     serve: ServingSpec
     machine: Machine
+    where: Device = CPU
     facts: CheckpointFacts | None = None
     student: CheckpointFacts | None = None
 
@@ -143,6 +146,17 @@ def machine_refusal(serve: ServingSpec, machine: Machine) -> str | None:
     return RUNTIMES[serve.engine].machine_refusal(serve, machine)
 
 
+def _device_refusal(chosen: Chosen) -> str | None:
+    """An engine that does not serve from the device: it would be compared with a baseline on another without a word."""
+    serve, device = chosen.serve, chosen.serve.served_on(chosen.where)
+    if device == CUDA and (reason := cuda_refusal(chosen.machine)):
+        return f"{serve.engine} on {device}: {reason}"
+    reason = RUNTIMES[serve.engine].device_refusal(serve, device)
+    if reason is None or serve.device != "auto":
+        return reason
+    return f"{reason}, and this run is on {device}; say device: {CPU if device == CUDA else CUDA} for it, or for the recipe"
+
+
 def _distill_refusal(chosen: Chosen) -> str | None:
     if chosen.distill is None:
         return None
@@ -193,7 +207,8 @@ def _model_refusal(chosen: Chosen) -> str | None:
     even = chosen.quantize is not None and chosen.quantize.mixed is None
     grid = grid_named(chosen.quantize.grid) if chosen.quantize and even else None
     rows = {name: (grid, count) for name, count in columns.items()} if grid else {}
-    return Candidate(facts, chosen.serve.max_tokens, rows).refusal(RUNTIMES[chosen.serve.engine], chosen.serve)
+    candidate = Candidate(facts, chosen.serve.max_tokens, rows, chosen.serve.served_on(chosen.where))
+    return candidate.refusal(RUNTIMES[chosen.serve.engine], chosen.serve)
 
 
 REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
@@ -207,6 +222,7 @@ REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student_pruning, chosen.serve),
     lambda chosen: machine_refusal(chosen.serve, chosen.machine),
+    _device_refusal,
     _model_refusal,
 )
 """What rules a combination out, each with its reason in one line; the first that applies is told."""

@@ -39,7 +39,7 @@ MEASURED = ("winner", "loser", "baseline")
 class VariantRow:
     """One variant. `stages` are ids of its nodes from the root on; `threads` by batch size, as text; `reason` tells its fate.
 
-    notes: what a reader of its numbers has to know, a sentence each.
+    notes: what a reader of its numbers has to know, a sentence each. device: where it was served.
     """
 
     name: str
@@ -51,6 +51,7 @@ class VariantRow:
     stages: tuple[str, ...] = ()
     threads: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    device: str = ""
 
     def get(self, key: str) -> float:
         """A metric, NaN where it was not measured."""
@@ -65,7 +66,7 @@ class VariantRow:
 
 @dataclass(frozen=True)
 class NodeRow:
-    """One stage node of the plan and how it ended: 'done', 'cached', 'failed', 'skipped' or 'blocked'."""
+    """One stage node of the plan and how it ended: 'done', 'cached', 'failed', 'skipped' or 'blocked'; and where it computed."""
 
     id: str
     stage: str
@@ -76,6 +77,7 @@ class NodeRow:
     digest: str = ""
     run_id: str = ""
     cached: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
+        Column("device", "where it was served", _device, lambda row: float(row.device != "cpu"), brief=_on_gpu(result)),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
@@ -87,6 +88,14 @@ def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | N
 
 def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else MISSING
+
+
+def _device(row: VariantRow) -> str:
+    return row.device or MISSING
+
+
+def _on_gpu(result: OptimizationResult) -> bool:
+    return any(row.device not in ("", "cpu") for row in result.measured)
 
 
 def _threads(row: VariantRow) -> str:

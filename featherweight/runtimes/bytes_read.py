@@ -20,6 +20,7 @@ from featherweight.measure.roofline import BytesRead, cache_position_bytes
 from featherweight.model.architecture import auto_class, family_of
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +56,7 @@ def bytes_read(served: Path) -> BytesRead | None:
         return None
     config = AutoConfig.from_pretrained(served, local_files_only=True)
     runtime = RUNTIMES[serving.engine]
-    if family_of(config) == "encoder" or runtime.on_gpu(serving):
+    if family_of(config) == "encoder" or serving.device != CPU:
         return None
     tensors = [one for one in runtime.held_tensors(served / serving.weights, serving, config) if one.rows]
     if not tensors:

@@ -10,6 +10,7 @@ from featherweight.grid import Grid
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.system.device import CPU, Device
 
 if TYPE_CHECKING:
     from featherweight.model.quantized_weights import QuantizedWeights
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 class Candidate:
     """What `model_refusal` judges by. tokens: the longest sequence that is asked for.
 
-    rows: grid and columns of each matrix in the blocks; empty where they are in float, or not known yet.
+    rows: grid and columns of each matrix in the blocks; empty where they are in float, or not known yet. device: where it is to be
+    served.
     """
 
     facts: CheckpointFacts
     tokens: int
     rows: Mapping[str, tuple[Grid, int]] = field(default_factory=dict)
+    device: Device = CPU
 
     @property
     def config(self) -> Any:

@@ -15,6 +15,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving, require_verified, verified_tokens
 from featherweight.system.child_process import ChildProcess, error_of
+from featherweight.system.device import CUDA, Device, cuda_refusal
 from featherweight.text.tokens import Window
 
 START_TIMEOUT_S = 600.0
@@ -33,7 +34,10 @@ def open_worker(served: Path, threads: int, max_tokens: int | None = None, max_b
 
 
 class Worker:
-    """A running engine, closed by `close()` or at the end of a `with`. `startup_s` is the time until it was ready."""
+    """A running engine, closed by `close()` or at the end of a `with`. `startup_s` is the time until it was ready.
+
+    device: where the engine says that it serves from.
+    """
 
     def __init__(self, served: Path, threads: int, max_tokens: int, max_batch: int) -> None:
         serving = Serving.read(served)
@@ -41,12 +45,16 @@ class Worker:
         require_verified(serving, max_tokens)
         if reason := RUNTIMES[self.engine].missing():
             raise ToolchainError(f"{self.engine} cannot run here: {reason}")
+        if serving.device == CUDA and (reason := cuda_refusal()):
+            raise ToolchainError(f"this model was verified on a GPU and is served from one, and {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads
         began = monotonic()
         command = [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)]
         self._child = ChildProcess(command, environment(threads))
         try:
-            self._receive(START_TIMEOUT_S, "starting")
+            self.device: Device = self._receive(START_TIMEOUT_S, "starting")
+            if self.device != serving.device:
+                raise StageError(f"{self.engine} serves from {self.device}, and was to serve from {serving.device}")
         except BaseException:
             self.close()
             raise

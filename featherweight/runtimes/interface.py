@@ -21,9 +21,11 @@ from featherweight.model.sparsity import SEMI_STRUCTURED
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
+from featherweight.runtimes.refusals import devices_refusal
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, Device
 from featherweight.system.machine import Machine
 from featherweight.system.processes import peak_bytes
 from featherweight.system.toolchains import python
@@ -81,6 +83,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """Another number of threads costs it tens of seconds, so that few are worth trying."""
     layers_may_differ: bool = False
     """It stores every layer in its own shape, and gains from narrower ones."""
+    devices: tuple[Device, ...] = (CPU,)
+    """Where it can serve from."""
 
     @abstractmethod
     def write(self, spec: SpecOf, source: Source, out: Path) -> None:
@@ -99,10 +103,6 @@ class Runtime(ABC, Generic[SpecOf]):
     def bound(self, serving: Serving) -> Bound:
         """How far its log-probabilities may be from PyTorch's, by how it handles activations."""
         return EXACT
-
-    def on_gpu(self, serving: Serving) -> bool:
-        """Whether it serves that folder from a GPU here."""
-        return False
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
         """The tensors of its own files in `folder` as it holds them while it serves; here for transformers' own."""
@@ -125,6 +125,10 @@ class Runtime(ABC, Generic[SpecOf]):
     def machine_refusal(self, spec: SpecOf, machine: Machine) -> str | None:
         """Why `machine` has no kernel for `spec`, naming what it needs; None where it has, or may have."""
         return None
+
+    def device_refusal(self, spec: SpecOf, device: Device, machine: Machine) -> str | None:
+        """Why it does not serve `spec` from `device` of `machine`; None where it does, or may. That there is one is known."""
+        return None if device in self.devices else devices_refusal(self.name, device)
 
     def model_refusal(self, spec: SpecOf, model: Candidate) -> str | None:
         """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell.
@@ -200,6 +204,7 @@ class LoadedModel(ABC):
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served
+        self.device = serving.device
         self.weights = served / serving.weights
         self.options = serving.options
         self.limits = limits
@@ -256,6 +261,10 @@ class LoadedModel(ABC):
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """The same, with what is written behind an end still there. By default a greedy text, in which nothing is an end."""
         return self.generate(prompts, new_tokens).tokens
+
+    def served_on(self) -> Device:
+        """The device that the weights lie on, as the engine itself knows it; here of engines that have no other than the CPU."""
+        return CPU
 
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""

@@ -115,7 +115,8 @@ class MeasuredVariant:
         peak = self.known.peak_memory_bytes if self.known else self.worker.peak_memory_bytes()
         startup_s = self.known.startup_s if self.known else self.worker.startup_s
         quality = self.known.quality if self.known else self._quality(original or self)
-        return Measurement(self.engine, quality, tuple(speeds), peak, served_bytes(self.served), startup_s)
+        device = self.worker.device
+        return Measurement(self.engine, quality, tuple(speeds), peak, served_bytes(self.served), startup_s, device=device)
 
     @cached_property
     def answers(self) -> list[list[list[float]]]:

@@ -84,11 +84,11 @@ class QuantizedRows:
         for name in names:
             here = torch.tensor([row for row, place in enumerate(places) if place[0] == name])
             there = torch.tensor([place[1] for place in places if place[0] == name])
-            q[here], scales[here] = self.quantized.q[name][there], self.quantized.scales[name][there]
+            q[here], scales[here] = self.quantized.q[name].cpu()[there], self.quantized.scales[name].cpu()[there]
         return Packable(grid, q, scales)
 
 
 def _digests(matrix: Tensor) -> Iterator[bytes]:
     """A digest of the bytes of each row, as float32."""
-    values = matrix.detach().float().contiguous().numpy()
+    values = matrix.detach().float().cpu().contiguous().numpy()
     return (hashlib.blake2b(row, digest_size=16).digest() for row in values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from featherweight.runtimes.spec import ComputeType, ExportSpec
+from featherweight.system.device import CUDA, Device
 
 
 def compute_type_refusal(engine: str, known: tuple[ComputeType, ...], wanted: ComputeType) -> str | None:
@@ -23,6 +24,16 @@ def float_of_rounded_refusal(precision: str) -> str:
 def fp8_refusal() -> str:
     """Why an engine of integers does not take 8-bit floats."""
     return "it holds integers, not fp8; take an engine that holds 8-bit floats"
+
+
+def devices_refusal(engine: str, device: Device) -> str:
+    """Why an engine is not asked to serve from a device that it does not have."""
+    return f"{engine} serves from the {'CPU' if device == CUDA else 'GPU'} alone"
+
+
+def on_cpu_refusal(engine: str, compute_type: str) -> str:
+    """Why a compute type that only CUDA has is not served from the CPU of a machine that has a GPU."""
+    return f"{engine} {compute_type} is computed on CUDA GPUs alone"
 
 
 def gpu_refusal(engine: str, compute_type: str) -> str:

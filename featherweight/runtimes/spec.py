@@ -11,10 +11,24 @@ from featherweight.errors import RecipeError, nearest
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.spec import NamedSpec, SequenceLength
 from featherweight.store.served_folder import SERVED_TOKENS
+from featherweight.system.device import Device, Wanted
 
 Stage = Literal["compile", "export"]
 ComputeType = Annotated[
-    Literal["float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "w8a16", "w4a16", "fp8", "nf4", "llm.int8"],
+    Literal[
+        "float32",
+        "bfloat16",
+        "float16",
+        "int8",
+        "int8_float32",
+        "int8_float16",
+        "int8_bfloat16",
+        "w8a16",
+        "w4a16",
+        "fp8",
+        "nf4",
+        "llm.int8",
+    ],
     BeforeValidator(lambda value: "int8" if value == "w8a8" else value),
 ]
 """Which numbers weights are stored in and computed with, in the words that engines share; w8a8 is another name of int8."""
@@ -26,13 +40,16 @@ class ServingSpec(NamedSpec):
     """An alternative of the last stage; its engine's own spec has the keys that this engine reads.
 
     max_tokens: the longest sequence that it is verified for and offered, within the model's context; the plan takes the workload's.
+    device: where it is served, by default where the recipe says for all.
     """
 
     named_by = "engine"
+    quiet = frozenset({"device"})
     stage: ClassVar[Stage]
 
     engine: str
     max_tokens: SequenceLength = SERVED_TOKENS
+    device: Wanted = "auto"
 
     @classmethod
     def kind(cls, name: str | None) -> type[Self] | None:
@@ -44,6 +61,10 @@ class ServingSpec(NamedSpec):
     @classmethod
     def kinds(cls) -> tuple[type[Self], ...]:
         return tuple(dict.fromkeys(kind for name in RUNTIMES if (kind := cls.kind(name))))
+
+    def served_on(self, where: Device) -> Device:
+        """The device that it is served from, where a recipe says `where` for all."""
+        return where if self.device == "auto" else self.device
 
     @property
     def parts(self) -> tuple[str, ...]:

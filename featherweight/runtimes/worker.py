@@ -79,7 +79,8 @@ class Calls:
 def _load(served: Path, limits: Limits) -> tuple[Message, LoadedModel | None]:
     try:
         serving = Serving.read(served)
-        return {"result": None}, RUNTIMES[serving.engine].loaded_model()(served, serving, limits)
+        engine = RUNTIMES[serving.engine].loaded_model()(served, serving, limits)
+        return {"result": engine.served_on()}, engine
     except Exception as error:
         return _failure(error), None
 

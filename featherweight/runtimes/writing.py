@@ -24,6 +24,7 @@ from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import SERVED_TOKENS, Serving
+from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, current
 from featherweight.system.machine import describe
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Source:
     """What a runtime writes from: a checkpoint folder, its PyTorch model and quantized weights; a folder of calibration text.
 
     quantized: None for a checkpoint in float, until `round` has rounded it. tokens: the longest sequence that is to be served.
+    device: where; the model itself stays in main memory, where every converter wants it.
     """
 
     checkpoint: Path
@@ -43,6 +45,7 @@ class Source:
     seed: int
     progress: Progress
     tokens: int = SERVED_TOKENS
+    device: Device = CPU
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -105,10 +108,12 @@ def write_served(
     StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
     """
     runtime = RUNTIMES[spec.engine]
-    source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens)
+    where = spec.served_on(current())
+    source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     refuse(runtime, spec, source)
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
+    Serving.read(out).on(where).write(out)
     metrics = runtime.check(spec, source, out)
     replace(Serving.read(out), max_tokens=source.max_tokens).write(out)
     return metrics
@@ -135,6 +140,8 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
     if reason := runtime.machine_refusal(spec, describe()):
         raise ToolchainError(reason)
-    candidate = Candidate(facts_of(source.checkpoint, source.config), source.tokens, rows_of(quantized))
+    if reason := (cuda_refusal() if source.device == CUDA else None) or runtime.device_refusal(spec, source.device):
+        raise ToolchainError(f"{spec.engine} on {source.device}: {reason}")
+    candidate = Candidate(facts_of(source.checkpoint, source.config), source.tokens, rows_of(quantized), source.device)
     if reason := candidate.refusal(runtime, spec):
         raise RecipeError(reason)

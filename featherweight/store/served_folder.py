@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import filecmp
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from featherweight.errors import IntegrityError, StageError
+from featherweight.system.device import CPU, CUDA, Device
 
 FILE = "serving.json"
 SERVED_TOKENS = 512
@@ -20,7 +21,7 @@ class Serving:
 
     engine: a name of featherweight.runtimes.catalog.RUNTIMES.
     weights: sub-folder with the engine's own files ('.' for the root). The tokenizer's files lie at the root.
-    options: what the engine must be told at load time, such as {"compute_type": "int8"}.
+    options: what the engine must be told at load time, such as {"compute_type": "int8"}; the `device` where that is not the CPU.
     grid: name of the grid that the weights lie on, None for float.
     max_tokens: the longest sequence (prompt and new tokens, or scored window) that it was compared with PyTorch to, and is
     offered for; None for what was written before that was recorded.
@@ -31,6 +32,16 @@ class Serving:
     options: dict[str, str] = field(default_factory=dict)
     grid: str | None = None
     max_tokens: int | None = None
+
+    @property
+    def device(self) -> Device:
+        """Where it was compared with PyTorch, and is served."""
+        return CUDA if self.options.get("device") == CUDA else CPU
+
+    def on(self, device: Device) -> Serving:
+        """The same, served from `device`."""
+        others = {name: value for name, value in self.options.items() if name != "device"}
+        return replace(self, options=others | ({"device": device} if device != CPU else {}))
 
     def write(self, folder: Path) -> None:
         """Write `serving.json` into `folder`."""

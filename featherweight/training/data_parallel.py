@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from featherweight.system import device
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ class DataParallelGroup:
         self.size = self._accelerator.num_processes if self._accelerator else 1
 
     def place(self, model: nn.Module) -> None:
-        """Move the model to this process's device."""
+        """Move the model to this process's own device; one that trains alone leaves it where it lives."""
         if self._accelerator:
             model.to(self._accelerator.device)
 
@@ -73,12 +75,9 @@ def leads() -> bool:
 
 
 def _accelerator() -> Any:
-    """accelerate's view of this process, None for a single one on a CPU, which needs nothing of it."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and not launched():
+    """accelerate's view of this process, None for a single one, which needs nothing of it."""
+    if not launched():
         return None
     from accelerate import Accelerator
 
-    return Accelerator(cpu=not on_gpu)
+    return Accelerator(cpu=device.current() == device.CPU)

@@ -19,6 +19,7 @@ from typing import Any
 from featherweight.errors import StageError
 from featherweight.progress import Progress
 from featherweight.spec import Spec
+from featherweight.system import device
 from featherweight.system.child_process import Channel, ChildProcess, Message, error_of, failure
 from featherweight.system.processes import WORKERS_PEAK, end_with_parent, free_port, highest, tree_peak_bytes
 from featherweight.training.data_parallel import DataParallelGroup, leads
@@ -57,9 +58,7 @@ def _named(function: str) -> str:
 
 
 def _check_devices(function: str, processes: int) -> None:
-    import torch
-
-    gpus = torch.cuda.device_count()
+    gpus = device.count()
     there, kind = (gpus, "GPUs") if gpus else (cores(), "cores")
     if processes > there:
         raise StageError(f"{_named(function)}.processes {processes} is more than the {there} {kind} in reach; lower it")
@@ -88,7 +87,7 @@ def _environment(processes: int) -> dict[str, str]:
     """The cores divided among the processes, whatever library uses them."""
     threads = str(max(1, min(cores() // processes, training_threads())))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, threads) | {"TORCHELASTIC_ERROR_FILE": os.devnull}
+    return os.environ | dict.fromkeys(names, threads) | device.told() | {"TORCHELASTIC_ERROR_FILE": os.devnull}
 
 
 def _listen(launcher: ChildProcess, progress: Progress) -> dict[str, float] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest
+from featherweight.system import device
 from featherweight.training.data_parallel import DataParallelGroup
 from featherweight.training.divergence import check_end, check_step
 from featherweight.training.losses import mean_loss, predicted_tokens, token_loss
@@ -101,6 +102,7 @@ class _Run:
         self.model, self.blocks, self.plan, self.loss_fn = model, blocks, plan, loss_fn
         self.progress, self.record, self.group = progress, record, DataParallelGroup()
         self.group.place(model)
+        self.where = next(model.parameters()).device
         self.optimizer = ScheduledOptimizer(model, plan)
         self.state = TrainingState(model, self.optimizer.inner, record, _identity(plan, blocks, self.group.size))
         self.order = batch_order(len(blocks), plan.batch, plan.steps, plan.seed)
@@ -146,14 +148,13 @@ class _Run:
         """
         import torch
 
-        device = next(self.model.parameters()).device
         parts = self.group.share(ids).tensor_split(self.plan.accumulate)
         whole = predicted_tokens(self.model, ids) if len(parts) * self.group.size > 1 else None
         total = 0.0
         for part in parts:
             share = predicted_tokens(self.model, part) / whole if whole else 1.0
             with torch.set_grad_enabled(learn):
-                loss = self.loss_fn(part.to(device))
+                loss = self.loss_fn(part.to(self.where))
             if learn:
                 (loss * share).backward()
             total += loss.item() * share
@@ -172,26 +173,17 @@ class _Run:
 
     def _save(self) -> None:
         """Save the run, by the first process, with the random number generators of all."""
-        import torch
-
         assert self.plan.scratch
-        noise = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-        rows = self.group.gather(torch.cat(noise))
+        rows = self.group.gather(device.random_state(self.where))
         if self.group.rank == 0:
             self.state.save(self.plan.scratch, rows)
 
     def _resume(self) -> None:
         """Go on from a saved run where there is one; its losses are told again, so that the curve is whole."""
-        import torch
-
         noise = self.state.load(self.plan.scratch) if self.plan.scratch else None
         if noise is None:
             return
-        size = len(torch.get_rng_state())
-        own = noise[self.group.rank].clone()  # torch reads a generator's state from the start of the memory that the tensor lies in
-        torch.set_rng_state(own[:size])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(own[size:].clone())
+        device.set_random_state(noise[self.group.rank], self.where)
         for step, loss in enumerate(self.record.losses, 1):
             held_out = {"held_out_loss": self.record.held_out[step]} if step in self.record.held_out else {}
             self.progress.step(step, self.plan.steps, loss=loss, **held_out)

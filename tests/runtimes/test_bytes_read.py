@@ -158,6 +158,6 @@ def test_of_experts_only_the_active_are_read(tmp_path):
 
 def test_memory_is_not_the_roof_of_an_encoder_nor_this_machines_of_a_gpu(llama, tmp_path):
     encoder = served(family_checkpoint("bert", tmp_path / "bert"), tmp_path / "encoder", Serving("torch"))
-    on_gpu = served(llama[0], tmp_path / "gpu", Serving("torch", options={"bitsandbytes": "nf4"}))
+    on_gpu = served(llama[0], tmp_path / "gpu", Serving("torch", options={"bitsandbytes": "nf4"}).on("cuda"))
     assert bytes_read(encoder) is None
     assert bytes_read(on_gpu) is None

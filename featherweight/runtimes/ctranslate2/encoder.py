@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.opening import load_config
 from featherweight.model.architecture import auto_class, task_of
 from featherweight.model.heads import read, takes_types
+from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.interface import Generation, Timing, Tokens, alike
 from featherweight.text.examples import packed_inputs
 
@@ -71,23 +72,16 @@ class Encoder:
         return Generation([[] for _ in prompts], Timing(seconds, seconds))
 
     def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
-        import numpy
         import torch
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         inputs = packed_inputs(self.config, ids, types)
         told = {"token_type_ids": inputs["token_type_ids"].tolist()} if takes_types(self.config) else {}
         view = self.encoder.forward_batch(ids, **told).last_hidden_state
-        hidden: Any = torch.from_numpy(numpy.array(view.to_device(_cpu()) if view.device == "cuda" else view)).float()
+        hidden: Any = torch.tensor(in_memory(view))
         with torch.inference_mode():
             given = BaseModelOutputWithPooling(last_hidden_state=hidden)
             return read(self.config, given if self.head is None else self.head(inputs, hidden), inputs)
-
-
-def _cpu() -> Any:
-    import ctranslate2
-
-    return ctranslate2.Device.cpu
 
 
 def _head(config: Any, file: Path) -> Any:

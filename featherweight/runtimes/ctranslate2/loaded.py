@@ -7,8 +7,10 @@ from time import perf_counter
 from typing import Any
 
 from featherweight.runtimes.ctranslate2.encoder import HEAD, Encoder
+from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
+from featherweight.system.device import CPU, CUDA, Device
 
 SHARED = "shared_vocabulary.json"
 FOLLOWED = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
@@ -20,7 +22,7 @@ PATIENCE = 4
 class CTranslate2Model(LoadedModel):
     """A converted folder (model.bin, config.json, vocabularies). A seq2seq model has a vocabulary of sources and one of targets.
 
-    options: `compute_type` (float32) and `device` (cpu); `first_token`, the id that every target begins with, if any.
+    options: `compute_type` (float32); `first_token`, the id that every target begins with, if any.
     """
 
     follows = FOLLOWED
@@ -30,10 +32,10 @@ class CTranslate2Model(LoadedModel):
     def load(self) -> None:
         import ctranslate2
 
-        device, compute_type = self.options.get("device", "cpu"), self.options.get("compute_type", "float32")
+        compute_type = self.options.get("compute_type", "float32")
         if (self.weights / HEAD).exists():
             most = self.limits.max_batch
-            self.encoder = Encoder(self.weights, self.served, device, self.threads, compute_type, most)
+            self.encoder = Encoder(self.weights, self.served, self.device, self.threads, compute_type, most)
             return
         self.seq2seq = (self.weights / SHARED).exists() or (self.weights / "target_vocabulary.json").exists()
         self.vocabulary = self._tokens("target" if self.seq2seq else "")
@@ -41,11 +43,15 @@ class CTranslate2Model(LoadedModel):
         kind = ctranslate2.Translator if self.seq2seq else ctranslate2.Generator
         self.generator: Any = kind(
             str(self.weights),
-            device=device,
+            device=self.device,
             inter_threads=1,
             intra_threads=self.threads,
             compute_type=compute_type,
         )
+
+    def served_on(self) -> Device:
+        engine = self.encoder.encoder if self.encoder else self.generator
+        return CUDA if engine.device == CUDA else CPU
 
     def _tokens(self, side: str) -> list[str]:
         """The vocabulary of the sources, of the targets, or of a decoder alone."""
@@ -65,7 +71,7 @@ class CTranslate2Model(LoadedModel):
         most = windows_at_once(self.limits.max_tokens, len(self.vocabulary))
         for batch in by_length(windows, most):
             ids = numpy.array([windows[index] for index in batch], dtype=numpy.int32)
-            every = numpy.asarray(self.generator.forward_batch(ids[:, :-1].tolist(), return_log_probs=True))
+            every = in_memory(self.generator.forward_batch(ids[:, :-1].tolist(), return_log_probs=True))
             chosen = numpy.take_along_axis(every, ids[:, 1:, None], -1)[..., 0]
             for index, row in zip(batch, chosen.tolist(), strict=True):
                 scores[index] = row

@@ -15,8 +15,10 @@ from featherweight.model.architecture import task_of
 from featherweight.runtimes.ctranslate2 import loaders, patches, rotary
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import HEADED
+from featherweight.system.device import CPU
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -56,9 +58,21 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules around the same weights: CTranslate2's loaders take the model that they read to pieces."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A copy of the modules around the same weights: CTranslate2's loaders take the model that they read to pieces.
+
+    In main memory, where the weights of a model on a GPU are copied to: the converter reads their addresses, and crashes at others.
+    """
+    shared: dict[int, Any] = {id(tensor): _in_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    from torch import nn
+
+    if tensor.device.type == CPU:
+        return tensor
+    moved = tensor.detach().cpu()
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 def pack(spec: Any, rows: QuantizedRows) -> None:

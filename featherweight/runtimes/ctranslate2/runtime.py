@@ -13,10 +13,17 @@ from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, B
 from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
-from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
+from featherweight.runtimes.refusals import (
+    cache_refusal,
+    compute_type_refusal,
+    float_of_rounded_refusal,
+    gpu_refusal,
+    on_cpu_refusal,
+)
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, CUDA, Device
 from featherweight.system.machine import INT8_DOT, Machine, cpu_features, describe
 
 if TYPE_CHECKING:
@@ -26,16 +33,18 @@ if TYPE_CHECKING:
     from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
-COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, "int8", "int8_float32", "int8_float16")
-CUDA_ONLY: tuple[ComputeType, ...] = ("int8_float16", *SIXTEEN_BITS)
+ROUNDED: tuple[ComputeType, ...] = ("int8", "int8_float16", "int8_bfloat16")
+"""int8 weights, and activations that are rounded to int8 at run time."""
+COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *ROUNDED, "int8_float32")
+CUDA_ONLY: tuple[ComputeType, ...] = (*ROUNDED[1:], *SIXTEEN_BITS)
 """What CTranslate2 would compute in float32 on a CPU."""
 
 
 class CTranslate2Spec(ExportSpec):
     """compute_type: 'int8' stores weights as int8 and rounds activations to int8 at run time; 'int8_float32' stores the same
     weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own type of that name is the same as
-    its int8 on a CPU, so it is not offered). On CUDA also int8_float16, which is its own, bfloat16 and float16.
-    reduce_range: 7 bits; 'auto' means where the CPU has no VNNI. int8 only.
+    its int8 on a CPU, so it is not offered). On CUDA also int8_float16 and int8_bfloat16, which are its own, bfloat16 and float16.
+    reduce_range: 7 bits; 'auto' means where it is served from a CPU that has no VNNI. int8 only.
     """
 
     engine: Literal["ctranslate2"]
@@ -54,6 +63,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     requirements = ("ctranslate2",)
     weight_s = 5e-7
     layers_may_differ = True
+    devices = (CPU, CUDA)
 
     def write(self, spec: CTranslate2Spec, source: Source, out: Path) -> None:
         from featherweight.runtimes.ctranslate2.write import write
@@ -71,12 +81,10 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     def bound(self, serving: Serving) -> Bound:
         """int8 per token: 0.81 nats at most and 0.071 on average with VNNI or a 7-bit grid; 3.6 and 0.21 on AVX2 without."""
         compute_type = serving.options.get("compute_type", "float32")
-        if compute_type == "int8" and serving.grid != "int8-reduced" and not INT8_DOT & cpu_features():
+        saturates = serving.device == CPU and not INT8_DOT & cpu_features()
+        if compute_type == "int8" and serving.grid != "int8-reduced" and saturates:
             return SATURATING
-        return INT8_ACTIVATIONS if compute_type in ("int8", "int8_float16") else sixteen_bits(compute_type) or EXACT
-
-    def on_gpu(self, serving: Serving) -> bool:
-        return serving.options.get("device") == "cuda"
+        return INT8_ACTIVATIONS if compute_type in ROUNDED else sixteen_bits(compute_type) or EXACT
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
         from featherweight.runtimes.ctranslate2.bytes_read import model_tensors
@@ -105,10 +113,12 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         return _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
-        if spec.compute_type not in CUDA_ONLY:
-            return None
-        if not machine.gpus:
-            return gpu_refusal(self.name, spec.compute_type)
+        cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
+        return gpu_refusal(self.name, spec.compute_type) if cuda else None
+
+    def device_refusal(self, spec: CTranslate2Spec, device: Device, machine: Machine) -> str | None:
+        if device == CPU:
+            return on_cpu_refusal(self.name, spec.compute_type) if spec.compute_type in CUDA_ONLY else None
         return cublas.refusal() if machine == describe() else None
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
@@ -157,7 +167,7 @@ def _rows_refusal(grids: Grids) -> str | None:
 
 
 def _head_refusal(grids: Grids, spec: CTranslate2Spec) -> str | None:
-    if spec.compute_type in ("int8", "int8_float16") and grids.head is None:
+    if spec.compute_type in ROUNDED and grids.head is None:
         return "CTranslate2 would round the float head to int8 at load; quantize the head too, or take int8_float32"
     finest = max(grid.qmax for grid in (grids.body, grids.finer) if grid is not None)
     if spec.reduce_range is True and spec.compute_type == "int8" and finest > 63:

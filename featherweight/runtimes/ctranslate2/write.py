@@ -19,6 +19,7 @@ from featherweight.runtimes.packing import QuantizedRows
 from featherweight.runtimes.spec import SIXTEEN_BITS
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, Device
 from featherweight.system.machine import INT8_DOT, cpu_features
 from featherweight.text.model_inputs import decoder_prefix
 
@@ -37,7 +38,7 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
     if spec.compute_type in SIXTEEN_BITS:
         source.round_floats(spec.compute_type)
     elif spec.compute_type != "float32":
-        source.round(grid_here(spec), grid_here(spec))
+        source.round(grid_here(spec, source.device), grid_here(spec, source.device))
     model, quantized = without_padding(source.model.float(), source.quantized)
     rows = QuantizedRows.of(model, quantized) if quantized else None
     floats = spec.compute_type if spec.compute_type in SIXTEEN_BITS else None
@@ -48,20 +49,19 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
     Serving("ctranslate2", FOLDER, _options(spec, model), source.grid).write(out)
 
 
-def grid_here(spec: CTranslate2Spec) -> Grid:
+def grid_here(spec: CTranslate2Spec, device: Device = CPU) -> Grid:
     """The grid of weights that are rounded here: 7 bits where its int8 would saturate at 8.
 
     Without VNNI its AVX2 kernel adds pairs of products in int16.
     """
-    saturates = not INT8_DOT & cpu_features() if spec.reduce_range == "auto" else spec.reduce_range
+    saturates = device == CPU and not INT8_DOT & cpu_features() if spec.reduce_range == "auto" else spec.reduce_range
     return GRIDS["int8-reduced" if saturates and spec.compute_type == "int8" else "int8"]
 
 
 def _options(spec: CTranslate2Spec, model: PreTrainedModel) -> dict[str, str]:
     """What CTranslate2Model is told at load."""
-    on_cuda = {"compute_type": spec.compute_type, "device": "cuda"}
-    on_cpu = {"compute_type": "int8" if spec.compute_type == "int8" else "float32"}
-    options = on_cuda if spec.compute_type in (*SIXTEEN_BITS, "int8_float16") else on_cpu
+    # Its own int8_float32 rounds activations as its int8 does.
+    options = {"compute_type": "float32" if spec.compute_type == "int8_float32" else str(spec.compute_type)}
     if model.config.is_encoder_decoder and len(prefix := decoder_prefix(model)) > 1:
         options["first_token"] = str(prefix[1])
     return options
@@ -74,7 +74,7 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     for path in (served / FOLDER).iterdir():
         link(path, twin / FOLDER / path.name)
     copy_tokenizer(served, twin)
-    Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).write(twin)
+    Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).on(Serving.read(served).device).write(twin)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)
     return {"parity_weights_max_abs": measured["parity_max_abs"]}

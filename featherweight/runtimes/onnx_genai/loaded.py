@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI on the CPU: log-probabilities and greedy generation from its own generator."""
+"""ONNX Runtime GenAI: log-probabilities and greedy generation from its own generator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
+from featherweight.system.device import CPU, CUDA, Device
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -34,6 +35,9 @@ class GenaiModel(LoadedModel):
         config = onnxruntime_genai.Config(str(self.weights))
         config.overlay(json.dumps({"model": self._overlay()}))
         self.model: Any = onnxruntime_genai.Model(config)
+
+    def served_on(self) -> Device:
+        return CUDA if str(self.model.device_type).lower() == CUDA else CPU
 
     def _overlay(self) -> dict[str, Any]:
         # A single number replaces the file's end tokens; a list would be merged into theirs.

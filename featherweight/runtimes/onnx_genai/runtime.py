@@ -1,8 +1,9 @@
-"""ONNX Runtime GenAI, declared: decoders on CPUs, in float32 or in MatMulNBits' 4 and 8 bits."""
+"""ONNX Runtime GenAI, declared: decoders in float32 or in MatMulNBits' 4 and 8 bits, on CPUs, and on CUDA by its other package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,10 +14,12 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
-from featherweight.runtimes.refusals import float_of_rounded_refusal
+from featherweight.runtimes.refusals import devices_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, CUDA, Device
+from featherweight.system.machine import Machine, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (16, 32, 64, 128, 256)
 HEAD_MULTIPLE = 16
+ON_CUDA = "onnxruntime-genai-cuda"
+"""The distribution of the same module that has kernels for CUDA."""
 HEADED = ("ForCausalLM", "LMHeadModel")
 
 
@@ -45,10 +50,11 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     spec = GenaiSpec
     loads_with = "featherweight.runtimes.onnx_genai.loaded:GenaiModel"
     modules = ("onnxruntime_genai",)
-    libraries = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
+    libraries = ("onnxruntime-genai", ON_CUDA, "onnxruntime", "onnx", "onnx-ir", "torch", "transformers")
     requirements = ("onnxruntime-genai",)
     writing_s = 6
     weight_s = 5e-7
+    devices = (CPU, CUDA)
 
     def write(self, spec: GenaiSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.onnx_genai.write import write
@@ -88,6 +94,11 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         every = (body, grids.head, grids.finer)
         return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
 
+    def device_refusal(self, spec: GenaiSpec, device: Device, machine: Machine) -> str | None:
+        if device == CPU or machine != describe() or _installed(ON_CUDA):
+            return None
+        return f"{devices_refusal(self.name, device)} here: {ON_CUDA}, its package for CUDA, is not installed"
+
     def model_refusal(self, spec: GenaiSpec, model: Candidate) -> str | None:
         """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs; windows that it overlooks."""
         if reason := _unknown_refusal(model.config):
@@ -109,6 +120,10 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
             f"onnxruntime-genai wants attention heads of a multiple of {HEAD_MULTIPLE} channels, these have {width}; "
             "serve the model with ctranslate2 or vllm"
         )
+
+
+def _installed(distribution: str) -> bool:
+    return any(True for _ in metadata.distributions(name=distribution))
 
 
 def _unknown_refusal(config: Any) -> str | None:

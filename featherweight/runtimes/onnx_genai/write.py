@@ -18,6 +18,7 @@ from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.onnx_genai import pack, patches
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, Device
 
 if TYPE_CHECKING:
     from featherweight.runtimes.onnx_genai.runtime import GenaiSpec
@@ -33,28 +34,30 @@ def write(spec: GenaiSpec, source: Source, out: Path) -> None:
     if source.quantized is None and spec.precision != "float32":
         source.quantized = round_to_nearest(source.model, *(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
-    _write_graph(source.checkpoint, out, rows)
+    _write_graph(source.checkpoint, out, rows, source.device)
     copy_tokenizer(source.checkpoint, out)
     if source.quantized:
         move_to_grid(source.model, source.quantized)
     Serving("onnxruntime-genai", grid=source.grid).write(out)
 
 
-def _write_graph(checkpoint: Path, out: Path, rows: QuantizedRows | None) -> None:
+def _write_graph(checkpoint: Path, out: Path, rows: QuantizedRows | None, device: Device) -> None:
     """The decoder graph with its weights, and genai_config.json."""
     if rows is None:
-        build_decoder(checkpoint, out)
+        build_decoder(checkpoint, out, device=device)
         return
     built = out / "float32"
     built.mkdir()
-    build_decoder(checkpoint, built, fuse_qkv=_one_grid_per_attention(rows.quantized))
+    build_decoder(checkpoint, built, fuse_qkv=_one_grid_per_attention(rows.quantized), device=device)
     pack.pack(built, out, rows)
     shutil.move(built / "genai_config.json", out)
     shutil.rmtree(built)
 
 
-def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None:
+def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True, device: Device = CPU) -> None:
     """GenAI's model builder, in this process: the float32 decoder graph, genai_config.json and a tokenizer, in `out`.
+
+    device: the execution provider that genai_config.json names. The builder itself reads the checkpoint's files in main memory.
 
     Raises StageError for an architecture that it does not know, or of which it does not find what it expects.
     """
@@ -66,7 +69,7 @@ def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True) -> None
     cache = out / "cache"
     # A cache of a window's size has no room for the tokens that a sliding layer still sees while a longer prompt is read.
     options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}", "windowed_kv_cache=false"]
-    arguments = ("", str(checkpoint), str(out), "fp32", "cpu", str(cache))
+    arguments = ("", str(checkpoint), str(out), "fp32", device, str(cache))
     try:
         builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     except NotImplementedError as error:

@@ -5,7 +5,6 @@ An encoder's one pass is a graph as a whole.
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import task_of
@@ -38,7 +37,7 @@ class CompiledTorchModel(TorchModel):
         with torch.inference_mode(False), torch.no_grad():
             cache = self._cache(ids.shape[0], ids.shape[1] + new_tokens)
             ids = self._next(ids.clone(), cache)
-            first, new = perf_counter(), [ids]
+            first, new = self._now(), [ids]
             for _ in range(new_tokens - 1):
                 ids = self.step(ids, cache)
                 new.append(ids)
@@ -51,7 +50,7 @@ class CompiledTorchModel(TorchModel):
             return super()._fill(ids, new_tokens)
 
         with torch.inference_mode(False), torch.no_grad():
-            return self.read(ids.clone()), perf_counter()
+            return self.read(ids.clone()), self._now()
 
     def _answers(self, inputs: dict[str, Tensor]) -> Tensor:
         """One graph for texts of all lengths."""

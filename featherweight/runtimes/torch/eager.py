@@ -20,6 +20,7 @@ from featherweight.runtimes.interface import (
     windows_at_once,
 )
 from featherweight.spec import HEADED
+from featherweight.system import device
 from featherweight.text.examples import packed_inputs
 from featherweight.text.model_inputs import IGNORED, decoder_prefix, window_inputs
 
@@ -33,6 +34,8 @@ class TorchModel(LoadedModel):
 
     options: `dtype`, float32 unless told otherwise. `bitsandbytes`, 'nf4' or 'llm.int8', rounds the weights at load and
     computes in float16 on a CUDA GPU.
+
+    A GPU's kernels run behind the calls that start them, so that the clock is read when they are done (`_now`).
     """
 
     follows = EVERYTHING
@@ -50,7 +53,14 @@ class TorchModel(LoadedModel):
             **attention_options(config),
             **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
         )
-        self.model = model.eval()
+        self.model = (model if rounded else device.place(model, self.device)).eval()
+
+    def served_on(self) -> device.Device:
+        return device.CUDA if self.model.device.type == device.CUDA else device.CPU
+
+    def _now(self) -> float:
+        device.synchronize(self.model.device)
+        return perf_counter()
 
     def set_threads(self, threads: int) -> None:
         import torch
@@ -108,14 +118,14 @@ class TorchModel(LoadedModel):
 
         tokens: Tokens = [[] for _ in prompts]
         run = {"causal": self._greedy, "seq2seq": self._translate, "encoder": self._fill}[family_of(self.model.config)]
-        began, firsts = perf_counter(), 0.0
+        began, firsts = self._now(), 0.0
         with torch.inference_mode():
             for batch in by_length(prompts, self.limits.max_batch):
                 new, first = run(self._batch(prompts, batch), new_tokens)
                 firsts = first - began
                 for index, row in zip(batch, new.tolist(), strict=True):
                     tokens[index] = row
-        return Generation(tokens, Timing(firsts, perf_counter() - began))
+        return Generation(tokens, Timing(firsts, self._now() - began))
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """By transformers' own `generate`, several prompts of one length at once."""
@@ -144,7 +154,7 @@ class TorchModel(LoadedModel):
         switch, prompt = rotary_switch(self.model.config), ids
         cache = DynamicCache(config=self.model.config)
         ids = self._next(ids, cache)
-        first, new = perf_counter(), [ids]
+        first, new = self._now(), [ids]
         for _ in range(new_tokens - 1):
             if prompt.shape[1] + len(new) - 1 == switch:  # the keys of all positions are others from here on
                 ids, cache = torch.cat([prompt, *new], dim=1), DynamicCache(config=self.model.config)
@@ -166,7 +176,7 @@ class TorchModel(LoadedModel):
         encoded = self.model.get_encoder()(source)
         cache = EncoderDecoderCache(DynamicCache(config=self.model.config), DynamicCache(config=self.model.config))
         ids = self._next_target(prefix, encoded, cache)
-        first, new = perf_counter(), [prefix[:, 1:], ids]
+        first, new = self._now(), [prefix[:, 1:], ids]
         for _ in range(new_tokens - prefix.shape[1]):
             ids = self._next_target(ids, encoded, cache)
             new.append(ids)
@@ -181,8 +191,8 @@ class TorchModel(LoadedModel):
         """The likeliest token at every position, int64 [batch, tokens]; none where vectors or labels are answered."""
         if task_of(self.model.config) in HEADED:
             self._answers(_alone(self.model.config, ids))
-            return ids[:, :0], perf_counter()
-        return self._likeliest(ids), perf_counter()
+            return ids[:, :0], self._now()
+        return self._likeliest(ids), self._now()
 
     def _likeliest(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids).logits.argmax(-1)

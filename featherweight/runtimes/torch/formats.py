@@ -17,8 +17,8 @@ class Format:
     """How one of the engines computes.
 
     body, head: grids that float weights are rounded to. activations: how inputs of a layer are rounded.
-    vocabulary: the embedding and the output head stay integers in memory; else they become float as they are loaded, because
-    the library would turn the whole matrix into float at every token.
+    vocabulary: the embedding and the output head stay integers in memory, as torch's own kernels, which CPUs alone have, hold them;
+    else they become float as they are loaded, because torchao would turn the whole matrix into float at every token.
     """
 
     body: str

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featherweight.grid import Grid
+from featherweight.system.device import CPU
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Matrix:
 
 
 def saturates() -> bool:
-    """Whether int8 kernels add pairs of products in int16 here, so that activations must keep to 7 bits (torch's own rule)."""
+    """Whether this CPU adds pairs of int8 products in int16, so that activations must keep to 7 bits (torch's own rule)."""
     return not torch.cpu._is_vnni_supported()
 
 
@@ -83,7 +84,7 @@ def torchao_dynamic(matrix: Matrix) -> nn.Module:
     from torchao.quantization import PerRow
     from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor, QuantizeTensorToInt8Kwargs
 
-    activations = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=saturates())
+    activations = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=matrix.q.device.type == CPU and saturates())
     block = [1, matrix.q.shape[1]]
     tensor = Int8Tensor(matrix.q, matrix.scales, block, torch.float32, act_quant_kwargs=activations)
     return TorchaoLinear(tensor, matrix.bias, matrix.q.shape[1])

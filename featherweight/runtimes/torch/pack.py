@@ -15,8 +15,10 @@ from featherweight.model.architecture import attention_options, auto_class
 from featherweight.model.matrices import ends, matrices
 from featherweight.runtimes.torch.formats import FORMATS, Format
 from featherweight.runtimes.torch.storage import Packed
+from featherweight.system.device import CPU, Device, torch_device
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from featherweight.model.quantized_weights import QuantizedWeights
@@ -44,9 +46,12 @@ def ranges(folder: Path) -> dict[str, InputRange]:
     return {name.removesuffix(RANGE): InputRange.of(value) for name, value in stored.items() if name.endswith(RANGE)}
 
 
-def load(folder: Path, engine: str) -> PreTrainedModel:
-    """The model in `folder`, its quantized layers as `engine` makes them; raises IntegrityError where a tensor is missing."""
-    packed, model = Packed.read(folder), skeleton(folder)
+def load(folder: Path, engine: str, device: Device = CPU) -> PreTrainedModel:
+    """The model in `folder`, its quantized layers as `engine` makes them; raises IntegrityError where a tensor is missing.
+
+    Tensors are moved to `device` before layers are made of them: torchao's own tensors are made there, and never moved.
+    """
+    packed, model = Packed.read(folder).to(torch_device(device)), skeleton(folder)
     kind = FORMATS[engine]
     weights = {id(parameter): name for name, parameter, _ in matrices(model) if name in packed.quantized.q}
     identities = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -60,10 +65,18 @@ def load(folder: Path, engine: str) -> PreTrainedModel:
     given = {identities[name]: tensor for name, tensor in state.items() if name in identities}
     state |= {name: given[identity] for name, identity in identities.items() if identity in given}
     model.load_state_dict(state, strict=False, assign=True)
+    _move_buffers(model, torch_device(device))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise IntegrityError(f"{folder} lacks tensor {missing[0]}; export the variant again")
     return model.eval()
+
+
+def _move_buffers(model: PreTrainedModel, where: torch.device) -> None:
+    """What is computed as a model is made, such as the frequencies of rotary positions."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(where))
 
 
 def skeleton(folder: Path) -> PreTrainedModel:

