@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from featherweight.checkpoint import opening
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.distillation.spec import GenerateSpec
-from featherweight.errors import RecipeError, StageError
+from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.parent import Parent
 from featherweight.progress import Metrics, Progress
-from featherweight.runtimes.ctranslate2 import pack
-from featherweight.system.device import current
+from featherweight.runtimes.ctranslate2 import cublas, pack
+from featherweight.system.device import CUDA, current
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import decoder_start, token_pairs
 from featherweight.text.tokens import token_windows
@@ -99,7 +99,7 @@ def _writer(
         pack.convert(slow.model, checkpoint, folder / "ctranslate2", None)
         fast = CTranslate2Writer(folder / "ctranslate2", load_tokenizer(checkpoint), family, spec, seed)
         require_agreement(slow, fast, prompts[:COMPARED])
-    except StageError as refusal:
+    except (StageError, ToolchainError) as refusal:
         progress.note(f"PyTorch writes: {refusal}")
         return slow
     return CTranslate2Writer(folder / "ctranslate2", load_tokenizer(checkpoint), family, spec, seed)
@@ -129,6 +129,8 @@ class CTranslate2Writer:
         engine = ctranslate2.Translator if family == "seq2seq" else ctranslate2.Generator
         self.tokenizer: Any = tokenizer
         self.spec = spec
+        if current() == CUDA:
+            cublas.load()
         try:
             self.engine: Any = engine(str(folder), device=current(), compute_type="float32", intra_threads=torch.get_num_threads())
         except (ValueError, RuntimeError) as error:

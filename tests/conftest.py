@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from featherweight.system import device
+from featherweight.system.machine import gpus
 from featherweight.system.processes import free_port
 from tests.support import started
 
 SILENT = {
+    device.VARIABLE: "cpu",  # tests hand tensors of their own to models; those marked `cuda` see the GPU
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "FEATHERWEIGHT_KEYS": os.devnull,
@@ -27,6 +30,8 @@ os.environ.update({name: value for name, value in SILENT.items() if name not in 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread a worker, and for the processes that it starts; libraries read this when they are imported.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
+
+NO_CUDA = device.cuda_refusal()
 
 sys.addaudithook(started.notice)
 
@@ -57,9 +62,17 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the tests computed, and what became of those that are marked `cuda`; `-q` shows no header."""
+    fate = f"skipped, {NO_CUDA}" if NO_CUDA else f"on {', '.join(gpu.name for gpu in gpus())}"
+    terminalreporter.write_line(f"device: {os.environ[device.VARIABLE]}; tests marked cuda: {fate}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever asks for a fixture that starts a server is marked as its user."""
+    """Whoever asks for a fixture that starts a server is marked as its user; who needs a GPU is skipped without one."""
     for item in items:
+        if NO_CUDA and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {NO_CUDA}"))
         if {"harness", "s3_server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
 
@@ -80,6 +93,13 @@ def _same_numbers() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test marked `cuda` computes on the GPU, whatever the others do."""
+    if request.node.get_closest_marker("cuda"):
+        monkeypatch.setenv(device.VARIABLE, device.CUDA)
 
 
 @pytest.fixture(autouse=True)

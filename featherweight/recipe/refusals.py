@@ -151,7 +151,7 @@ def _device_refusal(chosen: Chosen) -> str | None:
     serve, device = chosen.serve, chosen.serve.served_on(chosen.where)
     if device == CUDA and (reason := cuda_refusal(chosen.machine)):
         return f"{serve.engine} on {device}: {reason}"
-    reason = RUNTIMES[serve.engine].device_refusal(serve, device)
+    reason = RUNTIMES[serve.engine].device_refusal(serve, device, chosen.machine)
     if reason is None or serve.device != "auto":
         return reason
     return f"{reason}, and this run is on {device}; say device: {CPU if device == CUDA else CUDA} for it, or for the recipe"

@@ -140,8 +140,10 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
     if reason := runtime.machine_refusal(spec, describe()):
         raise ToolchainError(reason)
-    if reason := (cuda_refusal() if source.device == CUDA else None) or runtime.device_refusal(spec, source.device):
-        raise ToolchainError(f"{spec.engine} on {source.device}: {reason}")
+    if source.device == CUDA and (reason := cuda_refusal()):
+        raise ToolchainError(f"{spec.engine} is to be served from a GPU: {reason}")
+    if reason := runtime.device_refusal(spec, source.device, describe()):
+        raise ToolchainError(reason)
     candidate = Candidate(facts_of(source.checkpoint, source.config), source.tokens, rows_of(quantized), source.device)
     if reason := candidate.refusal(runtime, spec):
         raise RecipeError(reason)

@@ -205,3 +205,26 @@ def _check_featherweight(words: list[str]) -> None:
     known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.output))
     assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known
     assert all((ROOT / word).exists() for word in words if word.startswith("recipes/"))
+
+
+# The one place, what asks the driver and torch about GPUs for the doctor, and where NVIDIA's library is sought.
+MAY_SAY_CUDA = re.compile(r"featherweight/(system/(device|gpu|gpu_bandwidth)|runtimes/(gpu_findings|torch/cuda_report))\.py")
+LIBRARIES_OF_CUDA = {"onnxruntime-genai-cuda", "/usr/local/cuda*/lib64"}
+
+
+def test_one_place_decides_where_a_model_lives():
+    """No module says 'cuda' by itself, and none asks torch for it: all ask featherweight/system/device.py."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (path for layer in LAYERS for path in modules(layer))
+        if not MAY_SAY_CUDA.fullmatch(path.relative_to(ROOT).as_posix())
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda")
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and _names_cuda(node.value))
+    ]
+    assert not wrong
+
+
+def _names_cuda(text: str) -> bool:
+    """Whether a string is the name of the device; a sentence of documentation may speak of it."""
+    return "\n" not in text and " " not in text and "cuda" in text.split(":")[0] and text not in LIBRARIES_OF_CUDA

@@ -160,7 +160,8 @@ def test_what_only_a_gpu_runs_is_refused_in_one_line(spec: ExportSpec, checkpoin
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.cuda
+@pytest.mark.engine
 @pytest.mark.parametrize(
     "spec",
     [serving_spec(engine="ctranslate2", compute_type="int8_float16"), serving_spec(engine="torch", compute_type="nf4"),

@@ -65,8 +65,6 @@ def test_the_number_of_threads_comes_back_after_an_error(monkeypatch: pytest.Mon
 
 
 def test_a_group_of_one_changes_nothing_and_needs_no_accelerate() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is placed on through accelerate")
     alone, rows = DataParallelGroup(), torch.arange(6).view(3, 2)
     assert (alone.rank, alone.size, alone._accelerator) == (0, 1, None)
     assert alone.share(rows) is not None and torch.equal(alone.share(rows), rows)

@@ -6,6 +6,7 @@ import json
 from time import perf_counter
 from typing import Any
 
+from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.ctranslate2.encoder import HEAD, Encoder
 from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
@@ -32,6 +33,8 @@ class CTranslate2Model(LoadedModel):
     def load(self) -> None:
         import ctranslate2
 
+        if self.device == CUDA:
+            cublas.load()
         compute_type = self.options.get("compute_type", "float32")
         if (self.weights / HEAD).exists():
             most = self.limits.max_batch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
-from featherweight.runtimes.bounds import EXACT, Bound, sixteen_bits
+from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
     cache_refusal,
@@ -52,6 +52,7 @@ class Torch(Runtime[TorchSpec]):
 
     def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
         from featherweight.checkpoint.saving import link_checkpoint, save_model
+        from featherweight.runtimes.torch import bitsandbytes
 
         if spec.compute_type in SIXTEEN_BITS:
             source.round_floats(spec.compute_type)
@@ -59,15 +60,22 @@ class Torch(Runtime[TorchSpec]):
             Serving("torch", options={"dtype": spec.compute_type}).write(out)
             return
         link_checkpoint(source.checkpoint, out)
+        if spec.compute_type in BITSANDBYTES:
+            bitsandbytes.move_to_grid(source.model, spec.compute_type)
         Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
 
     def check(self, spec: TorchSpec, source: Source, served: Path) -> Metrics:
-        """In float32 it is the reference itself, and what bitsandbytes rounds is a matter of quality: nothing to compare."""
-        return super().check(spec, source, served) if spec.compute_type in SIXTEEN_BITS else {}
+        """In float32 on the CPU it is the reference itself, so that there is nothing to compare."""
+        itself = spec.compute_type == "float32" and source.device == CPU
+        return {} if itself else super().check(spec, source, served)
 
     def bound(self, serving: Serving) -> Bound:
-        """float16: 0.025 nats at most, bfloat16 0.26 and 0.019 on average."""
-        return sixteen_bits(serving.options.get("dtype", "")) or EXACT
+        """float16: 0.025 nats at most, bfloat16 0.26 and 0.019 on average; nf4 computes in float16, llm.int8 with int8 activations.
+
+        Of bitsandbytes what is compared has the weights that it rounds to: what they cost is a matter of quality.
+        """
+        rounded = {"nf4": HALF, "llm.int8": INT8_ACTIVATIONS}.get(serving.options.get("bitsandbytes", ""))
+        return rounded or sixteen_bits(serving.options.get("dtype", "")) or EXACT
 
     def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
         known = (*FLOATS, *BITSANDBYTES)

