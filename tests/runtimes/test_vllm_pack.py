@@ -21,7 +21,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.parity import Reference, bound_of, load_reference
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.runtimes.vllm import pack, runtime
+from featherweight.runtimes.vllm import pack
 from featherweight.runtimes.vllm.loaded import VllmModel
 from featherweight.runtimes.vllm.runtime import Vllm
 from featherweight.runtimes.vllm.schemes import SCHEMES
@@ -200,7 +200,6 @@ def test_scales_of_the_cache_are_llm_compressors(checkpoint: Path, text: Path, t
 
 def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Vllm, "machine_refusal", lambda *_: None)
-    monkeypatch.setattr(runtime, "gpus", lambda: ())
     narrow = models.make("llama", tmp_path / "narrow", _tokenizer())
     (tmp_path / "out").mkdir()
     with pytest.raises(RecipeError, match="these are 16 wide"):
