@@ -41,7 +41,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m infra.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where tables, figures and logs go")
     parser.add_argument("--minutes", type=float, default=9.5, help="what is not done then is told as not run")
-    parser.add_argument("--without-speed", action="store_true", help="leave out the engines' measurements")
+    parser.add_argument("--without-speed", action="store_true", help="measure nothing")
     parser.add_argument("--only", nargs="+", default=[], help="checks whose name has one of these in it, and no others")
     return parser.parse_args()
 

@@ -34,11 +34,10 @@ class Check:
 
 
 def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
-    """All of them, in the order in which they begin."""
-    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda)]
-    if speed:
-        found += _engines(work, cuda)
-    return [*found, _flow(work, cuda)]
+    """All of them, in the order in which they begin. speed: measurements too, which run alone."""
+    work.mkdir(parents=True, exist_ok=True)
+    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda), _flow(work, cuda), *_engines(work, cuda)]
+    return [check for check in found if speed or not check.alone]
 
 
 def _doctor(cuda: bool) -> Check:
