@@ -135,6 +135,33 @@ def lineage(
 
 
 @app.command()
+def compare(
+    a: ModelArg,
+    b: Annotated[str, typer.Argument(help="Another; a bare number, or @ALIAS, is a version of the same model.")],
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show two registered versions side by side: verified figures, quality window by window, recipes, lineages."""
+    from flows.comparing import compared
+
+    _tell(compared(_workspace(workspace), a, b), as_json)
+
+
+@app.command()
+def impact(
+    checkpoint: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="Digest (or its start) or source of a checkpoint.")] = "",
+    data: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="The same of a text.")] = "",
+    library: Annotated[str, typer.Option(metavar="NAME[==VERSION]", help="A library that shaped a stage's result.")] = "",
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show which registered versions go back to a checkpoint, a text or a library, those that are deployed first."""
+    from flows.comparing import depending
+
+    _tell(depending(_workspace(workspace), checkpoint, data, library), as_json)
+
+
+@app.command()
 def history(
     model: ModelArg,
     repair: Annotated[bool, typer.Option("--repair", help="Where its end was cut off: let what is left count.")] = False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def with_evidence(registry: Registry, version: RegisteredVersion, files: bool = 
         if files:
             _verify_files(registry, version)
         node = _evaluation(graph)
-        told = {"metrics": _metrics(registry, node), **_goals(graph.recipe)}
+        with evaluation_folder(registry, graph) as folder:
+            told = {"metrics": json.dumps(read_metrics(folder)), **_goals(graph.recipe)}
     except FeatherweightError as error:
         raise IntegrityError(f"no verified evaluation of version {version.version}: {error}") from error
     root = graph.checkpoint
@@ -61,12 +63,14 @@ def _evaluation(graph: LineageGraph) -> LineageNode:
     raise IntegrityError("its lineage names none")
 
 
-def _metrics(registry: Registry, node: LineageNode) -> str:
-    """The figures of an evaluation whose files have the digest of the node, as JSON."""
+@contextmanager
+def evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[Path]:
+    """The verified files of the evaluation that a lineage names. Raises IntegrityError where it is altered or names none."""
+    node = _evaluation(graph)
     with tempfile.TemporaryDirectory() as scratch:
         folder = local_path(node.uri) or registry.download(node.uri, Path(scratch))
         artifact.verify(folder, node.digest)
-        return json.dumps(read_metrics(folder))
+        yield folder
 
 
 def _goals(recipe: str) -> dict[str, str]:

@@ -148,6 +148,19 @@ def create_model(client: MlflowClient, name: str, tags: dict[str, str] | None = 
             raise
 
 
+def read_all(client: MlflowClient) -> list[RegisteredModel]:
+    """All registered models, those that hold histories beside those that they are of."""
+    versions: dict[str, list[ModelVersion]] = {}
+    for one in all_pages(client.search_model_versions):
+        versions.setdefault(one.name, []).append(one)
+    holders = served_models(client)
+    names = {one.name: one.tags.get(HISTORY) or f"{one.name}{SUFFIX}" for one in holders}
+    stored = {
+        name: {int(entry.version): entry.tags.get(ENTRY, "") for entry in versions.get(side, ())} for name, side in names.items()
+    }
+    return [RegisteredModel.of(one, versions.get(one.name, []), stored[one.name]) for one in holders]
+
+
 def served_models(client: MlflowClient) -> list[MlflowModel]:
     """All registered models but those that hold histories."""
     return [one for one in all_pages(client.search_registered_models) if HISTORY_OF not in one.tags]

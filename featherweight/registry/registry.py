@@ -22,7 +22,7 @@ from featherweight.registry.commit import Decide, commit, complete
 from featherweight.registry.decisions import refusal_decision, rollback_decision, transition_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
 from featherweight.registry.keys import Keys
-from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, refuse_renamed, served_models
+from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, read_all, refuse_renamed, served_models
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
@@ -130,6 +130,11 @@ class Registry:
         """The model at one look. Raises GateError where there is none."""
         with self._service():
             return MlflowStore(self.client, model).read()
+
+    def all_models(self) -> list[RegisteredModel]:
+        """Every registered model at one look, in few questions however many there are."""
+        with self._service():
+            return read_all(self.client)
 
     def settle(self, model: str) -> RegisteredModel:
         """Let aliases, tags and stages follow the history, where somebody stopped before they did; the model as it then stands."""

@@ -1,0 +1,146 @@
+"""Two registered versions side by side: verified figures, what their recipes say otherwise, and where their lineages part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import yaml
+
+from featherweight.errors import StageError
+from featherweight.measure import goals
+from featherweight.measure.figures import percent, with_interval
+from featherweight.measure.goals import BITS_PER_BYTE, PEAK_MEMORY, QUALITY, SIZE, Figure
+from featherweight.measure.measurement import Comparison
+from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_ratio
+from featherweight.registry.evidence import evaluation_folder, with_evidence
+from featherweight.registry.lineage import LineageGraph, read_graph
+from featherweight.registry.registry import RegisteredVersion, Registry
+
+Verdict = Literal["better", "worse", "within the noise", "not measured"]
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One figure of both, with its confidence interval where it was measured with one; verdict: of the second, beyond both."""
+
+    name: str
+    a: Estimate | None
+    b: Estimate | None
+    a_text: str
+    b_text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that the two have otherwise; '' where one has none."""
+
+    part: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class VersionComparison:
+    """Version `b` beside version `a`. paired: how much worse b predicts the very same windows of text, None for other text.
+
+    quality: that in words. recipe, lineage: what differs.
+    """
+
+    a: str
+    b: str
+    figures: tuple[FigureRow, ...]
+    paired: Estimate | None
+    quality: str
+    recipe: tuple[Difference, ...]
+    lineage: tuple[Difference, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """A table of the figures, then what differs."""
+        rows = [("", self.a, self.b, f"{self.b} is"), *((row.name, row.a_text, row.b_text, row.verdict) for row in self.figures)]
+        widths = [max(len(row[place]) for row in rows) for place in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += ["", self.quality]
+        for title, found in (("recipe", self.recipe), ("lineage", self.lineage)):
+            lines += ["", f"{title}: {len(found) or 'no'} difference{'' if len(found) == 1 else 's'}"]
+            lines += [f"  {one.part}: {one.a or 'none'} → {one.b or 'none'}" for one in found]
+        return "\n".join(lines)
+
+
+def compare(registry: Registry, a: RegisteredVersion, b: RegisteredVersion) -> VersionComparison:
+    """Two versions, of one model or of two. Raises IntegrityError where one has no verified evaluation or lineage."""
+    graphs = read_graph(registry, a), read_graph(registry, b)
+    proven = with_evidence(registry, a), with_evidence(registry, b)
+    paired, quality = _paired(registry, *graphs)
+    recipes = (_flat(yaml.safe_load(graph.recipe) or {}) for graph in graphs)
+    return VersionComparison(
+        a=f"{a.model}/{a.version}",
+        b=f"{b.model}/{b.version}",
+        figures=tuple(_rows(*(one.metrics for one in proven))),
+        paired=paired,
+        quality=quality,
+        recipe=_differences(*recipes),
+        lineage=_differences(*({**_facts(graph), "engine": one.tag("engine")} for graph, one in zip(graphs, (a, b), strict=True))),
+    )
+
+
+def _rows(a: Mapping[str, float], b: Mapping[str, float]) -> Iterator[FigureRow]:
+    batches = goals.measured_batches([*a, *b])
+    for figure in (QUALITY, BITS_PER_BYTE, *map(goals.speed, batches), SIZE, PEAK_MEMORY):
+        first, second = figure.read(a), figure.read(b)
+        if first or second:
+            one, other = (with_interval(each, figure.show) if each else "not measured" for each in (first, second))
+            yield FigureRow(f"{figure.name}{figure.at}", first, second, one, other, _verdict(figure, first, second))
+
+
+def _verdict(figure: Figure, a: Estimate | None, b: Estimate | None) -> Verdict:
+    """Of the second, where the intervals do not overlap."""
+    if a is None or b is None:
+        return "not measured"
+    if not figure.keeps(figure.best(b), figure.worst(a)):
+        return "worse"
+    return "better" if not figure.keeps(figure.best(a), figure.worst(b)) else "within the noise"
+
+
+def _paired(registry: Registry, a: LineageGraph, b: LineageGraph) -> tuple[Estimate | None, str]:
+    """The change of quality from one to the other, window by window, where both were scored on the same."""
+    with evaluation_folder(registry, a) as first, evaluation_folder(registry, b) as second:
+        try:
+            one, other = (Comparison.read(folder).variant.quality for folder in (first, second))
+        except StageError as error:
+            return None, f"quality window by window: {error}"
+    if (one.bytes, one.loss) != (other.bytes, other.loss):
+        return None, "quality window by window: scored on other windows"
+    if one.of_text:
+        change = bootstrap_ratio(other.nll, one.nll).shifted(-1.0)
+        return change, f"bits per byte, {len(one.nll)} windows paired: {with_interval(change, percent)} (+ is worse)"
+    change = bootstrap_difference(other.nll, one.nll)
+    return change, f"{one.loss}, {len(one.nll)} examples paired: {with_interval(change)} (+ is worse)"
+
+
+def _facts(graph: LineageGraph) -> dict[str, str]:
+    """What a lineage tells that two may have otherwise: sources, code, libraries, machine, and the digest of each stage run."""
+    last = next((node for node in reversed(graph.nodes) if node.environment), None)
+    facts = {"variant": graph.variant, "code": graph.commit}
+    for node in graph.nodes:
+        name = {"load": "checkpoint", "train": "checkpoint"}.get(node.stage, node.id)
+        facts[name] = f"{node.digest[:12]} {node.spec.get('source') or ''}".strip()
+    facts |= {f"library {name}": version for node in graph.nodes for name, version in node.environment.items()}
+    return facts | {f"machine {name}": str(value) for name, value in (last.machine if last else {}).items()}
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, str]:
+    """A recipe's values by their path."""
+    if isinstance(tree, Mapping) and tree:
+        return {key: value for name, one in tree.items() for key, value in _flat(one, f"{path}{'.' if path else ''}{name}").items()}
+    return {path: "" if tree is None else str(tree)}
+
+
+def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Difference, ...]:
+    return tuple(Difference(part, a.get(part, ""), b.get(part, "")) for part in {**a, **b} if a.get(part, "") != b.get(part, ""))

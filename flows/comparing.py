@@ -1,0 +1,30 @@
+"""Two versions side by side, and what depends on a checkpoint, on data or on a library."""
+
+from __future__ import annotations
+
+from featherweight.errors import RecipeError
+from featherweight.registry.comparing import VersionComparison, compare
+from featherweight.registry.impact import Impact, Kind, impact
+from featherweight.registry.registry import Registry
+from featherweight.registry.versions import parse_reference
+from featherweight.store.workspace import Workspace
+
+
+def compared(workspace: Workspace, a: str, b: str) -> VersionComparison:
+    """Two registered versions; a bare number or alias is one of the first's model. Raises GateError for unknown ones."""
+    registry = Registry(workspace.tracking_uri)
+    registry.check()
+    model, version = parse_reference(a, "champion")
+    other = f"{model}/{b}" if b.isdigit() else f"{model}{b}" if b.startswith("@") else b
+    return compare(registry, registry.get(model, version), registry.get(*parse_reference(other, "champion")))
+
+
+def depending(workspace: Workspace, checkpoint: str, data: str, library: str) -> Impact:
+    """What depends on the one of the three that is given. Raises RecipeError for none, or more."""
+    asked: dict[Kind, str] = {"checkpoint": checkpoint, "data": data, "library": library}
+    given = [(kind, wanted) for kind, wanted in asked.items() if wanted]
+    if len(given) != 1:
+        raise RecipeError("give one of --checkpoint, --data and --library")
+    registry = Registry(workspace.tracking_uri)
+    registry.check()
+    return impact(registry, *given[0])
