@@ -147,6 +147,23 @@ def compare(
     _tell(compared(_workspace(workspace), a, b), as_json)
 
 
+@app.command(epilog=EXIT_CODES)
+def reproduce(
+    model: ModelArg,
+    into: Annotated[Path | None, typer.Option(help="The new workspace; reproduced/NAME-VERSION where omitted.")] = None,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Make a registered version once more from its lineage, in a workspace of its own; exit 9 where a stage makes other bytes."""
+    from flows.reproduce import reproduce as again
+
+    place = into or Path("reproduced") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
+    found = again(_workspace(workspace), model, place, view_for(quiet))
+    _tell(found, as_json)
+    found.raise_if_wrong()
+
+
 @app.command()
 def impact(
     checkpoint: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="Digest (or its start) or source of a checkpoint.")] = "",

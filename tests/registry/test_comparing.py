@@ -19,8 +19,6 @@ from tests.support.registering import MODEL, Bench, bench
 pytestmark = pytest.mark.slow
 SPEED = Speed(1, 1, 4, 4, (1.0,) * 5, (0.1,) * 5)
 BASELINE = Measurement("torch", Quality((8.0,) * 16, (4,) * 16, (8,) * 16), (SPEED,), 1000, 4000, 0.1)
-    "torch", Quality((8.0,) * 16, (4,) * 16, (8,) * 16), (Speed(1, 1, 4, 4, (1.0,) * 5, (0.1,) * 5),), 1000, 4000, 0.1
-)
 
 
 def registered(desk: Bench, name: str, loss: float, seconds: float, source: str, grid: str) -> None:
