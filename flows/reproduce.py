@@ -40,6 +40,11 @@ class NodeVerdict:
         """Equal to the last byte, or not."""
         return "not made" if not self.now else "equal" if self.was == self.now else "differs"
 
+    def to_text(self) -> str:
+        """One line."""
+        now = f" → [{self.now[:12]}]" if self.verdict == "differs" else ""
+        return f"{self.verdict:<11}{self.id} [{self.was[:12]}]{now}"
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -61,10 +66,8 @@ class Reproduction:
     def to_text(self) -> str:
         """What is otherwise, a line for each node, and what came of it."""
         lines = [f"otherwise  {name}: {change}" for name, change in self.otherwise.items()]
-        lines += [
-            f"{one.verdict:<11}{one.id} [{one.was[:12]}]{f' → [{one.now[:12]}]' * (one.verdict == 'differs')}" for one in self.nodes
-        ]
-        lines += ["bits per byte {:.6g}, then {:.6g}".format(*reversed(self.quality))] if self.quality else []
+        lines += [one.to_text() for one in self.nodes]
+        lines += ["bits per byte {1:.6g}, then {0:.6g}".format(*self.quality)] if self.quality else []
         return "\n".join([*lines, f"{self.version}: {len(self.nodes) - len(self.wrong)} of {len(self.nodes)} nodes equal"])
 
     @property
@@ -75,9 +78,8 @@ class Reproduction:
     def raise_if_wrong(self) -> None:
         """Raise IntegrityError naming the first node that is not equal: those behind it follow from it."""
         if self.wrong:
-            raise IntegrityError(
-                f"{self.version} is not reproduced: {self.wrong[0].id} {self.wrong[0].verdict}, the first of {len(self.wrong)}"
-            )
+            first = self.wrong[0]
+            raise IntegrityError(f"{self.version} is not reproduced: {first.id} {first.verdict}, the first of {len(self.wrong)}")
 
 
 def reproduce(workspace: Workspace, reference: str, into: Path, view: View) -> Reproduction:
