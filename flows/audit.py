@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.registry.auditing import Finding, audit_model
-from featherweight.registry.lineage import Lineage, Verdict, from_registry, verify
+from featherweight.registry.lineage import Lineage, Verdict, from_registry, of_version, verify
+from featherweight.registry.lineage_page import write_lineage_page
 from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
@@ -42,14 +45,21 @@ class Audit:
             raise IntegrityError(f"not what was registered: {', '.join(wrong)}")
 
 
-def audit(workspace: Workspace, reference: str, check: bool) -> Audit:
-    """The lineage of a registered version, verified where `check`. Raises GateError where there is no such version."""
+def audit(workspace: Workspace, reference: str, check: bool, page: Path | None = None) -> Audit:
+    """The lineage of a registered version, verified where `check`. Raises GateError where there is no such version.
+
+    page: where to write it as a page.
+    """
     registry = Registry(workspace.tracking_uri)
     registry.check()
     model, version = parse_reference(reference, "champion")
     look(registry, model)
     found = from_registry(registry, model, version)
-    return Audit(found, tuple(verify(found, registry)) if check else ())
+    verdicts = tuple(verify(found, registry)) if check else ()
+    if page is not None:
+        findings = [Finding(model, found.version, one.part, one.state, one.reason) for one in verdicts]
+        write_lineage_page(page, f"{model}/{found.version}", findings, [found])
+    return Audit(found, verdicts)
 
 
 @dataclass(frozen=True)
@@ -86,17 +96,29 @@ def _where(finding: Finding) -> str:
     return f"{finding.model}/{finding.version}" if finding.version else finding.model
 
 
-def audit_registry(workspace: Workspace, name: str, repair: bool) -> RegistryAudit:
+def audit_registry(workspace: Workspace, name: str, repair: bool, page: Path | None = None) -> RegistryAudit:
     """Audit one registered model, or all for ''.
 
-    repair: first take unreadable history entries out, let what is left of a cut history count, and complete what follows from it.
+    page: where to write what was found, with the lineage of every version that has one. repair: first take unreadable
+    history entries out, let what is left of a cut history count, and complete what follows from it.
     """
     registry = Registry(workspace.tracking_uri)
     registry.check()
     names = [parse_reference(name, "champion")[0]] if name else registry.models()
     moved = [finding for one in names for finding in _moved(registry, one)]
     repaired = [line for one in names for line in _repair(registry, one)] if repair else []
-    return RegistryAudit((*moved, *(finding for one in names for finding in audit_model(registry, one))), tuple(repaired))
+    findings = (*moved, *(finding for one in names for finding in audit_model(registry, one)))
+    if page is not None:
+        write_lineage_page(page, name or "all registered models", findings, list(_lineages(registry, names)))
+    return RegistryAudit(findings, tuple(repaired))
+
+
+def _lineages(registry: Registry, names: Iterable[str]) -> Iterator[Lineage]:
+    """The lineage of every version of the models, where it can be believed; the findings name the others."""
+    for seen in map(registry.model, names):
+        for version in reversed(list(seen.versions.values())):
+            with suppress(FeatherweightError):
+                yield of_version(registry, seen, version)
 
 
 def _moved(registry: Registry, name: str) -> Iterator[Finding]:

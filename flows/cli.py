@@ -37,6 +37,7 @@ WorkspaceOpt = Annotated[
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 WhyOpt = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
+PageOpt = Annotated[Path | None, typer.Option("--page", help="Write it as one page that opens offline (lineage.html).")]
 SmokeOpt = Annotated[
     bool,
     typer.Option("--smoke/--no-smoke", help="Ask the new champion something on its engine; back to the former if it fails."),
@@ -120,13 +121,14 @@ def variants(
 def lineage(
     model: ModelArg,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute every digest; exit 9 where any is altered or gone.")] = False,
+    page: PageOpt = None,
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a registered version is made of: checkpoint, data, recipe, code, machine, every stage and number."""
     from flows.audit import audit
 
-    found = audit(_workspace(workspace), model, verify)
+    found = audit(_workspace(workspace), model, verify, page)
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -196,6 +198,7 @@ def audit_models(
     model: Annotated[str, typer.Argument(help="A registered model.")] = "",
     every: Annotated[bool, typer.Option("--all", help="All registered models.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="First mend the history; aliases, tags and stages follow it.")] = False,
+    page: PageOpt = None,
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
@@ -204,7 +207,7 @@ def audit_models(
 
     if bool(model) == every:
         raise RecipeError("audit a model by its name, or --all")
-    found = audit_registry(_workspace(workspace), model, repair)
+    found = audit_registry(_workspace(workspace), model, repair, page)
     _tell(found, as_json)
     found.raise_if_wrong()
 

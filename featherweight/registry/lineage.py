@@ -124,7 +124,8 @@ class Lineage:
 
     def to_text(self) -> str:
         """Everything that fits a terminal: facts, the tree of stage runs, the numbers, the history."""
-        return "\n".join([*_facts(self), "", *_tree(self.graph), "", *_numbers(self.graph), "", *_told(self.history)])
+        known = [f"{name:<12} {value}" for name, value in facts(self).items()]
+        return "\n".join([*known, "", *tree_lines(self.graph), "", *number_lines(self.graph), "", *history_lines(self.history)])
 
 
 @dataclass(frozen=True)
@@ -291,12 +292,13 @@ def _fetch(registry: Registry, uri: str, folder: Path) -> Path:
     return local_path(uri) or registry.download(uri, folder)
 
 
-def _facts(lineage: Lineage) -> list[str]:
+def facts(lineage: Lineage) -> dict[str, str]:
+    """What a version is, by the name of each fact."""
     graph, root = lineage.graph, lineage.graph.checkpoint
     machine = next((node.machine for node in reversed(graph.nodes) if node.machine), {})
     versions = next((node.environment for node in reversed(graph.nodes) if node.environment), {})
     named = f" ({', '.join(lineage.aliases)})" if lineage.aliases else ""
-    facts = {
+    return {
         "model": f"{lineage.model} version {lineage.version}{named}, {lineage.stage}",
         "variant": f"{graph.variant} on {lineage.engine}",
         "won by": graph.reason or "unknown",
@@ -310,14 +312,13 @@ def _facts(lineage: Lineage) -> list[str]:
         "MLflow run": graph.run_id,
         "Prefect run": graph.flow_run_id or "none",
     }
-    return [f"{name:<12} {value}" for name, value in facts.items()]
 
 
 def _source(root: LineageNode) -> str:
     return f"from {root.spec.get('source')}" if root.spec.get("source") else f"trained here ({root.stage})"
 
 
-def _tree(graph: LineageGraph) -> list[str]:
+def tree_lines(graph: LineageGraph) -> list[str]:
     """The served artifact at the top, what it was made from below it; a node that stands there already is not unfolded again."""
     lines: list[str] = []
     shown: set[str] = set()
@@ -343,11 +344,13 @@ def _tree(graph: LineageGraph) -> list[str]:
     return lines
 
 
-def _numbers(graph: LineageGraph) -> list[str]:
+def number_lines(graph: LineageGraph) -> list[str]:
+    """The figures, a line each."""
     return [f"{name:<28} {value:.6g}" for name, value in sorted(graph.metrics.items())]
 
 
-def _told(history: Iterable[Transition]) -> list[str]:
+def history_lines(history: Iterable[Transition]) -> list[str]:
+    """The transitions, a line each and one for each gate."""
     lines = [
         f"{entry.when[:19]}Z  {entry.source} → {entry.target}  by {entry.who}: {entry.why}"
         + "".join(f"\n    {'✓' if gate.passed else '✗'} {gate.gate}: {gate.reason}" for gate in entry.gates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.mlflow_store import ENTRY, SIGNED
 from featherweight.store.workspace import Workspace, local_path
-from flows.audit import audit_registry
+from flows.audit import audit, audit_registry
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
@@ -244,6 +245,27 @@ def test_nothing_is_decided_on_a_history_that_was_seen_whole_and_is_not(whole: B
     assert "entry 2 was removed or altered: what is left counts" in repaired.to_text()
     assert client.get_registered_model(MODEL).aliases["champion"] == 1
     assert whole.registry.transition(MODEL, "2", "production", who="ada", why="again").stage == "production"
+
+
+def test_the_page_shows_the_verdict_and_the_whole_lineage(whole: Bench, tmp_path: Path) -> None:
+    """Offline, and what users named is escaped."""
+    client, workspace, page = whole.registry.client, Workspace.at(whole.root), tmp_path / "pages" / "lineage.html"
+    audit_registry(workspace, "", False, page)
+    text = page.read_text()
+    assert 'class="good">all ok</span>' in text
+    assert not re.search(r"url\(|@import|https?://|<script", text)
+    client.set_model_version_tag(MODEL, "2", "featherweight.variant", "<script>evil</script>")
+    graph = LineageGraph.from_json(whole.registry.lineage_json(whole.registry.get(MODEL, "2")))
+    shutil.rmtree(str(local_path(graph.nodes[0].uri)))
+    assert audit_registry(workspace, MODEL, False, page).wrong
+    text = page.read_text()
+    assert "<td>altered" in text.replace('<td class="bad">', "<td>")
+    assert f'<td>{graph.nodes[0].id}</td><td class="bad">missing</td>' in text
+    for words in (graph.nodes[-1].digest, "little-llama/1", "by ada: two is good", "speedup_1_high"):
+        assert words in text
+    assert "<script" not in text
+    one = audit(workspace, f"{MODEL}/2", False, page)
+    assert (one.verdicts, "not verified" in page.read_text(), "not looked at" in page.read_text()) == ((), True, True)
 
 
 def test_the_audit_repairs_what_follows_and_takes_out_what_cannot_be_read(whole: Bench) -> None:
