@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from featherweight.errors import StageError
 from featherweight.measure.measurement import Comparison, Measurement
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import WorkloadSpec
@@ -14,6 +15,8 @@ from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.runtimes.measuring import MeasuredVariant, take_turns
 from featherweight.runtimes.workload import Workload
 from featherweight.store.served_folder import Serving, same_files
+from featherweight.system.device import CUDA
+from featherweight.system.gpu_bandwidth import gpu_bandwidth_bytes_s
 from featherweight.system.machine import hardware_fingerprint, memory_bandwidth_bytes_s
 from tasks.stage import stage
 
@@ -44,17 +47,22 @@ def evaluate(
         other = variant if same_files(served, baseline) else MeasuredVariant(workload, baseline, stack, progress, known)
         pairs = [take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
         measured = variant.measurement([ours for ours, _ in pairs], other)
-        measured = replace(measured, roofline=_roofline(served, measured))
+        measured = replace(measured, roofline=_roofline(served, measured, progress))
         reference = measured if other is variant else other.measurement([theirs for _, theirs in pairs])
     comparison = Comparison(measured, reference, hardware_fingerprint())
     comparison.write(out)
     return comparison.metrics()
 
 
-def _roofline(served: Path, measured: Measurement) -> Roofline | None:
-    """What tokens at batch 1 read, and what as many threads as it ran at can read; None where memory is not the roof."""
+def _roofline(served: Path, measured: Measurement, progress: Progress) -> Roofline | None:
+    """What tokens at batch 1 read, and what as many threads as it ran at, or its GPU, can read; None where memory is not the roof."""
     speed = next((speed for speed in measured.speeds if speed.batch_size == 1), None)
     read = bytes_read(served) if speed else None
     if speed is None or read is None:
         return None
-    return Roofline(read.per_token(speed.prompt_tokens, speed.new_tokens), memory_bandwidth_bytes_s(speed.threads))
+    try:
+        bandwidth = gpu_bandwidth_bytes_s() if measured.device == CUDA else memory_bandwidth_bytes_s(speed.threads)
+    except StageError as error:  # a GPU that is full leaves no room to measure it
+        progress.note(str(error))
+        return None
+    return Roofline(read.per_token(speed.prompt_tokens, speed.new_tokens), bandwidth)

@@ -6,8 +6,9 @@ the roof:
     bytes per token = step + once / new tokens + position * mean length + source_position * source length
     share           = tokens/s at batch 1 * bytes per token / bandwidth in bytes/s
 
-with the names of BytesRead, and the mean length of the cache over the steps, prefix + (new tokens - 1) / 2. A share above 1
-by more than the noise says that the weights were not read from memory at all: a small model stays in the CPU's caches.
+with the names of BytesRead, and the mean length of the cache over the steps, prefix + (new tokens - 1) / 2. The bandwidth is that
+of the memory that it is served from, a GPU's where it is one. A share above 1 by more than the noise says that the weights were not
+read from memory at all: a small model stays in the caches.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class BytesRead:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bytes that a token at batch 1 makes the engine read, and the bytes per second that its threads can read from memory."""
+    """Bytes that a token at batch 1 makes the engine read, and the bytes per second that its threads, or its GPU, can read."""
 
     bytes_per_token: float
     bandwidth_bytes_s: float

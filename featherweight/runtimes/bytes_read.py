@@ -20,7 +20,6 @@ from featherweight.measure.roofline import BytesRead, cache_position_bytes
 from featherweight.model.architecture import auto_class, family_of
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.served_folder import Serving
-from featherweight.system.device import CPU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,10 +43,10 @@ class HeldTensor:
 
 
 def bytes_read(served: Path) -> BytesRead | None:
-    """What serving that folder reads; None where memory is not the roof, or not this machine's.
+    """What serving that folder reads, from main memory or a GPU's; None where memory is not the roof.
 
-    That is so for an encoder, which reads its weights once for all tokens of a text, for an engine on a GPU, and for weights in
-    a format that is not known here, or without the configuration beside them.
+    That is so for an encoder, which reads its weights once for all tokens of a text, and for weights in a format that is not
+    known here, or without the configuration beside them.
     """
     from transformers import AutoConfig
 
@@ -56,7 +55,7 @@ def bytes_read(served: Path) -> BytesRead | None:
         return None
     config = AutoConfig.from_pretrained(served, local_files_only=True)
     runtime = RUNTIMES[serving.engine]
-    if family_of(config) == "encoder" or serving.device != CPU:
+    if family_of(config) == "encoder":
         return None
     tensors = [one for one in runtime.held_tensors(served / serving.weights, serving, config) if one.rows]
     if not tensors:
@@ -79,15 +78,14 @@ def _with_cache(step: float, once: float, config: PreTrainedConfig, width: float
 
 def _cache_width(serving: Serving) -> int:
     """Bytes of one number of the cache."""
-    options = serving.options
-    if options.get("kv_cache_dtype") == "fp8":
-        return 1
-    return float_width(serving)
+    return 1 if serving.options.get("kv_cache_dtype") == "fp8" else float_width(serving)
 
 
 def float_width(serving: Serving) -> int:
     """Bytes of the floats that an engine computes in, which float weights become as they are loaded."""
-    return 2 if serving.options.get("dtype") in ("float16", "bfloat16") else 4
+    options = serving.options
+    computed = options.get("dtype") or options.get("compute_type", "")
+    return 2 if computed.endswith(("float16", "bfloat16")) or "bitsandbytes" in options else 4
 
 
 class Roles:
@@ -137,13 +135,13 @@ def _skeleton(config: PreTrainedConfig) -> Any:
 def checkpoint_tensors(folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
     """transformers' own files: floats become those that the engine computes in as they are loaded, integers stay."""
     width, roles = float_width(serving), Roles(config)
-    for name, shape, dtype, size in _headers(folder):
+    for name, shape, dtype, size in headers(folder):
         role, share = roles.of(name.rpartition(".")[0])
         held = math.prod(shape) * width if dtype in FLOATS else size
         yield HeldTensor(role, held, shape[0] if shape else 0, share)
 
 
-def _headers(folder: Path) -> Iterator[tuple[str, list[int], str, int]]:
+def headers(folder: Path) -> Iterator[tuple[str, list[int], str, int]]:
     """(name, shape, dtype, bytes) of every tensor of the safetensors files of a folder, the data unread."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

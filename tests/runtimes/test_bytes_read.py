@@ -156,8 +156,32 @@ def test_of_experts_only_the_active_are_read(tmp_path):
     assert bytes_read(tmp_path).step == 4 * (dense + 3 * 32 * 48)
 
 
-def test_memory_is_not_the_roof_of_an_encoder_nor_this_machines_of_a_gpu(llama, tmp_path):
-    encoder = served(family_checkpoint("bert", tmp_path / "bert"), tmp_path / "encoder", Serving("torch"))
-    on_gpu = served(llama[0], tmp_path / "gpu", Serving("torch", options={"bitsandbytes": "nf4"}).on("cuda"))
-    assert bytes_read(encoder) is None
-    assert bytes_read(on_gpu) is None
+def test_memory_is_not_the_roof_of_an_encoder(tmp_path):
+    assert bytes_read(served(family_checkpoint("bert", tmp_path / "bert"), tmp_path / "encoder", Serving("torch"))) is None
+
+
+@pytest.mark.parametrize(("rounded", "bits", "scales"), [("nf4", 4, lambda r, c: -(-r * c // 64)), ("llm.int8", 8, lambda r, c: r)])
+def test_bitsandbytes_holds_rounded_matrices_and_the_rest_in_float16(llama, tmp_path, rounded, bits, scales):
+    checkpoint, tied = llama
+    read = bytes_read(served(checkpoint, tmp_path, Serving("torch", options={"bitsandbytes": rounded})))
+    matrices = sum(rows * columns * bits / 8 + 4 * scales(rows, columns) for rows, columns in LLAMA)
+    rest = 2 * (NORMS + vocabulary(checkpoint) * HIDDEN + (0 if tied else HIDDEN))
+    assert (read.step, read.position) == (LAYERS * matrices + rest, POSITION / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stored", "computed"), [("float16", "float16"), ("int8", "int8_float16"), ("int8", "int8_bfloat16")])
+def test_ctranslate2_computes_floats_in_16_bits_on_a_gpu(llama, tmp_path, stored, computed):
+    import ctranslate2
+
+    checkpoint, tied = llama
+    converter = ctranslate2.converters.TransformersConverter(str(checkpoint))
+    converter.convert(str(tmp_path / "model"), quantization=stored)
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    Serving("ctranslate2", "model", {"compute_type": computed}).write(tmp_path)
+    width, scale = (1, 4) if stored == "int8" else (2, 0)
+    row = width * HIDDEN + scale
+    head = vocabulary(checkpoint) * row + (0 if tied else row)
+    read = bytes_read(tmp_path)
+    assert read.step == LAYERS * (width * weights(LLAMA) + scale * sum(rows for rows, _ in LLAMA)) + 2 * HIDDEN + head
+    assert read.position == POSITION / 2

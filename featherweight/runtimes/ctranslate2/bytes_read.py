@@ -14,10 +14,14 @@ from featherweight.runtimes.bytes_read import ROLES, HeldTensor, Role
 
 WIDTHS = (4, 1, 2, 4, 2, 2)
 """Bytes of float32, int8, int16, int32, float16, bfloat16, as their ids in the file count them."""
+FLOATS = (0, 4, 5)
 
 
 def model_tensors(path: Path, compute_type: str) -> Iterator[HeldTensor]:
-    """`model.bin` (see ctranslate2.specs.model_spec). int8 weights become float32 where it computes in that."""
+    """`model.bin` (see ctranslate2.specs.model_spec). int8 weights become float32 where it computes in that, floats 16 bits
+    where it computes in those, scales excepted.
+    """
+    sixteen = compute_type.endswith(("float16", "bfloat16"))
     try:
         with path.open("rb") as file:
             found, names = _variables(file)
@@ -26,7 +30,8 @@ def model_tensors(path: Path, compute_type: str) -> Iterator[HeldTensor]:
     for name, (shape, kind) in found.items():
         weight = name.removesuffix("_scale")  # which has no second name where its weight has one
         role = max((_role(alias) for alias in (name, *names.get(weight, ()))), key=ROLES.index)
-        width = 4 if compute_type == "float32" else WIDTHS[kind]
+        rounded = sixteen and kind in FLOATS and not name.endswith("_scale")
+        width = 4 if compute_type == "float32" else 2 if rounded else WIDTHS[kind]
         yield HeldTensor(role, math.prod(shape) * width, shape[0] if shape else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,9 @@ from featherweight.system.device import CPU, CUDA, Device
 from featherweight.system.machine import Machine
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
     from featherweight.runtimes.writing import Source
 
@@ -76,6 +80,13 @@ class Torch(Runtime[TorchSpec]):
         """
         rounded = {"nf4": HALF, "llm.int8": INT8_ACTIVATIONS}.get(serving.options.get("bitsandbytes", ""))
         return rounded or sixteen_bits(serving.options.get("dtype", "")) or EXACT
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        if rounded := serving.options.get("bitsandbytes"):
+            from featherweight.runtimes.torch.bytes_read import bitsandbytes_tensors
+
+            return bitsandbytes_tensors(folder, rounded, config)
+        return super().held_tensors(folder, serving, config)
 
     def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
         known = (*FLOATS, *BITSANDBYTES)
