@@ -55,7 +55,7 @@ def evaluate(
 
 
 def _roofline(served: Path, measured: Measurement, progress: Progress) -> Roofline | None:
-    """What tokens at batch 1 read, and what as many threads as it ran at, or its GPU, can read; None where memory is not the roof."""
+    """What tokens at batch 1 read, and what its threads, or its GPU, can read; None where memory is not the roof."""
     speed = next((speed for speed in measured.speeds if speed.batch_size == 1), None)
     read = bytes_read(served) if speed else None
     if speed is None or read is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from featherweight.errors import GateError, StageError, ToolchainError
 from featherweight.measure.goals import Decision
+from featherweight.measure.measurement import Comparison, Measurement
 from featherweight.measure.spec import BASELINE
 from featherweight.model.sparsity import Sparsity
 from featherweight.recipe.plan import Node, Plan, Variant
@@ -78,7 +79,13 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
             *_judgements(plan, variant, outcomes),
         ),
         device=serving.device,
+        attention=_attention(Comparison.read(parent.workspace.materialize(ref, check=False)).variant),
     )
+
+
+def _attention(measured: Measurement) -> str:
+    """The kernels of a variant's attention, once where all passes take the same."""
+    return " / ".join(dict.fromkeys(measured.attention.values()))
 
 
 def _zeros_note(serving: Serving, zeros: tuple[str, float] | None) -> str | None:

@@ -111,6 +111,7 @@ class Measurement:
     """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds.
 
     roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said that it served from.
+    attention: the kernels that PyTorch takes, by pass.
     """
 
     engine: str
@@ -121,6 +122,7 @@ class Measurement:
     startup_s: float
     roofline: Roofline | None = None
     device: Device = CPU
+    attention: Mapping[str, str] = field(default_factory=dict)
 
     def speed(self, batch_size: int) -> Speed:
         """The measurement at a batch size; raises StageError if there is none."""

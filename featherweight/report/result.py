@@ -39,7 +39,8 @@ MEASURED = ("winner", "loser", "baseline")
 class VariantRow:
     """One variant. `stages` are ids of its nodes from the root on; `threads` by batch size, as text; `reason` tells its fate.
 
-    notes: what a reader of its numbers has to know, a sentence each. device: where it was served.
+    notes: what a reader of its numbers has to know, a sentence each. device: where it was served. attention: by which kernels of
+    PyTorch's, empty where the engine has its own.
     """
 
     name: str
@@ -52,6 +53,7 @@ class VariantRow:
     threads: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     device: str = ""
+    attention: str = ""
 
     def get(self, key: str) -> float:
         """A metric, NaN where it was not measured."""

@@ -76,6 +76,9 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
         Column("device", "where it was served", _device, lambda row: float(row.device != "cpu"), brief=_on_gpu(result)),
+        Column(
+            "attention", "PyTorch's kernels for the prompt, and for a step", lambda row: row.attention or MISSING, lambda _: 0.0
+        ),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]

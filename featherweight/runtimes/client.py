@@ -103,6 +103,11 @@ class Worker:
             self._call("set_threads", threads)
             self.threads = threads
 
+    def attention(self) -> dict[str, str]:
+        """See LoadedModel.attention."""
+        found: dict[str, str] = self._call("attention")
+        return found
+
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the serving process or processes, since they started."""
         return self._call("peak_memory_bytes")

@@ -266,6 +266,10 @@ class LoadedModel(ABC):
         """The device that the weights lie on, as the engine itself knows it; here of engines that have no other than the CPU."""
         return CPU
 
+    def attention(self) -> dict[str, str]:
+        """PyTorch's attention kernel for each of its passes (see torch/attention_backend.py); none of engines with their own."""
+        return {}
+
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""
         return peak_bytes(os.getpid())

@@ -115,8 +115,17 @@ class MeasuredVariant:
         peak = self.known.peak_memory_bytes if self.known else self.worker.peak_memory_bytes()
         startup_s = self.known.startup_s if self.known else self.worker.startup_s
         quality = self.known.quality if self.known else self._quality(original or self)
-        device = self.worker.device
-        return Measurement(self.engine, quality, tuple(speeds), peak, served_bytes(self.served), startup_s, device=device)
+        device, attention = self.worker.device, self.known.attention if self.known else self._attention()
+        size = served_bytes(self.served)
+        return Measurement(self.engine, quality, tuple(speeds), peak, size, startup_s, device=device, attention=attention)
+
+    def _attention(self) -> dict[str, str]:
+        """Asked last, since it computes; a model that cannot be asked is measured all the same."""
+        try:
+            return self.worker.attention()
+        except StageError as error:
+            self.progress.note(f"its attention is not known: {error}")
+            return {}
 
     @cached_property
     def answers(self) -> list[list[list[float]]]:

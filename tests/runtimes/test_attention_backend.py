@@ -1,11 +1,15 @@
 """Which attention a model takes: what is asked for is what runs, by PyTorch's own profiler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig
 
+from featherweight.measure.measurement import Comparison
 from featherweight.model.architecture import auto_class
 from featherweight.runtimes.torch.attention_backend import attention_backends, backend, kernels_of
+from tests.support.comparisons import measurement
 from tests.support.families import family_checkpoint
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -57,3 +61,9 @@ def test_a_model_with_products_of_its_own_says_so(tmp_path):
 def test_kernels_are_named_for_every_device_here():
     for device in DEVICES:
         assert set(kernels_of(device, torch.float32)) == {"alone", "grouped"}
+
+
+def test_a_measurement_keeps_what_its_engine_said(tmp_path):
+    told = replace(measurement(), attention={"prompt": "flash", "step": "math"})
+    Comparison(told, measurement()).write(tmp_path)
+    assert Comparison.read(tmp_path).variant == told

@@ -104,6 +104,7 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
     comparison, before = Comparison.read(tmp_path), Comparison.read(measured).variant
     assert metrics == comparison.metrics() == json.loads((tmp_path / FILE).read_text())["metrics"]
     assert comparison.variant.engine == "ctranslate2" and comparison.baseline.engine == "torch"
+    assert comparison.variant.attention == {} and set(before.attention) == {"prompt", "step"} == set(comparison.baseline.attention)
     assert comparison.baseline.quality == before.quality
     assert comparison.baseline.speed(1).total_s != before.speed(1).total_s, "speed is always measured in turns"
     assert sum(note.startswith("scoring") for note in heard.notes) == 1

@@ -39,7 +39,7 @@ def backend(
     return NAMES.get(choice, "none")
 
 
-def attention_backends(model: Any) -> dict[Pass, str]:
+def attention_backends(model: Any) -> dict[str, str]:
     """What the attention of a transformers model takes where it lives, in the floats that it computes in.
 
     prompt: for several tokens at once, a whole text of an encoder or the source of a translation. step: for one new token; not
@@ -49,7 +49,7 @@ def attention_backends(model: Any) -> dict[Pass, str]:
     import torch
 
     own = str(getattr(model.config, "_attn_implementation", None) or "eager")
-    found: dict[Pass, str] = {}
+    found: dict[str, str] = {}
     with torch.inference_mode():
         for name, forward in _passes(model):
             with _listening() as heard:

@@ -62,6 +62,11 @@ class TorchModel(LoadedModel):
         device.synchronize(self.model.device)
         return perf_counter()
 
+    def attention(self) -> dict[str, str]:
+        from featherweight.runtimes.torch.attention_backend import attention_backends
+
+        return attention_backends(self.model)
+
     def set_threads(self, threads: int) -> None:
         import torch
 
