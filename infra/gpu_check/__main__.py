@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from infra.gpu_check.checks import checks
+from infra.gpu_check.checks import Check, checks
 from infra.gpu_check.libraries import cublas_in_reach
 from infra.gpu_check.page import page
 from infra.gpu_check.running import Result, Runner
@@ -30,8 +30,7 @@ def main() -> int:
 
     # Without a GPU stages run one a core; with one they share it.
     runner = Runner(out / "logs", max(2, (os.cpu_count() or 1) // 2), options.minutes * 60 - 10, told)
-    chosen = [one for one in checks(out / "work", bool(card), not options.without_speed) if _wanted(one.name, options.only)]
-    runner.run(chosen)
+    runner.run(chosen(checks(out / "work", bool(card), not options.without_speed), options.only))
     failed = [result.name for result in results if result.state == "failed"]
     print(f"{card or 'no CUDA'}: {len(results)} checks, {len(failed)} failed, {(time.monotonic() - began) / 60:.1f} minutes")
     return int(bool(failed))
@@ -42,12 +41,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="where tables, figures and logs go")
     parser.add_argument("--minutes", type=float, default=9.5, help="what is not done then is told as not run")
     parser.add_argument("--without-speed", action="store_true", help="measure nothing")
-    parser.add_argument("--only", nargs="+", default=[], help="checks whose name has one of these in it, and no others")
+    parser.add_argument("--only", nargs="+", default=[], help="checks whose name has one of these in it, and what they need")
     return parser.parse_args()
 
 
-def _wanted(name: str, only: list[str]) -> bool:
-    return not only or any(part in name for part in only)
+def chosen(every: list[Check], only: list[str]) -> list[Check]:
+    """Those whose name has one of `only` in it, and what they need; all where none is named."""
+    names = {one.name for one in every if not only or any(part in one.name for part in only)}
+    for one in reversed(every):
+        names |= set(one.after) if one.name in names else set()
+    return [one for one in every if one.name in names]
 
 
 def _card() -> str | None:

@@ -36,7 +36,7 @@ class Check:
 def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
     """All of them, in the order in which they begin. speed: measurements too, which run alone."""
     work.mkdir(parents=True, exist_ok=True)
-    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda), _flow(work, cuda), *_engines(work, cuda)]
+    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda), _flow(work, cuda), *_engines(work)]
     return [check for check in found if speed or not check.alone]
 
 
@@ -69,15 +69,16 @@ def _stages(work: Path, cuda: bool) -> list[Check]:
     return found + [_node(STAGES, node, work / "stages", "cuda", beside=True) for node in on_cuda]
 
 
-def _engines(work: Path, cuda: bool) -> list[Check]:
+def _engines(work: Path) -> list[Check]:
     """A larger checkpoint made here; each engine's export with its parity, and then, alone, its measurement."""
     folder, tokenizer = work / "made", folder_of(work / "stages", "cpu", "checkpoint")
     making = _python("infra.gpu_check.made", str(tokenizer), str(folder))
     made = Check("checkpoint of engines", making, 120, ("train checkpoint on cpu",))
-    recipe, device = at(ENGINES, folder, work / "engines.yaml"), _auto(cuda)
+    recipe = at(ENGINES, folder, work / "engines.yaml")
     plan = plan_of(recipe)
     nodes = [node for node in plan.nodes.values() if node.stage not in ENDING]
-    found = [_node(recipe, node, work / "engines", device, after=(made.name,) if node.id == "checkpoint" else ()) for node in nodes]
+    first = {"checkpoint": (made.name,)}
+    found = [_node(recipe, node, work / "engines", node.device or "cpu", after=first.get(node.id, ())) for node in nodes]
     return [made, *found, *_ruled_out(plan)]
 
 
@@ -96,8 +97,7 @@ def _node(recipe: Path, node: Node, work: Path, device: str, beside: bool = Fals
 
 
 def _named(recipe: Path, id: str, stage: str, device: str) -> str:
-    prefix = "engines: " if recipe.name == ENGINES.name else ""
-    return f"{prefix}{stage} {id} on {device}"
+    return f"engines: {stage} {id}" if recipe.name == ENGINES.name else f"{stage} {id} on {device}"
 
 
 def _inputs(recipe: Path, node: Node) -> list[tuple[str, str]]:

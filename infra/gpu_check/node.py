@@ -22,7 +22,7 @@ def run(node: Node, work: Path, device: str) -> dict[str, Any]:
     from tasks.stages import stage_named
 
     stage, out = stage_named(node.stage), folder_of(work, device, node.id)
-    inputs = {name: _made(work, device, id) for name, id in node.inputs.items()}
+    inputs = {name: _made(work, id) for name, id in node.inputs.items()}
     out.mkdir(parents=True)
     options = {"scratch": out.with_name(f"{out.name}-scratch")} if stage.takes("scratch") else {}
     for folder in options.values():
@@ -32,10 +32,10 @@ def run(node: Node, work: Path, device: str) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - began, 2), **metrics}
 
 
-def _made(work: Path, device: str, id: str) -> Path:
-    """The CPU's result of a node, or this device's where the CPU has none."""
+def _made(work: Path, id: str) -> Path:
+    """The CPU's result of a node, or CUDA's where the CPU has none."""
     on_cpu = folder_of(work, "cpu", id)
-    return on_cpu if on_cpu.exists() else folder_of(work, device, id)
+    return on_cpu if on_cpu.exists() else folder_of(work, "cuda", id)
 
 
 def main() -> int:

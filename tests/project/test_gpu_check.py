@@ -11,6 +11,7 @@ import pytest
 from featherweight.recipe.reading import load_recipe
 from featherweight.runtimes.catalog import RUNTIMES
 from infra.gpu_check import bundle, comparing
+from infra.gpu_check.__main__ import chosen
 from infra.gpu_check.checks import Check, checks
 from infra.gpu_check.page import page
 from infra.gpu_check.plans import ENGINES, STAGES, at, folder_of, plan_of
@@ -114,3 +115,9 @@ def test_the_page_shows_what_failed_first() -> None:
     text = page("A card", ["said"], results)
     assert text.index("| bad |") < text.index("| fine |") and "a \\| b" in text and "- said" in text
     assert "1 ok, 1 failed, 0 not run" in text
+
+
+def test_a_chosen_check_brings_what_it_needs() -> None:
+    every = [Check("a"), Check("b", after=("a",)), Check("c", after=("b",)), Check("d")]
+    assert [one.name for one in chosen(every, ["c"])] == ["a", "b", "c"]
+    assert chosen(every, []) == every
