@@ -122,13 +122,20 @@ def lineage(
     model: ModelArg,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute every digest; exit 9 where any is altered or gone.")] = False,
     page: PageOpt = None,
+    bom: Annotated[Path | None, typer.Option("--bom", help="Write a CycloneDX bill of materials.")] = None,
+    card: Annotated[Path | None, typer.Option("--card", help="Write a model card (Markdown).")] = None,
+    openlineage: Annotated[str, typer.Option(metavar="FILE|URL", help="Send its stage runs as OpenLineage events.")] = "",
+    licence: Annotated[str, typer.Option("--license", help="Of the model, for the bill and the card: an SPDX identifier.")] = "",
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a registered version is made of: checkpoint, data, recipe, code, machine, every stage and number."""
     from flows.audit import audit
+    from flows.standards import write_standards
 
     found = audit(_workspace(workspace), model, verify, page)
+    for line in write_standards(found.lineage, bom, card, openlineage, licence):
+        typer.echo(line, err=True)
     if as_json:
         _print_json(found.to_dict())
     else:

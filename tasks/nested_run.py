@@ -24,6 +24,7 @@ from featherweight.system.device import using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from tasks.cache_key import hardware, libraries_of, library_versions
 from tasks.live_progress import LiveProgress
+from tasks.openlineage import told_to_openlineage
 from tasks.parent_run import ParentRun, ambient
 from tasks.stage import Stage
 
@@ -43,8 +44,9 @@ def execute(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent:
     }
     run_id = client.create_run(parent.experiment_id, run_name=node.id, tags=tags).info.run_id
     try:
-        with ambient(parent.workspace.tracking_uri):
+        with ambient(parent.workspace.tracking_uri), told_to_openlineage(node, inputs, parent, run_id) as made:
             ref = _make(stage, node, inputs, parent, key, run_id)
+            made(ref.digest)
     except BaseException as error:
         killed = not isinstance(error, Exception)
         client.set_tag(run_id, "featherweight.error", told(error))

@@ -62,6 +62,7 @@ def register(
     decision = read_decision(inputs["decide"])
     registry = Registry(parent.workspace.tracking_uri)
     progress.note("logging the variants")
+    registry.log_datasets(parent.run_id, _datasets(inputs, artifacts))
     logged = _log_variants(spec, inputs, artifacts, decision, registry, parent.run_id)
     if decision.winner is None:
         record = Registration(spec.model, reason=decision.summary)
@@ -89,6 +90,12 @@ def register_winner(registry: Registry, winner: WinnerRecord) -> RegisteredVersi
 
 def _record(version: RegisteredVersion, decision: Decision) -> Registration:
     return Registration(version.model, version.variant, version.version, version.digest, version.uri, version.new, decision.summary)
+
+
+def _datasets(inputs: Mapping[str, Path], artifacts: Mapping[str, ArtifactRef]) -> dict[str, tuple[str, str]]:
+    """Digest and source of every text that went in, by its node."""
+    texts = {id: Manifest.read(inputs[id]) for id in artifacts if id.startswith("text/")}
+    return {id: (text.digest, str(text.spec.get("source") or id)) for id, text in texts.items()}
 
 
 def _log_variants(

@@ -212,6 +212,20 @@ class Registry:
             self.client.finalize_logged_model(model.model_id, "READY")
             return model.model_id
 
+    def log_datasets(self, run_id: str, texts: Mapping[str, tuple[str, str]]) -> None:
+        """Name the data of a run on its MLflow page: digest and source by name. MLflow keeps 36 characters of a digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        datasets = [
+            DatasetInput(
+                Dataset(name, digest[:36], "local", json.dumps({"uri": source, "sha256": digest})),
+                [InputTag("mlflow.data.context", name.rpartition("/")[2])],
+            )
+            for name, (digest, source) in texts.items()
+        ]
+        with self._service():
+            self.client.log_inputs(run_id, datasets)
+
     def register(self, winner: WinnerRecord) -> RegisteredVersion:
         """Register a winner as a new version; the version that is there already where its digest is registered.
 
