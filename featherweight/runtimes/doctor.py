@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -143,10 +144,14 @@ def _libraries(lock: Path = LOCK) -> Check:
 
 
 def _dependencies() -> list[str]:
-    """Names of the distributions that featherweight itself requires here."""
+    """Names of the distributions that featherweight itself requires here, also where it runs from its source uninstalled."""
     from packaging.requirements import Requirement
 
-    wanted = [Requirement(line) for line in metadata.requires("featherweight") or []]
+    try:
+        lines = metadata.requires("featherweight") or []
+    except metadata.PackageNotFoundError:
+        lines = tomllib.loads((toolchains.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = [Requirement(line) for line in lines]
     return [_normal(req.name) for req in wanted if _applies(req)]
 
 

@@ -43,7 +43,9 @@ for name in ("packages", "project"):
         packed.extractall(place / name, filter="data")
 PY
 export PYTHONPATH="$place/packages:$place/project" HF_HUB_OFFLINE=1 DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false
-export GX_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true PYTHONDONTWRITEBYTECODE=1
+export GX_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true
+# Each check is a process; what all of them import is compiled once.
+${PYTHON:-python3} -m compileall -q -j 0 "$place" || true
 cd "$place/project"
 exec ${PYTHON:-python3} -m infra.gpu_check --out "$out" "$@"
 """

@@ -12,6 +12,7 @@ from infra.gpu_check.plans import ENDING, ENGINES, STAGES, at, folder_of, plan_o
 
 SHARED = ("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint")
 """What all stages read: made once, on the CPU."""
+ROOT = Path(__file__).parents[2]
 SERVING = ("export", "compile", "evaluate")
 
 
@@ -47,7 +48,9 @@ def _doctor(cuda: bool) -> Check:
 
 
 def _tests(cuda: bool) -> Check:
-    command = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests")
+    files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py") if "mark.cuda" in file.read_text())
+    side_by_side = ("--numprocesses", "6", "--dist", "worksteal")
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *side_by_side, *files)
     return Check("tests marked cuda", command, 300, device="cuda") if cuda else _none("tests marked cuda")
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,13 @@ def test_imports_nothing_heavy():
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"
+
+
+def test_run_from_its_source_it_knows_its_dependencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor._dependencies()
+
+    def absent(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert set(doctor._dependencies()) == set(installed)
