@@ -120,9 +120,9 @@ def _installed_licence(name: str, version: str) -> str:
         told = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
-    if told["Version"] != version:
+    if importlib.metadata.version(name) != version:
         return ""
-    said = told["License-Expression"] or told["License"] or ""
+    said = next(iter([*(told.get_all("License-Expression") or ()), *(told.get_all("License") or ())]), "")
     classified = [one.rpartition(" :: ")[2] for one in told.get_all("Classifier") or () if one.startswith("License ::")]
     return said if said and "\n" not in said else ", ".join(classified)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from featherweight.errors import StageError
+from featherweight.errors import IntegrityError
 from featherweight.measure import goals
 from featherweight.measure.figures import percent, with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, PEAK_MEMORY, QUALITY, SIZE, Figure
@@ -76,13 +76,13 @@ class VersionComparison:
 def compare(registry: Registry, a: RegisteredVersion, b: RegisteredVersion) -> VersionComparison:
     """Two versions, of one model or of two. Raises IntegrityError where one has no verified evaluation or lineage."""
     graphs = read_graph(registry, a), read_graph(registry, b)
-    proven = with_evidence(registry, a), with_evidence(registry, b)
+    before, after = (with_evidence(registry, one).metrics for one in (a, b))
     paired, quality = _paired(registry, *graphs)
     recipes = (_flat(yaml.safe_load(graph.recipe) or {}) for graph in graphs)
     return VersionComparison(
         a=f"{a.model}/{a.version}",
         b=f"{b.model}/{b.version}",
-        figures=tuple(_rows(*(one.metrics for one in proven))),
+        figures=tuple(_rows(before, after, paired)),
         paired=paired,
         quality=quality,
         recipe=_differences(*recipes),
@@ -90,13 +90,19 @@ def compare(registry: Registry, a: RegisteredVersion, b: RegisteredVersion) -> V
     )
 
 
-def _rows(a: Mapping[str, float], b: Mapping[str, float]) -> Iterator[FigureRow]:
+def _rows(a: Mapping[str, float], b: Mapping[str, float], paired: Estimate | None) -> Iterator[FigureRow]:
     batches = goals.measured_batches([*a, *b])
     for figure in (QUALITY, BITS_PER_BYTE, *map(goals.speed, batches), SIZE, PEAK_MEMORY):
         first, second = figure.read(a), figure.read(b)
         if first or second:
             one, other = (with_interval(each, figure.show) if each else "not measured" for each in (first, second))
-            yield FigureRow(f"{figure.name}{figure.at}", first, second, one, other, _verdict(figure, first, second))
+            verdict = _sign(paired) if paired and figure is BITS_PER_BYTE else _verdict(figure, first, second)
+            yield FigureRow(f"{figure.name}{figure.at}", first, second, one, other, verdict)
+
+
+def _sign(change: Estimate) -> Verdict:
+    """Of a change that is worse where it is positive."""
+    return "worse" if change.low > 0 else "better" if change.high < 0 else "within the noise"
 
 
 def _verdict(figure: Figure, a: Estimate | None, b: Estimate | None) -> Verdict:
@@ -113,7 +119,7 @@ def _paired(registry: Registry, a: LineageGraph, b: LineageGraph) -> tuple[Estim
     with evaluation_folder(registry, a) as first, evaluation_folder(registry, b) as second:
         try:
             one, other = (Comparison.read(folder).variant.quality for folder in (first, second))
-        except StageError as error:
+        except IntegrityError as error:  # of a release that kept no windows
             return None, f"quality window by window: {error}"
     if (one.bytes, one.loss) != (other.bytes, other.loss):
         return None, "quality window by window: scored on other windows"
@@ -139,7 +145,9 @@ def _flat(tree: Any, path: str = "") -> dict[str, str]:
     """A recipe's values by their path."""
     if isinstance(tree, Mapping) and tree:
         return {key: value for name, one in tree.items() for key, value in _flat(one, f"{path}{'.' if path else ''}{name}").items()}
-    return {path: "" if tree is None else str(tree)}
+    if isinstance(tree, list) and any(isinstance(one, Mapping) for one in tree):
+        return _flat({str(place): one for place, one in enumerate(tree)}, path)
+    return {path: "" if tree is None else ", ".join(map(str, tree)) if isinstance(tree, list) else str(tree)}
 
 
 def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[Difference, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def told(desk: Bench) -> Lineage:
     """A version from a text and a checkpoint with sources."""
-    environment = {"torch": "2.13.0+cpu", "pyyaml": "0", "tvm": "absent"}
+    environment = {"torch": "2.13.0+cpu", "pyyaml": version("pyyaml"), "tvm": "absent"}
     text = desk.artifact("text/evaluation", "text", spec={"source": "s3://texts/may"})
     root = desk.artifact("checkpoint", "load", spec={"source": "org/little"}, environment=environment)
     made = desk.artifact("w8/torch", parents={"checkpoint": root[1].digest}, environment=environment)
@@ -53,6 +54,7 @@ def test_the_bill_keeps_cyclonedx_own_schema_and_names_all_that_went_in(told: Li
     model, parts = bill["metadata"]["component"], {part["name"]: part for part in bill["components"]}
     assert model["licenses"] == [{"expression": "Apache-2.0"}]
     assert parts.keys() == {"little", "text/evaluation", "torch", "pyyaml"}
+    assert parts["pyyaml"]["licenses"] == [{"license": {"name": "MIT"}}]
     assert parts["torch"]["purl"] == "pkg:pypi/torch@2.13.0%2Bcpu"
     assert parts["little"]["hashes"][0]["content"] == told.graph.nodes[0].digest
     figures = {one["type"]: one for one in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]}
