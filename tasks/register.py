@@ -13,7 +13,7 @@ from featherweight.measure.goals import Decision, judged_batch
 from featherweight.measure.spec import BASELINE
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import RegisterSpec
-from featherweight.registry.lineage import LineageGraph, build
+from featherweight.registry.lineage import LineageGraph, build, source_of
 from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry, WinnerRecord
 from featherweight.store.artifact import ArtifactRef, Manifest
@@ -95,7 +95,7 @@ def _record(version: RegisteredVersion, decision: Decision) -> Registration:
 def _datasets(inputs: Mapping[str, Path], artifacts: Mapping[str, ArtifactRef]) -> dict[str, tuple[str, str]]:
     """Digest and source of every text that went in, by its node."""
     texts = {id: Manifest.read(inputs[id]) for id in artifacts if id.startswith("text/")}
-    return {id: (text.digest, str(text.spec.get("source") or id)) for id, text in texts.items()}
+    return {id: (text.digest, source_of(text.spec) or id) for id, text in texts.items()}
 
 
 def _log_variants(

@@ -99,7 +99,7 @@ def _checkpoint(graph: LineageGraph) -> list[dict[str, Any]]:
 
 
 def _dataset(node: LineageNode) -> dict[str, Any]:
-    source = str(node.spec.get("source") or node.id)
+    source = node.source or node.id
     told = {"type": "dataset", "name": node.id, "description": f"from {source}"}
     return _component("data", node, node.id) | {"bom-ref": _ref(node), "data": [told]}
 
@@ -141,8 +141,7 @@ def _texts(graph: LineageGraph) -> list[LineageNode]:
 
 
 def _name(root: LineageNode) -> str:
-    source = str(root.spec.get("source") or "")
-    return Path(source).name or f"trained here ({root.id})"
+    return Path(root.source).name or f"trained here ({root.id})"
 
 
 def _steps(graph: LineageGraph) -> str:

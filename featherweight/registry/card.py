@@ -44,13 +44,13 @@ def model_card(told: Lineage, licence: str = "") -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     graph, root = told.graph, told.graph.checkpoint
-    base = str(root.spec.get("source") or "weights trained here") if root else "unknown weights"
+    base = (root.source or "weights trained here") if root else "unknown weights"
     data = ModelCardData(
         license=licence or None,
         library_name="featherweight",
         pipeline_tag=_recipe(graph).get("task", "text-generation"),
-        base_model=base if root and root.spec.get("source") else None,
-        datasets=[str(node.spec.get("source") or node.id) for node in graph.nodes if node.stage == "text"] or None,
+        base_model=base if root and root.source else None,
+        datasets=[node.source or node.id for node in graph.nodes if node.stage == "text"] or None,
         tags=["featherweight", told.engine],
         model_name=told.model,
         eval_results=list(_results(graph)) or None,
@@ -89,5 +89,5 @@ def _results(graph: LineageGraph) -> Iterator[Any]:
     for name in ("bits_per_byte", "perplexity", "quality_change", "accuracy"):
         if text and name in graph.metrics:
             task = str(_recipe(graph).get("task", "text-generation"))
-            dataset = str(text.spec.get("source") or text.id)
+            dataset = text.source or text.id
             yield EvalResult(task, dataset, text.id, name, graph.metrics[name], dataset_revision=text.digest)

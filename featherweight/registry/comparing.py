@@ -136,7 +136,7 @@ def _facts(graph: LineageGraph) -> dict[str, str]:
     facts = {"variant": graph.variant, "code": graph.commit}
     for node in graph.nodes:
         name = {"load": "checkpoint", "train": "checkpoint"}.get(node.stage, node.id)
-        facts[name] = f"{node.digest[:12]} {node.spec.get('source') or ''}".strip()
+        facts[name] = f"{node.digest[:12]} {node.source}".strip()
     facts |= {f"library {name}": version for node in graph.nodes for name, version in node.environment.items()}
     return facts | {f"machine {name}": str(value) for name, value in (last.machine if last else {}).items()}
 

@@ -98,7 +98,7 @@ def _is_digest(node: LineageNode, wanted: str) -> bool:
 
 
 def _is_source(node: LineageNode, wanted: str) -> bool:
-    source = str(node.spec.get("source") or "")
+    source = node.source
     if not source or "://" in wanted:
         return source.rstrip("/") == wanted.rstrip("/")
     return source == wanted or Path(source).expanduser().absolute() == Path(wanted).expanduser().absolute()

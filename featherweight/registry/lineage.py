@@ -46,6 +46,11 @@ class LineageNode:
     finished: str
     seed: int = 0
 
+    @property
+    def source(self) -> str:
+        """Where a checkpoint or a text was read from, '' for what was made here."""
+        return source_of(self.spec)
+
     @classmethod
     def of(cls, ref: ArtifactRef, manifest: Manifest) -> LineageNode:
         """The node of an artifact and its manifest."""
@@ -135,6 +140,11 @@ class Verdict:
     part: str
     state: State
     reason: str = ""
+
+
+def source_of(spec: Mapping[str, Any]) -> str:
+    """The source that a stage's spec names: its own, or that of its data."""
+    return str(spec.get("source") or (spec.get("data") or {}).get("source") or "")
 
 
 def build(
@@ -315,7 +325,7 @@ def facts(lineage: Lineage) -> dict[str, str]:
 
 
 def _source(root: LineageNode) -> str:
-    return f"from {root.spec.get('source')}" if root.spec.get("source") else f"trained here ({root.stage})"
+    return f"from {root.source}" if root.source else f"trained here ({root.stage})"
 
 
 def tree_lines(graph: LineageGraph) -> list[str]:

@@ -33,7 +33,7 @@ def _version(told: Lineage, findings: Sequence[Finding]) -> dict[str, Any]:
             "id": node.id,
             "stage": node.stage,
             "digest": node.digest,
-            "source": node.spec.get("source") or "",
+            "source": node.source,
             "finished": node.finished[:19],
             "state": states.get(node.id, "not looked at"),
         }

@@ -27,7 +27,10 @@ def registered(desk: Bench, name: str, loss: float, seconds: float, source: str,
     speed = Speed(1, 1, 4, 4, (seconds,) * 5, (0.1,) * 5)
     measured = Comparison(replace(BASELINE, quality=Quality(windows, (4,) * 16, (8,) * 16), speeds=(speed,)), BASELINE)
     origin = desk.artifact(f"{name}/checkpoint", "load", spec={"source": source})
-    made = desk.artifact(name, parents={"checkpoint": origin[1].digest}, environment={"torch": "2.13", "ctranslate2": grid})
+    text = desk.artifact(f"{name}/text", "text", spec={"data": {"source": f"texts/{source}"}})
+    made = desk.artifact(
+        name, parents={"checkpoint": origin[1].digest, "text": text[1].digest}, environment={"torch": "2.13", "ctranslate2": grid}
+    )
     folder = desk.root / "artifacts-of-runs" / f"{name}-measured"
     folder.mkdir()
     measured.write(folder)
@@ -35,7 +38,7 @@ def registered(desk: Bench, name: str, loss: float, seconds: float, source: str,
     told = desk.publish(folder, f"{name}/evaluate", "evaluate", parents=parents, metrics=measured.metrics())
     recipe = f"name: t\nstages: {{quantize: {{w: {{grid: {grid}}}}}}}\npromote: {{model: {MODEL}}}\n"
     known = {"variant": name, "recipe": recipe, "run_id": desk.run_id, "metrics": measured.metrics(), "commit": "c"}
-    graph = build([origin, desk.origin[1], made, told], made[1].digest, measured=told[1].digest, **known)  # type: ignore[arg-type]
+    graph = build([origin, text, desk.origin[1], made, told], made[1].digest, measured=told[1].digest, **known)  # type: ignore[arg-type]
     desk.registry.register(desk.record(name, made[0], graph, recipe=recipe, metrics=measured.metrics()))
 
 
@@ -76,11 +79,13 @@ def test_figures_stand_side_by_side_with_a_verdict_beyond_the_intervals(workspac
 
 def test_what_depends_is_found_by_digest_source_and_library(desk: Bench, workspace: Workspace) -> None:
     (node,) = (one for one in desk.registry.all_models()[0].versions.values() if one.version == "2")
-    digest = json.loads(desk.registry.lineage_json(node))["nodes"][0]["digest"]
+    nodes = json.loads(desk.registry.lineage_json(node))["nodes"]
+    digest = next(one["digest"] for one in nodes if one["stage"] == "load")
     for asked, versions in (
         ({"checkpoint": digest[:12]}, ["2"]),
         ({"checkpoint": str(Path("checkpoints/may").absolute())}, ["1"]),
         ({"data": desk.origin[1][1].digest}, ["2", "1"]),  # the deployed first
+        ({"data": "texts/checkpoints/may"}, ["1"]),
         ({"library": "ctranslate2==int8"}, ["1"]),
         ({"library": "torch"}, ["2", "1"]),
         ({"library": "tvm"}, []),

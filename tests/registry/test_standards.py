@@ -35,7 +35,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def told(desk: Bench) -> Lineage:
     """A version from a text and a checkpoint with sources."""
     environment = {"torch": "2.13.0+cpu", "pyyaml": version("pyyaml"), "tvm": "absent"}
-    text = desk.artifact("text/evaluation", "text", spec={"source": "s3://texts/may"})
+    text = desk.artifact("text/evaluation", "text", spec={"data": {"source": "s3://texts/may"}})
     root = desk.artifact("checkpoint", "load", spec={"source": "org/little"}, environment=environment)
     made = desk.artifact("w8/torch", parents={"checkpoint": root[1].digest}, environment=environment)
     parents = {"served": made[1].digest, "evaluation": text[1].digest}
