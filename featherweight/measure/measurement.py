@@ -108,21 +108,31 @@ class Speed:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One served variant on its own engine. Peak memory is that of the serving processes, up to the end of the speed rounds.
+    """One served variant on its own engine.
 
-    roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said that it served from.
-    attention: the kernels that PyTorch takes, by pass.
+    peak_memory_bytes: what the serving processes held, up to the end of the speed rounds, of the memory that the weights lie in,
+    the main one or the GPU's; None where the driver does not tell. On a GPU also peak_host_memory_bytes, and PyTorch's own count,
+    peak_tensor_bytes. roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said
+    that it served from. attention: the kernels that PyTorch takes, by pass.
     """
 
     engine: str
     quality: Quality
     speeds: tuple[Speed, ...]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     size_bytes: int
     startup_s: float
     roofline: Roofline | None = None
     device: Device = CPU
     attention: Mapping[str, str] = field(default_factory=dict)
+    peak_host_memory_bytes: int | None = None
+    peak_tensor_bytes: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """What it takes of memory, disk and time to start, as far as it is known."""
+        keys = ("peak_memory_bytes", "peak_host_memory_bytes", "peak_tensor_bytes", "size_bytes", "startup_s")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
     def speed(self, batch_size: int) -> Speed:
         """The measurement at a batch size; raises StageError if there is none."""
@@ -185,7 +195,7 @@ class Comparison:
         figures: dict[str, float] = variant.quality.metrics
         figures |= _bounded("quality_change", self.quality_change)
         figures |= {"on_gpu": variant.device != CPU, "baseline_on_gpu": self.baseline.device != CPU} if self.on_gpu else {}
-        figures |= {key: getattr(variant, key) for key in ("peak_memory_bytes", "size_bytes", "startup_s")}
+        figures |= variant.sizes
         for batch_size in self.batch_sizes:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
             figures |= {f"{key}_{batch_size}": value for key, value in _figures(variant.speed(batch_size)).items()}

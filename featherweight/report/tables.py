@@ -64,7 +64,9 @@ def columns(result: OptimizationResult) -> list[Column]:
         ]
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
-        _metric("peak memory", "of the serving process", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("peak memory", "of the serving process, where its weights lie", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("host memory", "peak in main memory beside the GPU's", "peak_host_memory_bytes", mebibytes),
+        _metric("tensors", "peak of the GPU's memory that PyTorch's own count knows", "peak_tensor_bytes", mebibytes),
         _metric("roofline, batch 1", ROOFLINE, "roofline_1", share),
         _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
         _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),

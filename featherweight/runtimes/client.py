@@ -112,6 +112,14 @@ class Worker:
         """Peak resident memory of the serving process or processes, since they started."""
         return self._call("peak_memory_bytes")
 
+    def peak_gpu_memory_bytes(self) -> int | None:
+        """Peak of the GPUs' memory that they held, since they started. See LoadedModel.peak_gpu_memory_bytes."""
+        return self._call("peak_gpu_memory_bytes")
+
+    def peak_tensor_bytes(self) -> int | None:
+        """See LoadedModel.peak_tensor_bytes."""
+        return self._call("peak_tensor_bytes")
+
     def _generation(self, prompts: Tokens, new_tokens: int) -> Generation:
         self._require_room(prompts, new_tokens)
         reply = self._call("generate", prompts, new_tokens)

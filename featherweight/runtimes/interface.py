@@ -21,6 +21,7 @@ from featherweight.model.sparsity import SEMI_STRUCTURED
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
+from featherweight.runtimes.gpu_memory import GpuMemory
 from featherweight.runtimes.refusals import devices_refusal
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
@@ -201,6 +202,7 @@ class LoadedModel(ABC):
     """
 
     follows: ClassVar[frozenset[str]] = LENGTHS
+    gpu_memory: GpuMemory | None = None
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served
@@ -273,6 +275,14 @@ class LoadedModel(ABC):
     def peak_memory_bytes(self) -> int:
         """The largest resident set so far, in bytes."""
         return peak_bytes(os.getpid())
+
+    def peak_gpu_memory_bytes(self) -> int | None:
+        """The most of the GPUs' memory so far, in bytes; None on a CPU, and where the driver does not tell."""
+        return self.gpu_memory.peak_bytes if self.gpu_memory else None
+
+    def peak_tensor_bytes(self) -> int | None:
+        """What of it PyTorch's tensors took at most; None for engines that are not PyTorch's."""
+        return None
 
 
 def by_length(sequences: Tokens, most: int) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from featherweight.runtimes.interface import Timing
 from featherweight.runtimes.workload import Workload
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving, served_bytes
+from featherweight.system.device import CPU
 
 PROBE_ROUNDS, PROBE_S = 3, 1.0
 # What a quick engine repeats its generation for in each of its turns, so that one hiccup of the machine is not its figure.
@@ -112,12 +114,23 @@ class MeasuredVariant:
 
         original: the baseline that answers by vectors or labels are compared with, itself by default.
         """
-        peak = self.known.peak_memory_bytes if self.known else self.worker.peak_memory_bytes()
-        startup_s = self.known.startup_s if self.known else self.worker.startup_s
-        quality = self.known.quality if self.known else self._quality(original or self)
-        device, attention = self.worker.device, self.known.attention if self.known else self._attention()
-        size = served_bytes(self.served)
-        return Measurement(self.engine, quality, tuple(speeds), peak, size, startup_s, device=device, attention=attention)
+        if self.known:
+            return replace(self.known, speeds=tuple(speeds), size_bytes=served_bytes(self.served), roofline=None)
+        host, worker = self.worker.peak_memory_bytes(), self.worker
+        on_cpu = worker.device == CPU
+        told, tensors = (None, None) if on_cpu else (worker.peak_gpu_memory_bytes(), worker.peak_tensor_bytes())
+        return Measurement(
+            self.engine,
+            self._quality(original or self),
+            tuple(speeds),
+            host if on_cpu else told or tensors,  # PyTorch's own count, where the driver tells nothing of a GPU
+            served_bytes(self.served),
+            worker.startup_s,
+            device=worker.device,
+            peak_host_memory_bytes=None if on_cpu else host,
+            peak_tensor_bytes=tensors,
+            attention=self._attention(),
+        )
 
     def _attention(self) -> dict[str, str]:
         """Asked last, since it computes; a model that cannot be asked is measured all the same."""

@@ -11,13 +11,16 @@ import select
 import threading
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.gpu_memory import GpuMemory
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import Channel, Message, Messages, failure
+from featherweight.system.device import CPU
 from featherweight.system.processes import end_children
 
 
@@ -79,7 +82,10 @@ class Calls:
 def _load(served: Path, limits: Limits) -> tuple[Message, LoadedModel | None]:
     try:
         serving = Serving.read(served)
-        engine = RUNTIMES[serving.engine].loaded_model()(served, serving, limits)
+        kind = RUNTIMES[serving.engine].loaded_model()
+        memory = GpuMemory(os.getpid()) if serving.device != CPU else None
+        engine = memory.around(lambda: kind(served, serving, limits)) if memory else kind(served, serving, limits)
+        engine.gpu_memory = memory
         return {"result": engine.served_on()}, engine
     except Exception as error:
         return _failure(error), None
@@ -87,7 +93,8 @@ def _load(served: Path, limits: Limits) -> tuple[Message, LoadedModel | None]:
 
 def _answer(engine: LoadedModel, call: Message) -> Message:
     try:
-        result = getattr(engine, call["name"])(*call["arguments"])
+        work = partial(getattr(engine, call["name"]), *call["arguments"])
+        result = engine.gpu_memory.around(work) if engine.gpu_memory else work()
         return {"result": asdict(result) if hasattr(result, "__dataclass_fields__") else result}
     except Exception as error:
         return _failure(error)

@@ -76,6 +76,16 @@ def process_memory_bytes(pid: int, nvml: Any = None) -> int | None:
     return sum(held)
 
 
+def memory_in_use_bytes(nvml: Any = None) -> int | None:
+    """Bytes that anybody holds now on the GPUs that CUDA_VISIBLE_DEVICES leaves; None where NVML does not answer."""
+    try:
+        with _session(nvml) as answers:
+            handles = _visible(answers, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            return sum(int(answers.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    except _Silent:
+        return None
+
+
 class _Silent(Exception):
     """NVML does not answer; why."""
 

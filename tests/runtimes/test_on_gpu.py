@@ -82,3 +82,4 @@ def test_a_measurement_says_where_it_was_made(tiny_checkpoint: Path, text: Path,
     found = evaluate(spec, served=tmp_path / "baseline", baseline=tmp_path / "baseline", evaluation=text, out=out)
     assert found["on_gpu"] == found["baseline_on_gpu"] == 1.0
     assert Comparison.read(out).variant.device == CUDA
+    assert found["peak_memory_bytes"] > found["peak_tensor_bytes"] > 0 and found["peak_host_memory_bytes"] > 1e8

@@ -22,6 +22,7 @@ class Card:
     total: int = 85520809984
     capability: tuple[int, int] = (9, 0)
     processes: Mapping[int, int | None] = field(default_factory=dict)
+    used: int = 0
 
 
 class FakeNvml:
@@ -79,7 +80,7 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, card: Card) -> SimpleNamespace:
         self._answer("nvmlDeviceGetMemoryInfo")
-        return SimpleNamespace(total=card.total)
+        return SimpleNamespace(total=card.total, used=card.used)
 
     def nvmlDeviceGetCudaComputeCapability(self, card: Card) -> tuple[int, int]:
         return card.capability

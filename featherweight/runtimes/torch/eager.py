@@ -58,6 +58,9 @@ class TorchModel(LoadedModel):
     def served_on(self) -> device.Device:
         return device.CUDA if self.model.device.type == device.CUDA else device.CPU
 
+    def peak_tensor_bytes(self) -> int | None:
+        return device.peak_bytes(self.model.device)
+
     def _now(self) -> float:
         device.synchronize(self.model.device)
         return perf_counter()
