@@ -18,7 +18,7 @@ from featherweight.masking import masked
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.findings import GIB, Check
 from featherweight.runtimes.gpu_findings import GpuFindings
-from featherweight.system import machine, toolchains
+from featherweight.system import device, machine, toolchains
 from featherweight.system.servers import check_url
 
 if TYPE_CHECKING:
@@ -94,15 +94,28 @@ def _cpu(here: machine.Machine) -> Check:
 
 
 def _engines(here: machine.Machine) -> Iterator[Check]:
-    """Which engines can be started, and what this processor means for them."""
+    """Which engines can be started, from which device they serve, and what this processor means for them."""
+    where = _device(here)
     for name in RUNTIMES:
         runtime = RUNTIMES[name]
         if reason := runtime.missing():
             yield Check(f"engine {name}", "missing", f"its variants fail: {reason}")
         elif note := runtime.machine_note(here):
             yield Check(f"engine {name}", "warn", *note)
+        elif reason := runtime.device_refusal(runtime.spec.model_validate({"engine": name}), where, here):
+            yield Check(
+                f"engine {name}", "warn", f"can be started, and not on {where}: {reason}", "say device: cpu for its variants"
+            )
         else:
-            yield Check(f"engine {name}", "ok", "can be started")
+            yield Check(f"engine {name}", "ok", f"can be started, and serves from {where}")
+
+
+def _device(here: machine.Machine) -> device.Device:
+    """What `device: auto` is here; the CPU where the environment asks for a GPU that there is none of."""
+    try:
+        return device.resolve("auto", here)
+    except ToolchainError:
+        return device.CPU
 
 
 def _bandwidth(bandwidth: float, here: machine.Machine) -> Check:

@@ -10,6 +10,7 @@ from importlib import metadata
 from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.findings import GIB, Check
 from featherweight.runtimes.torch.cuda_report import CudaReport, DeviceReport, ask
+from featherweight.system import toolchains
 from featherweight.system.gpu import NO_DRIVER, Capability, Driver, Gpu, driver
 
 CPU_BUILD = "install torch's build for CUDA: `make setup` takes it where nvidia-smi lists a GPU"
@@ -51,7 +52,8 @@ class GpuFindings:
             return Check("NVIDIA driver", "ok", f"{told.version}, runs CUDA up to {told.cuda[0]}.{told.cuda[1]}{hidden}")
         if told.reason == NO_DRIVER:
             return Check("NVIDIA driver", "ok", "none")
-        return Check("NVIDIA driver", "warn", told.reason, "see what nvidia-smi says; a driver that was updated wants a reboot")
+        broken = "see what nvidia-smi says; a driver that was updated wants a reboot"
+        return Check("NVIDIA driver", "warn", told.reason, toolchains.REMEDY if "not installed" in told.reason else broken)
 
     def _torch(self) -> Check:
         """Whether torch reaches the GPUs, with a CUDA that the driver runs and code for every one of them."""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from featherweight.runtimes import doctor
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.system import device
 from featherweight.system.machine import Machine
 
 QUIET = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
@@ -115,3 +116,21 @@ def test_run_from_its_source_it_knows_its_dependencies(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(metadata, "requires", absent)
     assert set(doctor._dependencies()) == set(installed)
+
+
+def test_every_engine_has_the_device_that_it_serves_from(monkeypatch):
+    monkeypatch.setattr(device, "resolve", lambda wanted, here: "cuda")
+    found = {check.name: check for check in doctor._engines(with_vnni())}
+    assert found["engine torch"].found.endswith("serves from cuda")
+    dynamic = found["engine torch-dynamic"]
+    assert dynamic.state == "warn" and "not on cuda: " in dynamic.found and dynamic.remedy.startswith("say device: cpu")
+    monkeypatch.undo()
+    monkeypatch.setenv(device.VARIABLE, "cuda")
+    assert {check.found for check in doctor._engines(with_vnni()) if check.name == "engine torch"} == {
+        "can be started, and serves from cpu"
+    }
+
+
+def with_vnni() -> Machine:
+    """A machine without a GPU, of whose processor there is nothing to say."""
+    return replace(AVX2_ONLY, cpu_features=AVX2_ONLY.cpu_features | {"avx_vnni", "avx512f"})

@@ -193,3 +193,8 @@ def test_the_rules_are_those_of_the_installed_source():
         re.DOTALL,
     )
     assert tuple(map(int, heads.group(1).split(","))) == capabilities.FLASHINFER_HEADS
+
+
+def test_a_model_on_one_gpu_keeps_its_digest():
+    assert "tensor_parallel_size" not in serving_spec("vllm").model_dump()
+    assert serving_spec("vllm", tensor_parallel_size=2).model_dump()["tensor_parallel_size"] == 2

@@ -39,6 +39,8 @@ class VllmSpec(ExportSpec):
     tensor_parallel_size: GPUs that share every layer.
     """
 
+    quiet = ExportSpec.quiet | {"tensor_parallel_size"}
+
     engine: Literal["vllm"]
     compute_type: ComputeType = "float32"
     tensor_parallel_size: int = Field(1, ge=1)
