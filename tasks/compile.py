@@ -10,7 +10,7 @@ from featherweight.runtimes.writing import write_served
 from tasks.stage import stage
 
 
-@stage("compile", version="2", libraries=("torch", "transformers"), hardware=True)
+@stage("compile", version="2", libraries=("torch", "transformers"), hardware=True, native=True)
 def compile(
     spec: CompileSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:

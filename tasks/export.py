@@ -10,7 +10,7 @@ from featherweight.runtimes.writing import write_served
 from tasks.stage import stage
 
 
-@stage("export", version="3", libraries=("torch", "transformers"), hardware=True)
+@stage("export", version="3", libraries=("torch", "transformers"), hardware=True, native=True)
 def export(
     spec: ExportSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:

@@ -46,7 +46,7 @@ class Writer(Protocol):
     def score(self, prompt: list[int], written: list[int]) -> list[float]: ...
 
 
-@stage("generate", version="1", libraries=("ctranslate2", "torch", "transformers"))
+@stage("generate", version="1", libraries=("ctranslate2", "torch", "transformers"), native=True)
 def generate(
     spec: GenerateSpec, *, checkpoint: Path, text: Path, out: Path, seed: int = 0, progress: Progress = Progress()
 ) -> Metrics:

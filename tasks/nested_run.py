@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import DivergenceError, FeatherweightError, ServiceError, StageError, told
 from featherweight.masking import masked, masked_tree
-from featherweight.progress import Metrics
+from featherweight.progress import Metrics, Progress
 from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
-from featherweight.system.device import using
+from featherweight.system.device import CUDA, using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
+from featherweight.training.launch import run_in_processes
 from tasks.cache_key import hardware, libraries_of, library_versions
 from tasks.live_progress import LiveProgress
 from tasks.openlineage import told_to_openlineage
@@ -66,7 +67,7 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
         out = work / "artifact"
         out.mkdir()
         with using(node.device), highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
-            metrics = dict(stage.function(node.spec, out=out, seed=node.seed, progress=progress, **given, **scratch))
+            metrics = dict(_call(stage, node, progress, {"out": out, **given, **scratch}))
         seconds = time.perf_counter() - clock
         manifest = _manifest(stage, node, inputs, key, out, metrics, started)
         manifest.write(out)
@@ -75,6 +76,14 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
         _log(client, run_id, node, {**metrics, **took}, peak())
         uri = workspace.publish(client, run_id, out)
     return ArtifactRef(uri=uri, digest=manifest.digest, run_id=run_id, node=node.id, seconds=seconds, metrics=metrics)
+
+
+def _call(stage: Stage, node: Node, progress: Progress, given: dict[str, Any]) -> Metrics:
+    """The stage's function, here or in a process whose crash is an error of this node alone."""
+    if stage.native and node.device == CUDA:
+        reference = f"{stage.function.__module__}:{stage.function.__name__}"
+        return run_in_processes(reference, node.spec, given, node.seed, 1, progress)
+    return stage.function(node.spec, seed=node.seed, progress=progress, **given)
 
 
 def _given(stage: Stage, folders: dict[str, Path], inputs: Mapping[str, ArtifactRef], parent: ParentRun) -> dict[str, Any]:

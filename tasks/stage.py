@@ -32,7 +32,8 @@ class Stage:
     `parent` (the ParentRun) acts on what lies outside its folders, so its result is never taken from the cache; it may ask
     for `artifacts` too, the references (ArtifactRef) of its inputs by name.
 
-    A stage is pickled by name, so that it can be sent to another process.
+    A stage is pickled by name, so that it can be sent to another process. One that is `native` hands its models to libraries that
+    crash where they are wrong about them; on a GPU, whose addresses they may take for their own, it runs in a process of its own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     libraries: tuple[str, ...]
     hardware: bool
     source: Callable[[Any], str] | None
+    native: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
         return self.function(*args, **kwargs)
@@ -87,6 +89,7 @@ def stage(
     libraries: tuple[str, ...] = (),
     hardware: bool = False,
     source: Callable[[Any], str] | None = None,
+    native: bool = False,
 ) -> Callable[[Callable[..., Metrics]], Stage]:
     """Declare a stage. Raise `version` whenever the function's result changes for the same input and the code does not show it.
 
@@ -95,7 +98,7 @@ def stage(
     """
 
     def wrap(function: Callable[..., Metrics]) -> Stage:
-        return Stage(name, function, version, libraries, hardware, source)
+        return Stage(name, function, version, libraries, hardware, source, native)
 
     return wrap
 

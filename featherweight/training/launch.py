@@ -32,6 +32,7 @@ def run_in_processes(
     """Call `function(spec, **folders, seed=, progress=)` in `processes` processes at once, and return the metrics of the first.
 
     function: 'module:attribute'. folders: a stage's inputs, its `out` and its `scratch`, by name; those that are None are left out.
+    One is started as it is, without torch's launcher: a native library that crashes takes that process along, and not its caller.
     Each process gets its share of the cores. A metric more is `workers_peak_memory_bytes`: the peak resident sets of all
     processes and their launcher together, read every second (pages that they share count in each). Raises what the first
     process to fail raised, StageError where there are not as many cores (or GPUs) as processes.
@@ -48,7 +49,8 @@ def run_in_processes(
         with highest(lambda: tree_peak_bytes(launcher.process.pid), every_s=1) as peak:
             metrics = _listen(launcher, progress)
         if launcher.process.wait() or metrics is None:
-            told = f"its {processes} processes ended with {launcher.ending()}; {launcher.tail()}"
+            who = "its process" if processes == 1 else f"its {processes} processes"
+            told = f"{who} ended with {launcher.ending()}; {launcher.tail()}"
             raise StageError(f"{_named(function)}: {told}")
         return metrics | {WORKERS_PEAK: float(peak())}
 
@@ -80,7 +82,8 @@ def _launched(request: Mapping[str, Any], processes: int) -> Iterator[ChildProce
 
 def _command(request: Path, processes: int) -> list[str]:
     several = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [sys.executable, "-m", "torch.distributed.run", *several, "-m", "featherweight.training.launch", str(request)]
+    alone = ["-m", "featherweight.training.launch", str(request)]
+    return [sys.executable, *alone] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", *several, *alone]
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import DivergenceError, ServiceError, StageError, Unreachable
+from featherweight.errors import DivergenceError, RecipeError, ServiceError, StageError, Unreachable
 from featherweight.progress import Metrics, Progress
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
@@ -22,6 +23,7 @@ from featherweight.recipe.plan import Node
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
+from featherweight.system import device
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.text.spec import DataSpec, TextSpec
@@ -330,3 +332,27 @@ def test_real_stages_run_in_another_process_to_the_same_digests(parent: ParentRu
         {key: message["step"][key] for key in ("node", "done", "total")} for message in told if "step" in message
     ]
     assert [metric.step for metric in parent.client.get_metric_history(refs["tuned"]["run_id"], "live_loss")] == [1, 2, 3]
+
+
+@stage("native", native=True)
+def native(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress = Progress()) -> Metrics:
+    """What a library does with a GPU's address at one step, and with the right one at another; refuses a third."""
+    if spec.steps == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if spec.steps == 3:
+        raise RecipeError("three steps are too many")
+    (out / "process").write_text(str(os.getpid()))
+    return {"device_is_cuda": float(os.environ[device.VARIABLE] == device.CUDA)}
+
+
+def test_a_native_library_that_crashes_on_a_gpu_costs_its_node_alone(parent: ParentRun) -> None:
+    on_gpu = [
+        dataclasses.replace(node(name, steps), device="cuda") for name, steps in (("crashes", 1), ("works", 2), ("refuses", 3))
+    ]
+    crashed, worked, refused = run(parent, *((native, one) for one in on_gpu))
+    assert (crashed.status, crashed.kind) == ("failed", "StageError")
+    assert "native: its process ended with signal 11" in crashed.reason
+    assert worked.status == "done" and worked.artifact.metrics["device_is_cuda"] == 1.0
+    made = parent.workspace.materialize(worked.artifact) / "process"
+    assert made.read_text() != str(os.getpid())
+    assert (refused.kind, refused.reason) == ("RecipeError", "three steps are too many")
