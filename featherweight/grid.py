@@ -7,6 +7,7 @@ reaches every runtime that can hold its grid without a second rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -116,6 +117,16 @@ class Grid:
     def fake_quantize(self, weight: Tensor) -> Tensor:
         """`weight` moved to its nearest grid points, float32."""
         return self.dequantize(*self.quantize(weight))
+
+
+CHUNK = 1 << 24
+"""Weights of a matrix that are worked on at once."""
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of a matrix in parts, so that what is computed of a large one takes little memory beside it."""
+    step = max(1, CHUNK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 GRIDS = {

@@ -14,20 +14,22 @@ from featherweight.checkpoint import opening
 from featherweight.checkpoint.facts import ALREADY_QUANTIZED, facts_of
 from featherweight.checkpoint.files import CONFIG, INDEX, copy
 from featherweight.checkpoint.saving import copy_companions
+from featherweight.checkpoint.streamed import open_model
 from featherweight.errors import CheckpointError, RecipeError, StageError
-from featherweight.grid import Grid, grid_named
+from featherweight.grid import Grid, grid_named, row_chunks
 from featherweight.model.matrices import in_float
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
 from featherweight.model.sparsity import FILE as SPARSITY
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
-from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.judgement import judged
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.store.tensor_file import Kind, write_tensors
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.losses import mean_loss
 from tasks.stage import stage
@@ -71,7 +73,7 @@ def quantize(
     """
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
-    model = opening.load_model(checkpoint)
+    model = open_model(checkpoint) if spec.methods == (DEFAULT,) else opening.load_model(checkpoint)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
@@ -79,7 +81,7 @@ def quantize(
     given = smoothed(given)
     choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))
     error = write_checkpoint(given, choice, out)
-    saved = opening.load_model(out)
+    saved = open_model(out)
     zeros.require_kept(saved, spec.method)
     return {
         "loss_before": before,
@@ -174,16 +176,16 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 
 
 def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -> float:
-    """Write the quantized checkpoint, file by file; returns the relative RMS error of the quantized weights."""
+    """Write the quantized checkpoint, tensor by tensor; returns the relative RMS error of the quantized weights."""
     squares = [0.0, 0.0]
     shards: dict[str, str] = {}
-    size = 0
+    kinds = _kinds(given)
     for file, members in groupby(given.files(), key=lambda member: member[0]):
-        tensors = {name: _final(given.read_as(name), tensor, choice, given.transposed, squares) for _, name, tensor in members}
-        _save(tensors, out / file)
-        shards |= dict.fromkeys(tensors, file)
-        size += sum(tensor.nbytes for tensor in tensors.values())
+        finals = ((name, _final(given.read_as(name), tensor, choice, given.transposed, squares)) for _, name, tensor in members)
+        write_tensors(out / file, kinds[file], finals)
+        shards |= dict.fromkeys(kinds[file], file)
     if given.weights.index is not None:
+        size = sum(dtype.itemsize * math.prod(shape) for file in kinds.values() for dtype, shape in file.values())
         index = {"metadata": {"total_size": size}, "weight_map": shards}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     choice.quantized.write(out)
@@ -191,25 +193,32 @@ def write_checkpoint(given: QuantizationInput[Any], choice: Choice, out: Path) -
     return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
 
 
+def _kinds(given: QuantizationInput[Any]) -> dict[str, dict[str, Kind]]:
+    """What is written to each file: every tensor in float32."""
+    import torch
+
+    found: dict[str, dict[str, Kind]] = {}
+    for file, name, tensor in given.files():
+        found.setdefault(file, {})[name] = (torch.float32, tuple(tensor.shape))
+    return found
+
+
 def _final(name: str, tensor: Tensor, choice: Choice, transposed: frozenset[str], squares: list[float]) -> Tensor:
     """The float32 tensor to save; adds a quantized weight's squared error and squares to `squares`."""
-    source = choice.changed.get(name, tensor).float()
-    _require_finite(name, source)
+    source = choice.changed.get(name, tensor)
     if name not in choice.quantized.q:
-        return source.contiguous()
+        _require_finite(name, source)
+        return source.float()
     weight = choice.quantized.dequantize(name)
-    if not weight.isfinite().all():
-        raise StageError(f"{choice.quantized.method} made NaN or infinite weights of {name}; do not use it, take rtn")
     weight = weight.T if name in transposed else weight
-    squares[0] += (weight - source).double().square().sum().item()
-    squares[1] += source.double().square().sum().item()
-    return weight.contiguous()
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
+    for rows in row_chunks(*weight.shape):
+        part = source[rows].float()
+        _require_finite(name, part)
+        if not weight[rows].isfinite().all():
+            raise StageError(f"{choice.quantized.method} made NaN or infinite weights of {name}; do not use it, take rtn")
+        squares[0] += (weight[rows] - part).double().square().sum().item()
+        squares[1] += part.double().square().sum().item()
+    return weight
 
 
 def _write_companions(given: QuantizationInput[Any], out: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.errors import CheckpointError
-from featherweight.grid import GRIDS, Grid
+from featherweight.grid import GRIDS, Grid, row_chunks
+from featherweight.store.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,16 @@ HEADS_BEFORE = (
 def heads_by_name(names: Iterable[str]) -> frozenset[str]:
     """The embedding and the head among the names in a folder that does not say which they are."""
     return frozenset(name for name in names if name.endswith(HEADS_BEFORE))
+
+
+def dequantized(grid: Grid, q: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight [rows, columns] that integers and scales stand for, with little memory beside it."""
+    import torch
+
+    weight = torch.empty(q.shape)
+    for rows in row_chunks(*q.shape):
+        weight[rows] = grid.dequantize(q[rows], scales[rows])
+    return weight
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class QuantizedWeights:
 
     def dequantize(self, name: str) -> Tensor:
         """The float32 weight [rows, columns] of one parameter."""
-        return self.grids[name].dequantize(self.q[name], self.scales[name])
+        return dequantized(self.grids[name], self.q[name], self.scales[name])
 
     def bits_per_weight(self, in_float: int = 0) -> float:
         """Storage per weight, scales included, over all of a model that holds `in_float` weights of 32 bits beside these."""
@@ -76,11 +87,10 @@ class QuantizedWeights:
 
     def write(self, folder: Path) -> None:
         """Write both files into a checkpoint folder."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{name}.q": q.contiguous() for name, q in self.q.items()}
-        tensors |= {f"{name}.scales": scales.contiguous() for name, scales in self.scales.items()}
-        save_file(tensors, folder / WEIGHTS)
+        tensors = {f"{name}.q": q for name, q in self.q.items()}
+        tensors |= {f"{name}.scales": scales for name, scales in self.scales.items()}
+        kinds = {name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}
+        write_tensors(folder / WEIGHTS, kinds, tensors.items(), metadata={})
         description = {
             "method": self.method,
             "grid": self.grid,

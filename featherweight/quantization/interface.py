@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from featherweight.checkpoint.files import Listing, Weights, find_weights
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.errors import StageError
-from featherweight.grid import Grid, grid_named
+from featherweight.grid import Grid, grid_named, row_chunks
 from featherweight.model.matrices import heads, matrices
 from featherweight.model.names import reading
 from featherweight.model.parent import Parent
@@ -169,13 +169,24 @@ def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
     return grid.mse_scales(weight) if search == "mse" else grid.scales(weight)
 
 
+def rounded(grid: Grid, weight: Tensor, search: str) -> tuple[Tensor, Tensor]:
+    """`weight` [rows, columns] rounded to nearest: q [rows, columns], and float32 scales [rows, groups]."""
+    import torch
+
+    q = torch.empty(weight.shape, dtype=grid.dtype)
+    scales = torch.empty(weight.shape[0], grid.groups(weight.shape[1]))
+    for rows in row_chunks(*weight.shape):
+        q[rows], scales[rows] = grid.quantize(weight[rows], start_scales(grid, weight[rows], search))
+    return q, scales
+
+
 def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
     """Those of `tensors` that have a grid, rounded to it one by one."""
     q, scales = {}, {}
     for name, tensor in tensors:
         if name in given.grids:
             grid, rows = given.grids[name], tensor.T if name in given.transposed else tensor
-            q[name], scales[name] = grid.quantize(rows, start_scales(grid, rows, given.spec.scale))
+            q[name], scales[name] = rounded(grid, rows, given.spec.scale)
     return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method, given.heads & q.keys())
 
 

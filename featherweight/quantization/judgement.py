@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.streamed import Change, is_large, streamed_model
 from featherweight.errors import StageError
 from featherweight.grid import Grid
+from featherweight.model.quantized_weights import dequantized
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
-from featherweight.quantization.interface import QuantizationInput, start_scales
+from featherweight.quantization.interface import QuantizationInput, rounded
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.training.losses import block_losses
 
@@ -73,7 +75,8 @@ def judged(given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping
     """`loss_after` of the result `saved`, and `rtn_loss` of RTN on the same `grids`, over windows of the calibration text.
 
     The recipe's text it is for every method, also for one that trains on what the checkpoint itself writes. `saved` is used up:
-    RTN takes its place, tensor by tensor. RTN itself is not compared. Raises StageError for what is worse, or no number.
+    RTN takes its place, tensor by tensor, unless it is read from files that are too large for memory; then RTN is computed as
+    it is needed. RTN itself is not compared. Raises StageError for what is worse, or no number.
     """
     result, what = block_losses(saved, blocks), f"{' behind '.join(given.spec.methods)} on {given.spec.grid}"
     loss = (result[0].sum() / result[1].sum()).item()
@@ -81,8 +84,10 @@ def judged(given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping
         raise StageError(f"{what}: the quantized checkpoint's loss is {loss}; do not use it")
     if given.spec.methods == (DEFAULT,):
         return {"loss_after": loss}
-    round_in_place(saved, given, grids)
-    judgement = Judgement.of(result, block_losses(saved, blocks), tolerance(given.spec))
+    plain = (streamed_model(given.checkpoint, _rounding(given, grids)) if is_large(given.checkpoint) else None) or saved
+    if plain is saved:
+        round_in_place(saved, given, grids)
+    judgement = Judgement.of(result, block_losses(plain, blocks), tolerance(given.spec))
     judgement.require(what)
     return {"loss_after": loss, "rtn_loss": judgement.rtn_loss}
 
@@ -96,15 +101,22 @@ def round_in_place(model: PreTrainedModel, given: QuantizationInput[Any], grids:
     """Give `model` the checkpoint's own weights, those that have one of `grids` rounded to it."""
     import torch
 
-    state = model.state_dict()
+    state, change = model.state_dict(), _rounding(given, grids)
     with torch.no_grad():
         for name, tensor in ((given.read_as(stored), tensor) for _, stored, tensor in given.stored()):
             if name in state:
-                rounded = _rounded(tensor, grids[name], given, name in given.transposed) if name in grids else tensor
-                state[name].copy_(rounded)
+                state[name].copy_(change(name, tensor))
 
 
-def _rounded(tensor: Tensor, grid: Grid, given: QuantizationInput[Any], transposed: bool) -> Tensor:
-    rows = tensor.T if transposed else tensor
-    weight = grid.dequantize(*grid.quantize(rows, start_scales(grid, rows, given.spec.scale)))
-    return weight.T if transposed else weight
+def _rounding(given: QuantizationInput[Any], grids: Mapping[str, Grid]) -> Change:
+    """What RTN makes of a stored tensor."""
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if name not in grids:
+            return tensor
+        grid, transposed = grids[name], name in given.transposed
+        rows = tensor.T if transposed else tensor
+        weight = dequantized(grid, *rounded(grid, rows, given.spec.scale))
+        return weight.T if transposed else weight
+
+    return change

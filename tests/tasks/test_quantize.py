@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint import opening
+from featherweight import grid
+from featherweight.checkpoint import opening, streamed
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError, DataError, RecipeError, StageError
 from featherweight.grid import GRIDS, grid_named
@@ -117,6 +118,18 @@ def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"grid": "int8"}, {"grid": "int4-g32", "method": "gptq"}])
+def test_a_large_checkpoint_stays_in_its_files_to_the_same_bytes(
+    options: dict[str, Any], tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny_checkpoint, text, tmp_path / "whole", **options)
+    monkeypatch.setattr(streamed, "LARGE", 1)
+    monkeypatch.setattr(grid, "CHUNK", 500)
+    assert run(tiny_checkpoint, text, tmp_path / "streamed", **options) == pytest.approx(whole, rel=1e-6)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "streamed" / path.name).read_bytes(), path.name
+
+
 def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     run(tiny_checkpoint, text, tmp_path / "out", method="gptq", grid="int4", head=None)
     assert_on_grid(tmp_path / "out", "int4", None)
