@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, find_weights
-from featherweight.checkpoint.opening import load_config, load_model, to_device
+from featherweight.checkpoint.opening import load_config, load_model
 from featherweight.checkpoint.tensors import read_shapes, stream_tensors
 from featherweight.model.architecture import attention_options, auto_class, family_of
 from featherweight.model.names import reading
 from featherweight.model.sparsity import Sparsity
+from featherweight.system.device import torch_device
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def streamed_model(folder: Path, change: Change | None = None) -> PreTrainedMode
     names = {id(weight): name for name, weight in model.named_parameters(remove_duplicate=False) if name in stored}
     if any(id(weight) not in names or stored[names[id(weight)]].shape != weight.shape for weight in model.parameters()):
         return None
-    device = _device()
+    device = torch_device()
     for name, buffer in model.named_buffers():
         buffer.data = stored.get(name, buffer.data).to(device, buffer.dtype)
     feeds = {id(weight): _Feed.of(names[id(weight)], stored, change, device) for weight in model.parameters()}
@@ -82,13 +83,6 @@ def _stored(model: PreTrainedModel, folder: Path) -> Mapping[str, Tensor]:
     """The tensors of the files, memory-mapped, by the names under which the model has them."""
     read_as = reading(model)
     return {read_as(name): tensor for _, name, tensor in stream_tensors(folder, find_weights(Listing.of(folder)))}
-
-
-def _device() -> torch.device:
-    """Where models live."""
-    import torch
-
-    return next(to_device(torch.nn.Linear(1, 1)).parameters()).device
 
 
 class _Feed:
