@@ -34,7 +34,7 @@ def run_in_processes(
     function: 'module:attribute'. folders: a stage's inputs, its `out` and its `scratch`, by name; those that are None are left out.
     One is started as it is, without torch's launcher: a native library that crashes takes that process along, and not its caller.
     Each process gets its share of the cores. A metric more is `workers_peak_memory_bytes`: the peak resident sets of all
-    processes and their launcher together, read every second (pages that they share count in each). Raises what the first
+    processes and their launcher together, read five times a second (pages that they share count in each). Raises what the first
     process to fail raised, StageError where there are not as many cores (or GPUs) as processes.
     """
     _check_devices(function, processes)
@@ -46,7 +46,7 @@ def run_in_processes(
         "seed": seed,
     }
     with _launched(request, processes) as launcher:
-        with highest(lambda: tree_peak_bytes(launcher.process.pid), every_s=1) as peak:
+        with highest(lambda: tree_peak_bytes(launcher.process.pid), every_s=0.2) as peak:
             metrics = _listen(launcher, progress)
         if launcher.process.wait() or metrics is None:
             who = "its process" if processes == 1 else f"its {processes} processes"

@@ -76,7 +76,7 @@ def test_errors_are_raised_as_they_were(tmp_path: Path) -> None:
         ask(tmp_path, "short")
     with pytest.raises(RuntimeError, match="KeyError: 'x'"):
         ask(tmp_path, "unexpected")
-    with pytest.raises(StageError, match=r"work: its 1 processes ended with exit status \d+; its last words: "):
+    with pytest.raises(StageError, match=r"work: its process ended with exit status \d+; its last words: "):
         ask(tmp_path, "killed")
 
 
