@@ -283,3 +283,15 @@ def test_weights_beyond_float16_are_refused(checkpoints: dict[str, Path], text: 
     with pytest.raises(StageError, match="too large for float16; take bfloat16"):
         export(serving_spec(engine="torch", compute_type="float16"), checkpoint=folder, calibration=text, out=out)
     assert not list(out.iterdir())
+
+
+def test_the_converter_of_ctranslate2_gets_weights_in_main_memory(checkpoints: dict[str, Path], monkeypatch) -> None:
+    """Whatever memory they lie in; what is tied stays one tensor. Here main memory is called another, so that all is moved."""
+    from featherweight.runtimes.ctranslate2 import pack as converter
+
+    model = load_reference(checkpoints["llama"])
+    monkeypatch.setattr(converter, "CPU", "elsewhere")
+    shell = converter._shell(model)
+    assert all(tensor.device.type == "cpu" for tensor in shell.state_dict().values())
+    assert shell.lm_head.weight is shell.model.embed_tokens.weight is not model.lm_head.weight
+    assert all(torch.equal(one, other) for one, other in zip(shell.parameters(), model.parameters(), strict=True))
