@@ -119,7 +119,7 @@ def test_it_leaves_records_of_registration_and_promotion(done: Path, result: dic
     assert (registered["version"], registered["uri"], registered["new"]) == (str(version.version), "models:/tiny/1", True)
     assert registered["digest"] == version.tags["featherweight.digest"]
     assert (promoted["stage"], promoted["changed"]) == ("production", True)
-    assert [gate["gate"] for gate in promoted["gates"]] == ["max_quality_loss", "champion"]
+    assert [gate["gate"] for gate in promoted["gates"]] == ["max_quality_loss", "champion", "smoke"]
     assert promoted["gates"][0]["value"] <= promoted["gates"][0]["bound"] == 5.0
 
 
