@@ -40,7 +40,7 @@ def dequantized(grid: Grid, q: Tensor, scales: Tensor) -> Tensor:
     """The float32 weight [rows, columns] that integers and scales stand for, with little memory beside it."""
     import torch
 
-    weight = torch.empty(q.shape)
+    weight = torch.empty(q.shape, device=q.device)
     for rows in row_chunks(*q.shape):
         weight[rows] = grid.dequantize(q[rows], scales[rows])
     return weight

@@ -16,6 +16,7 @@ from featherweight.errors import StageError
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization import patches
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.system.device import CPU, VARIABLE
 from featherweight.text.documents import Document, write_documents
 from tasks.quantize import quantize
 from tests.conftest import STORY
@@ -62,7 +63,8 @@ def on_cpu(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathF
     """The stage's results by grid, of a process that sees no GPU."""
     out = tmp_path_factory.mktemp("cpu")
     made = f"from {__name__} import *; all_rounded(*map(Path, sys.argv[1:]))"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", VARIABLE: CPU}
+    environment = os.environ | hidden | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", made, str(tiny_checkpoint), str(text), str(out)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return out

@@ -70,7 +70,7 @@ def test_an_engine_serves_from_the_gpu_what_pytorch_computes(
 
 def test_a_teacher_on_the_gpu_writes_for_students(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Its model lives on the GPU, and CTranslate2's converter crashes at a GPU's addresses."""
-    metrics = generate(GenerateSpec(samples=2, sequence=32, prompt_tokens=8), checkpoint=tiny_checkpoint, text=text, out=tmp_path)
+    metrics = generate(GenerateSpec(samples=2, sequence=32, prompt_tokens=16), checkpoint=tiny_checkpoint, text=text, out=tmp_path)
     assert metrics["documents"] == 2 and metrics["tokens_per_s"] > 0
 
 

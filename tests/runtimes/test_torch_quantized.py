@@ -278,3 +278,14 @@ def test_a_folder_that_lacks_a_tensor_is_named(llama, text, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((llama / "config.json").read_text())))
     with pytest.raises(IntegrityError, match=r"lacks tensor model\.norm\.weight"):
         pack.load(tmp_path, "torchao-int8")
+
+
+@pytest.mark.parametrize("engine", ["torchao-int8", "torchao-int4", "torchao-int8-dynamic"])
+def test_a_loaded_model_lives_where_it_is_served_to_the_last_tensor(engine, llama, text, tmp_path, without_parity, monkeypatch):
+    export(serving_spec(engine=engine), checkpoint=llama, calibration=text, out=tmp_path)
+    given = {}
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state, **options: given.update(state))
+    monkeypatch.setattr(pack, "torch_device", lambda *_: torch.device("meta"))  # for any that is not the CPU
+    with pytest.raises(IntegrityError, match="lacks tensor"):  # what lies on that device has no numbers
+        pack.load(tmp_path, engine)
+    assert {tensor.device.type for tensor in given.values()} == {"meta"} and any("embed" in name for name in given)
