@@ -14,8 +14,10 @@ from featherweight.registry.answering import Answering, open_answering
 from featherweight.registry.history import GateResult
 from featherweight.registry.labeller import Labeller
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.store.served_folder import verified_tokens
 
-TEXT, NEW_TOKENS = "The", 4  # fits whatever length was verified
+TEXT, TEXT_TOKENS, NEW_TOKENS = "The", 4, 4
+"""What is asked, the most tokens that a tokenizer cuts it into, its own beginning and end counted, and how many are to come."""
 
 
 def smoke_gate(registry: Registry, version: RegisteredVersion) -> GateResult:
@@ -34,7 +36,7 @@ def ask(served: Path) -> None:
     try:
         answering = open_answering(served)
         try:
-            answers = _answers(answering)
+            answers = _answers(answering, max(1, min(NEW_TOKENS, verified_tokens(served) - TEXT_TOKENS)))
         finally:
             answering.close()
     except Exception as error:  # an engine or tokenizer that cannot read its files raises what it likes
@@ -43,10 +45,10 @@ def ask(served: Path) -> None:
         raise StageError("it answered with numbers that are not finite")
 
 
-def _answers(answering: Answering) -> Any:
+def _answers(answering: Answering, new_tokens: int) -> Any:
     if isinstance(answering, Labeller):
         return answering([TEXT])
-    return answering([TEXT], max_new_tokens=NEW_TOKENS, stop_at_end=False)
+    return answering([TEXT], max_new_tokens=new_tokens, stop_at_end=False)
 
 
 def _numbers(answer: Any) -> Iterable[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from featherweight.errors import DataError
 from featherweight.registry.generator import Generator, prompts_of
+from featherweight.registry.smoke import ask
 from featherweight.store.served_folder import Serving
 from tests.support import serving_models, tokenizers
 
@@ -112,3 +114,9 @@ def test_prompts_come_in_every_shape_that_mlflow_gives() -> None:
     for one in ({"messages": TALK}, pandas.DataFrame({"messages": TALK}), pandas.DataFrame({"messages": [TALK]})):
         assert prompts_of(one) == [TALK]
     assert prompts_of(pandas.DataFrame({"messages": [TALK, TALK[:1]]})) == [TALK, TALK[:1]]
+
+
+def test_a_smoke_request_fits_what_was_verified(served: Path, tmp_path: Path) -> None:
+    short = shutil.copytree(served, tmp_path / "short")
+    Serving("torch", max_tokens=6).write(short)
+    ask(short)
