@@ -12,6 +12,8 @@ SETUP = @$(PYTHON) infra/bootstrap.py $(if $(filter setup,$(MAKECMDGOALS)),--ret
 # One worker a core, one thread a worker; four at most, because each holds torch and its engines in memory.
 # A file stays on one worker, so that what its tests share is made once; in order, because the longest come early.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Every test process would compile the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Nothing phones home from here.
 export DO_NOT_TRACK := 1
 export GX_ANALYTICS_ENABLED := false

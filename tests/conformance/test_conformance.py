@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,19 @@ from tests.support.tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
 
-CASES = {case.name: case for case in cases()}
 GATE = ("llama, rope llama3", "qwen2", "gpt2", "t5", "bert")
 """A scaled rotary embedding, a sliding window, Conv1D and no BOS, an encoder-decoder, an encoder."""
 ENGINES = ("torch", "ctranslate2", "onnxruntime-genai", "torchao-int8")
+
+
+@cache
+def named_cases() -> dict[str, Case]:
+    """Asked for by the tests alone: to ask transformers and every engine takes seconds."""
+    return {case.name: case for case in cases()}
+
+
+def case_of(name: str) -> Case:
+    return named_cases()[name]
 
 
 def test_the_families_are_those_that_transformers_and_the_engines_name() -> None:
@@ -43,21 +53,21 @@ def test_the_families_are_those_that_transformers_and_the_engines_name() -> None
 def test_a_tiny_checkpoint_has_the_traits_of_its_row(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    folder = make(CASES["mistral"], tmp_path / "mistral")
+    folder = make(case_of("mistral"), tmp_path / "mistral")
     config = AutoConfig.from_pretrained(folder)
     assert (config.sliding_window, config.num_hidden_layers, config.head_dim) == (WINDOW, 2, 16)
     assert len(GenerationConfig.from_pretrained(folder).eos_token_id) == 2
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == config.bos_token_id
-    assert AutoTokenizer.from_pretrained(make(CASES["gpt2"], tmp_path / "gpt2"))("a").input_ids[0] != config.bos_token_id
+    assert AutoTokenizer.from_pretrained(make(case_of("gpt2"), tmp_path / "gpt2"))("a").input_ids[0] != config.bos_token_id
 
 
 def test_layers_of_several_shapes_are_refused_in_one_line(tmp_path: Path) -> None:
     folders = Folders(tmp_path)
-    cell.built(CASES["gemma4_text"], folders)
+    cell.built(case_of("gemma4_text"), folders)
     with pytest.raises(
         CheckpointError, match=r"the layers of a gemma4_text model differ in .*head_dim.*, which is not taken here yet"
     ):
-        cell.loaded(CASES["gemma4_text"], folders)
+        cell.loaded(case_of("gemma4_text"), folders)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_layers_of_several_shapes_are_refused_in_one_line(tmp_path: Path) -> Non
     ],
 )
 def test_what_an_engine_does_not_compute_is_refused_by_the_configuration_alone(name: str, engine: str, reason: str) -> None:
-    config = configuration(CASES[name], byte_level())
+    config = configuration(case_of(name), byte_level())
     spec = RUNTIMES[engine].spec.model_validate({"engine": engine})
     assert re.search(reason, RUNTIMES[engine].model_refusal(spec, Candidate(CheckpointFacts(config), TOKENS)) or "")
 
@@ -114,9 +124,9 @@ def test_what_was_found_is_kept_and_not_run_again(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(run, "apart", found)
     for _ in range(2):
         matrix = Matrix.open(tmp_path / "cells.json")
-        run.run(matrix, [CASES["llama"]], [LOAD, QUANTIZE, f"torch {FLOAT}"], 1.0)
+        run.run(matrix, [case_of("llama")], [LOAD, QUANTIZE, f"torch {FLOAT}"], 1.0)
     assert seen == ["built", "loaded", "quantized", f"torch {FLOAT}"]
-    told = page(Matrix.open(tmp_path / "cells.json"), [CASES["llama"], CASES["t5"]], [LOAD, QUANTIZE, f"torch {FLOAT}"])
+    told = page(Matrix.open(tmp_path / "cells.json"), [case_of("llama"), case_of("t5")], [LOAD, QUANTIZE, f"torch {FLOAT}"])
     assert "| llama | = | = | **!** · |" in told and "| t5 |" not in told
     assert "- torch float32, all: wrong" in told
 
@@ -136,7 +146,7 @@ ONCE_WRONG = (
 @pytest.mark.parametrize(("name", "engine"), ONCE_WRONG)
 def test_what_was_once_wrong_or_refused_is_exact(name: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "open_worker", parity.open_worker)
-    case, folders = CASES[name], Folders(tmp_path)
+    case, folders = case_of(name), Folders(tmp_path)
     for work in (cell.built, cell.loaded):
         assert work(case, folders).kind == "exact"
     assert cell.found(lambda: cell.served(case, folders, engine, FLOAT)).kind == "exact"
@@ -147,7 +157,7 @@ def test_what_was_once_wrong_or_refused_is_exact(name: str, engine: str, tmp_pat
 def test_a_part_of_the_matrix(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is here is exact, within the bound, or refused in one line: the whole of it is `make conformance`."""
     monkeypatch.setattr(parity, "open_worker", parity.open_worker)  # which a cell replaces in its own process
-    case, folders = CASES[name], Folders(tmp_path)
+    case, folders = case_of(name), Folders(tmp_path)
     first = [cell.found(lambda work=work: work(case, folders)) for work in (cell.built, cell.loaded, cell.quantized)]  # type: ignore[misc]
     assert [outcome.kind for outcome in first] == ["exact", "exact", "within bound"], first
     for engine in ENGINES:

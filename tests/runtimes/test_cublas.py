@@ -10,6 +10,7 @@ import pytest
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.ctranslate2 import cublas, runtime
 from featherweight.runtimes.spec import ExportSpec
+from featherweight.system.device import CUDA
 from featherweight.system.gpu import Gpu
 from featherweight.system.machine import Machine
 
@@ -48,11 +49,11 @@ def test_the_wheel_is_found_before_the_loaders_path(wheel, tmp_path, monkeypatch
 def test_the_plan_asks_for_it_on_this_machine_alone(monkeypatch):
     spec = ExportSpec.of(engine="ctranslate2", compute_type="float16")
     monkeypatch.setattr(cublas, "find", lambda: None)
-    assert RUNTIMES["ctranslate2"].machine_refusal(spec, GPU_MACHINE) is None
+    assert RUNTIMES["ctranslate2"].device_refusal(spec, CUDA, GPU_MACHINE) is None
     monkeypatch.setattr(runtime, "describe", lambda: GPU_MACHINE)
-    assert "pip install nvidia-cublas-cu12" in RUNTIMES["ctranslate2"].machine_refusal(spec, GPU_MACHINE)
+    assert "pip install nvidia-cublas-cu12" in RUNTIMES["ctranslate2"].device_refusal(spec, CUDA, GPU_MACHINE)
     monkeypatch.setattr(cublas, "find", lambda: Path("/somewhere"))
-    assert RUNTIMES["ctranslate2"].machine_refusal(spec, GPU_MACHINE) is None
+    assert RUNTIMES["ctranslate2"].device_refusal(spec, CUDA, GPU_MACHINE) is None
 
 
 def test_it_is_loaded_into_the_process_that_serves(wheel):
