@@ -127,6 +127,14 @@ def harness() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def named_prefect(harness: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session's Prefect server, for commands too: each would start one of its own, which takes longer than small stages."""
+    from prefect.settings import get_current_settings
+
+    monkeypatch.setenv("PREFECT_API_URL", str(get_current_settings().api.url))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (2 layers, hidden 64, 4/2 heads, tied, context 256, BOS) and its tokenizer. Copy it to alter it."""

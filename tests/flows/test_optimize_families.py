@@ -15,7 +15,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from tests.flows.test_optimize import featherweight
 from tests.support.families import WORDS, family_checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("named_prefect")]
 
 RECIPE: dict[str, Any] = {
     "workload": {"prompt_tokens": 8, "new_tokens": 8, "batch_sizes": [1], "rounds": 2, "windows": 6, "window_tokens": 32},

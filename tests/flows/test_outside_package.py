@@ -64,6 +64,7 @@ def work(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.engine
 @pytest.mark.server
 @pytest.mark.slow
+@pytest.mark.usefixtures("named_prefect")
 def test_what_is_from_outside_is_planned_checked_measured_cached_reported_and_registered(work: Path) -> None:
     plan = json.loads(featherweight("plan", "recipe.yaml", "--json", cwd=work).stdout)
     seconds = {node["id"]: node["seconds"] for node in plan["nodes"]}
