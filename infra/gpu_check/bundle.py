@@ -35,7 +35,6 @@ here=$(cd "$(dirname "$0")" && pwd); out=${1:-gpu-check}; shift || true
 mkdir -p "$out"; out=$(cd "$out" && pwd); place=$(mktemp -d)
 ${PYTHON:-python3} - "$here" "$place" <<'PY'
 import sys, tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 here, place = map(Path, sys.argv[1:])
 for name in ("packages", "project"):

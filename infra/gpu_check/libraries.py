@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from pathlib import Path
 
-WANTED = "libcublas.so.12"
+from featherweight.runtimes.ctranslate2 import cublas
 
 
 def cublas_in_reach(out: Path) -> list[str]:
-    """What was done about it: nothing where it loads, else the next one under its name, on the path of the checks."""
-    if _loads(WANTED):
+    """What was done about it: nothing where there is one, else the next one under its name, on the path of the checks."""
+    if cublas.find():
         return []
     other = next((found for folder in sys.path for found in sorted(Path(folder).glob("nvidia/*/lib/libcublas.so.1[3-9]"))), None)
     if other is None:
-        return [f"no {WANTED} and none like it: CTranslate2 cannot compute on CUDA here"]
+        return [f"no {cublas.LIBRARY} and none like it: CTranslate2 cannot compute on CUDA here"]
     links = (out / "libraries").absolute()
     links.mkdir(exist_ok=True)
-    (links / WANTED).unlink(missing_ok=True)
-    (links / WANTED).symlink_to(other)
+    (links / cublas.LIBRARY).unlink(missing_ok=True)
+    (links / cublas.LIBRARY).symlink_to(other)
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([str(links), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    return [f"{other.name} stood in for {WANTED}, which nvidia-cublas-cu12 brings and this machine lacks"]
-
-
-def _loads(name: str) -> bool:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
+    return [f"{other.name} stood in for {cublas.LIBRARY}, which {cublas.WHEEL} brings and this machine lacks"]

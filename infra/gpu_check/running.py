@@ -100,7 +100,7 @@ class Runner:
                 continue
             _kill(running.process)
             self.running.remove(running)
-            self._keep(_result(running, None if code is None else code, seconds))
+            self._keep(_result(running, code, seconds))
 
     def _keep(self, result: Result) -> None:
         self.results[result.name] = result

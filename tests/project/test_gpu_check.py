@@ -121,3 +121,12 @@ def test_a_chosen_check_brings_what_it_needs() -> None:
     every = [Check("a"), Check("b", after=("a",)), Check("c", after=("b",)), Check("d")]
     assert [one.name for one in chosen(every, ["c"])] == ["a", "b", "c"]
     assert chosen(every, []) == every
+
+
+@pytest.mark.parametrize(("found", "state"), [('{"a": 1.0, "b": 2.0}', "ok"), ('{"a": 1.0, "b": NaN}', "failed"), ("{}", "failed")])
+def test_a_scan_that_is_no_number_fails(found: str, state: str, tmp_path: Path) -> None:
+    for device, text in (("cpu", '{"a": 1.0, "b": 2.0}'), ("cuda", found)):
+        folder = folder_of(tmp_path, device, "mix4+sensitivity")
+        folder.mkdir(parents=True)
+        (folder / "sensitivity.json").write_text(text)
+    assert comparing.compared(plan_of(STAGES).nodes["mix4+sensitivity"], tmp_path)[0] == state
