@@ -32,8 +32,8 @@ class Arrival:
     """A checkpoint that may have arrived.
 
     source: what a recipe's `checkpoint.source` takes. stamp: changes whenever a file that the product may read was written.
-    listing: its files; None where it is no folder. problem: why it is never taken from here. fixed: nobody writes to it, by
-    its nature or by its trainer's word. identify: the digest of its content.
+    listing: its files; None where they are not seen from here. problem: why it is never taken from here. fixed: nobody writes to
+    it, by its nature or by its trainer's word. lacking: what is still missing. identify: the digest of its content.
     """
 
     source: str
@@ -41,6 +41,7 @@ class Arrival:
     listing: Listing | None = None
     problem: str | None = None
     fixed: bool = False
+    lacking: Callable[[Listing], str | None] = missing_part
     identify: Callable[[], str] | None = None
 
 
@@ -76,7 +77,9 @@ def arrivals(source: str) -> list[Arrival]:
 
     kinds = {"s3://": prefixes_below, "hf:": revisions, "models:": versions}
     find = next((kinds[kind] for kind in kinds if source.startswith(kind)), folders_below)
-    return sorted(find(source), key=lambda arrival: arrival.source)
+    one_file = source.endswith(".gguf") and find in (prefixes_below, folders_below)
+    found = find(source.rpartition("/")[0] if one_file else source)
+    return sorted((one for one in found if not one_file or one.source == source), key=lambda arrival: arrival.source)
 
 
 def look(source: str, notes: Path, settle_s: float, take: Callable[[list[Arrival]], list[Arrival]] = list) -> list[Seen]:
@@ -118,7 +121,7 @@ def _seen(arrival: Arrival, notes: Path, at_rest: bool) -> Seen:
 
 
 def _lacking(arrival: Arrival, at_rest: bool) -> str | None:
-    lacking = missing_part(arrival.listing) if arrival.listing else None
+    lacking = arrival.lacking(arrival.listing) if arrival.listing else None
     return lacking or (None if at_rest or arrival.fixed else "it is being written")
 
 

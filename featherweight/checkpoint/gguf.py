@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import Listing, has_weights
+from featherweight.checkpoint.files import Listing, adapter_files, has_weights
 from featherweight.checkpoint.gguf_parts import join, only_model, parts_of
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
@@ -33,7 +33,7 @@ def gguf_file(path: Path) -> Path | None:
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; expected a checkpoint folder, or a .gguf file")
         return parts_of(path)[0]
-    if not path.is_dir() or has_weights(Listing.of(path)):
+    if not path.is_dir() or has_weights(listing := Listing.of(path)) or adapter_files(listing):
         return None
     names = sorted(file.name for file in path.glob("*.gguf"))
     model = only_model(names)

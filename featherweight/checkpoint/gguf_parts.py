@@ -1,4 +1,4 @@
-"""One GGUF model in several files, NAME-00001-of-00003.gguf and so on, as llama.cpp's gguf-split leaves big ones."""
+"""A GGUF model's files: one, or NAME-00001-of-00003.gguf and so on, as llama.cpp's gguf-split leaves big ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.gguf_header import GgufHeader, read_gguf
+from featherweight.checkpoint.identity import Content
 from featherweight.errors import CheckpointError
+from featherweight.store.artifact import content_digest
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -20,10 +24,48 @@ def names_of_parts(name: str) -> tuple[str, ...]:
     return tuple(f"{name[: found.start()]}-{part:05}-of-{found[2]}.gguf" for part in range(1, int(found[2]) + 1))
 
 
+def models_among(names: Iterable[str]) -> set[tuple[str, ...]]:
+    """The GGUF models among these names, each as the names of all its parts, there or not."""
+    return {names_of_parts(name) for name in names if name.endswith(".gguf")}
+
+
 def only_model(names: Iterable[str]) -> tuple[str, ...] | None:
     """The parts of the one GGUF model among these names; None where there are several models, or none."""
-    models = {names_of_parts(name) for name in names if name.endswith(".gguf")}
+    models = models_among(names)
     return models.pop() if len(models) == 1 else None
+
+
+def lacking_of(parts: Sequence[str], listing: Listing) -> str | None:
+    """What a model of these parts still lacks, by the parts' own count and each header's word; None when it is complete."""
+    missing = [name for name in parts if name not in listing.sizes]
+    if missing:
+        return f"{listing.where} lacks {missing[0]}: {len(parts) - len(missing)} of {len(parts)} parts are there"
+    try:
+        for name in parts:
+            end = read_gguf(listing, name).end
+            if listing.sizes[name] < end:
+                return f"{listing.where}/{name} is truncated: {listing.sizes[name]} of {end} bytes"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def gguf_identity(parts: Sequence[str], listing: Listing) -> str:
+    """sha256 of a model's content: its settings, and every tensor by name, type, shape and bytes; the same however it is split."""
+    headers = [read_gguf(listing, name) for name in parts]
+    settings = {key: value.hex() for key, value in headers[0].settings.items() if not key.startswith("split.")}
+    tensors: dict[str, Any] = {}
+    for name, header in zip(parts, headers, strict=True):
+        tensors |= _tensors(Content(listing, name), header)
+    return content_digest(["gguf", settings, tensors])
+
+
+def _tensors(content: Content, header: GgufHeader) -> dict[str, Any]:
+    told = {}
+    for name, tensor in sorted(header.tensors.items(), key=lambda one: (one[1].begin, one[0])):
+        content.pass_to(tensor.begin)
+        told[name] = [tensor.kind, tensor.shape, content.sha256_to(tensor.end)]
+    return told
 
 
 def parts_of(file: Path) -> list[Path]:

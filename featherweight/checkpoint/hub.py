@@ -11,7 +11,7 @@ from typing import Any
 
 from featherweight.checkpoint.arrivals import Arrival
 from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, files_of, is_companion
-from featherweight.checkpoint.identity import read_by_the_product
+from featherweight.checkpoint.identity import content_identity, may_be_read, read_by_the_product
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.model.sparsity import FILE as SPARSITY
@@ -147,8 +147,9 @@ def identify_hf(spec: LoadSpec) -> list[str]:
 def revisions(source: str) -> Iterator[Arrival]:
     """The commits that a repository's branches and tags stand for, or the one of `hf:org/name@revision`.
 
-    A commit is whole and never changes. It is known by what the hub tells of its files' content: sha256 of the large ones, git's
-    own digest of the others. Raises ServiceError where the hub does not answer.
+    A commit is whole and never changes. Those whose files are the same by the hub's word (sha256 of the large ones, git's own
+    digest of the others) are read once; a new one is downloaded, into the cache from which it is loaded, and known by its content
+    as one from anywhere else. Raises ServiceError where the hub does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -162,7 +163,9 @@ def revisions(source: str) -> Iterator[Arrival]:
         commits = {info.sha: info for name in names if (info := _hub_info(LoadSpec(source=f"hf:{repo}@{name}"))) is not None}
     for commit, info in commits.items():
         at = LoadSpec(source=f"hf:{repo}@{commit}")
-        yield Arrival(at.source, content_digest([at.source]), fixed=True, identify=partial(_content, at, info))
+        told = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
+        stamp = content_digest({name: digest for name, digest in told.items() if may_be_read(name)})
+        yield Arrival(at.source, stamp, fixed=True, identify=partial(_content, at, info))
 
 
 @contextmanager
@@ -179,7 +182,10 @@ def _answering(spec: LoadSpec) -> Iterator[None]:
 
 def _content(spec: LoadSpec, info: Any) -> str:
     """Digest of the files that are read; raises CheckpointError where they make no checkpoint."""
+    from huggingface_hub import snapshot_download
+
+    repo, revision = _repository(spec)
     with _hub_explained(spec):
         names = read_by_the_product(_hub_listing(spec, info, _download_hub))
-    told = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings}
-    return content_digest({name: told[name] for name in names})
+        folder = snapshot_download(repo, revision=revision, allow_patterns=names, **_hub_places())
+    return content_identity(Listing.of(Path(folder)))

@@ -76,7 +76,7 @@ def _shards(listing: Listing) -> dict[str, set[str] | None]:
 def _tensors(listing: Listing, name: str) -> dict[str, list[Any]]:
     """[type, shape, sha256 of the bytes] of each tensor of a safetensors file."""
     header, start = read_header(listing, name), header_bytes(listing, name)
-    content, told = _Content(listing, name), {}
+    content, told = Content(listing, name), {}
     for tensor, entry in sorted(header.items(), key=lambda one: (one[1]["data_offsets"], one[0])):
         begin, end = entry["data_offsets"]
         content.pass_to(start + begin)
@@ -85,10 +85,10 @@ def _tensors(listing: Listing, name: str) -> dict[str, list[Any]]:
 
 
 def _sha256(listing: Listing, name: str) -> str:
-    return _Content(listing, name).sha256_to(listing.sizes[name])
+    return Content(listing, name).sha256_to(listing.sizes[name])
 
 
-class _Content:
+class Content:
     """A file's bytes from its beginning to its end, a stretch at a time."""
 
     def __init__(self, listing: Listing, name: str) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from featherweight.checkpoint.arrivals import DEPTH, Arrival, is_done
-from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, files_of, is_companion
+from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, files_of, has_weights, is_companion
 from featherweight.checkpoint.gguf import gguf_file
-from featherweight.checkpoint.gguf_parts import parts_of
+from featherweight.checkpoint.gguf_parts import gguf_identity, lacking_of, models_among, parts_of
 from featherweight.checkpoint.identity import may_be_read
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DataError
@@ -40,9 +41,10 @@ def identify_local(spec: LoadSpec) -> dict[str, str]:
 
 
 def folders_below(source: str) -> Iterator[Arrival]:
-    """The folders at or below a watched one, DEPTH deep, that hold a configuration. Hidden folders are passed by.
+    """The folders at or below a watched one, DEPTH deep, that hold a configuration, and the GGUF models that lie by themselves.
 
-    Links to folders are not followed, and a file that lies elsewhere is not taken. Raises DataError where the folder is missing.
+    Hidden folders are passed by. Links to folders are not followed, and a file that lies elsewhere is not taken. Raises DataError
+    where the folder is missing.
     """
     root = Path(source).expanduser().absolute()
     if not root.is_dir():
@@ -52,18 +54,36 @@ def folders_below(source: str) -> Iterator[Arrival]:
         inside[:] = sorted(name for name in inside if not name.startswith(".") and not is_companion(f"{name}/{CONFIG}"))
         if len(folder.relative_to(root).parts) >= DEPTH - 1:
             inside.clear()
-        if CONFIG in names or ADAPTER in names:
+        models = () if ADAPTER in names else models_among(names)
+        if (CONFIG in names or ADAPTER in names) and (not models or has_weights(Listing.of(folder))):
             yield _arrival(folder, root)
+        else:
+            yield from (_gguf_arrival(folder, root, parts) for parts in models)
 
 
 def _arrival(folder: Path, root: Path) -> Arrival:
     listing = Listing.of(folder)
     read = [name for name in listing.sizes if may_be_read(name)]
+    return Arrival(str(folder), _stamp(folder, read), listing, _problem(folder, root, read), is_done(tuple(listing.sizes)))
+
+
+def _gguf_arrival(folder: Path, root: Path, parts: Sequence[str]) -> Arrival:
+    """One model, known by its first part's name; a folder without weights of another kind may hold several."""
+    listing = Listing.of(folder)
+    read = [name for name in parts if name in listing.sizes]
+    source, stamp = str(folder / parts[0]), _stamp(folder / parts[0], read)
+    known = {"lacking": partial(lacking_of, parts), "identify": partial(gguf_identity, parts, listing)}
+    return Arrival(source, stamp, listing, _problem(folder, root, read), is_done(tuple(listing.sizes)), **known)
+
+
+def _problem(folder: Path, root: Path, read: Sequence[str]) -> str | None:
     elsewhere = [name for name in read if not (folder / name).resolve().is_relative_to(root.resolve())]
-    problem = f"{elsewhere[0]} is a link that leads out of {root}; copy the file" if elsewhere else None
-    marks = [(name, *_marks(folder / name)) for name in read]
-    stamp = content_digest([str(folder), marks])
-    return Arrival(str(folder), stamp, listing, problem, is_done(tuple(listing.sizes)))
+    return f"{elsewhere[0]} is a link that leads out of {root}; copy the file" if elsewhere else None
+
+
+def _stamp(source: Path, read: Sequence[str]) -> str:
+    folder = source if source.is_dir() else source.parent
+    return content_digest([str(source), [(name, *_marks(folder / name)) for name in read]])
 
 
 def _marks(path: Path) -> tuple[int, ...]:

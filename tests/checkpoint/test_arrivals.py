@@ -16,9 +16,13 @@ import pytest
 from featherweight.checkpoint import arrivals as arriving
 from featherweight.checkpoint.arrivals import Arrival, Seen, arrivals, look
 from featherweight.checkpoint.files import INDEX, WEIGHTS, Listing
+from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.identity import content_identity
+from featherweight.checkpoint.s3_prefix import fetch_s3
+from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.training_runs import Policy, numbered
 from featherweight.errors import CheckpointError, DataError, RecipeError, ServiceError
+from featherweight.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -179,6 +183,36 @@ def test_an_adapter_is_an_arrival(drop: Path, see) -> None:
     assert "adapter_model.safetensors" in see(drop)["lora"].reason
     save_file({"a": ones(2, 2)}, adapter / "adapter_model.safetensors")
     assert see(drop)["lora"].state == "ready"
+
+
+def test_gguf_files_are_arrivals(s3_server, drop: Path, see, tiny_checkpoint: Path) -> None:
+    """Whole by their headers and their own count of parts; known by their tensors, however split and wherever they lie."""
+    from tests.support.gguf_files import write_gguf
+
+    place = drop / "llama"
+    place.mkdir()
+    parts = write_gguf(place / "split.gguf", tiny_checkpoint, parts=3)
+    write_gguf(place / "whole.gguf", tiny_checkpoint)
+    write_gguf(place / "cut.gguf", tiny_checkpoint)
+    (place / "cut.gguf").write_bytes((place / "whole.gguf").read_bytes()[:-100])
+    (place / "nonsense.gguf").write_bytes(b"GGUF" + b"\xff" * 40)
+    write_gguf(drop / "one" / "beside.gguf", tiny_checkpoint)  # of a checkpoint that is there as safetensors
+    parts[1].rename(drop / "kept")
+    seen, first = see(drop), "split-00001-of-00003.gguf"
+    waiting = {name: one.reason for name, one in seen.items() if one.state == "waiting"}
+    assert set(seen) == {"one", first, "whole.gguf", "cut.gguf", "nonsense.gguf"}
+    assert set(waiting) == {first, "cut.gguf", "nonsense.gguf"}
+    assert "2 of 3 parts" in waiting[first] and "truncated" in waiting["cut.gguf"] and "GGUF" in waiting["nonsense.gguf"]
+    (drop / "kept").rename(parts[1])
+    shutil.copytree(place, s3_server.folder / "llama")
+    there = see(f"s3://{s3_server.bucket}")
+    assert see(drop)[first].identity == seen["whole.gguf"].identity == there["whole.gguf"].identity == there[first].identity
+    assert there[first].source == f"s3://{s3_server.bucket}/llama/{first}"
+    fetched = fetch_s3(LoadSpec(source=there[first].source), drop / ".work", Progress())
+    assert [part.name for part in parts_of(fetched)] == [part.name for part in parts]
+    before = seen["whole.gguf"].identity
+    flip(place / "whole.gguf")
+    assert see(drop)["whole.gguf"].identity not in ("", before)
 
 
 def test_which_of_a_training_run_are_taken(drop: Path, see) -> None:

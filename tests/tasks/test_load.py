@@ -18,7 +18,8 @@ import pytest
 from featherweight.checkpoint.arrivals import look
 from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.fetching import source_fingerprint
-from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
+from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, Listing
+from featherweight.checkpoint.identity import content_identity
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, FeatherweightError, ServiceError
@@ -346,13 +347,19 @@ def test_a_hub_repository_is_downloaded_once_and_only_what_is_needed(hub: type[H
 
 @pytest.mark.slow
 def test_the_revisions_of_a_hub_repository_are_arrivals(hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A branch and a tag at one commit are one arrival; a change of what is not read is another commit of the same content."""
+    """A branch and a tag at one commit are one arrival; a change of what is not read is another commit of the same content.
+
+    Which is the content of the same checkpoint in a folder; it is downloaded once, and loading it takes it from the cache.
+    """
     (one,) = look("hf:org/tiny", tmp_path / "notes", 0)
     assert (one.state, one.source) == ("ready", f"hf:org/tiny@{hub.commit}")
+    assert set(hub.served) == TAKEN
+    assert one.identity == content_identity(Listing.of(hub.root))
+    hub.served.clear()
     (hub.root / "README.md").write_text("of no matter")
     hub.commit = "f" * 40
     (other,) = look("hf:org/tiny@main", tmp_path / "notes", 0)
-    assert other.source != one.source and other.identity == one.identity
+    assert other.source != one.source and other.identity == one.identity and not hub.served
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ServiceError, match="out of reach"):
         look("hf:org/tiny", tmp_path / "notes", 0)

@@ -1,0 +1,135 @@
+"""What a GGUF file says of itself, read from its first bytes wherever it lies: settings, tensors, and where those end.
+
+The layout is that of ggml's docs/gguf.md; the `gguf` library reads whole local files only.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from featherweight.checkpoint.files import Listing
+from featherweight.errors import CheckpointError
+
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value by its type; 8 is a string, 9 an array."""
+_STRING, _ARRAY = 8, 9
+_FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
+ALIGNMENT = "general.alignment"
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Type by ggml's number, shape, and the place of its bytes in the file."""
+
+    kind: int
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """settings: the bytes of each value, its type before it. tensors: by name."""
+
+    settings: Mapping[str, bytes]
+    tensors: Mapping[str, GgufTensor]
+
+    @property
+    def end(self) -> int:
+        """How many bytes the file has at least."""
+        return max((tensor.end for tensor in self.tensors.values()), default=0)
+
+
+class _CutShort(Exception):
+    """The bytes at hand end before the header does."""
+
+
+def read_gguf(listing: Listing, name: str) -> GgufHeader:
+    """The header of one file; raises CheckpointError where it is none, or ends in it."""
+    size, length = listing.sizes[name], _FIRST_READ
+    while True:
+        content = listing.read(name, min(length, size, _MAX_HEADER))
+        try:
+            return _Reader(content).header()
+        except _CutShort:
+            if length >= min(size, _MAX_HEADER):
+                raise CheckpointError(f"{listing.where}/{name} ends in its GGUF header ({size} bytes); copy it again") from None
+        except (ValueError, LookupError, RecursionError) as error:
+            raise CheckpointError(f"{listing.where}/{name} has no GGUF header that can be read ({error})") from error
+        length *= 8
+
+
+class _Reader:
+    """A header's bytes, from the first on."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._at = content, 0
+
+    def header(self) -> GgufHeader:
+        magic, version, tensors, settings = self._numbers("<4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError("its first bytes are not 'GGUF'")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, of which 2 and 3 are known")
+        told = {self._string(): self._value() for _ in range(settings)}
+        found = [self._tensor() for _ in range(tensors)]
+        start = _aligned(self._at, told)
+        return GgufHeader(told, {name: _placed(kind, shape, start + offset) for name, kind, shape, offset in found})
+
+    def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name = self._string()
+        (dimensions,) = self._numbers("<I")
+        if dimensions > 8:
+            raise ValueError(f"a tensor of {dimensions} dimensions")
+        *shape, kind, offset = self._numbers(f"<{dimensions}QIQ")
+        return name, kind, tuple(shape), offset
+
+    def _value(self) -> bytes:
+        begin = self._at
+        (kind,) = self._numbers("<I")
+        self._pass(kind)
+        return self._content[begin : self._at]
+
+    def _pass(self, kind: int) -> None:
+        if kind == _STRING:
+            self._string()
+        elif kind == _ARRAY:
+            inner, count = self._numbers("<IQ")
+            if inner in _WIDTHS:
+                self._take(_WIDTHS[inner] * count)
+            else:
+                for _ in range(count):
+                    self._pass(inner)
+        else:
+            self._take(_WIDTHS[kind])
+
+    def _string(self) -> str:
+        (length,) = self._numbers("<Q")
+        return self._take(length).decode("utf-8", "replace")
+
+    def _numbers(self, layout: str) -> Sequence[int]:
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))
+
+    def _take(self, count: int) -> bytes:
+        if self._at + count > len(self._content):
+            raise _CutShort
+        self._at += count
+        return self._content[self._at - count : self._at]
+
+
+def _aligned(at: int, settings: Mapping[str, bytes]) -> int:
+    """Where the tensors begin."""
+    alignment = int.from_bytes(settings[ALIGNMENT][4:], "little") if ALIGNMENT in settings else 32
+    if not alignment:
+        raise ValueError("an alignment of 0")
+    return -(-at // alignment) * alignment
+
+
+def _placed(kind: int, shape: tuple[int, ...], begin: int) -> GgufTensor:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return GgufTensor(kind, shape, begin, begin + math.prod(shape) // block * size)
