@@ -95,6 +95,38 @@ def plan(
         _console().print(plan_tree(shown), highlight=False)
 
 
+@app.command(epilog=EXIT_CODES)
+def advise(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A folder, a GGUF file, an adapter, hf:ORG/NAME, s3://..., models:/NAME@ALIAS.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a request.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of its answer.", min=1)] = 128,
+    batch: Annotated[int, typer.Option(help="Requests in one batch.", min=1)] = 1,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at a time that come one by one, as from users.", min=1)] = None,
+    task: Annotated[str | None, typer.Option(help="What the model is for; its own task where omitted.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    gpus: Annotated[int | None, typer.Option(help="Of another machine: how many GPUs it has.", min=0)] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Of another machine: GiB of each GPU.")] = None,
+    compute_capability: Annotated[str | None, typer.Option(help="Of another machine's GPUs, such as 9.0.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Of another machine: GiB of main memory.")] = None,
+    max_loss: Annotated[str, typer.Option(help="Of quality, such as 1%; none for no bound.")] = "1%",
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say which engine and which grid suit a checkpoint, a machine and a workload, with what is to be expected. Runs nothing."""
+    from featherweight.recipe.advice.expected import Asked
+    from flows.advise import Described, advice_on, advice_view
+
+    machine = Described(device, gpus, gpu_memory, compute_capability, memory)
+    asked = Asked(prompt_tokens, new_tokens, concurrency or batch, concurrency is not None)
+    advice = advice_on(checkpoint, machine, asked, max_loss, task, workspace)
+    if as_json:
+        _print_json(advice.to_dict())
+    else:
+        _console().print(advice_view(advice), highlight=False)
+
+
 @app.command()
 def variants(
     run: Annotated[str, typer.Argument(help="An optimization's MLflow run id; the latest where omitted.")] = "",

@@ -55,19 +55,21 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
 
     Raises CheckpointError, as loading it would, for what can be told to be wrong; KnownAtLoad where only loading tells.
     """
+    facts = facts_for_any_task(spec)
+    require_task(spec.source, facts.config, spec.task)
+    return facts
+
+
+def facts_for_any_task(spec: LoadSpec) -> CheckpointFacts:
+    """The same, whatever the model is made for; `spec.task` plays no role."""
     seen = look_at(spec)
     if seen is None:
         raise KnownAtLoad(f"{spec.source} has to be fetched first")
     if isinstance(seen, Listing):
-        facts = _of_listing(seen, spec)
-    elif (gguf := gguf_file(seen)) is not None:
-        facts = _of_gguf(gguf)
-    elif has_adapter(seen, spec):
-        facts = _of_adapted(seen, spec)
-    else:
-        facts = _of_folder(seen, spec)
-    require_task(spec.source, facts.config, spec.task)
-    return facts
+        return _of_listing(seen, spec)
+    if (gguf := gguf_file(seen)) is not None:
+        return _of_gguf(gguf)
+    return _of_adapted(seen, spec) if has_adapter(seen, spec) else _of_folder(seen, spec)
 
 
 def facts_of(folder: Path, config: PreTrainedConfig) -> CheckpointFacts:
@@ -171,4 +173,4 @@ def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     told = base_of(found, spec)
     adapter_weights(found, spec)
     plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
-    return replace(read_facts(spec.model_copy(update=plain)), quantized=None, grids=dict[str, Grid](), sparse=False)
+    return replace(facts_for_any_task(spec.model_copy(update=plain)), quantized=None, grids=dict[str, Grid](), sparse=False)

@@ -111,6 +111,24 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else str(settings)
 
 
+def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
+    """The grid that the weights keep by what the settings say, before any is read; None where they become floats, or do not say."""
+    if method == "compressed-tensors":
+        groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
+        told = groups[0] if groups else {}
+        symmetric, bits, kind = told.get("symmetric", True), told.get("num_bits"), told.get("type", "int")
+        size = told.get("group_size") if told.get("strategy") == "group" else None
+    else:
+        symmetric = (
+            settings.get("sym", False) and not settings.get("desc_act")
+            if method == "gptq"
+            else not settings.get("zero_point", True)
+        )
+        bits, kind, size = settings.get("bits", 4), "int", settings.get("group_size", 128)
+    low, high = {8: (-128, 127), 4: (-8, 7)}.get(int(bits or 0), (0, 0))
+    return _grid((str(kind), int(bits), size if size and size > 0 else None), low, high) if symmetric and high else None
+
+
 def require_readable(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for a format that is not read here, before any weight is."""
     method, settings = method_of(config), config["quantization_config"]

@@ -132,6 +132,15 @@ def _modifier_class() -> Any:
     return Gptq
 
 
+EXPECTED_LOSSES = {"int8": 0.0017, "int8-g32": 0.0006, "int4": 0.0403, "int4-g32": 0.0199, "fp8": 0.0018}
+
 GPTQ = Quantizer(
-    GptqSpec, choose, oneshot.LIBRARIES, refusal=refusal, operations=calibration_operations, starts_training=True, column_s=1e-3
+    GptqSpec,
+    choose,
+    oneshot.LIBRARIES,
+    refusal=refusal,
+    operations=calibration_operations,
+    starts_training=True,
+    column_s=1e-3,
+    losses=EXPECTED_LOSSES,
 )

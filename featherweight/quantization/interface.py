@@ -150,6 +150,7 @@ class Quantizer(Generic[SpecT]):
     operations: floating-point operations that it takes for a model of so many parameters.
     column_s: seconds for each column of each matrix, where it goes through them one by one.
     starts_training: training may begin from its integers; it reads none but the shared keys.
+    losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
     tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
 
@@ -162,6 +163,7 @@ class Quantizer(Generic[SpecT]):
     starts_training: bool = False
     column_s: float = 0.0
     tolerance: float = TOLERANCE
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:

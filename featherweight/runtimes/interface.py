@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 Tokens = list[list[int]]
@@ -137,6 +138,12 @@ class Runtime(ABC, Generic[SpecOf]):
         Asked by the plan where the checkpoint's folder can be read, and again before anything is written.
         """
         return None
+
+    def offers(self, device: Device, machine: Machine) -> Iterable[Offer]:
+        """The ways to serve that are worth considering, and what is to be expected of each; here as PyTorch's, in float."""
+        from featherweight.runtimes.offers import Offer, Reach
+
+        return [Offer(Reach(0.45, 0.25, 5e-4), device=device)]
 
     def missing(self) -> str | None:
         """None if it can be started here, else the reason why not and how to get it."""

@@ -151,11 +151,15 @@ def memory_bandwidth_bytes_s(threads: int | None = None, budget_s: float = 0.5) 
     return max(_read_passes(np.array_split(array, threads), budget_s))
 
 
+def last_cache_bytes() -> int:
+    """Bytes of the processor's largest cache; 0 where the system does not tell."""
+    sizes = (_read(str(path)).strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.removesuffix("K").isdigit()), default=0)
+
+
 def _beyond_caches_bytes() -> int:
     """Twice the largest cache, so that little of it is read again from there; 256 MiB at least, 1 GiB at most."""
-    sizes = (_read(str(path)).strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    largest = max((int(size.removesuffix("K")) * 1024 for size in sizes if size.removesuffix("K").isdigit()), default=0)
-    return min(max(2 * largest, 256 * 2**20), 2**30)
+    return min(max(2 * last_cache_bytes(), 256 * 2**20), 2**30)
 
 
 def _read_passes(parts: list[Any], budget_s: float) -> list[float]:

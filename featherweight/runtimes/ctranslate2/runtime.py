@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 ROUNDED: tuple[ComputeType, ...] = ("int8", "int8_float16", "int8_bfloat16")
@@ -90,6 +91,11 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         from featherweight.runtimes.ctranslate2.bytes_read import model_tensors
 
         return model_tensors(folder / "model.bin", serving.options.get("compute_type", "float32"))
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.ctranslate2.offers import offers
+
+        return offers(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "fill-mask":

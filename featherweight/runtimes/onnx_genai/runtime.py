@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 BITS = {"int8": 8, "int4": 4}
@@ -77,6 +78,11 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         from featherweight.runtimes.onnx_genai.bytes_read import graph_tensors
 
         return graph_tensors(folder / "model.onnx")
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.onnx_genai.offers import offers
+
+        return offers(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 
@@ -61,6 +62,11 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         from featherweight.runtimes.torch.bytes_read import packed_tensors
 
         return packed_tensors(folder, self.format, config)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.torch.offers import quantized
+
+        return quantized(self.name, device, machine)
 
     def grid_refusal(self, grids: Grids, spec: QuantizedTorchSpec) -> str | None:
         if grids.body is None or spec.kv_cache:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtimes.bytes_read import HeldTensor
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 BITSANDBYTES: tuple[ComputeType, ...] = ("nf4", "llm.int8")
@@ -88,6 +89,11 @@ class Torch(Runtime[TorchSpec]):
             return bitsandbytes_tensors(folder, rounded, config)
         return super().held_tensors(folder, serving, config)
 
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.torch.offers import eager
+
+        return eager(device, machine)
+
     def grid_refusal(self, grids: Grids, spec: TorchSpec) -> str | None:
         known = (*FLOATS, *BITSANDBYTES)
         if reason := compute_type_refusal(self.name, known, spec.compute_type) or cache_refusal(self.name, spec):
@@ -137,6 +143,11 @@ class TorchCompile(Runtime[TorchCompileSpec]):
 
         link_checkpoint(source.checkpoint, out)
         Serving("torch-compile").write(out)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.torch.offers import compiled
+
+        return compiled(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         return "only decoders have a compiled step here; take ctranslate2 or torch" if task == "text2text-generation" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ from featherweight.system.toolchains import distributions
 
 if TYPE_CHECKING:
     from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *SCHEMES)
@@ -73,6 +75,11 @@ class Vllm(Runtime[VllmSpec]):
         rounded = {"fp8": FP8, "int8": INT8_ACTIVATIONS}.get(compute_type, EXACT)
         cache = FP8 if serving.options.get("kv_cache_dtype") == "fp8" else EXACT
         return loosest(EXACT, rounded, sixteen_bits(serving.options.get("dtype", "")) or EXACT, cache)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.vllm.offers import offers
+
+        return offers(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":

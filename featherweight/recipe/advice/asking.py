@@ -1,0 +1,88 @@
+"""From what a user names to a question: the checkpoint's facts, the machine, the workload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from featherweight.checkpoint.facts import KnownAtLoad, facts_for_any_task
+from featherweight.checkpoint.fetching import SOURCES
+from featherweight.checkpoint.inspection import require_task
+from featherweight.checkpoint.quantized_formats import grid_told
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError, RecipeError, one_line
+from featherweight.model.facts import CheckpointFacts
+from featherweight.model.positions import context_tokens
+from featherweight.recipe.advice.candidates import Question
+from featherweight.recipe.advice.expected import Asked
+from featherweight.recipe.advice.hardware import described, roofs_of
+from featherweight.recipe.advice.measured import measured_before
+from featherweight.spec import Task
+from featherweight.system.device import Wanted, resolve
+from featherweight.system.gpu import Capability
+from featherweight.system.machine import Machine, describe
+
+
+def source_named(name: str) -> str:
+    """A path, a source with its kind before it, or ORG/NAME of the hub. Raises CheckpointError for what is none of them."""
+    if Path(name).expanduser().exists() or any(kind and name.startswith(kind) for kind in SOURCES):
+        return name
+    if name.count("/") == 1 and name[0] not in "./~" and not name.endswith((".gguf", ".yaml")):
+        return f"hf:{name}"
+    raise CheckpointError(f"{name} is no folder or GGUF file here, and no hf:ORG/NAME, s3://BUCKET/PREFIX or models:/NAME@ALIAS")
+
+
+def facts_named(source: str, task: Task | None = None) -> CheckpointFacts:
+    """What a source tells of its checkpoint. Raises CheckpointError, also where only loading tells, or it is for another task."""
+    try:
+        facts = facts_for_any_task(LoadSpec(source=source))
+    except KnownAtLoad as reason:
+        raise CheckpointError(f"{source}: what it holds is known once it is loaded: {one_line(reason)}") from reason
+    if task is not None:
+        require_task(source, facts.config, task)
+    return _with_grid(facts)
+
+
+def _with_grid(facts: CheckpointFacts) -> CheckpointFacts:
+    """Those of a checkpoint that others quantized, on the grid that its settings name, as loading it will find."""
+    settings = getattr(facts.config, "quantization_config", None)
+    grid = grid_told(str(facts.quantized), settings) if settings and facts.quantized and not facts.grids else None
+    return facts if grid is None else replace(facts, grids={"model.layers.0.body.weight": grid})
+
+
+def machine_asked(gpus: int | None, gpu_gib: float | None, capability: str | None, gib: float | None) -> tuple[Machine, bool]:
+    """The machine that is asked about, and whether it is this one."""
+    here = describe()
+    asked = described(here, gpus, gpu_gib, capability_of(capability), gib)
+    return asked, asked == here
+
+
+def capability_of(text: str | None) -> Capability | None:
+    """'9.0' as (9, 0). Raises RecipeError."""
+    if text is None:
+        return None
+    major, _, minor = text.partition(".")
+    if not (major.isdigit() and (minor or "0").isdigit()):
+        raise RecipeError(f"--compute-capability {text}: give it as CUDA counts, such as 9.0")
+    return int(major), int(minor or 0)
+
+
+def question_of(
+    source: str,
+    facts: CheckpointFacts,
+    machine: Machine,
+    here: bool,
+    device: Wanted,
+    asked: Asked,
+    max_loss: float | None,
+    workspace: Path,
+) -> Question:
+    """All of it. Raises ToolchainError where the device is not to be had, RecipeError where the model's context is too short."""
+    where = resolve(device, machine)
+    tokens = asked.prompt_tokens + (0 if facts.task not in ("text-generation",) else asked.new_tokens)
+    if tokens > (longest := context_tokens(facts.config)):
+        raise RecipeError(
+            f"{tokens} tokens are asked of a model whose context holds {longest}; lower --prompt-tokens or --new-tokens"
+        )
+    before = measured_before(workspace, source, machine.cpu_model)
+    return Question(source, facts, facts.task, machine, roofs_of(machine, where, here), asked, max_loss, here, before)

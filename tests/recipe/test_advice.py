@@ -1,0 +1,260 @@
+"""Advice as rules: a model, a machine and a workload go in, an engine and a grid with reasons come out. Nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from featherweight.grid import GRIDS
+from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.recipe.advice.advice import Advice, advise
+from featherweight.recipe.advice.candidates import Question
+from featherweight.recipe.advice.expected import Asked
+from featherweight.recipe.advice.hardware import Roofs, card_of, described, roofs_of
+from featherweight.recipe.advice.measured import Before
+from featherweight.recipe.advice.rules import NAMES
+from featherweight.recipe.advice.shape import Shape
+from featherweight.spec import Task
+from featherweight.system.device import CPU, CUDA
+from featherweight.system.gpu import Gpu
+from featherweight.system.machine import Machine
+
+VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})
+PLAIN = {"is_encoder_decoder": False, "pad_token_id": None, "attention_bias": False, "mlp_bias": False}
+
+
+def llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, **more: Any) -> CheckpointFacts:
+    """A Llama of that shape, with the headers of its weights; a vocabulary of 32,000, tied."""
+    told: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000} | PLAIN
+    told |= {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads}
+    told |= {
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+    told |= more.pop("config", {})
+    kv = kv_heads * hidden // heads
+    sizes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+    sizes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    shapes = {f"model.layers.{i}.{name}_proj.weight": size for i in range(layers) for name, size in sizes.items()}
+    shapes["model.embed_tokens.weight"] = (32000, hidden)
+    kind = {"mistral": "MistralConfig", "mixtral": "MixtralConfig"}.get(told["model_type"], "LlamaConfig")
+    generation = Values({"values": {}, "names": {}})
+    return CheckpointFacts(Values({"class": kind, "values": told, "names": {}}), generation, more.pop("shapes", shapes), **more)
+
+
+SMALL = llama(12, 768, 2048, 12, 12)  # 0.1 billion weights
+ONE = llama(22, 2048, 5632, 32, 4)
+EIGHT = llama(32, 4096, 14336, 32, 8)
+SEVENTY = llama(80, 8192, 28672, 64, 8)
+
+
+def encoder(model_type: str, architecture: str, task: Task) -> CheckpointFacts:
+    """MiniLM's shape, with a head for a task."""
+    told = {"model_type": model_type, "architectures": [architecture], "vocab_size": 30522, "hidden_size": 384} | PLAIN
+    told |= {"num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12, "max_position_embeddings": 512}
+    told |= {"encoder_classes": ["BertModel", "BertForMaskedLM"], "pad_token_id": 0, "position_embedding_type": "absolute"}
+    shapes = {f"encoder.layer.{i}.attention.self.query.weight": (384, 4608) for i in range(6)}
+    shapes["embeddings.word_embeddings.weight"] = (30522, 384)
+    facts = CheckpointFacts(
+        Values({"class": "BertConfig", "values": told, "names": {}}), Values({"values": {}, "names": {}}), shapes
+    )
+    assert facts.task == task
+    return facts
+
+
+def t5() -> CheckpointFacts:
+    """T5-small's shape."""
+    told = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128, "d_model": 512} | PLAIN
+    told |= {"is_encoder_decoder": True, "num_layers": 6, "num_decoder_layers": 6, "num_heads": 8, "d_kv": 64, "d_ff": 2048}
+    told |= {"pad_token_id": 0, "tie_word_embeddings": True, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
+    shapes = {f"{part}.block.{i}.layer.0.a.weight": (512, 6144) for i in range(6) for part in ("encoder", "decoder")}
+    shapes["shared.weight"] = (32128, 512)
+    return CheckpointFacts(Values({"class": "T5Config", "values": told, "names": {}}), Values({"values": {}, "names": {}}), shapes)
+
+
+def machine(gib: float = 32, gpus: int = 0, gpu_gib: float = 80, capability: tuple[int, int] = (9, 0)) -> Machine:
+    return Machine("Linux", "x86_64", "some", VNNI, 8, 8, int(gib * 2**30), (Gpu("", int(gpu_gib * 2**30), capability),) * gpus)
+
+
+def asked(facts: CheckpointFacts, there: Machine, work: Asked = Asked(), **more: Any) -> Advice:
+    """The advice on a model and a machine of 8 cores, 20 GB/s and half a teraflop, or on its GPUs."""
+    flops = dict.fromkeys(("float32", "float16", "int8", "fp8"), 5e11)
+    roofs = roofs_of(there, CUDA) if there.gpus else Roofs(CPU, there.memory_bytes, 2e10, flops)  # type: ignore[arg-type]
+    return advise(Question("model", facts, facts.task, there, roofs, work, here=False, **more))
+
+
+def best(advice: Advice) -> str:
+    return advice.recommended.name if advice.recommended else ""
+
+
+def users(number: int) -> Asked:
+    return Asked(512, 256, number, concurrent=True)
+
+
+def pick(advice: Advice) -> tuple[str, str]:
+    """The engine of the two, and the rule that decided."""
+    return advice.ruling.engine, advice.ruling.rule
+
+
+def test_a_small_decoder_on_a_cpu_alone() -> None:
+    advice = asked(SMALL, machine())
+    assert best(advice) == "onnxruntime-genai int8"
+    assert pick(advice) == ("ctranslate2", "a CPU alone")
+    assert "benchmarks/README.md" in advice.ruling.source and "vllm" in advice.ruling.reason
+
+
+def test_where_little_quality_may_go_four_bits_wait_for_more() -> None:
+    tight, loose = asked(SMALL, machine(), max_loss=0.005), asked(SMALL, machine(), max_loss=0.05)
+    assert tight.recommended and tight.recommended.offer.grid == "int8"
+    assert loose.recommended and loose.recommended.offer.grid == "int4-g32"
+    sees = loose.recommended.expected
+    assert sees and tight.recommended.expected and sees.tokens_per_s > tight.recommended.expected.tokens_per_s
+
+
+def test_a_billion_weights_and_sixteen_users_on_a_cpu() -> None:
+    advice = asked(ONE, machine(), users(16))
+    assert advice.recommended and advice.recommended.can_serve
+    assert advice.ruling.rule in ("a CPU alone", "the faster one") and advice.ruling.engine in NAMES
+    alone = asked(ONE, machine())
+    assert alone.ruling.engine == "ctranslate2"
+
+
+def test_eight_billion_on_one_gpu_of_24_gib() -> None:
+    advice = asked(EIGHT, machine(64, 1, 24, (8, 9)))
+    assert advice.recommended and advice.recommended.expected and advice.recommended.expected.memory_bytes < 0.9 * 24 * 2**30
+    whole = next(row for row in advice.rows if row.name == "torch float32")
+    assert whole.too_large and "and there are 24.0 GiB" in whole.too_large
+    assert "pays for a server" not in advice.ruling.reason
+
+
+def test_eight_billion_and_sixty_four_users_on_80_gib() -> None:
+    advice = asked(EIGHT, machine(256, 1, 80), users(64))
+    assert advice.recommended and advice.recommended.engine == "vllm"
+    assert pick(advice) == ("vllm", "many at a time on a GPU")
+    assert "continuous batching" in advice.headline and "64 requests" in advice.ruling.reason
+
+
+def test_seventy_billion_on_two_gpus() -> None:
+    advice = asked(SEVENTY, machine(512, 2, 80), users(64))
+    assert pick(advice) == ("vllm", "several GPUs")
+    assert advice.recommended and advice.recommended.offer.parts == 2
+    assert "2 GPUs share every layer" in advice.headline and advice.ruling.source.startswith("docs.vllm.ai")
+    halves = next(row for row in advice.rows if row.name == "vllm float16, 2 GPUs")
+    assert halves.too_large and "on each of 2 GPUs" in halves.too_large
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_an_encoder_decoder_is_ctranslate2s(gpus: int) -> None:
+    advice = asked(t5(), machine(gpus=gpus))
+    assert advice.recommended and advice.recommended.engine == "ctranslate2"
+    assert pick(advice) == ("ctranslate2", "one cannot serve") and "encoder-decoder" in advice.ruling.reason
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"), [("BertModel", "feature-extraction"), ("BertForSequenceClassification", "text-classification")]
+)
+def test_encoders_are_not_vllms(architecture: str, task: Task) -> None:
+    advice = asked(encoder("bert", architecture, task), machine())
+    assert pick(advice) == ("ctranslate2", "one cannot serve")
+    assert advice.recommended and advice.recommended.engine == "ctranslate2"
+    assert all(row.expected and row.expected.cache_bytes == 0 for row in advice.rows if row.can_serve)
+
+
+def test_filling_masks_is_neithers() -> None:
+    advice = asked(encoder("bert", "BertForMaskedLM", "fill-mask"), machine())
+    assert pick(advice) == ("", "one cannot serve") and advice.ruling.line.startswith("neither")
+    assert advice.recommended and advice.recommended.engine.startswith("torch")
+
+
+def test_experts_stay_in_float_and_are_read_as_they_are_asked_for() -> None:
+    experts = {f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight": (2048, 1024) for i in range(8) for e in range(8)}
+    plain = {f"model.layers.{i}.self_attn.q_proj.weight": (1024, 1024) for i in range(8)}
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    facts = llama(8, 1024, 2048, 16, 8, config=config, shapes=experts | plain)
+    shape = Shape.of(facts)
+    assert shape.active == 0.25 and shape.read(1) < shape.read(8) < 1.0
+    advice = asked(facts, machine())
+    assert advice.recommended and advice.recommended.offer.grid is None
+    assert any("nothing moves to a grid" in str(row.refused) for row in advice.rows)
+    assert any("of whom a token asks 25%" in note for note in advice.notes)
+
+
+def test_a_sliding_window_bounds_the_cache_and_rules_out_who_overlooks_it() -> None:
+    facts = llama(
+        12, 768, 2048, 12, 12, config={"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    )
+    advice = asked(facts, machine())
+    assert pick(advice) == ("vllm", "one cannot serve") and "sliding window of 64" in advice.ruling.reason
+    row, wide = (next(row for row in one.rows if row.name == "torch float32") for one in (advice, asked(SMALL, machine())))
+    assert row.expected and wide.expected and row.expected.cache_bytes == wide.expected.cache_bytes / 4
+
+
+def test_a_gguf_file_keeps_its_integers() -> None:
+    names = (*(f"blk.{i}.attn_q.weight" for i in range(12)), "token_embd.weight")
+    advice = asked(replace(SMALL, quantized="gguf", grids=dict.fromkeys(names, GRIDS["int8-g32"])), machine())
+    assert advice.recommended and advice.recommended.engine == "onnxruntime-genai" and advice.recommended.quantize is None
+    assert advice.recommended.offer.grid == "int8-g32" and any("nothing is rounded again" in note for note in advice.notes)
+    assert "CTranslate2 packs one scale per row" in advice.ruling.reason
+
+
+def test_four_bits_of_somebody_else_go_where_they_fit() -> None:
+    kept = replace(EIGHT, quantized="gptq", grids={"model.layers.0.body.weight": GRIDS["int4-g128"]})
+    advice = asked(kept, machine(64, 1, 24, (8, 0)), users(16))
+    assert pick(advice)[0] == "vllm" and advice.recommended
+    assert (advice.recommended.name, advice.recommended.quantize) == ("vllm w4a16 on int4-g128", None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused", "serves"),
+    [((7, 5), "bfloat16", "vllm float16"), ((9, 0), None, "vllm bfloat16")],
+)
+def test_what_an_old_gpu_has_no_kernel_for(capability: tuple[int, int], refused: str | None, serves: str) -> None:
+    advice = asked(ONE, machine(64, 1, 16, capability))
+    reasons = {row.name: row.refused for row in advice.rows}
+    assert reasons[serves] is None
+    assert (refused is None) == (reasons["vllm bfloat16"] is None)
+    assert refused is None or "sm_75" in str(reasons["vllm bfloat16"])
+
+
+def test_where_nothing_fits_it_says_what_would() -> None:
+    advice = asked(EIGHT, machine(4))
+    assert advice.recommended is None and advice.ruling.engine == ""
+    assert "GiB of memory would do, or a model of at most about" in advice.headline
+    assert any("to make variants of it" in note for note in advice.notes)
+    assert advice.to_dict()["recommended"] is None
+
+
+def test_what_was_measured_here_stands_in_for_what_is_assumed() -> None:
+    key = ("ctranslate2", "int8", "cpu")
+    plain = asked(SMALL, machine())
+    size = next(row.expected for row in plain.rows if row.name == "ctranslate2 int8")
+    assert size
+    told = asked(SMALL, machine(), before=Before({key: [(size.weights_bytes, 0.9)]}, {key: 0.004}))
+    row = next(row for row in told.rows if row.name == "ctranslate2 int8")
+    assert row.expected and row.measured and row.expected.loss == pytest.approx(0.004)
+    assert row.expected.basis == "measured in this workspace" and row.expected.tokens_per_s > size.tokens_per_s
+    assert told.recommended is row
+    far = asked(SMALL, machine(), before=Before({key: [(size.weights_bytes * 100, 0.9)]}))
+    assert next(row for row in far.rows if row.name == "ctranslate2 int8").expected == size
+
+
+def test_another_machine_is_this_one_with_what_is_said_otherwise() -> None:
+    there = described(machine(16), gpus=2, gpu_gib=80, capability=(9, 0), gib=512)
+    assert (len(there.gpus), there.gpus[0].memory_bytes, there.memory_bytes) == (2, 80 * 2**30, 512 * 2**30)
+    assert described(machine(16), None, None, None, None) == machine(16)
+    assert described(machine(16, 1), gpus=0, gpu_gib=None, capability=None, gib=None).gpus == ()
+    assert card_of(there.gpus[0]) == "H100" and card_of(Gpu("NVIDIA A100-SXM4-80GB", 1, (8, 0))) == "A100"
+    assert card_of(Gpu("", 1, (7, 5))) == "T4" and card_of(Gpu("", 1, (8, 7))) == "A10"
+
+
+def test_every_offer_is_a_recipe_of_its_engine() -> None:
+    """On every device: what is offered is validated as a recipe's own words."""
+    for there in (machine(), machine(64, 2, 80, (9, 0)), machine(64, 1, 16, (7, 5))):
+        advice = asked(SMALL, there)
+        assert {row.engine for row in advice.rows} >= {"torch", "ctranslate2", "vllm", "onnxruntime-genai"}
+        assert all(row.serve.engine == row.engine and row.offer.reach.source for row in advice.rows)
+        assert len({row.name for row in advice.rows}) == len(advice.rows)
