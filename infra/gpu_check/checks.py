@@ -37,7 +37,7 @@ class Check:
 def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
     """All of them, in the order in which they begin. speed: measurements too, which run alone."""
     work.mkdir(parents=True, exist_ok=True)
-    found = [_doctor(cuda), *_stages(work, cuda), _tests(cuda), _flow(work, cuda), *_engines(work)]
+    found = [_doctor(cuda), _flow(work, cuda), _tests(cuda), *_stages(work, cuda), *_engines(work), _other_tests(cuda)]
     return [check for check in found if speed or not check.alone]
 
 
@@ -52,6 +52,13 @@ def _tests(cuda: bool) -> Check:
     side_by_side = ("--numprocesses", "6", "--dist", "worksteal")
     command = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *side_by_side, *files)
     return Check("tests marked cuda", command, 300, device="cuda") if cuda else _none("tests marked cuda")
+
+
+def _other_tests(cuda: bool) -> Check:
+    """The tests that compute on the CPU whatever else there is; on a machine without a GPU they are `make test`'s."""
+    parallel = ("--numprocesses", "10", "--dist", "loadfile", "--no-loadscope-reorder")
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "not cuda and not server", "-p", "no:cacheprovider", *parallel)
+    return Check("tests beside a GPU", command, 360) if cuda else _none("tests beside a GPU")
 
 
 def _flow(work: Path, cuda: bool) -> Check:
