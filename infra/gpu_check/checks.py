@@ -58,7 +58,7 @@ def _other_tests(cuda: bool) -> Check:
     """The tests that compute on the CPU whatever else there is; on a machine without a GPU they are `make test`'s."""
     parallel = ("--numprocesses", "10", "--dist", "loadfile", "--no-loadscope-reorder")
     command = (sys.executable, "-m", "pytest", "-q", "-m", "not cuda and not server", "-p", "no:cacheprovider", *parallel)
-    return Check("tests beside a GPU", command, 360) if cuda else _none("tests beside a GPU")
+    return Check("tests beside a GPU", command, 300) if cuda else _none("tests beside a GPU")
 
 
 def _flow(work: Path, cuda: bool) -> Check:
