@@ -14,6 +14,7 @@ from featherweight.recipe.plan import ESSENTIAL, Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult
+from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.store.workspace import Workspace
 from featherweight.system.progress_channel import ProgressChannel
 from flows.approval import awaited
@@ -80,7 +81,7 @@ def optimize(
     recipe: Recipe, plan: Plan, workspace: Workspace, progress: ProgressChannel, tags: Mapping[str, str] | None = None
 ) -> OptimizationResult:
     """The body of the flow, on what its parameters name."""
-    with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent:
+    with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent, kept_workers():
         result = summarize(recipe, plan, run_plan(plan, parent), parent)
     if result.winner is not None:
         progress.tell("say", f"winner: {result.winner}")

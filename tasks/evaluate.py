@@ -43,8 +43,9 @@ def evaluate(
     workload = Workload.read(spec, baseline / Serving.read(baseline).weights, evaluation)
     known = Comparison.read(baseline_measurement).variant if baseline_measurement else None
     with ExitStack() as stack:
-        variant = MeasuredVariant(workload, served, stack, progress)
-        other = variant if same_files(served, baseline) else MeasuredVariant(workload, baseline, stack, progress, known)
+        alone = same_files(served, baseline)
+        variant = MeasuredVariant(workload, served, stack, progress, keep=alone)
+        other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
         pairs = [take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
         measured = variant.measurement([ours for ours, _ in pairs], other)
         measured = replace(measured, roofline=_roofline(served, measured, progress))

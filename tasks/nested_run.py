@@ -19,6 +19,7 @@ from featherweight.masking import masked, masked_tree
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
+from featherweight.runtimes.kept_worker import kept_cpu_s
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
 from featherweight.system.device import CUDA, using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
@@ -149,9 +150,12 @@ def _silence(libraries: tuple[str, ...]) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of those that it started and that have ended, which other processes do not lengthen."""
+    """Processor time of this process and of those that it started, which other processes do not lengthen.
+
+    Of one that still runs it is known where it is the worker that is kept.
+    """
     spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+    return spent.user + spent.system + spent.children_user + spent.children_system + kept_cpu_s()
 
 
 def _log(client: MlflowClient, run_id: str, node: Node, metrics: Metrics, peak: int) -> None:

@@ -157,6 +157,23 @@ class Worker:
         self._child.kill()
         return StageError(f"{self.engine} died while {_doing(doing)} ({self._child.ending()}); {self._child.tail()}")
 
+    @property
+    def pid(self) -> int:
+        """The process that holds the engine."""
+        return self._child.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process still runs."""
+        return self._child.process.poll() is None
+
+    def cpu_s(self) -> float:
+        """Processor time of its process so far, and of those that it started and that have ended."""
+        import psutil
+
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system + times.children_user + times.children_system
+
     def close(self) -> None:
         """End the process: ask first, insist after a while."""
         self._child.close()

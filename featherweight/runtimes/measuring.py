@@ -15,8 +15,8 @@ from featherweight.measure.measurement import Measurement, Quality, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Timing
+from featherweight.runtimes.kept_worker import kept_worker, started
 from featherweight.runtimes.workload import Workload
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving, served_bytes
@@ -31,17 +31,26 @@ class MeasuredVariant:
     """One served folder being measured: its worker, and its best number of threads for each batch size."""
 
     def __init__(
-        self, workload: Workload, served: Path, stack: ExitStack, progress: Progress, known: Measurement | None = None
+        self,
+        workload: Workload,
+        served: Path,
+        stack: ExitStack,
+        progress: Progress,
+        known: Measurement | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
+        """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later."""
         self.workload, self.served, self.progress = workload, served, progress
         self.known = known if known and known.quality.bytes == workload.quality_bytes else None
         sizes = workload.spec.batch_sizes
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
         self.counts = thread_counts(workload.spec.threads, self.slow)
-        progress.note(f"starting {self.engine}")
-        self.worker = stack.enter_context(open_worker(served, self.counts[0], workload.max_tokens, max(sizes)))
-        self.warmup_s: dict[tuple[int, int], float] = {}
+        asked = served, self.counts[0], workload.max_tokens, max(sizes), progress
+        self.worker = stack.enter_context(kept_worker(*asked, fresh=self.known is None) if keep else started(*asked))
+        cold = self.known.speeds if self.known else ()
+        self.warmup_s = {(speed.batch_size, speed.threads): speed.warmup_s for speed in cold}
         self.repeats = 1
         self.probes = self._probe(sizes)
 

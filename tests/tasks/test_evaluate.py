@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from featherweight.measure.measurement import FILE, Comparison
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Progress
 from featherweight.runtimes.bytes_read import bytes_read
+from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import token_windows
@@ -65,11 +67,12 @@ def ctranslate2(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(baseline, text, tmp_path_factory) -> Path:
-    """The baseline's own evaluation."""
+def measured(baseline, text, tmp_path_factory) -> Iterator[Path]:
+    """The baseline's own evaluation; its worker is kept, as it is in a run."""
     out = tmp_path_factory.mktemp("measured")
-    evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=out)
-    return out
+    with kept_workers():
+        evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=out)
+        yield out
 
 
 @pytest.mark.engine
@@ -108,6 +111,9 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
     assert comparison.baseline.quality == before.quality
     assert comparison.baseline.speed(1).total_s != before.speed(1).total_s, "speed is always measured in turns"
     assert sum(note.startswith("scoring") for note in heard.notes) == 1
+    assert "starting torch" not in heard.notes, "the baseline's process is the one that was measured by itself"
+    assert comparison.baseline.startup_s == before.startup_s and comparison.baseline.peak_memory_bytes == before.peak_memory_bytes
+    assert [speed.warmup_s for speed in comparison.baseline.speeds] == [speed.warmup_s for speed in before.speeds]
     assert abs(metrics["quality_change"]) < 0.05 and metrics["quality_change_low"] < metrics["quality_change_high"]
     assert metrics["speedup_1_low"] <= metrics["speedup_1"] <= metrics["speedup_1_high"]
     for batch in (1, 2):
@@ -128,8 +134,10 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
 def test_other_windows_than_the_baselines_are_scored_anew_and_threads_are_probed(measured, baseline, ctranslate2, text, tmp_path):
     spec = SPEC.model_copy(update={"windows": 3, "batch_sizes": (1,), "rounds": 1, "threads": (1, 2)})
     inputs = {"served": ctranslate2, "baseline": baseline, "evaluation": text, "baseline_measurement": measured}
-    evaluate(spec, **inputs, out=tmp_path)
+    heard = Recorder()
+    evaluate(spec, **inputs, out=tmp_path, progress=heard)
     comparison = Comparison.read(tmp_path)
+    assert "starting torch" in heard.notes, "its memory and its load time are measured anew too"
     assert len(comparison.baseline.quality.nll) == len(comparison.variant.quality.nll) == 3
     for side in (comparison.variant, comparison.baseline):
         probe = side.speed(1).probe
