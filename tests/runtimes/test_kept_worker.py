@@ -52,6 +52,7 @@ def test_one_that_died_or_failed_is_started_anew_and_so_is_one_whose_start_is_me
     with kept_workers():
         first = use(served)
         os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
         second = use(served)
         with pytest.raises(ZeroDivisionError), kept_worker(served, *LIMITS, fresh=False) as worker:
             assert worker.pid == second != first
