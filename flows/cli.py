@@ -303,6 +303,25 @@ def rollback(
 
 
 @app.command(epilog=EXIT_CODES)
+def serve(
+    model: ModelArg,
+    host: Annotated[str, typer.Option(help="Where to listen; set a token where others can reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.", min=0, max=65535)] = 8000,
+    every: Annotated[float, typer.Option(help="Seconds between looks at the alias.", min=0.5)] = 5.0,
+    workspace: WorkspaceOpt = HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Tell what happens in JSON, a value a line.")] = False,
+) -> None:
+    """Verify a version and serve it as it was measured, until Ctrl-C; with an alias (champion) follow it, losing no request.
+
+    On the engine's own server where it has one (vLLM's, as OpenAI's), else MLflow's (/invocations). Set
+    FEATHERWEIGHT_SERVE_TOKEN to ask for it as a bearer token.
+    """
+    from flows.serve import serve as serve_version
+
+    serve_version(_workspace(workspace), model, host, port, every, as_json)
+
+
+@app.command(epilog=EXIT_CODES)
 def watch(
     source: Annotated[
         str,

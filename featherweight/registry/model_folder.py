@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,14 +46,15 @@ def write_model_folder(
     from mlflow.models.utils import _save_example
     from mlflow.pyfunc import save_model
 
-    save_model(
-        path=str(folder),
-        python_model=str(CODE),
-        mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
-        pip_requirements=requirements(engine, task),
-        model_config=config,
-        metadata={"featherweight.digest": digest, "featherweight.engine": engine},
-    )
+    with warnings.catch_warnings(record=True):  # of type hints that are no schema: the signature is set below
+        save_model(
+            path=str(folder),
+            python_model=str(CODE),
+            mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
+            pip_requirements=requirements(engine, task),
+            model_config=config,
+            metadata={"featherweight.digest": digest, "featherweight.engine": engine},
+        )
     model = Model.load(str(folder))
     model.signature = signature(task)
     model.model_size_bytes = size_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,6 +53,20 @@ class Grids:
     body: Grid | None = None
     head: Grid | None = None
     finer: Grid | None = None
+
+
+@dataclass(frozen=True)
+class EngineServer:
+    """An engine's own HTTP server on a Unix socket: how it is started, and what it is asked.
+
+    environment: changes to ours. paths: what users may ask; the rest of what it answers is for who runs it. example: the path
+    and the JSON of a short request.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    paths: tuple[str, ...]
+    example: tuple[str, Mapping[str, Any]]
 
 
 class Runtime(ABC, Generic[SpecOf]):
@@ -170,6 +184,10 @@ class Runtime(ABC, Generic[SpecOf]):
         if pattern == SEMI_STRUCTURED:
             return f"{note} (2:4 is fast on NVIDIA's sparse tensor cores alone, which {self.name} does not use)"
         return note
+
+    def server(self, served: Path, name: str, limits: Limits, socket: Path) -> EngineServer | None:
+        """Its own server of the folder `served` under the name `name`, on a Unix socket; None where it has none."""
+        return None
 
     def loaded_model(self) -> type[LoadedModel]:
         """The class that `loads_with` names."""

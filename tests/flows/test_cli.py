@@ -146,5 +146,5 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
 def test_version_and_every_help(tmp_path: Path) -> None:
     assert call("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
     known = ("optimize", "plan", "variants", "lineage", "promote", "approve", "rollback", "watch", "doctor", "ui")
-    for command in (*known, "history", "audit", "compare", "impact", "reproduce"):
+    for command in (*known, "history", "audit", "compare", "impact", "reproduce", "serve"):
         assert "Usage" in call(command, "--help", cwd=tmp_path).stdout

@@ -20,7 +20,8 @@ from featherweight.runtimes import client
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import by_length, windows_at_once
-from featherweight.runtimes.vllm.loaded import _ERROR, _cache_bytes
+from featherweight.runtimes.vllm.loaded import _ERROR
+from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
 
 PROMPTS = [[0, 33, 60, 61], [0, 44, 51, 70, 71], [0, 90, 91, 92]]

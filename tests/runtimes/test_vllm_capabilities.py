@@ -12,7 +12,7 @@ from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
-from featherweight.runtimes.vllm import capabilities, loaded, parallel
+from featherweight.runtimes.vllm import capabilities, parallel, server
 from featherweight.runtimes.vllm.capabilities import FP8_CACHE, RULES, rule
 from featherweight.runtimes.vllm.loaded import VllmModel
 from featherweight.system import toolchains
@@ -88,12 +88,9 @@ def test_the_doctor_hears_what_is_emulated():
 @pytest.mark.parametrize(("capability", "disabled"), [((9, 0), None), ((10, 0), "CutlassInt8ScaledMMLinearKernel"), (None, None)])
 def test_on_blackwell_int8_goes_round_cutlass(monkeypatch, capability, disabled):
     monkeypatch.delenv("VLLM_DISABLED_KERNELS", raising=False)
-    monkeypatch.setattr(loaded, "gpus", lambda: machine(capability).gpus)
-    engine = object.__new__(VllmModel)
-    engine.threads, engine.options = 1, {"compute_type": "int8"}
-    assert engine._environment().get("VLLM_DISABLED_KERNELS") == disabled
-    engine.options = {"compute_type": "fp8"}
-    assert "VLLM_DISABLED_KERNELS" not in engine._environment()
+    monkeypatch.setattr(server, "gpus", lambda: machine(capability).gpus)
+    assert server.environment({"compute_type": "int8"}, 1).get("VLLM_DISABLED_KERNELS") == disabled
+    assert "VLLM_DISABLED_KERNELS" not in server.environment({"compute_type": "fp8"}, 1)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +124,7 @@ def test_groups_are_not_cut_apart():
 
 
 def test_the_server_is_told_its_parts(monkeypatch, tmp_path):
-    monkeypatch.setattr(loaded, "_cache_bytes", lambda *_: 2**26)
+    monkeypatch.setattr(server, "_cache_bytes", lambda *_: 2**26)
     engine = object.__new__(VllmModel)
     engine.weights = engine.served = tmp_path
     engine.options, engine.limits = {"tensor_parallel_size": "2"}, Limits(threads=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.runtimes.vllm.loaded import _cache_bytes
+from featherweight.runtimes.vllm.server import _cache_bytes
 
 BLOCK, PAIR = 128, 2 * 4
 

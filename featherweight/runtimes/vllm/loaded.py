@@ -7,18 +7,15 @@ import os
 import re
 import subprocess
 import tempfile
-from pathlib import Path
+from dataclasses import replace
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
-from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
-from featherweight.runtimes.vllm.capabilities import disabled_kernels
+from featherweight.runtimes.vllm.server import arguments, environment, program
 from featherweight.system.device import Device
-from featherweight.system.machine import gpus
 from featherweight.system.processes import end_group, end_with_parent, free_port, tree_peak_bytes
 
 if TYPE_CHECKING:
@@ -44,16 +41,14 @@ class VllmModel(LoadedModel):
     def load(self) -> None:
         import httpx
 
-        from featherweight.system.toolchains import python
-
         port = free_port()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         self.server = subprocess.Popen(
-            [str(python("vllm")), "-m", "vllm.entrypoints.openai.api_server", *self._arguments(port)],
+            [*program(), *self._arguments(port)],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
-            env=self._environment(),
+            env=os.environ | environment(self.options, self.threads),
             start_new_session=True,
             preexec_fn=end_with_parent(),
         )
@@ -66,40 +61,12 @@ class VllmModel(LoadedModel):
         return self.device
 
     def _arguments(self, port: int) -> list[str]:
-        options = {
-            "--model": self.weights,
-            "--tokenizer": self.served,
-            "--served-model-name": "served",
-            "--dtype": self.options.get("dtype", "float32"),
-            # Scoring asks for one new token, which nobody reads, after a window that may fill the context.
-            "--max-model-len": self.limits.max_tokens + 1,
-            "--max-num-seqs": self.limits.max_batch,
-            # The checkpoint's own settings come with each request that follows them; a measurement follows none.
-            "--generation-config": "vllm",
-            "--kv-cache-dtype": self.options.get("kv_cache_dtype", "auto"),
-            "--kv-cache-memory-bytes": _cache_bytes(self.weights, self.limits.max_tokens + 1, self.limits.max_batch),
-            "--tensor-parallel-size": self.options.get("tensor_parallel_size", "1"),
-            "--host": "127.0.0.1",
-            "--port": port,
-        }
+        # Scoring asks for one new token, which nobody reads, after a window that may fill the context.
+        room = replace(self.limits, max_tokens=self.limits.max_tokens + 1)
+        # The checkpoint's own settings come with each request that follows them; a measurement follows none.
+        told = ["--served-model-name", "served", "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port)]
         # With the prefix cache the second round of a measurement would skip the prompts that the first has read.
-        flags = ["--enforce-eager", "--no-enable-prefix-caching", "--disable-log-stats"]
-        return [str(part) for pair in options.items() for part in pair] + flags
-
-    def _environment(self) -> dict[str, str]:
-        count, disabled = str(self.threads), disabled_kernels(self.options.get("compute_type"), gpus())
-        return os.environ | {
-            "OMP_NUM_THREADS": count,
-            "MKL_NUM_THREADS": count,
-            # "nobind" takes OMP_NUM_THREADS; the default would pin threads to cores that other processes may be using.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # The engine computes in its own process instead of starting one more: 25 s until ready instead of 45.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-            **({"VLLM_DISABLED_KERNELS": disabled} if disabled else {}),
-        }
+        return [*arguments(self.served, self.weights, self.options, room), *told, "--no-enable-prefix-caching"]
 
     def _wait_until_ready(self) -> None:
         import httpx
@@ -214,12 +181,3 @@ def _choices(response: httpx.Response) -> Any:
             if "error" in event:
                 raise StageError(f"vLLM broke off: {event['error']}")
             yield from (choice for choice in event["choices"] if choice.get("token_ids"))
-
-
-def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
-    """A key-value cache that holds the batch twice over, in blocks of 128 tokens and float32, at least 64 MiB."""
-    config = load_config(folder).get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * 4 * config.num_hidden_layers * heads * (head_width(config) or 0)
-    blocks = max_batch * -(-max_tokens // 128) + 2
-    return max(2 * blocks * 128 * per_token, 2**26)

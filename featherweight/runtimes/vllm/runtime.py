@@ -13,7 +13,7 @@ from featherweight.model.facts import CONV1D
 from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
-from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.interface import EngineServer, Grids, Limits, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, devices_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm import capabilities, parallel
@@ -64,6 +64,11 @@ class Vllm(Runtime[VllmSpec]):
         from featherweight.runtimes.vllm.write import write
 
         write(spec, source, out)
+
+    def server(self, served: Path, name: str, limits: Limits, socket: Path) -> EngineServer:
+        from featherweight.runtimes.vllm.server import engine_server
+
+        return engine_server(served, name, limits, socket)
 
     def bound(self, serving: Serving) -> Bound:
         """The loosest of what rounded activations, 16 bits and a rounded cache each explain.

@@ -1,0 +1,79 @@
+"""vLLM's OpenAI-compatible server: how it is started, for a measurement and for users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from featherweight.checkpoint.opening import load_config
+from featherweight.model.positions import head_width
+from featherweight.runtimes.interface import EngineServer, Limits
+from featherweight.runtimes.vllm.capabilities import disabled_kernels
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import gpus
+from featherweight.system.toolchains import python
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
+
+
+def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> EngineServer:
+    """The server of a variant for users, who are answered by the checkpoint's own generation settings."""
+    serving = Serving.read(served)
+    told = ["--served-model-name", name, "--generation-config", str(served), "--uds", str(socket)]
+    return EngineServer(
+        command=(
+            *program(),
+            *arguments(served, served / serving.weights, serving.options, limits),
+            *told,
+            "--disable-uvicorn-access-log",
+        ),
+        environment=environment(serving.options, limits.threads),
+        paths=PATHS,
+        example=("/v1/completions", {"model": name, "prompt": "The", "max_tokens": 4}),
+    )
+
+
+def program() -> list[str]:
+    """How it is started. Raises ToolchainError where it is not installed."""
+    return [str(python("vllm")), "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def arguments(served: Path, weights: Path, options: Mapping[str, str], limits: Limits) -> list[str]:
+    """What it is told, whoever asks it."""
+    told = {
+        "--model": weights,
+        "--tokenizer": served,
+        "--dtype": options.get("dtype", "float32"),
+        "--max-model-len": limits.max_tokens,
+        "--max-num-seqs": limits.max_batch,
+        "--kv-cache-dtype": options.get("kv_cache_dtype", "auto"),
+        "--kv-cache-memory-bytes": _cache_bytes(weights, limits.max_tokens, limits.max_batch),
+        "--tensor-parallel-size": options.get("tensor_parallel_size", "1"),
+    }
+    return [*(str(part) for pair in told.items() for part in pair), "--enforce-eager", "--disable-log-stats"]
+
+
+def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
+    """What its environment has beside ours."""
+    disabled = disabled_kernels(options.get("compute_type"), gpus())
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # "nobind" takes OMP_NUM_THREADS; the default would pin threads to cores that other processes may be using.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # The engine computes in its own process instead of starting one more: 25 s until ready instead of 45.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        **({"VLLM_DISABLED_KERNELS": disabled} if disabled else {}),
+    }
+
+
+def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
+    """A key-value cache that holds the batch twice over, in blocks of 128 tokens and float32, at least 64 MiB."""
+    config = load_config(folder).get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * 4 * config.num_hidden_layers * heads * (head_width(config) or 0)
+    blocks = max_batch * -(-max_tokens // 128) + 2
+    return max(2 * blocks * 128 * per_token, 2**26)

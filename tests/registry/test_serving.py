@@ -1,0 +1,305 @@
+"""Serving: what is verified before it answers, the switch between versions without a lost request, and what attackers see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from featherweight.errors import IntegrityError, ServiceError
+from featherweight.registry.keys import Keys
+from featherweight.registry.lineage import build
+from featherweight.registry.model_folder import CODE, SERVED
+from featherweight.registry.serving import backend, following, verified_copy
+from featherweight.registry.serving.following import Follower
+from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front
+from featherweight.runtimes.interface import EngineServer
+from featherweight.store.workspace import local_path
+from flows.serve import _answering, _listening
+from tests.support.registering import METRICS, MODEL, Bench, desk
+
+__all__ = ["desk"]
+
+REQUESTS = int(os.environ.get("FEATHERWEIGHT_TEST_REQUESTS", "400"))
+"""How many requests the swap is tried under; ask for 2000 to try harder."""
+STUB = Path(__file__).parents[1] / "support" / "stub_server.py"
+MEASURED = METRICS | {"threads_1": 3.0}
+
+
+def register(desk: Bench, name: str) -> str:
+    """A version that can be served, as far as the registry is asked."""
+    ref, manifest = desk.artifact(name)
+    graph = build([(ref, manifest)], ref.digest, variant=name, recipe="name: test", run_id=desk.run_id, metrics=MEASURED)
+    return desk.registry.register(desk.record(name, ref, graph)).version
+
+
+def promoted(desk: Bench, version: str) -> None:
+    desk.registry.transition(MODEL, version, "production", who="ada", why="a test")
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Engines that answer at once with their version's number; those of the numbers in the set do not start."""
+    broken: set[str] = set()
+
+    def stub(copy: Any, socket: Path) -> EngineServer:
+        number = copy.version.version
+        script = "-c" if number in broken else str(STUB)
+        command = (sys.executable, "-S", script, "raise SystemExit('no memory')" if number in broken else str(socket), number)
+        return EngineServer(command, {}, ("/invocations",), ("/invocations", {"inputs": ["The"]}))
+
+    monkeypatch.setattr(backend, "engine_server", stub)
+    return broken
+
+
+class Served:
+    """A model that is served: what was told, and its address."""
+
+    def __init__(self, desk: Bench, front: Front, address: str) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.url = f"{address}/invocations"
+        self.address = address
+        self.follower = Follower(
+            desk.registry, MODEL, "champion", front, desk.root / "serving", lambda event, text: self.told.append((event, text))
+        )
+
+    def ask(self, **body: Any) -> httpx.Response:
+        return httpx.post(self.url, json=body, timeout=30)
+
+
+@pytest.fixture
+def served(desk: Bench, stubs: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr(following, "DRAIN_S", 20.0)
+    for name in ("one", "two"):
+        register(desk, name)
+    promoted(desk, "1")
+    front = Front(("127.0.0.1",))
+    with _listening("127.0.0.1", 0) as listener, _answering(front, listener):
+        made = Served(desk, front, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        made.follower.begin()
+        yield made
+        made.follower.close(5)
+    assert list((desk.root / "serving").iterdir()) == []
+
+
+def test_no_request_is_lost_across_a_swap_and_a_rollback(desk: Bench, served: Served) -> None:
+    begun, moved = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(lambda: asyncio.run(_load(served.url, REQUESTS, begun, moved)))
+        assert begun.wait(30)
+        promoted(desk, "2")
+        served.follower.look()
+        desk.registry.rollback(MODEL, "ada", "a test")
+        served.follower.look()
+        moved.set()
+        seen = load.result()
+    assert seen.total() == REQUESTS and {status for status, _ in seen} == {200}, seen
+    assert {version for _, version in seen} == {f"{MODEL}/1", f"{MODEL}/2"}, seen
+    assert [event for event, _ in served.told] == ["switched", "switched"]
+
+
+async def _load(url: str, count: int, begun: threading.Event, moved: threading.Event) -> Counter[tuple[int, str]]:
+    """Requests, 16 at once, some of them after the last move; each status with the version that answered."""
+    seen: Counter[tuple[int, str]] = Counter()
+    left = iter(range(count))
+    async with httpx.AsyncClient(timeout=30) as client:
+
+        async def user() -> None:
+            for number in left:
+                if number == 50:
+                    begun.set()
+                if 100 < number < count - 100 and not moved.is_set():
+                    await asyncio.sleep(0.02)
+                answer = await client.post(url, json={"inputs": ["The"]})
+                seen[answer.status_code, answer.headers.get(VERSION_HEADER, "")] += 1
+
+        await asyncio.gather(*(user() for _ in range(16)))
+    return seen
+
+
+def test_what_is_asked_of_the_former_version_is_answered_by_it(desk: Bench, served: Served) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(served.ask, seconds=1.5)
+        while not (served.follower.active and served.follower.active.in_flight):
+            pass
+        promoted(desk, "2")
+        served.follower.look()
+        assert slow.result().json() == {"by": "1"}
+    assert served.ask().json() == {"by": "2"}
+
+
+def test_a_champion_that_is_altered_or_does_not_start_keeps_the_former_one_serving(
+    desk: Bench, served: Served, stubs: set[str]
+) -> None:
+    weights = local_path(desk.registry.get(MODEL, "2").source) / SERVED / "model.safetensors"  # type: ignore[operator]
+    weights.write_bytes(weights.read_bytes() + b"!")
+    promoted(desk, "2")
+    for _ in range(2):
+        served.follower.look()
+    ((event, text),) = served.told
+    assert event == "kept" and "file model.safetensors is altered" in text and "version 1 keeps serving" in text
+    assert served.ask().json() == {"by": "1"}
+    assert httpx.get(f"{served.address}/health").json()["note"] == text
+    stubs.add(register(desk, "three"))
+    promoted(desk, "3")
+    served.follower.look()
+    assert "version 3 cannot: its server did not start; it said: no memory" in served.told[-1][1]
+    assert served.ask().json() == {"by": "1"}
+    desk.registry.rollback(MODEL, "ada", "a test")
+
+
+def test_a_version_that_is_taken_back_while_it_starts_answers_nobody(
+    desk: Bench, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted(desk, "2")
+    started = Follower._started
+
+    def taken_back(self: Follower, *arguments: Any) -> Any:
+        made = started(self, *arguments)
+        desk.registry.rollback(MODEL, "ada", "it does not answer")
+        return made
+
+    monkeypatch.setattr(Follower, "_started", taken_back)
+    served.follower.look()
+    assert served.ask().json() == {"by": "1"} and served.told == []
+
+
+def test_a_server_that_dies_is_started_anew_from_the_copy_that_was_verified(desk: Bench, served: Served) -> None:
+    shutil.rmtree(local_path(desk.registry.get(MODEL, "1").source))  # type: ignore[arg-type]
+    answer = served.ask(die=True)
+    assert answer.status_code == 502 and "it is started anew" in answer.json()["message"]
+    while served.follower.active and served.follower.active.alive:
+        pass
+    assert httpx.get(f"{served.address}/health").status_code == 503
+    served.follower.revive()
+    assert [event for event, _ in served.told] == ["note", "restarted"]
+    assert served.ask().json() == {"by": "1"}
+
+
+def test_a_registry_that_is_away_or_cut_changes_nothing(desk: Bench, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    promoted(desk, "2")
+
+    def away(*_: Any) -> None:
+        raise ServiceError("MLflow does not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(following, "look", away)
+        served.follower.look()
+    desk.registry.client.delete_registered_model(f"{MODEL}.history")
+    served.follower.look()
+    assert [event for event, _ in served.told] == ["kept", "kept"]
+    assert "does not answer" in served.told[0][1] and "was removed or altered" in served.told[1][1]
+    assert served.ask().json() == {"by": "1"}
+
+
+def test_strangers_get_reasons_and_no_more(served: Served) -> None:
+    wrong = served.ask(fail=True)
+    assert (wrong.status_code, wrong.json()) == (400, {"error_code": "BAD", "message": "wrong at .../lib/x.py"})
+    assert httpx.get(f"{served.address}/docs").status_code == 404
+    assert httpx.post(served.url, json={}, headers={"host": "evil.example"}).status_code == 421
+    assert httpx.post(served.url, content=b"x" * (BODY_BYTES + 1)).status_code == 413
+    for broken in (
+        b"GET /%s HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" % (b"a" * 60000),
+        b"\x00\xff" * 500,
+        b"POST /invocations HTTP/1.1\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.address).port)) as raw:
+            raw.sendall(broken)
+    assert served.ask().json() == {"by": "1"}
+    assert served.follower.active is not None and served.follower.active.in_flight == 0
+
+
+def test_a_token_is_asked_for(stubs: set[str]) -> None:
+    front = Front(token="s3cret")
+    with _listening("127.0.0.1", 0) as listener, _answering(front, listener):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert httpx.post(f"{url}/invocations", json={}).status_code == 401
+        assert httpx.post(f"{url}/invocations", json={}, headers={"authorization": "Bearer s3cret"}).status_code == 503
+        with pytest.raises(ServiceError, match="cannot listen on port"), _listening("127.0.0.1", listener.getsockname()[1]):
+            pass
+
+
+# -- what is verified ---------------------------------------------------------------------------------------------------
+
+
+def copied(desk: Bench, folder: str = "model") -> Any:
+    home = verified_copy.private_folder(desk.root / "serving")
+    seen = desk.registry.model(MODEL)
+    return verified_copy.verified_copy(desk.registry, seen, seen.pick("1"), home / folder)
+
+
+def test_it_is_served_as_it_was_measured_by_code_of_this_installation(desk: Bench) -> None:
+    register(desk, "one")
+    source = local_path(desk.registry.get(MODEL, "1").source)
+    assert source is not None
+    (source / CODE.name).write_text("raise SystemExit('code of somebody else')")
+    (source / "MLmodel").write_text("flavors: {}")
+    copy = copied(desk)
+    assert (copy.threads, copy.batch, copy.max_tokens) == (3, 1, 512)
+    assert (copy.folder / CODE.name).read_bytes() == CODE.read_bytes()
+    assert copy.folder.parent.stat().st_mode & 0o077 == 0
+
+
+TAMPERINGS = {
+    "model.safetensors": lambda served: (served / "model.safetensors").write_bytes(b"other"),
+    "serving.json": lambda served: (served / "serving.json").unlink(),
+    "extra.py": lambda served: (served / "extra.py").write_text("x"),
+    "link.bin": lambda served: (served / "link.bin").symlink_to("/etc/passwd"),
+    "registered files were removed": lambda served: shutil.rmtree(served),
+}
+
+
+@pytest.mark.parametrize("named", TAMPERINGS)
+def test_altered_files_are_named(desk: Bench, named: str) -> None:
+    register(desk, "one")
+    source = local_path(desk.registry.get(MODEL, "1").source)
+    assert source is not None
+    TAMPERINGS[named](source / SERVED)
+    with pytest.raises(IntegrityError, match=named):
+        copied(desk)
+
+
+def test_with_keys_every_file_and_the_version_itself_have_to_be_signed(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(desk.root / "keys"))
+    Keys.here().make()
+    register(desk, "one")
+    assert (copied(desk).folder / "model.sig").is_file()
+    source = local_path(desk.registry.get(MODEL, "1").source)
+    assert source is not None
+    (source / CODE.name).write_text("print('altered')")
+    with pytest.raises(IntegrityError, match=f"not what was signed: {CODE.name} \\(altered\\)"):
+        copied(desk)
+    desk.registry.client.set_model_version_tag(MODEL, "1", "featherweight.attestation", "AAAA")
+    with pytest.raises(IntegrityError, match="no trusted key attests"):
+        copied(desk)
+
+
+def test_folders_of_processes_that_were_killed_are_removed(desk: Bench) -> None:
+    root = desk.root / "serving"
+    left, mine = verified_copy.private_folder(root), verified_copy.private_folder(root)
+    (left / verified_copy.OWNER).write_text((left / verified_copy.OWNER).read_text().rpartition("|")[0] + "|1.0")
+    verified_copy.private_folder(root)
+    assert mine.is_dir() and not left.exists()
+
+
+def test_the_measured_threads_are_those_of_the_verified_lineage(desk: Bench) -> None:
+    register(desk, "one")
+    told = json.dumps(MEASURED | {"threads_1": 64})
+    desk.registry.client.set_model_version_tag(MODEL, "1", "featherweight.metrics", told)
+    assert copied(desk).threads == 3
+    version = replace(desk.registry.get(MODEL, "1"), tags={})
+    with pytest.raises(IntegrityError):
+        verified_copy.verified_copy(desk.registry, desk.registry.model(MODEL), version, desk.root / "never")
