@@ -17,6 +17,7 @@ from featherweight.checkpoint.saving import copy_companions
 from featherweight.checkpoint.streamed import open_model
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named, row_chunks
+from featherweight.model.architecture import LAYOUTS
 from featherweight.model.matrices import in_float
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import DESCRIPTION, QuantizedWeights
@@ -73,7 +74,7 @@ def quantize(
     """
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
-    model = open_model(checkpoint) if spec.methods == (DEFAULT,) else opening.load_model(checkpoint)
+    model = _opened(spec, checkpoint)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
@@ -92,6 +93,13 @@ def quantize(
         **choice.metrics,
         **judged(given, saved, choice.quantized.grids, blocks[:COMPARED]),
     }
+
+
+def _opened(spec: QuantizeSpec, checkpoint: Path) -> PreTrainedModel:
+    """The model, in its files where it is large and the methods can leave it there: what calibrates, where the blocks are known."""
+    known = spec.methods == (DEFAULT,) or opening.model_type(checkpoint) in LAYOUTS
+    streams = known and all(QUANTIZERS[name].streams for name in spec.methods)
+    return open_model(checkpoint) if streams else opening.load_model(checkpoint)
 
 
 def _with_heads(given: QuantizationInput[Any], choice: Choice) -> Choice:

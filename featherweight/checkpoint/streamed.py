@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, find_weights
 from featherweight.checkpoint.opening import load_config, load_model
 from featherweight.checkpoint.tensors import read_shapes, stream_tensors
-from featherweight.model.architecture import attention_options, auto_class, family_of
+from featherweight.model.architecture import attention_options, auto_class, family_of, stacks
 from featherweight.model.names import reading
 from featherweight.model.sparsity import Sparsity
-from featherweight.system.device import torch_device
+from featherweight.model.surgery import copy_layers
+from featherweight.store.mapped import give_back
+from featherweight.system.device import CPU, Device, torch_device
 
 if TYPE_CHECKING:
     import torch
@@ -47,23 +51,81 @@ def open_model(folder: Path) -> PreTrainedModel:
     return (streamed_model(folder) if is_large(folder) else None) or load_model(folder)
 
 
-def streamed_model(folder: Path, change: Change | None = None) -> PreTrainedModel | None:
+def streamed_model(
+    folder: Path, change: Change | None = None, device: Device | None = None, layers: tuple[int, ...] | None = None
+) -> PreTrainedModel | None:
     """The model of a folder, its weights in the files; None where the files do not hold every parameter as the model has it.
 
-    No weight can be changed in place; `change` is asked at every use.
+    No weight can be changed in place; `change` is asked at every use. device: where it computes, by default the one in use.
+    layers: those that it is made of, by default all; `change` is asked by the names that the whole model has.
     """
-    model = _skeleton(folder)
-    stored = _stored(model, folder)
-    names = {id(weight): name for name, weight in model.named_parameters(remove_duplicate=False) if name in stored}
-    if any(id(weight) not in names or stored[names[id(weight)]].shape != weight.shape for weight in model.parameters()):
+    model, stored, named = _unfilled(folder, layers)
+    if stored is None:
         return None
-    device = torch_device()
+    where = torch_device(device)
     for name, buffer in model.named_buffers():
-        buffer.data = stored.get(name, buffer.data).to(device, buffer.dtype)
-    feeds = {id(weight): _Feed.of(names[id(weight)], stored, change, device) for weight in model.parameters()}
+        buffer.data = stored.get(name, buffer.data).to(where, buffer.dtype)
+    feeds = {}
+    for name, weight in _first_names(model, stored).items():
+        changed = partial(change, named.get(name, name), stored[name]) if change else None
+        feeds[id(weight)] = _Feed(stored[name], changed, where)
     for module in model.modules():
         _give(module, feeds)
     return model.eval()
+
+
+def mapped_model(folder: Path, layers: tuple[int, ...] | None = None) -> PreTrainedModel | None:
+    """The model of a folder for what reads its weights and computes nothing; None as `streamed_model`.
+
+    Matrices are memory-mapped in the type that they are stored in, all else is float32 in memory. layers: see `streamed_model`.
+    """
+    import torch
+
+    model, stored, _ = _unfilled(folder, layers)
+    if stored is None:
+        return None
+    for name, buffer in model.named_buffers():
+        buffer.data = stored.get(name, buffer.data).to(buffer.dtype)
+    given = {}
+    for name, weight in _first_names(model, stored).items():
+        tensor = stored[name] if weight.ndim > 1 else stored[name].float()
+        given[id(weight)] = torch.nn.Parameter(tensor, requires_grad=False)
+    for module in model.modules():
+        module._parameters.update({name: given[id(one)] for name, one in module._parameters.items() if one is not None})
+    return model.eval()
+
+
+def _unfilled(folder: Path, layers: tuple[int, ...] | None) -> tuple[PreTrainedModel, dict[str, Tensor] | None, dict[str, str]]:
+    """The model of a folder without weights, of `layers` alone; its tensors as stored, by its own names, None where they do not
+    hold every parameter as it has it; and the whole model's names by its own, where the two differ.
+    """
+    whole = model = _skeleton(folder)
+    stored, named = dict(_stored(whole, folder)), dict[str, str]()
+    if layers is not None:
+        model = copy_layers(whole, layers)
+        pairs = [
+            (f"{new.name}.", f"{old.blocks[layers[place]].name}.")
+            for old, stack in zip(stacks(whole), stacks(model), strict=True)
+            for place, new in enumerate(stack.blocks)
+        ]
+        named = {
+            name: before + name.removeprefix(after)
+            for name, _ in model.named_parameters(remove_duplicate=False)
+            for after, before in pairs
+            if name.startswith(after)
+        }
+        stored |= {name: stored[before] for name, before in dict(named).items() if before in stored}
+    first = _first_names(model, stored)
+    shapes = {id(weight): stored[name].shape for name, weight in first.items()}
+    whole_there = all(shapes.get(id(weight)) == weight.shape for weight in model.parameters())
+    return model, stored if whole_there else None, named
+
+
+def _first_names(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Each parameter that is stored, a tied one by the first of its names."""
+    named = [(name, weight) for name, weight in model.named_parameters(remove_duplicate=False) if name in stored]
+    names = {id(weight): name for name, weight in reversed(named)}
+    return {name: weight for name, weight in named if names[id(weight)] == name}
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -82,39 +144,44 @@ def _skeleton(folder: Path) -> PreTrainedModel:
 def _stored(model: PreTrainedModel, folder: Path) -> Mapping[str, Tensor]:
     """The tensors of the files, memory-mapped, by the names under which the model has them."""
     read_as = reading(model)
-    return {read_as(name): tensor for _, name, tensor in stream_tensors(folder, find_weights(Listing.of(folder)))}
+    return {read_as(name): tensor for _, name, tensor in stream_tensors(folder, find_weights(Listing.of(folder)), sealed=True)}
 
 
 class _Feed:
     """The values of one parameter, whatever its names: `parameter` has them while it is `fed`."""
 
-    def __init__(self, parameter: nn.Parameter, read: Callable[[], Tensor] | None) -> None:
-        self.parameter, self.read, self.nothing, self.users = parameter, read, parameter.data, 0
-
-    @classmethod
-    def of(cls, name: str, stored: Mapping[str, Tensor], change: Change | None, device: torch.device) -> _Feed:
-        """With what is mapped as it is for good; with NaN, of which all share one, where it is to be read at each use."""
+    def __init__(self, stored: Tensor, change: Callable[[], Tensor] | None, device: torch.device) -> None:
+        """change: what is computed with in place of what is stored."""
         import torch
 
-        tensor = stored[name]
-        if change is None and tensor.dtype == torch.float32 and device.type == "cpu":
-            return cls(torch.nn.Parameter(tensor, requires_grad=False), None)
-        nothing = torch.full((1,), torch.nan, device=device).expand(tensor.shape)
+        self.stored, self.change, self.users = stored, change, 0
+        self.as_stored = change is None and stored.dtype == torch.float32 and device.type == CPU
+        # Of NaN all share one.
+        self.nothing = stored if self.as_stored else torch.full((1,), torch.nan, device=device).expand(stored.shape)
+        self.parameter = torch.nn.Parameter(self.nothing, requires_grad=False)
 
-        def read() -> Tensor:
-            return (change(name, tensor) if change else tensor).to(device, torch.float32)
+    def read(self) -> Tensor:
+        """The values, in memory unless they are mapped as they are."""
+        import torch
 
-        return cls(torch.nn.Parameter(nothing, requires_grad=False), read)
+        if self.as_stored:
+            return self.stored
+        return (self.change() if self.change else self.stored).to(self.nothing.device, torch.float32)
 
     def fill(self) -> None:
-        if self.read is not None and not self.users:
+        if not self.users:
             self.parameter.data = self.read()
         self.users += 1
 
     def empty(self) -> None:
         self.users -= 1
-        if self.read is not None and not self.users:
+        if not self.users:
             self.parameter.data = self.nothing
+            give_back(self.stored)
+
+    def hold(self) -> None:
+        self.parameter.data = self.read().clone() if self.as_stored else self.read()
+        self.users += 1
 
 
 def _give(module: nn.Module, feeds: Mapping[int, _Feed]) -> None:
@@ -122,16 +189,56 @@ def _give(module: nn.Module, feeds: Mapping[int, _Feed]) -> None:
     mine = {name: feeds[id(weight)] for name, weight in module._parameters.items() if weight is not None}
     for name, feed in mine.items():
         module._parameters[name] = feed.parameter
-    here = [feed for feed in mine.values() if feed.read is not None]
+    module.__dict__[FED] = mine
+    if _looks_up(module) and mine["weight"].change is None:
+        module.forward = partial(_rows, mine["weight"].stored, mine["weight"].nothing.device)
+        return
 
     def fill(*_: Any) -> None:
-        for feed in here:
+        for feed in mine.values():
             feed.fill()
 
     def empty(*_: Any) -> None:
-        for feed in here:
+        for feed in mine.values():
             feed.empty()
 
-    if here:
+    if mine:
         module.register_forward_pre_hook(fill)
         module.register_forward_hook(empty, always_call=True)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a module does nothing but read rows of its weight."""
+    import torch
+
+    return type(module) is torch.nn.Embedding and module.max_norm is None
+
+
+def _rows(stored: Tensor, device: torch.device, ids: Tensor) -> Tensor:
+    """Those of an embedding, without reading the others."""
+    import torch
+
+    return torch.nn.functional.embedding(ids.to(stored.device), stored).to(device, torch.float32)
+
+
+FED = "fed"
+"""Under which a module has its feeds, by the names of its parameters."""
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the weights of `model` stay in its files."""
+    return any(FED in vars(module) for module in model.modules())
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """The weights of `module` and all inside it in memory, to be changed; if its model streams they are forgotten afterwards."""
+    fed = [(one, name, feed) for one in module.modules() for name, feed in vars(one).get(FED, {}).items()]
+    for _, _, feed in fed:
+        feed.hold()
+    try:
+        yield
+    finally:
+        for one, name, feed in fed:
+            one._parameters[name] = feed.parameter
+            feed.empty()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import Listing, Weights, check_length
 from featherweight.errors import CheckpointError, ServiceError, one_line
+from featherweight.store.mapped import give_back, seal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,20 +71,27 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 
 def require_finite(folder: Path, weights: Weights) -> None:
     """Name the first tensor that holds NaN or infinity."""
-    for file, name, tensor in stream_tensors(folder, weights):
+    for file, name, tensor in stream_tensors(folder, weights, sealed=True):
         if not _is_finite(tensor):
             raise CheckpointError(f"{folder / file}: tensor {name} holds NaN or infinite values; take an earlier checkpoint")
 
 
-def stream_tensors(folder: Path, weights: Weights) -> Iterator[tuple[str, str, Tensor]]:
-    """(file, name, tensor) one by one; the tensors are memory-mapped."""
+def stream_tensors(folder: Path, weights: Weights, *, sealed: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+    """(file, name, tensor) one by one; the tensors are memory-mapped.
+
+    sealed: they are only read (see store/mapped.py); the pages of one are given back when the next is asked for.
+    """
     for file in weights.files:
         if weights.pickled:
             yield from ((file, name, tensor) for name, tensor in load_pickle(folder / file).items())
             continue
         with _opened(folder / file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                yield file, name, opened.get_tensor(name)
+            for place, name in enumerate(opened.keys()):
+                tensor = opened.get_tensor(name)
+                if sealed and place == 0:  # all lie in one mapping
+                    seal(tensor)
+                yield file, name, tensor
+                give_back(tensor)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -5,11 +5,12 @@ The model itself is asked, in this one place: whoever quantizes, packs, measures
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from featherweight.grid import Grid
+from featherweight.grid import Grid, row_chunks
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.store.mapped import give_back
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,8 +77,23 @@ def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid | None) -> Q
         if grid is None:
             continue
         result.grids[name] = grid
-        result.q[name], result.scales[name] = grid.quantize(rows_of(parameter, transposed))
+        result.q[name], result.scales[name] = quantized_rows(grid, rows_of(parameter, transposed))
+        give_back(parameter)
     return result
+
+
+def quantized_rows(grid: Grid, weight: Tensor, scales_of: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """`weight` [rows, columns] rounded to nearest, with little memory beside it: q [rows, columns], float32 scales [rows, groups].
+
+    scales_of: the scales of some rows, by default the grid's own.
+    """
+    import torch
+
+    q = torch.empty(weight.shape, dtype=grid.dtype, device=weight.device)
+    scales = torch.empty(weight.shape[0], grid.groups(weight.shape[1]), device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        q[rows], scales[rows] = grid.quantize(weight[rows], scales_of(weight[rows]) if scales_of else None)
+    return q, scales
 
 
 def move_to_grid(model: PreTrainedModel, quantized: QuantizedWeights) -> None:
@@ -88,6 +104,18 @@ def move_to_grid(model: PreTrainedModel, quantized: QuantizedWeights) -> None:
         for name, parameter, transposed in matrices(model):
             if name in quantized.q:
                 rows_of(parameter, transposed).copy_(quantized.dequantize(name))
+
+
+def on_grid(model: PreTrainedModel, quantized: QuantizedWeights) -> Callable[[str, Tensor], Tensor]:
+    """What `move_to_grid` would make of a weight, by its name in `model`; the weight itself where it lies on no grid."""
+    transposed = {name for name, _, turned in matrices(model) if turned}
+
+    def moved(name: str, weight: Tensor) -> Tensor:
+        if name not in quantized.q:
+            return weight
+        return quantized.dequantize(name).T if name in transposed else quantized.dequantize(name)
+
+    return moved
 
 
 def rows_of(parameter: nn.Parameter, transposed: bool) -> Tensor:

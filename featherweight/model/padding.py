@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from featherweight.model import surgery
 from featherweight.model.architecture import LAYOUTS, FeedForward, blocks
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.store.mapped import give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,8 @@ def _kept(model: PreTrainedModel) -> Iterator[tuple[FeedForward, Tensor]]:
     for block in blocks(model) if model.config.model_type in LAYOUTS else ():
         weights = [block.feed_forward.output.weight.T, *(linear.weight for linear in block.feed_forward.inputs)]
         used = torch.stack([weight.detach().ne(0).any(1) for weight in weights]).any(0)
+        for weight in weights:
+            give_back(weight)
         if not used.any():
             used[0] = True
         yield block.feed_forward, used.nonzero().flatten()

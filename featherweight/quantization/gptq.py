@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid, grid_named
 from featherweight.model.parent import Parent, walking_refusal
@@ -20,6 +20,9 @@ from featherweight.quantization.interface import (
     start_scales,
 )
 from featherweight.quantization.spec import QuantizeSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OBSERVER = "featherweight"
 
@@ -44,7 +47,7 @@ def choose(given: QuantizationInput[QuantizeSpec]) -> Choice:
     """Calibrate the Linear weights of the blocks; the embedding and the head, which have no Hessian, are rounded to nearest."""
     names = [name.removesuffix(".weight") for name in given.grids if name not in given.heads]
     (modifier,) = oneshot.run(given.model, lambda: [_modifier(given, names)], given.calibration)
-    quantized = merged(_extract(given, names), round_to_nearest(given, given.head()))
+    quantized = merged(modifier.found, round_to_nearest(given, given.head()))
     return Choice(quantized, metrics={"gptq_fallbacks": modifier.fallbacks})
 
 
@@ -54,7 +57,7 @@ def _modifier(given: QuantizationInput[QuantizeSpec], names: list[str]) -> Any:
         by_grid.setdefault(given.grids[f"{name}.weight"], []).append(name)
     groups = {grid.name: scheme(grid, members, given.spec.scale) for grid, members in by_grid.items()}
     modifier = _modifier_class()(config_groups=groups, bypass_divisibility_checks=True)
-    modifier.report_to(given.progress, len(names))
+    modifier.begin(given, names)
     return modifier
 
 
@@ -64,18 +67,12 @@ def scheme(grid: Grid, names: list[str], scale: str) -> dict[str, Any]:
     return {"targets": names, "weights": oneshot.weights_scheme(grid) | observer}
 
 
-def _extract(given: QuantizationInput[QuantizeSpec], names: list[str]) -> QuantizedWeights:
-    """The integers and scales that GPTQ left in the modules, on our grid.
+def _integers(grid: Grid, module: Any) -> tuple[Tensor, Tensor]:
+    """The integers and scales that GPTQ left in a module, on our grid.
 
     llm-compressor lets symmetric integers reach -2^(b-1); where our grid ends one step earlier they are moved by that step.
     """
-    modules = dict(given.model.named_modules())
-    grids, q, scales = {}, {}, {}
-    for module, name in ((modules[name], f"{name}.weight") for name in names):
-        grids[name] = given.grids[name]
-        found = module.weight_scale.detach().float().cpu()
-        q[name], scales[name] = grids[name].quantize(module.weight.detach().cpu(), found)
-    return QuantizedWeights(grids, q, scales, given.spec.method)
+    return grid.quantize(module.weight.detach().cpu(), module.weight_scale.detach().float().cpu())
 
 
 @cache
@@ -107,24 +104,33 @@ def _observer() -> str:
 
 @cache
 def _modifier_class() -> Any:
-    """llm-compressor's GPTQModifier, saying how far it is and how many modules it had to round to nearest."""
+    """llm-compressor's GPTQModifier, which takes down what each module comes to, how far it is, and what it rounded to nearest."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from pydantic import PrivateAttr
 
     class Gptq(GPTQModifier):
         fallbacks: int = 0
-        _progress: Progress = PrivateAttr(default_factory=Progress)
-        _total: int = PrivateAttr(default=0)
-        _done: int = PrivateAttr(default=0)
+        _found: QuantizedWeights = PrivateAttr()
+        _names: dict[str, None] = PrivateAttr()
+        _grids: dict[str, Grid] = PrivateAttr()
+        _progress: Progress = PrivateAttr()
 
-        def report_to(self, progress: Progress, total: int) -> None:
-            self._progress, self._total = progress, total
+        def begin(self, given: QuantizationInput[QuantizeSpec], names: list[str]) -> None:
+            self._names, self._grids, self._progress = dict.fromkeys(names), given.grids, given.progress
+            self._found = QuantizedWeights({}, {}, {}, given.spec.method)
+
+        @property
+        def found(self) -> QuantizedWeights:
+            return self._found
 
         def compress_module_list(self, module_list: list[Any]) -> None:
             super().compress_module_list(module_list)
-            self._done += len(module_list)
+            for module in module_list:
+                name = f"{self._module_names[module]}.weight"
+                self._found.grids[name] = self._grids[name]
+                self._found.q[name], self._found.scales[name] = _integers(self._grids[name], module)
             if module_list:
-                self._progress.step(self._done, self._total)
+                self._progress.step(len(self._found.q), len(self._names))
 
         def _log_rtn_fallback_summary(self) -> None:
             self.fallbacks = len(self._rtn_fallback_module_names)
@@ -143,4 +149,5 @@ GPTQ = Quantizer(
     starts_training=True,
     column_s=1e-3,
     losses=EXPECTED_LOSSES,
+    streams=True,
 )

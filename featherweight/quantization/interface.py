@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from featherweight.checkpoint.files import Listing, Weights, find_weights
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.errors import StageError
-from featherweight.grid import Grid, grid_named, row_chunks
-from featherweight.model.matrices import heads, matrices
+from featherweight.grid import Grid, grid_named
+from featherweight.model.matrices import heads, matrices, quantized_rows
 from featherweight.model.names import reading
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -106,7 +106,7 @@ class QuantizationInput(Generic[SpecT_co]):
 
     def stored(self) -> Iterator[tuple[str, str, Tensor]]:
         """(file, stored name, tensor), as the checkpoint has them."""
-        every = stream_tensors(self.checkpoint, self.weights)
+        every = stream_tensors(self.checkpoint, self.weights, sealed=True)
         return ((file, name, tensor) for file, name, tensor in every if self.read_as(name) not in self.copies)
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
@@ -151,6 +151,7 @@ class Quantizer(Generic[SpecT]):
     column_s: seconds for each column of each matrix, where it goes through them one by one.
     starts_training: training may begin from its integers; it reads none but the shared keys.
     losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
+    streams: it reads `tensors`, or the model block by block, so that a large model's weights can stay in their files.
     tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
 
@@ -162,6 +163,7 @@ class Quantizer(Generic[SpecT]):
     operations: Callable[[SpecT, int], float] = no_operations
     starts_training: bool = False
     column_s: float = 0.0
+    streams: bool = False
     tolerance: float = TOLERANCE
     losses: Mapping[str, float] = field(default_factory=dict)
 
@@ -173,13 +175,7 @@ def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
 
 def rounded(grid: Grid, weight: Tensor, search: str) -> tuple[Tensor, Tensor]:
     """`weight` [rows, columns] rounded to nearest: q [rows, columns], and float32 scales [rows, groups]."""
-    import torch
-
-    q = torch.empty(weight.shape, dtype=grid.dtype)
-    scales = torch.empty(weight.shape[0], grid.groups(weight.shape[1]))
-    for rows in row_chunks(*weight.shape):
-        q[rows], scales[rows] = grid.quantize(weight[rows], start_scales(grid, weight[rows], search))
-    return q, scales
+    return quantized_rows(grid, weight, lambda rows: start_scales(grid, rows, search))
 
 
 def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:

@@ -2,15 +2,18 @@
 
 Decoders go through its own sequential pipeline, which traces the model. Its tracer hides the encoder layers of every BART (they
 stand under an `if` on a local variable) and its statistics count padding, so encoders and encoder-decoders go through a pipeline
-of ours: block by block as well, given what the calibrated blocks before put out, on inputs without padding.
+of ours: block by block as well, given what the calibrated blocks before put out, on inputs without padding. So do decoders whose
+weights stay in their files: those of one block are in memory while it is calibrated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.streamed import held, is_streamed
 from featherweight.errors import StageError, one_line
 from featherweight.grid import Grid
 from featherweight.model.architecture import family_of
@@ -56,7 +59,7 @@ def _oneshot(model: PreTrainedModel, modifiers: list[Any], blocks: Tensor) -> li
 
     batches: Any = unpadded_inputs(model.config, blocks, BATCH)
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)
-    pipeline = "sequential" if family_of(model.config) == "causal" else _blockwise()
+    pipeline = "sequential" if family_of(model.config) == "causal" and not is_streamed(model) else _blockwise()
     try:
         oneshot(model=model, recipe=modifiers, dataset=loader, pipeline=pipeline, num_calibration_samples=len(blocks))
     finally:
@@ -76,8 +79,10 @@ def _blockwise() -> str:
         @staticmethod
         def __call__(model: Any, dataloader: Any, dataset_args: Any) -> None:
             LifecycleCallbacks.calibration_start()
-            with calibration_forward_context(model), DisableQuantization(model):
+            with calibration_forward_context(model), DisableQuantization(model), ExitStack() as here:
                 for visit in _unwatched(visits(model, list(dataloader))):
+                    here.close()  # by now the block before has put out what it will
+                    here.enter_context(held(visit.block.module))
                     visit.run()
                     LifecycleCallbacks.sequential_epoch_end(list(visit.block.module.modules()))
             LifecycleCallbacks.calibration_end()

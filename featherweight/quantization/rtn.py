@@ -21,4 +21,4 @@ def choose(given: QuantizationInput[QuantizeSpec]) -> Choice:
 
 EXPECTED_LOSSES = {"int8": 0.0015, "int8-g32": 0.0014, "int4": 0.0952, "int4-g32": 0.0306, "fp8": 0.0028}
 
-RTN = Quantizer(RtnSpec, choose, starts_training=True, losses=EXPECTED_LOSSES)
+RTN = Quantizer(RtnSpec, choose, starts_training=True, streams=True, losses=EXPECTED_LOSSES)

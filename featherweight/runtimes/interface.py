@@ -99,6 +99,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """Another number of threads costs it tens of seconds, so that few are worth trying."""
     layers_may_differ: bool = False
     """It stores every layer in its own shape, and gains from narrower ones."""
+    streams: bool = False
+    """It writes matrix by matrix what `Source.model` reads from files, so that a large model need not fit in memory."""
     devices: tuple[Device, ...] = (CPU,)
     """Where it can serve from."""
 

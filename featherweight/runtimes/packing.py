@@ -7,14 +7,16 @@ embedding). So a row's bytes tell where it came from, whatever the converter cal
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from featherweight.errors import StageError
-from featherweight.grid import Grid
+from featherweight.grid import Grid, row_chunks
 from featherweight.model.matrices import matrices, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.store.mapped import give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +28,18 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Packable:
-    """A matrix as an engine stores it: `q` int8 [rows, columns] and `scales` float32 [rows, groups] on `grid`."""
+    """A matrix as an engine stores it: rows of quantized weights by their places, gathered when they are read."""
 
     grid: Grid
-    q: Tensor
-    scales: Tensor
+    shape: tuple[int, int]
+    read: Callable[[], tuple[Tensor, Tensor]]
+    """Integers, int8 [rows, columns], and scales, float32 [rows, groups]."""
+
+    @cached_property
+    def digest(self) -> tuple[bytes, bytes]:
+        """Of the integers and of the scales: matrices of the same numbers have the same."""
+        q, scales = self.read()
+        return hashlib.blake2b(q.numpy().data).digest(), hashlib.blake2b(scales.numpy().data).digest()
 
 
 @dataclass
@@ -50,6 +59,7 @@ class QuantizedRows:
                 places = rows.places.setdefault(quantized.grids[name], {})
                 for index, digest in enumerate(_digests(rows_of(parameter, transposed))):
                     places.setdefault(digest, (name, index))
+            give_back(parameter)
         return rows
 
     def find(self, matrix: Tensor) -> Packable | None:
@@ -58,10 +68,14 @@ class QuantizedRows:
         Raises StageError where only some of its rows are quantized, or not all on one grid.
         """
         digests = list(_digests(matrix))
+        give_back(matrix)
         known = [sum(digest in places for digest in digests) for places in self.places.values()]
         for (grid, places), count in zip(self.places.items(), known, strict=True):
             if count == len(digests):
-                return self._gather(grid, [places[digest] for digest in digests], matrix.shape[1])
+                found = [places[digest] for digest in digests]
+                self.unused.difference_update(name for name, _ in found)
+                columns = matrix.shape[1]
+                return Packable(grid, (len(found), columns), partial(self._gather, grid, found, columns))
         if any(known):
             raise StageError(
                 f"a matrix of {len(digests)} rows in the engine's layout mixes grids, or quantized with float rows; "
@@ -74,21 +88,22 @@ class QuantizedRows:
         if self.unused:
             raise StageError(f"{engine}'s converter has no place for the quantized weight {min(self.unused)}")
 
-    def _gather(self, grid: Grid, places: list[Place], columns: int) -> Packable:
+    def _gather(self, grid: Grid, places: list[Place], columns: int) -> tuple[Tensor, Tensor]:
         import torch
 
         names = dict.fromkeys(name for name, _ in places)
-        self.unused.difference_update(names)
         q = torch.empty(len(places), columns, dtype=torch.int8)
         scales = torch.empty(len(places), grid.groups(columns))
         for name in names:
             here = torch.tensor([row for row, place in enumerate(places) if place[0] == name])
             there = torch.tensor([place[1] for place in places if place[0] == name])
             q[here], scales[here] = self.quantized.q[name].cpu()[there], self.quantized.scales[name].cpu()[there]
-        return Packable(grid, q, scales)
+            give_back(self.quantized.q[name])
+        return q, scales
 
 
 def _digests(matrix: Tensor) -> Iterator[bytes]:
     """A digest of the bytes of each row, as float32."""
-    values = matrix.detach().float().cpu().contiguous().numpy()
-    return (hashlib.blake2b(row, digest_size=16).digest() for row in values)
+    for rows in row_chunks(*matrix.shape):
+        values = matrix[rows].detach().float().cpu().contiguous().numpy()
+        yield from (hashlib.blake2b(row, digest_size=16).digest() for row in values)

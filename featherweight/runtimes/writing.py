@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.facts import facts_of
 from featherweight.checkpoint.opening import load_config
+from featherweight.checkpoint.streamed import Change, is_large, mapped_model, streamed_model
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
-from featherweight.model.architecture import task_of
-from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.architecture import stacks, task_of
+from featherweight.model.matrices import move_to_grid, on_grid, round_to_nearest
 from featherweight.model.positions import UNBOUNDED, context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
@@ -30,6 +31,10 @@ from featherweight.system.machine import describe
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+FLOAT_BYTES = 4
+PART_BYTES = 2**30
+"""Bytes in float32 of the layers that are looked at alone, where a model is too large to be looked at as a whole."""
+
 
 @dataclass
 class Source:
@@ -37,6 +42,8 @@ class Source:
 
     quantized: None for a checkpoint in float, until `round` has rounded it. tokens: the longest sequence that is to be served.
     device: where; the model itself stays in main memory, where every converter wants it.
+    may_stream: the weights of a large decoder are to stay in the checkpoint's files (checkpoint/streamed.py).
+    change: what is done to weights that stay there, as PyTorch computes with them.
     """
 
     checkpoint: Path
@@ -46,6 +53,8 @@ class Source:
     progress: Progress
     tokens: int = SERVED_TOKENS
     device: Device = CPU
+    may_stream: bool = False
+    change: Change | None = None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -54,8 +63,35 @@ class Source:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The checkpoint's model, float32, on the CPU; loaded when first asked for."""
-        return load_reference(self.checkpoint)
+        """The checkpoint's model on the CPU, float32; loaded when first asked for.
+
+        Where it `streams`, it is to be read only: its matrices are those of the files, in the type that they are stored in.
+        """
+        return self._mapped or load_reference(self.checkpoint)
+
+    @cached_property
+    def _mapped(self) -> PreTrainedModel | None:
+        return mapped_model(self.checkpoint) if self.may_stream and is_large(self.checkpoint) else None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the weights stay in the checkpoint's files."""
+        return self._mapped is not None
+
+    def computing(self, layers: tuple[int, ...] | None = None) -> PreTrainedModel:
+        """`model` to compute with, float32, with the weights that are served; where it streams, also some of its layers alone."""
+        if not self.streams:
+            return self.model.float()
+        found = streamed_model(self.checkpoint, self.change, CPU, layers)
+        assert found is not None, f"{self.checkpoint} could be mapped"
+        return found
+
+    def parts(self) -> list[tuple[int, ...]]:
+        """The layers of the model in stretches that are small in float32."""
+        first = self.model.get_submodule(stacks(self.model)[0].blocks[0].name)
+        count, size = len(stacks(self.model)[0].blocks), FLOAT_BYTES * sum(weight.numel() for weight in first.parameters())
+        step = max(1, PART_BYTES // size)
+        return [tuple(range(start, min(start + step, count))) for start in range(0, count, step)]
 
     @property
     def grid(self) -> str | None:
@@ -71,32 +107,48 @@ class Source:
         """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
         if self.quantized is None:
             self.quantized = round_to_nearest(self.model, body, head)
-            move_to_grid(self.model, self.quantized)
+            self.move_to_grid()
         return self.quantized
+
+    def move_to_grid(self) -> None:
+        """Let `model` compute with the quantized weights."""
+        assert self.quantized
+        if self.streams:
+            self.change = on_grid(self.model, self.quantized)
+        else:
+            move_to_grid(self.model, self.quantized)
 
     def round_floats(self, name: str) -> None:
         """Move what is saved of `model` to a float of 16 bits, in place. Raises StageError for weights beyond float16's range.
 
-        What is computed anew at each load, such as the frequencies of rotary positions, no engine rounds.
+        What is computed anew at each load, such as the frequencies of rotary positions, no engine rounds. Matrices that lie in the
+        checkpoint's files stay as they are there.
         """
         import torch
 
+        kind = getattr(torch, name)
         for tensor in self.model.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(getattr(torch, name))
-        if not all(weight.isfinite().all() for weight in self.model.parameters()):
-            raise StageError(f"some weights are too large for {name}; take bfloat16")
+            rounded = tensor.data.to(kind) if tensor.is_floating_point() else tensor.data
+            if isinstance(tensor, torch.nn.Parameter) and not rounded.isfinite().all():
+                raise StageError(f"some weights are too large for {name}; take bfloat16")
+            if not self.streams:
+                tensor.data = rounded
+            elif tensor.ndim < 2:
+                tensor.data = rounded.to(tensor.dtype)
+        if self.streams:
+            self.change = lambda _, tensor: tensor.to(kind)
 
     def reference(self) -> Reference:
         """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""
         self.progress.note("comparing with PyTorch")
         kind = AnswerReference if task_of(self.config) in HEADED else Reference
-        return kind.of(self.model.float(), self.checkpoint, self.calibration, self.max_tokens)
+        return kind.of(self.computing(), self.checkpoint, self.calibration, self.max_tokens)
 
     def release(self) -> None:
         """Let go of the weights, before an engine loads them once more."""
         self.__dict__.pop("model", None)
-        self.quantized = None
+        self.__dict__.pop("_mapped", None)
+        self.quantized = self.change = None
 
 
 def write_served(
@@ -111,6 +163,7 @@ def write_served(
     where = spec.served_on(current())
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     refuse(runtime, spec, source)
+    source.may_stream = runtime.streams
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
     Serving.read(out).on(where).write(out)

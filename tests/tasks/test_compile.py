@@ -67,7 +67,7 @@ def expected(quantized: QuantizedWeights, *names: str) -> tuple[np.ndarray, np.n
 def test_blocks_hold_the_integers_and_scales_of_any_grid(grid, columns):
     weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
     q, scales = grid.quantize(weight)
-    blocks, repeated = pack.pack_blocks(Packable(grid, q, scales))
+    blocks, repeated = pack.pack_blocks(Packable(grid, tuple(q.shape), lambda: (q, scales)))
     size = pack.block_size(grid, columns)
     assert blocks.shape == (5, -(-columns // size), size * grid.bits // 8)
     found = unpack(blocks.numpy(), grid.bits, columns)

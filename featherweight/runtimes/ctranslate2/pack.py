@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.model.architecture import task_of
-from featherweight.runtimes.ctranslate2 import loaders, patches, rotary
+from featherweight.runtimes.ctranslate2 import loaders, patches, rotary, variables
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import HEADED
+from featherweight.system import device
 from featherweight.system.device import CPU
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: QuantizedRows | None, floats: str | None = None) -> None:
     """Write `model` to the new folder `out` as a CTranslate2 model; `checkpoint` has its configuration and tokenizer.
 
+    Matrix by matrix: beside the model no more than one is held as it is written (see variables.py), and those that are fused.
     rows: the quantized weights, None for float ones. floats: what those are stored as, None for float32.
     Raises StageError where CTranslate2 does not know the architecture.
     """
@@ -47,6 +49,7 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
             patches.mend_vocabularies(spec, model)
             if rows is not None:
                 pack(spec, rows)
+            variables.defer(spec)
             return spec
 
     try:
@@ -62,6 +65,8 @@ def _shell(model: PreTrainedModel) -> PreTrainedModel:
 
     In main memory, where the weights of a model on a GPU are copied to: the converter reads their addresses, and crashes at others.
     """
+    if model.config.model_type == "gptj":  # whose loader permutes queries and keys where they lie
+        return device.on_cpu(copy.deepcopy(model))
     shared: dict[int, Any] = {id(tensor): _in_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -85,8 +90,8 @@ def pack(spec: Any, rows: QuantizedRows) -> None:
             return
         matrix = rows.find(value)
         if matrix is not None:
-            setattr(layer, key, matrix.q.numpy())
-            setattr(layer, f"{key}_scale", (1 / matrix.scales.squeeze(1)).numpy())
+            setattr(layer, key, variables.integers(matrix))
+            setattr(layer, f"{key}_scale", (1 / matrix.read()[1].squeeze(1)).numpy())
 
     visit_spec(spec, replace)
     rows.require_all_used("CTranslate2")

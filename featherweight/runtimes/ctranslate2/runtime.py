@@ -64,6 +64,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     requirements = ("ctranslate2",)
     weight_s = 5e-7
     layers_may_differ = True
+    streams = True
     devices = (CPU, CUDA)
 
     def write(self, spec: CTranslate2Spec, source: Source, out: Path) -> None:
@@ -75,8 +76,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         from featherweight.runtimes.ctranslate2.write import check_weights
 
         reference = source.reference()
+        weights = check_weights(source, reference, served) if spec.compute_type == "int8" else {}
         source.release()
-        weights = check_weights(reference, served) if spec.compute_type == "int8" else {}
         return {**weights, **reference.check(served)}
 
     def bound(self, serving: Serving) -> Bound:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
+from featherweight.checkpoint.streamed import mapped_model
 from featherweight.grid import GRIDS, Grid
-from featherweight.model.architecture import task_of
+from featherweight.model.architecture import LAYOUTS, task_of
 from featherweight.model.padding import without_padding
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.ctranslate2.encoder import write_head
 from featherweight.runtimes.ctranslate2.pack import convert
 from featherweight.runtimes.packing import QuantizedRows
+from featherweight.runtimes.parity import Reference
 from featherweight.runtimes.spec import SIXTEEN_BITS
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from featherweight.runtimes.ctranslate2.runtime import CTranslate2Spec
-    from featherweight.runtimes.parity import Reference
     from featherweight.runtimes.writing import Source
 
 FOLDER = "ctranslate2"
@@ -39,7 +43,7 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
         source.round_floats(spec.compute_type)
     elif spec.compute_type != "float32":
         source.round(grid_here(spec, source.device), grid_here(spec, source.device))
-    model, quantized = without_padding(source.model.float(), source.quantized)
+    model, quantized = without_padding(source.model if source.streams else source.model.float(), source.quantized)
     rows = QuantizedRows.of(model, quantized) if quantized else None
     floats = spec.compute_type if spec.compute_type in SIXTEEN_BITS else None
     convert(model, source.checkpoint, out / FOLDER, rows, floats)
@@ -67,14 +71,41 @@ def _options(spec: CTranslate2Spec, model: PreTrainedModel) -> dict[str, str]:
     return options
 
 
-def check_weights(reference: Reference, served: Path) -> Metrics:
-    """Hold the packed weights to the exact bound, in a twin that has CTranslate2 compute in float32."""
+def check_weights(source: Source, reference: Reference, served: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, in a twin that has CTranslate2 compute in float32.
+
+    Of a model whose weights stay in its files, which would be four times as large there, a few layers at a time between its
+    embedding and its head, so that every layer is looked at.
+    """
+    if not source.streams or source.config.model_type not in LAYOUTS:
+        return {"parity_weights_max_abs": _check_twin(reference, served, lambda out: _link_all(served / FOLDER, out))}
+    rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
+    found = []
+    for layers in source.parts():
+        part = Reference.of(source.computing(layers), source.checkpoint, source.calibration, source.max_tokens)
+        found.append(_check_twin(part, served, partial(_convert_part, source, rows, layers)))
+    return {"parity_weights_max_abs": max(found)}
+
+
+def _check_twin(reference: Reference, served: Path, write_weights: Callable[[Path], None]) -> float:
     twin = served / "twin"
-    (twin / FOLDER).mkdir(parents=True)
-    for path in (served / FOLDER).iterdir():
-        link(path, twin / FOLDER / path.name)
+    twin.mkdir()
+    write_weights(twin / FOLDER)
     copy_tokenizer(served, twin)
     Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).on(Serving.read(served).device).write(twin)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)
-    return {"parity_weights_max_abs": measured["parity_max_abs"]}
+    return measured["parity_max_abs"]
+
+
+def _link_all(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for path in folder.iterdir():
+        link(path, out / path.name)
+
+
+def _convert_part(source: Source, rows: QuantizedRows | None, layers: tuple[int, ...], out: Path) -> None:
+    """Convert some layers of a model whose weights stay in its files."""
+    model = mapped_model(source.checkpoint, layers)
+    assert model is not None
+    convert(model, source.checkpoint, out, rows and replace(rows, unused=set()))

@@ -7,12 +7,12 @@ shares the output head's storage where the two are tied.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import Grid
 from featherweight.runtimes.packing import Packable, QuantizedRows
+from featherweight.store.mapped import give_back
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,14 +76,14 @@ def pack_blocks(matrix: Packable) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    bits, (rows, columns) = matrix.grid.bits, matrix.q.shape
+    (q, scales), bits, (rows, columns) = matrix.read(), matrix.grid.bits, matrix.shape
     size = block_size(matrix.grid, columns)
     blocks = -(-columns // size)
-    stored = torch.nn.functional.pad(matrix.q.view(torch.uint8), (0, blocks * size - columns)).view(rows, blocks, size)
+    stored = torch.nn.functional.pad(q.view(torch.uint8), (0, blocks * size - columns)).view(rows, blocks, size)
     stored = stored + (1 << (bits - 1))  # modulo 256, which is two's complement to offset binary
     if bits == 4:
         stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
-    return stored.contiguous(), matrix.scales.float().expand(rows, blocks).contiguous()
+    return stored.contiguous(), scales.float().expand(rows, blocks).contiguous()
 
 
 class _Packer:
@@ -92,7 +92,7 @@ class _Packer:
     def __init__(self, graph: ir.Graph, rows: QuantizedRows) -> None:
         self.graph = graph
         self.rows = rows
-        self.packed: dict[bytes, tuple[ir.Value, ir.Value]] = {}
+        self.packed: dict[tuple[Any, ...], tuple[ir.Value, ir.Value]] = {}
 
     def replace_matmul(self, node: ir.Node, accuracy_level: int) -> None:
         """MatMul with a constant [columns, rows] on its right becomes MatMulNBits."""
@@ -102,7 +102,7 @@ class _Packer:
         matrix = self._find(_constant(weight, transposed=True))
         if matrix is None or weight is None:
             return
-        (rows, columns), attributes = matrix.q.shape, _layout(matrix)
+        (rows, columns), attributes = matrix.shape, _layout(matrix)
         attributes |= {"K": columns, "N": rows, "accuracy_level": accuracy_level}
         inputs = [node.inputs[0], *self._store(weight, matrix)]
         self._swap(node, onnx_ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=f"{node.name}NBits"))
@@ -118,7 +118,7 @@ class _Packer:
         if matrix is None or weight is None:
             return
         q, scales = self._store(weight, matrix)
-        (rows, columns), attributes = matrix.q.shape, _layout(matrix)
+        (rows, columns), attributes = matrix.shape, _layout(matrix)
         padded = -(-columns // attributes["block_size"]) * attributes["block_size"]
         flat = self._integers(f"{node.name}/shape", [rows, padded * matrix.grid.bits // 8])
         reshape = onnx_ir.node("Reshape", [q, flat], name=f"{node.name}/Reshape")
@@ -136,24 +136,32 @@ class _Packer:
 
     def _store(self, weight: ir.Value, matrix: Packable) -> tuple[ir.Value, ir.Value]:
         """The initializers (integers, scales) of a matrix, those of an equal one where the graph has them already."""
-        blocks, scales = (tensor.numpy() for tensor in pack_blocks(matrix))
-        key = hashlib.blake2b(blocks.data).digest() + hashlib.blake2b(scales.data).digest()
+        key = (*matrix.digest, matrix.grid.bits, block_size(matrix.grid, matrix.shape[1]))
         if key not in self.packed:
-            self.packed[key] = (
-                self._initializer(f"{weight.name}.q", blocks),
-                self._initializer(f"{weight.name}.scales", scales),
-            )
+            self.packed[key] = (self._deferred(f"{weight.name}.q", matrix, 0), self._deferred(f"{weight.name}.scales", matrix, 1))
         return self.packed[key]
+
+    def _deferred(self, name: str, matrix: Packable, which: int) -> ir.Value:
+        """The initializer of the integers (0) or the scales (1) of a matrix, which are made when they are written."""
+        import onnx_ir
+
+        packed = pack_blocks(matrix)[which]
+        dtype = onnx_ir.DataType.from_numpy(packed.numpy().dtype)
+        made = onnx_ir.LazyTensor(
+            lambda: onnx_ir.tensor(pack_blocks(matrix)[which].numpy(), name=name), dtype, onnx_ir.Shape(packed.shape), name=name
+        )
+        return self._register(name, made)
 
     def _integers(self, name: str, values: list[int]) -> ir.Value:
         import numpy
-
-        return self._initializer(name, numpy.array(values, dtype=numpy.int64))
-
-    def _initializer(self, name: str, array: Any) -> ir.Value:
         import onnx_ir
 
-        value = onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name))
+        return self._register(name, onnx_ir.tensor(numpy.array(values, dtype=numpy.int64), name=name))
+
+    def _register(self, name: str, tensor: Any) -> ir.Value:
+        import onnx_ir
+
+        value = onnx_ir.val(name, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -165,7 +173,7 @@ class _Packer:
 
 
 def _layout(matrix: Packable) -> dict[str, Any]:
-    return {"bits": matrix.grid.bits, "block_size": block_size(matrix.grid, matrix.q.shape[1])}
+    return {"bits": matrix.grid.bits, "block_size": block_size(matrix.grid, matrix.shape[1])}
 
 
 def _constant(value: ir.Value | None, *, transposed: bool) -> Tensor | None:
@@ -178,7 +186,9 @@ def _constant(value: ir.Value | None, *, transposed: bool) -> Tensor | None:
     array = value.const_value.numpy()
     if array.ndim != 2 or array.dtype != numpy.float32:
         return None
-    return torch.from_numpy(numpy.array(array.T if transposed else array, order="C"))
+    copied = torch.from_numpy(numpy.array(array.T if transposed else array, order="C"))
+    give_back(array)
+    return copied
 
 
 def _drop_unused(graph: ir.Graph) -> None:

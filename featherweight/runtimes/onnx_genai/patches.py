@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def weights_of(model: PreTrainedModel | None) -> Iterator[None]:
+    """It loads all weights once more, in the type that they are stored in, and adds Gemma's 1 to the norms in bfloat16.
+
+    It gets them of `model`, where one is given: in float32, or from their files.
+    """
+    base = sys.modules["builders.base"].Model
+    load = base.load_weights
+    if model is not None:
+        base.load_weights = lambda *_: model
+    try:
+        yield
+    finally:
+        base.load_weights = load
 
 
 def without_commit() -> None:

@@ -55,6 +55,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     requirements = ("onnxruntime-genai",)
     writing_s = 6
     weight_s = 5e-7
+    streams = True
     devices = (CPU, CUDA)
 
     def write(self, spec: GenaiSpec, source: Source, out: Path) -> None:

@@ -11,16 +11,19 @@ from featherweight.checkpoint.opening import load_config
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
-from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.matrices import round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.onnx_genai import pack, patches
 from featherweight.runtimes.packing import QuantizedRows
+from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, Device
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from featherweight.runtimes.onnx_genai.runtime import GenaiSpec
     from featherweight.runtimes.parity import Reference
     from featherweight.runtimes.writing import Source
@@ -34,30 +37,33 @@ def write(spec: GenaiSpec, source: Source, out: Path) -> None:
     if source.quantized is None and spec.precision != "float32":
         source.quantized = round_to_nearest(source.model, *(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
-    _write_graph(source.checkpoint, out, rows, source.device)
+    _write_graph(source, out, rows)
     copy_tokenizer(source.checkpoint, out)
     if source.quantized:
-        move_to_grid(source.model, source.quantized)
+        source.move_to_grid()
     Serving("onnxruntime-genai", grid=source.grid).write(out)
 
 
-def _write_graph(checkpoint: Path, out: Path, rows: QuantizedRows | None, device: Device) -> None:
+def _write_graph(source: Source, out: Path, rows: QuantizedRows | None) -> None:
     """The decoder graph with its weights, and genai_config.json."""
     if rows is None:
-        build_decoder(checkpoint, out, device=device)
+        build_decoder(source.checkpoint, out, device=source.device, model=source.model)
         return
     built = out / "float32"
     built.mkdir()
-    build_decoder(checkpoint, built, fuse_qkv=_one_grid_per_attention(rows.quantized), device=device)
+    fused = _one_grid_per_attention(rows.quantized)
+    build_decoder(source.checkpoint, built, fuse_qkv=fused, device=source.device, model=source.model)
     pack.pack(built, out, rows)
     shutil.move(built / "genai_config.json", out)
     shutil.rmtree(built)
 
 
-def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True, device: Device = CPU) -> None:
+def build_decoder(
+    checkpoint: Path, out: Path, *, fuse_qkv: bool = True, device: Device = CPU, model: PreTrainedModel | None = None
+) -> None:
     """GenAI's model builder, in this process: the float32 decoder graph, genai_config.json and a tokenizer, in `out`.
 
-    device: the execution provider that genai_config.json names. The builder itself reads the checkpoint's files in main memory.
+    device: the execution provider that genai_config.json names. model: has the weights; by default the builder loads them.
 
     Raises StageError for an architecture that it does not know, or of which it does not find what it expects.
     """
@@ -71,7 +77,8 @@ def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True, device:
     options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}", "windowed_kv_cache=false"]
     arguments = ("", str(checkpoint), str(out), "fp32", device, str(cache))
     try:
-        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
+        with patches.weights_of(model):
+            builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     except NotImplementedError as error:
         raise StageError(_unknown_refusal(checkpoint)) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -79,6 +86,8 @@ def build_decoder(checkpoint: Path, out: Path, *, fuse_qkv: bool = True, device:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise StageError(f"onnxruntime-genai's model builder cannot take this {kind} ({why}); take torch or ctranslate2") from error
     shutil.rmtree(cache, ignore_errors=True)
+    for weight in model.parameters() if model is not None else ():
+        give_back(weight)
 
 
 def _unknown_refusal(checkpoint: Path) -> str:

@@ -1,0 +1,70 @@
+"""Memory-mapped files that are only read: their pages are given back at once, and not only when the system wants their room."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+SMALL = 1 << 20
+"""Bytes below which it is not worth asking."""
+_MADV_DONTNEED = 4
+
+
+def seal(tensor: Tensor) -> None:
+    """Let nobody write to the mapped file in whose memory `tensor` lies: who tries ends with a fault, and does not go unnoticed."""
+    begin = tensor.untyped_storage().data_ptr()
+    found = _mapping(begin) if sys.platform == "linux" and tensor.numel() else None
+    if found and found.of_a_file and found.writable:
+        _libc().mprotect(ctypes.c_void_p(found.begin), ctypes.c_size_t(found.end - found.begin), mmap.PROT_READ)
+
+
+def give_back(tensor: Tensor | numpy.ndarray) -> None:
+    """Let go of the pages that a tensor was read from, where it lies in a sealed file: reading it again maps them again.
+
+    Nothing happens to tensors in memory of their own, to what might have been written to, nor on another system than Linux.
+    """
+    begin, size = _place(tensor)
+    if size < SMALL or sys.platform != "linux":
+        return
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    found = _mapping(first)
+    if found and found.of_a_file and not found.writable and last <= found.end:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+def _place(tensor: Tensor | numpy.ndarray) -> tuple[int, int]:
+    """Address and bytes of the memory that it was cut from; (0, 0) on a GPU."""
+    if hasattr(tensor, "ctypes"):
+        return tensor.ctypes.data, tensor.nbytes
+    storage = tensor.untyped_storage()
+    return (storage.data_ptr(), storage.nbytes()) if tensor.device.type == "cpu" else (0, 0)
+
+
+class _Mapping(NamedTuple):
+    begin: int
+    end: int
+    writable: bool
+    of_a_file: bool
+
+
+def _mapping(address: int) -> _Mapping | None:
+    """What an address of this process belongs to."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights, _, _, inode, *_ = line.split(maxsplit=5)
+        begin, end = (int(place, 16) for place in span.split("-"))
+        if begin <= address < end:
+            return _Mapping(begin, end, "w" in rights, inode != "0")
+    return None
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None)

@@ -1,0 +1,93 @@
+"""What is written of a model whose weights stay in its files is byte for byte what is written of one in memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.checkpoint import streamed
+from featherweight.runtimes import parity, writing
+from featherweight.runtimes.writing import write_served
+from tests.conftest import STORY
+from tests.support import serving_models as models
+from tests.support.in_process import InProcess
+from tests.support.serving_models import serving_spec
+
+TOKENS = 64
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_text(tmp_path_factory.mktemp("text"), STORY)
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "open_worker", InProcess)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """In shards: a Qwen2 (biases, tied) and a Gemma (1 is added to its norms) in bfloat16, a Llama (untied) in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("models")
+    kinds: dict[str, dict[str, Any]] = {
+        "qwen2": {"tie_word_embeddings": True},
+        "gemma": {"head_dim": 16},
+        "llama": {"tie_word_embeddings": False, "dtype": torch.float32},
+    }
+    for kind, options in kinds.items():
+        shutil.copytree(tiny_checkpoint, root / kind, ignore=shutil.ignore_patterns("model.safetensors"))
+        dtype = options.pop("dtype", torch.bfloat16)
+        config = AutoConfig.for_model(kind, vocab_size=320, max_position_embeddings=256, initializer_range=0.1, **SIZES, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            for name, weight in model.named_parameters():
+                if weight.ndim == 1:
+                    weight.data.normal_(1.0 if "norm" in name and kind != "gemma" else 0.0, 0.1)
+            model.save_pretrained(root / kind, max_shard_size="30KB")
+    return {kind: root / kind for kind in kinds}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("kind", "engine", "options"),
+    [
+        ("qwen2", "ctranslate2", {"compute_type": "int8"}),
+        ("gemma", "ctranslate2", {"compute_type": "float32"}),
+        ("llama", "ctranslate2", {"compute_type": "int8_float32"}),
+        ("qwen2", "onnxruntime-genai", {"precision": "int4"}),
+        ("gemma", "onnxruntime-genai", {"precision": "int8"}),
+        ("llama", "onnxruntime-genai", {"precision": "float32"}),
+    ],
+)  # fmt: skip
+def test_it_writes_the_same(
+    kind: str,
+    engine: str,
+    options: dict[str, Any],
+    checkpoints: dict[str, Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = serving_spec(engine, max_tokens=TOKENS, **options)
+    found, metrics = {}, {}
+    for name, large in {"whole": 2**40, "streamed": 1}.items():
+        monkeypatch.setattr(streamed, "LARGE", large)
+        monkeypatch.setattr(writing, "PART_BYTES", 1)  # layer by layer
+        out = tmp_path / name
+        out.mkdir()
+        with torch.random.fork_rng():
+            metrics[name] = write_served(spec, checkpoint=checkpoints[kind], calibration=text, out=out)
+        found[name] = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert found["streamed"].keys() == found["whole"].keys()
+    assert [path for path, content in found["whole"].items() if found["streamed"][path] != content] == []
+    assert metrics["streamed"].keys() == metrics["whole"].keys()
+    assert metrics["streamed"]["parity_max_abs"] == pytest.approx(metrics["whole"]["parity_max_abs"], rel=1e-3, abs=1e-5)
