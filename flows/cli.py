@@ -29,7 +29,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArg = Annotated[Path, typer.Argument(help="A recipe (YAML).")]
+RecipeArg = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE|CHECKPOINT", help="A recipe (YAML); or a checkpoint, for which one is composed from advice."),
+]
+TextOpt = Annotated[str | None, typer.Option(help="Without a recipe: a file, folder or s3:// prefix of text.")]
+BudgetOpt = Annotated[str, typer.Option(help="Without a recipe: how long it may take, such as 10m.")]
+LossOpt = Annotated[str, typer.Option(help="Without a recipe: loss of quality allowed, such as 1%; none for no bound.")]
 SetOpt = Annotated[list[str], typer.Option("--set", metavar="KEY.KEY=VALUE", help="Override one key of the recipe; repeatable.")]
 WorkspaceOpt = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="FEATHERWEIGHT_WORKSPACE", help="Where runs, artifacts and results live.")
@@ -51,6 +57,9 @@ _printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
 def optimize(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006 - typer wants a plain default
+    text: TextOpt = None,
+    budget: BudgetOpt = "10m",
+    max_loss: LossOpt = "1%",
     workspace: WorkspaceOpt = HERE,
     report: Annotated[Path | None, typer.Option(help="Where to put report.html.")] = None,
     as_json: JsonOpt = False,
@@ -58,12 +67,15 @@ def optimize(
 ) -> None:
     """Run the recipe: every variant made, measured on its serving engine, and the winner registered and promoted.
 
-    Stop it at any moment; the same command resumes and recomputes no finished stage.
+    Stop it at any moment; the same command resumes and recomputes no finished stage. Given a checkpoint, it composes the recipe
+    from what `advise` says, writes it to the workspace, and runs it.
     """
+    from flows.composed import Wanted, written
     from flows.launch import launch
     from tasks.summary import require_winner
 
-    result = launch(recipe, tuple(overrides), workspace, view_for(quiet))
+    path = written(recipe, Wanted(text, budget, max_loss), workspace, quiet)
+    result = launch(path, tuple(overrides), workspace, view_for(quiet))
     page = _place_report(result.report, report or Path("report.html"))
     if as_json:
         _print_json(result.to_dict())
@@ -80,15 +92,21 @@ def optimize(
 def plan(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006
+    text: TextOpt = None,
+    budget: BudgetOpt = "10m",
+    max_loss: LossOpt = "1%",
     workspace: WorkspaceOpt = HERE,
     as_json: JsonOpt = False,
 ) -> None:
-    """Show the tree of variants, what they share, what was ruled out and why, and the estimated cost. Runs nothing."""
-    from featherweight.recipe.reading import load_recipe
+    """Show the tree of variants, what they share, what was ruled out and why, and the estimated cost. Runs nothing.
+
+    Given a checkpoint, it is the plan of the recipe that `optimize` would compose.
+    """
+    from flows.composed import Wanted, recipe_for
     from flows.plan_view import plan_tree
     from tasks.forecast import forecast
 
-    shown = forecast(load_recipe(recipe, tuple(overrides)), workspace)
+    shown = forecast(recipe_for(recipe, tuple(overrides), Wanted(text, budget, max_loss), workspace, told=not as_json), workspace)
     if as_json:
         _print_json(shown.to_dict())
     else:

@@ -12,12 +12,14 @@ from pathlib import Path
 from featherweight.errors import GateError, StageError, ToolchainError
 from featherweight.measure.goals import Decision
 from featherweight.measure.measurement import Comparison, Measurement
+from featherweight.measure.relaxing import nearest
 from featherweight.measure.spec import BASELINE
 from featherweight.model.sparsity import Sparsity
 from featherweight.recipe.plan import Node, Plan, Variant
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.promotion import Promotion
+from featherweight.report.overruled import advice_line
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.runtimes.catalog import RUNTIMES
@@ -133,7 +135,7 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
     started = datetime.fromtimestamp(parent.client.get_run(parent.run_id).info.start_time / 1000, UTC)
     decision = read_decision(_folder("decide", outcomes, parent))
     promoted = Promotion.read(_folder("promote", outcomes, parent)) if decision.winner else None
-    return OptimizationResult(
+    result = OptimizationResult(
         name=recipe.name,
         objective=recipe.objective,
         winner=decision.winner,
@@ -153,6 +155,20 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         seed=recipe.seed,
         task=recipe.task,
     )
+    found = _best_found(recipe, plan, outcomes, parent, result)
+    return replace(result, advice=advice_line(result, recipe.advice or {}), best_found=found)
+
+
+def _best_found(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun, result: OptimizationResult) -> str:
+    """Where nothing but the baseline keeps the constraints: what comes nearest, where it lies, and what to relax for it."""
+    if result.winner not in (None, BASELINE):
+        return ""
+    best = nearest(recipe.constraints, recipe.objective, {row.name: row.metrics for row in result.measured})
+    if best is None:
+        return ""
+    served = next(variant.served for variant in plan.variants if variant.name == best.name)
+    folder = parent.workspace.materialize(outcomes[served].artifact, check=False)
+    return f"the best found beside the baseline is {best.name}, in {folder}; {best.words} and it may win"
 
 
 def _folder(node: str, outcomes: Outcomes, parent: ParentRun) -> Path:

@@ -125,8 +125,9 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
             else not settings.get("zero_point", True)
         )
         bits, kind, size = settings.get("bits", 4), "int", settings.get("group_size", 128)
-    low, high = {8: (-128, 127), 4: (-8, 7)}.get(int(bits or 0), (0, 0))
-    return _grid((str(kind), int(bits), size if size and size > 0 else None), low, high) if symmetric and high else None
+    bits = int(bits or 0)
+    low, high = {8: (-128, 127), 4: (-8, 7)}.get(bits, (0, 0))
+    return _grid((str(kind), bits, size if size and size > 0 else None), low, high) if symmetric and high else None
 
 
 def require_readable(config: Mapping[str, Any], where: str) -> None:

@@ -116,6 +116,8 @@ class OptimizationResult:
     task: Task = "text-generation"
     unserved: str = ""
     waits: str = ""
+    best_found: str = ""
+    advice: str = ""
 
     def row(self, name: str | None) -> VariantRow | None:
         """The variant of that name."""
@@ -163,8 +165,9 @@ class OptimizationResult:
 
     @property
     def note_lines(self) -> list[str]:
-        """The notes for a terminal."""
-        return [f"{', '.join(names)}: {text}" for text, names in self.notes.items()]
+        """The notes for a terminal, and what became of advice."""
+        notes = [f"{', '.join(names)}: {text}" for text, names in self.notes.items()]
+        return [*notes, *filter(None, (self.advice, self.best_found))]
 
     @property
     def quality(self) -> str:

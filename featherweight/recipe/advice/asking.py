@@ -24,8 +24,10 @@ from featherweight.system.machine import Machine, describe
 
 
 def source_named(name: str) -> str:
-    """A path, a source with its kind before it, or ORG/NAME of the hub. Raises CheckpointError for what is none of them."""
-    if Path(name).expanduser().exists() or any(kind and name.startswith(kind) for kind in SOURCES):
+    """A whole path, a source with its kind before it, or ORG/NAME of the hub. Raises CheckpointError for what is none of them."""
+    if (path := Path(name).expanduser()).exists():
+        return str(path.absolute())
+    if any(kind and name.startswith(kind) for kind in SOURCES):
         return name
     if name.count("/") == 1 and name[0] not in "./~" and not name.endswith((".gguf", ".yaml")):
         return f"hf:{name}"

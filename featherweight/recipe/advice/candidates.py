@@ -138,8 +138,8 @@ def _offers(question: Question, engine: str) -> Iterator[Offer]:
 def _row(question: Question, engine: str, offer: Offer) -> Row:
     serve = _serve(engine, offer, question.max_tokens)
     kept = kept_refusal(question.facts) is not None
-    methods = [None] if offer.grid is None or kept else _methods(question, offer)
-    told = [(method, _refusal(question, method, serve)) for method in methods]
+    ways: list[QuantizeSpec | None] = [None] if offer.grid is None or kept else [*methods(question, offer)]
+    told = [(way, _refusal(question, way, serve)) for way in ways]
     method, refused = next(((one, reason) for one, reason in told if reason is None), told[0])
     missing = RUNTIMES[engine].missing() if question.here else None
     if refused is not None:
@@ -155,7 +155,7 @@ def _serve(engine: str, offer: Offer, max_tokens: int) -> ServingSpec:
     return kind.of(engine=engine, max_tokens=max_tokens, **offer.keys)
 
 
-def _methods(question: Question, offer: Offer) -> list[QuantizeSpec | None]:
+def methods(question: Question, offer: Offer) -> list[QuantizeSpec]:
     """Ways to the grid, that of the least expected loss first; of those that are level with it the earlier in the catalog."""
     grid = str(offer.grid)
     losses = {name: QUANTIZERS[name].losses[grid] for name in QUANTIZERS if grid in QUANTIZERS[name].losses}

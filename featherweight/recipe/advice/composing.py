@@ -1,0 +1,303 @@
+"""A recipe from advice: what is worth trying of it within a budget, as YAML whose comments carry the reasons.
+
+The first to run is what can be served soonest: the recommended engine on weights rounded to nearest. Then follow the other engines
+and grids by their expected speed, then other ways to the best grids. What the budget does not allow is left out, and said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from featherweight.errors import RecipeError
+from featherweight.measure.figures import percent, rate
+from featherweight.model.positions import context_tokens
+from featherweight.quantization.catalog import QUANTIZERS
+from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.advice.advice import Advice
+from featherweight.recipe.advice.candidates import Question, Row, methods
+from featherweight.recipe.cost import estimate
+from featherweight.recipe.facts import Facts
+from featherweight.recipe.plan import Plan, expand
+from featherweight.recipe.recipe import Recipe
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.spec import HEADED
+from featherweight.text.sources import STDLIB
+
+FAR_BEHIND = 0.25
+"""A share of the best one's expected speed below which an engine is not worth a try."""
+STRETCH = 3.0
+"""How many times the allowed loss may be expected of what is faster than all that keeps it: larger models lose less."""
+OTHER_WAYS = 2
+"""Grids that other methods are tried for."""
+SAMPLE_BYTES = 1_000_000
+"""Of the standard library's source, where no text is given."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """A variant that is worth a try. why: what is said of it. quantize: None for none."""
+
+    row: Row
+    quantize: QuantizeSpec | None
+    why: str
+
+    @property
+    def quantized(self) -> str:
+        """The name of the alternative of the quantize stage, such as 'rtn4-g32' or 'mix4'; 'none' for none."""
+        spec = self.quantize
+        if spec is None:
+            return "none"
+        grid = spec.grid.removeprefix("int")
+        mixed, body = "-mix" if spec.mixed else "", "" if spec.head else "-body"
+        return f"{spec.method}{mixed}{'' if grid[0].isdigit() else '-'}{grid}{body}"
+
+    @property
+    def served(self) -> str:
+        """The name of the alternative of the last stage."""
+        keys = self.row.offer.keys
+        how = [str(keys[key]) for key in ("compute_type", "precision") if key in keys]
+        parts = [f"tp{self.row.offer.parts}"] if self.row.offer.parts > 1 else []
+        return "-".join([self.row.engine, *how, *parts]).replace("_", "-")
+
+    @property
+    def name(self) -> str:
+        """Of the variant."""
+        return self.served if self.quantize is None else f"{self.quantized}/{self.served}"
+
+    @property
+    def speed(self) -> float:
+        """New tokens per second that are expected."""
+        return self.row.expected.tokens_per_s if self.row.expected else 0.0
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The recipe, its text with the reasons, seconds that the plan is expected to take, and what was left out with the reason."""
+
+    recipe: Recipe
+    text: str
+    seconds: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> Path:
+        """As a file that `featherweight optimize` takes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.text)
+        return path
+
+
+def compose(
+    advice: Advice, budget_s: float, text: str | None = None, seconds: Callable[[Plan], Mapping[str, float]] | None = None
+) -> Composed:
+    """The recipe of what is worth trying within `budget_s`. text: a file, a folder or another source of text.
+
+    seconds: of each node of a plan, by default as it is estimated for this machine. Raises RecipeError where nothing serves.
+    """
+    tries = list(worth_trying(advice))
+    if not tries:
+        raise RecipeError(f"no recipe can be made of the advice: {advice.headline}")
+    question = advice.question
+    every = Recipe.model_validate(_tree(question, tries, text))
+    plan = expand(every, question.machine, Facts({question.source: question.facts}))
+    costs = (seconds or (lambda plan: _estimated(plan, question)))(plan)
+    chosen, left_out, took = within_budget(tries, plan, costs, budget_s)
+    tree = _tree(question, chosen, text)
+    return Composed(Recipe.model_validate(tree), _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
+
+
+def _estimated(plan: Plan, question: Question) -> dict[str, float]:
+    return {id: cost.seconds for id, cost in estimate(plan, {}, set(), question.facts.size).items()}
+
+
+def worth_trying(advice: Advice) -> Iterator[Try]:
+    """In the order in which they are to run, each once."""
+    seen: set[str] = set()
+    for one in _by_worth(advice):
+        if one.name not in seen:
+            seen.add(one.name)
+            yield one
+
+
+def _by_worth(advice: Advice) -> Iterator[Try]:
+    best, bound = advice.recommended, advice.question.max_loss
+    if best is None:
+        return
+    able = [row for row in advice.rows if row.can_serve and row.missing is None and _beside_the_baseline(row)]
+    fast = [row for row in able if _speed(row) >= FAR_BEHIND * _speed(best)]
+    keeping = [best, *(row for row in fast if row.keeps(bound) and row is not best)]
+    cheap = [row for row in keeping if not row.offer.mixed and (row is best or _speed(row) <= _speed(best))]
+    yield Try(best, _cheapest(advice.question, best), "the advice's first choice, by the cheapest way to its grid")
+    yield from (Try(row, _cheapest(advice.question, row), _why(row)) for row in cheap[1:])
+    for row in [row for row in cheap if row.offer.grid and row.quantize][:OTHER_WAYS]:
+        yield from (Try(row, spec, f"another way to {row.offer.grid}") for spec in methods(advice.question, row.offer)[:2])
+    for row in fast:
+        if row.offer.mixed and row.keeps(bound):
+            yield Try(row, row.quantize, "the most sensitive matrices on more bits, found by a scan")
+        elif not row.keeps(bound) and _loss(row) <= STRETCH * (bound or 1.0) and _speed(row) > _speed(best):
+            yield Try(row, row.quantize, "faster, and expected to lose more than allowed: measured, since larger models lose less")
+
+
+def _beside_the_baseline(row: Row) -> bool:
+    """What is measured anyway needs no variant."""
+    return row.name != "torch float32"
+
+
+def _speed(row: Row) -> float:
+    return row.expected.tokens_per_s if row.expected else 0.0
+
+
+def _loss(row: Row) -> float:
+    return row.expected.loss if row.expected else 1.0
+
+
+def _why(row: Row) -> str:
+    return "no rounding at all" if row.offer.grid is None else "another engine or grid"
+
+
+def _cheapest(question: Question, row: Row) -> QuantizeSpec | None:
+    """The first in the catalog of the methods that are level, which reads no text; None where nothing is to be quantized."""
+    if row.quantize is None:
+        return None
+    known = {spec.method: spec for spec in methods(question, row.offer)}
+    return next((known[name] for name in QUANTIZERS if name in known), row.quantize)
+
+
+def within_budget(
+    tries: Iterable[Try], plan: Plan, costs: Mapping[str, float], budget_s: float
+) -> tuple[list[Try], dict[str, str], float]:
+    """Those that the budget allows, the first one in any case; the others with what each would add; and seconds of all."""
+    paths = {variant.name: set(plan.path(variant.measured)) for variant in plan.variants}
+    shared = plan.nodes.keys() - set().union(*(paths[name] for name in paths if name != "baseline"))
+    taken = set(shared) | paths["baseline"]
+    chosen: list[Try] = []
+    left_out: dict[str, str] = {}
+    for one in tries:
+        if one.name not in paths:
+            left_out[one.name] = plan.ruled_out.get(one.name, "ruled out")
+            continue
+        more, so_far = (sum(costs[id] for id in ids) for ids in (paths[one.name] - taken, taken))
+        if chosen and so_far + more > budget_s:
+            left_out[one.name] = f"would add about {more:.0f} s, beyond the budget; {one.why}"
+            continue
+        chosen.append(one)
+        taken |= paths[one.name]
+    return chosen, left_out, sum(costs[id] for id in taken)
+
+
+def _tree(question: Question, tries: list[Try], text: str | None) -> dict[str, Any]:
+    """The recipe, without comments."""
+    stages: dict[str, dict[str, Any]] = {"quantize": {}, "compile": {}, "export": {}}
+    for one in tries:
+        if one.quantize is not None:
+            stages["quantize"][one.quantized] = _said(one.quantize)
+        stage = "compile" if isinstance(one.row.serve, CompileSpec) else "export"
+        stages[stage][one.served] = {"engine": one.row.engine, **one.row.offer.keys}
+    name = name_of(question.source)
+    return {
+        "name": name,
+        "checkpoint": {"source": question.source},
+        "task": question.task,
+        "device": question.roofs.device,
+        "data": _data(text),
+        "stages": {stage: made for stage, made in stages.items() if made},
+        "variants": [_line(one) for one in tries],
+        "workload": _workload(question),
+        **({} if question.max_loss is None else {"constraints": {"max_quality_loss": question.max_loss}}),
+        "objective": "speedup@1",
+        "advice": {one.name: round(one.speed, 1) for one in sorted(tries, key=lambda one: _rank(question, one), reverse=True)},
+        "promote": {"model": name, "stage": "staging"},
+    }
+
+
+def _rank(question: Question, one: Try) -> tuple[bool, float]:
+    """What is expected to win comes first: that which keeps the loss, by speed."""
+    return one.row.keeps(question.max_loss), one.speed
+
+
+def _said(spec: QuantizeSpec) -> dict[str, Any]:
+    """What a recipe has to say of it."""
+    return {"method": spec.method, **spec.model_dump(mode="json", exclude_defaults=True, include={"grid", "mixed"})} | {
+        "grid": spec.grid,
+        "head": spec.head,
+    }
+
+
+def _line(one: Try) -> dict[str, str]:
+    return {"quantize": one.quantized, "serve": one.served} if one.quantize else {"serve": one.served}
+
+
+def _data(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {"source": STDLIB, "evaluation": 0.2, "calibration": 0.2, "max_bytes": SAMPLE_BYTES}
+    return {"source": text, "evaluation": 0.2, "calibration": 0.2}
+
+
+def _workload(question: Question) -> dict[str, Any]:
+    """The question's own lengths, as far as the context goes, in windows that small models and texts fill."""
+    context, asked = context_tokens(question.facts.config), question.asked
+    prompt = min(asked.prompt_tokens, max(1, context // 4))
+    told: dict[str, Any] = {"prompt_tokens": prompt, "batch_sizes": sorted({1, 8, asked.sequences})}
+    if question.task in ("text-generation", "text2text-generation"):
+        told["new_tokens"] = min(asked.new_tokens, max(1, context // 4))
+    return told | {"windows": 100 if question.task in HEADED else 60, "window_tokens": max(2, min(256, context))}
+
+
+def name_of(source: str) -> str:
+    """A recipe's name, made of the checkpoint's."""
+    last = re.split(r"[/:]", source.rstrip("/").partition("@")[0])[-1].lower().removesuffix(".gguf")
+    return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.") or "model"
+
+
+def _written(
+    advice: Advice,
+    tree: dict[str, Any],
+    tries: list[Try],
+    left_out: Mapping[str, str],
+    took: float,
+    budget_s: float,
+    text: str | None,
+) -> str:
+    """The recipe with its reasons as comments."""
+    head = [
+        "Composed by featherweight from its advice; change what you like.",
+        advice.headline,
+        f"CTranslate2 or vLLM: {advice.ruling.line}",
+    ]
+    head += [*advice.notes, f"About {took:.0f} s, of a budget of {budget_s:.0f} s."]
+    head += [f"Left out: {name}: {reason}" for name, reason in left_out.items()]
+    sections = {key: _dumped({key: value}) for key, value in tree.items()}
+    if text is None:
+        sections["data"] = (
+            _comment("No text was given: the source of Python's standard library, as in recipes/demo.yaml.") + sections["data"]
+        )
+    sections["advice"] = (
+        _comment("Tokens per second that were expected, what was to win first; the report holds it against what came.")
+        + sections["advice"]
+    )
+    sections["variants"] = "variants:\n" + "".join(f"{_comment(_of(one), '  ')}  - {_flow(_line(one))}\n" for one in tries)
+    return "".join(_comment(line) for line in head) + "\n" + "\n".join(sections.values())
+
+
+def _of(one: Try) -> str:
+    sees = one.row.expected
+    figures = f"about {rate(one.speed)} tokens/s, loss {percent(sees.loss)}" if sees else ""
+    return f"{one.why}: {figures} expected"
+
+
+def _comment(text: str, indent: str = "") -> str:
+    return f"{indent}# {' '.join(text.split())}\n"
+
+
+def _dumped(value: dict[str, Any]) -> str:
+    flat = all(isinstance(one, str | int | float) for one in value.values())
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=False if flat else None, width=1000)
+
+
+def _flow(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=1000).strip()

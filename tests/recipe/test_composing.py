@@ -1,0 +1,105 @@
+"""A recipe composed from advice: valid, in the order of what can be served first, within its budget, with its reasons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from featherweight.errors import RecipeError
+from featherweight.model.facts import CheckpointFacts
+from featherweight.recipe.advice.advice import advise
+from featherweight.recipe.advice.candidates import Question
+from featherweight.recipe.advice.composing import Composed, compose, name_of
+from featherweight.recipe.advice.hardware import Roofs
+from featherweight.recipe.plan import Plan
+from featherweight.recipe.reading import load_recipe, recipe_text
+from featherweight.report.overruled import advice_line
+from featherweight.report.result import OptimizationResult, VariantRow
+from featherweight.system.device import CPU
+from tests.recipe.test_advice import SMALL, encoder, machine, t5
+
+SECONDS = {"evaluate": 20.0, "compile": 10.0, "export": 10.0, "quantize": 5.0, "sensitivity": 300.0}
+
+
+def seconds(plan: Plan) -> dict[str, float]:
+    return {id: SECONDS.get(node.stage, 1.0) + (30 if "-mix" in id else 0) for id, node in plan.nodes.items()}
+
+
+def composed(facts: CheckpointFacts, budget_s: float, text: str | None = None, max_loss: float = 0.01) -> Composed:
+    there = machine()
+    roofs = Roofs(CPU, there.memory_bytes, 2e10, dict.fromkeys(("float32", "float16", "int8", "fp8"), 5e11))
+    question = Question("models/small", facts, facts.task, there, roofs, max_loss=max_loss, here=False)
+    return compose(advise(question), budget_s, text, seconds)
+
+
+@pytest.mark.parametrize(
+    "facts", [SMALL, t5(), encoder("bert", "BertModel", "feature-extraction"), encoder("bert", "BertForMaskedLM", "fill-mask")]
+)
+def test_what_is_written_is_the_recipe_with_reasons_beside_it(facts: CheckpointFacts, tmp_path: Path) -> None:
+    made = composed(facts, 600, "text.txt")
+    read = load_recipe(made.write(tmp_path / "place" / "recipe.yaml"))
+    assert recipe_text(read) == recipe_text(made.recipe)
+    assert (read.task, read.data.source, read.promote.stage) == (facts.task, "text.txt", "staging")
+    assert read.constraints.max_quality_loss == 0.01
+    lines = made.text.splitlines()
+    assert lines[0].startswith("# Composed by featherweight") and any("CTranslate2 or vLLM" in line for line in lines)
+    variants = [number for number, line in enumerate(lines) if line.startswith("  - {")]
+    assert variants and all(lines[number - 1].startswith("  # ") and "expected" in lines[number - 1] for number in variants)
+
+
+def test_what_can_be_served_soonest_runs_first_and_costly_ways_last() -> None:
+    made = composed(SMALL, 10_000)
+    first, *others = [(line.quantize, line.serve) for line in made.recipe.variants or ()]
+    assert first == (("rtn8",), ("onnxruntime-genai-int8",)) and not made.left_out
+    names = ["/".join(part[0] for part in one if part[0] != "none") for one in others]
+    assert names.index("rtn8/ctranslate2-int8") < names.index("gptq8/onnxruntime-genai-int8")
+    assert names.index("gptq8/onnxruntime-genai-int8") < next(i for i, name in enumerate(names) if "-mix" in name)
+    assert next(iter(made.recipe.advice or {})) == "rtn8/onnxruntime-genai-int8"
+    assert not any(name.startswith("torch-static") for name in made.recipe.advice or {})
+
+
+def test_the_budget_bounds_the_plan_and_tells_what_it_left_out() -> None:
+    rich, poor, none = (composed(SMALL, budget) for budget in (10_000, 150, 1))
+    assert len(rich.recipe.variants or ()) > len(poor.recipe.variants or ()) > len(none.recipe.variants or ()) == 1
+    assert poor.seconds <= 150 and none.seconds > 1
+    assert set(poor.left_out) | set(poor.recipe.advice or {}) == set(rich.recipe.advice or {})
+    assert all("beyond the budget" in reason for reason in poor.left_out.values())
+    assert all(f"# Left out: {name}: " in poor.text for name in poor.left_out)
+
+
+def test_without_a_text_it_says_which_is_taken() -> None:
+    made = composed(SMALL, 100)
+    assert made.recipe.data.source == "python-stdlib" and "# No text was given" in made.text
+
+
+def test_where_nothing_serves_there_is_no_recipe() -> None:
+    there = machine(0.1)
+    roofs = Roofs(CPU, there.memory_bytes, 2e10, dict.fromkeys(("float32", "float16", "int8", "fp8"), 5e11))
+    with pytest.raises(RecipeError, match="GiB of memory would do"):
+        compose(advise(Question("x", SMALL, SMALL.task, there, roofs, here=False)), 600, None, seconds)
+
+
+def test_a_recipe_is_named_by_its_checkpoint() -> None:
+    assert [name_of(one) for one in ("/a/Stories 15M", "hf:org/Name@rev", "s3://b/p/", "m/x.Q8_0.gguf")] == [
+        "stories-15m",
+        "name",
+        "p",
+        "x.q8-0",
+    ]
+
+
+def test_the_report_tells_where_measurement_overruled_advice() -> None:
+    expected = {"a": 80.0, "b": 60.0}
+    rows = (
+        VariantRow("a", "e", "loser", reason="quality loss +2 %", metrics={"tokens_per_s_1": 90.0}),
+        VariantRow("b", "e", "winner", metrics={"tokens_per_s_1": 70.0}),
+    )
+    result = OptimizationResult("t", "speedup@1", "b", rows)
+    line = advice_line(result, expected)
+    assert line.startswith("measurement overruled the advice: it expected a first") and "quality loss +2 %" in line
+    assert "b, 60 tokens/s expected and 70 measured" in line
+    assert advice_line(replace(result, winner="a"), expected).startswith("measurement agreed")
+    assert advice_line(replace(result, winner=None), expected).startswith("measurement agreed with the advice: a")
+    assert advice_line(result, {}) == ""
