@@ -119,7 +119,7 @@ class Grid:
         return self.dequantize(*self.quantize(weight))
 
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Weights of a matrix that are worked on at once."""
 
 

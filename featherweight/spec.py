@@ -59,13 +59,17 @@ GridName = Annotated[str, AfterValidator(_known_grid)]
 class ModelSize:
     """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together.
 
-    packed: the weights have to be unpacked when they are loaded.
+    packed: the weights have to be unpacked when they are loaded. table: the weights of its embedding; widest: the columns of the
+    widest matrix in a block; layers: the blocks; each 0 where it is not known.
     """
 
     parameters: int
     matrices: int = 0
     columns: int = 0
     packed: bool = False
+    table: int = 0
+    widest: int = 0
+    layers: int = 0
 
 
 class Spec(BaseModel):

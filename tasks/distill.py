@@ -20,6 +20,8 @@ from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
 from featherweight.training import loop
+from featherweight.training.data_parallel import launched, leads
+from featherweight.training.launch import run_in_processes
 from featherweight.training.losses import mean_loss, token_loss
 from featherweight.training.plan import TrainingPlan
 from tasks.stage import stage
@@ -56,6 +58,10 @@ def distill(
     layers that the teacher does not have, CheckpointError for a student with another tokenizer, StageError for an
     architecture it cannot cut and on divergence.
     """
+    if spec.processes > 1 and not launched():
+        folders = {"checkpoint": checkpoint, "text": text, "calibration": calibration, "student": student, "generated": generated}
+        folders |= {"scratch": scratch, "out": out}
+        return run_in_processes(f"{__name__}:distill", spec, folders, seed, spec.processes, progress)
     config = opening.load_config(checkpoint)
     pairs = check(spec, checkpoint, config, student, text)
     blocks = training_blocks(spec, checkpoint, config, text, generated, seed)
@@ -65,9 +71,10 @@ def distill(
     zeros = Zeros.of(pupil, sparsity)
     with zeros.held(pupil):
         run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
-    saving.save_model(pupil, out, student or checkpoint)
-    if sparsity:
-        sparsity.write(out)
+    if leads():
+        saving.save_model(pupil, out, student or checkpoint)
+        if sparsity:
+            sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
         "teacher_loss": mean_loss(teacher, compared),

@@ -14,6 +14,8 @@ from featherweight.system import device
 from featherweight.text.documents import read_documents
 from featherweight.text.tokens import token_blocks
 from featherweight.training import loop
+from featherweight.training.data_parallel import launched, leads
+from featherweight.training.launch import run_in_processes
 from featherweight.training.plan import TrainingPlan
 from featherweight.training.spec import TrainSpec
 from tasks.stage import stage
@@ -42,14 +44,18 @@ def train(
     """
     if reason := spec.refusal():
         raise RecipeError(reason)
+    if spec.processes > 1 and not launched():
+        folders = {"text": text, "scratch": scratch, "out": out}
+        return run_in_processes(f"{__name__}:train", spec, folders, seed, spec.processes, progress)
     progress.note("training the tokenizer")
     tokenizer = train_tokenizer(text, spec)
     model = new_model(spec, tokenizer, seed)
     blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
     plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, optimizer="muon", scratch=scratch, seed=seed)
     run = loop.timed_loop(model, blocks, plan, progress=progress)
-    saving.save_model(model, out)
-    saving.save_tokenizer(tokenizer, out)
+    if leads():
+        saving.save_model(model, out)
+        saving.save_tokenizer(tokenizer, out)
     return run | {"parameters": opening.parameters(model)}
 
 

@@ -78,7 +78,10 @@ class DistillSpec(TrainingSpec):
     squared error, between the student's layers and those that `layer_map` names for them.
     teacher_cache: 'top_k' computes the teacher's answers once and keeps the `top_k` likeliest tokens of each; 'auto' does so
     where text is read more than once.
+    processes: how many compute each batch together, one device each, or their share of the cores.
     """
+
+    quiet = frozenset({"processes"})
 
     layers: Layers | StackLayers | None = None
     choose: Literal["uniform", "block_influence"] = "uniform"
@@ -94,6 +97,7 @@ class DistillSpec(TrainingSpec):
     sequence_level: SequenceLevelSpec | None = None
     teacher_cache: Literal["auto", "none", "top_k"] = "auto"
     top_k: Positive = 64
+    processes: Positive = 1
 
     @property
     def unread(self) -> dict[str, str]:
@@ -127,6 +131,12 @@ class DistillSpec(TrainingSpec):
     def _room_after_the_prompt(self) -> DistillSpec:
         if self.sequence_level is not None and self.sequence_level.prompt_tokens >= self.sequence:
             raise ValueError(f"'sequence_level.prompt_tokens' leave nothing to write of a sequence of {self.sequence}; lower them")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_not_empty(self) -> DistillSpec:
+        if self.batch < self.processes:
+            raise ValueError(f"batch {self.batch} cannot be split over {self.processes} processes")
         return self
 
     @model_validator(mode="after")

@@ -112,13 +112,16 @@ class CheckpointFacts:
     def size(self) -> ModelSize:
         """How large the model is; where its headers do not tell, by the arithmetic of a decoder of its configuration's sizes."""
         rows, packed = self.rows_and_columns, self.quantized is not None
-        if rows:
-            return ModelSize(self.parameters, len(rows) + 1, sum(columns for _, columns in rows.values()), packed)
         config = self.config.get_text_config()
         hidden, layers, vocabulary, inner = (getattr(config, name, None) or 0 for name in _SIZES)
+        table = vocabulary * hidden
+        if rows:
+            columns = [columns for _, columns in rows.values()]
+            return ModelSize(self.parameters, len(rows) + 1, sum(columns), packed, table, max(columns), layers)
         body = layers * hidden * (4 * hidden + 3 * (inner or 4 * hidden))
-        heads = vocabulary * hidden * (1 if getattr(config, "tie_word_embeddings", True) else 2)
-        return ModelSize(body + heads or self.size_bytes // 4, 7 * layers + 1, layers * (6 * hidden + inner), packed)
+        heads = table * (1 if getattr(config, "tie_word_embeddings", True) else 2)
+        parameters = body + heads or self.size_bytes // 4
+        return ModelSize(parameters, 7 * layers + 1, layers * (6 * hidden + inner), packed, table, inner or 4 * hidden, layers)
 
     @property
     def rows_and_columns(self) -> dict[str, tuple[int, int]]:

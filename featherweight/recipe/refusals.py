@@ -91,7 +91,7 @@ def memory_refusal(size: ModelSize, memory_bytes: int) -> str | None:
     if needed <= memory_bytes:
         return None
     return (
-        f"checkpoint: {size.parameters / 1e9:.1f} billion weights take {gib(needed)} in float32, as every stage loads them, and "
+        f"checkpoint: {size.parameters / 1e9:.1f} billion weights take {gib(needed)} in float32, as the baseline is served, and "
         f"this machine has {gib(memory_bytes)} of memory; take a larger machine, or a smaller checkpoint"
     )
 

@@ -10,7 +10,12 @@ from featherweight.spec import ModelSize, Positive, SequenceLength, Spec
 
 
 class TrainSpec(Spec):
-    """A small Llama and its byte-level BPE tokenizer, from nothing."""
+    """A small Llama and its byte-level BPE tokenizer, from nothing.
+
+    processes: how many compute each batch together, one device each, or their share of the cores.
+    """
+
+    quiet = frozenset({"processes"})
 
     vocab_size: int = Field(default=2048, gt=0, le=10_000_000)
     hidden_size: int = Field(default=256, gt=0, le=100_000)
@@ -23,6 +28,7 @@ class TrainSpec(Spec):
     batch: Positive = 8
     learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
+    processes: Positive = 1
 
     @property
     def llama(self) -> dict[str, Any]:
@@ -44,6 +50,8 @@ class TrainSpec(Spec):
             return f"train: hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}"
         if self.heads % self.kv_heads:
             return f"train: heads {self.heads} must be a multiple of kv_heads {self.kv_heads}"
+        if self.batch < self.processes:
+            return f"train: batch {self.batch} cannot be split over {self.processes} processes"
         if self.vocab_size < 256 + 3:
             return f"train: vocab_size {self.vocab_size} must be at least 259: every byte, BOS, EOS and padding"
         return None

@@ -9,12 +9,14 @@ import pytest
 
 from featherweight.errors import RecipeError
 from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Speeds, estimate, machine_speeds
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.plan import expand
+from featherweight.recipe.plan import Node, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal, memory_refusal
+from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import ModelSize
 from featherweight.system.machine import Machine
 
@@ -82,7 +84,8 @@ def test_a_slower_machine_takes_longer_and_a_cached_node_nothing() -> None:
 def test_the_size_of_a_model_is_what_its_headers_or_its_configuration_say() -> None:
     facts = decoder(12, 512)
     told = facts.size
-    assert told == ModelSize(32000 * 512 + 12 * 16 * 512 * 512, 85, 12 * 10 * 512)
+    sizes = {"table": 32000 * 512, "widest": 4 * 512, "layers": 12}
+    assert told == ModelSize(32000 * 512 + 12 * 16 * 512 * 512, 85, 12 * 10 * 512, **sizes)
     packed = dataclasses.replace(facts, shapes=None).size
     assert packed.parameters == pytest.approx(told.parameters, rel=0.01)
     assert (packed.matrices, packed.columns) == (told.matrices, told.columns)
@@ -96,10 +99,33 @@ def test_what_cannot_fit_is_refused_and_what_comes_near_is_warned_of() -> None:
     assert "takes 26.1 GiB in the workspace, and its disk has 20.0 GiB free" in str(disk_refusal(seven, 20 * 2**30))
     plan = expand(recipe(q={}), MACHINE)
     near = fit.warnings(plan, seven, 48 * 2**30, 60 * 2**30, ())
-    assert any("q holds about 91.3 GiB at once, and this machine has 48.0 GiB of memory" in line for line in near)
+    assert any("q holds about 91.9 GiB at once, and this machine has 48.0 GiB of memory" in line for line in near)
     assert any("the results take about" in line for line in near)
     assert fit.warnings(plan, seven, plenty, plenty, ()) == []
     assert fit.warnings(plan, ModelSize(10**6), 2**33, 2**33, ()) == []
+
+
+QWEN2_1_5B = ModelSize(1_543_714_304, 197, 28 * (6 * 1536 + 8960), table=151_936 * 1536, widest=8960, layers=28)
+LLAMA_8B = ModelSize(8_030_261_248, 225, 32 * (6 * 4096 + 14336), table=128_256 * 4096, widest=14336, layers=32)
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "spec", "expected"),
+    [
+        (QWEN2_1_5B, "quantize", {"method": "rtn", "grid": "int8"}, 3.06),
+    ],
+)  # fmt: skip
+def test_what_streams_is_estimated_at_what_was_measured(size: ModelSize, stage: str, spec: dict[str, str], expected: float) -> None:
+    """GiB of anonymous memory, by `python -m benchmarks memory`: within a half more and a fifth less."""
+    kinds = {"quantize": QuantizeSpec, "export": ExportSpec, "compile": CompileSpec}
+    node = Node("x", stage, "x", kinds[stage].of(**spec))
+    assert 0.8 * expected < fit.held_bytes(node, size) / 2**30 < 1.5 * expected
+
+
+def test_eight_billion_weights_are_rounded_and_calibrated_within_24_gib() -> None:
+    for method in ("rtn", "gptq"):
+        spec = QuantizeSpec.of(method=method, grid="int4-g32" if method == "gptq" else "int8")
+        assert fit.held_bytes(Node("x", "quantize", "x", spec), LLAMA_8B) < 24 * 2**30
 
 
 def test_a_plan_for_a_machine_that_is_too_small_is_refused() -> None:

@@ -17,6 +17,7 @@ from featherweight.distillation.spec import DistillSpec, StackLayers
 from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.text.documents import Document, write_documents
+from featherweight.training.threads import cores
 from tasks.distill import distill
 
 pytestmark = pytest.mark.slow
@@ -166,3 +167,21 @@ def test_an_architecture_without_such_layers_is_refused(teacher: Path, text: Pat
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(StageError, match=r"distill handles .*llama.*, not 'gpt2'"):
         distill(SPEC, checkpoint=folder, text=text, out=tmp_path)
+
+
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_two_processes_distill_as_one(teacher: Path, text: Path, tmp_path: Path) -> None:
+    """Hidden states are matched as well, so that the projections are trained together too."""
+    made = []
+    for processes in (1, 2):
+        spec = SPEC.model_copy(update={"steps": 4, "hidden_weight": 1.0, "processes": processes})
+        out = tmp_path / str(processes)
+        out.mkdir()
+        metrics = distill(spec, checkpoint=teacher, text=text, out=out)
+        made.append((metrics, opening.load_model(out)))
+    (one, alone), (two, together) = made
+    assert {name: two[name] for name in ("loss_first", "loss_last", "student_loss")} == pytest.approx(
+        {name: one[name] for name in ("loss_first", "loss_last", "student_loss")}, abs=1e-4
+    )
+    for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
