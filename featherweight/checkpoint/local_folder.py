@@ -54,7 +54,7 @@ def folders_below(source: str) -> Iterator[Arrival]:
         inside[:] = sorted(name for name in inside if not name.startswith(".") and not is_companion(f"{name}/{CONFIG}"))
         if len(folder.relative_to(root).parts) >= DEPTH - 1:
             inside.clear()
-        models = () if ADAPTER in names else models_among(names)
+        models = set() if ADAPTER in names else models_among(names)
         if (CONFIG in names or ADAPTER in names) and (not models or has_weights(Listing.of(folder))):
             yield _arrival(folder, root)
         else:
@@ -72,8 +72,8 @@ def _gguf_arrival(folder: Path, root: Path, parts: Sequence[str]) -> Arrival:
     listing = Listing.of(folder)
     read = [name for name in parts if name in listing.sizes]
     source, stamp = str(folder / parts[0]), _stamp(folder / parts[0], read)
-    known = {"lacking": partial(lacking_of, parts), "identify": partial(gguf_identity, parts, listing)}
-    return Arrival(source, stamp, listing, _problem(folder, root, read), is_done(tuple(listing.sizes)), **known)
+    problem, done = _problem(folder, root, read), is_done(tuple(listing.sizes))
+    return Arrival(source, stamp, listing, problem, done, partial(lacking_of, parts), partial(gguf_identity, parts, listing))
 
 
 def _problem(folder: Path, root: Path, read: Sequence[str]) -> str | None:

@@ -92,15 +92,15 @@ def _arrivals(bucket: s3.Bucket, place: str, items: list[s3.S3Object]) -> Iterat
     named = {item.key.removeprefix(place).strip("/"): item for item in items}
     named = {name: item for name, item in named.items() if "/" not in name or is_companion(name)}
     listing = s3.listing_of(uri, named, bucket)
-    done, models = is_done(tuple(named)), () if ADAPTER in named else models_among(named)
+    done, models = is_done(tuple(named)), set() if ADAPTER in named else models_among(named)
     if (CONFIG in named or ADAPTER in named) and (not models or has_weights(listing)):
         read = {name: item for name, item in named.items() if may_be_read(name)}
         yield Arrival(uri, _stamp(uri, read), listing, fixed=done)
         return
     for parts in models:
         source, read = f"{uri}/{parts[0]}", {name: named[name] for name in parts if name in named}
-        known = {"lacking": partial(lacking_of, parts), "identify": partial(gguf_identity, parts, listing)}
-        yield Arrival(source, _stamp(source, read), listing, fixed=done, **known)
+        stamp, identify = _stamp(source, read), partial(gguf_identity, parts, listing)
+        yield Arrival(source, stamp, listing, fixed=done, lacking=partial(lacking_of, parts), identify=identify)
 
 
 def _stamp(source: str, read: Mapping[str, s3.S3Object]) -> str:

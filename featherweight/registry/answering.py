@@ -38,8 +38,9 @@ def served_task(served: Path) -> Task:
 def signature(task: Task) -> ModelSignature:
     """What goes in and comes out, and the optional parameters.
 
-    Texts in, or conversations (lists of messages), texts out; of encoders texts or pairs of them in, and out a vector for each
-    text, the likeliest label with all scores, or lists of entities.
+    Texts in, or conversations (lists of messages), texts out; of encoders texts in, and out a vector for each text, the likeliest
+    label with all scores, or lists of entities. Of texts or pairs of them nothing is declared: MLflow takes as many columns as a
+    schema has, so that the second text of each pair would be lost without a word.
     """
     import numpy
     from mlflow.models import ModelSignature
@@ -53,6 +54,7 @@ def signature(task: Task) -> ModelSignature:
     if task in HEADED:
         params = [ParamSpec("truncate", "boolean", False)]
         params += [ParamSpec("aggregate", "boolean", True)] if task == "token-classification" else []
-        return ModelSignature(texts, Schema([ColSpec(AnyType())]), ParamSchema(params))
+        given = None if task == "text-classification" else texts
+        return ModelSignature(given, Schema([ColSpec(AnyType())]), ParamSchema(params))
     params = [ParamSpec("max_new_tokens", "long", None), ParamSpec("stop_at_end", "boolean", True)]
     return ModelSignature(texts, Schema([ColSpec("string")]), ParamSchema(params))

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.registry.served_engine import ServedEngine
@@ -26,9 +25,6 @@ class Generator(ServedEngine):
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
         super().__init__(served, threads, max_tokens, max_batch)
-        self._tokenizer = load_tokenizer(served)
-        # Four times, for what a tokenizer takes out of a text before it cuts it.
-        self._longest_token = 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
@@ -45,6 +41,7 @@ class Generator(ServedEngine):
         Raises DataError for a prompt that is empty or does not fit, StageError where the engine fails; the next call then
         starts the engine anew.
         """
+        self._require_few(prompts)
         encoded = [self._encode(prompt) for prompt in prompts]
         wanted = [self._room(ids, max_new_tokens) for ids in encoded]
         new: list[list[int]] = [[] for _ in encoded]
@@ -85,22 +82,13 @@ class Generator(ServedEngine):
         return new
 
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        self._require_short(prompt)
-        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise DataError("the prompt holds half of a surrogate pair, which is no character; leave it out")
+        if not isinstance(prompt, str):
+            _require_messages(prompt)
+        self._require_text(*([prompt] if isinstance(prompt, str) else _said(prompt)))
         ids = self._ids(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
         return ids
-
-    def _require_short(self, prompt: str | Sequence[Message]) -> None:
-        """DataError for a prompt that cannot fit, before a tokenizer spends a minute on it: no token is longer than the longest."""
-        if not isinstance(prompt, str):
-            _require_messages(prompt)
-        said = prompt if isinstance(prompt, str) else "".join(one["content"] for one in prompt)
-        most = self.max_tokens * self._longest_token
-        if len(said) > most:
-            raise DataError(f"a prompt of {len(said)} characters: this model is served with room for {self.max_tokens} tokens")
 
     def _ids(self, prompt: str) -> list[int]:
         """As the tokenizer frames a text; but a causal prompt is not closed by an end token, as the text goes on."""
@@ -110,7 +98,6 @@ class Generator(ServedEngine):
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         """As the checkpoint's chat template writes it, up to where the assistant begins; the template puts BOS where it belongs."""
-        _require_messages(messages)
         if not self._tokenizer.chat_template:
             raise DataError("this model has no chat template, so that it takes texts and no conversations; give a prompt")
         try:
@@ -151,6 +138,11 @@ def prompts_of(model_input: Any) -> list[Any]:
     cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
     one_conversation = name == "messages" and all(isinstance(cell, Mapping) for cell in cells)
     return [cells] if one_conversation else cells
+
+
+def _said(messages: Sequence[Message]) -> list[str]:
+    """What a template writes of a conversation, and a space for each message that may be empty."""
+    return [f"{one['role']} {one['content']}" for one in messages]
 
 
 def _require_messages(messages: Any) -> None:

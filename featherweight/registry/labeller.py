@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.opening import load_config
-from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError
 from featherweight.model.architecture import task_of
 from featherweight.model.heads import by_label
@@ -31,7 +30,6 @@ class Labeller(ServedEngine):
         super().__init__(served, threads, max_tokens, max_batch)
         self.config = load_config(served)
         self.task = task_of(self.config)
-        self._tokenizer: Any = load_tokenizer(served)
         self._open()
 
     def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool = True) -> Any:
@@ -43,6 +41,7 @@ class Labeller(ServedEngine):
         truncate: whether a text that is too long is cut; by default of embeddings, as their files ask for, and of no others.
         Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
         """
+        self._require_few(texts)
         cut = self.task == "feature-extraction" if truncate is None else truncate
         told = [self._encode(one, cut) for one in texts]
         answers = self._outputs(told)
@@ -56,6 +55,7 @@ class Labeller(ServedEngine):
         text, pair = _parts(given)
         if pair is not None and self.task != "text-classification":
             raise DataError(f"two texts are asked of a model for {self.task}, which reads one; give a text")
+        self._require_text(text, pair or "", cut=cut)
         longest = context_tokens(self.config) if cut else None
         offsets = self.task == "token-classification"
         options = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if offsets else {}
@@ -80,8 +80,6 @@ def _parts(given: Any) -> tuple[str, str | None]:
     parts = (given, None) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else (None,)
     if len(parts) != 2 or not isinstance(parts[0], str) or not isinstance(parts[1], str | None):
         raise DataError("give a text, or two of them as a pair or under 'text' and 'text_pair'")
-    if any("\ud800" <= character <= "\udfff" for part in parts if part for character in part):
-        raise DataError("the text holds half of a surrogate pair, which is no character; leave it out")
     return parts[0], parts[1]
 
 
@@ -123,12 +121,20 @@ def _vectors(answers: list[Rows]) -> Any:
 
 
 def texts_of(model_input: Any) -> list[Any]:
-    """The texts in what MLflow hands to a model: texts, pairs, or rows of `text` and `text_pair`."""
+    """The texts in what MLflow hands to a model: texts, pairs, or rows of `text` and `text_pair`, over HTTP as arrays of numpy."""
     if isinstance(model_input, Mapping):
-        model_input = [model_input]
+        told = {name: _plain(value) for name, value in model_input.items()}
+        columns = [told[name] for name in ("text", "text_pair") if name in told]
+        of_several = bool(columns) and all(isinstance(column, list) for column in columns)
+        return [one[0] if len(columns) == 1 else one for one in zip(*columns, strict=True)] if of_several else [told]
     if not hasattr(model_input, "columns"):
-        return list(model_input)
+        return [{k: _plain(v) for k, v in one.items()} if isinstance(one, Mapping) else one for one in _plain(model_input)]
     if "text" in model_input.columns and "text_pair" in model_input.columns:
         return list(zip(model_input["text"].tolist(), model_input["text_pair"].tolist(), strict=True))
     name = "text" if "text" in model_input.columns else model_input.columns[0]
-    return [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
+    return [_plain(cell) for cell in model_input[name].tolist()]
+
+
+def _plain(value: Any) -> Any:
+    """A list, or the one value in it, of an array."""
+    return value.tolist() if hasattr(value, "tolist") else value

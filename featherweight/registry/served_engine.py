@@ -1,19 +1,29 @@
-"""A served folder's engine, as those keep it who answer from it: started anew after it failed."""
+"""A served folder's engine and tokenizer, as those keep them who answer from it: started anew after it failed.
+
+What no answer will come of is refused before it is cut into tokens, which takes seconds for a text of megabytes.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from featherweight.errors import StageError
+from featherweight.checkpoint.tokenizer import load_tokenizer
+from featherweight.errors import DataError, StageError
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.store.served_folder import verified_tokens
 
+MOST_AT_ONCE = 10_000
+"""Texts of one request: those of others wait until they are answered."""
+MOST_CHARACTERS = 1_000_000
+"""Of a text that is to be cut to what the model reads: a second of a tokenizer's time."""
+
 
 class ServedEngine:
-    """The engine's process and the limits that it is opened for.
+    """The engine's process, the tokenizer, and the limits that it is opened for.
 
     max_tokens: the longest sequence; by default as many tokens as were verified. Whoever calls holds `_turn`.
     """
@@ -21,6 +31,9 @@ class ServedEngine:
     def __init__(self, served: Path, threads: int, max_tokens: int | None, max_batch: int) -> None:
         self.served, self.threads, self.max_batch = served, threads, max_batch
         self.max_tokens = max_tokens or verified_tokens(served)
+        self._tokenizer: Any = load_tokenizer(served)
+        # Four times, for what a tokenizer takes out of a text before it cuts it.
+        self._most_characters = self.max_tokens * 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
         self._turn = threading.Lock()
         self._worker: Worker | None = None
 
@@ -29,6 +42,22 @@ class ServedEngine:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+    def _require_few(self, asked: Sequence[Any]) -> None:
+        """Raises DataError for more texts than are answered at once."""
+        if len(asked) > MOST_AT_ONCE:
+            raise DataError(f"{len(asked)} texts in one request; send at most {MOST_AT_ONCE} at once")
+
+    def _require_text(self, *parts: str, cut: bool = False) -> None:
+        """Raises DataError for what is no text, or cannot fit: no token is longer than the longest. cut: it is made to fit."""
+        most = max(self._most_characters, MOST_CHARACTERS) if cut else self._most_characters
+        length = sum(map(len, parts))
+        if length > most:
+            raise DataError(
+                f"a text of {length} characters: this model is served with room for {self.max_tokens} tokens; give less"
+            )
+        if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
+            raise DataError("the text holds half of a surrogate pair, which is no character; leave it out")
 
     def _open(self) -> Worker:
         """The running engine; starts it where there is none."""

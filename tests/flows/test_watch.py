@@ -6,6 +6,11 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,7 +22,7 @@ from featherweight.errors import CheckpointError
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import process_name
 from flows.watch_schedule import _deployment, parameters_of
-from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns
+from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, tell
 from tasks.claims import Patience
 
 
@@ -163,7 +168,70 @@ def test_a_teams_automations_are_set_once(harness: None) -> None:
     for _ in range(2):
         put(silent_runs())
         put(notification("custom-webhook/team"))
-    found = {one.name: one for one in get_client(sync_client=True).read_automations()}
-    assert len(found) == 2
+    set_here = [one for one in get_client(sync_client=True).read_automations() if one.name.startswith("featherweight:")]
+    found = {one.name: one for one in set_here}
+    assert len(found) == len(set_here) == 2
     assert found["featherweight: silent runs have crashed"].trigger.within.total_seconds() == 120
     assert "featherweight.arrival.quarantined" in found["featherweight: notifications"].trigger.expect
+
+
+def test_a_written_checkpoint_starts_a_look_and_what_fails_is_told(harness: None) -> None:
+    """The trigger of infra/prefect.yaml and the notifications of infra/automations.py, fired on a real Prefect server."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+    from prefect.events import emit_event
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+    from prefect.states import Failed
+
+    from flows.watch import watch_flow
+    from infra.automations import notification, put
+    from tasks.claims import Claim
+
+    deployed = yaml.safe_load((Path(__file__).parents[2] / "infra" / "prefect.yaml").read_text())["deployments"]
+    (trigger,) = next(one["triggers"] for one in deployed if one["name"] == "watch")
+    parameters = {"source": "s3://bucket/checkpoints", "recipe": "recipe.yaml"}
+    triggers = [DeploymentEventTrigger.model_validate(trigger)]
+    made: Any = watch_flow.to_deployment("fired", parameters=parameters, triggers=triggers)
+    deployment, runs = made.apply(), ClaimRuns("")
+    with receiver() as (url, told):
+        block: Any = CustomWebhookNotificationBlock(name="fired", url=url, json_data={"text": "{{body}}"})
+        block.save("fired", overwrite=True)
+        put(notification("custom-webhook/fired"))
+        emit_event("featherweight.checkpoint.written", resource={"prefect.resource.id": "s3://bucket/checkpoints/step-1000"})
+        only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+        (run,) = until(lambda: runs.client.read_flow_runs(deployment_filter=only))
+        assert run.state and run.state.is_scheduled() and run.created_by and run.created_by.type == "AUTOMATION"
+        runs.client.set_flow_run_state(run.id, Failed(message="it holds no model"), force=True)
+        tell("quarantined", Claim("a-key", "fired"), 3, "s3://bucket/checkpoints/bad")
+        until(lambda: len(told) > 1)
+    for event, said in (("prefect.flow-run.Failed", "it holds no model"), ("featherweight.arrival.quarantined", "checkpoints/bad")):
+        assert any(event in text and said in text for text in told), told
+
+
+def until(found: Callable[[], Any], patience_s: float = 60) -> Any:
+    """What is found as soon as there is something; the server's services take a moment."""
+    deadline = time.monotonic() + patience_s
+    while not (what := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return what
+
+
+@contextmanager
+def receiver() -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server that a webhook is sent to: its address, and the texts that came."""
+    came: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            came.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(204)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", came
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import inspect
 import json
@@ -11,9 +12,14 @@ import socket
 import stat
 import sys
 import tempfile
+import time
+import uuid
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import yaml
 
@@ -122,29 +128,181 @@ def test_postgres_asks_for_its_password_and_has_what_prefect_wants():
 @pytest.mark.skipif(
     "FEATHERWEIGHT_STACK" not in os.environ, reason="starts the whole stack, a minute; FEATHERWEIGHT_STACK=1 runs it"
 )
-def test_every_server_of_the_stack_asks_for_credentials():
-    import httpx
-
+def test_whatever_the_stack_listens_on_asks_for_credentials():
+    """Every socket that its processes listen on is asked of the system, and attacked without credentials and with wrong ones."""
     ports = {name: free_port() for name in PORTS}
     with tempfile.TemporaryDirectory() as place, ExitStack() as servers:
         Path(place).chmod(0o711)
         folder = Path(place) / "stack"
-        stack.serve(folder, ports, servers)
-        known = stack.stack_secrets(folder)
-        prefect = f"http://127.0.0.1:{ports['PREFECT_PORT']}/api/flows/filter"
-        mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}/api/2.0/mlflow/experiments/search?max_results=1"
-        s3 = f"http://127.0.0.1:{ports['S3_PORT']}/featherweight"
-        assert httpx.post(prefect, json={}).status_code == 401
-        assert httpx.post(prefect, json={}, auth=("featherweight", "wrong")).status_code == 401
-        assert httpx.post(prefect, json={}, auth=("featherweight", known["prefect"])).status_code == 200
-        assert httpx.get(mlflow).status_code == 401
-        assert httpx.get(mlflow, auth=("admin", "password1234")).status_code == 401
-        assert httpx.get(mlflow, auth=("admin", known["mlflow"])).status_code == 200
-        assert httpx.get(mlflow, auth=("admin", known["mlflow"]), headers={"Host": "evil.example"}).status_code == 403
+        processes = stack.serve(folder, ports, servers)
+        await_listening(processes["worker"].pid)
+        sockets = listening()
+        assert {"127.0.0.1"} == {host for host, _ in sockets}
+        known = {ports[name]: attack for name, attack in ATTACKS.items()}
+        secrets = stack.stack_secrets(folder)
+        found = {port: known.get(port, unknown_attacked)(port, secrets) for _, port in sockets}
+        assert set(ports.values()) < set(found), "the worker's own channel was not found"
+        assert not {port: said for port, said in found.items() if said}
+
+
+def await_listening(pid: int) -> None:
+    deadline = time.monotonic() + 120
+    while not psutil.Process(pid).net_connections("tcp"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def listening() -> set[tuple[str, int]]:
+    """Where this process's children listen, or take packets."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        for one in process.net_connections("inet"):
+            if one.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and one.laddr:
+                found.add((one.laddr.ip, one.laddr.port))
+    return found
+
+
+def wrong(answers: dict[str, int], allowed: set[int]) -> list[str]:
+    """What was answered otherwise than by a refusal."""
+    return [f"{what}: {status}" for what, status in answers.items() if status not in allowed]
+
+
+def prefect_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """Every route that its own description names, by every method, but for its health; its sockets; a page of another origin."""
+    from websockets.exceptions import WebSocketException
+    from websockets.sync.client import connect
+
+    server, right = f"http://127.0.0.1:{port}", ("featherweight", known["prefect"])
+    described = httpx.get(f"{server}/openapi.json", timeout=120).json()
+    routes = {(method, path) for path, entry in described["paths"].items() for method in entry}
+    routes -= {("get", "/health"), ("get", "/ready")}
+    assert len(routes) > 100
+    answers = {}
+    with httpx.Client(timeout=30) as client:
+        for method, path in sorted(routes):
+            url = f"{server}/api" + re.sub(r"{\w+}", str(uuid.uuid4()), path)
+            answers[f"{method} {path}"] = client.request(method, url).status_code
+        wrong_ones = {"Authorization": "Bearer x"}, {"Authorization": "Basic " + base64.b64encode(b"featherweight:").decode()}
+        for number, headers in enumerate(wrong_ones):
+            answers[f"wrong credentials {number}"] = client.post(f"{server}/api/flows/filter", json={}, headers=headers).status_code
+        assert client.post(f"{server}/api/flows/filter", json={}, auth=right).status_code == 200
         asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-        assert "access-control-allow-origin" not in httpx.options(prefect, headers=asked).headers
-        assert httpx.get(s3).status_code in (400, 403)
-        assert (folder / "worker.log").exists()
+        foreign = client.options(f"{server}/api/flows/filter", headers=asked)
+        assert "access-control-allow-origin" not in foreign.headers
+    said = wrong(answers, {401})
+    for path in (
+        "events/in",
+        "events/out",
+        "logs/out",
+        "task_runs/subscriptions/scheduled",
+        "work_pools/featherweight/workers/connect",
+    ):
+        for protocols, word in ((None, None), (["prefect"], {"type": "auth", "token": "wrong"}), (["prefect"], {"type": "auth"})):
+            try:
+                with connect(f"ws://127.0.0.1:{port}/api/{path}", subprotocols=protocols, open_timeout=20) as socket_:
+                    if word is not None:
+                        socket_.send(json.dumps(word))
+                    answer = socket_.recv(10)
+                    if "auth_success" in str(answer) or word is None:
+                        said.append(f"{path} with {word}: {answer!r}")
+            except (WebSocketException, OSError):
+                continue
+            except TimeoutError:
+                said.append(f"{path} with {word}: stays open")
+    return said
+
+
+def mlflow_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """Registry, runs, artifacts, users and pages; a foreign Host, a foreign origin, a form without its token."""
+    server, right = f"http://127.0.0.1:{port}", ("admin", known["mlflow"])
+    api, artifacts = f"{server}/api/2.0/mlflow", f"{server}/api/2.0/mlflow-artifacts/artifacts"
+    asked = [
+        *(("GET", f"{api}/{path}") for path in ("experiments/search?max_results=1", "registered-models/search", "users/list")),
+        *(("POST", f"{api}/{path}") for path in ("runs/create", "users/create", "registered-models/create", "users/update-admin")),
+        *((method, f"{artifacts}/x/../../y") for method in ("GET", "PUT", "DELETE")),
+        *(("GET", f"{server}/{path}") for path in ("", "signup", "get-artifact?path=x&run_uuid=y", "graphql", "metrics")),
+        *(("POST", f"{server}/{path}") for path in ("graphql", "ajax-api/2.0/mlflow/runs/create", "api/3.0/mlflow/traces")),
+        ("POST", f"{server}/ajax-api/3.0/mlflow/get-trace-artifact"),
+    ]
+    answers = {}
+    for auth in (None, ("admin", "password1234"), ("admin", "")):
+        for method, url in asked:
+            answers[f"{method} {url} as {auth}"] = httpx.request(method, url, auth=auth, timeout=30).status_code
+    search = f"{api}/experiments/search?max_results=1"
+    assert httpx.get(search, auth=right).status_code == 200
+    for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{port}"}):
+        answers[str(headers)] = httpx.get(search, auth=right, headers=headers).status_code
+    body = {"name": "from another page"}
+    answers["origin"] = httpx.post(
+        f"{api}/experiments/create", json=body, auth=right, headers={"Origin": "http://evil.example"}
+    ).status_code
+    return wrong(answers, {401, 403})
+
+
+def s3_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """Without a signature, and with those of wrong keys, in a header and in an address."""
+    import boto3
+    from botocore.config import Config
+
+    server, places = f"http://127.0.0.1:{port}", ("/", "/featherweight", "/featherweight/x")
+    asked = [(method, server + place) for method in ("GET", "PUT", "DELETE", "POST") for place in places]
+    said = wrong({f"{method} {url}": httpx.request(method, url).status_code for method, url in asked}, {400})
+    settings = {"endpoint_url": server, "region_name": "us-east-1", "config": Config(retries={"total_max_attempts": 1})}
+    for key, secret in (("featherweight", "wrong" * 5), ("somebody", known["s3"])):
+        client = boto3.client("s3", aws_access_key_id=key, aws_secret_access_key=secret, **settings)
+        told = {"Bucket": "featherweight", "Key": "x"}
+        for call in (client.list_buckets, partial(client.put_object, **told, Body=b"x"), partial(client.delete_object, **told)):
+            with pytest.raises(client.exceptions.ClientError) as caught:
+                call()
+            said += wrong({f"{call} as {key}": caught.value.response["ResponseMetadata"]["HTTPStatusCode"]}, {403})
+        url = client.generate_presigned_url("get_object", told)
+        said += wrong({f"{url} as {key}": httpx.get(url).status_code}, {400, 403})
+    return said
+
+
+def postgres_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """No password, a wrong one, another user."""
+    import psycopg2
+
+    said = []
+    for user, password in (
+        ("featherweight", ""),
+        ("featherweight", "wrong"),
+        ("postgres", "postgres"),
+        ("postgres", ""),
+        ("nobody", ""),
+    ):
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user=user, password=password or None, dbname="postgres").close()
+            said.append(f"{user} with '{password}'")
+        except psycopg2.OperationalError:
+            continue
+    psycopg2.connect(host="127.0.0.1", port=port, user="featherweight", password=known["postgres"], dbname="postgres").close()
+    return said
+
+
+def unknown_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """What nobody thought of has nothing to say to a stranger, in HTTP or not."""
+    said = []
+    for words in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b'{"type": "cancel"}\n', b"\x00" * 64):
+        with socket.create_connection(("127.0.0.1", port), 5) as there:
+            there.settimeout(5)
+            try:
+                there.sendall(words)
+                answer = there.recv(1000)
+            except (TimeoutError, ConnectionError):
+                continue
+            if answer:
+                said.append(f"to {words[:20]!r}: {answer[:80]!r}")
+    return said
+
+
+ATTACKS = {
+    "S3_PORT": s3_attacked,
+    "MLFLOW_PORT": mlflow_attacked,
+    "PREFECT_PORT": prefect_attacked,
+    "POSTGRES_PORT": postgres_attacked,
+}
 
 
 def test_compose_names_only_what_exists():

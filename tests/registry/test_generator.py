@@ -100,7 +100,7 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it(served: Path, gene
 
 
 def test_what_is_no_prompt_is_refused_in_one_line(generator: Generator) -> None:
-    for wrong in (3, [], [{"role": "user"}], ["text"], None, "half \ud83d"):
+    for wrong in (3, [], [{"role": "user"}], ["text"], None, "half \ud83d", [{"role": "user", "content": "\ud83d"}]):
         with pytest.raises(DataError, match=r"a prompt is a text, or a conversation|half of a surrogate pair"):
             generator([wrong])  # type: ignore[list-item]
     generator._tokenizer.chat_template = None

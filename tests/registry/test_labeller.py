@@ -15,7 +15,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DataError
 from featherweight.registry import served_engine
 from featherweight.registry.answering import signature
-from featherweight.registry.labeller import Labeller, scored, texts_of
+from featherweight.registry.labeller import Labeller, _parts, scored, texts_of
 from featherweight.store.served_folder import Serving
 from tasks.load import load
 from tests.support import heads
@@ -121,14 +121,20 @@ def test_entities_are_those_of_the_pipeline(served: Any, opened: Any, aggregate:
 
 
 def test_what_is_no_text_is_refused(opened: Any) -> None:
+    labels = opened("labels")
     for wrong in (3, None, {"pair": "a"}, ["a", "b", "c"], "half \ud83d"):
         with pytest.raises(DataError, match=r"give a text|half of a surrogate pair"):
-            opened("labels")([wrong])
+            labels([wrong])
+    for cut in (False, True):  # neither is cut into tokens first, which takes ten seconds
+        with pytest.raises(DataError, match="a text of 10200000 characters"):
+            labels(["light " * 1_700_000], truncate=cut)
+    with pytest.raises(DataError, match="200000 texts in one request"):
+        labels(["a"] * 200_000)
     with pytest.raises(DataError, match="two texts are asked of a model for token-classification"):
         opened("tags")([("a", "b")])
     with pytest.raises(DataError, match="tokens: this model is served for 64"):
-        opened("labels")(["the river " * 40])
-    assert opened("labels")([]) == [] and len(opened("labels")(["the river " * 40], truncate=True)) == 1
+        labels(["the river " * 40])
+    assert labels([]) == [] and len(labels(["the river " * 40], truncate=True)) == 1
 
 
 def test_a_cross_encoder_without_activation_gives_its_logit(served: Any) -> None:
@@ -152,3 +158,20 @@ def test_every_task_has_its_signature() -> None:
         told = signature(task).to_dict()  # type: ignore[arg-type]
         assert json.loads(told["outputs"])[0]["type"] == out
         assert "truncate" in told["params"]
+
+
+def test_mlflow_hands_on_both_texts_of_a_pair() -> None:
+    """As a caller gives them, and in every form that a request over HTTP may have; a schema of one column would keep the first."""
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import _validate_prediction_input
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    told: ModelSignature = signature("text-classification")
+    row = {"text": "a", "text_pair": "b"}
+    requests = ({"inputs": [["a", "b"]]}, {"inputs": [row]}, {"instances": [row]}, {"instances": [["a", "b"]]})
+    requests += ({"dataframe_records": [row]}, {"dataframe_split": {"columns": ["text", "text_pair"], "data": [["a", "b"]]}})
+    came: list[Any] = [[("a", "b")], [["a", "b"]], [row], row, pandas.DataFrame([row])]
+    came += [infer_and_parse_data(dict(one), told.inputs) for one in requests]
+    for given in came:
+        (found,) = texts_of(_validate_prediction_input(given, {}, told.inputs, told.params)[0])
+        assert _parts(found) == ("a", "b"), given
