@@ -79,6 +79,10 @@ class Unreachable(ServiceError):
     """A server or a database does not answer. It may come back, so that it is worth waiting for."""
 
 
+class Forbidden(ServiceError):
+    """A server knows who asks, and does not let them do this."""
+
+
 class ToolchainError(FeatherweightError):
     """A toolchain is not installed, or this machine cannot run it."""
 

@@ -17,13 +17,15 @@ from featherweight.system.user import user_name
 class ToldHistory:
     """The history of `model`. behind: how many aliases, tags and stages in MLflow did not follow it until this look.
 
-    moved: what somebody had moved in MLflow, as this look found and recorded it.
+    moved: what somebody had moved in MLflow, as this look found and recorded it. left: how many are behind still, because MLflow
+    lets this user read alone.
     """
 
     model: str
     history: History
     behind: int
     moved: OutOfBand | None = None
+    left: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: transitions in order, where all stand, what lost against which entry, what does not hold together."""
@@ -34,7 +36,8 @@ class ToldHistory:
             "transitions": [asdict(one) for one in self.history.transitions],
             "lost": lost,
             "faults": list(self.history.faults),
-            "completed": self.behind,
+            "completed": self.behind - self.left,
+            "not_completed": self.left,
             "out_of_band": asdict(self.moved) if self.moved else None,
         }
 
@@ -47,7 +50,8 @@ class ToldHistory:
         lines += [f"{one.number:>4}  {one.when[:19]}Z  {one.told()}" for one in self.history.entries if not one.moves]
         lines += [f"lost to entry {one.winner.number}: {one.entry.told()}" for one in self.history.lost]
         lines += [self.moved.to_text()] if self.moved else []
-        lines += [f"{self.behind} aliases, tags and stages were behind, and follow now"] if self.behind else []
+        lines += [f"{self.left} aliases, tags and stages are behind; not completed: no right to write"] if self.left else []
+        lines += [f"{self.behind} aliases, tags and stages were behind, and follow now"] if self.behind and not self.left else []
         return "\n".join([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
 
 
@@ -69,4 +73,5 @@ def history_of(workspace: Workspace, reference: str, repair: bool = False) -> To
         registry.repair(model, user_name())
     behind = len(registry.model(model).behind())
     seen, moved = look(registry, model)
-    return ToldHistory(model, seen.history, 0 if moved else behind, moved)
+    left = len(seen.behind())
+    return ToldHistory(model, seen.history, 0 if moved and not left else behind, moved, left)

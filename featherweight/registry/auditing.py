@@ -110,6 +110,8 @@ def _content(registry: Registry, seen: RegisteredModel, version: RegisteredVersi
         if verdict.part != "history":
             foreign = verdict.reason.startswith("foreign")
             yield Finding(version.model, version.version, verdict.part, "foreign" if foreign else verdict.state, verdict.reason)
+    if registry.location(version) != version.source:
+        yield Finding(version.model, version.version, "tag location", "altered", "MLflow takes its files from elsewhere")
     yield from _tags(registry, version, told)
     yield from _runs(registry, version, told)
 

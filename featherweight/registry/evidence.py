@@ -74,10 +74,11 @@ def evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[Path]
 
 
 def _goals(recipe: str) -> dict[str, str]:
-    """Constraints, objective and whether a person has to approve, of a recipe's text, as tags hold them."""
+    """Constraints, objective, approval and whether a champion is asked something, of a recipe's text, as tags hold them."""
     tree: Any = yaml.safe_load(recipe)
     if not isinstance(tree, Mapping):
         raise IntegrityError("its lineage holds no recipe")
     bounds = {name: bound for name, bound in (tree.get("constraints") or {}).items() if bound is not None}
-    approval = (tree.get("promote") or {}).get("approval", "none")
-    return {"constraints": json.dumps(bounds), "objective": str(tree.get("objective") or ""), "approval": str(approval)}
+    promote = tree.get("promote") or {}
+    told = {"approval": str(promote.get("approval", "none")), "smoke": "asked" if promote.get("smoke", True) else "left out"}
+    return {"constraints": json.dumps(bounds), "objective": str(tree.get("objective") or ""), **told}

@@ -9,11 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from featherweight.errors import Forbidden, one_line
 from featherweight.registry.commit import Cell, Decide
+from featherweight.registry.evidence import with_evidence
 from featherweight.registry.gate import GatesRefused, judged
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult
 from featherweight.registry.keys import Keys
 from featherweight.registry.registry import Registry
+from featherweight.registry.smoke import smoked
 from featherweight.registry.versions import CHALLENGER, CHAMPION, RegisteredModel
 from featherweight.registry.witness import witnessed_fault
 from featherweight.system.user import user_name
@@ -26,7 +29,11 @@ Wish = tuple[str, str]
 
 @dataclass(frozen=True)
 class OutOfBand:
-    """What was found moved in MLflow, what became of it ('undone', 'kept' or 'left as it is'), and the entry that records it."""
+    """What was found moved in MLflow, what became of it, and the entry that records it.
+
+    outcome: 'undone', 'kept', 'left as it is', or 'taken back' where it was kept and did not answer. entry: 0 where none could be
+    written.
+    """
 
     model: str
     entry: int
@@ -36,22 +43,27 @@ class OutOfBand:
 
     def to_text(self) -> str:
         """One line."""
-        return f"out of band, entry {self.entry}: {self.why}"
+        return f"out of band{f', entry {self.entry}' if self.entry else ''}: {self.why}"
 
 
 def look(registry: Registry, model: str, settle_s: float = SETTLE_S) -> tuple[RegisteredModel, OutOfBand | None]:
     """A model as every reader looks at it: what was moved behind the history is recorded, and MLflow shows what the history says.
 
     The last promotion's rule says what becomes of it: 'undo' it, 'keep' it where the gates let it pass, or only 'tell' of it.
-    Nothing is written on a history that was cut off or altered. Raises GateError where there is no such model.
+    Nothing is written on a history that was cut off or altered, nor by whom MLflow lets read alone: that one is told how things
+    should be. Raises GateError where there is no such model.
     """
     seen = registry.model(model)
     if witnessed_fault(seen.born, seen.history, Keys.here()):
         return seen, None
     moved = _lasting(registry, seen, settle_s) if seen.out_of_band() else {}
-    if not moved:
-        return (registry.settle(model) if seen.behind() else seen), None
-    return _recorded(registry, registry.model(model), moved)
+    try:
+        if not moved:
+            return (registry.settle(model) if seen.behind() else seen), None
+        return _recorded(registry, registry.model(model), moved)
+    except Forbidden:
+        left = OutOfBand(model, 0, "left as it is", f"{_told(seen, moved)}; not recorded: no right to write") if moved else None
+        return seen, left
 
 
 def _lasting(registry: Registry, seen: RegisteredModel, settle_s: float) -> dict[Cell, str | None]:
@@ -74,7 +86,22 @@ def _recorded(
     draft = replace(draft, action="out of band", found=found, left=outcome == "left as it is")
     after = registry.decide(seen.model, _unless_decided(draft, seen.history.head))
     mine = next((one for one in after.history.entries if one.number > seen.history.head and one.found == found), None)
-    return after, OutOfBand(seen.model, mine.number, outcome, mine.why, mine.gates) if mine else None
+    if mine is None:
+        return after, None
+    told = OutOfBand(seen.model, mine.number, outcome, mine.why, mine.gates)
+    return _asked(registry, after, wish[0], told) if wish and wish[1] == "production" and outcome == "kept" else (after, told)
+
+
+def _asked(registry: Registry, seen: RegisteredModel, version: str, kept: OutOfBand) -> tuple[RegisteredModel, OutOfBand]:
+    """A champion that is kept has to answer as a promoted one has; where it does not, the former is champion again."""
+    if with_evidence(registry, seen.pick(version)).tag("smoke") != "asked":
+        return seen, kept
+    try:
+        gate = smoked(registry, seen.pick(version), user_name())
+    except GatesRefused as refused:
+        why = f"{kept.why}; {one_line(refused)}"
+        return registry.model(seen.model), replace(kept, outcome="taken back", why=why, gates=(*kept.gates, *refused.gates))
+    return seen, replace(kept, gates=(*kept.gates, gate))
 
 
 def _unless_decided(draft: Entry, head: int) -> Decide[RegisteredModel]:

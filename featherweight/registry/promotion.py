@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from featherweight.measure.spec import ConstraintsSpec
-from featherweight.registry.decisions import APPROVAL, withdrawal_decision
+from featherweight.registry.decisions import APPROVAL
 from featherweight.registry.gate import GatesRefused, judged
-from featherweight.registry.history import WHY_LIMIT, GateResult, Rule, StageName
+from featherweight.registry.history import GateResult, Rule, StageName
 from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry
-from featherweight.registry.smoke import smoke_gate
+from featherweight.registry.smoke import SMOKE, smoked
 from featherweight.registry.versions import CHAMPION, RegisteredModel
 
 FILE = "promoted.json"
-SMOKE = "smoke"
 
 
 @dataclass(frozen=True)
@@ -103,22 +102,8 @@ def gated_transition(
     expect = champion.version if champion else ""
     moved = registry.transition(model, candidate.version, to, who=who, why=why, gates=gates, expect_champion=expect, rule=rule)
     if smoke and to == "production":
-        gates.append(_smoked(registry, moved, who))
+        gates.append(smoked(registry, moved, who))
     return Promotion.of(moved, True, why, tuple(gates))
-
-
-def _smoked(registry: Registry, champion: RegisteredVersion, who: str) -> GateResult:
-    """The gate that a new champion answers on its engine; where it does not, the former one is champion again."""
-    gate = smoke_gate(registry, champion)
-    if gate.passed:
-        return gate
-    why = f"smoke request failed, {gate.reason}"[:WHY_LIMIT]
-    after = registry.decide(champion.model, withdrawal_decision(champion.version, who, why, (gate,)))
-    holder = after.holder(CHAMPION)
-    back = f"version {holder.version} is champion" if holder else "there is no champion"
-    raise GatesRefused(
-        f"version {champion.version} ({champion.variant}) of '{champion.model}' was champion and taken back: {why}; {back}", (gate,)
-    )
 
 
 def staged_for_approval(

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 PING_S = 5.0
+VERSIONS_OF = "mlflow.modelVersions"
 T = TypeVar("T")
 
 __all__ = ["GateResult", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
@@ -165,6 +166,11 @@ class Registry:
         """Text and signature of each stored history entry, by number."""
         with self._service():
             return MlflowStore(self.client, model).signatures()
+
+    def location(self, version: RegisteredVersion) -> str:
+        """Where MLflow itself takes a version's files from."""
+        with self._service():
+            return str(self.client.get_model_version_download_uri(version.model, version.version))
 
     def run_metrics(self, run_id: str) -> dict[str, float] | None:
         """Last figures of a run, None where there is no such run any more."""
@@ -364,20 +370,29 @@ class Registry:
     def _create_version(self, winner: WinnerRecord, engine: str, logged: LoggedModel) -> RegisteredVersion:
         """The registered version, all tags in the one call that creates it; of two for one digest the lower number is the one."""
         self._ensure_model(winner.model)
-        made = self.client.create_model_version(
-            winner.model,
-            logged.artifact_location,
-            winner.run_id,
-            _version_tags(winner, engine, logged.model_id),
-            description=f"{winner.variant} on {engine}",
-            await_creation_for=0,
-            model_id=logged.model_id,
-        )
+        with _store_in_process(self.tracking_uri):  # which asks MLflow's global URI where the LoggedModel lies
+            made = self.client.create_model_version(
+                winner.model,
+                f"models:/{logged.model_id}",  # by which MLflow's page of the version leads to that of the LoggedModel
+                winner.run_id,
+                _version_tags(winner, engine, logged),
+                description=f"{winner.variant} on {engine}",
+                await_creation_for=0,
+                model_id=logged.model_id,
+            )
+        self._link(logged.model_id, winner.model, str(made.version))
         model = self.model(winner.model)
         first = next(one for one in model.versions.values() if one.digest == winner.digest)
         if signature := Keys.here().sign(statement(first, model.born)):
             self.client.set_model_version_tag(winner.model, first.version, ATTESTATION, signature)
         return replace(self.get(winner.model, first.version), new=first.version == str(made.version))
+
+    def _link(self, model_id: str, model: str, version: str) -> None:
+        """Let MLflow's page of the LoggedModel lead to the version, as a server does by itself."""
+        told = json.loads(self.client.get_logged_model(model_id).tags.get(VERSIONS_OF, "[]"))
+        if not any((one["name"], str(one["version"])) == (model, version) for one in told):
+            links = [*told, {"name": model, "version": version}]
+            self.client.set_logged_model_tags(model_id, {VERSIONS_OF: json.dumps(links)})
 
     def _discard(self, winner: WinnerRecord, logged: LoggedModel) -> None:
         """Take back what a failed registration wrote; a LoggedModel that was there before keeps its metrics."""
@@ -427,14 +442,22 @@ def _unless_missing(ask: Callable[[], T]) -> T | None:
         return None
 
 
-def _version_tags(winner: WinnerRecord, engine: str, model_id: str) -> dict[str, str]:
+def _store_in_process(tracking_uri: str) -> AbstractContextManager[None]:
+    """MLflow's global URI, where its store is no server but in this process."""
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    return nullcontext() if tracking_uri.startswith("http") else _use_tracking_uri(tracking_uri)
+
+
+def _version_tags(winner: WinnerRecord, engine: str, logged: LoggedModel) -> dict[str, str]:
     values = {
         "digest": winner.digest,
         "variant": winner.variant,
         "engine": engine,
         "recipe": winner.recipe,
         "run_id": winner.run_id,
-        "model_id": model_id,
+        "model_id": logged.model_id,
+        "location": logged.artifact_location,
         "checkpoint": winner.checkpoint,
         "evaluation": winner.evaluation,
         "machine": winner.machine,

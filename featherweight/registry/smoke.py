@@ -11,11 +11,15 @@ from typing import Any
 
 from featherweight.errors import StageError, one_line
 from featherweight.registry.answering import Answering, open_answering
-from featherweight.registry.history import GateResult
+from featherweight.registry.decisions import withdrawal_decision
+from featherweight.registry.gate import GatesRefused
+from featherweight.registry.history import WHY_LIMIT, GateResult
 from featherweight.registry.labeller import Labeller
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.registry.versions import CHAMPION
 from featherweight.store.served_folder import verified_tokens
 
+SMOKE = "smoke"
 TEXT, TEXT_TOKENS, NEW_TOKENS = "The", 4, 4
 """What is asked, the most tokens that a tokenizer cuts it into, its own beginning and end counted, and how many are to come."""
 
@@ -27,8 +31,22 @@ def smoke_gate(registry: Registry, version: RegisteredVersion) -> GateResult:
         with tempfile.TemporaryDirectory() as scratch:
             ask(registry.served_folder(version, Path(scratch)))
     except StageError as error:
-        return GateResult("smoke", False, one_line(error))
-    return GateResult("smoke", True, f"answered on {version.tag('engine')} after {time.monotonic() - began:.1f} s")
+        return GateResult(SMOKE, False, one_line(error))
+    return GateResult(SMOKE, True, f"answered on {version.tag('engine')} after {time.monotonic() - began:.1f} s")
+
+
+def smoked(registry: Registry, champion: RegisteredVersion, who: str) -> GateResult:
+    """The gate that a new champion answers on its engine. Where it does not, the former one is champion again: GatesRefused."""
+    gate = smoke_gate(registry, champion)
+    if gate.passed:
+        return gate
+    why = f"smoke request failed, {gate.reason}"[:WHY_LIMIT]
+    after = registry.decide(champion.model, withdrawal_decision(champion.version, who, why, (gate,)))
+    holder = after.holder(CHAMPION)
+    back = f"version {holder.version} is champion" if holder else "there is no champion"
+    raise GatesRefused(
+        f"version {champion.version} ({champion.variant}) of '{champion.model}' was champion and taken back: {why}; {back}", (gate,)
+    )
 
 
 def ask(served: Path) -> None:

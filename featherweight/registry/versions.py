@@ -29,7 +29,10 @@ MARK = f"{TAG}history_head"
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A registered version as the registry holds it. `new`: whether the call that returned it registered it."""
+    """A registered version as the registry holds it.
+
+    source: where its files lie. new: whether the call that returned it registered it.
+    """
 
     model: str
     version: str
@@ -50,7 +53,7 @@ class RegisteredVersion:
             stage=stage,
             aliases=tuple(sorted(alias for alias, number in aliases.items() if number == str(found.version))),
             run_id=found.run_id or "",
-            source=found.source or "",
+            source=found.tags.get(f"{TAG}location") or found.source or "",
             tags=dict(found.tags),
             created_s=found.creation_timestamp / 1000,
         )

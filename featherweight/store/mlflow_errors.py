@@ -6,14 +6,15 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from featherweight.errors import FeatherweightError, ServiceError, Unreachable, one_line
+from featherweight.errors import FeatherweightError, Forbidden, ServiceError, Unreachable, one_line
 
 # MLflow answers an unknown alias with the second.
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "NoSuchKey", "404")
 # MLflow's client tells of a connection that failed in words only, and so do PostgreSQL's drivers.
 _NO_SERVER = ("API request to", "Max retries exceeded", "Connection refused", "Connection aborted", "Read timed out")
 _NO_DATABASE = ("could not connect", "connection to server", "Connection refused", "server closed the connection", "starting up")
-REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
+NO_RIGHT = "PERMISSION_DENIED"
+REFUSED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def mlflow_explained(tracking_uri: str, missing: FeatherweightError | None = Non
         reason = _reason(error)
         if missing is not None and _is_missing(error):
             raise type(missing)(f"{missing} ({reason})") from error
-        kind = Unreachable if _is_away(error) else ServiceError
+        kind = Unreachable if _is_away(error) else Forbidden if _code(error) == NO_RIGHT else ServiceError
         raise kind(f"MLflow at {tracking_uri} {_verdict(error, reason)}") from error
 
 
@@ -84,6 +85,8 @@ def _verdict(error: Exception, reason: str) -> str:
     """What failed, and the way out."""
     if _code(error) in REFUSED:
         return f"refuses the credentials ({reason}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if _code(error) == NO_RIGHT:
+        return f"does not let this user do that ({reason}); ask its administrator, or set other MLFLOW_TRACKING_USERNAME"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"has no space left on the disk ({reason}); free some, run it again"
     if type(error).__module__.startswith("boto"):

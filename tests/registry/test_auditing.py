@@ -222,9 +222,10 @@ def test_each_tampering_is_named(whole: Bench) -> None:
 def test_a_copied_and_a_hand_made_version_are_foreign(whole: Bench) -> None:
     client = whole.registry.client
     first = client.get_model_version(MODEL, "1")
-    client.create_model_version(MODEL, first.source, first.run_id, tags=dict(first.tags), await_creation_for=0)
+    source = first.tags["featherweight.location"]
+    client.create_model_version(MODEL, source, first.run_id, tags=dict(first.tags), await_creation_for=0)
     client.create_model_version(
-        MODEL, first.source, first.run_id, {**first.tags, "featherweight.digest": "d"}, await_creation_for=0
+        MODEL, source, first.run_id, {**first.tags, "featherweight.digest": "d"}, await_creation_for=0
     )
     del first
     found = {one.version: one.reason for one in wrong(whole) if one.state == "foreign" and one.part == "registration"}

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
+from featherweight.errors import Forbidden
+from featherweight.registry import smoke
 from featherweight.registry.commit import placed
+from featherweight.registry.history import GateResult
 from featherweight.registry.mlflow_store import MlflowStore
 from featherweight.registry.out_of_band import OutOfBand
 from featherweight.registry.out_of_band import look as patient_look
@@ -67,8 +73,9 @@ def test_what_was_moved_is_undone_and_recorded_once_with_the_gate(desk: Bench) -
     assert history.faults == ()
 
 
-def test_what_the_gate_lets_pass_is_kept_where_the_recipe_says_so(desk: Bench) -> None:
+def test_what_the_gate_lets_pass_is_kept_where_the_recipe_says_so(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     promoted(desk, "keep")
+    monkeypatch.setattr(smoke, "smoke_gate", lambda *_: GateResult("smoke", True, "answered"))
     client = desk.registry.client
     client.set_registered_model_alias(MODEL, "champion", "2")
     found = look(desk)
@@ -77,7 +84,7 @@ def test_what_the_gate_lets_pass_is_kept_where_the_recipe_says_so(desk: Bench) -
     client.set_registered_model_alias(MODEL, "champion", "3")
     found = look(desk)
     assert found is not None
-    assert (found.outcome, [gate.passed for gate in found.gates]) == ("kept", [True] * 3)
+    assert (found.outcome, [gate.passed for gate in found.gates]) == ("kept", [True] * 4)
     assert aliases(desk) == {"champion": 3, "production": 3, "previous": 1}
     assert desk.registry.get(MODEL, "1").stage == "archived"
     client.set_registered_model_alias(MODEL, "challenger", "2")
@@ -87,6 +94,44 @@ def test_what_the_gate_lets_pass_is_kept_where_the_recipe_says_so(desk: Bench) -
     assert getattr(look(desk), "outcome", "") == "kept"
     assert desk.registry.champion(MODEL) is None
     assert desk.registry.model(MODEL).behind() == []
+
+
+def test_a_champion_that_is_kept_and_does_not_answer_is_taken_back(desk: Bench) -> None:
+    """These artifacts hold no tokenizer."""
+    promoted(desk, "keep")
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "3")
+    found = look(desk)
+    assert found is not None
+    assert (found.outcome, [gate.passed for gate in found.gates][-1]) == ("taken back", False)
+    assert "taken back: smoke request failed, it did not answer" in found.why and found.why.endswith("version 1 is champion")
+    assert aliases(desk) == {"champion": 1, "production": 1}
+    assert [entry.action for entry in desk.registry.history(MODEL).entries] == ["transition", "out of band", "rollback"]
+    desk.registry.register(desk.winner("quiet", metrics=FAST | {"size_bytes": 1.0}, promote={"smoke": False}))
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "4")
+    assert getattr(look(desk), "outcome", "") == "kept"
+
+
+def test_who_may_only_read_is_told_how_things_should_be(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    promoted(desk, "")
+
+    def denied(*_: object, **told: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "2")
+    with monkeypatch.context() as patched:
+        for write in ("create_model_version", "set_registered_model_alias", "set_model_version_tag"):
+            patched.setattr(MlflowClient, write, denied)
+        patched.setattr(desk.registry, "client", desk.registry.client)
+        found = look(desk)
+        assert found is not None
+        assert (found.entry, found.outcome) == (0, "left as it is")
+        assert found.to_text() == "out of band: alias champion went from 1 to 2; not recorded: no right to write"
+        told = history_of(Workspace.at(desk.root), MODEL)
+        assert "1 aliases, tags and stages are behind; not completed: no right to write" in told.to_text()
+        assert told.to_dict()["not_completed"] == 1
+        with pytest.raises(Forbidden, match="does not let this user do that"):
+            gated_transition(desk.registry, MODEL, "3", who="ada", why="a reader")
+    assert getattr(look(desk), "outcome", "") == "undone"
 
 
 def test_what_is_only_told_stays_until_the_next_decision(desk: Bench) -> None:

@@ -13,7 +13,8 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
 from featherweight.system.toolchains import python
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version")
+"""Not /v1/models, which tells where the weights lie."""
 
 
 def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> EngineServer:
