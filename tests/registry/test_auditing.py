@@ -224,9 +224,7 @@ def test_a_copied_and_a_hand_made_version_are_foreign(whole: Bench) -> None:
     first = client.get_model_version(MODEL, "1")
     source = first.tags["featherweight.location"]
     client.create_model_version(MODEL, source, first.run_id, tags=dict(first.tags), await_creation_for=0)
-    client.create_model_version(
-        MODEL, source, first.run_id, {**first.tags, "featherweight.digest": "d"}, await_creation_for=0
-    )
+    client.create_model_version(MODEL, source, first.run_id, {**first.tags, "featherweight.digest": "d"}, await_creation_for=0)
     del first
     found = {one.version: one.reason for one in wrong(whole) if one.state == "foreign" and one.part == "registration"}
     assert found["3"] == "the artifact of version 1 once more"
