@@ -38,6 +38,7 @@ FLOAT, INT8 = "float32", "int8"
 OPTIONS: dict[tuple[str, str], dict[str, str]] = {
     ("ctranslate2", INT8): {"compute_type": "int8"},
     ("onnxruntime-genai", INT8): {"precision": "int8"},
+    ("llama.cpp", INT8): {"precision": "int8"},
     ("vllm", INT8): {"compute_type": "int8"},
 }
 SAME = {(engine, FLOAT) for engine in ("torch-dynamic", "torch-static", "torchao-int8", "torchao-int8-dynamic")}

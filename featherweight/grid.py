@@ -24,6 +24,8 @@ class Grid:
 
     A weight matrix has shape [rows, columns] (rows = output features, or tokens of an embedding). One scale covers a whole
     row where `group_size` is None, else `group_size` consecutive columns of a row; a last, shorter group is allowed.
+    half_scales: scales are chosen among the numbers that float16 holds, which blocks of ggml's store; an integer is rounded with
+    the scale that is stored, so that no engine rounds it a second time.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Grid:
     qmin: int
     qmax: int
     kind: Literal["int", "float"] = "int"
+    half_scales: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +86,21 @@ class Grid:
         index = grouped.abs().argmax(dim=-1, keepdim=True)
         peak = grouped.gather(-1, index).squeeze(-1)
         scale = peak / self.qmin if self.qmin < -self.qmax else peak.abs() / self.qmax
-        return torch.where(scale == 0, torch.ones_like(scale), scale)
+        return self._held(torch.where(scale == 0, torch.ones_like(scale), scale))
+
+    def _held(self, scales: Tensor) -> Tensor:
+        """The scales that are stored: of float16 the next larger, which cuts no weight off, at most 0.1 % larger where normal.
+
+        Those beyond its range stay, for engines that hold float32.
+        """
+        import torch
+
+        if not self.half_scales:
+            return scales
+        near = scales.half()
+        short = (near.float().abs() < scales.abs()).to(torch.int16)
+        held = (near.view(torch.int16) + short).view(torch.float16).float()  # one bit more is the next larger magnitude
+        return torch.where(held.isfinite(), held, scales)
 
     def mse_scales(self, weight: Tensor) -> Tensor:
         """Scales of least squared rounding error, float32 [rows, groups].
@@ -98,7 +115,7 @@ class Grid:
         best, least = start, torch.full_like(start, torch.inf)
         signs = (1, -1) if self.qmin < -self.qmax else (1,)
         for factor in [sign * step / 40 for sign in signs for step in range(24, 47)]:
-            scales = start * factor
+            scales = self._held(start * factor)
             rounded = self.round(grouped / scales.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
             error = rounded.sub_(grouped).square_().sum(dim=-1)
             best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
@@ -137,11 +154,11 @@ GRIDS = {
         Grid("int8-reduced", bits=8, group_size=None, qmin=-63, qmax=63),
         # What llm-compressor and GPTQ round to at 8 bits; held wherever `int8` is.
         Grid("int8-full", bits=8, group_size=None, qmin=-128, qmax=127),
-        Grid("int8-g32", bits=8, group_size=32, qmin=-128, qmax=127),
+        Grid("int8-g32", bits=8, group_size=32, qmin=-128, qmax=127, half_scales=True),
         Grid("int8-g64", bits=8, group_size=64, qmin=-128, qmax=127),
         Grid("int8-g128", bits=8, group_size=128, qmin=-128, qmax=127),
         Grid("int4", bits=4, group_size=None, qmin=-8, qmax=7),
-        Grid("int4-g32", bits=4, group_size=32, qmin=-8, qmax=7),
+        Grid("int4-g32", bits=4, group_size=32, qmin=-8, qmax=7, half_scales=True),
         Grid("int4-g64", bits=4, group_size=64, qmin=-8, qmax=7),
         Grid("int4-g128", bits=4, group_size=128, qmin=-8, qmax=7),
         Grid("fp8", bits=8, group_size=None, qmin=-448, qmax=448, kind="float"),

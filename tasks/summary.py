@@ -77,7 +77,8 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
         notes=(
-            *(note for note in (_zeros_note(serving, zeros), length, _device_note(plan, serving)) if note),
+            *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros), length) if note),
+            *(note for note in (_device_note(plan, serving),) if note),
             *_judgements(plan, variant, outcomes),
         ),
         device=serving.device,

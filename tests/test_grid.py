@@ -32,7 +32,9 @@ def test_rounding_a_second_time_changes_nothing(grid: Grid, weight: torch.Tensor
     q, scales = grid.quantize(weight)
     again, _ = grid.quantize(grid.dequantize(q, scales), scales)
     assert torch.equal(q, again)
-    assert grid.fake_quantize(grid.dequantize(q, scales)).allclose(grid.dequantize(q, scales), rtol=1e-6)
+    if not grid.half_scales or scales.abs().min() >= torch.finfo(torch.float16).smallest_normal:
+        # Where float16 has fewer digits the largest weight is no longer the last integer, and other scales would be chosen.
+        assert grid.fake_quantize(grid.dequantize(q, scales)).allclose(grid.dequantize(q, scales), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -60,7 +62,18 @@ def test_the_largest_weight_of_a_group_is_kept(grid: Grid) -> None:
     for group in weight.split(size, dim=1):
         largest = group.abs().argmax(dim=1, keepdim=True)
         kept = grid.fake_quantize(group).gather(1, largest)
-        assert kept.allclose(group.gather(1, largest), rtol=1e-6)
+        assert kept.allclose(group.gather(1, largest), rtol=2**-10 if grid.half_scales else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["int8-g32", "int4-g32"])
+def test_the_scales_of_blocks_are_float16_numbers_that_cut_nothing_off(name: str) -> None:
+    magnitudes = torch.tensor([1e-12, 1e-6, 1e-3, 1.0, 1e5])[:, None]
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)) * magnitudes
+    grid = grid_named(name)
+    exact = weight.view(5, 3, 32).abs().amax(-1) / -grid.qmin
+    for scales in (grid.scales(weight), grid.mse_scales(weight)):
+        assert torch.equal(scales.half().float(), scales)
+    assert (grid.scales(weight).abs() >= exact).all()
 
 
 @pytest.mark.slow

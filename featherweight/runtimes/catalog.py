@@ -22,6 +22,7 @@ RUNTIMES: Catalog[Runtime] = Catalog(
         "torchao-int8-dynamic": "featherweight.runtimes.torch.quantized_runtime:TORCHAO_INT8_DYNAMIC",
         "onnxruntime-genai": "featherweight.runtimes.onnx_genai.runtime:ONNXRUNTIME_GENAI",
         "ctranslate2": "featherweight.runtimes.ctranslate2.runtime:CTRANSLATE2",
+        "llama.cpp": "featherweight.runtimes.llama_cpp.runtime:LLAMA_CPP",
         "vllm": "featherweight.runtimes.vllm.runtime:VLLM",
     },
 )

@@ -176,6 +176,10 @@ class Runtime(ABC, Generic[SpecOf]):
         """What the machine's processor means for it, and what a recipe should say because of it; None where all is well."""
         return None
 
+    def served_note(self, serving: Serving) -> str | None:
+        """What the report says of what was written, such as how the engine was built; one sentence, or None."""
+        return None
+
     def zeros_note(self, pattern: str, share: float) -> str:
         """What zeros in `share` of the pruned weights, in `pattern`, are worth on it: one sentence for the report.
 

@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, int]] = {
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
 }
 LIKE = {
-    **dict.fromkeys(("mistral", "qwen2", "qwen3"), "llama"),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma"), "llama"),
     **dict.fromkeys(("mbart", "m2m_100", "marian", "pegasus"), "bart"),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "electra", "mpnet"), "bert"),
     "mt5": "t5",

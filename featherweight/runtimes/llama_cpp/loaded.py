@@ -1,0 +1,187 @@
+"""llama.cpp, loaded: log-probabilities of every position, and texts that are written as places become free."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import StageError
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
+from featherweight.runtimes.llama_cpp import library
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+ROWS = 64
+"""Positions whose logits are computed at once where all are wanted: of more, the logits would take more than the weights."""
+PADDED = 256
+"""llama.cpp keeps room for sequences of multiples of this."""
+AT_ONCE = 512
+"""Tokens that go through the layers together; llama.cpp's own default."""
+
+
+@dataclass
+class Place:
+    """A sequence being written: its index among the prompts, all its tokens, and how many of them were computed."""
+
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    written: list[int] = field(default_factory=list)
+
+
+Choose = Callable[[Place, "ndarray"], int]
+"""The next token of a place, by its logits."""
+
+
+class LlamaCppModel(LoadedModel):
+    """One GGUF file. options: `dtype`, what keys and values are kept in. Threads are switched in place."""
+
+    follows = PROCESSED
+
+    def load(self) -> None:
+        self.api = library.library()
+        files = sorted(self.weights.glob("*.gguf"))
+        self.model = library.load_model(files[0]) if files else 0
+        if not self.model:
+            raise StageError(f"llama.cpp cannot load {files[0] if files else self.weights}; export the variant again")
+        self.vocabulary: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.context = self.api.llama_init_from_model(self.model, self._parameters())
+        if not self.context:
+            raise StageError(f"llama.cpp makes no context of {self.limits.max_batch} x {self.limits.max_tokens} tokens for it")
+        self.batch = self.api.llama_batch_init(self._at_once, 0, 1)
+
+    @property
+    def _at_once(self) -> int:
+        return max(AT_ONCE, self.limits.max_batch)
+
+    def _parameters(self) -> library.ContextParameters:
+        room = -(-self.limits.max_tokens // PADDED) * PADDED
+        told = self.api.llama_context_default_params()
+        told.n_ctx, told.n_seq_max = room * self.limits.max_batch, self.limits.max_batch
+        told.n_batch = told.n_ubatch = self._at_once
+        told.n_outputs_max = told.n_outputs_max_per_seq = max(ROWS, self.limits.max_batch)
+        told.n_threads = told.n_threads_batch = self.threads
+        if self.options.get("dtype") == "float32":
+            told.type_k = told.type_v = library.FLOAT32
+            told.flash_attn_type = library.UNFUSED  # the fused kernel rounds to float16 on its way
+        return told
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
+        self.api.llama_set_n_threads(self.context, threads, threads)
+
+    def unload(self) -> None:
+        with suppress(AttributeError):  # of what failed to load
+            self.api.llama_batch_free(self.batch)
+            self.api.llama_free(self.context)
+            self.api.llama_model_free(self.model)
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        return [self._score(window) for window in windows]
+
+    def _score(self, window: list[int]) -> list[float]:
+        """A stretch at a time, so that few rows of logits are held."""
+        import numpy
+
+        scores: list[float] = []
+        self._forget(0)
+        for start in range(0, len(window) - 1, ROWS):
+            ids = window[start : min(start + ROWS, len(window) - 1)]
+            logits = self._decode([(token, start + place, 0, True) for place, token in enumerate(ids)])
+            top = logits.max(1)
+            total = numpy.exp(logits - top[:, None]).sum(1, dtype=numpy.float64)
+            chosen = logits[range(len(ids)), window[start + 1 : start + 1 + len(ids)]]
+            scores += (chosen - top - numpy.log(total)).tolist()
+        return scores
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        began, first, waiting = perf_counter(), 0.0, len(prompts)
+        tokens: Tokens = [[] for _ in prompts]
+        for place in self._written(prompts, new_tokens, frozenset(), _likeliest):
+            tokens[place.index] = place.written
+            waiting -= len(place.written) == 1
+            first = first or (0.0 if waiting else perf_counter() - began)
+        return Generation(tokens, Timing(first, perf_counter() - began))
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """A text that has come to its end makes room for the next at once."""
+        choose = _likeliest if set(settings.values) <= LENGTHS else _choosing(settings)
+        tokens: Tokens = [[] for _ in prompts]
+        for place in self._written(prompts, new_tokens, frozenset(settings.ends), choose):
+            tokens[place.index] = place.written
+        return tokens
+
+    def _written(self, prompts: Tokens, new_tokens: int, ends: frozenset[int], choose: Choose) -> Iterator[Place]:
+        """Each place as often as it has another token, until its end or `new_tokens`."""
+        waiting = deque(Place(index, list(prompt)) for index, prompt in enumerate(prompts))
+        active: dict[int, Place] = {}
+        while waiting or active:
+            for slot in range(self.limits.max_batch):
+                if slot not in active and waiting:
+                    self._forget(slot)
+                    active[slot] = waiting.popleft()
+            for slot, logits in self._step(active):
+                place = active[slot]
+                token = choose(place, logits)
+                place.tokens.append(token)
+                place.written.append(token)
+                yield place
+                if token in ends or len(place.written) == new_tokens:
+                    del active[slot]
+
+    def _step(self, active: dict[int, Place]) -> Iterator[tuple[int, ndarray]]:
+        """One pass over what is not computed yet, as much as fits; (slot, logits) of those that are up to their last token."""
+        entries, ready, room = [], [], self._at_once
+        for slot, place in active.items():
+            end = min(len(place.tokens), place.computed + room)
+            room -= end - place.computed
+            last = end == len(place.tokens) and end > place.computed
+            entries += [(place.tokens[at], at, slot, last and at == end - 1) for at in range(place.computed, end)]
+            place.computed = end
+            ready += [slot] if last else []
+        logits = self._decode(entries)
+        yield from zip(ready, logits, strict=True)
+
+    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> ndarray:
+        """(token, position, slot, whether its logits are wanted) of each -> float32 [wanted, vocabulary], valid until the next."""
+        import numpy
+
+        batch, wanted = self.batch, sum(entry[3] for entry in entries)
+        batch.n_tokens = len(entries)
+        for at, (token, position, slot, asked) in enumerate(entries):
+            batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position, 1
+            batch.seq_id[at][0], batch.logits[at] = slot, asked
+        if status := self.api.llama_decode(self.context, batch):
+            raise StageError(f"llama.cpp could not compute {len(entries)} tokens (llama_decode returned {status})")
+        if not wanted:
+            return numpy.empty((0, self.vocabulary), numpy.float32)
+        return numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (wanted, self.vocabulary))
+
+    def _forget(self, slot: int) -> None:
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), slot, -1, -1)
+
+
+def _likeliest(place: Place, logits: ndarray) -> int:
+    return int(logits.argmax())
+
+
+def _choosing(settings: GenerationSettings) -> Choose:
+    """By transformers' own processors; those of a prompt's length are made once."""
+    made: dict[int, Any] = {}
+
+    def choose(place: Place, logits: ndarray) -> int:
+        import torch
+
+        prompt = len(place.tokens) - len(place.written)
+        if prompt not in made:
+            made[prompt] = processors(settings, prompt)
+        scores = made[prompt](torch.tensor([place.tokens]), torch.from_numpy(logits.copy())[None])
+        return int(torch.multinomial(scores.softmax(-1), 1) if settings.values.get("do_sample") else scores.argmax())
+
+    return choose

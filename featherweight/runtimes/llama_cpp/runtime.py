@@ -1,0 +1,124 @@
+"""llama.cpp, declared: decoders in one GGUF file, in floats or in blocks of 4 and 8 bits, on CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound, sixteen_bits
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.llama_cpp import architectures, library
+from featherweight.runtimes.llama_cpp.blocks import KIND_OF
+from featherweight.runtimes.refusals import cache_refusal, float_of_rounded_refusal
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.device import Device
+from featherweight.system.machine import Machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
+    from featherweight.runtimes.writing import Source
+
+BITS = {"int8": 8, "int4": 4}
+FASTER = ("avx512_vnni", "avx_vnni")
+"""Instructions of the machine that the wheel was not compiled for."""
+
+
+class LlamaCppSpec(ExportSpec):
+    """precision: what the file's matrices are; int8 is Q8_0 and int4 Q4_0, whose activations are rounded to int8 at run time.
+    It rounds here only where no quantize stage chose the weights (embedding and head to int8).
+    """
+
+    engine: Literal["llama.cpp"]
+    precision: Literal["float32", "float16", "int8", "int4"] = "float32"
+
+
+class LlamaCpp(Runtime[LlamaCppSpec]):
+    """Everything that is known of it. Metrics of rounded weights also have `parity_weights_max_abs`, of a twin in float32."""
+
+    name = "llama.cpp"
+    spec = LlamaCppSpec
+    loads_with = "featherweight.runtimes.llama_cpp.loaded:LlamaCppModel"
+    modules = (library.MODULE,)
+    libraries = (library.MODULE, "gguf", "torch", "transformers")
+    requirements = (library.MODULE,)
+    writing_s = 4
+    weight_s = 1e-7
+
+    def write(self, spec: LlamaCppSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.llama_cpp.write import write
+
+        write(spec, source, out)
+
+    def check(self, spec: LlamaCppSpec, source: Source, served: Path) -> Metrics:
+        from featherweight.runtimes.llama_cpp.write import check_weights
+
+        reference, rounded = source.reference(), source.quantized is not None
+        source.release()
+        weights = check_weights(reference, served) if rounded else {}
+        return {**weights, **reference.check(served)}
+
+    def bound(self, serving: Serving) -> Bound:
+        """Rounded weights have activations rounded per block."""
+        return (sixteen_bits(serving.options.get("dtype", "")) or EXACT) if serving.grid is None else INT8_ACTIVATIONS
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.llama_cpp.bytes_read import file_tensors
+        from featherweight.runtimes.llama_cpp.write import MODEL
+
+        return file_tensors(folder, MODEL)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.llama_cpp.offers import offers
+
+        return offers()
+
+    def task_refusal(self, task: Task) -> str | None:
+        return None if task == "text-generation" else "it is written for decoders only; take torch, torch-compile or ctranslate2"
+
+    def grid_refusal(self, grids: Grids, spec: LlamaCppSpec) -> str | None:
+        if reason := cache_refusal(self.name, spec):
+            return reason
+        body = grids.body
+        if body is None:
+            return None
+        if spec.precision not in BITS:
+            return float_of_rounded_refusal(spec.precision)
+        for grid in (body, grids.head, grids.finer):
+            if grid is not None and grid.name not in KIND_OF:
+                return f"llama.cpp's Q8_0 and Q4_0 hold {' and '.join(KIND_OF)}, not {grid.name}"
+        if BITS[spec.precision] != body.bits:
+            return f"the weights are on a {body.bits}-bit grid, and precision {spec.precision} would round them again"
+        return None
+
+    def model_refusal(self, spec: LlamaCppSpec, model: Candidate) -> str | None:
+        reason = architectures.refusal(model)
+        return reason or (architectures.block_refusal(model.config) if spec.precision in BITS else None)
+
+    def missing(self) -> str | None:
+        return f"{library.MODULE} is not installed; {library.remedy()}" if super().missing() else None
+
+    def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        unused = [name for name in FASTER if name in machine.cpu_features]
+        if not unused:
+            return None
+        reason = f"its wheel is compiled for AVX2, and this machine has {unused[0]} too"
+        return reason, "another engine may be faster here at equal quality; the recipe's measurements tell"
+
+    def served_note(self, serving: Serving) -> str | None:
+        own = (
+            ""
+            if serving.options.get("tokenizer") == "same"
+            else "; its file's own tokenizer cuts some texts otherwise: hand it ids"
+        )
+        return f"llama.cpp built with {serving.options['built_with']}{own}" if "built_with" in serving.options else None
+
+
+LLAMA_CPP = LlamaCpp()

@@ -1,0 +1,160 @@
+"""Writing the folder that llama.cpp serves: one GGUF file, and the tokenizer's files beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.files import link
+from featherweight.checkpoint.saving import copy_tokenizer
+from featherweight.grid import GRIDS
+from featherweight.model.matrices import matrices
+from featherweight.progress import Metrics
+from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.llama_cpp import blocks, library
+from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Tensors, describe
+from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
+from featherweight.store.served_folder import FILE, Serving
+from featherweight.text.documents import read_documents
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from numpy import ndarray
+    from transformers import PreTrainedModel
+
+    from featherweight.model.quantized_weights import QuantizedWeights
+    from featherweight.runtimes.llama_cpp.runtime import LlamaCppSpec
+    from featherweight.runtimes.parity import Reference
+    from featherweight.runtimes.writing import Source
+
+MODEL = "model.gguf"
+ROUNDED_HERE = {"int8": ("int8-g32", "int8-g32"), "int4": ("int4-g32", "int8-g32")}
+"""Grids of the blocks and of embedding and head, by precision, where no quantize stage chose them."""
+FILE_TYPE = {"float32": 0, "float16": 1, "int4": 2, "int8": 7}
+"""llama_ftype: what most matrices of a file are."""
+TEXTS = 8
+"""Documents of the calibration text that the file's tokenizer is tried with."""
+SAME, OTHER = "same", "other"
+"""Whether the file's own tokenizer cuts texts into the checkpoint's ids."""
+
+
+def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
+    """See Runtime.write."""
+    if spec.precision == "float16":
+        source.round_floats("float16")
+    elif spec.precision != "float32":
+        source.round(*(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
+    model, texts = source.model.float(), [one.text for one in islice(read_documents(source.calibration), TEXTS)]
+    vocabulary = Vocabulary(source.checkpoint, model.config.vocab_size)
+    prepared = _prepared(vocabulary, model.config, out / "vocabulary.gguf", texts)
+    if prepared is None:
+        source.progress.note("llama.cpp's own tokenizer cuts some texts otherwise; it is given token ids")
+    write_file(out / MODEL, model, source.quantized, vocabulary, spec.precision, prepared or PREPARED[0])
+    copy_tokenizer(source.checkpoint, out)
+    kept = "float32" if spec.precision == "float32" else "float16"
+    options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
+    Serving("llama.cpp", options=options, grid=source.grid).write(out)
+
+
+def write_file(
+    file: Path,
+    model: PreTrainedModel,
+    quantized: QuantizedWeights | None,
+    vocabulary: Vocabulary,
+    precision: str,
+    prepared: str = PREPARED[0],
+) -> None:
+    """The GGUF file of `model`: matrices that are quantized in their blocks, others in the float that `precision` says.
+
+    prepared: llama.cpp's name of the way in which the tokenizer cuts a text before it merges pieces.
+    """
+    with _writer(file, model.config, precision) as writer:
+        vocabulary.write(writer, prepared)
+        for name, values, kind in _tensors(model, quantized, "float16" if precision == "float16" else "float32"):
+            writer.add_tensor(name, values, raw_dtype=kind)
+
+
+def _prepared(vocabulary: Vocabulary, config: Any, trial: Path, texts: list[str]) -> str | None:
+    """The first way to cut texts that agrees with the checkpoint's, tried in files without weights; None where none does."""
+    for name in vocabulary.ways:
+        with _writer(trial, config, "float32") as writer:
+            vocabulary.write(writer, name)
+        same = agrees(trial, vocabulary.checkpoint, texts)
+        trial.unlink()
+        if same:
+            return name
+    return None
+
+
+@contextmanager
+def _writer(file: Path, config: Any, precision: str) -> Iterator[GGUFWriter]:
+    """A file that is described already; what is added to it is written at the end."""
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
+
+    writer = GGUFWriter(file, ARCHITECTURES[config.model_type].name)
+    describe(writer, config)
+    writer.add_file_type(FILE_TYPE[precision])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    yield writer
+    _finish(writer)
+
+
+def _finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(model: PreTrainedModel, quantized: QuantizedWeights | None, floats: str) -> Iterator[tuple[str, ndarray, Any]]:
+    """(name, values, ggml's type) of every tensor, rows in llama.cpp's order; a tied head is the embedding's."""
+    from gguf import GGMLQuantizationType
+
+    tensors = Tensors(model)
+    for name, values in tensors.vectors():
+        yield name, values, GGMLQuantizationType.F32
+    for parameter, weight, _ in matrices(model):
+        order = tensors.order(parameter)
+        rows: Any = slice(None) if order is None else order
+        if quantized and parameter in quantized.q:
+            q, scales = quantized.q[parameter].cpu()[rows], quantized.scales[parameter].cpu()[rows]
+            yield (tensors.name(parameter), *blocks.pack(parameter, quantized.grids[parameter], q, scales))
+        else:
+            values = weight.detach().cpu().numpy()[rows].astype(floats)
+            yield tensors.name(parameter), values, GGMLQuantizationType[{"float16": "F16", "float32": "F32"}[floats]]
+
+
+def check_weights(reference: Reference, served: Path) -> Metrics:
+    """Hold the packed weights to the exact bound, in a twin of the file that holds in float32 what the `gguf` library unpacks."""
+    twin = served / "twin"
+    twin.mkdir()
+    _unpack(served / MODEL, twin / MODEL)
+    for path in served.iterdir():
+        if path.is_file() and path.name not in (MODEL, FILE):
+            link(path, twin / path.name)
+    Serving("llama.cpp", options={"dtype": "float32"}).write(twin)
+    measured = reference.check(twin, EXACT)
+    shutil.rmtree(twin)
+    return {"parity_weights_max_abs": measured["parity_max_abs"]}
+
+
+def _unpack(file: Path, out: Path) -> None:
+    """The same file with every tensor in float32, and without a tokenizer."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(file)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith(("GGUF.", "tokenizer."))}
+    writer = GGUFWriter(out, fields.pop("general.architecture").contents())
+    for name, field in fields.items():
+        writer.add_key_value(name, field.contents(), field.types[0])
+    writer.add_tokenizer_model("none")
+    for tensor in reader.tensors:
+        shape = [int(size) for size in reversed(tensor.shape)]
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        writer.add_tensor(tensor.name, values, raw_dtype=GGMLQuantizationType.F32)
+    _finish(writer)

@@ -1,0 +1,188 @@
+"""llama.cpp: what it refuses, GGUF files that hold our integers bit for bit, and what it computes of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.checkpoint.gguf import convert_gguf
+from featherweight.errors import RecipeError, StageError
+from featherweight.grid import GRIDS
+from featherweight.model.matrices import move_to_grid, round_to_nearest
+from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.progress import Progress
+from featherweight.runtimes import parity
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.runtimes.interface import Grids, Limits
+from featherweight.runtimes.llama_cpp.blocks import pack
+from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
+from featherweight.runtimes.llama_cpp.write import write_file
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.writing import load_reference, write_served
+from featherweight.store.served_folder import Serving
+from tests.support.families import family_checkpoint, write_pairs
+from tests.support.in_process import InProcess
+
+ENGINE = RUNTIMES["llama.cpp"]
+served = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+
+
+def spec(**keys: Any) -> Any:
+    return ExportSpec.of(engine="llama.cpp", **keys)
+
+
+# Packing
+
+
+@pytest.mark.parametrize(("grid", "kind"), [("int8-g32", "Q8_0"), ("int4-g32", "Q4_0")])
+def test_blocks_are_read_by_llama_cpps_library_as_the_grid_says(grid: str, kind: str) -> None:
+    from gguf.quants import dequantize
+
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    q, scales = GRIDS[grid].quantize(weight)
+    assert q.min() == GRIDS[grid].qmin, "the value that one end alone has is there"
+    packed, found = pack("weight", GRIDS[grid], q, scales)
+    assert found.name == kind
+    assert torch.equal(torch.from_numpy(dequantize(packed, found)), GRIDS[grid].dequantize(q, scales))
+
+
+def test_scales_that_float16_does_not_hold_are_not_rounded() -> None:
+    q, scales = GRIDS["int8-g32"].quantize(torch.randn(4, 64))
+    for other in (scales * (1 + 2**-13), scales * 1e9):
+        with pytest.raises(StageError, match="the scales of weight are no float16 numbers, which Q8_0 holds"):
+            pack("weight", GRIDS["int8-g32"], q, other)
+    with pytest.raises(StageError, match="no blocks for weight, 48 columns on int8-g32"):
+        pack("weight", GRIDS["int8-g32"], *GRIDS["int8-g32"].quantize(torch.randn(4, 48)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("body", "head"), [("int8-g32", "int8-g32"), ("int4-g32", None)])
+def test_a_written_file_is_read_back_as_the_same_integers(
+    body: str, head: str | None, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = load_reference(tiny_checkpoint)
+    quantized = round_to_nearest(model, GRIDS[body], GRIDS[head] if head else None)
+    move_to_grid(model, quantized)
+    write_file(tmp_path / "m.gguf", model, quantized, Vocabulary(tiny_checkpoint, model.config.vocab_size), "int8")
+    (tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "m.gguf", tmp_path, tmp_path / "out", Progress())
+    found = QuantizedWeights.read(tmp_path / "out")
+    assert found is not None and found.grids == quantized.grids
+    for name in quantized.q:
+        assert torch.equal(found.q[name], quantized.q[name]) and torch.equal(found.scales[name], quantized.scales[name]), name
+    kept = load_reference(tmp_path / "out").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("keys", "grids", "told"),
+    [
+        ({"precision": "int8"}, Grids(GRIDS["int8"]), "hold int8-g32 and int4-g32, not int8"),
+        ({"precision": "int4"}, Grids(GRIDS["int8-g32"]), "on a 8-bit grid, and precision int4 would round them again"),
+        ({"precision": "float16"}, Grids(GRIDS["int8-g32"]), "float16 would store rounded weights at full size"),
+        ({"precision": "int8", "kv_cache": "fp8"}, Grids(), "keeps keys and values in float"),
+        ({"precision": "int4"}, Grids(GRIDS["int4-g32"], GRIDS["int8-g32"], GRIDS["int8-g32"]), None),
+    ],
+)
+def test_grids_that_are_no_blocks_are_refused(keys: dict[str, str], grids: Grids, told: str | None) -> None:
+    reason = ENGINE.grid_refusal(grids, spec(**keys))
+    assert reason is None if told is None else told in str(reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("gpt2", {}, "written here for llama, mistral, qwen2, qwen3, gemma, not for gpt2"),
+        ("llama", {"hidden_act": "relu"}, "computes silu in llama models, not relu"),
+        ("llama", {"intermediate_size": 48}, "whole blocks of 32 weights, and intermediate_size is 48"),
+        ("mistral", {"sliding_window": 16}, "sliding window of 16 tokens, and 64 are to be served; say max_tokens 16"),
+        ("qwen3", {"attention_bias": True}, "qwen3 has no biases"),
+        ("qwen2", {"head_dim": 16}, "qwen2 wants heads that are 32 wide together, these are 64"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+            "rotary embeddings of kind yarn are not written",
+        ),
+    ],
+)
+def test_models_that_it_would_compute_otherwise_are_refused(kind: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    checkpoint = family_checkpoint(kind, tmp_path / "checkpoint", **({} if kind == "gpt2" else {"intermediate_size": 64}) | changes)
+    with pytest.raises(RecipeError) as refused:
+        write_served(spec(precision="int8", max_tokens=64), checkpoint=checkpoint, calibration=tmp_path, out=tmp_path)
+    assert told in str(refused.value)
+
+
+# The engine
+
+
+@served
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes", "precision"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, "int8"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
+                    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                }
+            },
+            "float32",
+        ),
+        ("mistral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "float32"),
+        ("qwen2", {}, "int4"),
+        ("qwen3", {"head_dim": 16}, "int8"),
+        ("gemma", {"head_dim": 16}, "float16"),
+    ],
+)
+def test_every_family_computes_what_pytorch_computes(
+    kind: str, changes: dict[str, Any], precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "open_worker", InProcess)
+    changes = {"intermediate_size": 64, "max_position_embeddings": 128} | changes
+    checkpoint = family_checkpoint(kind, tmp_path / "checkpoint", **changes)
+    text = write_pairs(tmp_path / "text")
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = write_served(spec(precision=precision, max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
+    assert metrics["parity_mean_abs"] < metrics["parity_bound"]
+    assert ("parity_weights_max_abs" in metrics) == (precision in ("int8", "int4"))
+    assert "AVX" in Serving.read(out).options["built_with"] or "NEON" in Serving.read(out).options["built_with"]
+
+
+@served
+@pytest.mark.engine
+@pytest.mark.slow
+def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_reference(tiny_checkpoint)
+    write_file(tmp_path / "m.gguf", model, None, Vocabulary(tiny_checkpoint, model.config.vocab_size), "float32")
+    serving = Serving("llama.cpp", options={"dtype": "float32"})
+    loaded = ENGINE.loaded_model()(tmp_path, serving, Limits(threads=1, max_tokens=64, max_batch=2))
+    prompts = [[1, 30, 31, 32 + more][: 2 + more] for more in range(3)] + [[1, *range(40, 80)]]
+    expected = [
+        model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+    done = loaded.generate(prompts, 12)
+    assert done.tokens == expected and 0 < done.timing.ttft_s <= done.timing.total_s
+    end = expected[0][4]
+    settings = {"eos_token_id": [end, expected[3][7]]}
+    ended = loaded.answer(prompts, 12, settings)
+    assert ended == [GenerationSettings(settings).cut(row, 12) for row in expected] and len(ended[0]) <= 4
+    penalized = loaded.answer(prompts[:1], 12, {"repetition_penalty": 1.8})
+    ids = torch.tensor([prompts[0]])
+    theirs = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.8)
+    assert penalized == [theirs[0, ids.shape[1] :].tolist()]
+    loaded.unload()
