@@ -119,7 +119,7 @@ def advise(
         str, typer.Argument(help="A folder, a GGUF file, an adapter, hf:ORG/NAME, s3://..., models:/NAME@ALIAS.")
     ],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a request.", min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of its answer.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of its answer; of both less where the context is shorter.", min=1)] = 128,
     batch: Annotated[int, typer.Option(help="Requests in one batch.", min=1)] = 1,
     concurrency: Annotated[int | None, typer.Option(help="Requests at a time that come one by one, as from users.", min=1)] = None,
     task: Annotated[str | None, typer.Option(help="What the model is for; its own task where omitted.")] = None,

@@ -14,7 +14,7 @@ from featherweight.errors import CheckpointError, RecipeError, one_line
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.recipe.advice.candidates import Question
-from featherweight.recipe.advice.expected import Asked
+from featherweight.recipe.advice.expected import LENGTHS, Asked
 from featherweight.recipe.advice.hardware import described, roofs_of
 from featherweight.recipe.advice.measured import measured_before
 from featherweight.spec import Task
@@ -79,10 +79,16 @@ def question_of(
     max_loss: float | None,
     workspace: Path,
 ) -> Question:
-    """All of it. Raises ToolchainError where the device is not to be had, RecipeError where the model's context is too short."""
+    """All of it. Raises ToolchainError where the device is not to be had, RecipeError where the model's context is too short.
+
+    The usual lengths are shortened to what the context holds.
+    """
     where = resolve(device, machine)
-    tokens = asked.prompt_tokens + (0 if facts.task not in ("text-generation",) else asked.new_tokens)
-    if tokens > (longest := context_tokens(facts.config)):
+    longest, writes = context_tokens(facts.config), facts.task == "text-generation"
+    if (asked.prompt_tokens, asked.new_tokens) == LENGTHS:
+        asked = replace(asked, prompt_tokens=min(LENGTHS[0], longest // 2), new_tokens=min(LENGTHS[1], longest // 2))
+    tokens = asked.prompt_tokens + (asked.new_tokens if writes else 0)
+    if tokens > longest:
         raise RecipeError(
             f"{tokens} tokens are asked of a model whose context holds {longest}; lower --prompt-tokens or --new-tokens"
         )

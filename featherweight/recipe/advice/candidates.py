@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from featherweight.checkpoint.facts import kept_refusal
@@ -18,7 +19,7 @@ from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.advice.expected import MIXED_LOSS, Asked, Expected, bytes_of, expected
 from featherweight.recipe.advice.hardware import USABLE, Roofs
-from featherweight.recipe.advice.measured import Before
+from featherweight.recipe.advice.measured import Before, Key, computes
 from featherweight.recipe.advice.shape import Shape
 from featherweight.recipe.refusals import Chosen, gib
 from featherweight.runtimes.catalog import RUNTIMES
@@ -50,7 +51,7 @@ class Question:
     here: bool = True
     before: Before = field(default_factory=Before)
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """How large the model is where it counts."""
         return Shape.of(self.facts)
@@ -80,7 +81,7 @@ class Row:
     def name(self) -> str:
         """As people call it: the engine, what it computes in, the grid, the GPUs."""
         keys = self.offer.keys
-        how = str(keys.get("compute_type") or keys.get("precision") or "")
+        how = computes(keys)
         on = (
             ""
             if self.offer.grid in (None, how)
@@ -145,7 +146,7 @@ def _row(question: Question, engine: str, offer: Offer) -> Row:
     if refused is not None:
         return Row(engine, offer, serve, method, refused=refused, missing=missing)
     loss, measured = _loss(question, engine, offer, method)
-    sees = expected(offer, question.shape, question.roofs, question.asked, loss, _share(question, engine, offer))
+    sees = expected(offer, question.shape, question.roofs, question.asked, loss, _read_before(question, engine, offer))
     return Row(engine, offer, serve, method, sees, None, _too_large(sees, question.roofs, offer), missing, measured)
 
 
@@ -173,7 +174,7 @@ def _refusal(question: Question, quantize: QuantizeSpec | None, serve: ServingSp
 
 def _loss(question: Question, engine: str, offer: Offer, method: QuantizeSpec | None) -> tuple[float, bool]:
     """Of the rounded weights, and whether it was measured on this checkpoint (then the engine's part is in it)."""
-    found = question.before.losses.get((engine, offer.grid, question.roofs.device))
+    found = None if offer.mixed else question.before.losses.get(_key(question, engine, offer))
     if found is not None:
         return found - offer.loss, True
     if method is None or offer.grid is None:
@@ -183,9 +184,14 @@ def _loss(question: Question, engine: str, offer: Offer, method: QuantizeSpec | 
     return QUANTIZERS[method.method].losses[offer.grid], False
 
 
-def _share(question: Question, engine: str, offer: Offer) -> float | None:
+def _read_before(question: Question, engine: str, offer: Offer) -> float | None:
+    """Bytes per second that were measured here; of mixed precision, which lies on the same grid, nothing tells."""
     body, head, _ = bytes_of(offer, question.shape)
-    return question.before.share((engine, offer.grid, question.roofs.device), body + head) if body + head else None
+    return question.before.speed(_key(question, engine, offer), body + head) if body + head and not offer.mixed else None
+
+
+def _key(question: Question, engine: str, offer: Offer) -> Key:
+    return engine, computes(offer.keys), offer.grid, question.roofs.device
 
 
 def _too_large(sees: Expected, roofs: Roofs, offer: Offer) -> str | None:

@@ -21,6 +21,7 @@ from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.advice.advice import Advice
 from featherweight.recipe.advice.candidates import Question, Row, methods
+from featherweight.recipe.advice.measured import computes
 from featherweight.recipe.cost import estimate
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Plan, expand
@@ -60,10 +61,9 @@ class Try:
     @property
     def served(self) -> str:
         """The name of the alternative of the last stage."""
-        keys = self.row.offer.keys
-        how = [str(keys[key]) for key in ("compute_type", "precision") if key in keys]
+        how = [computes(self.row.offer.keys)]
         parts = [f"tp{self.row.offer.parts}"] if self.row.offer.parts > 1 else []
-        return "-".join([self.row.engine, *how, *parts]).replace("_", "-")
+        return "-".join(filter(None, [self.row.engine, *how, *parts])).replace("_", "-")
 
     @property
     def name(self) -> str:

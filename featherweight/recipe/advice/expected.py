@@ -3,7 +3,7 @@
     seconds of a step = max(bytes read / (bandwidth * share), operations / (speed * share)) + layers * layer_s + step_s
 
 for each generated token of all sequences, and likewise once for the prompt, of which arithmetic is the roof. Shares and seconds are
-the engine's (`Reach`); where this very engine and grid were measured here on a model of this size, the share is that one's.
+the engine's (`Reach`); where this very engine and grid were measured here on a model of this size, its bytes per second are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ MIXED_LOSS = 0.56
 OUTLIERS_FROM, OUTLIERS_LOSS = 6.7e9, 0.005
 """From how many weights on activations have outliers (Dettmers et al. 2022, LLM.int8), and what int8 then loses, by assumption."""
 
+LENGTHS = (128, 128)
+"""Tokens of a request and of its answer, where nobody says."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -32,8 +35,8 @@ class Asked:
     concurrent: they come one by one and have answers of their own lengths, as from users; else they are one batch.
     """
 
-    prompt_tokens: int = 128
-    new_tokens: int = 128
+    prompt_tokens: int = LENGTHS[0]
+    new_tokens: int = LENGTHS[1]
     sequences: int = 1
     concurrent: bool = False
 
@@ -83,8 +86,8 @@ def _weight_bytes(offer: Offer, grid: str | None) -> float:
     return found.bits / 8 + (offer.scale / found.group_size if found.group_size else 0.0)
 
 
-def expected(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, loss: float, share: float | None = None) -> Expected:
-    """What is to be expected of `offer`. loss: of the rounded weights. share: of the bandwidth, where it was measured here."""
+def expected(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, loss: float, before: float | None = None) -> Expected:
+    """What is to be expected of `offer`. loss: of the rounded weights. before: bytes per second that were read here."""
     body, head, table = (size / offer.parts for size in bytes_of(offer, shape))
     position = shape.kv * offer.cache / offer.parts
     length = asked.prompt_tokens + (asked.new_tokens if shape.family != "encoder" else 0)
@@ -94,14 +97,14 @@ def expected(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, loss: float
         total, counted = first, asked.prompt_tokens
     else:
         read = position * shape.cached(asked.prompt_tokens + asked.new_tokens // 2) * asked.sequences
-        step = _step_s(offer, shape, roofs, asked.sequences, body * (1 - shape.encoder), head, read, share)
+        step = _step_s(offer, shape, roofs, asked.sequences, body * (1 - shape.encoder), head, read, before)
         total, counted = first + asked.new_tokens * step, asked.new_tokens
     busy = WAITING if asked.concurrent and asked.sequences > 1 and offer.batching == "static" else 1.0
     waits = _first_s(offer, shape, roofs, asked, first, total)
     other = offer.base + _activations(shape, asked)
     speed = busy * asked.sequences * counted / total
     lost = offer.loss + loss + outliers(offer, shape)
-    return Expected(body + head + table, cache, other, speed, waits, lost, _basis(offer, share))
+    return Expected(body + head + table, cache, other, speed, waits, lost, _basis(offer, before))
 
 
 def outliers(offer: Offer, shape: Shape) -> float:
@@ -119,8 +122,8 @@ def _first_s(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, first: floa
     return _prompt_s(offer, shape, roofs, replace(asked, sequences=1), body, head)
 
 
-def _basis(offer: Offer, share: float | None) -> str:
-    return offer.reach.source if share is None else "measured in this workspace"
+def _basis(offer: Offer, before: float | None) -> str:
+    return offer.reach.source if before is None else "measured in this workspace"
 
 
 def _prompt_s(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, body: float, head: float) -> float:
@@ -133,13 +136,13 @@ def _prompt_s(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, body: floa
 
 
 def _step_s(
-    offer: Offer, shape: Shape, roofs: Roofs, sequences: int, body: float, head: float, cache: float, share: float | None
+    offer: Offer, shape: Shape, roofs: Roofs, sequences: int, body: float, head: float, cache: float, before: float | None
 ) -> float:
     """One more token of every sequence."""
     operations = 2 * sequences * (shape.decoder * shape.computed + shape.head)
     read = body * shape.read(sequences) + head
-    if share is not None:  # what was measured holds what a pass takes beside
-        return max((read + cache) / (roofs.bandwidth * share), operations / _speed(offer, roofs))
+    if before is not None:  # what was measured holds what a pass takes beside
+        return max((read + cache) / before, operations / _speed(offer, roofs))
     memory = roofs.read_s(read, offer.reach.memory) + cache / (roofs.bandwidth * offer.reach.memory)
     return max(memory, operations / _speed(offer, roofs)) + _beside(offer, shape)
 

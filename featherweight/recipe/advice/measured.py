@@ -1,4 +1,4 @@
-"""What was measured in a workspace before: how near engines came to the roof, and what grids cost this very checkpoint.
+"""What was measured in a workspace before: how fast engines read, and what grids cost this very checkpoint.
 
 Read from the results that lie in the workspace's own artifact folder, without MLflow, whose import takes longer than advice may.
 """
@@ -15,43 +15,45 @@ from typing import Any
 import yaml
 
 from featherweight.report.result import MEASURED, OptimizationResult, VariantRow
+from featherweight.system.device import CPU
 
 RESULTS = "artifacts/*/artifacts/result.json"
 LATEST = 20
 NEAR = 4.0
-"""How much larger or smaller a model may be, by the bytes that a token reads, so that its share of the roof tells of this one's."""
-Key = tuple[str, str | None, str]
-"""Engine, grid and device."""
+"""How much larger or smaller a model may be, by the bytes that a token reads, so that its speed tells of this one's."""
+Key = tuple[str, str, str | None, str]
+"""Engine, what it computes in as a recipe says it, grid and device."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """shares: (bytes read for a token, share of the bandwidth) by key, the latest first. losses: of this checkpoint, by key."""
+    """speeds: (bytes of a token, bytes per second at batch 1) by key, the latest first. losses: of this checkpoint, by key."""
 
-    shares: Mapping[Key, list[tuple[float, float]]] = field(default_factory=dict)
+    speeds: Mapping[Key, list[tuple[float, float]]] = field(default_factory=dict)
     losses: Mapping[Key, float] = field(default_factory=dict)
 
-    def share(self, key: Key, bytes_per_token: float) -> float | None:
-        """The share that an engine reached on a model of about that size; None where that was not measured."""
-        near = (share for size, share in self.shares.get(key, ()) if 1 / NEAR < size / bytes_per_token < NEAR)
+    def speed(self, key: Key, bytes_per_token: float) -> float | None:
+        """Bytes per second that an engine read of a model of about that size; None where that was not measured."""
+        near = (speed for size, speed in self.speeds.get(key, ()) if 1 / NEAR < size / bytes_per_token < NEAR)
         return next(near, None)
 
 
 def measured_before(workspace: Path, source: str, cpu: str) -> Before:
     """What the latest results of a workspace tell that were measured on a CPU of that model. source: the checkpoint asked about."""
-    shares: dict[Key, list[tuple[float, float]]] = {}
+    speeds: dict[Key, list[tuple[float, float]]] = {}
     losses: dict[Key, float] = {}
     for result in _results(workspace):
         if result.machine.get("CPU") != cpu:
             continue
-        ours = _source(result) == source
+        recipe = _recipe(result)
+        ours = recipe.get("checkpoint", {}).get("source") == source
         for row in (row for row in result.variants if row.status in MEASURED):
-            key = (row.engine, row.grid, row.device or "cpu")
-            if (found := _share(row)) is not None:
-                shares.setdefault(key, []).append(found)
+            key = (row.engine, _computes(recipe, row), row.grid, row.device or CPU)
+            if (found := _speed(row)) is not None:
+                speeds.setdefault(key, []).append(found)
             if ours and not _changed(row) and "quality_change" in row.metrics:
                 losses.setdefault(key, row.metrics["quality_change"])
-    return Before(shares, losses)
+    return Before(speeds, losses)
 
 
 def _results(workspace: Path) -> Iterator[OptimizationResult]:
@@ -62,15 +64,27 @@ def _results(workspace: Path) -> Iterator[OptimizationResult]:
             yield OptimizationResult.from_dict(json.loads(path.read_text()))
 
 
-def _source(result: OptimizationResult) -> str | None:
+def _recipe(result: OptimizationResult) -> dict[str, Any]:
     told: Any = yaml.safe_load(result.recipe) if result.recipe else None
-    return told["checkpoint"].get("source") if isinstance(told, dict) and isinstance(told.get("checkpoint"), dict) else None
+    return told if isinstance(told, dict) else {}
 
 
-def _share(row: VariantRow) -> tuple[float, float] | None:
-    """Of the bandwidth, at batch 1."""
-    if {"roofline_1", "bytes_per_token"} <= row.metrics.keys():
-        return row.metrics["bytes_per_token"], row.metrics["roofline_1"]
+def _computes(recipe: Mapping[str, Any], row: VariantRow) -> str:
+    """What the engine of a variant computed in, by the recipe's own words; the baseline in float32."""
+    stages = recipe.get("stages", {})
+    served = {**stages.get("compile", {}), **stages.get("export", {})}.get(row.name.rpartition("/")[2], {})
+    return computes(served) if row.status != "baseline" else "float32"
+
+
+def computes(keys: Mapping[str, Any]) -> str:
+    """Likewise, of the keys of a last stage."""
+    return str(keys.get("compute_type") or keys.get("precision") or "")
+
+
+def _speed(row: VariantRow) -> tuple[float, float] | None:
+    """The bytes of a token, and those of a second at batch 1."""
+    if {"tokens_per_s_1", "bytes_per_token"} <= row.metrics.keys():
+        return row.metrics["bytes_per_token"], row.metrics["bytes_per_token"] * row.metrics["tokens_per_s_1"]
     return None
 
 

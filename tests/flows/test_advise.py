@@ -1,0 +1,124 @@
+"""`advise`, and `plan` without a recipe, on folders of which nothing but headers is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from featherweight.checkpoint.quantized_formats import grid_told
+from featherweight.errors import CheckpointError, RecipeError
+from featherweight.recipe.advice.asking import capability_of, facts_named, source_named
+from featherweight.recipe.advice.measured import measured_before
+from featherweight.report.result import OptimizationResult, VariantRow
+from flows.advise import share_of
+from flows.cli import app
+from flows.composed import seconds_of
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+
+def safetensors(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """A file of zeros."""
+    header, end = {}, 0
+    for name, (rows, columns) in shapes.items():
+        header[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [end, end := end + 4 * rows * columns]}
+    told = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(told)) + told + bytes(end))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    body = {f"model.layers.{i}.mlp.{name}_proj.weight": (96, 64) for i in (0, 1) for name in ("up", "gate")}
+    safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": (64, 64), **body})
+    return folder
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_advice_and_a_plan_of_a_folder_without_a_recipe(checkpoint: Path, tmp_path: Path) -> None:
+    advice = told("advise", str(checkpoint), "--device", "cpu", "--workspace", str(tmp_path / "none"))
+    assert advice["parameters"] == 64 * 64 + 4 * 96 * 64 and advice["workload"]["prompt_tokens"] == 64
+    assert advice["ctranslate2_or_vllm"]["engine"] == "ctranslate2" and advice["recommended"]["refused"] is None
+    away = told(
+        "advise",
+        str(checkpoint),
+        "--gpus",
+        "1",
+        "--gpu-memory",
+        "24",
+        "--compute-capability",
+        "8.9",
+        "--concurrency",
+        "16",
+        "--device",
+        "cuda",
+    )
+    assert (away["device"], away["speeds_from"], away["ctranslate2_or_vllm"]["engine"]) == ("cuda", "data sheet of L4", "vllm")
+    plan = told("plan", str(checkpoint), "--workspace", str(tmp_path / "none"), "--budget", "1h", "--set", "device=cpu")
+    assert "rtn8/ctranslate2-int8" in plan["variants"] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_is_its_base_and_somebody_elses_integers_stay(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(checkpoint), "peft_type": "LORA", "r": 2})
+    )
+    safetensors(adapter / "adapter_model.safetensors", {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (2, 64)})
+    assert facts_named(str(adapter)).parameters == 64 * 64 + 4 * 96 * 64
+    packed = tmp_path / "gptq"
+    packed.mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (packed / name).write_bytes((checkpoint / name).read_bytes())
+    (packed / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": GPTQ}))
+    kept = facts_named(str(packed)).kept_grids
+    assert kept is not None and kept[0].name == "int4-g128"
+    assert grid_told("gptq", GPTQ | {"desc_act": True}) is None and grid_told("awq", {"bits": 4}) is None
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    found = grid_told("compressed-tensors", {"config_groups": {"group_0": {"weights": weights}}})
+    assert found is not None and found.name == "fp8"
+
+
+def test_what_a_workspace_measured_is_found_by_engine_and_grid(tmp_path: Path) -> None:
+    metrics = {"tokens_per_s_1": 100.0, "bytes_per_token": 5e6, "quality_change": 0.004}
+    rows = (VariantRow("rtn8/fast", "ctranslate2", "winner", "int8", metrics=metrics, device="cpu"),)
+    recipe = "checkpoint: {source: here}\nstages: {export: {fast: {engine: ctranslate2, compute_type: int8}}}\n"
+    result = OptimizationResult("t", "speedup@1", "rtn8/fast", rows, machine={"CPU": "some"}, recipe=recipe)
+    place = tmp_path / "artifacts" / "run" / "artifacts"
+    place.mkdir(parents=True)
+    (place / "result.json").write_text(json.dumps(result.to_dict()))
+    key = ("ctranslate2", "int8", "int8", "cpu")
+    before = measured_before(tmp_path, "here", "some")
+    assert (before.speed(key, 4e6), before.speed(key, 4e7), before.losses[key]) == (5e8, None, 0.004)
+    assert measured_before(tmp_path, "elsewhere", "some").losses == {}
+    assert asdict(measured_before(tmp_path, "here", "other")) == {"speeds": {}, "losses": {}}
+
+
+def test_what_a_user_writes(tmp_path: Path) -> None:
+    assert [seconds_of(text) for text in ("90", "90s", "10m", "1.5 h")] == [90, 90, 600, 5400]
+    assert [share_of(text) for text in ("1%", "0.5 %", "0.02", "none")] == [0.01, 0.005, 0.02, None]
+    assert (capability_of("9.0"), capability_of("12"), capability_of(None)) == ((9, 0), (12, 0), None)
+    assert source_named("org/name") == "hf:org/name" and source_named("s3://b/p") == "s3://b/p"
+    assert source_named(str(tmp_path)) == str(tmp_path)
+    for wrong, refused in ((seconds_of, "soon"), (share_of, "little"), (capability_of, "new")):
+        with pytest.raises(RecipeError, match=refused):
+            wrong(refused)
+    with pytest.raises(CheckpointError, match="is no folder or GGUF file here"):
+        source_named("./nowhere")
