@@ -6,34 +6,34 @@ import math
 from collections.abc import Mapping
 
 from featherweight.measure.figures import rate
-from featherweight.report.result import OptimizationResult, VariantRow
+from featherweight.report.result import MEASURED, OptimizationResult, VariantRow
 
 
 def advice_line(result: OptimizationResult, expected: Mapping[str, float]) -> str:
-    """One line; empty for a recipe without advice, or where nothing was measured.
+    """One line; empty for a recipe without advice.
 
     expected: new tokens per second at batch 1 by variant, what was to win first.
     """
     first = next(iter(expected), None)
-    best = _best(result, expected)
-    if first is None or best is None:
+    if first is None:
         return ""
-    if best.name == first:
-        return f"measurement agreed with the advice: {_figures(best, expected)}"
-    other = result.row(first)
-    fate = f"{_figures(other, expected)}, {other.reason or other.status}" if other else "it was not run"
-    return f"measurement overruled the advice: it expected {first} first ({fate}); first is {_figures(best, expected)}"
+    if result.winner == first:
+        return f"measurement agreed with the advice: {_figures(result.row(first), expected)}"
+    told = f"measurement overruled the advice: it expected {first} first ({_fate(result.row(first), expected)})"
+    if result.winner in expected:
+        return f"{told}; first is {_figures(result.row(result.winner), expected)}"
+    return f"{told}, and nothing that it advised keeps the constraints"
 
 
-def _best(result: OptimizationResult, expected: Mapping[str, float]) -> VariantRow | None:
-    """The winner, or where the baseline stays, the fastest of what was advised."""
-    winner = result.row(result.winner)
-    if winner is not None and winner.name in expected:
-        return winner
-    rows = [row for row in result.measured if row.name in expected and math.isfinite(row.get("tokens_per_s_1"))]
-    return max(rows, key=lambda row: row.get("tokens_per_s_1"), default=None)
+def _fate(row: VariantRow | None, expected: Mapping[str, float]) -> str:
+    """What became of what was to win."""
+    if row is None:
+        return "it was not run"
+    return f"{_figures(row, expected)}, {row.reason}" if row.status in MEASURED else f"{row.status}: {row.reason}"
 
 
-def _figures(row: VariantRow, expected: Mapping[str, float]) -> str:
-    wanted = expected.get(row.name, math.nan)
-    return f"{row.name}, {rate(wanted)} tokens/s expected and {rate(row.get('tokens_per_s_1'))} measured at batch 1"
+def _figures(row: VariantRow | None, expected: Mapping[str, float]) -> str:
+    """Of a variant that was measured."""
+    assert row is not None
+    wanted, found = rate(expected.get(row.name, math.nan)), rate(row.get("tokens_per_s_1"))
+    return f"{row.name}, {wanted} tokens/s expected and {found} measured at batch 1"

@@ -101,5 +101,11 @@ def test_the_report_tells_where_measurement_overruled_advice() -> None:
     assert line.startswith("measurement overruled the advice: it expected a first") and "quality loss +2 %" in line
     assert "b, 60 tokens/s expected and 70 measured" in line
     assert advice_line(replace(result, winner="a"), expected).startswith("measurement agreed")
-    assert advice_line(replace(result, winner=None), expected).startswith("measurement agreed with the advice: a")
+    stays = advice_line(replace(result, winner="baseline"), expected)
+    assert "expected a first (a, 80 tokens/s expected and 90 measured" in stays and stays.endswith(
+        "nothing that it advised keeps the constraints"
+    )
+    failed = replace(result, winner=None, variants=(VariantRow("a", "e", "failed", reason="no parity"),))
+    assert "it expected a first (failed: no parity)" in advice_line(failed, expected)
+    assert "(it was not run)" in advice_line(replace(failed, variants=()), expected)
     assert advice_line(result, {}) == ""

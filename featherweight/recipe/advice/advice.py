@@ -64,7 +64,10 @@ def advise(question: Question) -> Advice:
     found = tuple(rows(question))
     best = recommended(question, found)
     reasons = tuple(reasons_for(question, best)) if best else (what_would_fit(question, found),)
-    return Advice(question, found, choose(question, found), best, reasons, tuple(notes(question, best)))
+    ruling = choose(question, found)
+    absent = next((row.missing for row in found if row.engine == ruling.engine and row.missing), None)
+    told = [*notes(question, best), *([f"{ruling.engine} cannot be started here yet: {absent}"] if absent else [])]
+    return Advice(question, found, ruling, best, reasons, tuple(told))
 
 
 def recommended(question: Question, found: tuple[Row, ...]) -> Row | None:
