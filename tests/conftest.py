@@ -27,6 +27,7 @@ SILENT = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
 }
 os.environ.update({name: value for name, value in SILENT.items() if name not in os.environ})
+os.environ.pop("HF_HUB_OFFLINE", None)  # tests of the hub ask a server of their own
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread a worker, and for the processes that it starts; libraries read this when they are imported.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))

@@ -7,6 +7,7 @@ check there: `bash OUT/run`. Fails where it would be larger than --limit-mib.
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,12 +43,24 @@ for name in ("packages", "project"):
     with tarfile.open(here / f"{name}.tar.xz") as packed:
         packed.extractall(place / name, filter="data")
 PY
+# An environment of the project's own, which sees the machine's packages: commands are looked for beside its Python.
+${PYTHON:-python3} -m venv --without-pip "$place/environment"
+machine=$(${PYTHON:-python3} -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+python="$place/environment/bin/python"
+"$python" - "$machine" <<'PY'
+import sys, sysconfig
+from pathlib import Path
+(Path(sysconfig.get_path("purelib")) / "machine.pth").write_text(sys.argv[1])
+command = Path(sys.executable).with_name("featherweight")
+command.write_text(f"#!{sys.executable}\\nimport sys\\nfrom flows.cli import main\\nsys.exit(main())\\n")
+command.chmod(0o755)
+PY
 export PYTHONPATH="$place/packages:$place/project" HF_HUB_OFFLINE=1 DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false
 export GX_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true
 # Each check is a process; what all of them import is compiled once.
-${PYTHON:-python3} -m compileall -q -j 0 "$place" || true
+"$python" -m compileall -q -j 0 "$place" || true
 cd "$place/project"
-exec ${PYTHON:-python3} -m infra.gpu_check --out "$out" "$@"
+exec "$python" -m infra.gpu_check --out "$out" "$@"
 """
 
 
@@ -147,12 +161,21 @@ def pack(folder: Path, archive: Path, preset: int) -> None:
 
 
 def _project(archive: Path) -> None:
-    """What git tracks, as it lies here."""
+    """What git tracks, as it lies here, and the metadata by which an installed package is known."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
     with tarfile.open(archive, "w:xz") as packed:
         for name in filter(None, listed.split("\0")):
             if (ROOT / name).exists():
                 packed.add(ROOT / name, arcname=name)
+        installed = distribution("featherweight")
+        for name in ("METADATA", "entry_points.txt"):
+            _add(packed, f"featherweight-{installed.version}.dist-info/{name}", installed.read_text(name) or "")
+
+
+def _add(packed: tarfile.TarFile, name: str, text: str) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(text.encode())
+    packed.addfile(entry, io.BytesIO(text.encode()))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from featherweight.recipe.reading import load_recipe
 from featherweight.runtimes.catalog import RUNTIMES
-from infra.gpu_check import bundle, comparing
+from infra.gpu_check import bundle, comparing, failures
 from infra.gpu_check.__main__ import chosen
 from infra.gpu_check.checks import Check, checks
 from infra.gpu_check.page import page
@@ -130,3 +132,20 @@ def test_a_scan_that_is_no_number_fails(found: str, state: str, tmp_path: Path) 
         folder.mkdir(parents=True)
         (folder / "sensitivity.json").write_text(text)
     assert comparing.compared(plan_of(STAGES).nodes["mix4+sensitivity"], tmp_path)[0] == state
+
+
+def test_what_the_bundle_leaves_out_skips_its_tests_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "LEFT_OUT", {"left_out"})
+    with pytest.raises(pytest.skip.Exception, match="the bundle leaves out left_out"), failures._Skipping():
+        raise ModuleNotFoundError(name="left_out")
+    with pytest.raises(ModuleNotFoundError), failures._Skipping():
+        raise ModuleNotFoundError(name="another")
+
+
+def test_the_bundle_is_known_as_the_installed_package_is(tmp_path: Path) -> None:
+    bundle._project(tmp_path / "project.tar.xz")
+    with tarfile.open(tmp_path / "project.tar.xz") as packed:
+        packed.extractall(tmp_path / "project", filter="data")
+    (found,) = importlib.metadata.distributions(name="featherweight", path=[str(tmp_path / "project")])
+    assert found.version == importlib.metadata.version("featherweight")
+    assert {entry.name for entry in found.entry_points} >= {"featherweight"}

@@ -47,7 +47,8 @@ def test_a_model_is_asked_in_every_pass(tmp_path, kind, passes):
     family_checkpoint(kind, tmp_path)
     model = auto_class(AutoConfig.from_pretrained(tmp_path)).from_pretrained(tmp_path).eval().to(DEVICES[-1])
     found = attention_backends(model)
-    assert list(found) == passes and set(found.values()) <= set(OPERATORS)
+    assert list(found) == passes
+    assert {name for told in found.values() for name in told.split(", ")} <= set(OPERATORS), "several where layers differ"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert set(attention_backends(model).values()) == {"math"}
 

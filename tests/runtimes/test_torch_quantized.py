@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from featherweight.checkpoint.opening import load_model
-from featherweight.errors import IntegrityError, ParityError, RecipeError
+from featherweight.errors import IntegrityError, ParityError, RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -166,6 +167,13 @@ def test_a_static_layer_is_what_torchao_lowers_pt2e_to(bias, rows, columns):
     assert most == (127 if saturates() else 255)
     rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, most)
     torch.testing.assert_close(ours(x), nn.functional.linear(rounded, dequantized(m), m.bias), rtol=0, atol=1e-4)
+
+
+def test_a_torch_with_which_nothing_is_rounded_is_named(llama, text, monkeypatch):
+    """torch 2.11 with this torchao leaves the graph as it was."""
+    monkeypatch.setattr("torchao.quantization.pt2e.quantize_pt2e.convert_pt2e", lambda graph: graph)
+    with pytest.raises(ToolchainError, match=f"with torch {re.escape(torch.__version__)}; take"):
+        input_ranges(load_model(llama), ["model.layers.0.mlp.up_proj.weight"], llama, text)
 
 
 def test_a_range_survives_the_disk():

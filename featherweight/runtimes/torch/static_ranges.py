@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import ToolchainError
 from featherweight.model.matrices import matrices
 from featherweight.text.model_inputs import example_blocks, unpadded_inputs
 
@@ -128,5 +129,10 @@ def _range(graph: Any) -> InputRange:
     from featherweight.runtimes.torch.linear import InputRange
 
     rounding = torch.ops.quantized_decomposed.quantize_per_tensor.default
-    _, scale, zero_point, _, most, _ = next(node.args for node in convert_pt2e(graph).graph.nodes if node.target == rounding)
+    found = next((node.args for node in convert_pt2e(graph).graph.nodes if node.target == rounding), None)
+    if found is None:
+        raise ToolchainError(
+            f"torchao does not round the inputs of a layer with torch {torch.__version__}; take torch 2.13, or torch-dynamic"
+        )
+    _, scale, zero_point, _, most, _ = found
     return InputRange(scale, zero_point, most)
