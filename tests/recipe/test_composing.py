@@ -16,6 +16,7 @@ from featherweight.recipe.advice.hardware import Roofs
 from featherweight.recipe.plan import Plan
 from featherweight.recipe.reading import load_recipe, recipe_text
 from featherweight.report.overruled import advice_line
+from featherweight.report.page import render_report
 from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.system.device import CPU
 from tests.recipe.test_advice import SMALL, encoder, machine, t5
@@ -90,7 +91,7 @@ def test_a_recipe_is_named_by_its_checkpoint() -> None:
     ]
 
 
-def test_the_report_tells_where_measurement_overruled_advice() -> None:
+def test_the_report_tells_where_measurement_overruled_advice(tmp_path: Path) -> None:
     expected = {"a": 80.0, "b": 60.0}
     rows = (
         VariantRow("a", "e", "loser", reason="quality loss +2 %", metrics={"tokens_per_s_1": 90.0}),
@@ -109,3 +110,6 @@ def test_the_report_tells_where_measurement_overruled_advice() -> None:
     assert "it expected a first (failed: no parity)" in advice_line(failed, expected)
     assert "(it was not run)" in advice_line(replace(failed, variants=()), expected)
     assert advice_line(result, {}) == ""
+    render_report(replace(result, advice=line, best_found="the best found is b"), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "measurement overruled the advice: it expected a first" in page and "the best found is b" in page
