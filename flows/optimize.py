@@ -10,12 +10,13 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.plan import ESSENTIAL, Plan, expand
+from featherweight.recipe.plan import ESSENTIAL, Node, Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.store.workspace import Workspace
+from featherweight.system.device import places
 from featherweight.system.progress_channel import ProgressChannel
 from flows.approval import awaited
 from flows.progress_view import PlainView, shown
@@ -23,6 +24,7 @@ from tasks.claim_runs import sign_own_run
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
+from tasks.side_by_side import run_nodes
 from tasks.stages import stage_named
 from tasks.summary import summarize, waiting_result
 
@@ -91,16 +93,17 @@ def optimize(
 
 def run_plan(plan: Plan, parent: ParentRun) -> Outcomes:
     """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential."""
-    outcomes: dict[str, Outcome] = {}
-    for id, node in plan.nodes.items():
+
+    def run(node: Node, outcomes: Outcomes) -> Outcome:
         stage = stage_named(node.stage)
         outcome = None if stage.gathers else blocked(node, outcomes)
         if outcome is None:
-            parent.progress.tell("started", {"node": id, "stage": node.stage})
+            parent.progress.tell("started", {"node": node.id, "stage": node.stage})
             inputs = {name: outcomes[origin] for name, origin in node.inputs.items() if outcomes[origin].ref}
             outcome = run_node(stage, node, inputs, parent)
-        outcomes[id] = outcome
-        parent.progress.tell("finished", {"node": id, "status": outcome.status, "note": outcome.reason})
-        if id in ESSENTIAL and outcome.error is not None:
+        parent.progress.tell("finished", {"node": node.id, "status": outcome.status, "note": outcome.reason})
+        if node.id in ESSENTIAL and outcome.error is not None:
             raise outcome.error
-    return outcomes
+        return outcome
+
+    return run_nodes(plan, run, places())

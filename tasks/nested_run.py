@@ -21,7 +21,7 @@ from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.runtimes.kept_worker import kept_cpu_s
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
-from featherweight.system.device import CUDA, using
+from featherweight.system.device import CUDA, place_in_use, using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from featherweight.training.launch import run_in_processes
 from tasks.cache_key import hardware, libraries_of, library_versions
@@ -80,8 +80,9 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
 
 
 def _call(stage: Stage, node: Node, progress: Progress, given: dict[str, Any]) -> Metrics:
-    """The stage's function, here or in a process whose crash is an error of this node alone."""
-    if stage.native and node.device == CUDA:
+    """The stage's function, here or in a process whose crash is an error of this node alone, and which others run beside."""
+    beside = place_in_use() is not None and not node.engines
+    if beside or (stage.native and node.device == CUDA):
         reference = f"{stage.function.__module__}:{stage.function.__name__}"
         return run_in_processes(reference, node.spec, given, node.seed, 1, progress)
     return stage.function(node.spec, seed=node.seed, progress=progress, **given)

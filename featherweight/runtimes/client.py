@@ -14,6 +14,7 @@ from featherweight.errors import StageError, ToolchainError
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving, require_verified, verified_tokens
+from featherweight.system import device
 from featherweight.system.child_process import ChildProcess, error_of
 from featherweight.system.device import CUDA, Device, cuda_refusal
 from featherweight.text.tokens import Window
@@ -186,17 +187,21 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The process environment of an engine: its threads, set before any library loads, and no network."""
+    """The process environment of an engine: its threads, set before any library loads, its GPU, and no network."""
     count = str(threads)
-    return os.environ | {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-    }
+    return (
+        os.environ
+        | device.visible()
+        | {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "DO_NOT_TRACK": "1",
+        }
+    )
 
 
 def _command(served: Path) -> list[str]:

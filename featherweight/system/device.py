@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,22 @@ CUDA: Device = "cuda"
 VARIABLE = "FEATHERWEIGHT_DEVICE"
 """What `auto` means in this process and its children, where it is set: cpu, cuda or auto."""
 
+SIDE_BY_SIDE = "FEATHERWEIGHT_SIDE_BY_SIDE"
+"""How many stages may run at once: a number, or auto for one on each GPU. One by default."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of `of` stages that run side by side computes: on a GPU by its number, or with its share of the cores."""
+
+    gpu: str | None
+    of: int
+
+
 Model = TypeVar("Model", bound="nn.Module")
 _in_use: ContextVar[Device | None] = ContextVar("device", default=None)
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
 def resolve(wanted: Wanted = "auto", machine: Machine | None = None) -> Device:
@@ -75,7 +90,41 @@ def using(device: Device | None) -> Iterator[None]:
 
 def told() -> dict[str, str]:
     """What the environment of a child process has to say, so that it uses this process's device."""
-    return {VARIABLE: current()}
+    return {VARIABLE: current()} | visible()
+
+
+def visible() -> dict[str, str]:
+    """What the environment of a child process has to say, so that it sees the one GPU of this stage's place."""
+    here = place_in_use()
+    return {VISIBLE: here.gpu} if here and here.gpu is not None else {}
+
+
+def places() -> tuple[Place, ...]:
+    """Where stages run side by side here; a single one where they run one after the other."""
+    told, cuda = os.environ.get(SIDE_BY_SIDE, "").strip() or "1", resolve() == CUDA
+    visible = os.environ.get(VISIBLE)
+    there = (visible.split(",") if visible else [str(number) for number in range(len(gpus()))]) if cuda else []
+    if told != "auto" and not (told.isdigit() and int(told)):
+        raise RecipeError(f"{SIDE_BY_SIDE} is '{told}'; it takes a number, or auto for the number of GPUs")
+    count = max(1, len(there)) if told == "auto" else int(told)
+    if cuda and count > len(there):
+        raise RecipeError(f"{SIDE_BY_SIDE} is {count}, and {len(there)} GPUs are in reach; one stage runs on each")
+    return tuple(Place(there[number] if cuda and count > 1 else None, count) for number in range(count))
+
+
+def place_in_use() -> Place | None:
+    """Where this stage runs beside others; None where it runs alone."""
+    return _place.get()
+
+
+@contextmanager
+def at(place: Place | None) -> Iterator[None]:
+    """What is called inside computes at `place`, in processes of its own."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
 
 
 def torch_device(device: Device | None = None) -> torch.device:

@@ -87,7 +87,9 @@ def _command(request: Path, processes: int) -> list[str]:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """The cores divided among the processes, whatever library uses them."""
+    """The cores divided among the processes and the stages beside them, whatever library uses them."""
+    here = device.place_in_use()
+    processes *= here.of if here and here.gpu is None else 1
     threads = str(max(1, min(cores() // processes, training_threads())))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
     return os.environ | dict.fromkeys(names, threads) | device.told() | {"TORCHELASTIC_ERROR_FILE": os.devnull}
