@@ -18,7 +18,7 @@ from featherweight.registry.out_of_band import look as look_at
 from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
-from tasks.claim_runs import ClaimRuns, reason_of, tell
+from tasks.claim_runs import ClaimRuns, reason_of, sign_own_run, tell
 from tasks.claims import Claim, Patience, claim_key
 from tasks.parent_run import ambient, connect
 
@@ -41,6 +41,7 @@ def watch_flow(
     take: which checkpoints of a training run ('every', 'every:N', 'best', 'best:METRIC'). settle_s: how long one that is new must
     have been at rest. deployment: what each optimization is a flow run of. patience: tasks.claims.Patience.
     """
+    sign_own_run()
     place, policy, borne = Workspace.at(Path(workspace)), Policy.of(take), Patience(**(patience or {}))
     wanted = load_recipe(Path(recipe), tuple([*(overrides or []), "checkpoint.source=arrival", "checkpoint.train=null"]))
     _refuse_circle(source, wanted.promote.model)

@@ -45,6 +45,7 @@ def serve_watch(parameters: dict[str, Any], root: Path, every_s: float, view: Vi
         from prefect.deployments.runner import EntrypointType
 
         from flows.watch import watch_flow
+        from tasks.claim_runs import ClaimRuns
 
         # A look that lasts longer than the interval is not joined by another.
         alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
@@ -56,6 +57,8 @@ def serve_watch(parameters: dict[str, Any], root: Path, every_s: float, view: Vi
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         os.environ[ENDS_WITH_PARENT] = "1"
+        looks.apply()
+        ClaimRuns(f"watch/{name_of(root)}").free_dead()  # a look that was killed would keep the next ones out for a minute
         serve(looks, _deployment(root), pause_on_shutdown=False, print_starting_message=False)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import ServiceError, one_line
+from featherweight.errors import GateError, ServiceError, one_line
 from featherweight.masking import masked
 from featherweight.system.processes import end_with_parent_where_told, is_running, process_name
 from tasks.claims import Claim, Patience, Try, is_lost
@@ -81,6 +81,21 @@ class ClaimRuns:
         sign(self.client, run_id)
         return self.client.read_flow_run(uuid.UUID(run_id))
 
+    def free_dead(self) -> int:
+        """Tell Prefect that the deployment's runs whose process on this machine is gone have crashed, which frees their slots."""
+        from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterState
+        from prefect.client.schemas.filters import FlowRunFilterStateType as Types
+        from prefect.client.schemas.objects import StateType
+        from prefect.states import Crashed
+
+        begun = FlowRunFilter(state=FlowRunFilterState(type=Types(any_=[StateType.PENDING, StateType.RUNNING])))
+        own = DeploymentFilter(id=DeploymentFilterId(any_=[self._deployment])) if self._deployment else None
+        found = self.client.read_flow_runs(flow_run_filter=begun, deployment_filter=own) if own else []
+        dead = [run for run in found if PROCESS in run.labels and is_running(str(run.labels[PROCESS])) is False]
+        for run in dead:
+            self.client.set_flow_run_state(run.id, Crashed(message="its process is gone"))
+        return len(dead)
+
     def _runs(self, tags: Sequence[str]) -> Iterator[FlowRun]:
         """One that slips from one page to another while it is read is not lost: who asks for it anew is given it."""
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
@@ -122,14 +137,32 @@ def sign(client: SyncPrefectClient, run_id: Any) -> None:
 
 
 def sign_own_run() -> None:
-    """Note at this process's flow run, where it is an arrival's, that it is this one that runs it."""
+    """Note at this process's flow run, where it is a deployment's, that it is this one that runs it."""
     from prefect.client.orchestration import get_client
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()
-    if context and context.flow_run and ARRIVAL in context.flow_run.tags:
+    if context and context.flow_run and context.flow_run.deployment_id:
         end_with_parent_where_told()
         sign(get_client(sync_client=True), context.flow_run.id)
+
+
+def require_own_run() -> None:
+    """Raise GateError where this process's flow run has ended without it: it was taken for dead, or somebody cancelled it.
+
+    Who stood still for an hour (a laptop's sleep, SIGSTOP) and goes on finds another try in its place, which decides alone.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    state = get_client(sync_client=True).read_flow_run(context.flow_run.id).state
+    if state is not None and state.is_final():
+        raise GateError(
+            f"this run is {state.name} at Prefect ({reason_of(state) or 'no reason given'}); it decides nothing any more"
+        )
 
 
 def tell(what: str, claim: Claim, number: int, source: str) -> None:

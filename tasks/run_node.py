@@ -11,6 +11,7 @@ from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
+from tasks.claim_runs import require_own_run
 from tasks.nested_run import execute
 from tasks.outcome import Outcome
 from tasks.parent_run import ParentRun
@@ -24,9 +25,14 @@ WAITS_S = (2, 10, 30, 60, 90, 120)
 
 
 def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun) -> Outcome:
-    """Run a node on the artifacts of `inputs`, which are there, within a Prefect flow."""
+    """Run a node on the artifacts of `inputs`, which are there, within a Prefect flow.
+
+    Raises GateError, before a stage that acts on the registry, where the flow run is over without us.
+    """
     from prefect.utilities.annotations import quote
 
+    if stage.acts:
+        require_own_run()
     try:
         key = stage.key(node, {name: outcome.artifact.digest for name, outcome in inputs.items()})
     except FeatherweightError as error:

@@ -18,12 +18,13 @@ from uuid import UUID
 import pytest
 import yaml
 
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, GateError
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import process_name
 from flows.watch_schedule import _deployment, parameters_of
-from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, tell
+from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, require_own_run, tell
 from tasks.claims import Patience
+from tasks.stages import stage_named
 
 
 @pytest.fixture
@@ -154,6 +155,53 @@ def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recip
         UUID(again[0]["flow_run"]), {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))}
     )
     assert statuses(look(tmp_path / "drop", recipe, tmp_path / "workspace")) == {"one": "done"}
+
+
+def test_the_slot_of_a_look_that_died_is_free_at_once(harness: None) -> None:
+    """The next ones would be cancelled until its lease has run out."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.states import Pending, Running
+
+    from flows.watch import watch_flow
+
+    alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    parameters = {"source": "nowhere", "recipe": "recipe.yaml"}
+    made: Any = watch_flow.to_deployment("freed", parameters=parameters, concurrency_limit=alone)
+    deployment, runs, dead = made.apply(), ClaimRuns("watch/freed"), subprocess.Popen(["true"])
+    dead.wait()
+
+    def begun() -> tuple[UUID, str]:
+        run = runs.client.create_flow_run_from_deployment(deployment)
+        told: Any = runs.client.set_flow_run_state(run.id, Pending())
+        return run.id, told.state.type.value
+
+    first, state = begun()
+    runs.client.set_flow_run_state(first, Running())
+    assert (state, begun()[1]) == ("PENDING", "CANCELLED")
+    runs.client.update_flow_run_labels(first, {PROCESS: process_name()})
+    assert runs.free_dead() == 0 and begun()[1] == "CANCELLED"
+    runs.client.update_flow_run_labels(first, {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))})
+    assert runs.free_dead() == 1 and begun()[1] == "PENDING"
+
+
+def test_who_was_taken_for_dead_decides_nothing(harness: None) -> None:
+    from prefect import flow
+    from prefect.context import FlowRunContext
+    from prefect.states import Crashed
+
+    from tasks.run_node import run_node
+
+    @flow
+    def late() -> str:
+        context, runs = FlowRunContext.get(), ClaimRuns("")
+        assert context and context.flow_run
+        require_own_run()
+        runs.client.set_flow_run_state(context.flow_run.id, Crashed(message="its process sends no sign of life"), force=True)
+        with pytest.raises(GateError, match=r"Crashed at Prefect \(its process sends no sign of life\)"):
+            run_node(stage_named("register"), None, {}, None)  # type: ignore[arg-type]
+        return "refused"
+
+    assert late() == "refused"
 
 
 def test_a_teams_automations_are_set_once(harness: None) -> None:
