@@ -13,16 +13,19 @@ from typing import Any
 @contextmanager
 def ours() -> Iterator[None]:
     """The converter with the loaders of this module in place of its own of the same configuration."""
-    from ctranslate2.converters import transformers
+    from ctranslate2.converters import transformers, utils
 
-    table = transformers._MODEL_LOADERS
+    table, permute = transformers._MODEL_LOADERS, utils.permute_for_sliced_rotary
     replaced = {"MarianConfig": _marian(), "PhiConfig": _phi()}
     before = {name: table[name] for name in replaced}
     table.update(replaced)
+    # Where only a part of each head is rotary it permutes the rows of the very weights that the model computes with.
+    utils.permute_for_sliced_rotary = lambda weight, *sizes: permute(weight.clone(), *sizes)
     try:
         yield
     finally:
         table.update(before)
+        utils.permute_for_sliced_rotary = permute
 
 
 def _marian() -> Any:

@@ -54,6 +54,11 @@ def mend_model(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = getattr(config, "scale_decoder_outputs", False)
     if config.model_type == "gpt_neox":
         model.embed_out, config.rotary_pct = model.lm_head, 1.0  # of which `rotary.give` makes what it is
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        config.multi_query = False  # of which the new architecture's heads know nothing
+        for layer in model.transformer.h:
+            if not hasattr(layer, "ln_attn"):
+                layer.ln_attn = layer.ln_mlp = layer.input_layernorm
     if config.model_type == "phi3":
         for layer in model.model.layers:
             layer.self_attn.rotary_emb = SimpleNamespace(long_factor=None, short_factor=None)
