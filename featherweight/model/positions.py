@@ -83,6 +83,19 @@ def rotary_kinds(config: PreTrainedConfig) -> set[str]:
     return {str(one["rope_type"]) for one in _rotary(config) if "rope_type" in one}
 
 
+def rotates_by_layer(config: PreTrainedConfig) -> bool:
+    """Whether layers of different kinds have rotary embeddings of their own."""
+    return len(list(_rotary(config))) > 1
+
+
+def rotated_channels(config: PreTrainedConfig) -> int | None:
+    """How many channels of a head rotary embeddings turn, the first ones; None where the configuration does not say."""
+    config, width = config.get_text_config(), head_width(config)
+    shares = [one["partial_rotary_factor"] for one in _rotary(config) if one.get("partial_rotary_factor")]
+    share = shares[0] if shares else getattr(config, "partial_rotary_factor", None)
+    return int(width * share) if width and share else width
+
+
 def rotary_switch(config: PreTrainedConfig) -> int | None:
     """The length beyond which the rotary embeddings of all positions are others (longrope, as in Phi-3); None for no such."""
     switches = (one["original_max_position_embeddings"] for one in _rotary(config) if one.get("rope_type") == "longrope")

@@ -1,4 +1,4 @@
-"""What the model builder of onnxruntime-genai 0.18 does beside building, left out."""
+"""What the model builder of onnxruntime-genai 0.18 does beside building, left out; and what it gets wrong, put right."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+EPSILONS = ("layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+OLMO_EPSILON = 1e-5
+"""Of OLMo's layer norms, in transformers' own code: no configuration says it."""
 
 
 @contextmanager
@@ -40,3 +44,31 @@ def silent() -> None:
             vars(module)["print"] = lambda *_, **__: None
             if hasattr(module, "tqdm"):
                 vars(module)["tqdm"] = partial(module.tqdm, disable=True)
+
+
+def mend() -> None:
+    """Norms as the model has them: their epsilon, which it reads by one name alone, and OLMo's, which are no RMS norms."""
+    base, olmo = sys.modules["builders.base"].Model, sys.modules["builders.olmo"].OLMoModel
+    if base.__init__ is _made:
+        return
+    _as_it_was.init, _as_it_was.norm = base.__init__, olmo.make_layernorm
+    base.__init__, olmo.make_layernorm = _made, _layer_norm
+
+
+class _as_it_was:
+    init: Any
+    norm: Any
+
+
+def _made(model: Any, config: Any, *arguments: Any) -> None:
+    if getattr(config, "rms_norm_eps", None) is None:
+        told = (getattr(config, name, None) for name in EPSILONS)
+        usual = OLMO_EPSILON if config.model_type == "olmo" else None
+        epsilon = next((value for value in told if value is not None), usual)
+        if epsilon is not None:
+            config.rms_norm_eps = epsilon
+    _as_it_was.init(model, config, *arguments)
+
+
+def _layer_norm(model: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
+    _as_it_was.norm(model, layer, norm, skip, False, location)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid
 from featherweight.model.parent import experts_refusal
-from featherweight.model.positions import head_width, rotary_kinds, sliding_window
+from featherweight.model.positions import head_width, rotary_kinds, rotated_channels, rotates_by_layer, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (16, 32, 64, 128, 256)
-HEAD_MULTIPLE = 16
+HEAD_MULTIPLE = ROTATED_MULTIPLE = 16
 ON_CUDA = "onnxruntime-genai-cuda"
 """The distribution of the same module that has kernels for CUDA."""
 HEADED = ("ForCausalLM", "LMHeadModel")
@@ -112,7 +112,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
             return reason
         if spec.precision != "float32" and (reason := experts_refusal(model.facts)):
             return reason
-        if reason := _rotary_refusal(model):
+        if reason := _rotary_refusal(model) or _function_refusal(model):
             return reason
         window, kind = sliding_window(model.config), model.config.model_type
         if window and model.max_tokens > window and getattr(model.config, "layer_types", None) is None:
@@ -143,14 +143,29 @@ def _unknown_refusal(config: Any) -> str | None:
 
 
 def _rotary_refusal(model: Candidate) -> str | None:
-    """Scaled rotary embeddings that its builder leaves out without a word, or reads by names of transformers 4."""
-    scaled = rotary_kinds(model.config) & {"linear", "yarn", "longrope"}
-    if not scaled or model.facts.model_type == "gpt_oss":
-        return None
-    return (
-        f"onnxruntime-genai's model builder cannot take this {model.facts.model_type}'s rotary embeddings ({min(scaled)}); "
-        "take torch or ctranslate2"
-    )
+    """Rotary embeddings that its builder computes otherwise, leaves out without a word, or has no place for."""
+    kind, width = model.facts.model_type, head_width(model.config)
+    scaled, rotated = rotary_kinds(model.config) & {"linear", "yarn", "longrope"}, rotated_channels(model.config)
+    reason = ""
+    if scaled:
+        reason = f"cannot take this {kind}'s rotary embeddings ({min(scaled)})"
+    elif rotates_by_layer(model.config):
+        reason = f"takes one kind of rotary embeddings for all layers, and {kind} has several"
+    elif kind == "phi3" and model.config.max_position_embeddings != model.config.original_max_position_embeddings:
+        reason = "takes a phi3 for one with longrope where its two context lengths differ, and this one has none"
+    elif rotated and rotated != width and rotated % ROTATED_MULTIPLE:
+        reason = f"wants a multiple of {ROTATED_MULTIPLE} rotary channels in each head, these have {rotated} of {width}"
+    return f"onnxruntime-genai's model builder {reason}; take torch or ctranslate2" if reason else None
+
+
+def _function_refusal(model: Candidate) -> str | None:
+    """What a configuration asks to be computed and the builder leaves out without a word, or stops at."""
+    kind = model.facts.model_type
+    if getattr(model.config, "qk_layernorm", False) or getattr(model.config, "clip_qkv", None):
+        return f"onnxruntime-genai's model builder overlooks what {kind} does to queries and keys; take torch"
+    if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
+        return f"onnxruntime-genai's model builder makes no layers of linear attention (Mamba), which this {kind} has; take torch"
+    return None
 
 
 def _blocks_refusal(grid: Grid) -> str | None:

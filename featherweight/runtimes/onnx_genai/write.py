@@ -72,6 +72,7 @@ def build_decoder(
 
     patches.silent()
     patches.without_commit()
+    patches.mend()
     cache = out / "cache"
     # A cache of a window's size has no room for the tokens that a sliding layer still sees while a longer prompt is read.
     options = ["hf_token=false", f"fuse_qkv={str(fuse_qkv).lower()}", "windowed_kv_cache=false"]

@@ -22,6 +22,8 @@ def model_refusal(size: int, config: Any) -> str | None:
 
     Heads of keys and values are repeated where they are fewer than the parts (vLLM 0.32, config/model.py and models/llama.py).
     """
+    if size == 1:
+        return None
     config = config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
