@@ -44,7 +44,7 @@ bench: ## run the benchmarks
 	$(SETUP)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-conformance: ## every family of models in tiny through every engine, and docs/runtimes.md (most of an hour; it resumes)
+conformance: ## every family of models in tiny through every engine, and docs/runtimes.md (it resumes, and redoes what changed)
 	$(SETUP)
 	@$(BIN)/python -m conformance --page docs/runtimes.md $(ARGS)
 

@@ -16,11 +16,14 @@ from time import monotonic
 from conformance.cell import LOAD, QUANTIZE, columns
 from conformance.outcome import ROOT, Matrix
 from conformance.page import page
-from conformance.run import run
+from conformance.run import Run
 from conformance.tiny import Case, cases
 from featherweight.runtimes.catalog import RUNTIMES
 
 CELLS = ROOT / "docs" / "runtimes.json"
+WORK = ROOT / "build" / "conformance"
+LAST = ("vllm", "torch-compile")
+"""The engines that take longest, behind all others."""
 
 
 def main() -> int:
@@ -28,9 +31,9 @@ def main() -> int:
     options = _options()
     matrix = Matrix.open(options.cells)
     chosen = [case for case in cases() if not options.family or {case.name, case.model_type} & set(options.family)]
-    wanted = [column for column in columns() if _asked(column, options.engine)]
+    wanted = sorted((column for column in columns() if _asked(column, options.engine)), key=_last)
     began = monotonic()
-    run(matrix, chosen, wanted, options.limit, redo=options.redo)
+    Run(matrix, options.work, options.limit, options.redo).all(chosen, wanted)
     print(f"{len(chosen)} checkpoints, {len(wanted)} columns, {(monotonic() - began) / 60:.1f} minutes")
     if options.page:
         options.page.write_text(page(matrix, cases(), columns()))
@@ -42,8 +45,9 @@ def _options() -> argparse.Namespace:
         prog="python -m conformance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--family", nargs="+", default=[], help="model types, or names of rows")
-    parser.add_argument("--engine", nargs="+", default=[], choices=[*RUNTIMES], help="engines; all but vLLM where none is named")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds that a cell may take")
+    parser.add_argument("--engine", nargs="+", default=[], choices=[*RUNTIMES], help="engines; all where none is named")
+    parser.add_argument("--limit", type=float, default=150.0, help="CPU seconds that a cell may take")
+    parser.add_argument("--work", type=Path, default=WORK, help="where the checkpoints are kept")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where what was found is kept")
     parser.add_argument("--page", type=Path, help="write the matrix as a page")
     parser.add_argument("--redo", action="store_true", help="run again what this code has found already")
@@ -51,9 +55,12 @@ def _options() -> argparse.Namespace:
 
 
 def _asked(column: str, engines: list[str]) -> bool:
-    """vLLM takes half a minute to start, so that it has to be named."""
+    return column in (LOAD, QUANTIZE) or not engines or column.rpartition(" ")[0] in engines
+
+
+def _last(column: str) -> int:
     engine = column.rpartition(" ")[0]
-    return column in (LOAD, QUANTIZE) or (engine in engines if engines else engine != "vllm")
+    return LAST.index(engine) + 1 if engine in LAST else 0
 
 
 def _defects(matrix: Matrix, chosen: list[Case], wanted: list[str]) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, cast
 
-from conformance.outcome import Outcome
+from conformance import vllm_client
+from conformance.outcome import Outcome, bytes_of
 from conformance.tiny import Case, make, write_text
 from featherweight.errors import FeatherweightError, ParityError, StageError, ToolchainError, one_line
 from featherweight.grid import GRIDS
@@ -72,6 +75,15 @@ class Folders:
     def quantized(self, head: str | None) -> Path:
         return self.root / f"int8-{head}"
 
+    def given(self, column: str) -> Path:
+        """The checkpoint that an engine is given for `column`."""
+        engine, _, form = column.rpartition(" ")
+        return self.quantized(HEADS.get(engine, INT8)) if form == INT8 else self.checkpoint
+
+    def source(self, column: str) -> str:
+        """The digest of that checkpoint."""
+        return bytes_of(self.given(column))
+
 
 def columns() -> list[str]:
     """What is done with each checkpoint, in the order of the table."""
@@ -80,7 +92,7 @@ def columns() -> list[str]:
 
 def found(work: Callable[[], Outcome]) -> Outcome:
     """What comes of `work`, its errors included."""
-    began = perf_counter()
+    began, spent = perf_counter(), _cpu_seconds()
     try:
         outcome = work()
     except ParityError as error:
@@ -91,7 +103,13 @@ def found(work: Callable[[], Outcome]) -> Outcome:
         outcome = Outcome("refused", one_line(error), "at export")
     except Exception as error:
         outcome = Outcome("defect", one_line(f"{type(error).__name__}: {error}", 300))
-    return replace(outcome, seconds=round(perf_counter() - began, 1))
+    return replace(outcome, seconds=round(perf_counter() - began, 1), cpu_seconds=round(_cpu_seconds() - spent, 2))
+
+
+def _cpu_seconds() -> float:
+    """Of this process, of those that it has waited for, and of the servers that were forked for it."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return process_time() + children.ru_utime + children.ru_stime + vllm_client.cpu_seconds()
 
 
 def built(case: Case, folders: Folders) -> Outcome:
@@ -109,6 +127,7 @@ def loaded(case: Case, folders: Folders) -> Outcome:
     from featherweight.checkpoint.spec import LoadSpec
     from tasks.load import load
 
+    shutil.rmtree(folders.checkpoint, ignore_errors=True)
     folders.checkpoint.mkdir()
     load(LoadSpec(source=str(folders.model), task=TASKS[case.kind]), out=folders.checkpoint)
     reference = _reference(load_reference(folders.model), folders.checkpoint, folders.text)
@@ -161,36 +180,64 @@ def _quantize(folders: Folders, head: str | None) -> None:
     from tasks.quantize import quantize
 
     out = folders.quantized(head)
+    shutil.rmtree(out, ignore_errors=True)
+    out.with_suffix(".reference").unlink(missing_ok=True)
     out.mkdir()
     spec = QuantizeSpec.of(method="rtn", grid="int8", head=head, samples=2, sequence=32)
     quantize(spec, checkpoint=folders.checkpoint, text=folders.text, calibration=folders.text, out=out)
     keep(_reference(load_reference(out), out, folders.text), out)
 
 
+def planned(case: Case, folders: Folders, columns: list[str]) -> dict[str, dict[str, Any] | None]:
+    """What is refused, not offered or not to be run of each column, before any work; None of what is to be served."""
+    outcomes = {column: _asked_of_the_plan(case, folders, column) for column in columns}
+    return {column: None if outcome is None else asdict(outcome) for column, outcome in outcomes.items()}
+
+
+def _asked_of_the_plan(case: Case, folders: Folders, column: str) -> Outcome | None:
+    """A plan that stops with an error of its own is a defect as any other is."""
+    try:
+        return _refused(case, folders, column)
+    except Exception as error:
+        return Outcome("defect", one_line(f"the plan: {type(error).__name__}: {error}", 300), "before work")
+
+
 def served(case: Case, folders: Folders, engine: str, form: str) -> Outcome:
     """What an engine makes of it: refused before anything is written, or written, held by the product's gate, and by ours."""
-    runtime = RUNTIMES[engine]
-    keys: Any = OPTIONS.get((engine, form), {})
+    column = f"{engine} {form}"
+    return _refused(case, folders, column) or _held(*_asked(folders, column), folders.root / f"{engine}-{form}")
+
+
+def _asked(folders: Folders, column: str) -> tuple[Any, Any, Source]:
+    """The runtime, what a recipe says to it, and what it is to write."""
+    engine, _, form = column.rpartition(" ")
+    runtime, keys, checkpoint = RUNTIMES[engine], OPTIONS.get((engine, form), {}), folders.given(column)
     spec = runtime.spec.model_validate({"engine": engine, "max_tokens": TOKENS, **keys})
+    return runtime, spec, Source(checkpoint, folders.text, QuantizedWeights.read(checkpoint), 0, Progress(), TOKENS)
+
+
+def _refused(case: Case, folders: Folders, column: str) -> Outcome | None:
+    """Why a column is not served, as far as the plan knows."""
+    engine, _, form = column.rpartition(" ")
     head = HEADS.get(engine, INT8)
     grids = Grids(GRIDS[INT8], GRIDS[head] if head else None) if form == INT8 else Grids()
+    runtime, spec, source = _asked(folders, column)
     if reason := runtime.task_refusal(TASKS[case.kind]) or runtime.grid_refusal(grids, spec):
         return Outcome("not offered", reason)
     if reason := runtime.missing():
         return Outcome("not run", reason)
-    checkpoint = folders.quantized(head) if form == INT8 else folders.checkpoint
-    if not checkpoint.with_suffix(".reference").exists():
+    if not source.checkpoint.with_suffix(".reference").exists():
         return Outcome("refused", "the quantize stage refuses this checkpoint", "before work")
-    source = Source(checkpoint, folders.text, QuantizedWeights.read(checkpoint), 0, Progress(), TOKENS)
     try:
         refuse(runtime, spec, source)
     except FeatherweightError as error:
         return Outcome("refused", one_line(error), "before work")
-    return _held(runtime, spec, source, folders.root / f"{engine}-{form}")
+    return None
 
 
 def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
     parity.open_worker = opened  # type: ignore[assignment] - this process is the cell's own: no other one is needed
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     checkpoint, grid = source.checkpoint, source.grid
     runtime.write(spec, source, out)
@@ -199,9 +246,10 @@ def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
     gate = dict(runtime.check(spec, source, out))
     replace(Serving.read(out), max_tokens=TOKENS).write(out)
     measured = gate if spec.engine in OTHER_ROUNDING else dict(reference.check(out))
-    if reason := _answers_otherwise(reference, checkpoint, out):
-        return Outcome("defect", reason)
-    return _figures(measured)
+    reason = _answers_otherwise(reference, checkpoint, out)
+    _engine(out).close()
+    shutil.rmtree(out)
+    return Outcome("defect", reason) if reason else _figures(measured)
 
 
 def keep(reference: Reference, folder: Path) -> None:
@@ -250,12 +298,19 @@ def _figures(metrics: Any) -> Outcome:
 @cache
 def _engine(served: Path) -> InProcess:
     """An engine that stays open while its cell lasts: some take most of a minute to start."""
-    return InProcess(served, 1, TOKENS, 1)
+    kind = ForkedServer if Serving.read(served).engine == "vllm" and vllm_client.is_forking() else InProcess
+    return kind(served, 1, TOKENS, 1)
 
 
 def opened(served: Path, **_: Any) -> Borrowed:
     """In the place of `open_worker`: the process of a cell is the engine's already."""
     return Borrowed(_engine(served))
+
+
+class ForkedServer(InProcess):
+    """vLLM's own server, forked from one that has been imported."""
+
+    loaded = vllm_client.ForkedVllm
 
 
 class Borrowed:

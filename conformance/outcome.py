@@ -18,6 +18,8 @@ Moment = Literal["", "before work", "at export", "by the gate"]
 KINDS: tuple[Kind, ...] = ("exact", "within bound", "refused", "not offered", "not run", "defect")
 LIBRARIES = ("transformers", "torch", "ctranslate2", "onnxruntime-genai", "onnxruntime", "torchao")
 STAGES = {"load": "tasks.load:load", "quantize int8": "tasks.quantize:quantize"}
+KEYS = ("stamp", "source")
+"""What is kept beside an outcome: the code that found it, and the digest of the checkpoint that it was found of."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,13 +35,14 @@ class Outcome:
     max_nats: float | None = None
     mean_nats: float | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @cache
 def stamp(column: str) -> str:
-    """What a cell of `column` was found with: the code that it runs, the refusals of its engine, and the versions."""
+    """What a cell of `column` was found with: the code that it runs, that of its engine's folder, and the versions."""
     digest = hashlib.sha256(json.dumps([_slices(column), versions()], sort_keys=True).encode())
-    for path in sorted([*(Path(__file__).with_name(f"{name}.py") for name in ("cell", "tiny")), *_engine_files(column)]):
+    for path in sorted([Path(__file__).with_name("cell.py"), *_engine_files(column)]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -55,6 +58,14 @@ def _engine_files(column: str) -> list[Path]:
         return []
     module = RUNTIMES.reference(column.rpartition(" ")[0]).partition(":")[0]
     return list((ROOT / Path(*module.split(".")).parent).glob("*.py"))
+
+
+def bytes_of(folder: Path) -> str:
+    """Digest of the files in a folder; of no folder that of none."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -80,15 +91,24 @@ class Matrix:
     def get(self, case: str, column: str) -> Outcome | None:
         """What was found of a cell, with whatever code."""
         found = self.cells.get(case, {}).get(column)
-        return None if found is None else Outcome(**{name: value for name, value in found.items() if name != "stamp"})
+        return None if found is None else Outcome(**{name: value for name, value in found.items() if name not in KEYS})
 
-    def is_current(self, case: str, column: str) -> bool:
-        """Whether this very code and these versions found the cell."""
-        return self.cells.get(case, {}).get(column, {}).get("stamp") == stamp(column)
+    def is_current(self, case: str, column: str, source: str | None = None) -> bool:
+        """Whether this very code and these versions found the cell, of the bytes `source` where they are told."""
+        found = self.cells.get(case, {}).get(column, {})
+        return found.get("stamp") == stamp(column) and source in (None, found.get("source"))
 
-    def put(self, case: str, column: str, outcome: Outcome) -> None:
-        """Keep an outcome, on disk at once."""
-        self.cells.setdefault(case, {})[column] = asdict(outcome) | {"stamp": stamp(column)}
+    def put(self, case: str, column: str, outcome: Outcome, source: str) -> None:
+        """Keep an outcome, on disk at once. source: the digest of what was worked on."""
+        self.cells.setdefault(case, {})[column] = asdict(outcome) | {"stamp": stamp(column), "source": source}
+        self._write()
+
+    def drop(self, case: str, column: str) -> None:
+        """Forget a cell that is no longer what it was."""
+        del self.cells[case][column]
+        self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"versions": versions(), "cells": self.cells}, indent=1) + "\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 CONTEXT, WINDOW, ORIGINAL = 256, 48, 64
 """Positions that a model was made for; how far back sliding layers see; where scaled rotary embeddings begin to be others."""
-HIDDEN, HEADS, KEY_HEADS, HEAD, INNER = 64, 4, 2, 16, 96
+HIDDEN, HEADS, KEY_HEADS, HEAD, INNER = 128, 4, 2, 32, 192
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embed_dim"), HIDDEN),
@@ -43,7 +45,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), HEAD),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **{"query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    **{"query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
     **{"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
     **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0},
 }
@@ -70,7 +72,7 @@ PART |= {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": 3
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba": {"num_hidden_layers": 2, "expand": 2, "time_step_rank": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "expand": 2, "chunk_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 2, "expand": 2, "chunk_size": 32},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
     "gpt_oss": {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}},
@@ -80,13 +82,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 256},
     "t5gemma": {"encoder": PART, "decoder": PART},
 }  # fmt: skip
 """What else a model type has to be told."""
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
-BANDS = {"short_factor": [1 + index / 10 for index in range(8)], "long_factor": [2.0 + index for index in range(8)]}
+BANDS = {"short_factor": [1 + index / 10 for index in range(16)], "long_factor": [2.0 + index for index in range(16)]}
 TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, rope linear": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
     "llama, rope dynamic": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
@@ -101,25 +103,46 @@ TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20, "vocab_size": 331,
         "attention_bias": True, "mlp_bias": True}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama, heads narrower than the model": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}),
+    "llama, heads narrower than the model": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}),
+    "llama, heads of 16": ("llama", {"num_attention_heads": 8, "head_dim": 16}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "mistral, tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "qwen2, no window": ("qwen2", {"use_sliding_window": False}),
     "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
     "gemma2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": HEAD}),
     "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, new architecture, one norm": ("falcon", {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon, one part behind the other": ("falcon", {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True}),
     "falcon, alibi": ("falcon", {"alibi": True}),
-    "phi3, no window": ("phi3", {"sliding_window": None}),
+    "phi3, no window": ("phi3", {"sliding_window": None, "original_max_position_embeddings": CONTEXT}),
     "phi3, rope longrope, short texts": ("phi3", {
         "sliding_window": None, "original_max_position_embeddings": 200, "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 200} | BANDS}),
-    "phi3, half of each head rotary": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "phi3, half of each head rotary": ("phi3", {
+        "sliding_window": None, "partial_rotary_factor": 0.5, "original_max_position_embeddings": CONTEXT}),
     "gemma2, wide window, no caps": ("gemma2", {
         "sliding_window": CONTEXT, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3_text, wide window": ("gemma3_text", {
         "sliding_window": CONTEXT, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gpt_neox, untwisted": ("gpt_neox", {"use_parallel_residual": False}),
     "gpt_oss, wide window": ("gpt_oss", {"sliding_window": CONTEXT}),
+    "llama, one key head": ("llama", {"num_key_value_heads": 1}),
+    "qwen2, window in all layers": ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+    "phi, norms of queries and keys": ("phi", {"qk_layernorm": True}),
+    "stablelm, norms of queries and keys": ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
+    "gpt_neox, whole heads rotary": ("gpt_neox", {"rotary_pct": 1.0}),
+    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, embeddings narrower": ("opt", {"word_embed_proj_dim": 64}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "bloom, residuals behind norms": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "bart, scaled embeddings": ("bart", {"scale_embedding": True}),
+    "bart, stacks of two sizes": ("bart", {
+        "encoder_layers": 3, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}),
+    "marian, scaled embeddings": ("marian", {"scale_embedding": True}),
+    "m2m_100, no scaled embeddings": ("m2m_100", {"scale_embedding": False, "activation_function": "gelu"}),
+    "pegasus, scaled embeddings": ("pegasus", {"scale_embedding": True}),
+    "t5, stacks of two sizes": ("t5", {"num_layers": 3, "num_decoder_layers": 1}),
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
     "t5, gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }  # fmt: skip
@@ -161,6 +184,12 @@ def make(case: Case, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     _give_ends(case, model, folder, tokenizer)
     return folder
+
+
+def made_with(case: Case) -> str:
+    """What a checkpoint is made with: its case, this file, and what knows its classes."""
+    told = [case.name, case.model_type, sorted(case.changes.items(), key=str), version("transformers")]
+    return hashlib.sha256(repr(told).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def _class(case: Case) -> Any:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conformance import cell, run
+from conformance import cell, run, vllm_client
 from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, TOKENS, Folders
 from conformance.families import families
 from conformance.outcome import Matrix, Outcome
 from conformance.page import page
-from conformance.tiny import WINDOW, Case, cases, configuration, make
+from conformance.tiny import HEAD, WINDOW, Case, cases, configuration, make
 from featherweight.errors import CheckpointError, ParityError, RecipeError, ToolchainError
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.system.processes import end_group
 from tests.support.tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -55,7 +60,7 @@ def test_a_tiny_checkpoint_has_the_traits_of_its_row(tmp_path: Path) -> None:
 
     folder = make(case_of("mistral"), tmp_path / "mistral")
     config = AutoConfig.from_pretrained(folder)
-    assert (config.sliding_window, config.num_hidden_layers, config.head_dim) == (WINDOW, 2, 16)
+    assert (config.sliding_window, config.num_hidden_layers, config.head_dim) == (WINDOW, 2, HEAD)
     assert len(GenerationConfig.from_pretrained(folder).eos_token_id) == 2
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == config.bos_token_id
     assert AutoTokenizer.from_pretrained(make(case_of("gpt2"), tmp_path / "gpt2"))("a").input_ids[0] != config.bos_token_id
@@ -77,6 +82,9 @@ def test_layers_of_several_shapes_are_refused_in_one_line(tmp_path: Path) -> Non
         ("llama, rope linear", "onnxruntime-genai", r"cannot take this llama's rotary embeddings \(linear\)"),
         ("gemma2", "ctranslate2", r"does not compute gemma2's soft caps of logits \(5\)"),
         ("mistral", "ctranslate2", "say max_tokens 48"),
+        ("gemma3_text", "onnxruntime-genai", "takes one kind of rotary embeddings for all layers, and gemma3_text has several"),
+        ("granitemoehybrid", "onnxruntime-genai", r"makes no layers of linear attention \(Mamba\)"),
+        ("phi, norms of queries and keys", "onnxruntime-genai", "overlooks what phi does to queries and keys"),
         ("phi3, rope longrope", "ctranslate2", r"beyond 64 tokens \(longrope\).* say max_tokens 64"),
     ],
 )
@@ -108,24 +116,70 @@ def ending(seconds: float) -> Outcome:
     os._exit(3)
 
 
-def test_a_cell_that_dies_or_hangs_is_a_defect(tmp_path: Path) -> None:
+def spinning() -> None:
+    while True:
+        pass
+
+
+def test_a_cell_that_dies_or_hangs_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork = multiprocessing.get_context("fork")
     assert run.apart(fork, 20, tmp_path, ending, 0.0) == Outcome("defect", "its process died with exit code 3")
-    assert run.apart(fork, 0.2, tmp_path, ending, 60.0).reason == "not done after 0 s"
+    assert run.apart(fork, 0.05, tmp_path, ending, 60.0) == Outcome("defect", "not done after 0 s", seconds=0.05 * run.WALL)
+    monkeypatch.setattr(run, "WALL", 120)
+    assert run.apart(fork, 1, tmp_path, spinning) == Outcome("defect", "its process died with exit code -9")
 
 
-def test_what_was_found_is_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_kept_and_not_run_again_until_its_bytes_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
+    wanted = [LOAD, QUANTIZE, f"torch {FLOAT}", f"ctranslate2 {FLOAT}"]
 
-    def found(fork: Any, limit_s: float, folder: Path, work: Any, case: Case, folders: Folders, *column: str) -> Outcome:
-        seen.append(" ".join(column) or work.__name__)
+    def answered(_: Any, folders: Folders, work: Any, *arguments: Any) -> Any:
+        if work is cell.planned:
+            return {f"torch {FLOAT}": None, f"ctranslate2 {FLOAT}": asdict(Outcome("refused", "no", "before work"))}
+        column = arguments[3:]
+        seen.append(" ".join(column) or arguments[0].__name__)
         return Outcome("defect", "wrong") if column else Outcome("exact", max_nats=0.0)
 
-    monkeypatch.setattr(run, "apart", found)
-    for _ in range(2):
+    monkeypatch.setattr(run.Run, "_answer", answered)
+    for number in range(3):
         matrix = Matrix.open(tmp_path / "cells.json")
-        run.run(matrix, [case_of("llama")], [LOAD, QUANTIZE, f"torch {FLOAT}"], 1.0)
-    assert seen == ["built", "loaded", "quantized", f"torch {FLOAT}"]
+        if number == 2:
+            (tmp_path / "work" / "llama" / "checkpoint").mkdir()
+            (tmp_path / "work" / "llama" / "checkpoint" / "weights").write_bytes(b"others")
+        run.Run(matrix, tmp_path / "work", 1.0).all([case_of("llama")], wanted)
+    torch = f"torch {FLOAT}"
+    assert seen == ["built", "loaded", "quantized", torch, "quantized", torch]
+    assert matrix.get("llama", f"ctranslate2 {FLOAT}") == Outcome("refused", "no", "before work")
+
+
+def test_a_server_is_forked_of_one_that_was_imported_and_ends_with_its_cell(tmp_path: Path) -> None:
+    """By a stand-in for vLLM, whose import is what takes the time."""
+    package = tmp_path / "vllm" / "entrypoints" / "launchers" / "api_server"
+    package.mkdir(parents=True)
+    (package / "entry.py").write_text("import sys, time\ndef main():\n    print(sys.argv[1:], flush=True)\n    time.sleep(60)\n")
+    address = tmp_path / "socket"
+    told = f"import sys; sys.argv = ['', {str(address)!r}]; from conformance import vllm_fork as fork; fork.WARM = (); "
+    told += "fork._start_quickly = lambda: None; fork.main()"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{vllm_client.ROOT}"}
+    with subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        with pytest.MonkeyPatch.context() as patch, (tmp_path / "log").open("w+b") as log:
+            patch.setenv(vllm_client.SOCKET, str(address))
+            server = vllm_client.Server(["--port", "1"], dict(environment), log)
+            assert server.poll() is None
+            end_group(server)  # type: ignore[arg-type] - it answers as a Popen does
+            assert server.poll() == -signal.SIGTERM
+            log.seek(0)
+            assert log.read() == b"['--port', '1']\n"
+        process.kill()
+
+
+def test_the_page_tells_each_defect(tmp_path: Path) -> None:
+    matrix = Matrix(tmp_path / "cells.json")
+    for column, outcome in ((LOAD, Outcome("exact")), (QUANTIZE, Outcome("exact")), (f"torch {FLOAT}", Outcome("defect", "wrong"))):
+        matrix.put("llama", column, outcome, "")
     told = page(Matrix.open(tmp_path / "cells.json"), [case_of("llama"), case_of("t5")], [LOAD, QUANTIZE, f"torch {FLOAT}"])
     assert "| llama | = | = | **!** · |" in told and "| t5 |" not in told
     assert "- torch float32, all: wrong" in told
@@ -137,6 +191,10 @@ ONCE_WRONG = (
     ("phi", "ctranslate2"),
     ("falcon", "ctranslate2"),
     ("gpt_neox", "ctranslate2"),
+    ("gptj", "ctranslate2"),
+    ("falcon, new architecture, one norm", "ctranslate2"),
+    ("olmo", "onnxruntime-genai"),
+    ("phi", "onnxruntime-genai"),
     ("gemma2", "torch"),
     ("bloom", "torch"),
 )

@@ -43,18 +43,22 @@ class VllmModel(LoadedModel):
 
         port = free_port()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
-        self.server = subprocess.Popen(
-            [*program(), *self._arguments(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            env=os.environ | environment(self.options, self.threads),
-            start_new_session=True,
-            preexec_fn=end_with_parent(),
-        )
+        self.server = self._start(self._arguments(port), os.environ | environment(self.options, self.threads))
         # Proxies of the environment are for the world outside; the server is on this machine.
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False)
         self._wait_until_ready()
+
+    def _start(self, told: list[str], surroundings: dict[str, str]) -> subprocess.Popen[bytes]:
+        """The server, leader of a process group, which writes what it says to `self.log`."""
+        return subprocess.Popen(
+            [*program(), *told],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            env=surroundings,
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
 
     def served_on(self) -> Device:
         """vLLM's build knows one device only, and `device_refusal` has seen to it that it is this one."""

@@ -74,7 +74,7 @@ def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
 def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
     """A key-value cache that holds the batch twice over, in blocks of 128 tokens and float32, at least 64 MiB."""
     config = load_config(folder).get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
     per_token = 2 * 4 * config.num_hidden_layers * heads * (head_width(config) or 0)
     blocks = max_batch * -(-max_tokens // 128) + 2
     return max(2 * blocks * 128 * per_token, 2**26)
