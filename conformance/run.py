@@ -68,12 +68,14 @@ class Run:
             shutil.rmtree(folders.root)
             folders.root.mkdir()
             if (outcome := self._apart(folders, cell.built, case)).kind != "exact":
-                return self._stop(case, columns, outcome)
+                self._stop(case, columns, outcome)
+                return None
             made.by("model", key)
         for work, column, source in ((cell.loaded, LOAD, folders.model), (cell.quantized, QUANTIZE, folders.checkpoint)):
             outcome = self._stage(case, folders, work, column, bytes_of(source), made)
             if column == LOAD and outcome.kind not in ("exact", "within bound"):
-                return self._stop(case, columns, outcome)
+                self._stop(case, columns, outcome)
+                return None
         self._plan(case, folders, [column for column in columns if column not in (LOAD, QUANTIZE)])
         return folders
 

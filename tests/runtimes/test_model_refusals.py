@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.vllm import heads
 
 USUAL = {
     "model_type": "llama",
@@ -47,27 +45,6 @@ def refusal(engine: str, **told: Any) -> str:
 def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dict[str, Any], reason: str) -> None:
     found = refusal("onnxruntime-genai", **told)
     assert re.search(reason, found) if reason else not found
-
-
-def toolchain(folder: Path, body: str) -> Path:
-    path = folder / heads.SOURCE.replace("*", "3.11")
-    path.parent.mkdir(parents=True)
-    path.write_text(body)
-    return folder / "bin" / "python"
-
-
-def test_vllm_is_asked_which_heads_it_has_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "class Backend:\n    @classmethod\n    def get_supported_head_sizes(cls):\n        return [32, 64]\n"
-    monkeypatch.setattr(heads, "python", lambda name: toolchain(tmp_path, source))
-    heads.widths_on_cpus.cache_clear()
-    try:
-        assert heads.refusal(32) is None and heads.refusal(None) is None
-        assert refusal("vllm", head_dim=16) == (
-            "vLLM's attention on CPUs has heads of 32, 64 channels, and these have 16; take another engine"
-        )
-        assert not refusal("vllm", head_dim=16, kv_lora_rank=8)
-    finally:
-        heads.widths_on_cpus.cache_clear()
 
 
 def test_a_model_without_attention_has_no_heads_to_refuse() -> None:

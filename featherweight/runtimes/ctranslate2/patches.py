@@ -56,7 +56,8 @@ def mend_model(model: PreTrainedModel) -> None:
         model.embed_out, config.rotary_pct = model.lm_head, 1.0  # of which `rotary.give` makes what it is
     if config.model_type == "falcon" and config.new_decoder_architecture:
         config.multi_query = False  # of which the new architecture's heads know nothing
-        for layer in model.transformer.h:
+        blocks: Any = model.get_submodule("transformer.h")
+        for layer in blocks:
             if not hasattr(layer, "ln_attn"):
                 layer.ln_attn = layer.ln_mlp = layer.input_layernorm
     if config.model_type == "phi3":

@@ -16,7 +16,7 @@ from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, l
 from featherweight.runtimes.interface import EngineServer, Grids, Limits, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, devices_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
-from featherweight.runtimes.vllm import capabilities, heads, parallel
+from featherweight.runtimes.vllm import capabilities, parallel
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
@@ -139,7 +139,7 @@ class Vllm(Runtime[VllmSpec]):
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
-        if reason := _gpu_refusal(spec, model) or (heads.refusal(_attended(model)) if model.device == CPU else None):
+        if reason := _gpu_refusal(spec, model):
             return reason
         if spec.compute_type not in SCHEMES:
             return None
@@ -165,11 +165,6 @@ def _gpu_refusal(spec: VllmSpec, model: Candidate) -> str | None:
     width = head_width(model.config)
     cache = capabilities.heads_refusal(width) if spec.kv_cache and width else None
     return cache or parallel.model_refusal(spec.tensor_parallel_size, model.config)
-
-
-def _attended(model: Candidate) -> int | None:
-    """Channels of a head as its attention sees them; None where keys are compressed, which has kernels of its own."""
-    return None if getattr(model.config.get_text_config(), "kv_lora_rank", None) else head_width(model.config)
 
 
 VLLM = Vllm()
