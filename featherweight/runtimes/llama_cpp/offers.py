@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from featherweight.runtimes.offers import MIB, Offer, Reach
 
-SOURCE = "benchmarks/llama_cpp.md"
-_FLOAT = Reach(0.40, 0.20, 2e-5, source=SOURCE)
-_EIGHT = Reach(0.30, 0.25, 2e-5, source=SOURCE)
-_FOUR = Reach(0.25, 0.25, 2e-5, source=SOURCE)
+_FLOAT = Reach(0.45, 0.20, 2e-5)
+_EIGHT = Reach(0.42, 0.40, 2e-5, source="benchmarks/advice.md: llama.cpp Q8_0")
+_FOUR = Reach(0.38, 0.50, 2e-5, source="benchmarks/advice.md: llama.cpp Q4_0")
 
 
 def offers() -> Iterator[Offer]:

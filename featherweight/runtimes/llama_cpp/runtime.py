@@ -66,7 +66,9 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return {**weights, **reference.check(served)}
 
     def bound(self, serving: Serving) -> Bound:
-        """Rounded weights have activations rounded per block."""
+        """Rounded weights have activations rounded per block: 0.33 nats at most, 0.059 on average (stories15M); float16 0.014 at
+        most, float32 0.00005.
+        """
         return (sixteen_bits(serving.options.get("dtype", "")) or EXACT) if serving.grid is None else INT8_ACTIVATIONS
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
