@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from featherweight.registry import shared_witness
 from featherweight.registry.history import History
 from featherweight.registry.keys import Keys
 from featherweight.registry.versions import RegisteredModel, knows, mark
@@ -14,23 +15,24 @@ FILE = "witness.json"
 
 
 def witness(model: RegisteredModel, keys: Keys) -> None:
-    """Remember the last entry of a history, where there are keys of one's own."""
-    if keys.private is None or not model.history.entries:
+    """Remember the last entry of a history: where a team's witness is named there, and beside keys of one's own."""
+    if not model.history.entries or lost(model.born, model.history, keys):
+        return  # what was seen before outlives what it was replaced by
+    shared_witness.add(model.born, mark(model.history.entries[-1]), keys)
+    if keys.private is None:
         return
     path = keys.folder / FILE
     with locked_file(path.with_name(f"{FILE}.lock")):
         seen = _read(path)
-        if lost(model.born, model.history, keys):
-            return  # what was seen before outlives what it was replaced by
         part = path.with_name(f"{FILE}.part")
         part.write_text(json.dumps(seen | {str(model.born): mark(model.history.entries[-1])}, indent=1))
         part.replace(path)
 
 
 def lost(born: int, history: History, keys: Keys) -> str:
-    """Mark of the entry that this user saw last, where the history does not hold it; '' where it does, or nothing was seen."""
-    seen = _read(keys.folder / FILE).get(str(born), "")
-    return "" if any(knows(entry, seen) for entry in history.entries) else seen
+    """Mark of the entry that this user or the team's witness saw last, where the history does not hold it; else ''."""
+    seen = [_read(keys.folder / FILE).get(str(born), ""), *(one.mark for one in shared_witness.last(born, keys))]
+    return next((one for one in seen if one and not any(knows(entry, one) for entry in history.entries)), "")
 
 
 def witnessed_fault(born: int, history: History, keys: Keys) -> str:
