@@ -31,6 +31,8 @@ from featherweight.store.workspace import local_path
 from flows.serve import _answering, _listening
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 
 REQUESTS = int(os.environ.get("FEATHERWEIGHT_TEST_REQUESTS", "400"))

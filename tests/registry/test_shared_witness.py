@@ -13,6 +13,8 @@ from featherweight.store.workspace import Workspace
 from flows.audit import audit_registry
 from tests.support.registering import MODEL, Bench, desk, plain_versions
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["desk"]
 SIDE = f"{MODEL}.history"
 
