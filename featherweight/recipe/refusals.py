@@ -23,7 +23,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize, Task
-from featherweight.system.device import CPU, CUDA, Device, cuda_refusal
+from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, seen_from
 from featherweight.system.machine import Machine
 from featherweight.training.lora import unknown_target
 
@@ -146,6 +146,13 @@ def machine_refusal(serve: ServingSpec, machine: Machine) -> str | None:
     return RUNTIMES[serve.engine].machine_refusal(serve, machine)
 
 
+def _machine_refusal(chosen: Chosen) -> str | None:
+    """Of an engine that serves from the device that was chosen: by that device alone, whatever else the machine has."""
+    serve, device = chosen.serve, chosen.serve.served_on(chosen.where)
+    elsewhere = RUNTIMES[serve.engine].device_refusal(serve, device, chosen.machine)
+    return machine_refusal(serve, chosen.machine if elsewhere else seen_from(device, chosen.machine))
+
+
 def _device_refusal(chosen: Chosen) -> str | None:
     """An engine that does not serve from the device: it would be compared with a baseline on another without a word."""
     serve, device = chosen.serve, chosen.serve.served_on(chosen.where)
@@ -221,7 +228,7 @@ REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     _grids_refusal,
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student_pruning, chosen.serve),
-    lambda chosen: machine_refusal(chosen.serve, chosen.machine),
+    _machine_refusal,
     _device_refusal,
     _model_refusal,
 )

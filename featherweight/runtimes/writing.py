@@ -25,7 +25,7 @@ from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import SERVED_TOKENS, Serving
-from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, current
+from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, current, seen_from
 from featherweight.system.machine import describe
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
     grids = Grids(GRIDS[body] if body else None, GRIDS[head] if head else None)
     if reason := runtime.grid_refusal(grids, spec):
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
-    if reason := runtime.machine_refusal(spec, describe()):
+    if reason := runtime.machine_refusal(spec, seen_from(source.device, describe())):
         raise ToolchainError(reason)
     if source.device == CUDA and (reason := cuda_refusal()):
         raise ToolchainError(f"{spec.engine} is to be served from a GPU: {reason}")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +63,11 @@ def resolve(wanted: Wanted = "auto", machine: Machine | None = None) -> Device:
     if asked == CUDA:
         raise ToolchainError(f"device: cuda cannot be had: {reason}; say device: cpu or auto")
     return CPU
+
+
+def seen_from(device: Device, machine: Machine) -> Machine:
+    """`machine` as it is for what lives on `device`: on the CPU its GPUs decide nothing."""
+    return replace(machine, gpus=()) if device == CPU else machine
 
 
 def cuda_refusal(machine: Machine | None = None) -> str | None:

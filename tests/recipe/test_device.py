@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
     assert set(devices(plan).values()) == {None, "cpu"} and "static" in plan.nodes
     assert "is computed on CUDA GPUs alone, and this run is on cpu; say device: cuda for it" in plan.ruled_out["ct2-half"]
     assert "torch nf4 is computed on CUDA GPUs alone" in plan.ruled_out["nf4"]
+
+
+def test_vllm_on_the_cpu_goes_by_the_cpu_whatever_gpus_there_are():
+    """Its CPU build has no kernel for W8A16, and an old GPU beside it keeps nothing from being served on the CPU."""
+    exports = {"w8a16": {"engine": "vllm", "compute_type": "w8a16"}, "fp8": {"engine": "vllm", "compute_type": "fp8"}}
+    exports["ct2"] = EXPORTS["ct2"]
+    old = replace(WITH_GPU, gpus=tuple(replace(gpu, compute_capability=(7, 0)) for gpu in WITH_GPU.gpus))
+    plan = expand(recipe(exports, device="cpu"), old)
+    assert "W8A16 needs a CUDA GPU" in plan.ruled_out["w8a16"] and "fp8" not in plan.ruled_out
+    assert {"fp8", "w8a16"} <= expand(recipe(exports, device="cuda"), old).ruled_out.keys()
 
 
 def test_an_alternative_may_be_served_elsewhere_where_it_says_so():

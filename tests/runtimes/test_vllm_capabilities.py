@@ -151,6 +151,7 @@ def test_a_plan_for_a_machine_that_is_described(where, ruled_out):
         "checkpoint": {"train": {}},
         "data": {"source": "x"},
         "promote": {"model": "t"},
+        "device": "cuda",
         "stages": {"export": export},
     }
     plan = expand(Recipe.model_validate(tree), replace(where, cpu_features=frozenset({"avx2"})))

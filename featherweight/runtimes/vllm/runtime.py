@@ -163,7 +163,7 @@ class Vllm(Runtime[VllmSpec]):
 def _gpu_refusal(spec: VllmSpec, model: Candidate) -> str | None:
     """Heads that the GPUs here have no fp8 cache for, or that several GPUs cannot share."""
     width = head_width(model.config)
-    cache = capabilities.heads_refusal(width) if spec.kv_cache and width else None
+    cache = capabilities.heads_refusal(width) if spec.kv_cache and width and model.device != CPU else None
     return cache or parallel.model_refusal(spec.tensor_parallel_size, model.config)
 
 
