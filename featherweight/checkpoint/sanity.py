@@ -13,7 +13,7 @@ LARGEST_ID = 10_000_000
 """Tokenizers make room for every id up to the largest; the largest vocabulary that was seen has a million."""
 LARGEST = 10_000_000_000
 DEEPEST = 64
-_LAYERS = re.compile(r"(num_|n_)?(\w+_)?layers?")
+_LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
 
 

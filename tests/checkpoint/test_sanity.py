@@ -62,3 +62,9 @@ def test_deep_nesting(folder: Path) -> None:
 
 def test_sound_ones_pass(tiny_checkpoint: Path) -> None:
     require_sane(Listing.of(tiny_checkpoint))
+
+
+def test_a_student_keeps_what_its_teacher_said_of_windows(folder: Path) -> None:
+    """Qwen's configuration names the layer from which on windows slide, which a model of fewer layers never gets to."""
+    rewritten(folder / "config.json", "max_window_layers", value=28)
+    require_sane(Listing.of(folder))
