@@ -63,7 +63,8 @@ def make_checkpoint(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, dtype="bfloat16")).to(torch.bfloat16)
+        whole: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, dtype="bfloat16"))
+        model = whole.to(torch.bfloat16)
     model.to_empty(device="cpu")
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
