@@ -84,10 +84,9 @@ def load(desk: Bench) -> Iterator[Callable[..., Any]]:
     """Loads `models:/NAME@champion` as a user would, with MLflow's global URI, which is put back."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(desk.registry.tracking_uri)
     yield lambda model, **options: mlflow.pyfunc.load_model(f"models:/{model}@champion", **options)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 def workers(of: psutil.Process | None = None) -> list[psutil.Process]:

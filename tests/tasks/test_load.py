@@ -402,7 +402,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     """Registers a folder of artifacts as version 1 of a model, alias champion; returns where the artifacts lie."""
     import mlflow
 
-    root, before = tmp_path_factory.mktemp("mlflow"), mlflow.get_tracking_uri()
+    root = tmp_path_factory.mktemp("mlflow")
     (root / "mlflow.db").write_bytes(empty_store())
     mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
     client = mlflow.MlflowClient()
@@ -418,7 +418,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         return location
 
     yield register
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 @pytest.mark.slow
