@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError, Unreachable
 from featherweight.recipe.plan import Node
@@ -87,14 +87,25 @@ def _slot(key: str, workspace: Workspace) -> str:
 
 def cached_ref(key: str, workspace: Workspace) -> ArtifactRef | None:
     """The reference that Prefect's result store holds under a key."""
-    from prefect.results import ResultStore, get_default_result_storage
+    from prefect.results import ResultStore
 
     try:
-        storage: Any = get_default_result_storage
-        store = ResultStore(result_storage=storage(_sync=True))
+        store = ResultStore(result_storage=_result_storage())
         return ArtifactRef.model_validate(store.read(_slot(key, workspace)).result)
     except (ValueError, KeyError, OSError):
         return None
+
+
+def _result_storage() -> Any:
+    """Where Prefect keeps results: asked of a server that is named, since without one Prefect would start one for the answer."""
+    from prefect.filesystems import LocalFileSystem
+    from prefect.results import get_default_result_storage
+    from prefect.settings import get_current_settings
+
+    settings, ask = get_current_settings(), cast(Any, get_default_result_storage)
+    if settings.api.url or settings.results.default_storage_block:
+        return ask(_sync=True)
+    return LocalFileSystem(basepath=str(settings.results.local_storage_path))
 
 
 def is_cached(key: str, workspace: Workspace) -> bool:
