@@ -383,10 +383,16 @@ def watch(
 
 
 @app.command()
-def doctor(as_json: JsonOpt = False) -> None:
+def doctor(
+    as_json: JsonOpt = False,
+    install: Annotated[str, typer.Option(metavar="NAME", help="Install this toolchain, and look at nothing.")] = "",
+) -> None:
     """Say what this machine has, which toolchains are ready, what is missing and how to get it."""
-    from featherweight.runtimes.doctor import diagnose, render
+    from featherweight.runtimes.doctor import diagnose, install_toolchain, render
 
+    if install:
+        install_toolchain(install)
+        return
     found = diagnose()
     if as_json:
         _print_json(found.to_dict())

@@ -93,6 +93,17 @@ def vllm_environment() -> Environment:
     return Environment("vllm", folder, ROOT / ".toolchains" / "vllm.json", package, arguments, inputs)
 
 
+def optimum_environment() -> Environment:
+    """Optimum, which writes graphs for ONNX Runtime; what computes with them stands in the main environment."""
+    inputs = (LOCKS / "optimum.in", LOCKS / "optimum.txt")
+    arguments = ("--requirements", str(inputs[0]), "--constraints", str(inputs[1]))
+    folder = ROOT / ".toolchains" / "optimum"
+    return Environment("optimum", folder, folder.with_suffix(".json"), "optimum-onnx", arguments, inputs)
+
+
+TOOLCHAINS = {"vllm": vllm_environment, "optimum": optimum_environment}
+
+
 def has_nvidia_gpu() -> bool:
     """Whether nvidia-smi is there and lists a GPU."""
     path = shutil.which("nvidia-smi")
@@ -245,10 +256,20 @@ def set_up_toolchain(environment: Environment, main: Environment, retry: bool) -
     return True
 
 
+def set_up_one(name: str, retry: bool) -> int:
+    """A toolchain beside the environment of the running Python; 1 where it could not be installed."""
+    main = Environment("main", Path(sys.prefix), Path(sys.prefix) / "setup.json", "", (), ())
+    toolchain = TOOLCHAINS[name]()
+    if not set_up_toolchain(toolchain, main, retry):
+        say(f"toolchain {name} is there already")
+    return int(bool(toolchain.noted().get("error")))
+
+
 def warn(environment: Environment, error: str) -> None:
     say(f"WARNING: toolchain {environment.name} could not be installed; its variants will be skipped.")
     say(f"  {error}")
-    say("  `make setup` tries again; everything else works without it.")
+    again = "make setup" if environment.name == "vllm" else f"featherweight doctor --install {environment.name}"
+    say(f"  `{again}` tries again; everything else works without it.")
 
 
 def compile_own(main: Environment) -> None:
@@ -262,10 +283,13 @@ def main() -> int:
     parser.add_argument("--extras", default="dev", help="extras of pyproject.toml to install (default: dev)")
     parser.add_argument("--retry", action="store_true", help="try again a toolchain that could not be installed")
     parser.add_argument("--no-toolchains", action="store_true", help="make the main environment only")
+    parser.add_argument("--toolchain", choices=sorted(TOOLCHAINS), help="install this one into its own environment, and no more")
     options = parser.parse_args()
     if sys.version_info[:2] not in SUPPORTED:
         say(f"Python 3.11 or 3.12 is needed, this is {platform.python_version()}; give one: make setup PYTHON=python3.11")
         return 1
+    if options.toolchain:
+        return set_up_one(options.toolchain, options.retry)
     started = time.monotonic()
     try:
         environment, changed = set_up_main(options.extras)

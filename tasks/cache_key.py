@@ -44,10 +44,11 @@ def made_by(function: Callable[..., Any], node: Node) -> dict[str, Any]:
 
 
 def _part(reference: str) -> list[Any]:
-    """The code of a part, the versions of its libraries, what its toolchain holds."""
-    toolchain = getattr(_load(reference), "toolchain", None)
-    installed = toolchains.distributions(toolchain) if toolchain else ()
-    return [code_digest(reference), library_versions(_libraries(reference)), list(installed)]
+    """The code of a part, the versions of its libraries, what its toolchains hold."""
+    part = _load(reference)
+    names = {name for kind in ("toolchain", "writes_with") if (name := getattr(part, kind, None))}
+    installed = [name for toolchain in sorted(names) for name in toolchains.distributions(toolchain)]
+    return [code_digest(reference), library_versions(_libraries(reference)), installed]
 
 
 def libraries_of(node: Node) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ RUNTIMES: Catalog[Runtime] = Catalog(
         "torchao-int8": "featherweight.runtimes.torch.quantized_runtime:TORCHAO_INT8",
         "torchao-int4": "featherweight.runtimes.torch.quantized_runtime:TORCHAO_INT4",
         "torchao-int8-dynamic": "featherweight.runtimes.torch.quantized_runtime:TORCHAO_INT8_DYNAMIC",
+        "onnxruntime": "featherweight.runtimes.optimum.runtime:OPTIMUM",
         "onnxruntime-genai": "featherweight.runtimes.onnx_genai.runtime:ONNXRUNTIME_GENAI",
         "ctranslate2": "featherweight.runtimes.ctranslate2.runtime:CTRANSLATE2",
         "llama.cpp": "featherweight.runtimes.llama_cpp.runtime:LLAMA_CPP",

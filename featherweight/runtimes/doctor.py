@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import ServiceError, ToolchainError
+from featherweight.errors import RecipeError, ServiceError, ToolchainError, nearest
 from featherweight.masking import masked
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.findings import GIB, Check
@@ -66,6 +66,13 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
     return Diagnosis(tuple(checks), here, bandwidth, gpu)
 
 
+def install_toolchain(name: str) -> None:
+    """Install a toolchain that some engine wants. Raises RecipeError for a name that none does, ToolchainError where it fails."""
+    if name not in (known := _wanted()):
+        raise RecipeError(f"unknown toolchain '{name}'; {nearest(name, known)}")
+    toolchains.install(name)
+
+
 def render(diagnosis: Diagnosis) -> RenderableType:
     """The findings as a table, each remedy below its finding."""
     from rich.table import Table
@@ -98,7 +105,7 @@ def _engines(here: machine.Machine) -> Iterator[Check]:
     where = _device(here)
     for name in RUNTIMES:
         runtime = RUNTIMES[name]
-        if reason := runtime.missing():
+        if reason := runtime.unwritable():
             yield Check(f"engine {name}", "missing", f"its variants fail: {reason}")
         elif note := runtime.machine_note(here):
             yield Check(f"engine {name}", "warn", *note)
@@ -198,9 +205,14 @@ def _differs(version: str | None, pinned: str | None) -> bool:
     return version is not None and pinned is not None and version.partition("+")[0] != pinned
 
 
+def _wanted() -> list[str]:
+    """The toolchains that the engines want."""
+    runtimes = [RUNTIMES[name] for name in RUNTIMES]
+    return list(dict.fromkeys(toolchain for one in runtimes if (toolchain := one.toolchain or one.writes_with)))
+
+
 def _toolchains() -> Iterator[Check]:
-    wanted = dict.fromkeys(toolchain for name in RUNTIMES if (toolchain := RUNTIMES[name].toolchain))
-    for found in map(toolchains.status_of, wanted):
+    for found in map(toolchains.status_of, _wanted()):
         name = f"toolchain {found.name}"
         if found.ready:
             yield Check(name, "ok", f"{found.package or found.name} at {found.python}")

@@ -90,6 +90,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """Distributions that a registered model needs to be served by it."""
     toolchain: str | None = None
     """The environment of its own that it runs in, where it cannot live in this one."""
+    writes_with: str | None = None
+    """The environment of its own that its writer runs in, where what is written is served by this one."""
     writing_s: float = 5
     measuring_s: float = 12
     """Seconds of writing and of measuring a variant that do not depend on its size (seen on two AVX2 cores)."""
@@ -171,6 +173,15 @@ class Runtime(ABC, Generic[SpecOf]):
         except ToolchainError as error:
             return str(error)
         return None
+
+    def unwritable(self) -> str | None:
+        """None if what it serves can be written here; else why not, what it cannot be started for included."""
+        try:
+            if self.writes_with:
+                python(self.writes_with)
+        except ToolchainError as error:
+            return str(error)
+        return self.missing()
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         """What the machine's processor means for it, and what a recipe should say because of it; None where all is well."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
 
@@ -29,6 +31,13 @@ def fp8_refusal() -> str:
 def devices_refusal(engine: str, device: Device) -> str:
     """Why an engine is not asked to serve from a device that it does not have."""
     return f"{engine} serves from the {'CPU' if device == CUDA else 'GPU'} alone"
+
+
+def cuda_package_refusal(engine: str, distribution: str) -> str | None:
+    """Why an engine does not serve from the GPU here: another distribution of it, with kernels for CUDA, is not installed."""
+    if any(True for _ in metadata.distributions(name=distribution)):
+        return None
+    return f"{devices_refusal(engine, CUDA)} here: {distribution}, its package for CUDA, is not installed"
 
 
 def on_cpu_refusal(engine: str, compute_type: str) -> str:

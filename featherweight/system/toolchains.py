@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from featherweight.errors import ToolchainError
 
 ROOT = Path(__file__).resolve().parents[2]
 REMEDY = "run `make setup`"
+ON_DEMAND = ("optimum",)
+"""Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
 RECORD = "{name}.json"
 
@@ -34,6 +37,11 @@ def location() -> Path:
     return Path(given).expanduser() if given else ROOT / ".toolchains"
 
 
+def remedy(name: str) -> str:
+    """How a toolchain that is missing is installed."""
+    return f"run `featherweight doctor --install {name}`" if name in ON_DEMAND else REMEDY
+
+
 def interpreter(environment: Path) -> Path:
     """The Python of a virtual environment, wherever this operating system puts it."""
     return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -45,9 +53,9 @@ def status_of(name: str) -> ToolchainStatus:
     package = record.get("package", "")
     if record.get("error"):
         reason = f"its installation failed: {record['error']}"
-        return ToolchainStatus(name, False, python, package, reason, f"{REMEDY} to try again")
+        return ToolchainStatus(name, False, python, package, reason, f"{remedy(name)} to try again")
     if not python.is_file():
-        return ToolchainStatus(name, False, python, package, f"{python} does not exist", REMEDY)
+        return ToolchainStatus(name, False, python, package, f"{python} does not exist", remedy(name))
     return ToolchainStatus(name, True, python, package)
 
 
@@ -61,9 +69,29 @@ def python(name: str) -> Path:
 
 def distributions(name: str) -> tuple[str, ...]:
     """Every distribution that a toolchain holds, as its folder `NAME-VERSION.dist-info`; none where it is not installed."""
+    return tuple(sorted({path.name for folder in _packages(name) for path in folder.glob("*.dist-info")}))
+
+
+def text_of(name: str, file: str) -> str:
+    """The text of a file of a package that a toolchain holds, such as 'optimum/version.py'; empty where it does not."""
+    found = next((folder / file for folder in _packages(name) if (folder / file).is_file()), None)
+    return found.read_text(encoding="utf-8") if found else ""
+
+
+def install(name: str) -> None:
+    """Install a toolchain, or again what failed before, in the open. Raises ToolchainError where it cannot be."""
+    script = ROOT / "infra" / "bootstrap.py"
+    if not script.is_file():
+        raise ToolchainError(f"toolchain '{name}' is installed from Featherweight's repository, and {script} does not exist")
+    done = subprocess.run([sys.executable, str(script), "--toolchain", name, "--retry"], check=False)
+    if done.returncode or not (found := status_of(name)).ready:
+        raise ToolchainError(f"toolchain '{name}' could not be installed" + ("" if done.returncode else f": {found.reason}"))
+
+
+def _packages(name: str) -> tuple[Path, ...]:
+    """Where a toolchain's packages lie."""
     environment = location() / name
-    folders = (environment / "Lib" / "site-packages", *environment.glob("lib/python*/site-packages"))
-    return tuple(sorted({path.name for folder in folders for path in folder.glob("*.dist-info")}))
+    return (environment / "Lib" / "site-packages", *environment.glob("lib/python*/site-packages"))
 
 
 def _record(name: str) -> dict[str, str]:

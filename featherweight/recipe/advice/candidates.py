@@ -142,7 +142,7 @@ def _row(question: Question, engine: str, offer: Offer) -> Row:
     ways: list[QuantizeSpec | None] = [None] if offer.grid is None or kept else [*methods(question, offer)]
     told = [(way, _refusal(question, way, serve)) for way in ways]
     method, refused = next(((one, reason) for one, reason in told if reason is None), told[0])
-    missing = RUNTIMES[engine].missing() if question.here else None
+    missing = RUNTIMES[engine].unwritable() if question.here else None
     if refused is not None:
         return Row(engine, offer, serve, method, refused=refused, missing=missing)
     loss, measured = _loss(question, engine, offer, method)

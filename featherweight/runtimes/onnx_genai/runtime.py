@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
-from featherweight.runtimes.refusals import devices_refusal, float_of_rounded_refusal
+from featherweight.runtimes.refusals import cuda_package_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
@@ -76,7 +75,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         return EXACT if serving.grid is None else INT8_ACTIVATIONS
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
-        from featherweight.runtimes.onnx_genai.bytes_read import graph_tensors
+        from featherweight.runtimes.onnx.bytes_read import graph_tensors
 
         return graph_tensors(folder / "model.onnx")
 
@@ -102,9 +101,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
 
     def device_refusal(self, spec: GenaiSpec, device: Device, machine: Machine) -> str | None:
-        if device == CPU or machine != describe() or _installed(ON_CUDA):
-            return None
-        return f"{devices_refusal(self.name, device)} here: {ON_CUDA}, its package for CUDA, is not installed"
+        return None if device == CPU or machine != describe() else cuda_package_refusal(self.name, ON_CUDA)
 
     def model_refusal(self, spec: GenaiSpec, model: Candidate) -> str | None:
         """Heads that ONNX Runtime's attention kernel would refuse, which it does only when it runs; windows that it overlooks."""
@@ -127,10 +124,6 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
             f"onnxruntime-genai wants attention heads of a multiple of {HEAD_MULTIPLE} channels, these have {width}; "
             "serve the model with ctranslate2 or vllm"
         )
-
-
-def _installed(distribution: str) -> bool:
-    return any(True for _ in metadata.distributions(name=distribution))
 
 
 def _unknown_refusal(config: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime GenAI holds while it serves, by its decoder's graph."""
+"""What ONNX Runtime holds while it serves, by a decoder's graph."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""Optimum's exporter and its optimizer for ONNX Runtime: a checkpoint in, graphs out.
+
+It is run by the toolchain's Python, which knows nothing of Featherweight: nothing but Optimum and what it brings is imported here.
+The last line that it prints is JSON: {"graphs": [...]} or {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+DATA = ".onnx_data"
+SEQ2SEQ = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
+CLASSES = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "text-generation-with-past": "AutoModelForCausalLM",
+    "text2text-generation-with-past": "AutoModelForSeq2SeqLM",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--task", required=True, choices=sorted(CLASSES))
+    parser.add_argument("--optimize", choices=("O1", "O2", "O3", "O4"))
+    parser.add_argument("--keep-attention", action="store_true", help="leave the matrices of attention to themselves")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        export(options.checkpoint, options.out, options.task)
+        if options.optimize:
+            optimize(options.out, options.optimize, keep_attention=options.keep_attention)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}))
+        return 1
+    print(json.dumps({"graphs": graphs(options.out)}))
+    return 0
+
+
+def export(checkpoint: Path, out: Path, task: str) -> None:
+    """Write the graphs of a checkpoint to `out`, float32: one, or those of an encoder and its decoder with and without past."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    # A merged decoder could not be optimized; validation is the parity gate's, on the served length.
+    onnx_export_from_model(load(checkpoint, task), out, task=task, no_post_process=True, do_validation=False)
+
+
+def load(checkpoint: Path, task: str) -> Any:
+    """The model in float32; raises KeyError where this transformers misses a weight that is not another one's name."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, CLASSES[task])
+    model, told = kind.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    missing = [name for name in told["missing_keys"] if "pooler" not in name]
+    if lost := missing or told["mismatched_keys"]:
+        raise KeyError(f"transformers {transformers.__version__} does not find {lost} in the checkpoint")
+    return model.eval()
+
+
+def optimize(out: Path, level: str, *, keep_attention: bool) -> None:
+    """ONNX Runtime's own fusions by Optimum's level, in place."""
+    from optimum.onnxruntime import AutoOptimizationConfig, ORTOptimizer
+
+    config = AutoOptimizationConfig.with_optimization_level(level)
+    config.disable_attention_fusion = keep_attention
+    optimizer = ORTOptimizer.from_pretrained(out, file_names=graphs(out))
+    optimizer.optimize(config, out, file_suffix="")
+
+
+def graphs(folder: Path) -> list[str]:
+    """The graphs in a folder, in the order in which they are run."""
+    return [name for name in ("model.onnx", *SEQ2SEQ) if (folder / name).is_file()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Which models Optimum exports, and of which it knows fusions: by its own lists, in its toolchain.
+
+Nothing is refused where that is not installed.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from featherweight.system.toolchains import text_of
+
+EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntime/utils.py"
+
+
+def refusal(model_type: str, level: str | None) -> str | None:
+    """Why a model is not exported, or not optimized to a level; None where it is, and where the lists cannot be read."""
+    exported, fused = names(EXPORTED, r'register_tasks_manager_onnx\(\s*"([\w-]+)"'), names(FUSED, r'^        "([\w-]+)": "\w+",$')
+    if exported and _normal(model_type) not in exported:
+        return f"Optimum does not export {model_type} models to ONNX; take torch or ctranslate2"
+    if level and fused and _normal(model_type) not in fused:
+        return f"Optimum knows no fusions for {model_type} models; say optimize: null"
+    return None
+
+
+@cache
+def names(file: str, pattern: str) -> frozenset[str]:
+    """Model types that a pattern finds in a file of Optimum's."""
+    return frozenset(map(_normal, re.findall(pattern, text_of("optimum", file), re.MULTILINE)))
+
+
+def _normal(model_type: str) -> str:
+    return model_type.replace("_", "-")
