@@ -167,7 +167,7 @@ def test_encoders_are_not_vllms(architecture: str, task: Task) -> None:
 def test_filling_masks_is_neithers() -> None:
     advice = asked(encoder("bert", "BertForMaskedLM", "fill-mask"), machine())
     assert pick(advice) == ("", "one cannot serve") and advice.ruling.line.startswith("neither")
-    assert advice.recommended and advice.recommended.engine.startswith("torch")
+    assert advice.recommended and advice.recommended.engine == "onnxruntime"
 
 
 def test_experts_stay_in_float_and_are_read_as_they_are_asked_for() -> None:

@@ -39,7 +39,7 @@ def write(spec: OptimumSpec, source: Source, out: Path) -> None:
 
 
 def build_graphs(checkpoint: Path, out: Path, task: Task, optimize: str | None) -> None:
-    """Graphs of a mended checkpoint in `out`, by Optimum. Raises ToolchainError without its toolchain, StageError where it fails."""
+    """Graphs of a mended checkpoint in `out`, by Optimum. Raises ToolchainError where it is absent, StageError where it fails."""
     past = "-with-past" if task in ("text-generation", "text2text-generation") else ""
     command = [str(python("optimum")), str(Path(build.__file__).resolve()), str(checkpoint), str(out)]
     command += ["--task", task + past, *(["--optimize", optimize] if optimize else [])]

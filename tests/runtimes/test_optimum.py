@@ -1,0 +1,139 @@
+"""ONNX Runtime through Optimum: what is refused before anything is written, and that what it serves answers as PyTorch."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from featherweight.errors import RecipeError, ToolchainError
+from featherweight.grid import GRIDS
+from featherweight.model.facts import CheckpointFacts
+from featherweight.runtimes import doctor
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Grids
+from featherweight.runtimes.optimum import known, mends
+from featherweight.store.served_folder import Serving
+from featherweight.system.device import CPU, CUDA
+from featherweight.system.machine import Gpu, Machine, describe
+from tests.support.serving_models import serving_spec
+
+OPTIMUM = RUNTIMES["onnxruntime"]
+ABSENT = OPTIMUM.unwritable()
+HERE = describe()
+GPU = Machine("Linux", "x86_64", "some", frozenset(), 2, 2, 2**33, (Gpu("H200", 2**37, (9, 0)),))
+
+
+def spec(**keys: Any) -> Any:
+    return serving_spec(engine="onnxruntime", **keys)
+
+
+@pytest.fixture
+def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolchain that holds nothing but Optimum's two lists."""
+    packages = tmp_path / "optimum" / "lib" / "python3.11" / "site-packages"
+    exported, fused = packages / known.EXPORTED, packages / known.FUSED
+    for file in (exported, fused):
+        file.parent.mkdir(parents=True)
+    exported.write_text('@register_tasks_manager_onnx("bert", *TASKS)\n@register_tasks_manager_onnx(\n    "t5",\n)\n')
+    exported.write_text(exported.read_text() + '@register_tasks_manager_onnx("m2m_100", *TASKS)\n')
+    fused.write_text('    _conf = {\n        "bert": "bert",\n        "m2m_100": "bart",\n    }\n')
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    known.names.cache_clear()
+    yield tmp_path
+    known.names.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "level", "reason"),
+    [
+        ("bert", "O2", None),
+        ("m2m_100", "O3", None),
+        ("t5", None, None),
+        ("t5", "O1", "knows no fusions for t5 models; say optimize: null"),
+        ("lfm2", None, "does not export lfm2 models to ONNX; take torch"),
+    ],
+)
+def test_models_are_refused_by_optimums_own_lists(lists: Path, model_type: str, level: Any, reason: str | None) -> None:
+    candidate = Candidate(CheckpointFacts(SimpleNamespace(model_type=model_type)), 64)
+    found = OPTIMUM.model_refusal(spec(optimize=level), candidate)
+    assert (found is None) if reason is None else reason in str(found)
+
+
+def test_o4_is_for_cuda_and_says_so() -> None:
+    four = spec(optimize="O4")
+    assert "on CUDA GPUs alone, and there is none here; take O3" in str(
+        OPTIMUM.machine_refusal(four, Machine(**vars(GPU) | {"gpus": ()}))
+    )
+    assert OPTIMUM.machine_refusal(four, GPU) is None and OPTIMUM.device_refusal(four, CUDA, GPU) is None
+    assert "take O3" in str(OPTIMUM.device_refusal(four, CPU, GPU))
+    assert "onnxruntime-gpu, its package for CUDA, is not installed" in str(OPTIMUM.device_refusal(four, CUDA, HERE))
+
+
+def test_rounded_weights_are_not_stored_as_floats() -> None:
+    assert "would store rounded weights at full size" in str(OPTIMUM.grid_refusal(Grids(GRIDS["int8"]), spec()))
+    assert OPTIMUM.grid_refusal(Grids(), spec()) is None
+
+
+def test_without_its_toolchain_it_serves_and_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    assert OPTIMUM.missing() is None
+    assert "run `featherweight doctor --install optimum`" in str(OPTIMUM.unwritable())
+    checks = {check.name: check for check in [*doctor._engines(HERE), *doctor._toolchains()]}
+    assert checks["engine onnxruntime"].state == "missing"
+    assert checks["toolchain optimum"].remedy == "run `featherweight doctor --install optimum`"
+    with pytest.raises(RecipeError, match="unknown toolchain 'optimun'; did you mean 'optimum'"):
+        doctor.install_toolchain("optimun")
+
+
+def test_a_toolchain_that_does_not_install_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr("featherweight.system.toolchains.subprocess.run", lambda command, **_: ran.append(command) or failed)
+    with pytest.raises(ToolchainError, match="toolchain 'optimum' could not be installed"):
+        doctor.install_toolchain("optimum")
+    assert ran[0][-3:] == ["--toolchain", "optimum", "--retry"]
+
+
+def test_rotary_embeddings_are_said_in_the_older_words_too() -> None:
+    linear = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    found = mends.mended({"model_type": "llama", "rope_parameters": linear})
+    assert (found["rope_theta"], found["rope_scaling"]) == (5e5, {"rope_type": "linear", "factor": 2.0})
+    plain = mends.mended({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}})
+    assert (plain["rope_theta"], plain["rope_scaling"], plain["partial_rotary_factor"]) == (1e4, None, 0.5)
+    assert mends.mended({"model_type": "bert"}) == {"model_type": "bert"}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_an_encoder_decoder_computes_writes_and_ends_as_pytorch(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from featherweight.runtimes.generation_settings import GenerationSettings
+    from featherweight.runtimes.interface import Limits
+    from featherweight.text.documents import Document, write_documents
+    from tasks.compile import compile
+    from tests.support.families import WORDS, family_checkpoint
+
+    checkpoint, text, out = family_checkpoint("t5", tmp_path / "checkpoint"), tmp_path / "text", tmp_path / "out"
+    settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.3}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
+    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
+    out.mkdir()
+    metrics = compile(spec(optimize="O3", max_tokens=48), checkpoint=checkpoint, calibration=text, out=out)
+    assert metrics["parity_max_abs"] < 1e-3
+    engine = OPTIMUM.loaded_model()(out, Serving.read(out), Limits(1, 48, 4))
+    asked = GenerationSettings.read(out)
+    model, prompts = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval(), [[9, 8, 7, 6], [12, 5, 9, 2, 20]]
+    for prompt, found in zip(prompts, engine.answer(prompts, 12, asked.values), strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)[0, 1:].tolist()
+        assert found == theirs[: theirs.index(2)] if 2 in theirs else found == theirs
