@@ -164,16 +164,20 @@ def test_a_server_is_forked_of_one_that_was_imported_and_ends_with_its_cell(tmp_
     told += "fork._start_quickly = lambda: None; fork.main()"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{vllm_client.ROOT}"}
     with subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        with pytest.MonkeyPatch.context() as patch, (tmp_path / "log").open("w+b") as log:
-            patch.setenv(vllm_client.SOCKET, str(address))
-            server = vllm_client.Server(["--port", "1"], dict(environment), log)
-            assert server.poll() is None
-            end_group(cast(Any, server))
-            assert server.poll() == -signal.SIGTERM
-            log.seek(0)
-            assert log.read() == b"['--port', '1']\n"
-        process.kill()
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            with pytest.MonkeyPatch.context() as patch, (tmp_path / "log").open("w+b") as log:
+                patch.setenv(vllm_client.SOCKET, str(address))
+                server = vllm_client.Server(["--port", "1"], dict(environment), log)
+                assert server.poll() is None
+                ends = time.monotonic() + 30
+                while not (tmp_path / "log").read_bytes().endswith(b"\n") and time.monotonic() < ends:
+                    time.sleep(0.02)
+                end_group(cast(Any, server))
+                assert server.poll() == -signal.SIGTERM
+                assert (tmp_path / "log").read_bytes() == b"['--port', '1']\n"
+        finally:
+            process.kill()
 
 
 def test_the_page_tells_each_defect(tmp_path: Path) -> None:
