@@ -59,7 +59,7 @@ class Optimum(Runtime[OptimumSpec]):
 
     def bound(self, serving: Serving) -> Bound:
         """Floats: see bounds; O3's tanh in the place of GELU's error function, and O4's float16, are rounding of their own."""
-        return {"O3": HALF, "O4": HALF}.get(serving.options.get("optimize", ""), EXACT)
+        return {"O4": HALF}.get(serving.options.get("optimize", ""), EXACT)
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
         from featherweight.runtimes.optimum.bytes_read import held_tensors
