@@ -58,7 +58,7 @@ class Optimum(Runtime[OptimumSpec]):
         write(spec, source, out)
 
     def bound(self, serving: Serving) -> Bound:
-        """Floats: see bounds; O3's tanh in the place of GELU's error function, and O4's float16, are rounding of their own."""
+        """Floats: see bounds; O4 computes in float16."""
         return {"O4": HALF}.get(serving.options.get("optimize", ""), EXACT)
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
