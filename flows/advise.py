@@ -29,6 +29,7 @@ class Described:
     gpu_memory_gib: float | None = None
     compute_capability: str | None = None
     memory_gib: float | None = None
+    cards: str = ""
 
 
 def share_of(text: str) -> float | None:
@@ -45,7 +46,8 @@ def advice_on(name: str, machine: Described, asked: Asked, max_loss: str, task: 
     """The advice on a checkpoint that a user names. Raises CheckpointError, RecipeError, ToolchainError."""
     source = source_named(name)
     facts = facts_named(source, cast("Task | None", _known(task, get_args(Task), "--task")))
-    there, here = machine_asked(machine.gpus, machine.gpu_memory_gib, machine.compute_capability, machine.memory_gib)
+    described = (machine.gpus, machine.gpu_memory_gib, machine.compute_capability, machine.memory_gib)
+    there, here = machine_asked(*described, machine.cards)
     device = cast("Wanted", _known(machine.device, get_args(Wanted), "--device"))
     return advise(question_of(source, facts, there, here, device, asked, share_of(max_loss), workspace))
 

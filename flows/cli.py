@@ -54,6 +54,29 @@ _printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
 
 
 @app.command(epilog=EXIT_CODES)
+def init(
+    checkpoint: Annotated[str, typer.Argument(help="What to start from, as in advise; six questions where omitted.")] = "",
+    text: Annotated[str | None, typer.Option(help="A file, folder or s3:// prefix of text like what it will read.")] = None,
+    use: Annotated[str, typer.Option("--for", help="one (a request at a time), users:N (so many at once) or batch:N.")] = "one",
+    machine: Annotated[str, typer.Option(help="Where it is to be served: this, cpu, or GPUs such as L4 or 2xH100.")] = "this",
+    max_loss: Annotated[str, typer.Option(help="Loss of quality allowed, such as 1%; none for no bound.")] = "1%",
+    budget: Annotated[str, typer.Option(help="How long the optimization may take, such as 10m.")] = "10m",
+    out: Annotated[Path, typer.Option(help="The recipe's file.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    workspace: WorkspaceOpt = HERE,
+) -> None:
+    """Write a recipe with its reasons as comments: asks six questions, or none where the checkpoint is given."""
+    from flows.composed import Wanted
+    from flows.init import answers, asker, next_step, write_recipe
+
+    wanted = Wanted(text, budget, max_loss, use, machine)
+    if not checkpoint:
+        checkpoint, wanted = answers(asker(), wanted)
+    made = write_recipe(checkpoint, wanted, out, workspace, force)
+    typer.echo(f"{out}: {len(made.recipe.variants or ())} variants; {next_step(wanted, out)}")
+
+
+@app.command(epilog=EXIT_CODES)
 def optimize(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006 - typer wants a plain default

@@ -9,11 +9,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from featherweight.errors import RecipeError
+from featherweight.errors import DataError, RecipeError
 from featherweight.recipe.advice.composing import Composed, compose
 from featherweight.recipe.advice.expected import Asked
+from featherweight.recipe.advice.hardware import with_cards
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
+from featherweight.system.device import CPU, CUDA
+from featherweight.system.machine import describe
+from featherweight.text.sources import STDLIB
 from flows.advise import Described, advice_on
 
 RECIPES = (".yaml", ".yml")
@@ -23,11 +27,16 @@ FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is said beside a checkpoint, in a user's words."""
+    """What is said beside a checkpoint, in a user's words.
+
+    use: 'one' request at a time, 'users:N' at once, 'batch:N'. machine: that is to serve it, 'this', 'cpu' or GPUs by their name.
+    """
 
     text: str | None = None
     budget: str = "10m"
     max_loss: str = "1%"
+    use: str = "one"
+    machine: str = "this"
 
 
 def seconds_of(text: str) -> float:
@@ -38,17 +47,41 @@ def seconds_of(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def text_named(text: str | None) -> str | None:
+    """A source of text with its whole path, None for Python's own, which is taken where none is named. Raises DataError."""
+    if not text or text in ("none", STDLIB):
+        return None
+    there = Path(text).expanduser()
+    if there.exists() or text.startswith("s3://"):
+        return str(there.absolute()) if there.exists() else text
+    raise DataError(f"--text {text}: there is no such file or folder; give one, or s3://BUCKET/PREFIX")
+
+
+def use_of(text: str) -> Asked:
+    """'one', 'users:16' or 'batch:8' as a workload. Raises RecipeError."""
+    found = re.fullmatch(r"one|(users|batch):([1-9]\d{0,4})", text.strip())
+    if found is None:
+        raise RecipeError(f"--for {text}: give one, users:N or batch:N, such as users:16")
+    return Asked(sequences=int(found[2] or 1), concurrent=found[1] == "users")
+
+
+def machine_named(text: str) -> Described:
+    """'this', 'cpu', or GPUs such as 'L4' and '2xH100', which count as those of another machine. Raises RecipeError."""
+    if text in ("this", CPU):
+        return Described(device="auto" if text == "this" else CPU)
+    with_cards(describe(), text)
+    return Described(device=CUDA, cards=text)
+
+
 def is_recipe(argument: str) -> bool:
     """Whether it is a recipe, and not a checkpoint: by its name."""
     return Path(argument).suffix in RECIPES
 
 
 def composed(argument: str, wanted: Wanted, workspace: Path) -> Composed:
-    """The recipe for a checkpoint. Raises CheckpointError, RecipeError."""
-    advice = advice_on(argument, Described(), Asked(), wanted.max_loss, None, workspace)
-    text = wanted.text
-    if text and (there := Path(text).expanduser()).exists():
-        text = str(there.absolute())
+    """The recipe for a checkpoint. Raises CheckpointError, DataError, RecipeError."""
+    text = text_named(wanted.text)
+    advice = advice_on(argument, machine_named(wanted.machine), use_of(wanted.use), wanted.max_loss, None, workspace)
     return compose(advice, seconds_of(wanted.budget), text)
 
 

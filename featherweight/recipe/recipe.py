@@ -109,8 +109,8 @@ class Recipe(Spec):
     an encoder's vectors (feature-extraction), labels of texts or pairs of them, labels of words.
     device: where every stage computes and every variant, the baseline too, is served: 'auto' is the GPU where there is one. An
     alternative of the last stage may say otherwise for itself.
-    advice: of a recipe that was composed from advice, the new tokens per second that were expected of its variants at batch 1, what
-    was to win first. It plays no role in the run; the report holds it against what was measured.
+    advice: of a recipe that was composed from advice, the new tokens per second that were expected of its variants at the
+    objective's batch size, what was to win first. It plays no role in the run; the report holds it against what was measured.
     """
 
     quiet = frozenset({"device", "advice"})

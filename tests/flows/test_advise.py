@@ -36,7 +36,11 @@ def safetensors(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
+    return headers_alone(tmp_path_factory.mktemp("tiny"))
+
+
+def headers_alone(folder: Path) -> Path:
+    """A Llama of which nothing but the headers tells anything."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
     body = {f"model.layers.{i}.mlp.{name}_proj.weight": (96, 64) for i in (0, 1) for name in ("up", "gate")}

@@ -15,7 +15,7 @@ from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.recipe.advice.candidates import Question
 from featherweight.recipe.advice.expected import LENGTHS, Asked
-from featherweight.recipe.advice.hardware import described, roofs_of
+from featherweight.recipe.advice.hardware import described, roofs_of, with_cards
 from featherweight.recipe.advice.measured import measured_before
 from featherweight.spec import Task
 from featherweight.system.device import Wanted, resolve
@@ -52,10 +52,12 @@ def _with_grid(facts: CheckpointFacts) -> CheckpointFacts:
     return facts if grid is None else replace(facts, grids={"model.layers.0.body.weight": grid})
 
 
-def machine_asked(gpus: int | None, gpu_gib: float | None, capability: str | None, gib: float | None) -> tuple[Machine, bool]:
-    """The machine that is asked about, and whether it is this one."""
+def machine_asked(
+    gpus: int | None, gpu_gib: float | None, capability: str | None, gib: float | None, cards: str = ""
+) -> tuple[Machine, bool]:
+    """The machine that is asked about, and whether it is this one. cards: GPUs by their name, such as '2xL4'."""
     here = describe()
-    asked = described(here, gpus, gpu_gib, capability_of(capability), gib)
+    asked = described(with_cards(here, cards) if cards else here, gpus, gpu_gib, capability_of(capability), gib)
     return asked, asked == here
 
 

@@ -209,7 +209,7 @@ def _tree(question: Question, tries: list[Try], text: str | None) -> dict[str, A
         "variants": [_line(one) for one in tries],
         "workload": _workload(question),
         **({} if question.max_loss is None else {"constraints": {"max_quality_loss": question.max_loss}}),
-        "objective": "speedup@1",
+        "objective": f"speedup@{question.asked.sequences}",
         "advice": {one.name: round(one.speed, 1) for one in sorted(tries, key=lambda one: _rank(question, one), reverse=True)},
         "promote": {"model": name, "stage": "staging"},
     }

@@ -5,10 +5,12 @@ This machine's CPU is measured, in half a second; a GPU is known by its data she
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
+from featherweight.errors import RecipeError, nearest
 from featherweight.recipe.cost import machine_speeds
 from featherweight.runtimes.offers import Numbers
 from featherweight.system.device import CPU, Device
@@ -45,30 +47,32 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A GPU's data sheet: terabytes per second, teraflops without sparsity. fp8: 0 where it is computed in 16 bits."""
+    """A GPU's data sheet: terabytes per second, teraflops without sparsity, GiB. fp8: 0 where it is computed in 16 bits."""
 
     bandwidth: float
     float32: float
     float16: float
     int8: float
     fp8: float = 0.0
+    gib: float = 80.0
+    capability: Capability = (9, 0)
 
 
 # NVIDIA's data sheets, dense figures.
 CARDS: Mapping[str, Sheet] = {
-    "B200": Sheet(8.0, 80, 2250, 4500, 4500),
-    "H200": Sheet(4.8, 67, 989, 1979, 1979),
-    "H100 NVL": Sheet(3.9, 60, 835, 1671, 1671),
+    "B200": Sheet(8.0, 80, 2250, 4500, 4500, gib=180, capability=(10, 0)),
+    "H200": Sheet(4.8, 67, 989, 1979, 1979, gib=141, capability=(9, 0)),
+    "H100 NVL": Sheet(3.9, 60, 835, 1671, 1671, gib=94, capability=(9, 0)),
     "H100 PCIe": Sheet(2.0, 51, 756, 1513, 1513),
     "H100": Sheet(3.35, 67, 989, 1979, 1979),
-    "A100": Sheet(2.0, 19.5, 312, 624),
-    "L40S": Sheet(0.864, 91, 362, 733, 733),
-    "L4": Sheet(0.3, 30, 121, 242, 242),
-    "A10": Sheet(0.6, 31, 125, 250),
-    "T4": Sheet(0.32, 8.1, 65, 130),
-    "RTX 5090": Sheet(1.79, 105, 210, 838, 419),
-    "RTX 4090": Sheet(1.01, 82.6, 165, 661, 330),
-    "RTX 3090": Sheet(0.936, 35.6, 71, 284),
+    "A100": Sheet(2.0, 19.5, 312, 624, gib=80, capability=(8, 0)),
+    "L40S": Sheet(0.864, 91, 362, 733, 733, gib=48, capability=(8, 9)),
+    "L4": Sheet(0.3, 30, 121, 242, 242, gib=24, capability=(8, 9)),
+    "A10": Sheet(0.6, 31, 125, 250, gib=24, capability=(8, 6)),
+    "T4": Sheet(0.32, 8.1, 65, 130, gib=16, capability=(7, 5)),
+    "RTX 5090": Sheet(1.79, 105, 210, 838, 419, gib=32, capability=(12, 0)),
+    "RTX 4090": Sheet(1.01, 82.6, 165, 661, 330, gib=24, capability=(8, 9)),
+    "RTX 3090": Sheet(0.936, 35.6, 71, 284, gib=24, capability=(8, 6)),
 }
 """By a part of the card's name, the more particular one first."""
 TYPICAL: tuple[tuple[Capability, str], ...] = (
@@ -113,6 +117,17 @@ def _cpu(machine: Machine, here: bool) -> Roofs:
     cache = min(last_cache_bytes(), COUNTED_ON)
     source = "measured on this machine" if here else "this machine's CPU, as that of the other is not known"
     return Roofs(CPU, machine.memory_bytes, bandwidth, flops, cache_bytes=cache, source=source)
+
+
+def with_cards(machine: Machine, name: str) -> Machine:
+    """`machine` with so many of the GPUs that 'L4' or '2xH100' names, as their data sheet tells. Raises RecipeError."""
+    many = re.fullmatch(r"([1-9]\d*)\s*x\s*(.+)", name)
+    count, card = (int(many[1]), many[2]) if many else (1, name)
+    found = {one.lower(): one for one in CARDS}.get(card.strip().lower())
+    if found is None:
+        raise RecipeError(f"{name} is no GPU that is known, such as L4 or 2xH100; {nearest(card.strip(), sorted(CARDS))}")
+    sheet = CARDS[found]
+    return replace(machine, gpus=(Gpu(found, int(sheet.gib * 2**30), sheet.capability),) * count)
 
 
 def described(
