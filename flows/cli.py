@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import traceback
 from contextvars import ContextVar
@@ -24,7 +25,6 @@ app = typer.Typer(
     name="featherweight",
     help="Turns a transformer checkpoint into the lightest variant that still does the job, and promotes it.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -50,10 +50,11 @@ SmokeOpt = Annotated[
 ]
 ModelArg = Annotated[str, typer.Argument(help="A registered model, such as 'stories', 'stories@champion' or 'stories/3'.")]
 HERE = Path(".featherweight")
+BEGIN, LOOK, DECIDE, RUN = "Optimize", "Look at what came of it", "Decide", "Serve and keep"
 _printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def init(
     checkpoint: Annotated[str, typer.Argument(help="What to start from, as in advise; six questions where omitted.")] = "",
     text: Annotated[str | None, typer.Option(help="A file, folder or s3:// prefix of text like what it will read.")] = None,
@@ -76,7 +77,7 @@ def init(
     typer.echo(f"{out}: {len(made.recipe.variants or ())} variants; {next_step(wanted, out)}")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def optimize(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006 - typer wants a plain default
@@ -111,7 +112,7 @@ def optimize(
     require_winner(result)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def plan(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006
@@ -136,7 +137,7 @@ def plan(
         _console().print(plan_tree(shown), highlight=False)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def advise(
     checkpoint: Annotated[
         str, typer.Argument(help="A folder, a GGUF file, an adapter, hf:ORG/NAME, s3://..., models:/NAME@ALIAS.")
@@ -168,7 +169,7 @@ def advise(
         _console().print(advice_view(advice), highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def variants(
     run: Annotated[str, typer.Argument(help="An optimization's MLflow run id; the latest where omitted.")] = "",
     workspace: WorkspaceOpt = HERE,
@@ -190,7 +191,7 @@ def variants(
         typer.echo("\n".join(result.note_lines), nl=bool(result.note_lines))
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
 def lineage(
     model: ModelArg,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute every digest; exit 9 where any is altered or gone.")] = False,
@@ -216,7 +217,7 @@ def lineage(
     found.raise_if_wrong()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def compare(
     a: ModelArg,
     b: Annotated[str, typer.Argument(help="Another; a bare number, or @ALIAS, is a version of the same model.")],
@@ -229,7 +230,7 @@ def compare(
     _tell(compared(_workspace(workspace), a, b), as_json)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
 def reproduce(
     model: ModelArg,
     into: Annotated[Path | None, typer.Option(help="The new workspace; reproduced/NAME-VERSION where omitted.")] = None,
@@ -246,7 +247,7 @@ def reproduce(
     found.raise_if_wrong()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def impact(
     checkpoint: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="Digest (or its start) or source of a checkpoint.")] = "",
     data: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="The same of a text.")] = "",
@@ -260,7 +261,7 @@ def impact(
     _tell(depending(_workspace(workspace), checkpoint, data, library), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def history(
     model: ModelArg,
     repair: Annotated[bool, typer.Option("--repair", help="Where its end was cut off: let what is left count.")] = False,
@@ -273,7 +274,7 @@ def history(
     _tell(history_of(_workspace(workspace), model, repair), as_json)
 
 
-@app.command(name="audit", epilog=EXIT_CODES)
+@app.command(name="audit", epilog=EXIT_CODES, rich_help_panel=LOOK)
 def audit_models(
     model: Annotated[str, typer.Argument(help="A registered model.")] = "",
     every: Annotated[bool, typer.Option("--all", help="All registered models.")] = False,
@@ -292,7 +293,7 @@ def audit_models(
     found.raise_if_wrong()
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def keys(action: Annotated[str, typer.Argument(help="init: make a key pair that signs from now on.")]) -> None:
     """Make the key pair that signs what is registered and decided here. Others trust its public key as trusted/NAME.pem."""
     from featherweight.registry.keys import Keys
@@ -302,7 +303,7 @@ def keys(action: Annotated[str, typer.Argument(help="init: make a key pair that 
     typer.echo(f"public key: {Keys.here().make()}")
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def promote(
     model: ModelArg,
     to: Annotated[str, typer.Option("--to", help="staging, production, archived or none.")] = "production",
@@ -318,7 +319,7 @@ def promote(
     _tell(promote_by_hand(_workspace(workspace), model, to, why, force, smoke), as_json)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=DECIDE)
 def approve(
     model: ModelArg,
     why: Annotated[str, typer.Option("--why", help="The reason, kept in the history with your name.")],
@@ -333,7 +334,7 @@ def approve(
     _tell(approve_by_hand(_workspace(workspace), model, why, refuse, smoke), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def rollback(
     model: ModelArg, why: WhyOpt = "rolled back by hand", workspace: WorkspaceOpt = HERE, as_json: JsonOpt = False
 ) -> None:
@@ -343,7 +344,7 @@ def rollback(
     _tell(roll_back_by_hand(_workspace(workspace), model, why), as_json)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
 def serve(
     model: ModelArg,
     host: Annotated[str, typer.Option(help="Where to listen; set a token where others can reach it.")] = "127.0.0.1",
@@ -362,7 +363,7 @@ def serve(
     serve_version(_workspace(workspace), model, host, port, every, as_json)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def watch(
     source: Annotated[
         str,
@@ -405,7 +406,7 @@ def watch(
         raise StageError(f"{len(failed)} of {len(seen)} arrivals failed, first {failed[0]['source']}: {failed[0]['error']}")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def doctor(
     as_json: JsonOpt = False,
     install: Annotated[str, typer.Option(metavar="NAME", help="Install this toolchain, and look at nothing.")] = "",
@@ -425,7 +426,7 @@ def doctor(
         raise typer.Exit(found.exit_code)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def ui(
     workspace: WorkspaceOpt = HERE,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
@@ -440,6 +441,7 @@ def ui(
 
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
@@ -448,6 +450,10 @@ def _options(
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        from flows.next_step import look, told
+
+        typer.echo(told(look(Path(), Path(os.environ.get("FEATHERWEIGHT_WORKSPACE") or HERE))))
 
 
 def main() -> None:
