@@ -406,6 +406,21 @@ def watch(
         raise StageError(f"{len(failed)} of {len(seen)} arrivals failed, first {failed[0]['source']}: {failed[0]['error']}")
 
 
+@app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
+def gc(
+    older: Annotated[str, typer.Option(help="What is younger stays, such as 30d.")] = "30d",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only told.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Tell what of the store may go, and what comes free: never what is deployed, decided about, in use, or a parent of those."""
+    from featherweight.registry.retention import collect
+    from featherweight.system.user import user_name
+    from flows.composed import seconds_of
+
+    _tell(collect(_workspace(workspace), seconds_of(older, "--older"), user_name(), remove=yes), as_json)
+
+
 @app.command(rich_help_panel=RUN)
 def doctor(
     as_json: JsonOpt = False,

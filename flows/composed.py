@@ -21,7 +21,7 @@ from featherweight.text.sources import STDLIB
 from flows.advise import Described, advice_on
 
 RECIPES = (".yaml", ".yml")
-UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 FILE = "recipe.yaml"
 
 
@@ -39,11 +39,11 @@ class Wanted:
     machine: str = "this"
 
 
-def seconds_of(text: str) -> float:
-    """'10m', '90s', '1.5 h' or a number of seconds. Raises RecipeError."""
+def seconds_of(text: str, option: str = "--budget") -> float:
+    """'10m', '90s', '1.5 h', '30d' or a number of seconds. Raises RecipeError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip())
     if found is None or found[2] not in UNITS:
-        raise RecipeError(f"--budget {text}: give a time, such as 90s, 10m or 1h")
+        raise RecipeError(f"{option} {text}: give a time, such as 90s, 10m, 1h or 30d")
     return float(found[1]) * UNITS[found[2]]
 
 

@@ -21,6 +21,7 @@ from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from featherweight.system.environment import QUIET
+from featherweight.system.locks import locked_file
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.system.servers import check_url
 from featherweight.system.user import user_name
@@ -55,8 +56,12 @@ class ParentRun:
 def open_parent_run(
     recipe: Recipe, plan: Plan, workspace: Workspace, progress: ProgressChannel, extra_tags: Mapping[str, str]
 ) -> Iterator[ParentRun]:
-    """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down."""
-    with mlflow_explained(workspace.tracking_uri):
+    """The parent run of one optimization: FINISHED, FAILED or KILLED in the end. Raises ServiceError if MLflow is down.
+
+    Until then nothing is collected that it may use: by the lock in its workspace, elsewhere by the run, which is there before it
+    looks for anything.
+    """
+    with mlflow_explained(workspace.tracking_uri), locked_file(workspace.in_use, shared=True):
         client = connect(workspace)
         experiment = workspace.experiment(client, recipe.name)
         _bury_the_dead(client, experiment)

@@ -115,9 +115,9 @@ def is_cached(key: str, workspace: Workspace) -> bool:
         return False
     try:
         workspace.materialize(ref)
+        return workspace.is_stored(ref)
     except (IntegrityError, ServiceError):
         return False
-    return True
 
 
 def method(spec: Spec) -> str:

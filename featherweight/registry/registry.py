@@ -28,7 +28,7 @@ from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel
 from featherweight.registry.witness import lost, witness, witnessed_fault
 from featherweight.store.mlflow_errors import MISSING, mlflow_explained
 from featherweight.store.served_folder import Serving
-from featherweight.store.tracking import open_client
+from featherweight.store.tracking import open_artifacts, open_client
 from featherweight.store.workspace import local_path
 from featherweight.system.servers import check_url
 
@@ -403,9 +403,7 @@ class Registry:
             self.client.delete_logged_model(logged.model_id)
 
     def _artifacts(self, uri: str) -> Any:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        return get_artifact_repository(uri, tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+        return open_artifacts(uri, self.tracking_uri)
 
     def _service(self) -> AbstractContextManager[None]:
         return mlflow_explained(self.tracking_uri, files=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.system.locks import locked_file
 
@@ -25,6 +25,13 @@ def open_client(tracking_uri: str) -> MlflowClient:
         if tracking_uri.startswith("sqlite:"):
             client.search_experiments(max_results=1)
         return client
+
+
+def open_artifacts(uri: str, tracking_uri: str) -> Any:
+    """MLflow's repository of the artifacts below a URI."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(uri, tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
 def _turn(tracking_uri: str) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.store.artifact import MANIFEST, ArtifactRef, Manifest, verify
 from featherweight.store.mlflow_errors import mlflow_explained
-from featherweight.store.tracking import open_client
+from featherweight.store.tracking import open_artifacts, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,6 +43,11 @@ class Workspace:
         except OSError as error:
             raise ServiceError(f"cannot create the workspace {root}: {error.strerror}") from error
         return cls(root, os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}")
+
+    @property
+    def in_use(self) -> Path:
+        """The file by whose lock an optimization holds what it may use, so that nothing of it is collected (see retention)."""
+        return self.root / "in-use.lock"
 
     def client(self) -> MlflowClient:
         """A client of the tracking server, registry included."""
@@ -136,9 +141,19 @@ class Workspace:
         cached = self.root / "cache" / ref.digest
         if not cached.exists():
             self._download(ref, cached)
-        elif check:
-            verify(cached, ref.digest)
+        else:
+            with suppress(PermissionError):  # of somebody else, who keeps what is used by others as well
+                os.utime(cached)
+            if check:
+                verify(cached, ref.digest)
         return cached
+
+    def is_stored(self, ref: ArtifactRef) -> bool:
+        """Whether a remote store has the artifact still, of which a copy may lie here; a local one is looked at when it is used."""
+        if local_path(ref.uri) is not None:
+            return True
+        with mlflow_explained(self.tracking_uri, files=True):
+            return any(one.path == MANIFEST for one in open_artifacts(ref.uri, self.tracking_uri).list_artifacts())
 
     def _download(self, ref: ArtifactRef, cached: Path) -> None:
         from mlflow.artifacts import download_artifacts
