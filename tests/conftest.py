@@ -16,6 +16,7 @@ import pytest
 from featherweight.system import device
 from featherweight.system.machine import gpus
 from featherweight.system.processes import free_port
+from featherweight.system.services import prefect_server
 from tests.support import started
 
 SILENT = {
@@ -120,16 +121,20 @@ def without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def harness() -> Iterator[None]:
-    """A Prefect server of the session's own; flows called in this process go there."""
-    from prefect.testing.utilities import prefect_test_harness
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Prefect server of the session's own, and the folder of its files; flows called in this process go there."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
+    root = tmp_path_factory.mktemp("prefect")
+    with prefect_server(root, services=True) as server:
+        del os.environ["PREFECT_API_URL"]  # commands start servers of their own, unless they ask for this one
+        server.wait()
+        with temporary_settings({PREFECT_API_URL: f"{server.url}/api"}):
+            yield root
 
 
 @pytest.fixture
-def named_prefect(harness: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def named_prefect(harness: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The session's Prefect server, for commands too: each would start one of its own, which takes longer than small stages."""
     from prefect.settings import get_current_settings
 

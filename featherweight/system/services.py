@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from featherweight.system import fresh_tables
 from featherweight.system.locks import locked_file
 from featherweight.system.processes import free_port
 from featherweight.system.servers import LOCAL, await_url, check_url, start, stop
@@ -59,7 +60,7 @@ def prefect_server(root: Path, services: bool = False, port: int | None = None) 
         try:
             yield PrefectServer(f"http://{LOCAL}:{port}", process, log, came_up)
         finally:
-            del os.environ["PREFECT_API_URL"]
+            os.environ.pop("PREFECT_API_URL", None)
             stop(process)
 
 
@@ -67,19 +68,32 @@ def _alone_the_first_time(root: Path, lock: ExitStack) -> Callable[[], None]:
     """Let no other process start a server in the workspace until this one is up, unless one of this Prefect's version has been.
 
     The first one makes the tables, and two that make them at once both fail. What is returned is to be called when it is up.
+    Where an earlier workspace's tables could be copied there is nothing to make.
     """
-    home = Path(os.environ.get("PREFECT_HOME") or root / "prefect")
+    home = _home(root)
     done = home / f".tables-of-{version('prefect')}"
     if done.exists():
         return lock.close
     home.mkdir(parents=True, exist_ok=True)
     lock.enter_context(locked_file(home / ".tables.lock"))
+    database = home / "prefect.db"
+    fresh = not database.exists()
+    if fresh_tables.place(database):
+        done.touch()
+        return lock.close
 
     def came_up() -> None:
+        if fresh:
+            fresh_tables.keep(database)
         done.touch()
         lock.close()
 
     return came_up
+
+
+def _home(root: Path) -> Path:
+    """Where Prefect keeps its own files."""
+    return Path(os.environ.get("PREFECT_HOME") or root / "prefect")
 
 
 def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Popen[bytes]:
@@ -90,6 +104,7 @@ def start_prefect(root: Path, port: int, services: bool = True) -> subprocess.Po
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOCAL, "--port", str(port)]
     environment = {
         "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(_home(root)),
         "PREFECT_UI_API_URL": f"http://{LOCAL}:{port}/api",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOCAL}:{port}",  # any page in the user's browser could call it else
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ __all__ = ["desk"]
 
 
 @pytest.mark.parametrize("approve", [True, False])
-def test_a_suspended_run_goes_on_with_the_answer(harness: None, desk: Bench, approve: bool) -> None:
+def test_a_suspended_run_goes_on_with_the_answer(harness: Path, desk: Bench, approve: bool) -> None:
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.exceptions import Pause

@@ -29,7 +29,7 @@ KILLS = COUNT * 3 // 10
 
 
 @pytest.mark.slow
-def test_each_is_optimized_once_and_none_is_lost(harness: None, s3_server, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_each_is_optimized_once_and_none_is_lost(harness: Path, s3_server, tiny_checkpoint: Path, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     ledger.mkdir()
     faults = Faults(0.1)

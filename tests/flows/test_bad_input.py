@@ -131,7 +131,7 @@ def want_code(folder: Path) -> None:
     ],
 )
 def test_a_bad_checkpoint(
-    harness: None, checkpoint: Path, text: Path, tmp_path: Path, harm: Callable[[Path], None], words: str
+    harness: Path, checkpoint: Path, text: Path, tmp_path: Path, harm: Callable[[Path], None], words: str
 ) -> None:
     harm(checkpoint)
     error = refusal(recipe_for(checkpoint, text), tmp_path / "workspace")
@@ -139,13 +139,13 @@ def test_a_bad_checkpoint(
     assert words in str(error)
 
 
-def test_empty_text(harness: None, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_empty_text(harness: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for path in text.iterdir():
         path.write_text("")
     assert isinstance(refusal(recipe_for(checkpoint, text), tmp_path / "workspace"), DataError)
 
 
-def test_evaluation_text_in_the_calibration_text(harness: None, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_evaluation_text_in_the_calibration_text(harness: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     held = tmp_path / "held"
     held.mkdir()
     for number in range(5):
@@ -161,7 +161,7 @@ def test_evaluation_text_in_the_calibration_text(harness: None, checkpoint: Path
 
 
 def test_s3_with_wrong_credentials_and_a_missing_bucket(
-    harness: None, s3_server, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: Path, s3_server, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = refusal(recipe_for("s3://no-such-bucket/model", text), tmp_path / "one")
     assert isinstance(error, ServiceError)
@@ -172,7 +172,7 @@ def test_s3_with_wrong_credentials_and_a_missing_bucket(
     assert "credentials" in str(error)
 
 
-def test_a_full_disk(harness: None, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_a_full_disk(harness: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """A file system of three megabytes takes the stores, not the artifacts."""
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -106,7 +106,7 @@ def test_the_recorded_peak_counts_the_processes_that_train(tiny_checkpoint: Path
 
 
 def test_nan_weights_cost_their_own_variant_only(
-    tiny_checkpoint: Path, tmp_path: Path, harness: None, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, harness: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import Flow
 

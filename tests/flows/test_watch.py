@@ -70,7 +70,7 @@ def statuses(seen: list[dict]) -> dict[str, str]:
 
 @pytest.mark.engine
 def test_a_checkpoint_on_s3_is_optimized_once(
-    harness: None, tiny_checkpoint: Path, s3_server, recipe: Path, tmp_path: Path
+    harness: Path, tiny_checkpoint: Path, s3_server, recipe: Path, tmp_path: Path
 ) -> None:
     source, root, place = f"s3://{s3_server.bucket}/checkpoints", tmp_path / "workspace", s3_server.folder / "checkpoints" / "one"
     place.mkdir(parents=True)
@@ -97,7 +97,7 @@ def stand_in(recipe: str, overrides: list, source: str, workspace: str, tags: di
 
 
 def test_one_that_fails_costs_itself_only_and_is_quarantined(
-    harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harness: Path, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows import watch
 
@@ -121,7 +121,7 @@ def test_one_that_fails_costs_itself_only_and_is_quarantined(
     assert statuses(look(drop, recipe, root, tries=3, backoff_s=0.0))["bad"] == "failed"  # a further try was granted
 
 
-def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_died_is_taken_up_again(harness: Path, tiny_checkpoint: Path, recipe: Path, tmp_path: Path, monkeypatch) -> None:
     """Whoever began it is gone: known at once on this machine, by its silence where nobody here can know."""
     from prefect.states import Pending, Running
 
@@ -157,7 +157,7 @@ def test_what_died_is_taken_up_again(harness: None, tiny_checkpoint: Path, recip
     assert statuses(look(tmp_path / "drop", recipe, tmp_path / "workspace")) == {"one": "done"}
 
 
-def test_the_slot_of_a_look_that_died_is_free_at_once(harness: None) -> None:
+def test_the_slot_of_a_look_that_died_is_free_at_once(harness: Path) -> None:
     """The next ones would be cancelled until its lease has run out."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.states import Pending, Running
@@ -184,7 +184,7 @@ def test_the_slot_of_a_look_that_died_is_free_at_once(harness: None) -> None:
     assert runs.free_dead() == 1 and begun()[1] == "PENDING"
 
 
-def test_who_was_taken_for_dead_decides_nothing(harness: None) -> None:
+def test_who_was_taken_for_dead_decides_nothing(harness: Path) -> None:
     from prefect import flow
     from prefect.context import FlowRunContext
     from prefect.states import Crashed
@@ -204,7 +204,7 @@ def test_who_was_taken_for_dead_decides_nothing(harness: None) -> None:
     assert late() == "refused"
 
 
-def test_a_teams_automations_are_set_once(harness: None) -> None:
+def test_a_teams_automations_are_set_once(harness: Path) -> None:
     """Set twice, each is there once: silent runs are told to be crashed; what goes wrong is told through a block."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.orchestration import get_client
@@ -223,7 +223,7 @@ def test_a_teams_automations_are_set_once(harness: None) -> None:
     assert "featherweight.arrival.quarantined" in found["featherweight: notifications"].trigger.expect
 
 
-def test_a_written_checkpoint_starts_a_look_and_what_fails_is_told(harness: None) -> None:
+def test_a_written_checkpoint_starts_a_look_and_what_fails_is_told(harness: Path) -> None:
     """The trigger of infra/prefect.yaml and the notifications of infra/automations.py, fired on a real Prefect server."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId

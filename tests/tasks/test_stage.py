@@ -117,7 +117,7 @@ def acting(
 
 
 @pytest.fixture
-def parent(tmp_path: Path, harness: None) -> ParentRun:
+def parent(tmp_path: Path, harness: Path) -> ParentRun:
     workspace = new_workspace(tmp_path / "workspace")
     client = workspace.client()
     experiment = workspace.experiment(client, "test")
