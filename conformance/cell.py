@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -46,8 +46,13 @@ OPTIONS: dict[tuple[str, str], dict[str, str]] = {
 }
 SAME = {(engine, FLOAT) for engine in ("torch-dynamic", "torch-static", "torchao-int8", "torchao-int8-dynamic")}
 """What rounds floats to the very grid that the quantize stage has put the others on. (torchao-int4 rounds to one of its own.)"""
-HEADS = {"vllm": None}
-"""The grid of embedding and head in the quantized checkpoint that an engine is given, where it is not the body's."""
+Rounded = tuple[str, str | None]
+"""The grids of a quantized checkpoint: of its body, and of embedding and head."""
+ROUNDED: Rounded = (INT8, INT8)
+HELD: dict[str, Rounded] = {"vllm": (INT8, None), "llama.cpp": ("int8-g32", "int8-g32")}
+"""The grids of 8 bits that an engine holds, where they are not those of the others."""
+UNFUSED = {"onnxruntime": {"optimize": None}}
+"""What an engine is told where it refuses what it does by default, and says so."""
 MUCH = 0.1
 """The share of a model's matrices that may stay in float where it is called quantized."""
 OTHER_ROUNDING = ("torch-static",)
@@ -56,7 +61,7 @@ OTHER_ROUNDING = ("torch-static",)
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a case lies: as its owner has it, as it was loaded, quantized with and without its head; and its text."""
+    """Where a case lies: as its owner has it, as it was loaded, quantized for each kind of engine; and its text."""
 
     root: Path
 
@@ -72,13 +77,13 @@ class Folders:
     def text(self) -> Path:
         return self.root / "text"
 
-    def quantized(self, head: str | None) -> Path:
-        return self.root / f"int8-{head}"
+    def quantized(self, grids: Rounded) -> Path:
+        return self.root / f"{grids[0]}-{grids[1]}"
 
     def given(self, column: str) -> Path:
         """The checkpoint that an engine is given for `column`."""
         engine, _, form = column.rpartition(" ")
-        return self.quantized(HEADS.get(engine, INT8)) if form == INT8 else self.checkpoint
+        return self.quantized(HELD.get(engine, ROUNDED)) if form == INT8 else self.checkpoint
 
     def source(self, column: str) -> str:
         """The digest of that checkpoint."""
@@ -138,8 +143,9 @@ def loaded(case: Case, folders: Folders) -> Outcome:
 
 def quantized(_: Case, folders: Folders) -> Outcome:
     """The quantize stage: every weight within half a step of its own grid, and hardly any in float."""
-    for head in (INT8, None):
-        _quantize(folders, head)
+    for grids in HELD.values():
+        shutil.rmtree(folders.quantized(grids), ignore_errors=True)  # `_give` makes them of this checkpoint
+    _quantize(folders, ROUNDED)
     if (off := _steps_off(folders)) > 0.5 + 1e-3:
         return Outcome("defect", f"a weight is {off:.2f} steps from what it was; half a step is what rounding explains")
     share, most = _in_float(folders)
@@ -150,7 +156,7 @@ def quantized(_: Case, folders: Folders) -> Outcome:
 
 def _steps_off(folders: Folders) -> float:
     """How far the weight that moved most is from the original, in steps of its grid."""
-    kept = QuantizedWeights.read(folders.quantized(INT8))
+    kept = QuantizedWeights.read(folders.quantized(ROUNDED))
     if kept is None:
         raise StageError("the quantize stage left no quantized weights")
     off = 0.0
@@ -168,22 +174,22 @@ def _in_float(folders: Folders) -> tuple[float, str]:
     """
     from torch import nn
 
-    model, kept = load_reference(folders.checkpoint), QuantizedWeights.read(folders.quantized(INT8))
+    model, kept = load_reference(folders.checkpoint), QuantizedWeights.read(folders.quantized(ROUNDED))
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     multiplied = {name: one.numel() for name, one in model.named_parameters() if one.ndim > 1 and id(one) not in looked_up}
     rest = {name: count for name, count in in_float(model, kept).items() if name in multiplied} if kept else multiplied
     return sum(rest.values()) / sum(multiplied.values()), next(iter(rest), "")
 
 
-def _quantize(folders: Folders, head: str | None) -> None:
+def _quantize(folders: Folders, grids: Rounded) -> None:
     from featherweight.quantization.spec import QuantizeSpec
     from tasks.quantize import quantize
 
-    out = folders.quantized(head)
+    out = folders.quantized(grids)
     shutil.rmtree(out, ignore_errors=True)
     out.with_suffix(".reference").unlink(missing_ok=True)
     out.mkdir()
-    spec = QuantizeSpec.of(method="rtn", grid="int8", head=head, samples=2, sequence=32)
+    spec = QuantizeSpec.of(method="rtn", grid=grids[0], head=grids[1], samples=2, sequence=32)
     quantize(spec, checkpoint=folders.checkpoint, text=folders.text, calibration=folders.text, out=out)
     keep(_reference(load_reference(out), out, folders.text), out)
 
@@ -205,13 +211,28 @@ def _asked_of_the_plan(case: Case, folders: Folders, column: str) -> Outcome | N
 def served(case: Case, folders: Folders, engine: str, form: str) -> Outcome:
     """What an engine makes of it: refused before anything is written, or written, held by the product's gate, and by ours."""
     column = f"{engine} {form}"
-    return _refused(case, folders, column) or _held(*_asked(folders, column), folders.root / f"{engine}-{form}")
+    if refused := _refused(case, folders, column):
+        return refused
+    return _held(*_taken(folders, column), folders.root / f"{engine}-{form}")
 
 
-def _asked(folders: Folders, column: str) -> tuple[Any, Any, Source]:
+def _taken(folders: Folders, column: str) -> tuple[Any, Any, Source]:
+    """What `_asked` tells, of the first of an engine's ways that its plan does not refuse; of the last where it refuses all."""
+    runtime, spec, source = _asked(folders, column)
+    if runtime.name not in UNFUSED:
+        return runtime, spec, source
+    try:
+        refuse(runtime, spec, source)
+    except FeatherweightError:
+        return _asked(folders, column, UNFUSED[runtime.name])
+    return runtime, spec, source
+
+
+def _asked(folders: Folders, column: str, told: Mapping[str, Any] | None = None) -> tuple[Any, Any, Source]:
     """The runtime, what a recipe says to it, and what it is to write."""
     engine, _, form = column.rpartition(" ")
-    runtime, keys, checkpoint = RUNTIMES[engine], OPTIONS.get((engine, form), {}), folders.given(column)
+    runtime, checkpoint = RUNTIMES[engine], folders.given(column)
+    keys = {**OPTIONS.get((engine, form), {}), **(told or {})}
     spec = runtime.spec.model_validate({"engine": engine, "max_tokens": TOKENS, **keys})
     return runtime, spec, Source(checkpoint, folders.text, QuantizedWeights.read(checkpoint), 0, Progress(), TOKENS)
 
@@ -219,20 +240,29 @@ def _asked(folders: Folders, column: str) -> tuple[Any, Any, Source]:
 def _refused(case: Case, folders: Folders, column: str) -> Outcome | None:
     """Why a column is not served, as far as the plan knows."""
     engine, _, form = column.rpartition(" ")
-    head = HEADS.get(engine, INT8)
-    grids = Grids(GRIDS[INT8], GRIDS[head] if head else None) if form == INT8 else Grids()
+    body, head = HELD.get(engine, ROUNDED)
+    grids = Grids(GRIDS[body], GRIDS[head] if head else None) if form == INT8 else Grids()
     runtime, spec, source = _asked(folders, column)
     if reason := runtime.task_refusal(TASKS[case.kind]) or runtime.grid_refusal(grids, spec):
         return Outcome("not offered", reason)
     if reason := runtime.missing():
         return Outcome("not run", reason)
-    if not source.checkpoint.with_suffix(".reference").exists():
-        return Outcome("refused", "the quantize stage refuses this checkpoint", "before work")
     try:
-        refuse(runtime, spec, source)
+        if form == INT8 and not source.checkpoint.with_suffix(".reference").exists():
+            refuse(runtime, spec, replace(source, checkpoint=folders.checkpoint, quantized=None))
+            _give(folders, column)
+        if not source.checkpoint.with_suffix(".reference").exists():
+            return Outcome("refused", "the quantize stage refuses this checkpoint", "before work")
+        refuse(*_taken(folders, column))
     except FeatherweightError as error:
         return Outcome("refused", one_line(error), "before work")
     return None
+
+
+def _give(folders: Folders, column: str) -> None:
+    """The checkpoint on the grid that an engine holds, which is made once an engine does not refuse the model as it is."""
+    if folders.quantized(ROUNDED).with_suffix(".reference").exists():
+        _quantize(folders, HELD.get(column.rpartition(" ")[0], ROUNDED))
 
 
 def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -10,17 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from featherweight.errors import ToolchainError
 from featherweight.model.architecture import Family
-from featherweight.system.toolchains import python
+from featherweight.runtimes.optimum import known
+from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig
-
-VLLM_TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
-"""Where vLLM's registry names the decoders of text that it serves, with modules of its own or with transformers'."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +30,10 @@ class ModelFamily:
 @cache
 def families() -> tuple[ModelFamily, ...]:
     """Every model type of text that some engine besides PyTorch names, by its kind and name."""
-    known = {name: ask() for name, ask in ASKED.items()}
+    loaders = {name: ask() for name, ask in ASKED.items()}
     found: dict[str, ModelFamily] = {}
     for kind, model_type, architecture, config in _opened():
-        engines = tuple(name for name, takes in known.items() if takes(architecture, config))
+        engines = tuple(name for name, takes in loaders.items() if takes(architecture, config))
         if engines:
             found.setdefault(model_type, ModelFamily(model_type, kind, architecture, engines))
     return tuple(sorted(found.values(), key=lambda one: (one.kind, one.model_type)))
@@ -97,30 +91,13 @@ def _onnx_genai() -> Callable[[str, type[PreTrainedConfig]], bool]:
 
 
 def _vllm() -> Callable[[str, type[PreTrainedConfig]], bool]:
-    """Its registry's tables, read without importing it; nothing where the toolchain is not installed."""
-    known = vllm_architectures()
-    return lambda architecture, config: architecture in known
+    """Its registry's tables; nothing where the toolchain is not installed."""
+    return lambda architecture, config: architecture in modules_by_architecture()
 
 
-@cache
-def vllm_architectures() -> frozenset[str]:
-    """The architectures that vLLM's registry names; none where the toolchain is not installed."""
-    try:
-        environment: Path = python("vllm").parent.parent
-    except ToolchainError:
-        return frozenset()
-    path = next(environment.glob("lib/python*/site-packages/vllm/model_executor/models/registry.py"))
-    tables = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign | ast.AnnAssign))
-    return frozenset(key.value for node in tables if _name(node) in VLLM_TABLES for key in _keys(node.value))
+def _optimum() -> Callable[[str, type[PreTrainedConfig]], bool]:
+    """Its exporter registers model types; nothing where the toolchain is not installed."""
+    return lambda architecture, config: known.is_exported(config.model_type)
 
 
-def _name(node: ast.Assign | ast.AnnAssign) -> str:
-    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-    return target.id if isinstance(target, ast.Name) else ""
-
-
-def _keys(value: ast.expr | None) -> Iterator[ast.Constant]:
-    yield from (key for key in (value.keys if isinstance(value, ast.Dict) else []) if isinstance(key, ast.Constant))
-
-
-ASKED = {"ctranslate2": _ctranslate2, "onnxruntime-genai": _onnx_genai, "vllm": _vllm}
+ASKED = {"ctranslate2": _ctranslate2, "onnxruntime": _optimum, "onnxruntime-genai": _onnx_genai, "vllm": _vllm}

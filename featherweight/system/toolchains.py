@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from featherweight.errors import ToolchainError
@@ -76,6 +77,13 @@ def text_of(name: str, file: str) -> str:
     """The text of a file of a package that a toolchain holds, such as 'optimum/version.py'; empty where it does not."""
     found = next((folder / file for folder in _packages(name) if (folder / file).is_file()), None)
     return found.read_text(encoding="utf-8") if found else ""
+
+
+@cache
+def holds_text(name: str, files: str, text: str) -> bool:
+    """Whether a file of a toolchain's packages that the pattern finds has the text in it, compiled code included."""
+    found = (path for folder in _packages(name) for path in folder.glob(files))
+    return any(text.encode() in path.read_bytes() for path in found)
 
 
 def install(name: str) -> None:

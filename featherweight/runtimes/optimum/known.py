@@ -15,12 +15,21 @@ EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntim
 
 def refusal(model_type: str, level: str | None) -> str | None:
     """Why a model is not exported, or not optimized to a level; None where it is, and where the lists cannot be read."""
-    exported, fused = names(EXPORTED, r'register_tasks_manager_onnx\(\s*"([\w-]+)"'), names(FUSED, r'^        "([\w-]+)": "\w+",$')
-    if exported and _normal(model_type) not in exported:
+    fused = names(FUSED, r'^        "([\w-]+)": "\w+",$')
+    if _exported() and not is_exported(model_type):
         return f"Optimum does not export {model_type} models to ONNX; take torch or ctranslate2"
     if level and fused and _normal(model_type) not in fused:
         return f"Optimum knows no fusions for {model_type} models; say optimize: null"
     return None
+
+
+def is_exported(model_type: str) -> bool:
+    """Whether Optimum says that it exports it."""
+    return _normal(model_type) in _exported()
+
+
+def _exported() -> frozenset[str]:
+    return names(EXPORTED, r'register_tasks_manager_onnx\(\s*"([\w-]+)"')
 
 
 @cache

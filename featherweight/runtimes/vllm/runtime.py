@@ -16,7 +16,7 @@ from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, l
 from featherweight.runtimes.interface import EngineServer, Grids, Limits, Runtime
 from featherweight.runtimes.refusals import compute_type_refusal, devices_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
-from featherweight.runtimes.vllm import capabilities, parallel
+from featherweight.runtimes.vllm import capabilities, on_cpus, parallel
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
@@ -130,27 +130,15 @@ class Vllm(Runtime[VllmSpec]):
         return f"{devices_refusal(self.name, device)} here: that is what the build in its toolchain is for"
 
     def model_refusal(self, spec: VllmSpec, model: Candidate) -> str | None:
-        """Heads that an fp8 cache does not take, or several GPUs cannot share; matrices that its format does not hold."""
-        from featherweight.runtimes.vllm.pack import fused_refusal
-        from featherweight.runtimes.vllm.write import ROUNDED_HERE
-
+        """Heads that an fp8 cache does not take, or several GPUs cannot share; what a format does not hold, or its CPUs compute."""
         if spec.kv_cache and model.device == CPU and (width := head_width(model.config)) and width % CACHE_HEADS:
             return (
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
-        if reason := _gpu_refusal(spec, model):
+        if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
-        if spec.compute_type not in SCHEMES:
-            return None
-        if model.facts.model_type in CONV1D:
-            return f"vLLM reads quantized Linear layers only, and a {model.facts.model_type}'s are Conv1D; take another engine"
-        if reason := experts_refusal(model.facts):
-            return reason
-        columns = {name: columns for name, (_, columns) in model.facts.rows_and_columns.items()}
-        rounded = GRIDS[ROUNDED_HERE[spec.compute_type]]
-        rows = model.rows or {name: (rounded, count) for name, count in columns.items()}
-        return fused_refusal(rows, SCHEMES[spec.compute_type]) or parallel.groups_refusal(spec.tensor_parallel_size, rows)
+        return on_cpus.refusal(model.config) if model.device == CPU else None
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         if found := capabilities.emulated(machine.gpus):
@@ -165,6 +153,21 @@ def _gpu_refusal(spec: VllmSpec, model: Candidate) -> str | None:
     width = head_width(model.config)
     cache = capabilities.heads_refusal(width) if spec.kv_cache and width and model.device != CPU else None
     return cache or parallel.model_refusal(spec.tensor_parallel_size, model.config)
+
+
+def _rounded_refusal(spec: VllmSpec, model: Candidate) -> str | None:
+    """Matrices that the format of its weights does not hold."""
+    from featherweight.runtimes.vllm.pack import fused_refusal
+    from featherweight.runtimes.vllm.write import ROUNDED_HERE
+
+    if model.facts.model_type in CONV1D:
+        return f"vLLM reads quantized Linear layers only, and a {model.facts.model_type}'s are Conv1D; take another engine"
+    if reason := experts_refusal(model.facts):
+        return reason
+    columns = {name: columns for name, (_, columns) in model.facts.rows_and_columns.items()}
+    rounded = GRIDS[ROUNDED_HERE[spec.compute_type]]
+    rows = model.rows or {name: (rounded, count) for name, count in columns.items()}
+    return fused_refusal(rows, SCHEMES[spec.compute_type]) or parallel.groups_refusal(spec.tensor_parallel_size, rows)
 
 
 VLLM = Vllm()

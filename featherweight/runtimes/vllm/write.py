@@ -11,7 +11,7 @@ from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.runtimes.candidate import rows_of
 from featherweight.runtimes.spec import SIXTEEN_BITS
-from featherweight.runtimes.vllm import pack
+from featherweight.runtimes.vllm import on_cpus, pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CUDA
@@ -57,7 +57,8 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
     if source.quantized:
         options["compute_type"] = spec.compute_type
         # The kernels for 4- and 8-bit weights in front of float activations know no float32, and on CUDA none of the others do.
-        options["dtype"] = "float16" if spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA else "float32"
+        halved = spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA or on_cpus.wants_float16(spec.compute_type)
+        options["dtype"] = "float16" if halved else "float32"
     if spec.kv_cache:
         options["kv_cache_dtype"] = spec.kv_cache
     if spec.tensor_parallel_size > 1:

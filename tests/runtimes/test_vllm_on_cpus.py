@@ -1,0 +1,86 @@
+"""What vLLM computes on CPUs is read from its own files, and refused in the plan where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.errors import StageError
+from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Limits
+from featherweight.runtimes.vllm import on_cpus, server
+from featherweight.system import toolchains
+from featherweight.system.machine import describe
+
+HEADS = "class Backend:\n    @classmethod\n    def get_supported_head_sizes(cls):\n        return [64, 32]\n"
+REGISTRY = '_TEXT_GENERATION_MODELS = {"LlamaForCausalLM": ("llama", "L"), "MambaForCausalLM": ("mamba", "M")}\n'
+FILES = {
+    on_cpus.ATTENTION: HEADS,
+    on_cpus.REGISTRY: REGISTRY,
+    "vllm/model_executor/models/llama.py": "from vllm.layers import Linear",
+    "vllm/model_executor/models/mamba.py": "from vllm.layers.mamba.mamba_mixer import MambaMixer",
+    "vllm/_C.abi3.so": "causal_conv1d",
+}
+CACHED = (on_cpus.widths, on_cpus.modules_by_architecture, toolchains.holds_text)
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a toolchain's packages, with a vLLM in it that says what these tests ask."""
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(toolchains, "_packages", lambda name: (tmp_path,) if name == "vllm" else ())
+    for cached in CACHED:
+        cached.cache_clear()
+    yield tmp_path
+    for cached in CACHED:
+        cached.cache_clear()
+
+
+def refusal(**told: Any) -> str | None:
+    values = {"model_type": "llama", "is_encoder_decoder": False, "max_position_embeddings": 256, "hidden_size": 128, **told}
+    config = Values({"class": "LlamaConfig", "names": {}, "values": values})
+    runtime = RUNTIMES["vllm"]
+    return runtime.model_refusal(runtime.spec.model_validate({"engine": "vllm"}), Candidate(CheckpointFacts(config), 128))
+
+
+def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) -> None:
+    assert refusal(num_attention_heads=4, head_dim=16) == (
+        "vLLM's attention on CPUs has heads of 32, 64 channels, and these have 16; take torch or another engine"
+    )
+    assert refusal(num_attention_heads=4) is None
+    assert refusal(num_attention_heads=4, head_dim=16, kv_lora_rank=8) is None, "compressed keys have kernels of their own"
+    assert refusal(head_dim=16) is None, "no attention has no heads"
+
+
+def test_mamba_is_refused_as_long_as_no_build_for_cpus_has_its_kernel(packages: Path) -> None:
+    assert refusal(model_type="mamba", architectures=["MambaForCausalLM"]) == (
+        "vLLM's build for CPUs has no kernel for the scans of mamba models (Mamba); take torch or another engine"
+    )
+    assert refusal(num_attention_heads=4, architectures=["LlamaForCausalLM"]) is None
+    toolchains.holds_text.cache_clear()
+    (packages / "vllm" / "_C_AVX512.abi3.so").write_text("selective_scan_fwd")
+    assert refusal(model_type="mamba", architectures=["MambaForCausalLM"]) is None
+
+
+def test_without_the_toolchain_nothing_is_refused(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchains, "_packages", lambda name: ())
+    assert refusal(num_attention_heads=4, head_dim=16) is None
+    assert refusal(model_type="mamba", architectures=["MambaForCausalLM"]) is None
+
+
+def test_int8_of_a_cpu_without_amx_is_not_started_on_one_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_tiles = replace(describe(), cpu_features=frozenset({"amx_tile"}))
+    monkeypatch.setattr(on_cpus, "describe", lambda: with_tiles)
+    monkeypatch.setattr(server, "gpus", tuple)
+    assert on_cpus.wants_float16("int8") and not on_cpus.wants_float16("w4a16")
+    with pytest.raises(StageError, match="written for a CPU without AMX, in float32"):
+        server.arguments(tmp_path, tmp_path, {"dtype": "float32", "compute_type": "int8"}, Limits(1, 128, 1))
