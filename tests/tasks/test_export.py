@@ -20,7 +20,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.ctranslate2 import write
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.runtimes.vllm import pack
+from featherweight.runtimes.vllm import on_cpus, pack
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.store.served_folder import Serving
 from tasks.export import export
@@ -210,6 +210,7 @@ def test_vllm_folder_holds_the_integers_and_another_reader_agrees(family, checkp
 )
 def test_a_served_folder_shares_nothing_but_weights_with_its_checkpoint(spec, checkpoints, text, tmp_path, monkeypatch):
     monkeypatch.setattr(Reference, "check", lambda *_: {"parity_max_abs": 0.0})
+    monkeypatch.setattr(on_cpus, "widths", tuple)  # its server is not started
     source = checkpoints["llama"]
     before = models.digests(source)
     export(spec, checkpoint=source, calibration=text, out=tmp_path)
@@ -255,6 +256,7 @@ def test_vllm_and_ctranslate2_take_the_same_sixteen_bits(
         for refusal in ("machine_refusal", "device_refusal"):
             monkeypatch.setattr(type(RUNTIMES[engine]), refusal, lambda *_: None)
     monkeypatch.setattr(Reference, "check", lambda reference, served: {})
+    monkeypatch.setattr(on_cpus, "widths", tuple)  # its server is not started
     for engine in ("torch", "vllm", "ctranslate2"):
         (tmp_path / engine).mkdir()
         spec = serving_spec(engine=engine, compute_type=name)
