@@ -123,7 +123,7 @@ def test_a_checkpoint_that_came_quantized_is_not_quantized_again_and_is_served_o
 
 
 def test_a_student_that_is_pruned_is_judged_by_its_kind_and_not_by_the_sizes_it_had() -> None:
-    wide = facts({"intermediate_size": 88})
+    wide = facts({"intermediate_size": 88, "head_dim": 32})
     wanted = recipe({"engine": "vllm", "compute_type": "w4a16"}, prune={"ratio": 0.5})
     assert "88 columns" in str(ruled_out(wide, recipe({"engine": "vllm", "compute_type": "w4a16"})))
     assert ruled_out(wide, wanted) is None
