@@ -29,9 +29,14 @@ from tasks.live_progress import LiveProgress
 from tasks.openlineage import told_to_openlineage
 from tasks.parent_run import ParentRun, ambient
 from tasks.stage import Stage
+from tasks.stopping import stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+LARGE_BYTES = 1 << 28
+"""Of a checkpoint with which a stage computes for minutes: a process of its own, which takes seconds, costs little then. Whoever
+writes into its files, which are mapped and only read, ends with a fault."""
 
 
 def execute(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: ParentRun, key: str) -> ArtifactRef:
@@ -50,7 +55,7 @@ def execute(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent:
             ref = _make(stage, node, inputs, parent, key, run_id)
             made(ref.digest)
     except BaseException as error:
-        killed = not isinstance(error, Exception)
+        killed = stopped() or not isinstance(error, Exception)
         client.set_tag(run_id, "featherweight.error", told(error))
         client.set_terminated(run_id, "KILLED" if killed else "FAILED")
         raise
@@ -82,10 +87,15 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
 def _call(stage: Stage, node: Node, progress: Progress, given: dict[str, Any]) -> Metrics:
     """The stage's function, here or in a process whose crash is an error of this node alone, and which others run beside."""
     beside = place_in_use() is not None and not node.engines
-    if beside or (stage.native and node.device == CUDA):
+    if beside or (stage.native and node.device == CUDA) or _is_large(given.get("checkpoint")):
         reference = f"{stage.function.__module__}:{stage.function.__name__}"
         return run_in_processes(reference, node.spec, given, node.seed, 1, progress)
     return stage.function(node.spec, seed=node.seed, progress=progress, **given)
+
+
+def _is_large(checkpoint: Any) -> bool:
+    """Whether a stage is given a checkpoint whose size makes the start of a process a trifle."""
+    return isinstance(checkpoint, Path) and sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) >= LARGE_BYTES
 
 
 def _given(stage: Stage, folders: dict[str, Path], inputs: Mapping[str, ArtifactRef], parent: ParentRun) -> dict[str, Any]:
@@ -131,7 +141,8 @@ def _scratch(stage: Stage, parent: ParentRun, key: str) -> Iterator[dict[str, Pa
     try:
         yield {"scratch": folder}
     except StageError:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not stopped():
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
+from threading import Event
 
 from featherweight.recipe.plan import Node, Plan
 from featherweight.system.device import CPU, Place, at
 from featherweight.system.processes import end_children
 from tasks.outcome import Outcome, Outcomes
+from tasks.stopping import heeding
 
-LAUNCHED = "featherweight.training.launch"
-"""What the processes of stages run."""
+OURS = ("featherweight.training.launch", "featherweight.runtimes.worker")
+"""What the processes of stages and of engines run."""
+AGAIN_S = 0.2
 RunNode = Callable[[Node, Outcomes], Outcome]
+Running = dict[Future[Outcome], tuple[str, list[Place]]]
+"""The id of each node that runs, and the places that it has taken."""
 
 
 def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place]) -> dict[str, Outcome]:
@@ -30,17 +37,27 @@ def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place]) -> dict[str, Ou
         for id, node in plan.nodes.items():
             outcomes[id] = run(node, outcomes)
         return outcomes
+    running: Running = {}
+    stop = Event()
     with ThreadPoolExecutor(len(places)) as pool:
         try:
-            _run_all(pool, plan, run, places, outcomes)
+            _run_all(pool, plan, partial(_run_at, run, stop), places, outcomes, running)
         except BaseException:
-            _end_stages()
+            stop.set()
+            _end(running)
             raise
     return {id: outcomes[id] for id in plan.nodes}
 
 
-def _run_all(pool: ThreadPoolExecutor, plan: Plan, run: RunNode, places: Sequence[Place], outcomes: dict[str, Outcome]) -> None:
-    free, running = list(places), dict[Future[Outcome], tuple[str, list[Place]]]()
+def _run_all(
+    pool: ThreadPoolExecutor,
+    plan: Plan,
+    run_at: Callable[[Place | None, Node, Outcomes], Outcome],
+    places: Sequence[Place],
+    outcomes: dict[str, Outcome],
+    running: Running,
+) -> None:
+    free = list(places)
     waiting = dict(plan.nodes)
     while waiting or running:
         ready = [node for node in waiting.values() if all(origin in outcomes for origin in node.inputs.values())]
@@ -50,7 +67,7 @@ def _run_all(pool: ThreadPoolExecutor, plan: Plan, run: RunNode, places: Sequenc
                 break  # nothing overtakes a node that waits for more room
             taken, free = free[:wanted], free[wanted:]
             place = taken[0] if _computes(node) else None
-            future = pool.submit(copy_context().run, _run_at, place, run, node, dict(outcomes))
+            future = pool.submit(copy_context().run, run_at, place, node, dict(outcomes))
             running[future] = (node.id, taken)
             del waiting[node.id]
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -59,8 +76,8 @@ def _run_all(pool: ThreadPoolExecutor, plan: Plan, run: RunNode, places: Sequenc
             free += taken
 
 
-def _run_at(place: Place | None, run: RunNode, node: Node, outcomes: Outcomes) -> Outcome:
-    with at(place):
+def _run_at(run: RunNode, stop: Event, place: Place | None, node: Node, outcomes: Outcomes) -> Outcome:
+    with at(place), heeding(stop):
         return run(node, outcomes)
 
 
@@ -75,11 +92,17 @@ def _room(node: Node, places: Sequence[Place]) -> int:
     return len(places) if alone else 1
 
 
-def _end_stages() -> None:
-    """End the processes of the stages that still run, so that whoever waits for them goes on."""
+def _end(running: Running) -> None:
+    """End the processes of the stages that still run, until whoever waits for them, or was about to start one, has gone on."""
+    while wait(running, timeout=AGAIN_S).not_done:
+        _end_processes()
+
+
+def _end_processes() -> None:
     import psutil
 
     for child in psutil.Process().children():
-        if LAUNCHED in child.cmdline():
-            end_children(child.pid)
-            child.kill()
+        with suppress(psutil.NoSuchProcess):
+            if {*OURS} & {*child.cmdline()}:
+                end_children(child.pid)
+                child.kill()

@@ -33,7 +33,8 @@ class Stage:
     for `artifacts` too, the references (ArtifactRef) of its inputs by name.
 
     A stage is pickled by name, so that it can be sent to another process. One that is `native` hands its models to libraries that
-    crash where they are wrong about them; on a GPU, whose addresses they may take for their own, it runs in a process of its own.
+    crash where they are wrong about them; on a GPU, whose addresses they may take for their own, it runs in a process of its own,
+    as every stage does that is given a large checkpoint.
     """
 
     name: str

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -14,6 +17,7 @@ from featherweight.system import device
 from featherweight.system.device import CPU, CUDA, Place, place_in_use, places
 from tasks.outcome import Outcome, Outcomes
 from tasks.side_by_side import run_nodes
+from tasks.stopping import stopped
 
 
 def plan(where: str) -> Plan:
@@ -80,6 +84,27 @@ def test_an_error_that_ends_the_run_is_raised() -> None:
 
     with pytest.raises(RecipeError, match="load is essential"):
         run_nodes(plan(CPU), fails, [Place(None, 2)] * 2)
+
+
+def test_what_ends_the_run_ends_the_processes_of_the_others() -> None:
+    """A stage whose process was ended has not failed: it is told so, and keeps what it resumes from."""
+    told, works = list[object](), threading.Event()
+
+    def run(node: Node, outcomes: Outcomes) -> Outcome:
+        if node.id == "a":
+            # Like a stage's process by its arguments alone.
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "featherweight.training.launch"])
+            works.set()
+            told.extend([child.wait(), stopped()])
+        if node.id == "b":
+            works.wait(30)
+            raise KeyboardInterrupt
+        return Outcome(node.id, "done", {})
+
+    with pytest.raises(KeyboardInterrupt):
+        run_nodes(plan(CPU), run, [Place(None, 2)] * 2)
+    assert told == [-signal.SIGKILL, True]
+    assert not stopped()
 
 
 def test_places_are_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:

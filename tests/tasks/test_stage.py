@@ -10,6 +10,7 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from featherweight.system.processes import WORKERS_PEAK
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.text.spec import DataSpec, TextSpec
 from featherweight.training.spec import FinetuneSpec
+from tasks import nested_run
 from tasks import run_node as run_node_module
 from tasks.nested_run import execute
 from tasks.outcome import Outcome
@@ -35,6 +37,7 @@ from tasks.parent_run import ParentRun
 from tasks.run_node import method, run_node, run_stage
 from tasks.stage import Stage, stage
 from tasks.stages import stage_named
+from tasks.stopping import heeding
 from tests.support.serving_models import serving_spec
 from tests.support.stores import new_workspace
 
@@ -132,7 +135,7 @@ def run(parent: ParentRun, *steps: tuple[Stage, Node]) -> list[Outcome]:
     def body() -> list[Outcome]:
         outcomes: list[Outcome] = []
         for each, node in steps:
-            inputs = {"source": outcomes[-1]} if outcomes and "source" in node.inputs else {}
+            inputs = {name: outcomes[-1] for name in ("source", "checkpoint") if outcomes and name in node.inputs}
             outcomes.append(run_node(each, node, inputs, parent))
         return outcomes
 
@@ -253,6 +256,18 @@ def test_a_scratch_folder_outlives_an_interruption_but_not_a_failure_nor_the_end
     assert not list(folder.iterdir())
 
 
+def test_a_stage_that_was_ended_beside_others_keeps_its_scratch_folder(parent: ParentRun) -> None:
+    """What its process was to do fails, since it was killed; that is no failure of its own."""
+    node_, key, stop = node(), resumable.key(node(), {}), Event()
+    (parent.workspace.scratch_folder(key) / "0").touch()
+    stop.set()
+    with pytest.raises(StageError), heeding(stop):
+        execute(resumable, node_, {}, parent, key)
+    assert len(list(parent.workspace.scratch_folder(key).iterdir())) == 2
+    (ended,) = parent.client.search_runs([parent.experiment_id], "attributes.status = 'KILLED'")
+    assert ended.data.tags["featherweight.node"] == node_.id
+
+
 def test_a_scratch_folder_is_that_of_its_key_and_goes_when_forgotten(parent: ParentRun) -> None:
     one, two = (parent.workspace.scratch_folder(key) for key in ("a" * 64, "b" * 64))
     assert one != two
@@ -335,8 +350,8 @@ def test_real_stages_run_in_another_process_to_the_same_digests(parent: ParentRu
 
 
 @stage("native", native=True)
-def native(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress = Progress()) -> Metrics:
-    """What a library does with a GPU's address at one step, and with the right one at another; refuses a third."""
+def native(spec: FinetuneSpec, *, out: Path, seed: int, checkpoint: Path | None = None, progress: Progress = Progress()) -> Metrics:
+    """What a library does with a wrong address at one step, and with the right one at another; refuses a third."""
     if spec.steps == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
     if spec.steps == 3:
@@ -356,3 +371,24 @@ def test_a_native_library_that_crashes_on_a_gpu_costs_its_node_alone(parent: Par
     made = parent.workspace.materialize(worked.artifact) / "process"
     assert made.read_text() != str(os.getpid())
     assert (refused.kind, refused.reason) == ("RecipeError", "three steps are too many")
+
+
+@stage("weights")
+def weights(spec: FinetuneSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    (out / "model.safetensors").write_bytes(b"1234")
+    return {}
+
+
+@pytest.mark.parametrize(("size", "crashes"), [(4, True), (5, False)])
+def test_a_crash_with_a_large_checkpoint_costs_its_node_alone_on_a_cpu_too(
+    size: int, crashes: bool, parent: ParentRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of the flow is that of a small one's stage."""
+    monkeypatch.setattr(nested_run, "LARGE_BYTES", size)
+    steps = 1 if crashes else 2
+    given = node("given"), dataclasses.replace(node("used", steps, checkpoint="given"), device="cpu")
+    _, used = run(parent, (weights, given[0]), (native, given[1]))
+    if crashes:
+        assert "native: its process ended with signal 11" in used.reason
+    else:
+        assert (parent.workspace.materialize(used.artifact) / "process").read_text() == str(os.getpid())
