@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
+from featherweight.progress import Progress
 from featherweight.runtimes import doctor
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.optimum import known, mends
+from featherweight.runtimes.optimum.write import run_build
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import Gpu, Machine, describe
@@ -107,6 +110,32 @@ def test_rotary_embeddings_are_said_in_the_older_words_too() -> None:
     plain = mends.mended({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}})
     assert (plain["rope_theta"], plain["rope_scaling"], plain["partial_rotary_factor"]) == (1e4, None, 0.5)
     assert mends.mended({"model_type": "bert"}) == {"model_type": "bert"}
+
+
+FUSING = 'import os, sys, time; print(\'{"note": "fusing"}\', flush=True); '
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (FUSING + "time.sleep(600)", "it was ended after its limit of 1 s while "),
+        (FUSING + "os.kill(os.getpid(), 9)", "signal 9, which Linux does when memory runs out while fusing"),
+        (FUSING + "sys.exit('oops')", "exit status 1 while fusing; its last words: oops"),
+        ('print(\'{"error": "KeyError: lost"}\')', "KeyError: lost"),
+    ],
+)
+def test_an_export_that_does_not_end_well_says_so_in_one_line(script: str, told: str) -> None:
+    found = run_build([sys.executable, "-c", script], Progress(), limit_s=1.0 if "sleep" in script else 60.0)
+    assert told in str(found) and "\n" not in str(found)
+
+
+def test_what_an_export_does_is_passed_on() -> None:
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    said = 'print(\'{"note": "loading"}\'); print(\'noise\'); print(\'{"graphs": ["model.onnx"]}\')'
+    assert run_build([sys.executable, "-c", said], progress, limit_s=60.0) is None
+    assert notes == ["Optimum: loading"]
 
 
 @pytest.mark.engine

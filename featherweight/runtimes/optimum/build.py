@@ -1,7 +1,7 @@
 """Optimum's exporter and its optimizer for ONNX Runtime: a checkpoint in, graphs out.
 
 It is run by the toolchain's Python, which knows nothing of Featherweight: nothing but Optimum and what it brings is imported here.
-The last line that it prints is JSON: {"graphs": [...]} or {"error": ...}.
+Each line that it says is JSON: {"note": ...} of what begins, and at the end {"graphs": [...]} or {"error": ...}.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DATA = ".onnx_data"
+Say = Callable[..., None]
 SEQ2SEQ = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
 CLASSES = {
     "feature-extraction": "AutoModel",
@@ -34,25 +36,40 @@ def main() -> int:
     parser.add_argument("--optimize", choices=("O1", "O2", "O3", "O4"))
     parser.add_argument("--keep-attention", action="store_true", help="leave the matrices of attention to themselves")
     options = parser.parse_args()
+    say = speaker()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        export(options.checkpoint, options.out, options.task)
+        export(options.checkpoint, options.out, options.task, say)
         if options.optimize:
-            optimize(options.out, options.optimize, keep_attention=options.keep_attention)
+            optimize(options.out, options.optimize, say, keep_attention=options.keep_attention)
     except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}))
+        say(error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return 1
-    print(json.dumps({"graphs": graphs(options.out)}))
+    say(graphs=graphs(options.out))
     return 0
 
 
-def export(checkpoint: Path, out: Path, task: str) -> None:
+def speaker() -> Say:
+    """Says things on standard output, which from now on libraries are kept from: what they print goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**told: object) -> None:
+        print(json.dumps(told), file=stream, flush=True)
+
+    return say
+
+
+def export(checkpoint: Path, out: Path, task: str, say: Say) -> None:
     """Write the graphs of a checkpoint to `out`, float32: one, or those of an encoder and its decoder with and without past."""
     from optimum.exporters.onnx import onnx_export_from_model
 
+    say(note="loading the checkpoint")
+    model = load(checkpoint, task)
+    say(note="tracing the graphs")
     # A merged decoder could not be optimized; validation is the parity gate's, on the served length.
-    onnx_export_from_model(load(checkpoint, task), out, task=task, no_post_process=True, do_validation=False)
+    onnx_export_from_model(model, out, task=task, no_post_process=True, do_validation=False)
 
 
 def load(checkpoint: Path, task: str) -> Any:
@@ -68,14 +85,15 @@ def load(checkpoint: Path, task: str) -> Any:
     return model.eval()
 
 
-def optimize(out: Path, level: str, *, keep_attention: bool) -> None:
+def optimize(out: Path, level: str, say: Say, *, keep_attention: bool) -> None:
     """ONNX Runtime's own fusions by Optimum's level, in place."""
     from optimum.onnxruntime import AutoOptimizationConfig, ORTOptimizer
 
     config = AutoOptimizationConfig.with_optimization_level(level)
     config.disable_attention_fusion = keep_attention
-    optimizer = ORTOptimizer.from_pretrained(out, file_names=graphs(out))
-    optimizer.optimize(config, out, file_suffix="")
+    for name in graphs(out):
+        say(note=f"fusing {name}, {level}")
+        ORTOptimizer.from_pretrained(out, file_names=[name]).optimize(config, out, file_suffix="")
 
 
 def graphs(folder: Path) -> list[str]:
