@@ -34,6 +34,8 @@ class Packable:
     shape: tuple[int, int]
     read: Callable[[], tuple[Tensor, Tensor]]
     """Integers, int8 [rows, columns], and scales, float32 [rows, groups]."""
+    names: frozenset[str] = frozenset()
+    """The parameters that its rows come from."""
 
     @cached_property
     def digest(self) -> tuple[bytes, bytes]:
@@ -73,9 +75,9 @@ class QuantizedRows:
         for (grid, places), count in zip(self.places.items(), known, strict=True):
             if count == len(digests):
                 found = [places[digest] for digest in digests]
-                self.unused.difference_update(name for name, _ in found)
-                columns = matrix.shape[1]
-                return Packable(grid, (len(found), columns), partial(self._gather, grid, found, columns))
+                names, columns = frozenset(name for name, _ in found), matrix.shape[1]
+                self.unused -= names
+                return Packable(grid, (len(found), columns), partial(self._gather, grid, found, columns), names)
         if any(known):
             raise StageError(
                 f"a matrix of {len(digests)} rows in the engine's layout mixes grids, or quantized with float rows; "

@@ -78,9 +78,25 @@ def test_o4_is_for_cuda_and_says_so() -> None:
     assert "onnxruntime-gpu, its package for CUDA, is not installed" in str(OPTIMUM.device_refusal(four, CUDA, HERE))
 
 
-def test_rounded_weights_are_not_stored_as_floats() -> None:
-    assert "would store rounded weights at full size" in str(OPTIMUM.grid_refusal(Grids(GRIDS["int8"]), spec()))
-    assert OPTIMUM.grid_refusal(Grids(), spec()) is None
+@pytest.mark.parametrize(
+    ("keys", "body", "reason"),
+    [
+        ({}, "int8", "would store rounded weights at full size"),
+        ({}, None, None),
+        ({"precision": "int8"}, "int8", None),
+        ({"precision": "int4"}, "int4-g64", None),
+        ({"precision": "int4"}, "int8", "8-bit grid, and precision int4 would round them again"),
+        ({"precision": "int8"}, "fp8", "holds integers, not fp8"),
+        ({"precision": "int8", "activations": "dynamic"}, "int8-full", None),
+        ({"precision": "int8", "activations": "static"}, None, None),
+        ({"precision": "int8", "activations": "dynamic"}, "int8-g32", "one scale per row, not int8-g32; take blocks"),
+        ({"precision": "int4", "activations": "static"}, None, "one scale per row, not int4-g32; take blocks"),
+        ({"precision": "int8", "optimize": "O4"}, "int8", "O4 computes in float16"),
+    ],
+)
+def test_grids_are_multiplied_as_they_are_or_refused(keys: Any, body: str | None, reason: str | None) -> None:
+    found = OPTIMUM.grid_refusal(Grids(GRIDS[body] if body else None), spec(**keys))
+    assert (found is None) if reason is None else reason in str(found)
 
 
 def test_without_its_toolchain_it_serves_and_does_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
-from featherweight.runtimes.onnx_genai import pack
+from featherweight.runtimes.onnx import pack
 from featherweight.runtimes.onnx_genai.write import build_decoder
 from featherweight.runtimes.packing import Packable
 from featherweight.runtimes.spec import CompileSpec

@@ -1,1 +1,1 @@
-"""ONNX graphs, as several engines hold them: what they read from memory (bytes_read)."""
+"""ONNX graphs, as several engines hold them: how weights are packed (pack) and stored (storage), what is read (bytes_read)."""

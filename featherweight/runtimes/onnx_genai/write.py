@@ -15,7 +15,8 @@ from featherweight.model.matrices import round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
-from featherweight.runtimes.onnx_genai import pack, patches
+from featherweight.runtimes.onnx import pack
+from featherweight.runtimes.onnx_genai import patches
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import Serving
@@ -112,7 +113,7 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     """Hold the packed weights to the exact bound, with a twin of the graph that leaves activations in float."""
     twin = served / "twin"
     twin.mkdir()
-    pack.set_accuracy_level(served / pack.MODEL, twin / pack.MODEL, pack.FLOAT_ACTIVATIONS)
+    pack.in_float(served / pack.MODEL, twin / pack.MODEL)
     for path in served.iterdir():
         if path.is_file() and path.name != pack.MODEL:
             link(path, twin / path.name)

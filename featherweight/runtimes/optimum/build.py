@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", required=True, choices=sorted(CLASSES))
     parser.add_argument("--optimize", choices=("O1", "O2", "O3", "O4"))
-    parser.add_argument("--keep-attention", action="store_true", help="leave the matrices of attention to themselves")
+    parser.add_argument("--keep-matrices", action="store_true", help="fuse no products")
     options = parser.parse_args()
     say = speaker()
     warnings.filterwarnings("ignore")
@@ -42,7 +42,7 @@ def main() -> int:
     try:
         export(options.checkpoint, options.out, options.task, say)
         if options.optimize:
-            optimize(options.out, options.optimize, say, keep_attention=options.keep_attention)
+            optimize(options.out, options.optimize, say, keep_matrices=options.keep_matrices)
     except Exception as error:
         say(error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return 1
@@ -85,12 +85,12 @@ def load(checkpoint: Path, task: str) -> Any:
     return model.eval()
 
 
-def optimize(out: Path, level: str, say: Say, *, keep_attention: bool) -> None:
+def optimize(out: Path, level: str, say: Say, *, keep_matrices: bool) -> None:
     """ONNX Runtime's own fusions by Optimum's level, in place."""
     from optimum.onnxruntime import AutoOptimizationConfig, ORTOptimizer
 
     config = AutoOptimizationConfig.with_optimization_level(level)
-    config.disable_attention_fusion = keep_attention
+    config.disable_attention_fusion = config.disable_embed_layer_norm_fusion = keep_matrices
     for name in graphs(out):
         say(note=f"fusing {name}, {level}")
         ORTOptimizer.from_pretrained(out, file_names=[name]).optimize(config, out, file_suffix="")

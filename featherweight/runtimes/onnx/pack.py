@@ -1,14 +1,16 @@
-"""Packing quantized weights into an ONNX Runtime GenAI decoder, without a second rounding.
+"""Packing quantized weights into graphs of ONNX Runtime, without a second rounding.
 
-The decoder's graph is built in float32 first, by GenAI's own model builder. Then every MatMul whose weight is quantized becomes
+A graph is built in float32 first, by GenAI's model builder or by Optimum. Then every MatMul whose weight is quantized becomes
 a MatMulNBits that holds the very integers and scales of the checkpoint, and the embedding becomes a GatherBlockQuantized that
 shares the output head's storage where the two are tied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid
 from featherweight.runtimes.packing import Packable, QuantizedRows
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
+    from featherweight.runtimes.torch.linear import InputRange
+
+Activations = Literal["blocks", "dynamic", "static"]
+"""What activations are rounded to int8 by: blocks of a row, one range for all that a product is given, or one fixed before."""
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 CONTRIB = "com.microsoft"
@@ -25,11 +31,29 @@ FLOAT_ACTIVATIONS = 1
 """MatMulNBits' accuracy_level that computes in float32."""
 INT8_ACTIVATIONS = 4
 """The one that rounds activations to int8, block by block: 2 to 50 times as fast."""
+PRODUCTS = {"DynamicQuantizeMatMul": (1, 2, 3), "MatMulIntegerToFloat": (1, 3, 5)}
+"""Operators that multiply by ranges, and which of their inputs are integers, scales and zero points of the weights."""
+UNSIGNED = 128
+"""What is added to signed integers to store them unsigned: their zero point."""
 # Shape inference reads small tensors such as the target of a Reshape, and cannot when they lie in the data file.
 SMALL_BYTES = 1024
 
 
-def pack(built: Path, out: Path, rows: QuantizedRows, accuracy_level: int = INT8_ACTIVATIONS) -> None:
+@dataclass(frozen=True)
+class Products:
+    """How products of integers are made.
+
+    ranges: of the inputs of layers by their path, where they are fixed. signed: whether a product by ranges is given signed
+    weights. Without VNNI its kernel adds pairs of such products in int16, which cuts off what does not fit; that of unsigned ones,
+    which is slower, does not.
+    """
+
+    activations: Activations = "blocks"
+    signed: bool = True
+    ranges: Mapping[str, InputRange] = field(default_factory=dict)
+
+
+def pack(built: Path, out: Path, rows: QuantizedRows) -> None:
     """Write the float32 decoder in `built` to `out` with quantized weights wherever `rows` knows them.
 
     Raises StageError where a quantized weight has no place in the graph, or would share a matrix with one on another grid.
@@ -37,27 +61,55 @@ def pack(built: Path, out: Path, rows: QuantizedRows, accuracy_level: int = INT8
     import onnx_ir
 
     model = onnx_ir.load(built / MODEL)
-    packer = _Packer(model.graph, rows)
-    for node in list(model.graph):
-        if node.op_type == "MatMul":
-            packer.replace_matmul(node, accuracy_level)
-        elif node.op_type == "Gather":
-            packer.replace_gather(node)
+    pack_graph(model, rows)
     rows.require_all_used("ONNX Runtime GenAI")
-    _drop_unused(model.graph)
     onnx_ir.save(model, out / MODEL, external_data=DATA, size_threshold_bytes=SMALL_BYTES)
 
 
-def set_accuracy_level(path: Path, out: Path, level: int) -> None:
-    """Write the graph at `path` to `out` with another accuracy_level; the weights stay in the data file beside `path`."""
+def pack_graph(model: ir.Model, rows: QuantizedRows, how: Products = Products()) -> None:
+    """Quantized weights in the place of float ones wherever `rows` knows them, in place. Raises StageError, see `pack`."""
+    model.opset_imports.setdefault(CONTRIB, 1)
+    packer, graph = _Packer(model.graph, rows, how), model.graph
+    nodes = list(graph)
+    for node in nodes:
+        if node.op_type == "Gather":
+            packer.replace_gather(node)
+    for node in nodes:
+        if node.op_type == "MatMul":
+            packer.replace_matmul(node)
+    _drop_unused(graph)
+
+
+def in_float(path: Path, out: Path) -> None:
+    """Write the graph at `path` to `out` with products of float activations; the weights stay in the data file beside `path`."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = level
+    floats = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    nodes = [made for node in model.graph.node for made in _float_nodes(node, floats)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, out)
+
+
+def _float_nodes(node: Any, floats: Mapping[str, str]) -> Iterator[Any]:
+    """What computes in float what a node of a graph computes in integers; others as they are. floats: by what it was rounded to."""
+    from onnx import TensorProto, helper
+
+    if node.op_type in PRODUCTS:
+        # Not DequantizeLinear, which ONNX Runtime fuses with the product into one of integers again.
+        floats_of = [f"{node.output[0]}.float{place}" for place in range(3)]
+        for place, name in zip(PRODUCTS[node.op_type], floats_of, strict=True):
+            yield helper.make_node("Cast", [node.input[place]], [name], to=TensorProto.FLOAT)
+        q, scales, zero = floats_of
+        yield helper.make_node("Sub", [q, zero], [f"{q}.steps"])
+        yield helper.make_node("Mul", [f"{q}.steps", scales], [f"{q}.weight"])
+        yield helper.make_node("MatMul", [floats.get(node.input[0], node.input[0]), f"{q}.weight"], node.output)
+        return
+    for attribute in node.attribute:
+        if attribute.name == "accuracy_level":
+            attribute.i = FLOAT_ACTIVATIONS
+    yield node
 
 
 def block_size(grid: Grid, columns: int) -> int:
@@ -89,23 +141,64 @@ def pack_blocks(matrix: Packable) -> tuple[Tensor, Tensor]:
 class _Packer:
     """One pass over a graph: a matrix that two operators read is packed once."""
 
-    def __init__(self, graph: ir.Graph, rows: QuantizedRows) -> None:
+    def __init__(self, graph: ir.Graph, rows: QuantizedRows, how: Products) -> None:
         self.graph = graph
         self.rows = rows
+        self.how = how
         self.packed: dict[tuple[Any, ...], tuple[ir.Value, ir.Value]] = {}
 
-    def replace_matmul(self, node: ir.Node, accuracy_level: int) -> None:
-        """MatMul with a constant [columns, rows] on its right becomes MatMulNBits."""
-        import onnx_ir
+    def replace_matmul(self, node: ir.Node) -> None:
+        """MatMul with a constant [columns, rows] on its right becomes a product of integers.
 
+        By blocks whatever is asked for: an output head that is the embedding as well, and what has no range where they are fixed.
+        """
         weight = node.inputs[1]
         matrix = self._find(_constant(weight, transposed=True))
         if matrix is None or weight is None:
             return
+        by, fixed = self.how.activations, [self.how.ranges.get(name.removesuffix(".weight")) for name in matrix.names]
+        if by == "blocks" or _key(matrix) in self.packed or (by == "static" and None in fixed):
+            self._swap(node, self._by_blocks(node, weight, matrix))
+        elif by == "dynamic":
+            inputs = [node.inputs[0], *self._columns(weight, matrix)]
+            self._swap(node, self._contrib("DynamicQuantizeMatMul", inputs, node))
+        else:
+            self._swap(node, *self._by_fixed_range(node, self._columns(weight, matrix), fixed[0]))
+
+    def _by_blocks(self, node: ir.Node, weight: ir.Value, matrix: Packable) -> ir.Node:
         (rows, columns), attributes = matrix.shape, _layout(matrix)
-        attributes |= {"K": columns, "N": rows, "accuracy_level": accuracy_level}
-        inputs = [node.inputs[0], *self._store(weight, matrix)]
-        self._swap(node, onnx_ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB, name=f"{node.name}NBits"))
+        attributes |= {"K": columns, "N": rows, "accuracy_level": INT8_ACTIVATIONS}
+        return self._contrib("MatMulNBits", [node.inputs[0], *self._store(weight, matrix)], node, attributes)
+
+    def _by_fixed_range(self, node: ir.Node, stored: list[ir.Value], here: Any) -> Iterator[ir.Node]:
+        """The input clipped to its range, rounded, and multiplied."""
+        import numpy
+        import onnx_ir
+
+        ends = [numpy.float32((end - here.zero_point) * here.scale) for end in (0, here.most)]
+        told = {"low": ends[0], "high": ends[1], "scale": numpy.float32(here.scale), "zero": numpy.uint8(here.zero_point)}
+        low, high, scale, zero = (self._register(f"{node.name}/{name}", onnx_ir.tensor(value)) for name, value in told.items())
+        clipped = onnx_ir.node("Clip", [node.inputs[0], low, high], name=f"{node.name}/Clip")
+        rounded = onnx_ir.node("QuantizeLinear", [clipped.outputs[0], scale, zero], name=f"{node.name}/Quantize")
+        q, scales, offset = stored
+        yield from (clipped, rounded)
+        yield self._contrib("MatMulIntegerToFloat", [rounded.outputs[0], q, scale, scales, zero, offset], node)
+
+    def _columns(self, weight: ir.Value, matrix: Packable) -> list[ir.Value]:
+        """Integers [columns, rows], scales and zero points [rows], as products by ranges read them."""
+        import numpy
+        import onnx_ir
+
+        q, scales = matrix.read()
+        offset = 0 if self.how.signed else UNSIGNED
+        turned = (q.numpy().astype(numpy.int16).T + offset).astype(numpy.uint8 if offset else numpy.int8, order="C")
+        stored = {"q": turned, "scales": scales.float().numpy().reshape(-1), "zero": numpy.full(len(q), offset, turned.dtype)}
+        return [self._register(f"{weight.name}.{name}", onnx_ir.tensor(array)) for name, array in stored.items()]
+
+    def _contrib(self, kind: str, inputs: Any, old: ir.Node, attributes: dict[str, Any] | None = None) -> ir.Node:
+        import onnx_ir
+
+        return onnx_ir.node(kind, inputs, attributes or {}, domain=CONTRIB, name=f"{old.name}/{kind}")
 
     def replace_gather(self, node: ir.Node) -> None:
         """Gather from an embedding [rows, columns], or from the transpose of a head, becomes GatherBlockQuantized."""
@@ -136,7 +229,7 @@ class _Packer:
 
     def _store(self, weight: ir.Value, matrix: Packable) -> tuple[ir.Value, ir.Value]:
         """The initializers (integers, scales) of a matrix, those of an equal one where the graph has them already."""
-        key = (*matrix.digest, matrix.grid.bits, block_size(matrix.grid, matrix.shape[1]))
+        key = _key(matrix)
         if key not in self.packed:
             self.packed[key] = (self._deferred(f"{weight.name}.q", matrix, 0), self._deferred(f"{weight.name}.scales", matrix, 1))
         return self.packed[key]
@@ -170,6 +263,11 @@ class _Packer:
         import onnx_ir
 
         onnx_ir.convenience.replace_nodes_and_values(self.graph, old, [old], list(new), old.outputs, new[-1].outputs)
+
+
+def _key(matrix: Packable) -> tuple[Any, ...]:
+    """Equal for matrices that are stored alike."""
+    return (*matrix.digest, matrix.grid.bits, block_size(matrix.grid, matrix.shape[1]))
 
 
 def _layout(matrix: Packable) -> dict[str, Any]:
