@@ -19,9 +19,10 @@ from featherweight.runtimes import parity
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Limits
+from featherweight.runtimes.llama_cpp import own_kinds
 from featherweight.runtimes.llama_cpp.blocks import pack
 from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
-from featherweight.runtimes.llama_cpp.write import write_file
+from featherweight.runtimes.llama_cpp.write import packed, write_file
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import load_reference, write_served
 from featherweight.store.served_folder import Serving
@@ -46,9 +47,9 @@ def test_blocks_are_read_by_llama_cpps_library_as_the_grid_says(grid: str, kind:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     q, scales = GRIDS[grid].quantize(weight)
     assert q.min() == GRIDS[grid].qmin, "the value that one end alone has is there"
-    packed, found = pack("weight", GRIDS[grid], q, scales)
+    stored, found = pack("weight", GRIDS[grid], q, scales)
     assert found.name == kind
-    assert torch.equal(torch.from_numpy(dequantize(packed, found)), GRIDS[grid].dequantize(q, scales))
+    assert torch.equal(torch.from_numpy(dequantize(stored, found)), GRIDS[grid].dequantize(q, scales))
 
 
 def test_scales_that_float16_does_not_hold_are_not_rounded() -> None:
@@ -60,6 +61,27 @@ def test_scales_that_float16_does_not_hold_are_not_rounded() -> None:
         pack("weight", GRIDS["int8-g32"], *GRIDS["int8-g32"].quantize(torch.randn(4, 48)))
 
 
+@served
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("precision", "columns", "kind", "error"),
+    [
+        ("q4_k", 256, "Q4_K", 0.1),
+        ("q6_k", 256, "Q6_K", 0.03),
+        ("q5_k", 96, "Q5_1", 0.05),
+        ("iq4_nl", 96, "IQ4_NL", 0.1),
+    ],
+)
+def test_llama_cpps_own_quantizer_rounds_rows(precision: str, columns: int, kind: str, error: float) -> None:
+    from gguf.quants import dequantize
+
+    weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(0))
+    stored, found = own_kinds.rounded_rows(weight, own_kinds.OWN[precision])
+    assert found.name == kind
+    difference = torch.from_numpy(dequantize(stored, found)) - weight
+    assert 0 < (difference.norm() / weight.norm()).item() < error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "head"), [("int8-g32", "int8-g32"), ("int4-g32", None)])
 def test_a_written_file_is_read_back_as_the_same_integers(
@@ -68,7 +90,7 @@ def test_a_written_file_is_read_back_as_the_same_integers(
     model = load_reference(tiny_checkpoint)
     quantized = round_to_nearest(model, GRIDS[body], GRIDS[head] if head else None)
     move_to_grid(model, quantized)
-    write_file(tmp_path / "m.gguf", model, quantized, Vocabulary(tiny_checkpoint, model.config.vocab_size), "int8")
+    write_file(tmp_path / "m.gguf", model, packed(model, quantized), Vocabulary(tiny_checkpoint, model.config.vocab_size), "int8")
     (tmp_path / "out").mkdir()
     convert_gguf(tmp_path / "m.gguf", tmp_path, tmp_path / "out", Progress())
     found = QuantizedWeights.read(tmp_path / "out")
@@ -89,6 +111,8 @@ def test_a_written_file_is_read_back_as_the_same_integers(
         ({"precision": "int4"}, Grids(GRIDS["int8-g32"]), "on a 8-bit grid, and precision int4 would round them again"),
         ({"precision": "float16"}, Grids(GRIDS["int8-g32"]), "float16 would store rounded weights at full size"),
         ({"precision": "int8", "kv_cache": "fp8"}, Grids(), "keeps keys and values in float"),
+        ({"precision": "q4_k"}, Grids(GRIDS["int4-g32"]), "would round weights on int4-g32 again; take int8 or int4"),
+        ({"precision": "q4_k"}, Grids(), None),
         ({"precision": "int4"}, Grids(GRIDS["int4-g32"], GRIDS["int8-g32"], GRIDS["int8-g32"]), None),
     ],
 )
@@ -143,6 +167,7 @@ def test_models_that_it_would_compute_otherwise_are_refused(kind: str, changes: 
         ),
         ("mistral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "float32"),
         ("qwen2", {}, "int4"),
+        ("llama", {}, "q4_k"),
         ("qwen3", {"head_dim": 16}, "int8"),
         ("gemma", {"head_dim": 16}, "float16"),
     ],
@@ -158,7 +183,7 @@ def test_every_family_computes_what_pytorch_computes(
     out.mkdir()
     metrics = write_served(spec(precision=precision, max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
     assert metrics["parity_mean_abs"] < metrics["parity_bound"]
-    assert ("parity_weights_max_abs" in metrics) == (precision in ("int8", "int4"))
+    assert ("parity_weights_max_abs" in metrics) == (precision in ("int8", "int4", "q4_k"))
     assert "AVX" in Serving.read(out).options["built_with"] or "NEON" in Serving.read(out).options["built_with"]
 
 
@@ -167,7 +192,7 @@ def test_every_family_computes_what_pytorch_computes(
 @pytest.mark.slow
 def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_reference(tiny_checkpoint)
-    write_file(tmp_path / "m.gguf", model, None, Vocabulary(tiny_checkpoint, model.config.vocab_size), "float32")
+    write_file(tmp_path / "m.gguf", model, {}, Vocabulary(tiny_checkpoint, model.config.vocab_size), "float32")
     serving = Serving("llama.cpp", options={"dtype": "float32"})
     loaded = ENGINE.loaded_model()(tmp_path, serving, Limits(threads=1, max_tokens=64, max_batch=2))
     prompts = [[1, 30, 31, 32 + more][: 2 + more] for more in range(3)] + [[1, *range(40, 80)]]

@@ -11,6 +11,7 @@ from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound, sixtee
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.llama_cpp import architectures, library
 from featherweight.runtimes.llama_cpp.blocks import KIND_OF
+from featherweight.runtimes.llama_cpp.own_kinds import OWN
 from featherweight.runtimes.refusals import cache_refusal, float_of_rounded_refusal
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import Task
@@ -33,11 +34,12 @@ FASTER = ("avx512_vnni", "avx_vnni")
 
 class LlamaCppSpec(ExportSpec):
     """precision: what the file's matrices are; int8 is Q8_0 and int4 Q4_0, whose activations are rounded to int8 at run time.
-    It rounds here only where no quantize stage chose the weights (embedding and head to int8).
+    They round here only where no quantize stage chose the weights (embedding and head to int8). q4_k to iq4_nl are llama.cpp's own
+    kinds, to which its own quantizer rounds float weights (embedding and head to Q6_K).
     """
 
     engine: Literal["llama.cpp"]
-    precision: Literal["float32", "float16", "int8", "int4"] = "float32"
+    precision: Literal["float32", "float16", "int8", "int4", "q4_k", "q5_k", "q6_k", "iq4_nl"] = "float32"
 
 
 class LlamaCpp(Runtime[LlamaCppSpec]):
@@ -60,7 +62,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
     def check(self, spec: LlamaCppSpec, source: Source, served: Path) -> Metrics:
         from featherweight.runtimes.llama_cpp.write import check_weights
 
-        reference, rounded = source.reference(), source.quantized is not None
+        reference, rounded = source.reference(), source.quantized is not None or spec.precision in OWN
         source.release()
         weights = check_weights(reference, served) if rounded else {}
         return {**weights, **reference.check(served)}
@@ -69,7 +71,9 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         """Rounded weights have activations rounded per block: 0.33 nats at most, 0.059 on average (stories15M); float16 0.014 at
         most, float32 0.00005.
         """
-        return (sixteen_bits(serving.options.get("dtype", "")) or EXACT) if serving.grid is None else INT8_ACTIVATIONS
+        if serving.grid is not None or "rounded" in serving.options:
+            return INT8_ACTIVATIONS
+        return sixteen_bits(serving.options.get("dtype", "")) or EXACT
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
         from featherweight.runtimes.llama_cpp.bytes_read import file_tensors
@@ -91,6 +95,8 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         body = grids.body
         if body is None:
             return None
+        if spec.precision in OWN:
+            return f"llama.cpp's own quantizer would round weights on {body.name} again; take int8 or int4"
         if spec.precision not in BITS:
             return float_of_rounded_refusal(spec.precision)
         for grid in (body, grids.head, grids.finer):
@@ -102,7 +108,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
 
     def model_refusal(self, spec: LlamaCppSpec, model: Candidate) -> str | None:
         reason = architectures.refusal(model)
-        return reason or (architectures.block_refusal(model.config) if spec.precision in BITS else None)
+        return reason or (architectures.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
 
     def missing(self) -> str | None:
         return f"{library.MODULE} is not installed; {library.remedy()}" if super().missing() else None

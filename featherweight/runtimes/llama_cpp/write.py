@@ -17,6 +17,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.llama_cpp import blocks, library
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Tensors, describe
+from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.text.documents import read_documents
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 ROUNDED_HERE = {"int8": ("int8-g32", "int8-g32"), "int4": ("int4-g32", "int8-g32")}
 """Grids of the blocks and of embedding and head, by precision, where no quantize stage chose them."""
-FILE_TYPE = {"float32": 0, "float16": 1, "int4": 2, "int8": 7}
+FILE_TYPE = {"float32": 0, "float16": 1, "int4": 2, "int8": 7, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25}
 """llama_ftype: what most matrices of a file are."""
 TEXTS = 8
 """Documents of the calibration text that the file's tokenizer is tried with."""
@@ -44,37 +45,41 @@ SAME, OTHER = "same", "other"
 
 def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     """See Runtime.write."""
+    stored: Stored = {}
     if spec.precision == "float16":
         source.round_floats("float16")
+    elif spec.precision in OWN:
+        stored = round_by_llama_cpp(source.model, spec.precision)
     elif spec.precision != "float32":
-        source.round(*(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
+        stored = packed(source.model, source.round(*(GRIDS[name] for name in ROUNDED_HERE[spec.precision])))
     model, texts = source.model.float(), [one.text for one in islice(read_documents(source.calibration), TEXTS)]
     vocabulary = Vocabulary(source.checkpoint, model.config.vocab_size)
     prepared = _prepared(vocabulary, model.config, out / "vocabulary.gguf", texts)
     if prepared is None:
         source.progress.note("llama.cpp's own tokenizer cuts some texts otherwise; it is given token ids")
-    write_file(out / MODEL, model, source.quantized, vocabulary, spec.precision, prepared or PREPARED[0])
+    write_file(out / MODEL, model, stored, vocabulary, spec.precision, prepared or PREPARED[0])
     copy_tokenizer(source.checkpoint, out)
     kept = "float32" if spec.precision == "float32" else "float16"
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
+    options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
 
 
 def write_file(
     file: Path,
     model: PreTrainedModel,
-    quantized: QuantizedWeights | None,
+    stored: Stored,
     vocabulary: Vocabulary,
     precision: str,
     prepared: str = PREPARED[0],
 ) -> None:
-    """The GGUF file of `model`: matrices that are quantized in their blocks, others in the float that `precision` says.
+    """The GGUF file of `model`: matrices that are rounded as they are `stored`, others in the float that `precision` says.
 
     prepared: llama.cpp's name of the way in which the tokenizer cuts a text before it merges pieces.
     """
     with _writer(file, model.config, precision) as writer:
         vocabulary.write(writer, prepared)
-        for name, values, kind in _tensors(model, quantized, "float16" if precision == "float16" else "float32"):
+        for name, values, kind in _tensors(model, stored, "float16" if precision == "float16" else "float32"):
             writer.add_tensor(name, values, raw_dtype=kind)
 
 
@@ -110,22 +115,27 @@ def _finish(writer: GGUFWriter) -> None:
     writer.close()
 
 
-def _tensors(model: PreTrainedModel, quantized: QuantizedWeights | None, floats: str) -> Iterator[tuple[str, ndarray, Any]]:
+def packed(model: PreTrainedModel, quantized: QuantizedWeights) -> Stored:
+    """Blocks of the grids' own integers and scales."""
+    return {
+        name: blocks.pack(name, quantized.grids[name], quantized.q[name].cpu(), quantized.scales[name].cpu())
+        for name, _, _ in matrices(model)
+        if name in quantized.q
+    }
+
+
+def _tensors(model: PreTrainedModel, stored: Stored, floats: str) -> Iterator[tuple[str, ndarray, Any]]:
     """(name, values, ggml's type) of every tensor, rows in llama.cpp's order; a tied head is the embedding's."""
     from gguf import GGMLQuantizationType
 
-    tensors = Tensors(model)
+    tensors, kind_of_floats = Tensors(model), GGMLQuantizationType[{"float16": "F16", "float32": "F32"}[floats]]
     for name, values in tensors.vectors():
         yield name, values, GGMLQuantizationType.F32
     for parameter, weight, _ in matrices(model):
         order = tensors.order(parameter)
         rows: Any = slice(None) if order is None else order
-        if quantized and parameter in quantized.q:
-            q, scales = quantized.q[parameter].cpu()[rows], quantized.scales[parameter].cpu()[rows]
-            yield (tensors.name(parameter), *blocks.pack(parameter, quantized.grids[parameter], q, scales))
-        else:
-            values = weight.detach().cpu().numpy()[rows].astype(floats)
-            yield tensors.name(parameter), values, GGMLQuantizationType[{"float16": "F16", "float32": "F32"}[floats]]
+        values, kind = stored.get(parameter) or (weight.detach().cpu().numpy().astype(floats), kind_of_floats)
+        yield tensors.name(parameter), values[rows], kind
 
 
 def check_weights(reference: Reference, served: Path) -> Metrics:

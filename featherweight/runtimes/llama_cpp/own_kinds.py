@@ -1,0 +1,55 @@
+"""llama.cpp's own kinds of numbers, K-quants and IQ4_NL, as its own quantizer rounds to them, row by row.
+
+They lie on no grid of ours: blocks of K-quants have scales that are integers themselves, IQ4_NL's values are not evenly spaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from featherweight.model.matrices import ends, matrices, rows_of
+from featherweight.runtimes.llama_cpp import library
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+OWN = {"q4_k": "Q4_K", "q5_k": "Q5_K", "q6_k": "Q6_K", "iq4_nl": "IQ4_NL"}
+"""ggml's type of the matrices in the blocks, by what a recipe calls it."""
+VOCABULARY = "Q6_K"
+"""Of embedding and head, as in llama.cpp's own mixtures."""
+NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What llama.cpp takes where a row is no multiple of a K-quant's 256 weights."""
+
+Stored = Mapping[str, tuple["ndarray", Any]]
+"""(uint8 [rows, bytes of a row], ggml's type) of each matrix, by the parameter's name."""
+
+
+def round_by_llama_cpp(model: PreTrainedModel, precision: str) -> Stored:
+    """Every matrix of `model` as llama.cpp's quantizer stores it; `model` then has the weights that those bytes stand for."""
+    import torch
+    from gguf.quants import dequantize
+
+    stored, vocabulary = {}, ends(model)
+    for name, parameter, transposed in matrices(model):
+        rows = rows_of(parameter, transposed)
+        stored[name] = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision])
+        rows.copy_(torch.from_numpy(dequantize(*stored[name])))
+    return stored
+
+
+def rounded_rows(rows: Tensor, kind: str) -> tuple[ndarray, Any]:
+    """A matrix [rows, columns] in blocks of `kind`, or of the one that takes its place."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    values = numpy.ascontiguousarray(rows.float().numpy())
+    count, columns = values.shape
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    found = GGMLQuantizationType[NARROWER[kind] if columns % block and kind in NARROWER else kind]
+    block, size = GGML_QUANT_SIZES[found]
+    stored = numpy.empty((count, columns // block * size), numpy.uint8)
+    library.library().ggml_quantize_chunk(found.value, values.ctypes.data, stored.ctypes.data, 0, count, columns, None)
+    return stored, found
