@@ -292,7 +292,7 @@ def _constant(value: ir.Value | None, *, transposed: bool) -> Tensor | None:
 def _drop_unused(graph: ir.Graph) -> None:
     """Remove what the float weights leave behind: the transposed view of a tied head, and the weights themselves."""
     for node in list(graph):
-        if node.op_type == "Transpose" and not any(output.uses() for output in node.outputs):
+        if node.op_type == "Transpose" and not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
