@@ -294,19 +294,27 @@ def kept(folder: Path) -> Reference:
 
 def _reference(model: Any, checkpoint: Path, text: Path) -> Reference:
     """What transformers' eager attention says of `model`, and the three texts that it writes."""
-    usual = model.config._attn_implementation
+    usual = [(config, config._attn_implementation) for config in _configs(model)]
     reference = Reference.of(_eager(model), checkpoint, text, TOKENS)
     longest = reference.windows[0].source or reference.windows[0].ids
     prompts = [longest[:length] for length in PROMPTS] if reference.continuations else []
     reference = replace(reference, continuations=[continuation(model, prompt, NEW) for prompt in prompts])
-    model.set_attn_implementation(usual)
+    for config, implementation in usual:
+        config._attn_implementation = implementation
     return reference
 
 
 def _eager(model: Any) -> Any:
-    """The model with the attention that transformers writes out in PyTorch."""
-    model.set_attn_implementation("eager")
+    """The model with the attention that transformers writes out in PyTorch, in every stack."""
+    for config in _configs(model):
+        config._attn_implementation = "eager"
     return model
+
+
+def _configs(model: Any) -> list[Any]:
+    """Of the model and of its stacks, which `set_attn_implementation` leaves out."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
 
 
 def _answers_otherwise(reference: Reference, checkpoint: Path, out: Path) -> str | None:

@@ -347,12 +347,17 @@ def without_pooler(model: Any) -> Any:
     return model
 
 
+LOOKS_AHEAD = ("umt5",)
+"""Model types whose decoders see the tokens that follow, where transformers leaves the mask to SDPA."""
+
+
 def attention_options(config: PreTrainedConfig) -> dict[str, str]:
     """What transformers is to be told so that the attention is the one of `config`: nothing, where its own choice is.
 
-    SDPA, which it chooses by itself, leaves out soft caps (as Gemma 2 has them) without a word.
+    SDPA, which it chooses by itself, leaves out soft caps (as Gemma 2 has them) without a word; and it lets umT5's decoder look
+    ahead, whose attention does not say that it is causal (transformers 5.17).
     """
-    return {"attn_implementation": "eager"} if attention_cap(config) else {}
+    return {"attn_implementation": "eager"} if attention_cap(config) or config.model_type in LOOKS_AHEAD else {}
 
 
 def attention_cap(config: Any) -> float | None:

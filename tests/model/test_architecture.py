@@ -9,7 +9,7 @@ import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import StageError
-from featherweight.model.architecture import LAYOUTS, blocks, family_of, stacks
+from featherweight.model.architecture import LAYOUTS, attention_options, auto_class, blocks, family_of, stacks
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import IGNORED, example_blocks, inputs_and_labels
 from featherweight.training.losses import mean_loss, token_loss
@@ -108,6 +108,23 @@ def test_a_document_with_a_target_is_a_pair(tmp_path: Path) -> None:
     inputs, labels = inputs_and_labels(config, example_blocks(checkpoint, config, tmp_path / "text", 24))
     assert inputs["attention_mask"].sum() == (source != tokenizer.pad_token_id).sum()
     assert (labels == IGNORED).sum() == (target == tokenizer.pad_token_id).sum()
+
+
+@pytest.mark.parametrize("model_type", ["t5", "umt5"])
+def test_no_decoder_sees_a_token_that_follows(model_type: str) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = AutoConfig.for_model(model_type, **sizes, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config, **attention_options(config)).eval()
+    source = torch.arange(5, 25)[None]
+    targets = [torch.tensor([[0, 7, 9, 11, last]]) for last in (13, 50)]
+    with torch.inference_mode():
+        before, after = (model(input_ids=source, decoder_input_ids=target).logits[0] for target in targets)
+    assert torch.equal(before[:-1], after[:-1])
+    assert not torch.equal(before[-1], after[-1])
 
 
 def _open(checkpoint: Path) -> Any:
