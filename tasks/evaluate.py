@@ -37,14 +37,14 @@ def evaluate(
 
     baseline_measurement: what evaluating the baseline against itself gave; its quality, memory and best thread counts are
     taken from there, while its speed is measured again, in turns with the variant's. Writes `measurement.json` and returns
-    Comparison.metrics(). Raises StageError where an engine fails or computes what is no number, RecipeError where the
-    workload does not fit the model's context.
+    Comparison.metrics(). A variant with fewer tokens is given the same text in its own. Raises StageError where an engine fails
+    or computes what is no number, RecipeError where the workload does not fit the model's context.
     """
     workload = Workload.read(spec, baseline / Serving.read(baseline).weights, evaluation)
     known = Comparison.read(baseline_measurement).variant if baseline_measurement else None
     with ExitStack() as stack:
         alone = same_files(served, baseline)
-        variant = MeasuredVariant(workload, served, stack, progress, keep=alone)
+        variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone)
         other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
         pairs = [take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
         measured = variant.measurement([ours for ours, _ in pairs], other)

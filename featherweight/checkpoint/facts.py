@@ -17,6 +17,7 @@ from featherweight.checkpoint.description import described
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
     CONFIG,
+    TOKENIZER_CONFIG,
     Listing,
     Weights,
     adapter_files,
@@ -76,7 +77,14 @@ def facts_of(folder: Path, config: PreTrainedConfig) -> CheckpointFacts:
     """The same of a folder that a stage is given, whose `config` is open already: plain float safetensors."""
     listing = Listing.of(folder)
     shapes, size = _shapes(listing, find_weights(listing))
-    return CheckpointFacts(config, generation_config(folder, config), shapes, size, sparse=SPARSITY in listing.sizes)
+    settings = generation_config(folder, config)
+    return CheckpointFacts(config, settings, shapes, size, sparse=SPARSITY in listing.sizes, tokenizer=_tokenizer(listing))
+
+
+def _tokenizer(listing: Listing) -> str | None:
+    """The class that is to read the tokenizer."""
+    told = read_json(listing, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in listing.sizes else {}
+    return told.get("tokenizer_class")
 
 
 def kept_refusal(facts: CheckpointFacts) -> str | None:
@@ -129,6 +137,7 @@ def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing,
         size,
         method,
         sparse=SPARSITY in listing.sizes,
+        tokenizer=_tokenizer(listing),
     )
 
 

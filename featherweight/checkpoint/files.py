@@ -38,7 +38,7 @@ VOCABULARIES = (
 
 COMPANIONS = (
     *VOCABULARIES,
-    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "kept_tokens.json"),
     *("merges.txt", "bpe.codes", "encoder.json", "target.spm", "target_vocab.json", "vocab-tgt.json"),
     *("emoji.json", "normalizer.json", "byte_maps.json", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),

@@ -121,6 +121,11 @@ class DistillSpec(TrainingSpec):
 
     def refusal(self, parent: Parent) -> str | None:
         """Why `parent` cannot be a teacher so, in one line; None where it can."""
+        if self.prune is not None and self.prune.other_tokens:
+            return (
+                f"distill + {self.prune.method}: a student has its teacher's tokenizer; give the pruning as an alternative of "
+                "prune, which follows the distillation"
+            )
         asked = (self.generate, self.prune)
         return next((reason for one in asked if one and (reason := one.refusal(parent))), None)
 

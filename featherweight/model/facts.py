@@ -76,6 +76,7 @@ class CheckpointFacts:
     config: transformers' configuration, or `Values` of one. generation: its generation_config.json, likewise; None where unknown.
     shapes: of the stored tensors by name; None where only loading tells. quantized: how its weights are packed ('gptq', 'gguf').
     grids: of the stored matrices whose integers stay as they are. sparse: it has zeros that are to stay.
+    tokenizer: the class that its tokenizer_config.json names, None where it names none.
     sized: whether the sizes in `config` are those of the model; those of one that is still to be pruned are not known.
     """
 
@@ -87,6 +88,7 @@ class CheckpointFacts:
     grids: Mapping[str, Grid] = field(default_factory=dict)
     sparse: bool = False
     sized: bool = True
+    tokenizer: str | None = None
 
     @property
     def task(self) -> Task:

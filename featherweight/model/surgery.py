@@ -1,9 +1,9 @@
-"""Slicing models: whole layers, groups of attention heads, MLP channels."""
+"""Slicing models: whole layers, groups of attention heads, MLP channels, tokens."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import RecipeError, StageError
@@ -196,13 +196,46 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def with_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of `config` that takes over the (already sliced) weights of `model`, without a copy."""
+def keep_tokens(model: PreTrainedModel, config: PreTrainedConfig, tokens: Sequence[int]) -> PreTrainedModel:
+    """A model of `config`, which is that of `model` but for its vocabulary, with the rows of `tokens` alone.
+
+    Cut is whatever has a row for each token: embeddings, heads and their biases, added logits. The rest is not copied.
+    """
     import torch
 
-    weights = model.state_dict()
+    rows, sizes = torch.tensor(tokens), {name: tensor.shape for name, tensor in _empty(config).state_dict().items()}
+    cut: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in cut:
+            cut[id(tensor)] = _rows(tensor.detach(), sizes[name], rows)
+    weights = {name: cut[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+    return _filled(model, config, weights)
+
+
+def _rows(tensor: Tensor, size: Sequence[int], rows: Tensor) -> Tensor:
+    """The `rows` of `tensor`, along the dimension in which it is larger than `size`."""
+    for place, (old, new) in enumerate(zip(tensor.shape, size, strict=True)):
+        if old != new:
+            return tensor.index_select(place, rows.to(tensor.device))
+    return tensor
+
+
+def with_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of `config` that takes over the (already sliced) weights of `model`, without a copy."""
+    return _filled(model, config, model.state_dict())
+
+
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of `config` without memory."""
+    import torch
+
     with torch.device("meta"):
-        result = auto_class(config).from_config(config, dtype=torch.float32, **attention_options(config))
+        return auto_class(config).from_config(config, dtype=torch.float32, **attention_options(config))
+
+
+def _filled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of `config` with these weights, its head tied where that of `model` is."""
+    result = _empty(config)
     result.load_state_dict(weights, strict=True, assign=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is embedding.weight:  # T5's config says tied whatever the weights are

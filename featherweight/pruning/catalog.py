@@ -20,6 +20,7 @@ PRUNERS: Catalog[Pruner[Any]] = Catalog(
         "depth": "featherweight.pruning.depth:DEPTH",
         "width": "featherweight.pruning.width:WIDTH",
         "attention": "featherweight.pruning.attention:ATTENTION",
+        "vocabulary": "featherweight.pruning.vocabulary:VOCABULARY",
         "sparse": "featherweight.pruning.sparse:SPARSE",
     },
 )

@@ -33,6 +33,7 @@ class PruningInput(Generic[SpecT_co]):
     """One pruning. The weights and the text are read when first asked for: a method refuses what it can from `config` before.
 
     out: the folder of the result, for what a method keeps beside the checkpoint.
+    text: what the recipe trains on, for a method that says that it `reads_text`.
     """
 
     spec: SpecT_co
@@ -41,6 +42,7 @@ class PruningInput(Generic[SpecT_co]):
     out: Path
     seed: int
     progress: Progress
+    text: Path | None = None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -64,12 +66,18 @@ class PruningInput(Generic[SpecT_co]):
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a method made: the model to save; size and loss of the checkpoint before; the method's own metrics."""
+    """What a method made: the model to save; size and loss of the checkpoint before; the method's own metrics.
+
+    tokenizer: where the result has another one, what writes it and the other companions to the result's folder. blocks: the
+    calibration blocks in its tokens, on which `loss_before` was taken.
+    """
 
     model: PreTrainedModel
     parameters_before: int
     loss_before: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    tokenizer: Callable[[Path], None] | None = None
+    blocks: Tensor | None = None
 
 
 def nothing_refused(spec: PruneSpec, parent: Parent) -> str | None:
@@ -98,6 +106,8 @@ class Pruner(Generic[SpecT]):
         and the plan asks before anything runs.
     operations: floating-point operations that it takes for a model of so many parameters.
     sparse: the result has zeros that are to stay.
+    reads_text: it reads what the recipe trains on, beside the calibration text.
+    other_tokens: the result has another tokenizer, so that it is no student of the checkpoint.
     """
 
     spec: type[SpecT]
@@ -107,6 +117,8 @@ class Pruner(Generic[SpecT]):
     operations: Callable[[SpecT, int], float] = gradient_operations
     sparse: bool = False
     check: Callable[[SpecT, CheckpointFacts], object] = nothing_checked
+    reads_text: bool = False
+    other_tokens: bool = False
 
 
 def sample_blocks(spec: PruneSpec, checkpoint: Path, calibration: Path, seed: int) -> Tensor:

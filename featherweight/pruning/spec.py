@@ -53,6 +53,16 @@ class PruneSpec(NamedSpec):
         """Whether it leaves zeros that are to stay."""
         return PRUNERS[self.method].sparse
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it reads what the recipe trains on, beside the calibration text."""
+        return PRUNERS[self.method].reads_text
+
+    @property
+    def other_tokens(self) -> bool:
+        """Whether it leaves another tokenizer."""
+        return PRUNERS[self.method].other_tokens
+
     def refusal(self, parent: Parent) -> str | None:
         """Why this cannot be done to `parent`, in one line; None where it can."""
         pruner = PRUNERS[self.method]

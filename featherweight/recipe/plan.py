@@ -210,7 +210,7 @@ def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: st
     if prune != NONE:
         spec = stages.prune[prune]
         path = _join(path, prune)
-        add("prune", prune, spec, calibration="text/calibration")
+        add("prune", prune, spec, calibration="text/calibration", **({"text": "text/train"} if spec.reads_text else {}))
         if spec.finetune:
             path = f"{path}+finetune"
             add("finetune", prune, spec.finetune, text="text/train", calibration="text/calibration")

@@ -154,14 +154,15 @@ class MeasuredVariant:
         """What an encoder answers to each example."""
         examples = self.workload.examples
         self.progress.note(f"asking {self.engine} for {len(examples)} answers")
-        return self.worker.outputs([one.ids for one in examples], [one.types for one in examples])
+        found = self.worker.outputs([one.ids for one in examples], [one.types for one in examples])
+        return self.workload.rows(found)
 
     def _quality(self, original: MeasuredVariant) -> Quality:
         work = self.workload
         if work.task == "feature-extraction":
             return embedding_quality(self.answers, original.answers, work.quality_bytes)
         if work.task in HEADED:
-            labels = [one.labels for one in work.examples]
+            labels = [one.labels for one in original.workload.examples]
             return label_quality(self.answers, original.answers, labels, work.quality_bytes, work.single)
         return self._text_quality()
 
@@ -175,7 +176,8 @@ class MeasuredVariant:
         broken = sum(not math.isfinite(value) for value in nll)
         if broken:
             raise StageError(f"{self.engine} gives log-probabilities that are no numbers in {broken} of {len(nll)} windows")
-        return Quality(tuple(nll), tuple(len(row) for row in scores), self.workload.quality_bytes)
+        tokens = self.workload.by_window([len(row) for row in scores], sum)
+        return Quality(tuple(self.workload.by_window(nll, math.fsum)), tuple(tokens), self.workload.quality_bytes)
 
 
 def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:

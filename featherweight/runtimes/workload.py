@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, cycle, islice
 from pathlib import Path
+from typing import TypeVar
 
-from featherweight.errors import RecipeError
+from featherweight.errors import RecipeError, StageError
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.spec import Task
+from featherweight.store.served_folder import verified_tokens
 from featherweight.text.examples import Example
 from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.respelling import Respelling
 from featherweight.text.tokens import Window
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Respelt:
+    """parts: how many windows each window of the text has become. firsts: where each of its tokens begins."""
+
+    parts: tuple[int, ...]
+    firsts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Workload:
     """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it.
 
-    single: a model that labels texts has one label only.
+    single: a model that labels texts has one label only. respelt: where a variant's tokenizer is another one, what its windows are
+    the parts of.
     """
 
     spec: WorkloadSpec
@@ -30,6 +45,7 @@ class Workload:
     family: Family = "causal"
     task: Task = "text-generation"
     single: bool = False
+    respelt: Respelt | None = None
 
     @classmethod
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
@@ -48,6 +64,18 @@ class Workload:
         longest = max(length, spec.prompt_tokens + (0 if family == "encoder" else spec.new_tokens))
         return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1)
 
+    def for_served(self, served: Path, source: Path) -> Workload:
+        """The same text in the tokens of the variant in `served`, which may lack some of those of `source` (text/respelling.py)."""
+        respelling = Respelling.between(source, served)
+        if respelling is None:
+            return self
+        limit = verified_tokens(served)
+        parts = [respelling.windows(window, self.family, limit) for window in self.windows]
+        windows = list(chain.from_iterable(parts))
+        firsts = tuple(tuple(respelling.firsts(window.ids)) for window in self.windows)
+        longest = max(self.max_tokens, *(max(len(window.ids), len(window.source)) for window in windows))
+        return replace(self, windows=windows, max_tokens=longest, respelt=Respelt(tuple(map(len, parts)), firsts))
+
     @property
     def new_tokens(self) -> int:
         """Tokens to generate: none by an encoder, which reads its prompt once."""
@@ -61,7 +89,24 @@ class Workload:
     @property
     def quality_bytes(self) -> tuple[int, ...]:
         """UTF-8 bytes that each window stands for."""
-        return tuple(window.text_bytes for window in self.windows)
+        return tuple(self.by_window([window.text_bytes for window in self.windows], sum))
+
+    def by_window(self, values: Sequence[Value], join: Callable[[Sequence[Value]], Value]) -> list[Value]:
+        """One value for each window of the text, of those of its parts."""
+        if self.respelt is None:
+            return list(values)
+        ends = accumulate(self.respelt.parts)
+        return [join(values[end - count : end]) for end, count in zip(ends, self.respelt.parts, strict=True)]
+
+    def rows(self, answers: list[list[list[float]]]) -> list[list[list[float]]]:
+        """What an encoder answers to each example, a row for each token of the text as the baseline reads it."""
+        if self.respelt is None or self.task != "token-classification":
+            return answers
+        if any(firsts[-1] >= len(answer) for firsts, answer in zip(self.respelt.firsts, answers, strict=True)):
+            raise StageError(
+                "spelt in the tokens that were kept, an example is longer than what is served; lower workload.window_tokens"
+            )
+        return [[answer[first] for first in firsts] for firsts, answer in zip(self.respelt.firsts, answers, strict=True)]
 
     @property
     def examples(self) -> list[Example]:
