@@ -18,12 +18,14 @@ from featherweight.model.heads import answers as answers_to
 from featherweight.model.heads import read
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
+from featherweight.system import device
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels, real_positions
 from featherweight.training import loop
 from featherweight.training.data_parallel import launched, leads
 from featherweight.training.launch import run_in_processes
 from featherweight.training.losses import mean_loss, token_loss
 from featherweight.training.plan import TrainingPlan
+from featherweight.training.spec import sharded_zeros_refusal
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -68,17 +70,20 @@ def distill(
     teacher = opening.load_model(checkpoint)
     pupil = make_student(spec, teacher, checkpoint, student, calibration, seed)
     sparsity = sparsity_of(pupil, checkpoint, student)
+    if sparsity and spec.sharded:
+        raise RecipeError(sharded_zeros_refusal("distill"))
     zeros = Zeros.of(pupil, sparsity)
     with zeros.held(pupil):
         run = train_student(spec, teacher, pupil, blocks, pairs, scratch, seed, progress)
-    if leads():
-        saving.save_model(pupil, out, student or checkpoint)
-        if sparsity:
-            sparsity.write(out)
+    if not leads():
+        return run
+    saving.save_model(pupil, out, student or checkpoint)
+    if sparsity:
+        sparsity.write(out)
     compared = example_blocks(checkpoint, config, text, spec.sequence, limit=COMPARED, seed=seed)
     return run | {
         "teacher_loss": mean_loss(teacher, compared),
-        "student_loss": mean_loss(pupil, compared),
+        "student_loss": mean_loss(device.place(pupil), compared),
         "parameters_teacher": opening.parameters(teacher),
         "parameters": opening.parameters(pupil),
         **zeros.metrics(),
@@ -148,7 +153,9 @@ def train_student(
         loss_fn = partial(token_loss, student)
     else:
         loss_fn = answer_loss(student, answers_of(teacher, blocks, spec), spec)
-    plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, weight_decay=0.01, scratch=scratch, seed=seed)
+    plan = TrainingPlan(
+        spec.steps, spec.batch, spec.learning_rate, weight_decay=0.01, scratch=scratch, seed=seed, sharded=spec.sharded
+    )
     return loop.timed_loop(trained, blocks, plan, loss_fn=loss_fn, progress=progress)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint import opening, saving
+from featherweight.checkpoint.streamed import open_to_train
 from featherweight.errors import RecipeError
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
@@ -15,7 +16,7 @@ from featherweight.training import loop, lora
 from featherweight.training.data_parallel import launched, leads
 from featherweight.training.launch import run_in_processes
 from featherweight.training.plan import HeldOut, TrainingPlan
-from featherweight.training.spec import FinetuneSpec
+from featherweight.training.spec import FinetuneSpec, sharded_zeros_refusal
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def finetune(
     require_labels(config, text)
     blocks = example_blocks(checkpoint, config, text, spec.sequence, limit=spec.steps * spec.batch, seed=seed)
     held_out = held_out_text(spec, checkpoint, config, calibration)
-    model = opening.load_model(checkpoint)
+    model = open_to_train(checkpoint, spec.sharded)
     sparsity = Sparsity.read(checkpoint)
+    if sparsity and spec.sharded:
+        raise RecipeError(sharded_zeros_refusal("finetune"))
     zeros = Zeros.of(model, sparsity)
     adapted = lora.attach(model, spec.lora, seed) if spec.lora else None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -62,8 +65,8 @@ def finetune(
         run = loop.timed_loop(model, blocks, _plan(spec, held_out, scratch, seed), progress=progress)
     if adapted is not None:
         model = lora.merge(adapted)
-    zeros.restore(model)
     if leads():
+        zeros.restore(model)
         saving.save_model(model, out, checkpoint)
         if sparsity:
             sparsity.write(out)
@@ -82,6 +85,7 @@ def _plan(spec: FinetuneSpec, held_out: HeldOut | None, scratch: Path | None, se
         scratch=scratch,
         save_every_s=spec.save_every_s,
         seed=seed,
+        sharded=spec.sharded,
     )
 
 

@@ -32,6 +32,8 @@ from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.store.tensor_file import Kind, write_tensors
 from featherweight.text.model_inputs import example_blocks
+from featherweight.training.data_parallel import launched, leads
+from featherweight.training.launch import run_in_processes
 from featherweight.training.losses import mean_loss
 from tasks.stage import stage
 
@@ -72,6 +74,10 @@ def quantize(
     Raises RecipeError for a budget out of reach or a method that would fill a sparse checkpoint's zeros, DataError for too
     little text, StageError where a method fails, or makes what is worse than rounding to nearest (quantization/judgement.py).
     """
+    if spec.together > 1 and not launched():
+        folders = {"checkpoint": checkpoint, "text": text, "calibration": calibration, "sensitivity": sensitivity}
+        folders |= {"scratch": scratch, "out": out}
+        return run_in_processes(f"{__name__}:quantize", spec, folders, seed, spec.together, progress)
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
     model = _opened(spec, checkpoint)
@@ -81,6 +87,8 @@ def quantize(
     before = _loss_before(given)
     given = smoothed(given)
     choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))
+    if not leads():
+        return {}
     error = write_checkpoint(given, choice, out)
     saved = open_model(out)
     zeros.require_kept(saved, spec.method)

@@ -51,7 +51,9 @@ def train(
     tokenizer = train_tokenizer(text, spec)
     model = new_model(spec, tokenizer, seed)
     blocks = token_blocks(text, tokenizer, spec.context, limit=spec.steps * spec.batch, seed=seed)
-    plan = TrainingPlan(spec.steps, spec.batch, spec.learning_rate, optimizer="muon", scratch=scratch, seed=seed)
+    plan = TrainingPlan(
+        spec.steps, spec.batch, spec.learning_rate, optimizer="muon", scratch=scratch, seed=seed, sharded=spec.sharded
+    )
     run = loop.timed_loop(model, blocks, plan, progress=progress)
     if leads():
         saving.save_model(model, out)

@@ -95,6 +95,12 @@ def mapped_model(folder: Path, layers: tuple[int, ...] | None = None) -> PreTrai
     return model.eval()
 
 
+def open_to_train(folder: Path, sharded: bool) -> PreTrainedModel:
+    """The model of a folder to train: float32 in memory, or, where it will be `sharded`, still in the files if they allow it."""
+    model = mapped_model(folder) if sharded else None
+    return model.requires_grad_(True) if model else load_model(folder)
+
+
 def _unfilled(folder: Path, layers: tuple[int, ...] | None) -> tuple[PreTrainedModel, dict[str, Tensor] | None, dict[str, str]]:
     """The model of a folder without weights, of `layers` alone; its tensors as stored, by its own names, None where they do not
     hold every parameter as it has it; and the whole model's names by its own, where the two differ.

@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
 from featherweight.spec import ByStack, Layers, ModelSize, Positive, SequenceLength, Spec
-from featherweight.training.spec import TrainingSpec
+from featherweight.training.spec import TrainingSpec, unread_sharding
 
 
 class StackLayers(ByStack):
@@ -79,9 +79,10 @@ class DistillSpec(TrainingSpec):
     teacher_cache: 'top_k' computes the teacher's answers once and keeps the `top_k` likeliest tokens of each; 'auto' does so
     where text is read more than once.
     processes: how many compute each batch together, one device each, or their share of the cores.
+    sharded: each of them holds a part of the student's weights, gradients and moments, and the whole teacher (FSDP2).
     """
 
-    quiet = frozenset({"processes"})
+    quiet = frozenset({"processes", "sharded"})
 
     layers: Layers | StackLayers | None = None
     choose: Literal["uniform", "block_influence"] = "uniform"
@@ -98,6 +99,7 @@ class DistillSpec(TrainingSpec):
     teacher_cache: Literal["auto", "none", "top_k"] = "auto"
     top_k: Positive = 64
     processes: Positive = 1
+    sharded: bool = False
 
     @property
     def unread(self) -> dict[str, str]:
@@ -110,7 +112,7 @@ class DistillSpec(TrainingSpec):
             (self.teacher_cache == "none", "with teacher_cache none", ("top_k",)),
             (matched, "beside hidden_weight or attention_weight: answers are not kept then", ("top_k",)),
         )
-        return {key: reason for holds, reason, keys in cases if holds for key in keys}
+        return {key: reason for holds, reason, keys in cases if holds for key in keys} | unread_sharding(self.processes)
 
     @property
     def generate(self) -> GenerateSpec | None:

@@ -50,7 +50,10 @@ class QatSpec(QuantizeSpec):
     distill: on what the float checkpoint says (KL on its logits), else on the text itself.
     start: the rounding that training begins from.
     generated_tokens: text that the checkpoint itself writes to train on, beside the recipe's.
+    processes: how many compute each batch together, each with the whole model, one device each, or their share of the cores.
     """
+
+    quiet = QuantizeSpec.quiet | {"processes"}
 
     method: Literal["qat"] = "qat"
     steps: Positive = 100
@@ -59,6 +62,11 @@ class QatSpec(QuantizeSpec):
     distill: bool = True
     start: str = START
     generated_tokens: int = Field(default=0, ge=0)
+    processes: Positive = 1
+
+    @property
+    def together(self) -> int:
+        return self.processes
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -68,6 +76,12 @@ class QatSpec(QuantizeSpec):
     def _on_integers(self) -> Self:
         if any(grid_named(name).kind == "float" for name in self.grids):
             raise ValueError("qat trains on integer grids; for fp8 take gptq, awq or rtn")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_not_empty(self) -> Self:
+        if self.batch < self.processes:
+            raise ValueError(f"batch {self.batch} cannot be split over {self.processes} processes")
         return self
 
     @model_validator(mode="after")

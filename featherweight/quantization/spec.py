@@ -76,6 +76,11 @@ class QuantizeSpec(NamedSpec):
         return [QUANTIZERS[name].spec for name in QUANTIZERS]
 
     @property
+    def together(self) -> int:
+        """How many processes compute it together."""
+        return 1
+
+    @property
     def grids(self) -> list[GridName]:
         """Every grid that weights are to lie on."""
         return [name for name in (self.grid, self.head, self.mixed and self.mixed.grid) if name]

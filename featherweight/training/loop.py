@@ -13,7 +13,7 @@ from featherweight.store.artifact import content_digest
 from featherweight.system import device
 from featherweight.training.data_parallel import DataParallelGroup
 from featherweight.training.divergence import check_end, check_step
-from featherweight.training.losses import mean_loss, predicted_tokens, token_loss
+from featherweight.training.losses import block_losses, predicted_tokens, token_loss
 from featherweight.training.optimizer import ScheduledOptimizer
 from featherweight.training.plan import TrainingPlan
 from featherweight.training.state import Record, Saver, TrainingState
@@ -100,11 +100,12 @@ class _Run:
         self, model: nn.Module, blocks: Tensor, plan: TrainingPlan, loss_fn: LossFunction, progress: Progress, record: Record
     ) -> None:
         self.model, self.blocks, self.plan, self.loss_fn = model, blocks, plan, loss_fn
-        self.progress, self.record, self.group = progress, record, DataParallelGroup()
+        self.progress, self.record, self.group = progress, record, DataParallelGroup(plan.sharded)
         self.group.place(model)
         self.where = next(model.parameters()).device
         self.optimizer = ScheduledOptimizer(model, plan)
-        self.state = TrainingState(model, self.optimizer.inner, record, _identity(plan, blocks, self.group.size))
+        identity = _identity(plan, blocks, self.group.size)
+        self.state = TrainingState(model, self.optimizer.inner, record, identity, self.group)
         self.order = batch_order(len(blocks), plan.batch, plan.steps, plan.seed)
         self.saver = Saver(plan.save_every_s)
 
@@ -121,13 +122,14 @@ class _Run:
         self.state.restore_best()
         (again,) = self.group.add(self._batch_loss(self.blocks[self.order[0]], learn=False))
         check_end(self.record.losses, again)
+        self.group.gather()
         return self.record.losses
 
     def _step(self, step: int) -> None:
         """One step of the optimizer, and what is due after it. What the processes decide together goes in one sum."""
         loss = self._batch_loss(self.blocks[self.order[step]])
         self.group.add_gradients(self.optimizer.weights)
-        norm = self.optimizer.clip()
+        norm = self.optimizer.clip(self.group)
         save = self.plan.scratch is not None and self.group.rank == 0 and self.saver.due()
         loss, due = self.group.add(loss, save)
         self.record.losses.append(loss)
@@ -164,8 +166,9 @@ class _Run:
         """Measure the held-out loss, note it, and keep the weights where it is the lowest so far."""
         assert self.plan.held_out
         part = self.group.share(self.plan.held_out.blocks)
-        tokens = predicted_tokens(self.model, part) if len(part) else 0
-        total, all_tokens = self.group.add(mean_loss(self.model, part) * tokens if tokens else 0.0, tokens)
+        rows = self.group.even(part, self.plan.held_out.blocks)
+        nats, tokens = block_losses(self.model, rows) if len(rows) else (rows[:, 0], rows[:, 0])
+        total, all_tokens = self.group.add(nats[: len(part)].sum().item(), tokens[: len(part)].sum().item())
         self.record.held_out[self.record.step] = total / all_tokens
         if self.record.best_step == self.record.step:
             self.state.keep_best()
@@ -174,9 +177,7 @@ class _Run:
     def _save(self) -> None:
         """Save the run, by the first process, with the random number generators of all."""
         assert self.plan.scratch
-        rows = self.group.gather(device.random_state(self.where))
-        if self.group.rank == 0:
-            self.state.save(self.plan.scratch, rows)
+        self.state.save(self.plan.scratch, self.group.rows(device.random_state(self.where)))
 
     def _resume(self) -> None:
         """Go on from a saved run where there is one; its losses are told again, so that the curve is whole."""

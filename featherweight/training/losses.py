@@ -63,7 +63,7 @@ def block_losses(model: nn.Module, blocks: Tensor, batch: int = 8) -> tuple[Tens
     model.eval()
     device = next(model.parameters()).device
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # of a sharded model, what is put together in inference mode could not be trained with later
             found = [torch.stack(_row_losses(model, part.to(device))).double().cpu() for part in blocks.split(batch)]
     finally:
         model.train(was_training)

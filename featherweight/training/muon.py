@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from featherweight.training.sharding import as_part, is_part, part, part_of, whole
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class Muon:
         self.momentum = momentum
         shapes = dict.fromkeys(weight.shape for weight in matrices)
         self.stacks = [[weight for weight in matrices if weight.shape == shape] for shape in shapes]
-        self.averages = [torch.zeros_like(torch.stack(stack)) for stack in self.stacks]
+        self.averages = [torch.zeros_like(_parts(stack)) for stack in self.stacks]
 
     def step(self) -> None:
         """One update of every weight from its gradient."""
@@ -43,13 +45,14 @@ class Muon:
         group = self.param_groups[-1]
         with torch.no_grad():
             for stack, average in zip(self.stacks, self.averages, strict=True):
-                gradients = torch.stack([weight.grad for weight in stack if weight.grad is not None])
+                gradients = _parts([weight.grad for weight in stack if weight.grad is not None])
                 average.lerp_(gradients, 1 - self.momentum)
-                updates = orthogonal(gradients.lerp_(average, self.momentum))
+                updates = orthogonal(_wholes(gradients.lerp_(average, self.momentum), stack))
                 rows, columns = updates.shape[1:]
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 for weight, update in zip(stack, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+                    own = part_of(update, weight) if is_part(weight) else update
+                    part(weight).mul_(1 - group["lr"] * group["weight_decay"]).sub_(own, alpha=rate)
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, and the averages of the matrices as further entries; laid out as torch's optimizers do."""
@@ -73,6 +76,22 @@ class Muon:
         for group in self.param_groups:
             for weight in group["params"]:
                 weight.grad = None
+
+
+def _parts(tensors: list[Tensor]) -> Tensor:
+    """What this process has of matrices of one shape, [n, rows, columns]."""
+    import torch
+
+    return torch.stack([part(tensor) for tensor in tensors])
+
+
+def _wholes(parts: Tensor, stack: list[Tensor]) -> Tensor:
+    """The matrices whose `parts` the processes have, divided as the weights of `stack` are: a matrix is orthogonalised whole."""
+    import torch
+
+    if not is_part(stack[0]):
+        return parts
+    return torch.stack([whole(as_part(own, weight)) for own, weight in zip(parts, stack, strict=True)])
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from featherweight.training.data_parallel import DataParallelGroup
 from featherweight.training.muon import Muon
 from featherweight.training.plan import TrainingPlan
+from featherweight.training.sharding import is_part, part, square_sum
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,11 +24,18 @@ class ScheduledOptimizer:
         self._peaks = [group["lr"] for group in self.inner.param_groups]
         self.weights = [weight for group in self.inner.param_groups for weight in group["params"]]
 
-    def clip(self) -> float:
-        """Bound the norm of the whole gradient; the norm that it had."""
+    def clip(self, group: DataParallelGroup) -> float:
+        """Bound the norm of the whole gradient; the norm that it had. group: those who have it together, where it is divided."""
         import torch
 
-        return torch.nn.utils.clip_grad_norm_(self.weights, self._plan.grad_clip).item()
+        if not group.sharded:
+            return torch.nn.utils.clip_grad_norm_(self.weights, self._plan.grad_clip).item()
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        (divided,) = group.add(square_sum(gradient for gradient in gradients if is_part(gradient)))
+        norm = math.sqrt(divided + square_sum(gradient for gradient in gradients if not is_part(gradient)))
+        for gradient in gradients:
+            part(gradient).mul_(min(1.0, self._plan.grad_clip / (norm + 1e-6)))  # as torch does
+        return norm
 
     def step(self, step: int) -> None:
         """Update the weights at the rate of `step` (from 0), and forget the gradients."""
@@ -42,9 +51,11 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimi
     import torch
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # What is divided among processes and what is not are no weights for one kernel.
     groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+        {"params": [one for one in weights if (one.ndim >= 2) == matrices and is_part(one) == divided], "weight_decay": decay}
+        for divided in (False, True)
+        for matrices, decay in ((True, weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)

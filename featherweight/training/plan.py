@@ -42,6 +42,8 @@ class TrainingPlan:
     held_out: text to measure on while training. The weights of the best measurement are kept, not the last ones.
     scratch: folder in which the run is saved every `save_every_s` seconds, and from which a killed one goes on with the
         same bits; the caller deletes it when the run's result is safe.
+    sharded: of several processes each holds a part of weights, gradients and moments (training.sharding). Afterwards the first
+        has the whole model, in main memory, and the others one without values.
     """
 
     steps: int
@@ -57,6 +59,7 @@ class TrainingPlan:
     scratch: Path | None = None
     save_every_s: float = SAVE_EVERY_S
     seed: int = 0
+    sharded: bool = False
 
     @property
     def patience(self) -> int | None:

@@ -9,13 +9,24 @@ from pydantic import Field, model_validator
 from featherweight.spec import ModelSize, Positive, SequenceLength, Spec
 
 
+def unread_sharding(processes: int) -> dict[str, str]:
+    """`sharded` means nothing where there is nobody to share with."""
+    return {} if processes > 1 else {"sharded": "in one process"}
+
+
+def sharded_zeros_refusal(stage: str) -> str:
+    """Why a sparse checkpoint is not trained in parts."""
+    return f"{stage}.sharded: the zeros of a sparse checkpoint are held in whole matrices only; leave sharded out"
+
+
 class TrainSpec(Spec):
     """A small Llama and its byte-level BPE tokenizer, from nothing.
 
     processes: how many compute each batch together, one device each, or their share of the cores.
+    sharded: each of them holds a part of weights, gradients and moments, and not all (FSDP2).
     """
 
-    quiet = frozenset({"processes"})
+    quiet = frozenset({"processes", "sharded"})
 
     vocab_size: int = Field(default=2048, gt=0, le=10_000_000)
     hidden_size: int = Field(default=256, gt=0, le=100_000)
@@ -29,6 +40,11 @@ class TrainSpec(Spec):
     learning_rate: float = Field(default=3e-3, gt=0)
     tokenizer_bytes: Positive = 4_000_000
     processes: Positive = 1
+    sharded: bool = False
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return unread_sharding(self.processes)
 
     @property
     def llama(self) -> dict[str, Any]:
@@ -90,7 +106,10 @@ class FinetuneSpec(TrainingSpec):
     evaluate_every: steps between these measurements; by default a tenth of all steps where `patience` is given.
     save_every_s: seconds between the saves that a killed training resumes from.
     processes: how many compute each batch together, one device each, or their share of the cores.
+    sharded: each of them holds a part of weights, gradients and moments, and not all (FSDP2).
     """
+
+    quiet = frozenset({"sharded"})
 
     warmup: float = Field(default=0.05, ge=0, lt=1)
     accumulate: Positive = 1
@@ -99,6 +118,11 @@ class FinetuneSpec(TrainingSpec):
     evaluate_every: Positive | None = None
     save_every_s: float = Field(default=60.0, ge=0)
     processes: Positive = 1
+    sharded: bool = False
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return unread_sharding(self.processes)
 
     def operations(self, size: ModelSize) -> float:
         """Adapters need no gradient of the weights, which is a third of the work."""

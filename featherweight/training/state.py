@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.training.data_parallel import DataParallelGroup
+from featherweight.training.sharding import as_part, part
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -51,9 +54,13 @@ class TrainingState:
     """A model, its optimizer and the record of their run, written whole to one safetensors file and read back bit by bit.
 
     identity: tells this run from any other; a file of another one is never taken up.
+    group: the processes that train together. The first writes for all; where the model is sharded, each writes its part.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | Muon, record: Record, identity: str) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Muon, record: Record, identity: str, group: DataParallelGroup
+    ) -> None:
+        self.group = group
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.buffers = dict(model.named_buffers())
         self.optimizer, self.record, self.identity = optimizer, record, identity
@@ -68,10 +75,24 @@ class TrainingState:
         _copy(self.best, self.weights)
 
     def save(self, folder: Path, noise: Tensor) -> None:
-        """Write everything to `folder`, replacing what was there at once: a kill leaves the old file or the new one.
+        """Write everything to `folder`, replacing what was there at once: a kill leaves what was there, or the new, whole.
 
         noise: the states of the random number generators, uint8 [processes, bytes].
         """
+        if self.group.sharded:
+            self._write(folder, self._part_of(self.record.step), noise)
+            self.group.add(0)  # by now every part is there
+            for old in folder.glob(self._part_of("*")):
+                if old.name != self._part_of(self.record.step):
+                    old.unlink()
+        elif self.group.rank == 0:
+            self._write(folder, FILE, noise)
+
+    def _part_of(self, step: int | str) -> str:
+        """Name of the file of this process's part after so many steps."""
+        return f"{step}-{self.group.rank}-{FILE}"
+
+    def _write(self, folder: Path, name: str, noise: Tensor) -> None:
         from safetensors.torch import save_file
 
         tensors = {
@@ -83,20 +104,21 @@ class TrainingState:
         }
         record = {"losses": self.record.losses, "held_out": list(self.record.held_out.items())}
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{FILE}.{os.getpid()}"
+        unfinished = folder / f"{name}.{os.getpid()}"
         save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            part,
+            {name: part(tensor).contiguous() for name, tensor in tensors.items()},
+            unfinished,
             {"identity": self.identity, "record": json.dumps(record)},
         )
-        part.replace(folder / FILE)
+        unfinished.replace(folder / name)
 
     def load(self, folder: Path) -> Tensor | None:
         """Take up the run that was saved in `folder` and return its noise; None where there is none, or only that of another."""
         from safetensors import SafetensorError, safe_open
 
+        name = self._newest(folder) if self.group.sharded else FILE
         try:
-            with safe_open(folder / FILE, "pt") as file:
+            with safe_open(folder / name, "pt") as file:
                 if file.metadata()["identity"] != self.identity:
                     return None
                 # Cloned: what safetensors maps is not aligned as torch's own memory is, and kernels may round by alignment.
@@ -110,6 +132,11 @@ class TrainingState:
         self.record.resumed_at = self.record.step
         return tensors["noise"]
 
+    def _newest(self, folder: Path) -> str:
+        """The newest part of this process whose others are there too: a kill may have come between two."""
+        steps = [{int(path.name.partition("-")[0]) for path in folder.glob(f"*-{rank}-{FILE}")} for rank in range(self.group.size)]
+        return self._part_of(max(set.intersection(*steps), default=0))
+
     def _take(self, tensors: dict[str, Tensor]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"weight": {}, "buffer": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
@@ -117,11 +144,15 @@ class TrainingState:
             groups.setdefault(kind, {})[rest] = tensor
         _copy(groups["weight"], self.weights)
         _copy(groups["buffer"], self.buffers)
-        self.best = {name: tensor.to(self.weights[name].device) for name, tensor in groups["best"].items()}
+        self.best = {
+            name: as_part(tensor.to(self.weights[name].device), self.weights[name]) for name, tensor in groups["best"].items()
+        }
         moments: dict[int, dict[str, Tensor]] = {}
+        trained = dict(enumerate(weight for group in self.optimizer.param_groups for weight in group["params"]))
         for name, tensor in groups["optimizer"].items():
             index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
+            of_a_weight = tensor.ndim > 0 and key != "average"  # of those Muon has one for several
+            moments.setdefault(int(index), {})[key] = as_part(tensor, trained[int(index)]) if of_a_weight else tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
@@ -145,7 +176,7 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
 
     with torch.no_grad():
         for name, tensor in source.items():
-            target[name].copy_(tensor)
+            part(target[name]).copy_(part(tensor))
 
 
 def _moments(optimizer: Optimizer | Muon) -> list[tuple[int, str, Tensor]]:

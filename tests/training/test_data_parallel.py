@@ -68,5 +68,5 @@ def test_a_group_of_one_changes_nothing_and_needs_no_accelerate() -> None:
     alone, rows = DataParallelGroup(), torch.arange(6).view(3, 2)
     assert (alone.rank, alone.size, alone._accelerator) == (0, 1, None)
     assert alone.share(rows) is not None and torch.equal(alone.share(rows), rows)
-    assert torch.equal(alone.gather(rows[0]), rows[:1])
+    assert torch.equal(alone.rows(rows[0]), rows[:1])
     assert alone.add(1.5, 2.0) == [1.5, 2.0]
