@@ -407,6 +407,23 @@ def watch(
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
+def deploy(
+    model: ModelArg,
+    to: Annotated[str, typer.Option("--to", help="folder (with a start script), compose, kserve, vllm (Kubernetes) or oci.")],
+    out: Annotated[Path | None, typer.Option(help="The new folder; deployed/NAME-VERSION where omitted.")] = None,
+    image: Annotated[str, typer.Option(help="What a container runs; vLLM's own, or 'featherweight' (infra/Dockerfile).")] = "",
+    storage: Annotated[str, typer.Option(help="Where a cluster finds the folder: pvc://CLAIM/PATH, s3://... or oci://...")] = "",
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a verified version as a platform takes it, with its measured settings; its files are checked again as it starts."""
+    from flows.deploy import deploy as write
+
+    place = out or Path("deployed") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
+    _tell(write(_workspace(workspace), model, to, place, image, storage), as_json)
+
+
+@app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
 def gc(
     older: Annotated[str, typer.Option(help="What is younger stays, such as 30d.")] = "30d",
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only told.")] = False,

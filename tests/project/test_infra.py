@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.resources
 import importlib.util
 import inspect
 import json
@@ -345,3 +346,14 @@ def test_kubernetes_template_uses_the_variables_it_declares():
     assert template["job_configuration"]["job_manifest"]["kind"] == "Job"
     claim = yaml.safe_load((INFRA / "kubernetes" / "workspace.yaml").read_text())
     assert claim["metadata"]["name"] == template["variables"]["properties"]["workspace"]["default"]
+
+
+def test_compose_and_kubernetes_take_the_teams_files() -> None:
+    """By their own schemas; neither runs here."""
+    import kubernetes_validate
+    from jsonschema import Draft202012Validator
+
+    vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    schema = Draft202012Validator(json.loads(vendored.read_text()))
+    assert not list(schema.iter_errors(yaml.safe_load((INFRA / "compose.yaml").read_text())))
+    kubernetes_validate.validate(yaml.safe_load((INFRA / "kubernetes" / "workspace.yaml").read_text()), "1.37", strict=True)

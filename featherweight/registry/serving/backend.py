@@ -124,6 +124,12 @@ def engine_server(copy: VerifiedCopy, socket: Path) -> EngineServer:
         raise ToolchainError(f"{serving.engine} cannot run here: {reason}")
     if serving.device == CUDA and (reason := cuda_refusal()):
         raise ToolchainError(f"this model was verified on a GPU and is served from one, and {reason}")
+    return server_of(copy, socket)
+
+
+def server_of(copy: VerifiedCopy, socket: Path) -> EngineServer:
+    """The same, whatever this machine is."""
+    runtime = RUNTIMES[copy.serving.engine]
     limits = Limits(copy.threads, copy.max_tokens, copy.batch)
     return runtime.server(copy.served, copy.version.model, limits, socket) or _scoring_server(copy, limits, socket)
 

@@ -114,15 +114,7 @@ class Follower:
 
     def _wanted(self) -> tuple[RegisteredModel, RegisteredVersion]:
         """The model as every reader looks at it, and the version that is to be served."""
-        seen, moved = look(self.registry, self.model)
-        if moved:
-            self.tell("note", moved.to_text())
-        seen.require_whole()
-        if fault := witnessed_fault(seen.born, seen.history, Keys.here()):
-            raise IntegrityError(f"{fault}; see `featherweight audit {self.model}`")
-        if not self.reference.isdigit() and self.reference not in seen.aliases:
-            raise GateError(f"model '{self.model}' has no {self.reference} (`featherweight promote {self.model}/NUMBER`)")
-        return seen, seen.pick(self.reference)
+        return named(self.registry, self.model, self.reference, lambda text: self.tell("note", text))
 
     def _started(self, seen: RegisteredModel, version: RegisteredVersion) -> Backend:
         """A server of a version that has answered, from a verified copy of its files."""
@@ -173,3 +165,19 @@ class Follower:
         failure = self._failed.setdefault((version.version, version.digest), Failure())
         failure.again = time.monotonic() + min(3600.0, RETRY_S * 2**failure.times)
         failure.times += 1
+
+
+def named(registry: Registry, model: str, reference: str, tell: Callable[[str], None]) -> tuple[RegisteredModel, RegisteredVersion]:
+    """A model as every reader looks at it, and the version that a number or an alias names, fit to be served.
+
+    tell: is told what somebody moved in MLflow. Raises GateError, IntegrityError.
+    """
+    seen, moved = look(registry, model)
+    if moved:
+        tell(moved.to_text())
+    seen.require_whole()
+    if fault := witnessed_fault(seen.born, seen.history, Keys.here()):
+        raise IntegrityError(f"{fault}; see `featherweight audit {model}`")
+    if not reference.isdigit() and reference not in seen.aliases:
+        raise GateError(f"model '{model}' has no {reference} (`featherweight promote {model}/NUMBER`)")
+    return seen, seen.pick(reference)
