@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
+
+SILU = ("silu", "swish")
+"""The names that transformers has for it."""
+
+
+def activation_refusal(engine: str, config: Any, kind: str, computed: Mapping[str, tuple[str, ...]]) -> str | None:
+    """Why an engine that computes one activation for a model type, by its names, does not serve a model that names another."""
+    told = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
+    if told is None or told in computed.get(kind, (told,)):
+        return None
+    return (
+        f"{engine} computes {computed[kind][0]} in {kind} models, and this one's activation is {told}; take torch or torch-compile"
+    )
 
 
 def compute_type_refusal(engine: str, known: tuple[ComputeType, ...], wanted: ComputeType) -> str | None:

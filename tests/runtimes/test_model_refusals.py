@@ -47,6 +47,33 @@ def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dic
     assert re.search(reason, found) if reason else not found
 
 
+@pytest.mark.parametrize(
+    ("told", "ctranslate2", "vllm"),
+    [
+        ({"hidden_act": "silu"}, "", ""),
+        ({"hidden_act": "relu"}, "computes silu in llama models, and this one's activation is relu", "vLLM computes silu in llama"),
+        ({"model_type": "falcon", "activation": "relu"}, "computes gelu in falcon models", ""),
+        ({"model_type": "gpt_neox", "hidden_act": "relu"}, "", ""),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "attention that is scaled by the number of the layer, which this gpt2 has",
+            "vLLM's gpt2 knows no scale_attn_by_inverse_layer_idx",
+        ),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "attention that is not scaled by the width of the heads", ""),
+        ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, "", "vLLM's gpt2 knows no reorder_and_upcast_attn"),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, r"keys and values for every head.*\(multi_query\)", ""),
+        ({"model_type": "falcon", "multi_query": False}, "", ""),
+        ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "residuals that begin behind the norms", ""),
+    ],
+)
+def test_what_no_module_of_an_engine_computes_is_refused_by_the_key_that_asks_for_it(
+    told: dict[str, Any], ctranslate2: str, vllm: str
+) -> None:
+    for engine, reason in (("ctranslate2", ctranslate2), ("vllm", vllm)):
+        found = refusal(engine, **told)
+        assert re.search(reason, found) if reason else not found
+
+
 def test_a_model_without_attention_has_no_heads_to_refuse() -> None:
     values = {"model_type": "mamba", "is_encoder_decoder": False, "hidden_size": 128}
     config = Values({"class": "MambaConfig", "names": {}, "values": values})

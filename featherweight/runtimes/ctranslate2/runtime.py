@@ -14,6 +14,8 @@ from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import (
+    SILU,
+    activation_refusal,
     cache_refusal,
     compute_type_refusal,
     float_of_rounded_refusal,
@@ -135,6 +137,17 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         return reason, "keep `reduce_range: auto` in exports, or true"
 
 
+ONE_ACTIVATION = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), SILU), "falcon": ("gelu",)}
+"""What its loaders give the feed-forward layers of a model type, whatever the configuration says."""
+_UNSCALED = ("scale_attn_weights", False, "attention that is not scaled by the width of the heads")
+OVERLOOKED: dict[str, tuple[tuple[str, bool, str], ...]] = {
+    "gpt2": (("scale_attn_by_inverse_layer_idx", True, "attention that is scaled by the number of the layer"), _UNSCALED),
+    "gpt_bigcode": (("multi_query", False, "keys and values for every head"), _UNSCALED),
+    "bloom": (("apply_residual_connection_post_layernorm", True, "residuals that begin behind the norms"),),
+}
+"""By model type: what its loaders take no notice of, and the value that makes it something else."""
+
+
 def _function_refusal(model: Candidate) -> str | None:
     """What a configuration asks to be computed and CTranslate2's layers leave out without a word."""
     config, kind = model.config.get_text_config(), model.facts.model_type
@@ -143,7 +156,10 @@ def _function_refusal(model: Candidate) -> str | None:
         return f"CTranslate2 does not compute {kind}'s soft caps of logits ({capped:g}); take torch or torch-compile"
     if getattr(config, "qk_layernorm", False):
         return f"CTranslate2 does not compute {kind}'s norms of queries and keys; take torch or torch-compile"
-    return None
+    for key, value, what in OVERLOOKED.get(kind, ()):
+        if getattr(config, key, None) is value:
+            return f"CTranslate2 does not compute {what}, which this {kind} has ({key}); take torch or torch-compile"
+    return activation_refusal("CTranslate2", config, kind, ONE_ACTIVATION)
 
 
 def _length_refusal(model: Candidate) -> str | None:
