@@ -71,7 +71,7 @@ def computed(path: Path) -> list[Any]:
 def test_integers_are_what_is_computed_with(rounded: Any, tmp_path: Path, activations: Any, signed: bool, operator: str) -> None:
     floats, (embedding, query), rows = rounded
     models = {"first.onnx": graph(*floats), "second.onnx": graph(*floats)}
-    most = embedding.abs().max().item()
+    most = 0.9 * embedding.abs().max().item()  # some are beyond it, which a product in float is not to cut off
     ranges = {"model.layers.0.self_attn.q_proj": InputRange(most / 127, 127, 255)}
     for model in models.values():
         pack.pack_graph(model, rows, pack.Products(activations, signed, ranges if activations == "static" else {}))
@@ -96,5 +96,5 @@ def test_what_two_graphs_hold_lies_once(rounded: Any, tmp_path: Path) -> None:
     places = [{one.name: {e.key: e.value for e in one.external_data} for one in graph} for graph in held]
     assert places[0] == places[1] and places[0]["embedding"]["location"] == DATA
     assert len({place["offset"] for place in places[0].values()}) == 3
-    assert (tmp_path / DATA).stat().st_size < 2 * (1 << 16) + 320 * 32 * 4 + (1 << 16)
+    assert (tmp_path / DATA).stat().st_size == 2 * 320 * 32 * 4 + 32 * 32 * 4, "nothing twice, and no room lost between small ones"
     numpy.testing.assert_array_equal(computed(tmp_path / "first.onnx")[1], computed(tmp_path / "second.onnx")[1])

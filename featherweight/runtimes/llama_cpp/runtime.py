@@ -17,7 +17,7 @@ from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import Device
-from featherweight.system.machine import Machine
+from featherweight.system.machine import Machine, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -117,7 +117,8 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         unused = [name for name in FASTER if name in machine.cpu_features]
         if not unused:
             return None
-        reason = f"its wheel is compiled for AVX2, and this machine has {unused[0]} too"
+        compiled = library.built_with() if machine == describe() else "AVX2"
+        reason = f"its wheel is compiled with {compiled}, and this machine has {unused[0]} too"
         return reason, "another engine may be faster here at equal quality; the recipe's measurements tell"
 
     def served_note(self, serving: Serving) -> str | None:

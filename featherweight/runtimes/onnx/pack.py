@@ -85,7 +85,8 @@ def in_float(path: Path, out: Path) -> None:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    floats = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    clipped = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Clip"}
+    floats = {node.output[0]: clipped[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     nodes = [made for node in model.graph.node for made in _float_nodes(node, floats)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 DATA = "weights.data"
 # Shape inference reads small tensors such as the target of a Reshape, and cannot when they lie in the data file.
 SMALL_BYTES = 1024
-ALIGNED = 1 << 16
-"""ONNX Runtime maps what begins at a multiple of this, on any system, and copies the rest."""
+PAGE, WORD = 4096, 64
+LARGE_BYTES = 1 << 16
+"""From here on a constant begins on a page of its own, so that ONNX Runtime maps it; smaller ones it may copy."""
 
 
 def save_together(models: Mapping[str, ir.Model], out: Path) -> None:
@@ -29,7 +30,7 @@ def save_together(models: Mapping[str, ir.Model], out: Path) -> None:
                 content = tensor.tobytes()
                 key = blake2b(content).digest()
                 if key not in known:
-                    file.write(bytes(-file.tell() % ALIGNED))
+                    file.write(bytes(-file.tell() % (PAGE if len(content) >= LARGE_BYTES else WORD)))
                     known[key] = file.tell(), len(content)
                     file.write(content)
                 value.const_value = _lying(value, out, *known[key])
