@@ -363,6 +363,24 @@ def serve(
     serve_version(_workspace(workspace), model, host, port, every, as_json)
 
 
+@app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
+def guard(
+    host: Annotated[str, typer.Option(help="Where to listen for MLflow's webhooks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.", min=0, max=65535)] = 8100,
+    url: Annotated[str, typer.Option(help="Where MLflow reaches this, if not at that host and port.")] = "",
+    every: Annotated[float, typer.Option(help="Seconds between looks at all models.", min=1)] = 30.0,
+    workspace: WorkspaceOpt = HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Tell what happens in JSON, a value a line.")] = False,
+) -> None:
+    """Hold aliases and stages in MLflow to the histories until Ctrl-C: what others move is judged, recorded, undone or kept.
+
+    Within seconds where the MLflow server sends webhooks, which it is asked for here, else at the next look.
+    """
+    from flows.guard import guard as guard_registry
+
+    guard_registry(_workspace(workspace), host, port, url, every, as_json)
+
+
 @app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def watch(
     source: Annotated[

@@ -1,4 +1,4 @@
-"""A team's servers on one machine, all installed by pip: PostgreSQL, S3, MLflow, Prefect and a worker. `make stack` runs it.
+"""A team's servers on one machine, all installed by pip: PostgreSQL, S3, MLflow, Prefect, a worker, a guard. `make stack` runs it.
 
 PostgreSQL comes first, then the lines of infra/Procfile in order, each when the one before answers. Every server asks for
 credentials, which are made at the first start. Data, logs and secrets lie in `.featherweight/stack`; nothing listens beyond this
@@ -8,6 +8,8 @@ machine. Ctrl-C stops all.
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import json
 import os
 import secrets
@@ -32,10 +34,10 @@ from featherweight.system.services import LEASES
 ROOT = Path(__file__).resolve().parents[1]
 PROCFILE = ROOT / "infra" / "Procfile"
 HEALTH = {"s3": "http://{host}:{S3_PORT}", "mlflow": "http://{host}:{MLFLOW_PORT}/health"}
-HEALTH |= {"prefect": "http://{host}:{PREFECT_PORT}/api/health"}
-SERVERS = {"s3": 9000, "mlflow": 5000, "prefect": 4200, "postgres": 5432}
-SECRETS = ("s3", "postgres", "mlflow", "mlflow_session", "prefect")
-# What a shell needs in order to use the stack, and all that the worker is given.
+HEALTH |= {"prefect": "http://{host}:{PREFECT_PORT}/api/health", "guard": "http://{host}:{GUARD_PORT}/health"}
+SERVERS = {"s3": 9000, "mlflow": 5000, "prefect": 4200, "postgres": 5432, "guard": 8100}
+SECRETS = ("s3", "postgres", "mlflow", "mlflow_session", "mlflow_webhooks", "prefect")
+# What a shell needs in order to use the stack, and all that the worker and the guard are given.
 CLIENT = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
@@ -61,13 +63,15 @@ def command_of(line: str, variables: dict[str, str]) -> list[str]:
 def stack_secrets(folder: Path) -> dict[str, str]:
     """The passwords of this stack, made at its first start and readable by its owner only."""
     path = folder / "secrets.json"
-    if not path.exists():
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if missing := [name for name in SECRETS if name not in known]:
+        known |= {name: secrets.token_hex(20) for name in missing}
         part = folder / "secrets.part"
         part.unlink(missing_ok=True)
         part.touch(mode=0o600)
-        part.write_text(json.dumps({name: secrets.token_hex(20) for name in SECRETS}))
+        part.write_text(json.dumps(known))
         part.replace(path)
-    return dict(json.loads(path.read_text()))
+    return dict(known)
 
 
 def settings(folder: Path, ports: dict[str, int]) -> dict[str, str]:
@@ -93,10 +97,18 @@ def mlflow_settings(folder: Path, ports: dict[str, int], known: dict[str, str]) 
         "MLFLOW_FLASK_SERVER_SECRET_KEY": known["mlflow_session"],
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(names),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(f"http://{name}" for name in names),
+        **webhook_settings(known),
         "MLFLOW_TRACKING_URI": f"http://{LOCAL}:{port}",
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": known["mlflow"],
     }
+
+
+def webhook_settings(known: dict[str, str]) -> dict[str, str]:
+    """MLflow may call the guard. Its administrators alone make webhooks, whose secrets its database holds encrypted."""
+    key = base64.urlsafe_b64encode(hashlib.sha256(known["mlflow_webhooks"].encode()).digest()).decode()
+    allowed = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+    return {**allowed, "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": key, "MLFLOW_WEBHOOK_CACHE_TTL": "5"}
 
 
 def _auth_settings(folder: Path, port: int, password: str) -> Path:
@@ -124,8 +136,8 @@ def prefect_settings(folder: Path, ports: dict[str, int], known: dict[str, str])
 
 
 def environment_of(name: str, variables: dict[str, str]) -> dict[str, str]:
-    """What a process is told: the worker runs what recipes ask for, and gets no key of a server."""
-    if name != "worker":
+    """What a process is told: the worker runs what recipes ask for, and gets no key of a server; nor does the guard."""
+    if name not in ("worker", "guard"):
         return variables
     kept = {*QUIET, *CLIENT, "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL", "PREFECT_HOME", "STACK"}
     return {key: value if key in kept else "" for key, value in variables.items()}

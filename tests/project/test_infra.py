@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import importlib.resources
 import importlib.util
 import inspect
@@ -34,7 +35,7 @@ assert SPEC and SPEC.loader
 stack = importlib.util.module_from_spec(SPEC)
 sys.modules["stack"] = stack
 SPEC.loader.exec_module(stack)
-PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200, "POSTGRES_PORT": 5432}
+PORTS = {"S3_PORT": 9000, "MLFLOW_PORT": 5000, "PREFECT_PORT": 4200, "POSTGRES_PORT": 5432, "GUARD_PORT": 8100}
 
 
 @pytest.mark.slow
@@ -65,7 +66,7 @@ def test_deployed_flows_take_the_deployed_parameters():
 def test_procfile_commands_are_complete(tmp_path):
     variables = stack.settings(tmp_path, PORTS)
     lines = stack.procfile((INFRA / "Procfile").read_text())
-    assert list(lines) == ["s3", "mlflow", "prefect", "worker"]
+    assert list(lines) == ["s3", "mlflow", "prefect", "worker", "guard"]
     for line in lines.values():
         command = stack.command_of(line, variables)
         assert Path(command[0]).exists(), f"{command[0]} is not installed"
@@ -74,7 +75,7 @@ def test_procfile_commands_are_complete(tmp_path):
 
 def test_no_secret_on_a_command_line_nor_readable_by_others(tmp_path):
     variables, known = stack.settings(tmp_path, PORTS), stack.stack_secrets(tmp_path)
-    assert len(set(known.values())) == len(known) == 5 and all(len(secret) >= 32 for secret in known.values())
+    assert len(set(known.values())) == len(known) == 6 and all(len(secret) >= 32 for secret in known.values())
     assert stack.settings(tmp_path, PORTS) == variables
     words = [
         word for line in stack.procfile((INFRA / "Procfile").read_text()).values() for word in stack.command_of(line, variables)
@@ -85,11 +86,20 @@ def test_no_secret_on_a_command_line_nor_readable_by_others(tmp_path):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
-def test_the_worker_is_given_a_clients_credentials_alone(tmp_path):
+@pytest.mark.parametrize("name", ["worker", "guard"])
+def test_who_is_no_server_is_given_a_clients_credentials_alone(tmp_path, name):
     variables, known = stack.settings(tmp_path, PORTS), stack.stack_secrets(tmp_path)
-    given = " ".join(stack.environment_of("worker", variables).values())
+    given = " ".join(stack.environment_of(name, variables).values())
     assert known["prefect"] in given and known["mlflow"] in given
     assert known["postgres"] not in given and known["mlflow_session"] not in given
+    assert variables["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] not in given
+
+
+def test_a_stack_of_before_gets_the_passwords_that_it_lacks(tmp_path):
+    (tmp_path / "secrets.json").write_text(json.dumps({"s3": "kept"}))
+    assert stack.stack_secrets(tmp_path)["s3"] == "kept"
+    assert set(stack.stack_secrets(tmp_path)) == set(stack.SECRETS)
+    assert stat.S_IMODE((tmp_path / "secrets.json").stat().st_mode) == 0o600
 
 
 def test_taken_ports_are_named_all_at_once(tmp_path):
@@ -307,7 +317,23 @@ def unknown_attacked(port: int, known: dict[str, str]) -> list[str]:
     return said
 
 
+def guard_attacked(port: int, known: dict[str, str]) -> list[str]:
+    """Calls that no secret signed, or another; the paths that it has not."""
+    server, now = f"http://127.0.0.1:{port}", str(int(time.time()))
+    body = json.dumps({"entity": "model_version_alias", "data": {"name": "demo", "alias": "champion"}}).encode()
+    answers = {}
+    for name, key in {"nothing": "", **known}.items():
+        digest = hmac.new(key.encode(), f"1.{now}.".encode() + body, "sha256").digest()
+        signed = {"X-MLflow-Delivery-Id": "1", "X-MLflow-Timestamp": now}
+        signed |= {"X-MLflow-Signature": "v1," + base64.b64encode(digest).decode()}
+        answers[f"signed with {name}"] = httpx.post(f"{server}/mlflow", content=body, headers=signed).status_code
+    for method, path in (("GET", ""), ("POST", ""), ("GET", "mlflow"), ("PUT", "mlflow"), ("GET", "docs"), ("GET", "secret")):
+        answers[f"{method} {path}"] = httpx.request(method, f"{server}/{path}").status_code
+    return wrong(answers, {401, 404})
+
+
 ATTACKS = {
+    "GUARD_PORT": guard_attacked,
     "S3_PORT": s3_attacked,
     "MLFLOW_PORT": mlflow_attacked,
     "PREFECT_PORT": prefect_attacked,
@@ -318,7 +344,7 @@ ATTACKS = {
 def test_compose_names_only_what_exists():
     tree = yaml.safe_load((INFRA / "compose.yaml").read_text())
     services = tree["services"]
-    assert set(services) == {"db", "s3", "mlflow", "prefect", "worker"}
+    assert set(services) == {"db", "s3", "mlflow", "prefect", "worker", "guard"}
     for service in services.values():
         assert "image" in service
         assert set(service.get("depends_on", ())) <= set(services)

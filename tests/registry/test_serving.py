@@ -28,7 +28,7 @@ from featherweight.registry.serving.following import Follower
 from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front
 from featherweight.runtimes.interface import EngineServer
 from featherweight.store.workspace import local_path
-from flows.serve import _answering, _listening
+from flows.listening import answering, listening
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def served(desk: Bench, stubs: set[str], monkeypatch: pytest.MonkeyPatch) -> Ite
         register(desk, name)
     promoted(desk, "1")
     front = Front(("127.0.0.1",))
-    with _listening("127.0.0.1", 0) as listener, _answering(front, listener):
+    with listening("127.0.0.1", 0) as listener, answering(front, listener):
         made = Served(desk, front, f"http://127.0.0.1:{listener.getsockname()[1]}")
         made.follower.begin()
         yield made
@@ -226,11 +226,11 @@ def test_strangers_get_reasons_and_no_more(served: Served) -> None:
 
 def test_a_token_is_asked_for(stubs: set[str]) -> None:
     front = Front(token="s3cret")
-    with _listening("127.0.0.1", 0) as listener, _answering(front, listener):
+    with listening("127.0.0.1", 0) as listener, answering(front, listener):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         assert httpx.post(f"{url}/invocations", json={}).status_code == 401
         assert httpx.post(f"{url}/invocations", json={}, headers={"authorization": "Bearer s3cret"}).status_code == 503
-        with pytest.raises(ServiceError, match="cannot listen on port"), _listening("127.0.0.1", listener.getsockname()[1]):
+        with pytest.raises(ServiceError, match="cannot listen on port"), listening("127.0.0.1", listener.getsockname()[1]):
             pass
 
 
