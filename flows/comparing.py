@@ -15,8 +15,10 @@ def compared(workspace: Workspace, a: str, b: str) -> VersionComparison:
     registry = Registry(workspace.tracking_uri)
     registry.check()
     model, version = parse_reference(a, "champion")
-    other = f"{model}/{b}" if b.isdigit() else f"{model}{b}" if b.startswith("@") else b
-    return compare(registry, registry.get(model, version), registry.get(*parse_reference(other, "champion")))
+    beside, other = parse_reference(f"{model}/{b}" if b.isdigit() else f"{model}{b}" if b.startswith("@") else b, "champion")
+    seen = registry.model(model)
+    others = seen if beside == model else registry.model(beside)
+    return compare(registry, seen.pick(version), others.pick(other))
 
 
 def depending(workspace: Workspace, checkpoint: str, data: str, library: str) -> Impact:
@@ -27,4 +29,4 @@ def depending(workspace: Workspace, checkpoint: str, data: str, library: str) ->
         raise RecipeError("give one of --checkpoint, --data and --library")
     registry = Registry(workspace.tracking_uri)
     registry.check()
-    return impact(registry, *given[0])
+    return impact(registry, *given[0], workspace.root / "cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,10 +13,10 @@ from featherweight.errors import IntegrityError
 from featherweight.measure import goals
 from featherweight.measure.figures import percent, with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, PEAK_MEMORY, QUALITY, SIZE, Figure
-from featherweight.measure.measurement import Comparison
+from featherweight.measure.measurement import Comparison, Quality
 from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_ratio
-from featherweight.registry.evidence import evaluation_folder, with_evidence
-from featherweight.registry.lineage import LineageGraph, read_graph
+from featherweight.registry.evidence import evidence
+from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.registry import RegisteredVersion, Registry
 
 Verdict = Literal["better", "worse", "within the noise", "not measured"]
@@ -73,20 +74,39 @@ class VersionComparison:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What is believed of one version. quality: window by window, or why that is not known."""
+
+    version: RegisteredVersion
+    graph: LineageGraph
+    quality: Quality | str
+
+    @classmethod
+    def of(cls, registry: Registry, version: RegisteredVersion) -> _Side:
+        with evidence(registry, version) as found:
+            try:
+                quality: Quality | str = Comparison.read(found.measured).variant.quality
+            except IntegrityError as error:  # of a release that kept no windows
+                quality = str(error)
+            return cls(found.version, found.graph, quality)
+
+
 def compare(registry: Registry, a: RegisteredVersion, b: RegisteredVersion) -> VersionComparison:
     """Two versions, of one model or of two. Raises IntegrityError where one has no verified evaluation or lineage."""
-    graphs = read_graph(registry, a), read_graph(registry, b)
-    before, after = (with_evidence(registry, one).metrics for one in (a, b))
-    paired, quality = _paired(registry, *graphs)
-    recipes = (_flat(yaml.safe_load(graph.recipe) or {}) for graph in graphs)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda version: _Side.of(registry, version), (a, b))
+    paired, quality = _paired(one.quality, other.quality)
+    recipes = (_flat(yaml.safe_load(side.graph.recipe) or {}) for side in (one, other))
+    facts = ({**_facts(side.graph), "engine": side.version.tag("engine")} for side in (one, other))
     return VersionComparison(
         a=f"{a.model}/{a.version}",
         b=f"{b.model}/{b.version}",
-        figures=tuple(_rows(before, after, paired)),
+        figures=tuple(_rows(one.version.metrics, other.version.metrics, paired)),
         paired=paired,
         quality=quality,
         recipe=_differences(*recipes),
-        lineage=_differences(*({**_facts(graph), "engine": one.tag("engine")} for graph, one in zip(graphs, (a, b), strict=True))),
+        lineage=_differences(*facts),
     )
 
 
@@ -114,13 +134,10 @@ def _verdict(figure: Figure, a: Estimate | None, b: Estimate | None) -> Verdict:
     return "better" if not figure.keeps(figure.best(a), figure.worst(b)) else "within the noise"
 
 
-def _paired(registry: Registry, a: LineageGraph, b: LineageGraph) -> tuple[Estimate | None, str]:
+def _paired(one: Quality | str, other: Quality | str) -> tuple[Estimate | None, str]:
     """The change of quality from one to the other, window by window, where both were scored on the same."""
-    with evaluation_folder(registry, a) as first, evaluation_folder(registry, b) as second:
-        try:
-            one, other = (Comparison.read(folder).variant.quality for folder in (first, second))
-        except IntegrityError as error:  # of a release that kept no windows
-            return None, f"quality window by window: {error}"
+    if isinstance(one, str) or isinstance(other, str):
+        return None, f"quality window by window: {one if isinstance(one, str) else other}"
     if (one.bytes, one.loss) != (other.bytes, other.loss):
         return None, "quality window by window: scored on other windows"
     if one.of_text:

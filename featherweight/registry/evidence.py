@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,48 @@ from featherweight.store import artifact
 from featherweight.store.workspace import local_path
 
 
-def with_evidence(registry: Registry, version: RegisteredVersion, files: bool = False) -> RegisteredVersion:
-    """The version, with verified figures, digests and goals in the place of those that its tags tell.
+@dataclass(frozen=True)
+class Evidence:
+    """A version with verified figures, digests and goals in the place of those that its tags tell; what they were read from.
+
+    measured: the folder of its evaluation, which lasts as long as the block.
+    """
+
+    version: RegisteredVersion
+    graph: LineageGraph
+    measured: Path
+
+
+@contextmanager
+def evidence(registry: Registry, version: RegisteredVersion, files: bool = False) -> Iterator[Evidence]:
+    """What may be believed of a version.
 
     Its lineage has the registered digest and is of the registered artifact; the evaluation that it names has the digest that
     it names; constraints and objective are those of its recipe. files: its files are verified too, all of them where keys are
     trusted here, else the served ones. Raises IntegrityError, saying what is missing or altered.
     """
-    try:
-        graph = read_graph(registry, version)
-        if graph.served != version.digest:
-            raise IntegrityError("its lineage is of another artifact than the registered one")
-        if files:
-            _verify_files(registry, version)
-        node = _evaluation(graph)
-        with evaluation_folder(registry, graph) as folder:
+    with ExitStack() as held:
+        try:
+            graph = read_graph(registry, version)
+            if graph.served != version.digest:
+                raise IntegrityError("its lineage is of another artifact than the registered one")
+            if files:
+                _verify_files(registry, version)
+            node, folder = held.enter_context(_evaluation_folder(registry, graph))
             told = {"metrics": json.dumps(read_metrics(folder)), **_goals(graph.recipe)}
-    except FeatherweightError as error:
-        raise IntegrityError(f"no verified evaluation of version {version.version}: {error}") from error
-    root = graph.checkpoint
-    told |= {"evaluation": node.parents.get("evaluation", ""), "checkpoint": root.digest if root else ""}
-    told |= {"digest": graph.served, "variant": graph.variant}
-    return replace(version, tags={**version.tags, **{f"{TAG}{name}": value for name, value in told.items()}})
+        except FeatherweightError as error:
+            raise IntegrityError(f"no verified evaluation of version {version.version}: {error}") from error
+        root = graph.checkpoint
+        told |= {"evaluation": node.parents.get("evaluation", ""), "checkpoint": root.digest if root else ""}
+        told |= {"digest": graph.served, "variant": graph.variant}
+        tags = {**version.tags, **{f"{TAG}{name}": value for name, value in told.items()}}
+        yield Evidence(replace(version, tags=tags), graph, folder)
+
+
+def with_evidence(registry: Registry, version: RegisteredVersion, files: bool = False) -> RegisteredVersion:
+    """The version of its evidence alone. Raises IntegrityError."""
+    with evidence(registry, version, files) as found:
+        return found.version
 
 
 def _verify_files(registry: Registry, version: RegisteredVersion) -> None:
@@ -64,13 +84,13 @@ def _evaluation(graph: LineageGraph) -> LineageNode:
 
 
 @contextmanager
-def evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[Path]:
-    """The verified files of the evaluation that a lineage names. Raises IntegrityError where it is altered or names none."""
+def _evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[tuple[LineageNode, Path]]:
+    """The evaluation that a lineage names, and its verified files. Raises IntegrityError where it is altered or names none."""
     node = _evaluation(graph)
     with tempfile.TemporaryDirectory() as scratch:
         folder = local_path(node.uri) or registry.download(node.uri, Path(scratch))
         artifact.verify(folder, node.digest)
-        yield folder
+        yield node, folder
 
 
 def _goals(recipe: str) -> dict[str, str]:

@@ -59,11 +59,14 @@ class Impact:
         return "\n".join([first, *lines, *(f"unknown    {one}" for one in self.unknown)])
 
 
-def impact(registry: Registry, kind: Kind, wanted: str) -> Impact:
-    """The versions of all models that go back to `wanted`: a digest or its first characters, a source, or LIBRARY[==VERSION]."""
+def impact(registry: Registry, kind: Kind, wanted: str, cache: Path | None = None) -> Impact:
+    """The versions of all models that go back to `wanted`: a digest or its first characters, a source, or LIBRARY[==VERSION].
+
+    cache: a folder for lineages of a remote store, by their digests.
+    """
     versions = [version for model in registry.all_models() for version in model.versions.values()]
     with ThreadPoolExecutor(READERS) as pool:
-        graphs = list(pool.map(lambda version: _graph(registry, version), versions))
+        graphs = list(pool.map(lambda version: _graph(registry, version, cache), versions))
     told = [(version, graph) for version, graph in zip(versions, graphs, strict=True)]
     found = [_affected(version, kind, wanted, graph) for version, graph in told if isinstance(graph, LineageGraph)]
     affected = sorted((one for one in found if one.through), key=lambda one: (not one.deployed, one.model, int(one.version)))
@@ -71,10 +74,10 @@ def impact(registry: Registry, kind: Kind, wanted: str) -> Impact:
     return Impact(kind, wanted, tuple(affected), tuple(unknown), len(versions))
 
 
-def _graph(registry: Registry, version: RegisteredVersion) -> LineageGraph | str:
+def _graph(registry: Registry, version: RegisteredVersion, cache: Path | None) -> LineageGraph | str:
     """The lineage of a version, or why it cannot be believed."""
     try:
-        return read_graph(registry, version)
+        return read_graph(registry, version, cache)
     except FeatherweightError as error:
         return one_line(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -224,12 +225,28 @@ def of_version(registry: Registry, seen: RegisteredModel, version: RegisteredVer
     return _lineage(seen, version, read_graph(registry, version))
 
 
-def read_graph(registry: Registry, version: RegisteredVersion) -> LineageGraph:
-    """The graph that was registered with a version. Raises IntegrityError where it was altered since, or is another artifact's."""
+def read_graph(registry: Registry, version: RegisteredVersion, cache: Path | None = None) -> LineageGraph:
+    """The graph that was registered with a version. Raises IntegrityError where it was altered since, or is another artifact's.
+
+    cache: a folder in which those of a remote store are kept by their digests; the digest is held to in any case.
+    """
+    digest = version.tag("lineage")
+    kept = cache / f"{digest}.lineage.json" if cache and re.fullmatch("[0-9a-f]{64}", digest) else None
+    if kept is not None and kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == digest:
+        return LineageGraph.from_json(kept.read_text(encoding="utf-8"))
     text = registry.lineage_json(version)
-    if hashlib.sha256(text.encode()).hexdigest() != version.tag("lineage"):
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
         raise IntegrityError(f"lineage.json of {version.uri} was altered after it was registered")
+    if kept is not None and local_path(version.source) is None:
+        _keep(kept, text)
     return LineageGraph.from_json(text)
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write a file of the cache; others may write the same one at the same time."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as part:
+        part.write(text)
+    Path(part.name).replace(path)
 
 
 def _lineage(seen: RegisteredModel, version: RegisteredVersion, graph: LineageGraph) -> Lineage:
