@@ -15,7 +15,7 @@ from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import RegisterSpec
 from featherweight.registry.lineage import LineageGraph, build, source_of
 from featherweight.registry.out_of_band import look
-from featherweight.registry.registry import RegisteredVersion, Registry, WinnerRecord
+from featherweight.registry.registry import Measured, RegisteredVersion, Registry, WinnerRecord
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.served_folder import Serving
 from tasks.decide import read_decision
@@ -23,6 +23,7 @@ from tasks.parent_run import ParentRun
 from tasks.stage import stage
 
 FILE = "registered.json"
+EVALUATION = "text/evaluation"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _log_variants(
 ) -> dict[str, str]:
     """A LoggedModel for every measured variant; their ids by name."""
     ids = {}
+    text = _datasets(inputs, artifacts).get(EVALUATION)
     for name, (served, measured) in spec.nodes.items():
         if measured not in artifacts:
             continue
@@ -120,6 +122,7 @@ def _log_variants(
             artifacts[measured].metrics,
             {"engine": serving.engine, "grid": serving.grid or "float"},
             {"featherweight.status": fate, "featherweight.reason": reason[:4000]},
+            Measured(artifacts[measured].run_id, EVALUATION, *text) if text else None,
         )
     return ids
 
@@ -157,7 +160,7 @@ def _winner(
         lineage=graph.to_json(),
         recipe=spec.recipe,
         checkpoint=artifacts["checkpoint"].digest,
-        evaluation=artifacts["text/evaluation"].digest,
+        evaluation=artifacts[EVALUATION].digest,
         machine=graph.nodes[-1].machine.get("hardware", ""),
         constraints=spec.constraints.model_dump(exclude_none=True),
         objective=spec.objective,

@@ -34,13 +34,14 @@ from featherweight.system.servers import check_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import DatasetInput, LoggedModel
 
 PING_S = 5.0
+DIGEST = 36  # characters of a data set's digest that MLflow keeps
 VERSIONS_OF = "mlflow.modelVersions"
 T = TypeVar("T")
 
-__all__ = ["GateResult", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
+__all__ = ["GateResult", "Measured", "RegisteredVersion", "Registry", "Transition", "WinnerRecord"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ class WinnerRecord:
     threads: int = 1
     max_tokens: int | None = None
     model_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where a variant's figures are from: the run of its evaluation, and the text that it was scored on, by name and digest."""
+
+    run_id: str
+    text: str
+    digest: str
+    source: str
 
 
 class Registry:
@@ -149,8 +160,10 @@ class Registry:
         """The `lineage.json` that was registered with a version."""
         local = local_path(version.source)
         with self._service(), tempfile.TemporaryDirectory() as folder:
-            got = local / LINEAGE if local else self._artifacts(version.source).download_artifacts(LINEAGE, folder)
-            return Path(got).read_text(encoding="utf-8")
+            got = local / LINEAGE if local else Path(folder) / LINEAGE
+            if local is None:  # what every artifact store defines; its public sister lists the folder first, which takes as long
+                self._artifacts(version.source)._download_file(LINEAGE, str(got))
+            return got.read_text(encoding="utf-8")
 
     def download(self, uri: str, folder: Path) -> Path:
         """An artifact folder of a remote store, downloaded into `folder`."""
@@ -206,31 +219,29 @@ class Registry:
         metrics: Mapping[str, float],
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        measured: Measured | None = None,
     ) -> str:
-        """Log a variant as a LoggedModel of the run, with its metrics; returns its id. Holds no files until it wins."""
-        from mlflow.entities import Metric
+        """Log a variant as a LoggedModel of the run, with its metrics; returns its id. Holds no files until it wins.
+
+        measured: lets MLflow's pages lead from the model to the run that measured it, and to the text, and back.
+        """
+        from mlflow.entities import LoggedModelInput, Metric
 
         with self._service():
             model = self._create_logged_model(run_id, name, params or {}, {**(tags or {}), f"{TAG}variant": name})
             now = int(time.time() * 1000)
-            numbers = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
-            self.client.log_batch(run_id, numbers)
+            text: dict[str, str] = {"dataset_name": measured.text, "dataset_digest": measured.digest[:DIGEST]} if measured else {}
+            self.client.log_batch(run_id, [Metric(key, one, now, 0, model.model_id, **text) for key, one in metrics.items()])
+            if measured is not None:  # its run may have been deleted since
+                data, models = [_dataset(measured.text, measured.digest, measured.source)], [LoggedModelInput(model.model_id)]
+                _unless_missing(lambda: self.client.log_inputs(measured.run_id, data, models))
             self.client.finalize_logged_model(model.model_id, "READY")
             return model.model_id
 
     def log_datasets(self, run_id: str, texts: Mapping[str, tuple[str, str]]) -> None:
-        """Name the data of a run on its MLflow page: digest and source by name. MLflow keeps 36 characters of a digest."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        datasets = [
-            DatasetInput(
-                Dataset(name, digest[:36], "local", json.dumps({"uri": source, "sha256": digest})),
-                [InputTag("mlflow.data.context", name.rpartition("/")[2])],
-            )
-            for name, (digest, source) in texts.items()
-        ]
+        """Name the data of a run on its MLflow page: digest and source by name."""
         with self._service():
-            self.client.log_inputs(run_id, datasets)
+            self.client.log_inputs(run_id, [_dataset(name, *told) for name, told in texts.items()])
 
     def register(self, winner: WinnerRecord) -> RegisteredVersion:
         """Register a winner as a new version; the version that is there already where its digest is registered.
@@ -445,6 +456,14 @@ def _store_in_process(tracking_uri: str) -> AbstractContextManager[None]:
     from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
     return nullcontext() if tracking_uri.startswith("http") else _use_tracking_uri(tracking_uri)
+
+
+def _dataset(name: str, digest: str, source: str) -> DatasetInput:
+    """A text as an input of a run."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    told = Dataset(name, digest[:DIGEST], "local", json.dumps({"uri": source, "sha256": digest}))
+    return DatasetInput(told, [InputTag("mlflow.data.context", name.rpartition("/")[2])])
 
 
 def _version_tags(winner: WinnerRecord, engine: str, logged: LoggedModel) -> dict[str, str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import mlflow
 
 from featherweight.registry.auditing import audit_model
-from tests.support.registering import MODEL, Bench, desk
+from featherweight.registry.registry import Measured
+from tests.support.registering import METRICS, MODEL, Bench, desk
 
 __all__ = ["desk"]
 
@@ -30,6 +31,20 @@ def test_a_store_in_this_process(desk: Bench) -> None:
     before = mlflow.get_tracking_uri()
     leads(desk)
     assert mlflow.get_tracking_uri() == before
+
+
+def test_a_variants_figures_lead_to_the_run_that_measured_it_and_to_the_text(desk: Bench) -> None:
+    client = desk.registry.client
+    measuring = client.create_run(desk.experiment).info.run_id
+    told = Measured(measuring, "text/evaluation", "e" * 64, "s3://texts/may")
+    model_id = desk.registry.log_variant(desk.run_id, "one", METRICS, measured=told)
+    inputs = client.get_run(measuring).inputs
+    assert [one.model_id for one in inputs.model_inputs] == [model_id]
+    assert [one.dataset.name for one in inputs.dataset_inputs] == ["text/evaluation"]
+    figures = client.get_logged_model(model_id).metrics
+    assert {(one.dataset_name, one.dataset_digest) for one in figures or ()} == {("text/evaluation", "e" * 36)}
+    client.delete_run(measuring)
+    assert desk.registry.log_variant(desk.run_id, "two", METRICS, measured=told)
 
 
 def test_a_version_whose_tag_leads_elsewhere_than_mlflow_serves_from_is_told(desk: Bench, tmp_path: Path) -> None:
