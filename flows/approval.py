@@ -8,6 +8,7 @@ from prefect.context import FlowRunContext
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 
+from featherweight.registry.promotion import answered
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.report.result import OptimizationResult
@@ -36,5 +37,8 @@ def awaited(result: OptimizationResult, workspace: Workspace, smoke: bool) -> Op
     answer = suspend_flow_run(wait_for_input=Approval.with_initial_data(description=told), key="approval")
     model, version = parse_reference(result.waits, "challenger")
     registry, who = Registry(workspace.tracking_uri), f"{answer.who} (on Prefect's page)"
+    seen = registry.model(model)
+    if answered(seen, version):  # by `featherweight approve`, which let this run go on
+        return replace(result, registered=f"{seen.pick(version).uri} is in {seen.pick(version).stage}", waits="")
     done = decided(registry, model, version, who, answer.why, not answer.approve, smoke)
     return replace(result, registered=done.reason, waits="")

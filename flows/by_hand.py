@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from dataclasses import replace
 from typing import get_args
 from uuid import UUID
 
-from featherweight.errors import RecipeError
+from featherweight.errors import RecipeError, one_line
 from featherweight.registry.history import StageName
 from featherweight.registry.lineage import from_registry
 from featherweight.registry.out_of_band import look
@@ -32,8 +32,8 @@ def approve_by_hand(workspace: Workspace, reference: str, why: str, refuse: bool
     model, version = parse_reference(reference, "challenger")
     registry = Registry(workspace.tracking_uri)
     done = decided(registry, model, version, user_name(), why, refuse, smoke)
-    _let_go_on(registry, done, why)
-    return done
+    told = _let_go_on(registry, done, why)
+    return replace(done, reason=f"{done.reason}; {told}") if told else done
 
 
 def decided(registry: Registry, model: str, version: str, who: str, why: str, refuse: bool, smoke: bool) -> Promotion:
@@ -45,17 +45,26 @@ def decided(registry: Registry, model: str, version: str, who: str, why: str, re
     return gated_transition(registry, model, version, who=who, why=why, approved=True, smoke=smoke)
 
 
-def _let_go_on(registry: Registry, done: Promotion, why: str) -> None:
-    """Resume the flow run that waits for this decision, where the environment names the Prefect server that has it."""
+def _let_go_on(registry: Registry, done: Promotion, why: str) -> str:
+    """Resume the flow run that waits for this decision, where the environment names the Prefect server that has it; told in words.
+
+    The decision stands whatever becomes of this.
+    """
     flow_run = from_registry(registry, done.model, done.version).graph.flow_run_id
     if not flow_run or not os.environ.get("PREFECT_API_URL"):
-        return
+        return ""
+    from httpx import HTTPError
     from prefect.exceptions import FlowPauseTimeout, NotPausedError, ObjectNotFound
     from prefect.flow_runs import resume_flow_run
 
     answer = {"approve": done.stage == "production", "who": user_name(), "why": why}
-    with suppress(NotPausedError, ObjectNotFound, FlowPauseTimeout):  # it waits no more, or another server had it
+    try:
         resume_flow_run(UUID(flow_run), run_input=answer)
+    except (NotPausedError, ObjectNotFound, FlowPauseTimeout):  # it waits no more, or another server had it
+        return ""
+    except (HTTPError, RuntimeError) as error:  # Prefect raises the second where its server does not answer at all
+        return f"Prefect could not let its flow run go on ({one_line(error, 200)}): resume it on its page"
+    return "its flow run goes on"
 
 
 def roll_back_by_hand(workspace: Workspace, reference: str, why: str) -> Promotion:

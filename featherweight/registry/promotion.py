@@ -122,6 +122,13 @@ def staged_for_approval(
     return replace(Promotion.of(moved, candidate.stage != "staging", waits, tuple(gates)), waits=True)
 
 
+def answered(seen: RegisteredModel, version: str) -> bool:
+    """Whether a person has decided about a version (its number) since it came to wait in staging."""
+    own = [one for one in seen.history.transitions if one.version == version]
+    waiting = max((place for place, one in enumerate(own) if one.target == "staging"), default=-1)
+    return any(gate.gate == APPROVAL for one in own[waiting + 1 :] for gate in one.gates)
+
+
 def _gates_before_approval(
     registry: Registry, candidate: RegisteredVersion, champion: RegisteredVersion | None
 ) -> Sequence[GateResult]:

@@ -62,7 +62,9 @@ class Bench:
         ref = ArtifactRef(uri=folder.as_uri(), digest=digest, run_id=self.run_id, node=name, seconds=1.0, metrics=manifest.metrics)
         return ref, manifest
 
-    def winner(self, name: str = "w8/torch", promote: Mapping[str, Any] | None = None, **changes: Any) -> WinnerRecord:
+    def winner(
+        self, name: str = "w8/torch", promote: Mapping[str, Any] | None = None, flow_run_id: str = "", **changes: Any
+    ) -> WinnerRecord:
         """A winner that can be registered and promoted: measured, with a recipe of its constraints; `changes` to its fields."""
         metrics = changes.get("metrics", METRICS)
         said = {key: changes[key] for key in ("constraints", "objective") if key in changes}
@@ -70,6 +72,7 @@ class Bench:
         made = self.artifact(name, parents={"checkpoint": self.origin[0][1].digest})
         measured = self.measurement(name, made[1].digest, metrics)
         told = {"recipe": recipe, "run_id": self.run_id, "metrics": metrics, "measured": measured[1].digest}
+        told |= {"flow_run_id": flow_run_id}
         graph = build([*self.origin, made, measured], made[1].digest, variant=name, **told)
         origin = {"checkpoint": self.origin[0][1].digest, "evaluation": self.origin[1][1].digest}
         return self.record(name, made[0], graph, **{"recipe": recipe, **origin, **changes})
