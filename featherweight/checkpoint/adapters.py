@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.fetching import base_named
 from featherweight.checkpoint.files import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     Listing,
     adapter_files,
+    base_named,
     companions,
     has_tokenizer,
     has_weights,

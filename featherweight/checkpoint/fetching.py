@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.files import ADAPTER, Listing, adapter_files, has_weights, read_json
+from featherweight.checkpoint.files import Listing, base_named
 from featherweight.checkpoint.hub import fetch_hf, identify_hf, look_hf
 from featherweight.checkpoint.local_folder import fetch_local, identify_local, local_path
 from featherweight.checkpoint.registered_model import fetch_registered, identify_registered, look_registered
@@ -45,20 +45,6 @@ def source_fingerprint(spec: LoadSpec) -> str:
 def source_of(spec: LoadSpec) -> tuple[str, Source]:
     kind = next(kind for kind in SOURCES if spec.source.startswith(kind))
     return kind, SOURCES[kind]
-
-
-def base_named(adapter: Path) -> str | None:
-    """The source of the base model that the adapter in a local folder names, a path or a repository; None where it names none.
-
-    A path counts from where we are, or from the adapter.
-    """
-    if not adapter.is_dir() or not adapter_files(listing := Listing.of(adapter)) or has_weights(listing):
-        return None
-    told = read_json(listing, ADAPTER).get("base_model_name_or_path")
-    if not told or ":" in told or Path(told).expanduser().exists():
-        return told or None
-    beside = adapter / told
-    return str(beside) if beside.exists() else f"hf:{told}" if told.count("/") == 1 and told[0] not in "./~" else str(told)
 
 
 def look_at(spec: LoadSpec) -> Listing | Path | None:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from featherweight.checkpoint.arrivals import DEPTH, Arrival, is_done
-from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, files_of, has_weights, is_companion
+from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, base_named, files_of, has_weights, is_companion
 from featherweight.checkpoint.gguf import gguf_file
 from featherweight.checkpoint.gguf_parts import gguf_identity, lacking_of, models_among, parts_of
-from featherweight.checkpoint.identity import may_be_read
+from featherweight.checkpoint.identity import content_identity, may_be_read
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import DataError
+from featherweight.errors import CheckpointError, DataError
 from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest, file_sha256
 
@@ -64,7 +64,26 @@ def folders_below(source: str) -> Iterator[Arrival]:
 def _arrival(folder: Path, root: Path) -> Arrival:
     listing = Listing.of(folder)
     read = [name for name in listing.sizes if may_be_read(name)]
-    return Arrival(str(folder), _stamp(folder, read), listing, _problem(folder, root, read), is_done(tuple(listing.sizes)))
+    stamp, told = _stamp(folder, read), (listing, _problem(folder, root, read), is_done(tuple(listing.sizes)))
+    base = _base(folder) if ADAPTER in listing.sizes else None
+    if base is None:
+        return Arrival(str(folder), stamp, *told)
+    under = Listing.of(base)
+    stamp = content_digest([stamp, _stamp(base, [name for name in under.sizes if may_be_read(name)])])
+    return Arrival(str(folder), stamp, *told, identify=partial(_adapted_identity, listing, under))
+
+
+def _base(adapter: Path) -> Path | None:
+    """The local folder of the model that an adapter belongs to: another one under the same name makes it another arrival."""
+    try:
+        named = Path(base_named(adapter) or "").expanduser()
+    except CheckpointError:  # it is not readable, or not yet
+        return None
+    return named if named != Path() and (named / CONFIG).is_file() else None
+
+
+def _adapted_identity(adapter: Listing, base: Listing) -> str:
+    return content_digest([content_identity(adapter), content_identity(base)])
 
 
 def _gguf_arrival(folder: Path, root: Path, parts: Sequence[str]) -> Arrival:

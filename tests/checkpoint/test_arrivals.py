@@ -185,6 +185,25 @@ def test_an_adapter_is_an_arrival(drop: Path, see) -> None:
     assert see(drop)["lora"].state == "ready"
 
 
+def test_an_adapter_whose_base_changed_under_the_same_name_is_another_arrival(tmp_path: Path, drop: Path, see) -> None:
+    from safetensors.torch import load_file, save_file
+    from torch import ones
+
+    base, adapter = Path(shutil.move(drop / "one", tmp_path / "base")), drop / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../../base"}))
+    save_file({"a": ones(2, 2)}, adapter / "adapter_model.safetensors")
+    first = see(drop)["lora"].identity
+    (base / "optimizer.pt").write_bytes(b"x")
+    os.utime(base / WEIGHTS)
+    assert see(drop)["lora"].identity == first
+    tensors = load_file(base / WEIGHTS)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, base / WEIGHTS, {"format": "pt"})
+    assert len({first, see(drop)["lora"].identity, ""}) == 3
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": 5}))
+    assert see(drop)["lora"].state in ("ready", "waiting")
+
+
 def test_gguf_files_are_arrivals(s3_server, drop: Path, see, tiny_checkpoint: Path) -> None:
     """Whole by their headers and their own count of parts; known by their tensors, however split and wherever they lie."""
     from tests.support.gguf_files import write_gguf
