@@ -22,6 +22,7 @@ from featherweight.errors import CheckpointError, one_line
 from featherweight.model import facts
 from featherweight.model.facts import describe
 from featherweight.store.artifact import content_digest, file_sha256
+from featherweight.system.environment import without_secrets
 from featherweight.system.processes import end_with_parent
 
 
@@ -43,7 +44,8 @@ def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
     with suppress(OSError, ValueError):  # nobody asked before, or was stopped while writing
         return dict(json.loads(kept.read_text()))
     asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
-    told = _answer(subprocess.run(asked, capture_output=True, text=True, check=False, preexec_fn=end_with_parent()))
+    surroundings: Any = {"env": without_secrets(), "preexec_fn": end_with_parent()}
+    told = _answer(subprocess.run(asked, capture_output=True, text=True, check=False, **surroundings))
     if "error" not in told:
         with suppress(OSError):  # a home that cannot be written to costs the time again, no more
             kept.parent.mkdir(parents=True, exist_ok=True)

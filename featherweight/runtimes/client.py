@@ -17,6 +17,7 @@ from featherweight.store.served_folder import Serving, require_verified, verifie
 from featherweight.system import device
 from featherweight.system.child_process import ChildProcess, error_of
 from featherweight.system.device import CUDA, Device, cuda_refusal
+from featherweight.system.environment import without_secrets
 from featherweight.text.tokens import Window
 
 START_TIMEOUT_S = 600.0
@@ -187,10 +188,10 @@ class Worker:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The process environment of an engine: its threads, set before any library loads, its GPU, and no network."""
+    """The process environment of an engine: its threads, set before any library loads, its GPU; no network, and no password."""
     count = str(threads)
     return (
-        os.environ
+        without_secrets()
         | device.visible()
         | {
             "OMP_NUM_THREADS": count,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from featherweight.masking import masked
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -27,6 +30,13 @@ QUIET = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+_SECRET = re.compile(r"(?i)passw|passphrase|secret|auth_string|credential|access_key|api_key|connection_url|(^|_)(token|pwd|pat)$")
+
+
+def without_secrets() -> dict[str, str]:
+    """The environment but for passwords, keys and tokens: for processes that run an engine or build a checkpoint's model."""
+    return {name: value for name, value in os.environ.items() if not _SECRET.search(name) and masked(value) == value}
 
 
 def configure(root: Path) -> None:

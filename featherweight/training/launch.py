@@ -21,6 +21,7 @@ from featherweight.progress import Progress
 from featherweight.spec import Spec
 from featherweight.system import device
 from featherweight.system.child_process import Channel, ChildProcess, Message, error_of, failure
+from featherweight.system.environment import without_secrets
 from featherweight.system.processes import WORKERS_PEAK, end_with_parent, free_port, highest, tree_peak_bytes
 from featherweight.training.data_parallel import DataParallelGroup, leads
 from featherweight.training.threads import cores, training_threads
@@ -92,7 +93,7 @@ def _environment(processes: int) -> dict[str, str]:
     processes *= here.of if here and here.gpu is None else 1
     threads = str(max(1, min(cores() // processes, training_threads())))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, threads) | device.told() | {"TORCHELASTIC_ERROR_FILE": os.devnull}
+    return without_secrets() | dict.fromkeys(names, threads) | device.told() | {"TORCHELASTIC_ERROR_FILE": os.devnull}
 
 
 def _listen(launcher: ChildProcess, progress: Progress) -> dict[str, float] | None:

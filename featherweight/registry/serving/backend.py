@@ -6,7 +6,6 @@ It listens on a Unix socket in a folder for its owner alone, so that nobody else
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +50,7 @@ class Backend:
             raise
 
     def _start(self) -> subprocess.Popen[bytes]:
-        env = os.environ | environment(self.copy.threads) | dict(self.server.environment)
+        env = environment(self.copy.threads) | dict(self.server.environment)
         with self.log.open("wb") as stream:
             return subprocess.Popen(
                 self.server.command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -24,6 +23,7 @@ from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import ChildProcess
+from featherweight.system.environment import without_secrets
 from featherweight.system.machine import describe
 from featherweight.system.toolchains import python
 
@@ -97,7 +97,7 @@ def build_graphs(
 
 def run_build(command: list[str], progress: Progress, limit_s: float) -> str | None:
     """Run build.py and pass on what it says it does; None where it is done, else in one line what became of it."""
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
+    surroundings = {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
     child, doing, deadline = ChildProcess(command, surroundings, dies_with_parent=True), "starting", monotonic() + limit_s
     try:
         while told := child.receive(max(0.0, deadline - monotonic())):
