@@ -97,7 +97,8 @@ def build_graphs(
 
 def run_build(command: list[str], progress: Progress, limit_s: float) -> str | None:
     """Run build.py and pass on what it says it does; None where it is done, else in one line what became of it."""
-    surroundings = {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
+    surroundings = {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")}
+    surroundings |= {"HF_HUB_OFFLINE": "1"}
     child, doing, deadline = ChildProcess(command, surroundings, dies_with_parent=True), "starting", monotonic() + limit_s
     try:
         while told := child.receive(max(0.0, deadline - monotonic())):
