@@ -66,8 +66,12 @@ def test_a_suspended_run_goes_on_with_the_answer(named_prefect: None, desk: Benc
 
 
 def test_a_decision_stands_where_prefect_is_away(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
     desk.registry.register(desk.winner(promote={"approval": "required"}, flow_run_id=str(uuid.uuid4())))
     desk.registry.transition(MODEL, "1", "staging", who="ada", why="it waits")
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
-    done = approve_by_hand(Workspace.at(desk.root), f"{MODEL}/1", "tried it", False, smoke=False)
+    nobody = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setenv("PREFECT_API_URL", nobody)
+    with temporary_settings({PREFECT_API_URL: nobody, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        done = approve_by_hand(Workspace.at(desk.root), f"{MODEL}/1", "tried it", False, smoke=False)
     assert (done.stage, "Prefect could not let its flow run go on" in done.reason) == ("production", True)
