@@ -113,6 +113,20 @@ def optimize(
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
+def demo(
+    overrides: SetOpt = [],  # noqa: B006
+    workspace: WorkspaceOpt = HERE,
+    report: Annotated[Path | None, typer.Option(help="Where to put report.html.")] = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Run recipes/demo.yaml: train a small Llama on Python's own source, and take it through every stage. Needs no network."""
+    from featherweight.system.shipped import shipped
+
+    optimize(str(shipped("recipes/demo.yaml")), overrides, None, "10m", "1%", workspace, report, as_json, quiet)
+
+
+@app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
 def plan(
     recipe: RecipeArg,
     overrides: SetOpt = [],  # noqa: B006

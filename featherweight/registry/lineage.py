@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from featherweight import __version__
 from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.registry.attestation import folder_faults
 from featherweight.registry.history import Transition
@@ -19,6 +20,7 @@ from featherweight.registry.keys import Keys
 from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
+from featherweight.system.shipped import in_checkout
 
 if TYPE_CHECKING:
     from featherweight.registry.registry import Registry
@@ -201,7 +203,12 @@ def _collect(digest: str, nodes: Mapping[str, LineageNode], order: dict[str, Lin
 
 
 def code_commit() -> str:
-    """Commit of the running code, '+' behind it where the working tree differs, 'unknown' outside a git checkout."""
+    """Commit of the running code, '+' behind it where the working tree differs, 'unknown' outside a git checkout.
+
+    Of an installed wheel its version: a checkout around its environment is somebody else's.
+    """
+    if not in_checkout():
+        return f"featherweight {__version__}"
     here = Path(__file__).parent
     ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:

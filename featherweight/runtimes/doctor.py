@@ -20,12 +20,13 @@ from featherweight.runtimes.findings import GIB, Check
 from featherweight.runtimes.gpu_findings import GpuFindings
 from featherweight.system import device, machine, toolchains
 from featherweight.system.servers import check_url
+from featherweight.system.shipped import shipped
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.console import RenderableType
 
-LOCK = toolchains.ROOT / "infra" / "toolchains" / "main.txt"
+LOCK = shipped("infra/toolchains/main.txt")
 # A run keeps every variant's files; below the second figure even the demo does not fit.
 ROOMY_BYTES, TIGHT_BYTES = 10 * GIB, 2 * GIB
 STYLES = {"ok": "green", "warn": "yellow", "missing": "red"}

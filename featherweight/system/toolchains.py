@@ -11,8 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from featherweight.errors import ToolchainError
+from featherweight.system.shipped import environments, in_checkout, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCATION = "FEATHERWEIGHT_TOOLCHAINS"
 REMEDY = "run `make setup`"
 ON_DEMAND = ("optimum",)
 """Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
@@ -33,14 +35,14 @@ class ToolchainStatus:
 
 
 def location() -> Path:
-    """Folder of all toolchains: $FEATHERWEIGHT_TOOLCHAINS, else `.toolchains` in the repository's root."""
-    given = os.environ.get("FEATHERWEIGHT_TOOLCHAINS")
-    return Path(given).expanduser() if given else ROOT / ".toolchains"
+    """Folder of all toolchains: $FEATHERWEIGHT_TOOLCHAINS, else where `shipped` says."""
+    given = os.environ.get(LOCATION)
+    return Path(given).expanduser() if given else environments()
 
 
 def remedy(name: str) -> str:
     """How a toolchain that is missing is installed."""
-    return f"run `featherweight doctor --install {name}`" if name in ON_DEMAND else REMEDY
+    return f"run `featherweight doctor --install {name}`" if name in ON_DEMAND or not in_checkout() else REMEDY
 
 
 def interpreter(environment: Path) -> Path:
@@ -88,10 +90,11 @@ def holds_text(name: str, files: str, text: str) -> bool:
 
 def install(name: str) -> None:
     """Install a toolchain, or again what failed before, in the open. Raises ToolchainError where it cannot be."""
-    script = ROOT / "infra" / "bootstrap.py"
+    script = shipped("infra/bootstrap.py")
     if not script.is_file():
         raise ToolchainError(f"toolchain '{name}' is installed from Featherweight's repository, and {script} does not exist")
-    done = subprocess.run([sys.executable, str(script), "--toolchain", name, "--retry"], check=False)
+    command, there = [sys.executable, str(script), "--toolchain", name, "--retry"], {LOCATION: str(location().absolute())}
+    done = subprocess.run(command, env=os.environ | there, check=False)
     if done.returncode or not (found := status_of(name)).ready:
         raise ToolchainError(f"toolchain '{name}' could not be installed" + ("" if done.returncode else f": {found.reason}"))
 
