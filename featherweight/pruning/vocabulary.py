@@ -26,7 +26,7 @@ from featherweight.model.parent import Parent
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
 from featherweight.pruning.used_tokens import listed, used_in, written_in
-from featherweight.spec import HEADED, Spec
+from featherweight.spec import HEADED, Positive, Spec
 from featherweight.text.documents import read_documents
 from featherweight.training.losses import mean_loss
 from featherweight.training.spec import FinetuneSpec
@@ -66,19 +66,21 @@ class KeepSpec(Spec):
     """Which tokens stay, beside special and added ones.
 
     text: those of the recipe's text (training and calibration). tokens: a list, or a file with one a line, as the tokenizer spells
-    them. scripts: those whose letters are all of these scripts. characters: 'all' keeps every character that is a token; 'used'
+    them. scripts: those whose letters are all of these scripts. first: so many of the lowest ids, which are the commonest pieces of
+    most tokenizers, for text that nobody has seen. characters: 'all' keeps every character that is a token; 'used'
     leaves the unused ones to the tokenizer's bytes.
     """
 
     text: bool = True
     tokens: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()
     scripts: tuple[Annotated[str, AfterValidator(_known_script)], ...] = ()
+    first: Positive | None = None
     characters: Literal["all", "used"] = "all"
 
     @model_validator(mode="after")
     def _something_stays(self) -> Self:
-        if not (self.text or self.tokens or self.scripts):
-            raise ValueError("keep names no tokens; say text: true, tokens or scripts")
+        if not (self.text or self.tokens or self.scripts or self.first):
+            raise ValueError("keep names no tokens; say text: true, tokens, scripts or first")
         return self
 
 
@@ -119,7 +121,8 @@ def _read(given: PruningInput[VocabularySpec]) -> Iterator[str]:
 
 def _named(keep: KeepSpec, trimmer: Trimmer) -> set[int]:
     """What is kept whatever the text."""
-    return listed(keep.tokens, trimmer.pieces) | (written_in(keep.scripts, trimmer.pieces) if keep.scripts else set())
+    written = written_in(keep.scripts, trimmer.pieces) if keep.scripts else set()
+    return listed(keep.tokens, trimmer.pieces) | written | set(range(keep.first or 0))
 
 
 def _write(trimmer: Trimmer, kept: list[int], rows: int, texts: list[str], out: Path) -> None:

@@ -106,6 +106,7 @@ def test_where_every_piece_has_a_character_without_its_own_none_goes(few: Path, 
     [
         ({"scripts": ["latin"]}, "Ġriver", "漢"),
         ({"text": True, "tokens": ["Ġriver"]}, "Ġriver", "Ġstone"),
+        ({"first": 292}, "Ġthe", "Ġstone"),
         ("text", "Ġthe", "Ġstone"),
     ],
 )
