@@ -78,7 +78,7 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         threads=threads,
         notes=(
             *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros), length) if note),
-            *(note for note in (_device_note(plan, serving),) if note),
+            *(note for note in (_device_note(plan, serving), _numbers_note(variant, serving)) if note),
             *_judgements(plan, variant, outcomes),
         ),
         device=serving.device,
@@ -99,6 +99,14 @@ def _device_note(plan: Plan, serving: Serving) -> str | None:
     """What is to be known of a comparison across devices, which the recipe has asked for."""
     other = plan.nodes[BASELINE].device or serving.device
     return None if other == serving.device else f"served from {serving.device}, and compared with the baseline on {other}"
+
+
+def _numbers_note(variant: Variant, serving: Serving) -> str | None:
+    """What is to be known of a baseline in the 16 bits that its checkpoint is stored in."""
+    numbers = serving.options.get("dtype", "float32")
+    if variant.name != BASELINE or numbers == "float32":
+        return None
+    return f"served in {numbers}, as the checkpoint is stored: in float32 it does not fit this machine's memory"
 
 
 def _judgements(plan: Plan, variant: Variant, outcomes: Outcomes) -> Iterable[str]:

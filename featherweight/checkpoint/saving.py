@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import CONFIG, Listing, companions, copy, find_weights, link, needed_files
+from featherweight.checkpoint.files import CONFIG, INDEX, Listing, companions, copy, find_weights, link, needed_files
+from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.checkpoint.tokenizer import require_same_tokenizer
+from featherweight.store.tensor_file import Kind, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +29,26 @@ def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) ->
     model.save_pretrained(out, max_shard_size="5GB")
     if source is not None:
         copy_companions(source, out)
+
+
+def save_as(checkpoint: Path, out: Path, name: str) -> None:
+    """Write a folder of safetensors again, tensor by tensor, its floats in the type of that name of torch's."""
+    import torch
+
+    kind, weights = getattr(torch, name), find_weights(Listing.of(checkpoint))
+    kinds: dict[str, dict[str, Kind]] = {file: {} for file in weights.files}
+    for file, tensor_name, tensor in stream_tensors(checkpoint, weights, sealed=True):
+        kinds[file][tensor_name] = (kind if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+    for file, members in groupby(stream_tensors(checkpoint, weights, sealed=True), key=lambda member: member[0]):
+        write_tensors(out / file, kinds[file], ((name, tensor.to(kinds[file][name][0])) for _, name, tensor in members))
+    if weights.index is not None:
+        size = sum(dtype.itemsize * math.prod(shape) for file in kinds.values() for dtype, shape in file.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(weights.index)}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    config = json.loads((checkpoint / CONFIG).read_text())
+    config.pop("torch_dtype", None)
+    (out / CONFIG).write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n")
+    copy_companions(checkpoint, out)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

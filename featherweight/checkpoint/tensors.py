@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import Listing, Weights, check_length
+from featherweight.checkpoint.files import Listing, Weights, check_length, find_weights
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.store.mapped import give_back, seal
 
@@ -30,6 +30,16 @@ def read_shapes(listing: Listing, folder: Path, weights: Weights) -> dict[str, t
                 raise CheckpointError(f"{folder / file} lacks tensor {name}, which the shard index puts there; copy it again")
         shapes |= found
     return shapes
+
+
+def stored_type(folder: Path) -> str | None:
+    """The one float, by torch's name, in which all floats of a folder of safetensors are stored; None where there are several."""
+    weights = find_weights(Listing.of(folder), allow_pickle=True)
+    if weights.pickled:
+        return None
+    names = (entry["dtype"] for file in weights.files for entry in check_length(Listing.of(folder), file).values())
+    floats = {name for name in names if name.startswith(("F", "BF"))}
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(min(floats, default="")) if len(floats) == 1 else None
 
 
 def _header_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -111,6 +111,13 @@ class CheckpointFacts:
         return sum(map(prod, self.shapes.values())) if self.shapes else 0
 
     @property
+    def stored_half(self) -> str | None:
+        """The float of 16 bits that the weights are stored in; None where they are stored otherwise, or that is not known."""
+        told = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
+        two_bytes = self.parameters and self.size_bytes < 3 * self.parameters
+        return told if two_bytes and self.quantized is None and told in ("float16", "bfloat16") else None
+
+    @property
     def size(self) -> ModelSize:
         """How large the model is; where its headers do not tell, by the arithmetic of a decoder of its configuration's sizes."""
         rows, packed = self.rows_and_columns, self.quantized is not None

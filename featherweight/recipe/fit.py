@@ -10,11 +10,13 @@ from collections.abc import Collection
 
 from featherweight.checkpoint.streamed import LARGE
 from featherweight.grid import grid_named
+from featherweight.measure.spec import BASELINE
 from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.rtn import RtnSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.refusals import FLOAT_BYTES, gib
+from featherweight.runtimes.catalog import BASELINE as ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize
@@ -40,6 +42,10 @@ AT_ONCE = 2
 """How often the embedding, the largest matrix, is there in float32 at once, what is computed of it included."""
 KEPT = {"load": 1, "prune": 1, "quantize": 1.25, "distill": 1, "finetune": 1, "train": 1, "compile": 1, "export": 1}
 """How often its result holds them on the disk."""
+WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "w8a16": 1.0, "fp8": 1.0, "int4": 0.625, "w4a16": 0.625, "nf4": 0.625}
+"""Bytes for each weight, scales included, by the numbers that an engine holds; in all others floats of four bytes."""
+NAMED = 6
+"""Stages that are named at most where many are too large."""
 NEAR = 0.8
 """The share of what there is that is worth a warning."""
 
@@ -48,13 +54,42 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
     """What a run of the plan may be too large for."""
     found = []
     to_run = [node for id, node in plan.nodes.items() if id not in cached]
-    largest = max(to_run, key=lambda node: held_bytes(node, size), default=None)
-    if largest and (needed := held_bytes(largest, size)) > NEAR * memory_bytes:
-        found.append(f"{largest.id} holds about {gib(needed)} at once, and this machine has {gib(memory_bytes)} of memory")
+    numbers = getattr(plan.nodes[BASELINE].spec, "compute_type", "float32") if BASELINE in plan.nodes else "float32"
+    if numbers != "float32":
+        found.append(
+            f"the baseline is served in {numbers}, as the checkpoint is stored: in float32 it takes "
+            f"{gib(FLOAT_BYTES * size.parameters)}, and this machine has {gib(memory_bytes)} of memory"
+        )
+    needs = {node.id: _needed(plan, node, size) for node in to_run}
+    large = sorted((id for id in needs if needs[id] > NEAR * memory_bytes), key=lambda id: -needs[id])
+    if large:
+        others = ", ".join(f"{id} {gib(needs[id])}" for id in large[1:NAMED])
+        found.append(
+            f"{large[0]} holds about {gib(needs[large[0]])} at once, and this machine has {gib(memory_bytes)} of memory"
+            + (f"; so do others: {others}" if others else "")
+        )
     kept = sum(KEPT.get(node.stage, 0.0) for node in to_run) * FLOAT_BYTES * size.parameters
     if kept > NEAR * free_bytes:
         found.append(f"the results take about {gib(kept)}, and the workspace's disk has {gib(free_bytes)} free")
     return found
+
+
+def _needed(plan: Plan, node: Node, size: ModelSize) -> float:
+    """`held_bytes`; a measurement of a large model holds what its two sides serve."""
+    sides = {id for name, id in node.inputs.items() if name in ("served", "baseline")} if node.stage == "evaluate" else set()
+    specs = [plan.nodes[id].spec for id in sides if id in plan.nodes]
+    if not specs or FLOAT_BYTES * size.parameters < LARGE:
+        return held_bytes(node, size)
+    return PYTHON_BYTES + sum(served_bytes(spec, size) for spec in specs if isinstance(spec, ServingSpec))
+
+
+def served_bytes(spec: ServingSpec, size: ModelSize) -> float:
+    """Memory of the process that serves a model of `size`, about: its weights in the numbers that it holds them in."""
+    return PYTHON_BYTES + WEIGHT_BYTES.get(_numbers(spec), FLOAT_BYTES) * size.parameters
+
+
+def _numbers(spec: ServingSpec) -> str:
+    return str(getattr(spec, "precision", getattr(spec, "compute_type", "float32")))
 
 
 def held_bytes(node: Node, size: ModelSize) -> float:
@@ -82,8 +117,12 @@ def _quantizing(spec: QuantizeSpec, size: ModelSize) -> float:
 
 def _exporting(spec: ServingSpec, size: ModelSize) -> float:
     """The integers and the places of the rows that they are found by, and the engine with what it serves."""
-    numbers = str(getattr(spec, "precision", getattr(spec, "compute_type", "float32")))
+    numbers = _numbers(spec)
+    if spec.engine == ENGINE and numbers == "float32":  # the checkpoint's own files, and the reference itself
+        return 0.0
+    if numbers in ("w8a16", "w4a16", "fp8"):  # vLLM's, whose matrices keep their names
+        return size.parameters + served_bytes(spec, size)
     if numbers not in ("int8", "int4"):  # CTranslate2 makes floats of int8_float32 when it loads them
-        return PYTHON_BYTES + FLOAT_BYTES * size.parameters
+        return served_bytes(spec, size)
     rows = size.parameters * size.matrices / max(1, size.columns)
     return 2 * size.parameters + ROW_BYTES * rows + PYTHON_BYTES

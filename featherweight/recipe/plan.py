@@ -13,10 +13,10 @@ from featherweight.measure.spec import BASELINE, DecideSpec
 from featherweight.recipe.facts import Facts, checkpoint_source, student_source
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
-from featherweight.recipe.refusals import Chosen, memory_refusal
+from featherweight.recipe.refusals import Chosen, baseline_type, memory_refusal
 from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.spec import ExportSpec, ServingSpec
+from featherweight.runtimes.spec import ComputeType, ExportSpec, ServingSpec
 from featherweight.runtimes.workload import workload_refusal
 from featherweight.spec import Spec, Split
 from featherweight.system.device import CPU, Device, resolve
@@ -93,9 +93,10 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     if recipe.checkpoint.train and (reason := recipe.checkpoint.train.refusal()):
         raise RecipeError(reason)
     known = facts.of(recipe)
-    if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes)):
+    numbers = baseline_type(known, machine.memory_bytes)
+    if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes, numbers)):
         raise RecipeError(reason)
-    nodes = {node.id: node for node in _roots(recipe, where)}
+    nodes = {node.id: node for node in _roots(recipe, where, numbers)}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
@@ -166,8 +167,8 @@ def _pick(stage: str, patterns: tuple[str, ...], known: Mapping[str, Spec]) -> l
     return picked
 
 
-def _roots(recipe: Recipe, where: Device) -> list[Node]:
-    """What every variant shares: the text, its gate, the checkpoint, and the baseline's measurement."""
+def _roots(recipe: Recipe, where: Device, numbers: ComputeType) -> list[Node]:
+    """What every variant shares: the text, its gate, the checkpoint, and the measurement of the baseline, served in `numbers`."""
     text = [Node(f"text/{s}", "text", s, TextSpec(data=recipe.data, split=s), seed=recipe.seed) for s in SPLITS]
     gate = Node("gate", "gate", "text", GateSpec(), {split: f"text/{split}" for split in SPLITS})
     made = recipe.checkpoint.train
@@ -175,7 +176,7 @@ def _roots(recipe: Recipe, where: Device) -> list[Node]:
         root = Node("checkpoint", "train", recipe.name, made, {"text": "text/train"}, recipe.seed, device=where)
     else:
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", checkpoint_source(recipe), device=CPU)
-    plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE}))
+    plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE, "compute_type": numbers}))
     served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root), device=where)
     measured = Node(
         f"{BASELINE}/evaluate",

@@ -21,14 +21,16 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
-from featherweight.runtimes.spec import ServingSpec
+from featherweight.runtimes.spec import SIXTEEN_BITS, ComputeType, ServingSpec
 from featherweight.spec import ModelSize, Task
 from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, seen_from
 from featherweight.system.machine import Machine
 from featherweight.training.lora import unknown_target
+from featherweight.training.spec import sharded_zeros_refusal
 
 FLOAT_BYTES = 4
 """Every stage holds the weights in float32."""
+HALF_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,21 @@ class Chosen:
         return next((reason for rule in REFUSALS if (reason := rule(self))), None)
 
 
-def memory_refusal(size: ModelSize, memory_bytes: int) -> str | None:
-    """Why a machine with so much memory cannot hold the model at all; None where it can."""
-    needed = FLOAT_BYTES * size.parameters
+def baseline_type(facts: CheckpointFacts | None, memory_bytes: int) -> ComputeType:
+    """What the baseline is served in: float32, or the 16 bits that the checkpoint is stored in where memory is too small for it."""
+    stored = facts.stored_half if facts else None
+    if facts and stored and FLOAT_BYTES * facts.size.parameters > memory_bytes:
+        return "float16" if stored == "float16" else "bfloat16"
+    return "float32"
+
+
+def memory_refusal(size: ModelSize, memory_bytes: int, numbers: ComputeType = "float32") -> str | None:
+    """Why a machine with so much memory cannot hold the model at all, as its baseline is served; None where it can."""
+    needed = (HALF_BYTES if numbers in SIXTEEN_BITS else FLOAT_BYTES) * size.parameters
     if needed <= memory_bytes:
         return None
     return (
-        f"checkpoint: {size.parameters / 1e9:.1f} billion weights take {gib(needed)} in float32, as the baseline is served, and "
+        f"checkpoint: {size.parameters / 1e9:.1f} billion weights take {gib(needed)} in {numbers}, as the baseline is served, and "
         f"this machine has {gib(memory_bytes)} of memory; take a larger machine, or a smaller checkpoint"
     )
 
@@ -196,6 +206,18 @@ def _lora_refusal(chosen: Chosen) -> str | None:
     return unknown_target(spec.lora, sorted({*(name.split(".")[-2] for name in facts.rows_and_columns), "lm_head"}))
 
 
+def _sharding_refusal(chosen: Chosen) -> str | None:
+    """Training in parts of what has zeros to hold."""
+    distill, finetune = chosen.distill, chosen.prune.finetune if chosen.prune else None
+    student = chosen.student if distill and distill.student else chosen.facts
+    if distill and distill.sharded and ((student and student.sparse) or (distill.prune and distill.prune.sparse)):
+        return sharded_zeros_refusal("distill")
+    parent = chosen.parent(chosen.distilled)
+    if finetune and finetune.sharded and (parent.sparse or (chosen.prune and chosen.prune.sparse)):
+        return sharded_zeros_refusal("finetune")
+    return None
+
+
 def _grids_refusal(chosen: Chosen) -> str | None:
     """What the engine says of the grids; those that the checkpoint came with where nothing quantizes it."""
     kept = chosen.pruned.kept_grids if chosen.pruned and chosen.quantize is None else None
@@ -225,6 +247,7 @@ REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     _quantize_refusal,
     _context_refusal,
     _lora_refusal,
+    _sharding_refusal,
     _grids_refusal,
     lambda chosen: shape_refusal(chosen.prune, chosen.serve),
     lambda chosen: shape_refusal(chosen.student_pruning, chosen.serve),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.facts import facts_of
 from featherweight.checkpoint.opening import load_config
+from featherweight.checkpoint.saving import link_checkpoint, save_as, save_model
 from featherweight.checkpoint.streamed import Change, is_large, mapped_model, streamed_model
+from featherweight.checkpoint.tensors import stored_type
 from featherweight.errors import RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.architecture import stacks, task_of
@@ -137,6 +139,17 @@ class Source:
                 tensor.data = rounded.to(tensor.dtype)
         if self.streams:
             self.change = lambda _, tensor: tensor.to(kind)
+
+    def save_rounded(self, name: str, out: Path) -> None:
+        """Write the checkpoint to `out` in a float of 16 bits, by its own files where they are that. Raises as `round_floats`."""
+        if stored_type(self.checkpoint) == name:
+            link_checkpoint(self.checkpoint, out)
+            return
+        self.round_floats(name)
+        if self.streams:
+            save_as(self.checkpoint, out, name)
+        else:
+            save_model(self.model, out, self.checkpoint)
 
     def reference(self) -> Reference:
         """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 Kind = tuple["torch.dtype", tuple[int, ...]]
 """Type and shape of a tensor."""
 
-KINDS = {"float32": "F32", "float8_e4m3fn": "F8_E4M3", "int8": "I8"}
+KINDS = {
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8",
+}
 """What safetensors calls what is written here, in the order in which it lays tensors out."""
 
 PYTORCH = {"format": "pt"}

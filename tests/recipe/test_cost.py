@@ -134,6 +134,32 @@ def test_a_plan_for_a_machine_that_is_too_small_is_refused() -> None:
         expand(recipe(), MACHINE, Facts({"here": large}))
 
 
+@pytest.mark.parametrize(
+    ("memory_gib", "stored", "served"),
+    [
+        (24, 2, "bfloat16"),
+        (40, 2, "float32"),
+        (12, 2, "billion weights take .* in bfloat16"),
+        (24, 4, "weights take .* in float32"),
+    ],
+)
+def test_a_baseline_too_large_for_float32_is_served_as_the_checkpoint_is_stored(memory_gib: int, stored: int, served: str) -> None:
+    """8 billion weights: their plan is one for 24 GiB, and says how the baseline is served."""
+    told = decoder(32, 4096, 128_256)
+    config = Values({"values": told.config.to_dict() | {"dtype": "bfloat16"}, "names": {}, "class": "LlamaConfig"})
+    facts = dataclasses.replace(told, config=config, size_bytes=stored * told.parameters)
+    assert 7e9 < facts.parameters < 10e9
+    machine, made = dataclasses.replace(MACHINE, memory_bytes=memory_gib * 2**30), recipe(q={"method": "gptq"})
+    if "billion" in served or "weights" in served:
+        with pytest.raises(RecipeError, match=served):
+            expand(made, machine, Facts({"here": facts}))
+        return
+    plan = expand(made, machine, Facts({"here": facts}))
+    assert plan.nodes["baseline"].spec.model_dump()["compute_type"] == served
+    warned = fit.warnings(plan, facts.size, machine.memory_bytes, 2**40, ())
+    assert any("the baseline is served in bfloat16" in line for line in warned) == (served == "bfloat16")
+
+
 def test_speeds_are_those_of_some_machine() -> None:
     found = machine_speeds()
     assert 1e9 < found.flops < 1e15

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from featherweight.checkpoint import streamed
 from featherweight.runtimes import parity, writing
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.writing import write_served
 from tests.conftest import STORY
 from tests.support import serving_models as models
@@ -18,6 +21,7 @@ from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 
 TOKENS = 64
+OF_A_SAVE = ("architectures", "transformers_version", "use_cache")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -91,3 +95,45 @@ def test_it_writes_the_same(
     assert [path for path, content in found["whole"].items() if found["streamed"][path] != content] == []
     assert metrics["streamed"].keys() == metrics["whole"].keys()
     assert metrics["streamed"]["parity_max_abs"] == pytest.approx(metrics["whole"]["parity_max_abs"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "options"),
+    [
+        ("qwen2", "vllm", {"compute_type": "int8"}),
+        ("gemma", "vllm", {"compute_type": "w4a16"}),
+        ("llama", "vllm", {"compute_type": "float32", "kv_cache": "fp8"}),
+        ("qwen2", "vllm", {"compute_type": "float16"}),
+        ("llama", "torch", {"compute_type": "float16"}),
+        ("qwen2", "torch", {"compute_type": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_it_holds_the_same_tensors(
+    kind: str,
+    engine: str,
+    options: dict[str, Any],
+    checkpoints: dict[str, Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In as many files as the checkpoint has, or in one; what is in them already is not written again."""
+    for method in ("machine_refusal", "device_refusal", "model_refusal"):
+        monkeypatch.setattr(type(RUNTIMES[engine]), method, lambda *_: None)
+    monkeypatch.setattr(parity.Reference, "check", lambda reference, served: {"windows": sum(map(sum, reference.logprobs))})
+    found, metrics, configs = {}, {}, {}
+    for name, large in {"whole": 2**40, "streamed": 1}.items():
+        monkeypatch.setattr(streamed, "LARGE", large)
+        out = tmp_path / name
+        out.mkdir()
+        spec = serving_spec(engine, max_tokens=TOKENS, **options)
+        metrics[name] = write_served(spec, checkpoint=checkpoints[kind], calibration=text, out=out)
+        found[name] = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
+        told = json.loads((out / "config.json").read_text())
+        configs[name] = {key: value for key, value in told.items() if key not in OF_A_SAVE}
+    assert found["streamed"].keys() == found["whole"].keys()
+    for key, tensor in found["whole"].items():
+        assert found["streamed"][key].dtype == tensor.dtype
+        assert torch.equal(found["streamed"][key].float(), tensor.float())
+    assert configs["streamed"] == configs["whole"]
+    assert metrics["streamed"] == pytest.approx(metrics["whole"], rel=1e-4)

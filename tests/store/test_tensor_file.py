@@ -17,6 +17,7 @@ def test_the_bytes_are_those_of_safetensors(tmp_path: Path) -> None:
         "a.q": torch.randn(2, 5).to(torch.float8_e4m3fn),
         "é": torch.tensor(1.5),
         "none": torch.empty(0, 7),
+        **{f"{kind}": torch.ones(2, 3).to(kind) for kind in (torch.bfloat16, torch.float16, torch.int32, torch.int64)},
     }
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for metadata in (PYTORCH, {}):

@@ -10,7 +10,7 @@ from featherweight.measure.figures import mebibytes, milliseconds, percent, rate
 from featherweight.recipe.advice.candidates import Question, Row, rows
 from featherweight.recipe.advice.hardware import USABLE
 from featherweight.recipe.advice.rules import Ruling, choose
-from featherweight.recipe.refusals import gib, memory_refusal
+from featherweight.recipe.refusals import baseline_type, gib, memory_refusal
 from featherweight.system.device import CPU
 
 
@@ -143,7 +143,8 @@ def notes(question: Question, best: Row | None) -> list[str]:
         told.append(f"{question.shape.experts:.0%} of the body are experts', of whom a token asks {question.shape.active:.0%}")
     if question.shape.window:
         told.append(f"no layer looks further back than {question.shape.window} tokens")
-    if reason := memory_refusal(question.facts.size, question.machine.memory_bytes):
+    memory = question.machine.memory_bytes
+    if reason := memory_refusal(question.facts.size, memory, baseline_type(question.facts, memory)):
         told.append(f"to make variants of it: {reason}")
     if best and best.expected and not best.measured and best.offer.grid:
         told.append(

@@ -54,18 +54,19 @@ class Torch(Runtime[TorchSpec]):
     modules = ("torch",)
     libraries = ("torch", "transformers", "bitsandbytes")
     requirements = ("torch",)
+    streams = True
 
     def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.saving import link_checkpoint, save_model
+        from featherweight.checkpoint.saving import link_checkpoint
         from featherweight.runtimes.torch import bitsandbytes
 
         if spec.compute_type in SIXTEEN_BITS:
-            source.round_floats(spec.compute_type)
-            save_model(source.model, out, source.checkpoint)
+            source.save_rounded(spec.compute_type, out)
             Serving("torch", options={"dtype": spec.compute_type}).write(out)
             return
         link_checkpoint(source.checkpoint, out)
         if spec.compute_type in BITSANDBYTES:
+            source.may_stream = False  # it changes the model where it is
             bitsandbytes.move_to_grid(source.model, spec.compute_type)
         Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
 

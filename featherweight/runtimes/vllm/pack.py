@@ -6,19 +6,26 @@ The names, shapes and configuration are those that llm-compressor writes (the te
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.streamed import Change
+from featherweight.checkpoint.tensors import saving
 from featherweight.grid import Grid
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.vllm.schemes import Scheme
+from featherweight.store.mapped import give_back
+from featherweight.store.tensor_file import Kind, write_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 FLOAT8_MAX = 448.0
+INT32_BITS = 32
 
 
 def fused_refusal(rows: Mapping[str, tuple[Grid, int]], scheme: Scheme) -> str | None:
@@ -47,28 +54,36 @@ def pack(
     out: Path,
     scheme: Scheme | None,
     cache_scales: Mapping[str, float] | None = None,
+    floats: str = "float32",
+    change: Change | None = None,
 ) -> None:
-    """Write configuration and weights to `out`: the integers and scales of Linear layers, all else in the float that `model` has.
+    """Write configuration and weights to `out`, one by one: the integers and scales of Linear layers, all else in `floats`.
 
     vLLM keeps embedding and output head in float; where they are quantized theirs are the float values on the grid, which
-    `model` already holds. cache_scales: what keys and values are divided by before they are kept in fp8, by parameter name.
+    `model` already holds, or `change` makes of what it holds. cache_scales: what keys and values are divided by before they are
+    kept in fp8, by parameter name.
     """
     import torch
-    from safetensors.torch import save_file
 
     linear = _linear(quantized) if quantized else {}
-    tensors: dict[str, Tensor] = {}
+    kind = getattr(torch, floats)
+    kinds: dict[str, Kind] = {}
+    made: dict[str, Callable[[], Tensor]] = {}
     for name, value in _once(model).items():
         if quantized and scheme and name in linear:
-            tensors |= _packed(name, quantized, scheme)
+            kinds |= _packed_kinds(name, quantized, scheme)
+            made |= {part: partial(_packed, name, part, quantized, scheme) for part in _packed_kinds(name, quantized, scheme)}
         else:
-            tensors[name] = value.contiguous()
-    tensors |= {name: torch.tensor([scale]) for name, scale in (cache_scales or {}).items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+            kinds[name] = (kind if value.is_floating_point() else value.dtype, tuple(value.shape))
+            made[name] = partial(_float, name, value, kinds[name][0], change)
+    for name, scale in (cache_scales or {}).items():
+        kinds[name], made[name] = (torch.float32, (1,)), partial(torch.tensor, [scale])
+    with saving(out):
+        write_tensors(out / "model.safetensors", kinds, ((name, make()) for name, make in made.items()))
     grid = next(iter(linear.values()), None)
     described = quantization_config(scheme, grid, _float_layers(model, set(linear)), cache=bool(cache_scales))
     config = json.loads((checkpoint / "config.json").read_text())
-    config |= {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": described}
+    config |= {"dtype": floats, "quantization_config": described}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -77,16 +92,34 @@ def _linear(quantized: QuantizedWeights) -> dict[str, Grid]:
     return quantized.body
 
 
-def _packed(name: str, quantized: QuantizedWeights, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors that stand for one weight."""
+def _float(name: str, value: Tensor, kind: torch.dtype, change: Change | None) -> Tensor:
+    changed = (change(name, value) if change else value).to(kind).contiguous()
+    give_back(value)
+    return changed
+
+
+def _packed_kinds(name: str, quantized: QuantizedWeights, scheme: Scheme) -> dict[str, Kind]:
+    """Type and shape of the tensors that stand for one weight."""
+    import torch
+
+    q, scale = quantized.q[name], {f"{name}_scale": (torch.float32, tuple(quantized.scales[name].shape))}
+    if scheme.format != "pack-quantized":
+        return {name: (q.dtype, tuple(q.shape)), **scale}
+    words = -(-q.shape[1] * scheme.bits // INT32_BITS)
+    return {f"{name}_packed": (torch.int32, (q.shape[0], words)), f"{name}_shape": (torch.int64, (2,)), **scale}
+
+
+def _packed(name: str, part: str, quantized: QuantizedWeights, scheme: Scheme) -> Tensor:
+    """One of them."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    q, scales = quantized.q[name].contiguous(), {f"{name}_scale": quantized.scales[name].float().contiguous()}
-    if scheme.format != "pack-quantized":
-        return {name: q, **scales}
-    packed = pack_to_int32(q, scheme.bits).contiguous()
-    return {f"{name}_packed": packed, f"{name}_shape": torch.tensor(q.shape), **scales}
+    q = quantized.q[name].contiguous()
+    if part == f"{name}_scale":
+        return quantized.scales[name].float().contiguous()
+    if part == f"{name}_shape":
+        return torch.tensor(q.shape)
+    return pack_to_int32(q, scheme.bits).contiguous() if part == f"{name}_packed" else q
 
 
 def quantization_config(scheme: Scheme | None, grid: Grid | None, ignored: list[str], cache: bool) -> dict[str, Any]:

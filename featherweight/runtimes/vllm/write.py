@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint, save_model
+from featherweight.checkpoint.saving import copy_tokenizer, link_checkpoint
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
@@ -30,14 +30,15 @@ ROUNDED_HERE = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp
 def write(spec: VllmSpec, source: Source, out: Path) -> None:
     """See Runtime.write."""
     if spec.compute_type in SIXTEEN_BITS:
-        source.round_floats(spec.compute_type)
+        if not spec.kv_cache:
+            source.save_rounded(spec.compute_type, out)
+        else:
+            source.round_floats(spec.compute_type)
     elif spec.compute_type != "float32":
         source.round(GRIDS[ROUNDED_HERE[spec.compute_type]], None)
     if source.quantized or spec.kv_cache:
         _write_packed(spec, source, out)
-    elif spec.compute_type in SIXTEEN_BITS:
-        save_model(source.model, out, source.checkpoint)
-    else:
+    elif spec.compute_type not in SIXTEEN_BITS:
         link_checkpoint(source.checkpoint, out)
     Serving("vllm", options=_options(spec, source), grid=source.grid).write(out)
 
@@ -47,8 +48,10 @@ def _write_packed(spec: VllmSpec, source: Source, out: Path) -> None:
     scheme = SCHEMES.get(spec.compute_type)
     if source.quantized and scheme and (reason := pack.fused_refusal(rows_of(source.quantized), scheme)):
         raise RecipeError(reason)
-    scales = pack.cache_scales(source.model, cache_windows(source)) if spec.kv_cache else None
-    pack.pack(source.model, source.quantized, source.checkpoint, out, scheme, scales)
+    computing = source.computing() if source.streams else source.model
+    scales = pack.cache_scales(computing, cache_windows(source)) if spec.kv_cache else None
+    floats = spec.compute_type if spec.compute_type in SIXTEEN_BITS else "float32"
+    pack.pack(source.model, source.quantized, source.checkpoint, out, scheme, scales, floats, source.change)
 
 
 def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
