@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from conformance.cell import FLOAT, INT8, LOAD, NEW, QUANTIZE, TOKENS
-from conformance.families import families
 from conformance.outcome import KINDS, Kind, Matrix, Outcome, versions
 from conformance.tiny import Case
 
@@ -30,12 +30,15 @@ prompts, with two ends of text in generation_config.json. Made by `make conforma
 line, whose reason stands below · `–` not offered: the engine does not hold the task or the grid, whatever the checkpoint ·
 `·` not run
 
+What is refused "before work" the plan knows from the checkpoint's files. What is refused "by the gate" only its numbers tell: the
+export is compared with PyTorch before it is measured, and not registered.
+
 """
 
 
 def page(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
     """Markdown of all that `matrix` knows of `cases`."""
-    cases = [case for case in cases if matrix.cells.get(case.name)]
+    cases, absent = [case for case in cases if case.name in matrix.cells], [case for case in cases if case.name not in matrix.cells]
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
     head = HEAD.format(tokens=TOKENS, new=NEW, date=datetime.now(UTC).date().isoformat(), versions=told)
     parts = [
@@ -44,7 +47,7 @@ def page(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
         _counts(matrix, cases, columns),
         _rows(matrix, cases, columns),
         _reasons(matrix, cases, columns),
-        _absent(matrix),
+        _absent(absent),
     ]
     return "\n".join(parts)
 
@@ -53,19 +56,29 @@ def _outcome(matrix: Matrix, case: Case, column: str) -> Outcome:
     return matrix.get(case.name, column) or Outcome("not run")
 
 
-def _absent(matrix: Matrix) -> str:
-    """The families that were not run at all."""
-    names = [one.model_type for one in families() if one.model_type not in matrix.cells]
-    alone = all(one.engines == ("vllm",) for one in families() if one.model_type in names)
-    only = " (which vLLM alone names)" if alone else ""
-    return f"Families without a row, not run: {', '.join(names)}{only}.\n" if names else ""
+def _absent(cases: list[Case]) -> str:
+    """The rows that were not run at all, by the engines that name their model types."""
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for case in cases:
+        rows[case.engines].append(case.name)
+    lines = [f"- which {', '.join(engines)} name{'s' * (len(engines) == 1)}: {'; '.join(names)}" for engines, names in rows.items()]
+    return "\n".join([f"## Rows not run ({len(cases)})", "", *sorted(lines), ""]) if lines else ""
 
 
 def _older(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:
-    """How much of it was found with other code than this."""
-    found = [(case.name, column) for case in cases for column in columns if matrix.get(case.name, column)]
-    older = sum(not matrix.is_current(*cell) for cell in found)
-    return f"{older} of the {len(found)} cells were found before the last change of the code that makes them.\n" if older else ""
+    """How long the cells took, and how many of them were found with other code than this, by column."""
+    found = [(column, case.name) for column in columns for case in cases if matrix.get(case.name, column)]
+    outcomes = [_outcome(matrix, case, column) for case in cases for column in columns]
+    spent, waited = sum(one.cpu_seconds for one in outcomes) / 60, sum(one.seconds for one in outcomes) / 60
+    older = Counter(column for column, name in found if not matrix.is_current(name, column))
+    told = f"{sum(older.values())} of them found before the last change of the code that makes them ({_listed(older)})"
+    return f"{len(found)} cells, {waited:.0f} minutes by the clock, {spent:.0f} of computing where it was counted" + (
+        f"; {told}.\n" if older else ".\n"
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _counts(matrix: Matrix, cases: list[Case], columns: list[str]) -> str:

@@ -187,6 +187,7 @@ def test_the_page_tells_each_defect(tmp_path: Path) -> None:
     told = page(Matrix.open(tmp_path / "cells.json"), [case_of("llama"), case_of("t5")], [LOAD, QUANTIZE, f"torch {FLOAT}"])
     assert "| llama | = | = | **!** · |" in told and "| t5 |" not in told
     assert "- torch float32, all: wrong" in told
+    assert re.search(r"## Rows not run \(1\)\n\n- which .*names?: t5\n", told)
 
 
 ONCE_WRONG = (
