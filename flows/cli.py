@@ -470,6 +470,14 @@ def gc(
     _tell(collect(_workspace(workspace), seconds_of(older, "--older"), user_name(), remove=yes), as_json)
 
 
+@app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
+def mcp(workspace: WorkspaceOpt = HERE) -> None:
+    """Serve plan, variants, lineage and audit over standard input and output as an MCP server (extra `mcp`); it changes nothing."""
+    from flows.mcp_server import server
+
+    server(workspace).run("stdio")
+
+
 @app.command(rich_help_panel=RUN)
 def doctor(
     as_json: JsonOpt = False,

@@ -1,0 +1,100 @@
+"""`featherweight mcp`: a workspace for programs that speak the Model Context Protocol. It reads, and changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight import __version__
+from featherweight.errors import FeatherweightError, ToolchainError, one_line
+from featherweight.store.workspace import Workspace
+from featherweight.system.environment import configure
+
+if TYPE_CHECKING:
+    from mcp.server.mcpserver import MCPServer
+
+HELP = (
+    "Featherweight optimizes transformer checkpoints. These tools read: what a recipe would make, what the latest optimization "
+    "measured, what registered versions are made of and whether all of it is still what was signed, decided and measured."
+)
+
+
+class Reading:
+    """The tools, each the JSON of the command of its name."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def next_step(self) -> str:
+        """How the folder stands that the server was started in, and which command would be next."""
+        from flows.next_step import look, told
+
+        return told(look(Path(), self._root))
+
+    def plan(self, recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
+        """What a recipe (a YAML file) would make, what is ruled out and why, what it would take. overrides: KEY.KEY=VALUE."""
+        from featherweight.recipe.reading import load_recipe
+        from tasks.forecast import forecast
+
+        return forecast(load_recipe(Path(recipe), tuple(overrides or ())), self._root).to_dict()
+
+    def variants(self, run: str = "") -> dict[str, Any]:
+        """The result of a finished optimization, of the latest where `run` (an MLflow run id) is empty: every variant's figures."""
+        from tasks.summary import past_result
+
+        return past_result(self._workspace(), run).to_dict()
+
+    def lineage(self, model: str) -> dict[str, Any]:
+        """What a registered version (NAME, NAME@ALIAS or NAME/NUMBER) is made of: checkpoint, data, recipe, code, every stage."""
+        from dataclasses import asdict
+
+        from featherweight.registry.lineage import from_registry
+        from featherweight.registry.registry import Registry
+        from featherweight.registry.versions import parse_reference
+
+        return asdict(from_registry(Registry(self._workspace().tracking_uri), *parse_reference(model, "champion")))
+
+    def audit(self, model: str) -> dict[str, Any]:
+        """Whether everything stored of a registered model is what was signed, decided and measured. Reads every byte of it."""
+        from featherweight.registry.auditing import audit_model
+        from featherweight.registry.registry import Registry
+        from flows.audit import RegistryAudit
+
+        return RegistryAudit(tuple(audit_model(Registry(self._workspace().tracking_uri), model))).to_dict()
+
+    def _workspace(self) -> Workspace:
+        configure(self._root)
+        return Workspace.at(self._root)
+
+
+def server(root: Path) -> MCPServer[Any]:
+    """The server of a workspace. Raises ToolchainError where the package `mcp` is not installed."""
+    try:
+        from mcp.server.mcpserver import MCPServer
+        from mcp_types import ToolAnnotations
+    except ModuleNotFoundError as error:
+        raise ToolchainError("the package 'mcp' is not installed: pip install 'featherweight[mcp]'") from error
+    reading, made = Reading(root), MCPServer("featherweight", instructions=HELP, version=__version__, log_level="ERROR")
+    for tool in (reading.next_step, reading.plan, reading.variants, reading.lineage, reading.audit):
+        made.add_tool(_quietly(tool), annotations=ToolAnnotations(read_only_hint=True), structured_output=False)
+    return made
+
+
+def _quietly(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """A tool whose refusals are one line; what it prints goes to standard error, since the other speaks the protocol."""
+
+    @functools.wraps(tool)
+    def called(*arguments: Any, **named: Any) -> Any:
+        from mcp.server.mcpserver.exceptions import ToolError
+
+        try:
+            with redirect_stdout(sys.stderr):
+                return tool(*arguments, **named)
+        except FeatherweightError as error:
+            raise ToolError(one_line(error, 2000)) from error
+
+    return called
