@@ -9,7 +9,7 @@ from typing import Any
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
 
-SILU = ("silu", "swish")
+SILU: tuple[str, ...] = ("silu", "swish")
 """The names that transformers has for it."""
 
 

@@ -137,7 +137,10 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         return reason, "keep `reduce_range: auto` in exports, or true"
 
 
-ONE_ACTIVATION = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), SILU), "falcon": ("gelu",)}
+ONE_ACTIVATION: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), SILU),
+    "falcon": ("gelu",),
+}
 """What its loaders give the feed-forward layers of a model type, whatever the configuration says."""
 _UNSCALED = ("scale_attn_weights", False, "attention that is not scaled by the width of the heads")
 OVERLOOKED: dict[str, tuple[tuple[str, bool, str], ...]] = {
