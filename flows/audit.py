@@ -130,7 +130,8 @@ def _moved(registry: Registry, name: str) -> Iterator[Finding]:
 
 def _repair(registry: Registry, name: str) -> Iterator[str]:
     for number in registry.quarantine(name):
-        yield f"{name}: history entry {number} was not readable and is out; its text is in the model's tag quarantined.{number}"
+        why = "was not readable, or no trusted key signed it"
+        yield f"{name}: history entry {number} is out, it {why}; its text is in the model's tag quarantined.{number}"
     behind = registry.model(name).behind()
     entry = registry.repair(name, user_name())
     if entry is not None:

@@ -14,7 +14,7 @@ import yaml
 
 from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.measure.measurement import read_metrics
-from featherweight.registry.attestation import require_signed
+from featherweight.registry.attestation import attested, require_signed
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph, LineageNode, read_graph
 from featherweight.registry.model_folder import SERVED
@@ -73,6 +73,8 @@ def _verify_files(registry: Registry, version: RegisteredVersion) -> None:
         folder = registry.model_folder(version, Path(scratch))
         require_signed(folder, Keys.here())
         artifact.verify(folder / SERVED, version.digest)
+    if Keys.here().public and not attested(version, registry.model(version.model).born, Keys.here()):
+        raise IntegrityError("no trusted key attests that it is what it says")
 
 
 def _evaluation(graph: LineageGraph) -> LineageNode:

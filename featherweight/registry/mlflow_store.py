@@ -7,7 +7,7 @@ step that `commit` builds on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import GateError, IntegrityError, one_line
@@ -15,6 +15,8 @@ from featherweight.registry.commit import Cell, Unsure
 from featherweight.registry.history import ENTRY_LIMIT, Entry
 from featherweight.registry.keys import Keys
 from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
+from featherweight.registry.vouching import unvouched
+from featherweight.registry.witness import seen_from_here
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,22 +46,24 @@ class MlflowStore:
         """The model as it stands. Raises GateError, naming the known ones, where there is none."""
         holder = self._holder()
         found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
-        stored = {int(entry.version): entry.tags.get(ENTRY, "") for entry in self._entries()}
-        return RegisteredModel.of(holder, found, stored, self._has_stages)
+        return _model(holder, found, list(self._entries()), self._has_stages)
 
     def signatures(self) -> dict[int, tuple[str, str]]:
         """Text and signature ('' where there is none) of each stored entry, by number."""
         self._holder()
-        return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in self._entries()}
+        return _signed(self._entries())
 
     def quarantine(self) -> list[int]:
-        """Delete the versions whose entry cannot be read, their text kept in tags of the model; returns their numbers."""
-        self._holder()
-        unreadable = [one for one in self._entries() if not _readable(one)]
-        for one in unreadable:
+        """Delete the versions whose entry cannot be read, or decides though no trusted key signed it; returns their numbers.
+
+        Their text is kept in tags of the model.
+        """
+        unvouched = self.read().unvouched
+        out = [one for one in self._entries() if int(one.version) in unvouched or not _readable(one)]
+        for one in out:
             self.client.set_registered_model_tag(self.model, f"{QUARANTINED}{one.version}", one.tags.get(ENTRY, "")[:ENTRY_LIMIT])
             self.client.delete_model_version(self._history, one.version)
-        return [int(one.version) for one in unreadable]
+        return [int(one.version) for one in out]
 
     def _entries(self) -> Iterator[ModelVersion]:
         query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
@@ -129,6 +133,20 @@ class MlflowStore:
         self.client.set_registered_model_tag(self.model, HISTORY, self._history)
 
 
+def _signed(entries: Iterable[ModelVersion]) -> dict[int, tuple[str, str]]:
+    """Text and signature of each stored entry, by number."""
+    return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in entries}
+
+
+def _model(
+    holder: MlflowModel, found: Sequence[ModelVersion], entries: Sequence[ModelVersion], has_stages: bool = True
+) -> RegisteredModel:
+    """A model of all that MLflow holds of it, and which of its entries no trusted key vouches for."""
+    stored, keys = _signed(entries), Keys.here()
+    seen = RegisteredModel.of(holder, found, {number: text for number, (text, _) in stored.items()}, has_stages)
+    return seen.vouched_for(unvouched(seen.history, stored, keys, seen_from_here(seen.born, seen.history, keys)))
+
+
 def _readable(found: ModelVersion) -> bool:
     try:
         Entry.from_json(found.tags.get(ENTRY, ""), int(found.version))
@@ -155,10 +173,7 @@ def read_all(client: MlflowClient) -> list[RegisteredModel]:
         versions.setdefault(one.name, []).append(one)
     holders = served_models(client)
     names = {one.name: one.tags.get(HISTORY) or f"{one.name}{SUFFIX}" for one in holders}
-    stored = {
-        name: {int(entry.version): entry.tags.get(ENTRY, "") for entry in versions.get(side, ())} for name, side in names.items()
-    }
-    return [RegisteredModel.of(one, versions.get(one.name, []), stored[one.name]) for one in holders]
+    return [_model(one, versions.get(one.name, []), versions.get(names[one.name], [])) for one in holders]
 
 
 def served_models(client: MlflowClient) -> list[MlflowModel]:

@@ -129,8 +129,8 @@ class Registry:
         Raises GateError where the model was renamed in MLflow: a second one of its old name would have no champion to beat.
         """
         with self._service():
+            refuse_renamed(self.client, model)
             if not self.client.search_registered_models(f"name = '{model}'"):
-                refuse_renamed(self.client, model)
                 return None
         return next((one for one in self.versions(model) if one.digest == digest), None)
 

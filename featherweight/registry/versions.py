@@ -88,7 +88,8 @@ class RegisteredModel:
     """A registered model at one look.
 
     born: when MLflow created it, in ms: what tells it from a deleted one of its name. shown: the aliases as MLflow has them.
-    stages: MLflow's own stage of each version, None on a server that has no stages.
+    stages: MLflow's own stage of each version, None on a server that has no stages. unvouched: numbers of entries that no trusted
+    key signed, where one has to.
     """
 
     model: str
@@ -98,6 +99,7 @@ class RegisteredModel:
     versions: Mapping[str, RegisteredVersion]
     stages: Mapping[str, str] | None
     history: History
+    unvouched: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -185,7 +187,7 @@ class RegisteredModel:
         Those are the entries from the marked one on, or all where none is marked: a writer may have stopped before they followed.
         A version without a stage tag was made by hand, not moved. Nothing of a model that we did not register.
         """
-        if self.cut or NAME not in self.tags:
+        if self.cut or (NAME not in self.tags and not self.history.entries):
             return {}
         begun, found = int(self.tags.get(MARK, "0").partition(":")[0] or 0), self._found()
         follows = [self._wanted(self.history.until(0))] if not begun else []
@@ -212,13 +214,27 @@ class RegisteredModel:
         stages = {Cell("stage", version): stage for version, stage in (self.stages or {}).items()}
         return {Cell("alias", a): n for a, n in self.shown.items()} | tags | stages | {Cell("mark", ""): self.tags.get(MARK)}
 
+    def vouched_for(self, unvouched: Sequence[int]) -> RegisteredModel:
+        """The same, with the numbers of the entries that no trusted key vouches for."""
+        lines = [
+            f"history entry {one.number} is signed by no key that is trusted here ({one.told()})"
+            for one in self.history.entries
+            if one.number in unvouched
+        ]
+        told = replace(self.history, faults=(*self.history.faults, *lines)) if lines else self.history
+        return replace(self, history=told, unvouched=tuple(unvouched))
+
     @property
     def cut(self) -> list[str]:
-        """What tells that the end of the history was removed or altered, in words; empty where it is whole."""
-        return _cut(self.history, self.tags.get(MARK, ""))
+        """What tells that the end of the history was removed, altered or forged, in words; empty where it may be believed."""
+        forged = [f"history entry {number} is signed by no key that is trusted here" for number in self.unvouched]
+        return [*_cut(self.history, self.tags.get(MARK, "")), *forged]
 
     def require_whole(self) -> None:
-        """Raise IntegrityError where the end of the history was cut off or altered: what was decided is not known then."""
+        """Raise IntegrityError where the end of the history was cut off, altered or forged: what was decided is not known then."""
+        if self.unvouched:
+            way = f"trust the key of who wrote it, or take it out (`featherweight audit {self.model} --repair`)"
+            raise IntegrityError(f"{self.cut[-1]}; nothing is decided on it: {way}")
         if self.cut:
             raise IntegrityError(f"{self.cut[0]}; nothing is decided on it (`featherweight history {self.model} --repair`)")
 
@@ -227,7 +243,7 @@ class RegisteredModel:
 
         witnessed: mark of an entry that was seen elsewhere and is not there.
         """
-        marks = [*([self.tags[MARK]] if self.cut else []), *([witnessed] if witnessed else [])]
+        marks = [*([self.tags[MARK]] if _cut(self.history, self.tags.get(MARK, "")) else []), *([witnessed] if witnessed else [])]
         numbers = " and ".join(sorted({one.partition(":")[0] for one in marks}))
         entry = self.told("repair", who, f"entry {numbers} was removed or altered: what is left counts")
         return replace(entry, mends=" ".join(marks)) if marks else None

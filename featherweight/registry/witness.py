@@ -35,6 +35,12 @@ def lost(born: int, history: History, keys: Keys) -> str:
     return next((one for one in seen if one and not any(knows(entry, one) for entry in history.entries)), "")
 
 
+def seen_from_here(born: int, history: History, keys: Keys) -> int:
+    """Number of the last entry that this user saw, 0 where none was seen or the history does not hold it."""
+    seen = _read(keys.folder / FILE).get(str(born), "")
+    return next((entry.number for entry in history.entries if seen and knows(entry, seen)), 0)
+
+
 def witnessed_fault(born: int, history: History, keys: Keys) -> str:
     """What that means in words, '' where nothing is wrong."""
     number = lost(born, history, keys).partition(":")[0]

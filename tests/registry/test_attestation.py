@@ -11,11 +11,16 @@ import pytest
 
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry.attestation import attested, folder_faults, require_signed
+from featherweight.registry.auditing import audit_model
+from featherweight.registry.commit import placed
 from featherweight.registry.gate import GatesRefused
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import from_registry, verify
+from featherweight.registry.mlflow_store import ENTRY, SIGNED, SOURCE, SUFFIX
+from featherweight.registry.out_of_band import look
 from featherweight.registry.promotion import gated_transition
-from featherweight.store.workspace import local_path
+from featherweight.store.workspace import Workspace, local_path
+from flows.audit import audit_registry
 from tests.support.registering import MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
@@ -125,3 +130,75 @@ def test_entries_are_signed_as_they_are_written(desk: Bench, keys: Keys) -> None
     ((text, signature),) = desk.registry.entry_signatures(MODEL).values()
     assert keys.signed(text, signature)
     assert not keys.signed(text.replace("ada", "eve"), signature)
+
+
+def written(desk: Bench, who: str, keys: Keys | None = None) -> None:
+    """An entry that makes version 2 champion, as anybody can write it into MLflow, signed with these keys."""
+    client, seen = desk.registry.client, desk.registry.model(MODEL)
+    entry = placed(seen.transition(seen.pick("2"), "production", who, "looks right", ()), seen.history).to_json()
+    tags = {ENTRY: entry, **({SIGNED: keys.sign(entry)} if keys else {})}
+    client.create_model_version(f"{MODEL}{SUFFIX}", SOURCE, tags=tags, await_creation_for=0)
+
+
+def test_an_entry_that_no_trusted_key_signed_decides_nothing(desk: Bench, keys: Keys) -> None:
+    for name in ("one", "two"):
+        desk.registry.register(desk.winner(name))
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="first")
+    written(desk, "ada")
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "2")
+    desk.registry.client.delete_model_version_tag(f"{MODEL}{SUFFIX}", "1", SIGNED)  # as if none had ever been signed
+    assert desk.registry.model(MODEL).unvouched == (2,)
+    with pytest.raises(IntegrityError, match="history entry 2 is signed by no key that is trusted here; nothing is decided on it"):
+        desk.registry.transition(MODEL, "2", "archived", who="ada", why="x")
+    assert look(desk.registry, MODEL, settle_s=0)[1] is None
+    wrong = [one.reason for one in audit_model(desk.registry, MODEL) if one.state != "ok"]
+    assert any("history entry 2 is signed by no key" in reason for reason in wrong)
+    repaired = audit_registry(Workspace.at(desk.root), MODEL, True)
+    assert any("entry 2 is out" in line for line in repaired.repaired)
+    seen = desk.registry.model(MODEL)
+    assert (seen.aliases["champion"], seen.shown["champion"], seen.unvouched) == ("1", "1", ())
+    desk.registry.transition(MODEL, "2", "production", who="ada", why="indeed")
+
+
+def test_an_entry_of_a_colleague_decides_once_their_key_is_trusted(desk: Bench, keys: Keys, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        desk.registry.register(desk.winner(name))
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="first")
+    colleague = Keys(tmp_path / "colleague")
+    public = colleague.make()
+    written(desk, "bob", colleague)
+    assert desk.registry.model(MODEL).unvouched == (2,)
+    (keys.folder / "trusted").mkdir()
+    (keys.folder / "trusted" / "bob.pem").write_bytes(public.read_bytes())
+    assert desk.registry.rollback(MODEL, "ada", "back").version == "1"
+
+
+def test_a_signed_folder_under_another_number_is_not_promoted(desk: Bench, keys: Keys) -> None:
+    first = desk.registry.register(desk.winner())
+    client = desk.registry.client
+    client.create_registered_model("other", {"featherweight.name": "other"})
+    for model in (MODEL, "other"):
+        client.create_model_version(model, first.source, first.run_id, tags=dict(first.tags), await_creation_for=0)
+    for model, version in ((MODEL, "2"), ("other", "1")):
+        with pytest.raises(GatesRefused, match="no trusted key attests that it is what it says"):
+            gated_transition(desk.registry, model, version, who="eve", why="x")
+
+
+def test_a_model_that_takes_a_renamed_ones_place_is_not_registered_to(desk: Bench) -> None:
+    """It would have no champion to beat."""
+    desk.registry.register(desk.winner())
+    desk.registry.client.rename_registered_model(MODEL, "hidden")
+    desk.registry.client.create_registered_model(MODEL)
+    with pytest.raises(GateError, match="was renamed to 'hidden' in MLflow"):
+        desk.registry.register(desk.winner("two"))
+
+
+def test_a_model_without_its_name_tag_is_still_held_to_its_history(desk: Bench) -> None:
+    desk.registry.register(desk.winner())
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="first")
+    desk.registry.register(desk.winner("two"))
+    desk.registry.client.delete_registered_model_tag(MODEL, "featherweight.name")
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "2")
+    found = look(desk.registry, MODEL, settle_s=0)[1]
+    assert found is not None
+    assert found.outcome == "undone"
