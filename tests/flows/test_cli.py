@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from featherweight.store.workspace import Workspace
+from tests.support.command import command_here
 from tests.support.registering import empty_store
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -45,7 +46,7 @@ def saved(tree: dict, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_plan_prints_the_tree_and_runs_nothing(tmp_path: Path) -> None:
-    done = call("plan", str(RECIPES / "demo.yaml"), cwd=tmp_path)
+    done = command_here("plan", str(RECIPES / "demo.yaml"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "half/quarter/qat4/ort4" in done.stdout
     assert "ruled out" in done.stdout
@@ -55,7 +56,7 @@ def test_plan_prints_the_tree_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_plan_speaks_json_and_takes_overrides(tmp_path: Path) -> None:
-    done = call("plan", str(RECIPES / "demo.yaml"), "--json", "--set", "variants=[{serve: ort}]", cwd=tmp_path)
+    done = command_here("plan", str(RECIPES / "demo.yaml"), "--json", "--set", "variants=[{serve: ort}]", cwd=tmp_path)
     tree = json.loads(done.stdout)
     assert tree["variants"] == ["baseline", "ort"]
     assert tree["seconds"] > 0
@@ -65,7 +66,7 @@ def test_plan_speaks_json_and_takes_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["optimize", "plan"])
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, demo: dict, command: str) -> None:
     demo["constrains"] = demo.pop("constraints")
-    line = refused(call(command, saved(demo, tmp_path), cwd=tmp_path), 2)
+    line = refused(command_here(command, saved(demo, tmp_path), cwd=tmp_path), 2)
     assert "did you mean 'constraints'" in line
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -73,7 +74,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, demo: d
 @pytest.mark.slow
 def test_an_impossible_recipe_is_refused_before_anything_starts(tmp_path: Path, demo: dict) -> None:
     demo["variants"] = [{"quantize": "qat4", "serve": "ct2-int8"}]
-    line = refused(call("optimize", saved(demo, tmp_path), cwd=tmp_path), 2)
+    line = refused(command_here("optimize", saved(demo, tmp_path), cwd=tmp_path), 2)
     assert "CTranslate2 packs int8 and float only" in line
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -81,23 +82,23 @@ def test_an_impossible_recipe_is_refused_before_anything_starts(tmp_path: Path, 
 @pytest.mark.slow
 def test_a_dead_mlflow_or_prefect_server_is_named(tmp_path: Path) -> None:
     recipe = str(RECIPES / "demo.yaml")
-    line = refused(call("optimize", recipe, "-q", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
+    line = refused(command_here("optimize", recipe, "-q", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
     assert "MLflow server at http://127.0.0.1:9" in line
-    line = refused(call("optimize", recipe, "-q", cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:9/api"), 6)
+    line = refused(command_here("optimize", recipe, "-q", cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:9/api"), 6)
     assert "Prefect server at http://127.0.0.1:9/api" in line
-    line = refused(call("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
+    line = refused(command_here("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"), 6)
     assert "MLflow" in line
 
 
 @pytest.mark.slow
-@pytest.mark.server
+@pytest.mark.usefixtures("named_prefect")
 def test_a_deleted_experiment_is_told_by_a_look_for_checkpoints_too(tmp_path: Path, demo: dict) -> None:
     (tmp_path / ".featherweight").mkdir()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / ".featherweight" / "mlflow.db").write_bytes(empty_store())
     client = Workspace.at(tmp_path / ".featherweight").client()
     client.delete_experiment(client.create_experiment(demo["name"]))
-    done = call("watch", "checkpoints", "--recipe", saved(demo, tmp_path), "--once", "-q", cwd=tmp_path)
+    done = command_here("watch", "checkpoints", "--recipe", saved(demo, tmp_path), "--once", "-q", cwd=tmp_path)
     assert done.returncode == 6, done.stderr
     assert f"experiment '{demo['name']}' was deleted in MLflow" in done.stderr.splitlines()[-1]
 
@@ -107,11 +108,11 @@ def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
     recipe, address = str(RECIPES / "demo.yaml"), "://ada:hunter2@127.0.0.1:9"
     for name, scheme in {"MLFLOW_TRACKING_URI": "http", "PREFECT_API_URL": "https"}.items():
         for flags in ((), ("--debug",)):
-            done = call(*flags, "optimize", recipe, "-q", cwd=tmp_path, **{name: f"{scheme}{address}"})
+            done = command_here(*flags, "optimize", recipe, "-q", cwd=tmp_path, **{name: f"{scheme}{address}"})
             assert done.returncode == 6
             assert f"{scheme}://***@127.0.0.1:9" in done.stderr
             assert "hunter2" not in done.stdout + done.stderr
-    line = refused(call("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="postgresql://ada:hun/ter2@db/mlflow"), 6)
+    line = refused(command_here("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="postgresql://ada:hun/ter2@db/mlflow"), 6)
     assert "MLFLOW_TRACKING_URI is not an address (postgresql://***@db/mlflow); write the /" in line
     assert "ter2" not in line
 
@@ -119,10 +120,10 @@ def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "run `featherweight optimize" in refused(call("variants", cwd=tmp_path), 8)
-    assert "no registered model 'ghost'" in refused(call("lineage", "ghost", cwd=tmp_path), 8)
-    assert "no registered model 'ghost'" in refused(call("promote", "ghost/1", cwd=tmp_path), 8)
-    assert "no registered model 'ghost'" in refused(call("rollback", "ghost", cwd=tmp_path), 8)
-    assert "unknown stage 'moon'" in refused(call("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
+    assert "no registered model 'ghost'" in refused(command_here("lineage", "ghost", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(command_here("promote", "ghost/1", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(command_here("rollback", "ghost", cwd=tmp_path), 8)
+    assert "unknown stage 'moon'" in refused(command_here("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
 
 
 @pytest.mark.slow
@@ -144,7 +145,7 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_version_and_every_help(tmp_path: Path) -> None:
-    assert call("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
+    assert command_here("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
     known = ("optimize", "plan", "variants", "lineage", "promote", "approve", "rollback", "watch", "doctor", "ui")
     for command in (*known, "history", "audit", "compare", "impact", "reproduce", "serve"):
-        assert "Usage" in call(command, "--help", cwd=tmp_path).stdout
+        assert "Usage" in command_here(command, "--help", cwd=tmp_path).stdout

@@ -18,6 +18,7 @@ import pytest
 
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.workspace import Workspace
+from tests.support.command import command_here
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
 
@@ -79,7 +80,7 @@ def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Pat
     dense = next(row for row in result["variants"] if row["name"] == "ct2")
     assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
     assert note in html.unescape((done / "report.html").read_text())
-    assert f"sparse24/ct2: {note}" in featherweight("variants", cwd=done).stdout
+    assert f"sparse24/ct2: {note}" in command_here("variants", cwd=done).stdout
 
 
 def test_the_report_tells_a_method_from_rounding_to_nearest(done: Path, result: dict) -> None:
@@ -92,7 +93,7 @@ def test_the_report_tells_a_method_from_rounding_to_nearest(done: Path, result: 
 def test_the_winner_is_promoted_and_each_loser_has_a_reason(done: Path, result: dict) -> None:
     assert result["winner"]
     assert all(row["reason"] for row in result["variants"] if row["status"] not in ("winner", "baseline"))
-    told = featherweight("lineage", "tiny@champion", "--verify", "--json", cwd=done)
+    told = command_here("lineage", "tiny@champion", "--verify", "--json", cwd=done)
     assert told.returncode == 0, told.stderr
     lineage = json.loads(told.stdout)
     assert lineage["graph"]["variant"] == result["winner"]
@@ -129,8 +130,9 @@ def test_it_says_what_it_does(done: Path) -> None:
     assert any("winner:" in line for line in lines)
 
 
+@pytest.mark.usefixtures("named_prefect")
 def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
-    again = featherweight("optimize", str(RECIPE), "--json", cwd=done)
+    again = command_here("optimize", str(RECIPE), "--json", cwd=done)
     assert again.returncode == 0, again.stderr
     second = json.loads(again.stdout)
     acting = {"register", "promote"}
@@ -142,9 +144,10 @@ def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
     assert len(versions) == 1
 
 
+@pytest.mark.usefixtures("named_prefect")
 def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
     hot = ["--set", "stages.prune.half.finetune.learning_rate=1e9", "--set", "variants=[{prune: half, serve: ct2}]"]
-    failed = featherweight("optimize", str(RECIPE), *hot, "--json", cwd=done)
+    failed = command_here("optimize", str(RECIPE), *hot, "--json", cwd=done)
     assert failed.returncode == 5
     assert failed.stderr.splitlines()[-1].startswith("featherweight: no variant was made, and nothing registered")
     told = json.loads(failed.stdout)
@@ -155,9 +158,10 @@ def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
     assert len(Workspace.at(done / ".featherweight").client().search_model_versions("name='tiny'")) <= 1
 
 
+@pytest.mark.usefixtures("named_prefect")
 def test_where_no_variant_keeps_the_constraints_nothing_is_registered(done: Path) -> None:
     strict = ["--set", "constraints.max_size_bytes=1", "--set", "promote.model=strict", "--set", "variants=[{serve: ct2}]"]
-    ended = featherweight("optimize", str(RECIPE), *strict, "--json", cwd=done)
+    ended = command_here("optimize", str(RECIPE), *strict, "--json", cwd=done)
     assert ended.returncode == 8, ended.stderr
     assert "no variant keeps the constraints" in ended.stderr.splitlines()[-1]
     assert json.loads(ended.stdout)["registered"] == ""
@@ -165,7 +169,7 @@ def test_where_no_variant_keeps_the_constraints_nothing_is_registered(done: Path
 
 
 def test_plan_knows_what_is_cached(done: Path) -> None:
-    shown = json.loads(featherweight("plan", str(RECIPE), "--json", cwd=done).stdout)
+    shown = json.loads(command_here("plan", str(RECIPE), "--json", cwd=done).stdout)
     assert {node["basis"] for node in shown["nodes"]} <= {"cached", "measured", "estimated"}
     # a toolchain that is not here costs two, the registration and the promotion are done each time
     assert sum(node["basis"] == "cached" for node in shown["nodes"]) >= len(shown["nodes"]) - 4

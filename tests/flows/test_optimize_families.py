@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from featherweight.runtimes.catalog import RUNTIMES
-from tests.flows.test_optimize import featherweight
+from tests.support.command import command_here
 from tests.support.families import WORDS, family_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("named_prefect")]
@@ -67,7 +67,7 @@ def test_a_family_goes_through_every_stage_and_its_champion_answers(
     data = {"source": "pairs.jsonl", "evaluation": 0.2, "calibration": 0.2} | ({"target": "turned"} if kind == "t5" else {})
     tree = RECIPE | FAMILIES[kind] | {"name": kind, "checkpoint": {"source": "checkpoint"}, "data": data}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    done = featherweight("optimize", "recipe.yaml", "--json", cwd=tmp_path)
+    done = command_here("optimize", "recipe.yaml", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["variants"]}
     measured = {name for name, row in rows.items() if row["status"] in ("winner", "loser", "baseline")}

@@ -1,0 +1,47 @@
+"""The command line in the test's own process: what it does, without the 12 CPU seconds in which a process imports its libraries.
+
+Whether the command works as a program is for the tests that start one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+
+def command_here(*arguments: str, cwd: Path, **changed: str) -> subprocess.CompletedProcess[str]:
+    """What `featherweight ARGUMENTS` in a folder prints and how it ends, with changes to the environment.
+
+    Whoever optimizes asks for the fixture `named_prefect`: Prefect, once imported, keeps the server that it has.
+    """
+    from flows import cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    command = ["featherweight", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | changed
+    cli._printed_json.set(False)
+    with pytest.MonkeyPatch.context() as patched, patch.dict(os.environ, environment, clear=True):
+        patched.chdir(cwd)
+        patched.setattr(sys, "argv", command)
+        with redirect_stdout(out), redirect_stderr(err), _results_in(cwd):
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else bool(end.code)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def _results_in(folder: Path) -> AbstractContextManager[object]:
+    """Prefect, once imported, keeps its results' folder too: here that of the workspace, as in a process of the command's own."""
+    if "prefect" not in sys.modules:
+        return nullcontext()
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    return temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder / ".featherweight" / "prefect" / "storage"})
