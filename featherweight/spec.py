@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -55,6 +55,10 @@ def _known_grid(name: str) -> str:
 GridName = Annotated[str, AfterValidator(_known_grid)]
 
 
+ATTENTION = 1 / 3
+"""The share of a block's weights that is attention's."""
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together.
@@ -70,6 +74,24 @@ class ModelSize:
     table: int = 0
     widest: int = 0
     layers: int = 0
+
+    def kept(self, *, depth: float = 1.0, hidden: float = 1.0, channels: float = 1.0, heads: float = 1.0) -> ModelSize:
+        """About what is left of it where so large a share of its layers, hidden size, MLP channels and heads stays.
+
+        By a block of usual proportions: a third of its weights is attention's, which the heads share out.
+        """
+        table = round(self.table * hidden)
+        body = (self.parameters - self.table) * depth * hidden * ((1 - ATTENTION) * channels + ATTENTION * heads)
+        inner = self.widest * self.layers
+        return replace(
+            self,
+            parameters=table + round(body),
+            matrices=max(1, round(self.matrices * depth)) if self.matrices else 0,
+            columns=round(depth * (inner * channels + (self.columns - inner) * hidden)),
+            table=table,
+            widest=round(self.widest * channels),
+            layers=round(self.layers * depth),
+        )
 
 
 class Spec(BaseModel):
@@ -93,6 +115,10 @@ class Spec(BaseModel):
     def operations(self, size: ModelSize) -> float:
         """About how many floating-point operations its stage takes for a model of this size, loading and saving aside."""
         return 0.0
+
+    def left(self, size: ModelSize) -> ModelSize:
+        """About how large the model is that its stage makes of one of this size."""
+        return size
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
@@ -156,6 +182,12 @@ class NamedSpec(Spec):
 
 
 Layers = Positive | tuple[Annotated[int, Field(ge=0)], ...]
+
+
+def share_of_layers(layers: int | tuple[int, ...], size: ModelSize) -> float:
+    """What share of a model's layers so many of them are, or these; all where their number is not known."""
+    kept = layers if isinstance(layers, int) else len(layers)
+    return min(1.0, kept / size.layers) if size.layers else 1.0
 
 
 class ByStack(Spec):

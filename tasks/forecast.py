@@ -73,7 +73,7 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     require_room(size, root)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
     measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    costs = estimate(plan, measured, set(cached), size)
+    costs = estimate(plan, measured, set(cached), size, students={name: known.size for name, known in facts.by_source.items()})
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
     return PlanForecast(plan, costs, (*facts.notes, *large, *warnings))
 

@@ -8,7 +8,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
-from featherweight.spec import ByStack, Layers, ModelSize, Positive, SequenceLength, Spec
+from featherweight.spec import ByStack, Layers, ModelSize, Positive, SequenceLength, Spec, share_of_layers
 from featherweight.training.spec import TrainingSpec, unread_sharding
 
 
@@ -133,6 +133,14 @@ class DistillSpec(TrainingSpec):
 
     def operations(self, size: ModelSize) -> float:
         return 8.0 * size.parameters * self.steps * self.batch * self.sequence
+
+    def left(self, size: ModelSize) -> ModelSize:
+        """The student, where it is made of the teacher; one of its own has a size of its own."""
+        if self.prune is not None:
+            return self.prune.left(size)
+        stacks = (self.layers.encoder, self.layers.decoder) if isinstance(self.layers, StackLayers) else (self.layers,)
+        shares = [1.0 if layers is None else share_of_layers(layers, size) for layers in stacks]
+        return size.kept(depth=sum(shares) / len(shares))
 
     @model_validator(mode="after")
     def _room_after_the_prompt(self) -> DistillSpec:

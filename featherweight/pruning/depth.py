@@ -17,7 +17,7 @@ from featherweight.model.facts import CheckpointFacts
 from featherweight.pruning.block_influence import block_influence, most_influential
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
-from featherweight.spec import Positive, Share
+from featherweight.spec import ModelSize, Positive, Share, share_of_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +37,11 @@ class DepthSpec(PruneSpec):
     @property
     def unread(self) -> dict[str, str]:
         return {} if self.layers is None else {"ratio": "beside layers"}
+
+    def left(self, size: ModelSize) -> ModelSize:
+        """Of an encoder-decoder, half where one stack alone is cut."""
+        share = 1 - self.ratio if self.layers is None else share_of_layers(self.layers, size)
+        return size.kept(depth=share if self.stack == "all" else (1 + share) / 2)
 
 
 def prune(given: PruningInput[DepthSpec]) -> Pruned:

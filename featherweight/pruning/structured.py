@@ -22,7 +22,7 @@ from featherweight.pruning.counts import kept_channels, kept_groups, nearest
 from featherweight.pruning.importance import Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import Criterion, PruneSpec
-from featherweight.spec import Share
+from featherweight.spec import ModelSize, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,11 @@ class StructuredSpec(PruneSpec):
     @property
     def uneven(self) -> bool:
         return self.scope == "global"
+
+    def left(self, size: ModelSize) -> ModelSize:
+        """Heads that only the configuration tells of (auto) count as kept."""
+        share = 1 - self.ratio
+        return size.kept(channels=share if self.mlp else 1.0, heads=share if self.attention is True else 1.0)
 
     @model_validator(mode="after")
     def _channels_to_rank(self) -> Self:

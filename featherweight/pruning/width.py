@@ -20,7 +20,7 @@ from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import Criterion, PruneSpec
-from featherweight.spec import Positive, Share
+from featherweight.spec import ModelSize, Positive, Share
 from featherweight.text.model_inputs import inputs_and_labels
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class WidthSpec(PruneSpec):
     @property
     def unread(self) -> dict[str, str]:
         return {} if self.hidden is None else {"ratio": "beside hidden"}
+
+    def left(self, size: ModelSize) -> ModelSize:
+        """By `ratio`: of a `hidden` given, the size does not tell what share it is."""
+        return size.kept(hidden=1 - self.ratio) if self.hidden is None else size
 
 
 def prune(given: PruningInput[WidthSpec]) -> Pruned:

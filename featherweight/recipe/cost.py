@@ -2,14 +2,14 @@
 
 An estimate is a constant for each stage (imports, engines that start), the arithmetic of its method at the speed of this machine's
 matrix products, the weights that it reads for every generated token at the speed of its memory, and the files that it reads, writes
-and hashes. All of them scale with the model. Variants that are pruned or distilled count as large as the checkpoint.
+and hashes. All of them scale with the model, and what was pruned or distilled counts as large as what is left of it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,7 @@ from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.refusals import FLOAT_BYTES
+from featherweight.recipe.sizes import sizes
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
 from featherweight.runtimes.probes import NEW_TOKENS, SHORT_TOKENS, SHORT_WINDOWS
 from featherweight.runtimes.spec import ServingSpec
@@ -116,12 +117,14 @@ def estimate(
     cached: set[str],
     size: ModelSize = ModelSize(0),
     speeds: Speeds | None = None,
+    students: Mapping[str, ModelSize] | None = None,
 ) -> dict[str, Cost]:
     """Cost of every node. `measured`: seconds by node id from earlier runs of the same spec; `cached`: ids with a result.
 
-    size: the checkpoint's. speeds: this machine's by default.
+    size: the checkpoint's; students: of others, by source. speeds: this machine's by default.
     """
     speeds = speeds or machine_speeds()
+    given = sizes(plan, size, students)
     costs = {}
     for id, node in plan.nodes.items():
         if id in cached:
@@ -129,7 +132,7 @@ def estimate(
         elif id in measured:
             costs[id] = Cost(measured[id], "measured")
         else:
-            costs[id] = Cost(_fixed(node, plan) + _work(node, plan, size).seconds(speeds), "estimated")
+            costs[id] = Cost(_fixed(node, plan) + _work(node, given).seconds(speeds), "estimated")
     return costs
 
 
@@ -151,15 +154,16 @@ def _libraries(spec: Spec) -> set[str]:
     return set(PRUNERS[spec.method].libraries) if isinstance(spec, PruneSpec) else set()
 
 
-def _work(node: Node, plan: Plan, size: ModelSize) -> Work:
-    """What the node does with a model of `size`."""
-    spec, weights = node.spec, FLOAT_BYTES * size.parameters
+def _work(node: Node, given: Mapping[str, ModelSize]) -> Work:
+    """What the node does with the model that it is given."""
+    spec, size = node.spec, given[node.id]
+    weights = FLOAT_BYTES * size.parameters
     if node.stage in ("text", "gate", "decide", "promote"):
         return Work()
     if isinstance(spec, ServingSpec):
         return _writing(spec, size)
     if isinstance(spec, WorkloadSpec):
-        return _measuring(spec, size, sides=1 if node.inputs["served"] == node.inputs["baseline"] else 2)
+        return _measuring(spec, [given[id] for id in dict.fromkeys((node.inputs["served"], node.inputs["baseline"]))])
     if isinstance(spec, SensitivitySpec):
         return Work(spec.operations(size), files=weights)
     if isinstance(spec, QuantizeSpec):
@@ -185,10 +189,11 @@ def _writing(spec: ServingSpec, size: ModelSize) -> Work:
     return Work(2 * _forward(size, tokens), memory=2 * NEW_TOKENS * weights, files=4 * weights, waiting=converting)
 
 
-def _measuring(spec: WorkloadSpec, size: ModelSize, sides: int) -> Work:
+def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
     """Scoring the windows once, and by turns with the baseline generating for every batch size: tries, warming up, rounds."""
     generations = spec.rounds + 1 + len(spec.threads or (1, 2))
-    tokens = sum(batch * (spec.prompt_tokens + spec.new_tokens) for batch in spec.batch_sizes) * generations * sides
-    steps = len(spec.batch_sizes) * spec.new_tokens * generations * sides
-    weights = FLOAT_BYTES * size.parameters
-    return Work(_forward(size, spec.windows * spec.window_tokens + tokens), memory=steps * weights, files=sides * weights)
+    tokens = sum(batch * (spec.prompt_tokens + spec.new_tokens) for batch in spec.batch_sizes) * generations
+    steps = len(spec.batch_sizes) * spec.new_tokens * generations
+    weights = FLOAT_BYTES * sum(size.parameters for size in sides)
+    generated = sum(_forward(size, tokens) for size in sides)
+    return Work(_forward(sides[0], spec.windows * spec.window_tokens) + generated, memory=steps * weights, files=weights)

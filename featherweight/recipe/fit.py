@@ -16,6 +16,7 @@ from featherweight.quantization.rtn import RtnSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.plan import Node, Plan
 from featherweight.recipe.refusals import FLOAT_BYTES, gib
+from featherweight.recipe.sizes import sizes
 from featherweight.runtimes.catalog import BASELINE as ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ServingSpec
@@ -52,7 +53,7 @@ NEAR = 0.8
 
 def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, cached: Collection[str]) -> list[str]:
     """What a run of the plan may be too large for."""
-    found = []
+    found, given = [], sizes(plan, size)
     to_run = [node for id, node in plan.nodes.items() if id not in cached]
     numbers = getattr(plan.nodes[BASELINE].spec, "compute_type", "float32") if BASELINE in plan.nodes else "float32"
     if numbers != "float32":
@@ -60,7 +61,7 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
             f"the baseline is served in {numbers}, as the checkpoint is stored: in float32 it takes "
             f"{gib(FLOAT_BYTES * size.parameters)}, and this machine has {gib(memory_bytes)} of memory"
         )
-    needs = {node.id: _needed(plan, node, size) for node in to_run}
+    needs = {node.id: _needed(plan, node, given[node.id]) for node in to_run}
     large = sorted((id for id in needs if needs[id] > NEAR * memory_bytes), key=lambda id: -needs[id])
     if large:
         others = ", ".join(f"{id} {gib(needs[id])}" for id in large[1:NAMED])
@@ -68,7 +69,7 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
             f"{large[0]} holds about {gib(needs[large[0]])} at once, and this machine has {gib(memory_bytes)} of memory"
             + (f"; so do others: {others}" if others else "")
         )
-    kept = sum(KEPT.get(node.stage, 0.0) for node in to_run) * FLOAT_BYTES * size.parameters
+    kept = sum(KEPT.get(node.stage, 0.0) * FLOAT_BYTES * given[node.id].parameters for node in to_run)
     if kept > NEAR * free_bytes:
         found.append(f"the results take about {gib(kept)}, and the workspace's disk has {gib(free_bytes)} free")
     return found

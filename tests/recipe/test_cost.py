@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from featherweight.distillation.spec import DistillSpec
 from featherweight.errors import RecipeError
 from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Speeds, estimate, machine_speeds
@@ -16,6 +18,8 @@ from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Node, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal, memory_refusal
+from featherweight.recipe.sizes import sizes
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import ModelSize
 from featherweight.system.machine import Machine
@@ -61,6 +65,48 @@ def test_every_stage_that_handles_weights_grows_with_the_model() -> None:
     grown = {id for id in small if large[id] > 5 * small[id]}
     assert {"q", "ct2", "q/ct2", "ct2/evaluate", "baseline/evaluate", "checkpoint"} <= grown
     assert all(large[id] == small[id] for id in ("text/train", "gate", "decide", "promote"))
+
+
+def smaller(stages: dict[str, Any], chosen: dict[str, str]) -> Recipe:
+    """One variant, exported from what these stages leave."""
+    tree = recipe().model_dump() | {"stages": {"export": {"ct2": {"engine": "ctranslate2"}}, **stages}, "variants": None}
+    return Recipe.model_validate(tree | {"variants": [chosen | {"serve": "ct2"}]})
+
+
+def test_a_variant_costs_what_is_left_of_the_model() -> None:
+    facts = decoder(12, 512)
+    whole = costs(facts, recipe())
+    half = costs(facts, smaller({"distill": {"d": {"layers": 6, "steps": 1}}}, {"distill": "d"}))
+    cut = costs(facts, smaller({"prune": {"p": {"ratio": 0.5, "finetune": None}}}, {"prune": "p"}))
+    writing = RUNTIMES["ctranslate2"].writing_s
+    assert half["d/ct2"] - writing < 0.75 * (whole["ct2"] - writing)
+    assert cut["p/ct2"] - writing < 0.85 * (whole["ct2"] - writing)
+    assert half["baseline/evaluate"] == whole["baseline/evaluate"] == cut["baseline/evaluate"]
+    assert half["baseline/evaluate"] < half["d/ct2/evaluate"] < whole["ct2/evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "real"),
+    [
+        (PruneSpec.of(method="depth", ratio=0.5), decoder(6, 512)),
+        (PruneSpec.of(method="width", ratio=0.5), decoder(12, 256)),
+        (DistillSpec.model_validate({"layers": [0, 5, 11], "steps": 1}), decoder(3, 512)),
+        (DistillSpec.model_validate({"prune": {"method": "depth", "layers": 4}, "steps": 1}), decoder(4, 512)),
+    ],
+)
+def test_what_is_left_is_about_what_a_smaller_model_has(spec: PruneSpec | DistillSpec, real: CheckpointFacts) -> None:
+    """The width is left out of the comparison of attention: it grows with the hidden size twice, and heads stay."""
+    left = spec.left(decoder(12, 512).size)
+    assert left.table == real.size.table and left.layers == real.size.layers
+    if getattr(spec, "method", "") != "width":
+        assert dataclasses.replace(left, matrices=0) == dataclasses.replace(real.size, matrices=0)
+
+
+def test_a_student_of_its_own_has_its_own_size() -> None:
+    facts, wanted = decoder(12, 512), smaller({"distill": {"d": {"student": "there", "steps": 1}}}, {"distill": "d"})
+    plan = expand(wanted, MACHINE, Facts({"here": facts}))
+    given = sizes(plan, facts.size, {"there": ModelSize(1000)})
+    assert given["d"] == facts.size and given["d/ct2"] == ModelSize(1000) == given["d/ct2/evaluate"]
 
 
 def test_a_scan_costs_a_pass_for_each_matrix() -> None:
