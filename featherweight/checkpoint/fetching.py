@@ -34,12 +34,18 @@ class Source:
 def source_fingerprint(spec: LoadSpec) -> str:
     """Identity of what `load` would take from the source, without taking it: content, ETags, or a resolved version.
 
-    With that of an adapter's base, where the recipe or a local adapter names it.
+    With that of an adapter's base, where the recipe or the adapter names it.
     """
     kind, source = source_of(spec)
-    base = spec.base or (base_named(Path(spec.source).expanduser()) if kind == "" else None)
+    identity, base = source.identity(spec), spec.base or _base_named_at(spec)
     under = [source_fingerprint(spec.model_copy(update={"source": base, "base": None}))] if base else []
-    return content_digest([kind, source.identity(spec), *under])
+    return content_digest([kind, identity, *under])
+
+
+def _base_named_at(spec: LoadSpec) -> str | None:
+    """The source of the base model that an adapter names where it lies; None for what is no adapter, or cannot be looked into."""
+    seen = look_at(spec)
+    return None if seen is None else base_named(seen)
 
 
 def source_of(spec: LoadSpec) -> tuple[str, Source]:

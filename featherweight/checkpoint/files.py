@@ -178,20 +178,22 @@ def has_weights(listing: Listing) -> bool:
     return any(name in listing.sizes for name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX))
 
 
-def base_named(adapter: Path) -> str | None:
-    """The source of the base model that the adapter in a local folder names, a path or a repository; None where it names none.
+def base_named(adapter: Path | Listing) -> str | None:
+    """The source of the base model that an adapter names, a path or a repository; None where it names none, or is none.
 
-    A path counts from where we are, or from the adapter.
+    A path counts from where we are, or from the adapter's folder.
     """
-    if not adapter.is_dir() or not adapter_files(listing := Listing.of(adapter)) or has_weights(listing):
+    if isinstance(adapter, Path) and not adapter.is_dir():
+        return None
+    listing = Listing.of(adapter) if isinstance(adapter, Path) else adapter
+    if not adapter_files(listing) or has_weights(listing):
         return None
     told = read_json(listing, ADAPTER).get("base_model_name_or_path")
-    if told is not None and not isinstance(told, str):
-        raise CheckpointError(f"{adapter}/{ADAPTER}: base_model_name_or_path is no text")
     if not told or ":" in told or Path(told).expanduser().exists():
         return told or None
-    beside = adapter / told
-    return str(beside) if beside.exists() else f"hf:{told}" if told.count("/") == 1 and told[0] not in "./~" else str(told)
+    if isinstance(adapter, Path) and (adapter / told).exists():
+        return str(adapter / told)
+    return f"hf:{told}" if told.count("/") == 1 and told[0] not in "./~" else str(told)
 
 
 def companions(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from featherweight.checkpoint.fetching import source_fingerprint
+from featherweight.checkpoint.fetching import SOURCES, Source, source_fingerprint
+from featherweight.checkpoint.files import Listing
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.runtimes.parity import load_reference
@@ -91,6 +92,21 @@ def test_the_recipe_may_name_another_base(base: Path, adapter: Path, tmp_path: P
     assert "set checkpoint.base" in refusal(moved, out)
     taken(moved, out, base=str(base))
     torch.testing.assert_close(logits(out), right(base, adapter), rtol=0, atol=1e-5)
+
+
+def test_what_an_adapter_from_afar_is_merged_into_is_part_of_its_identity(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are looked into where they are: another base of the same name is another model."""
+    here, far = Path(shutil.copytree(base, tmp_path / "base")), Path(shutil.copytree(adapter, tmp_path / "far"))
+    told = json.loads((far / "adapter_config.json").read_text())
+    (far / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(here)}))
+    afar = Source(lambda *_: far, lambda _: ["a commit"], lambda _: Listing.of(far))
+    monkeypatch.setitem(SOURCES, "hf:", afar)
+    before = source_fingerprint(LoadSpec(source="hf:some/adapter"))
+    assert source_fingerprint(LoadSpec(source="hf:some/adapter")) == before
+    (here / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert source_fingerprint(LoadSpec(source="hf:some/adapter")) != before
 
 
 def test_a_base_that_is_gone_is_named(adapter: Path, tmp_path: Path, out: Path) -> None:
