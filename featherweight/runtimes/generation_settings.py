@@ -41,13 +41,8 @@ EVERYTHING = (
 )
 """What transformers itself follows of what changes a text."""
 _OTHERS = (
-    "guidance_scale",
-    "num_beam_groups",
-    "stop_strings",
-    "watermarking_config",
-    "penalty_alpha",
-    "dola_layers",
-    "token_healing",
+    *("guidance_scale", "num_beam_groups", "stop_strings", "watermarking_config", "penalty_alpha", "dola_layers"),
+    *("token_healing", "constraints", "force_words_ids", "cache_implementation"),
 )
 
 
@@ -68,6 +63,7 @@ class GenerationSettings:
         given = {name: getattr(config, name, None) for name in sorted(EVERYTHING.union(_OTHERS))}
         silent = set() if given["do_sample"] else set(SAMPLING)
         silent |= set() if (given["num_beams"] or 1) > 1 else set(BEAMS)
+        silent |= set() if given["cache_implementation"] == "quantized" else {"cache_implementation"}
         return cls(
             {
                 name: value

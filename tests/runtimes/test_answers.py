@@ -11,7 +11,7 @@ import pytest
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.generation_settings import GenerationSettings, processors
+from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings, processors
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
@@ -123,6 +123,21 @@ def test_answers_are_those_of_transformers(
     else:
         with pytest.raises(StageError, match=f"does not follow {sorted(set(values) - engines[engine].follows)[0]}"):
             engines[engine].answer(prompts, NEW, values)
+
+
+def test_a_text_for_each_prompt_comes_back_whatever_else_the_checkpoint_asks_for(
+    checkpoint: Path, model: Any, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Several texts, tensors of scores, guessing ahead, which transformers does for one prompt at a time."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "asks"))
+    asked = {"num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True, "cache_implementation": "static"}
+    (folder / "generation_config.json").write_text(json.dumps(asked | {"prompt_lookup_num_tokens": 3, "num_beams": 2}))
+    Serving("torch").write(folder)
+    values, twice = GenerationSettings.read(folder).values, [prompts[0], prompts[0], prompts[1]]
+    found = RUNTIMES["torch"].loaded_model()(folder, Serving.read(folder), Limits(1, 128, 4)).answer(twice, NEW, values)
+    assert found == [written(model, prompt, eos_token_id=None, num_beams=2) for prompt in twice]
+    (folder / "generation_config.json").write_text(json.dumps({"cache_implementation": "quantized"}))
+    assert "does not follow cache_implementation" in str(GenerationSettings.read(folder).refusal(EVERYTHING, "torch"))
 
 
 @pytest.mark.slow

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+ONE_TEXT = {"num_return_sequences": 1, "return_dict_in_generate": False} | dict.fromkeys(
+    ("prompt_lookup_num_tokens", "speculation_type", "use_mtp", "cache_implementation", "max_time")
+)
+"""What of a checkpoint's settings is about how many texts come back, in what form and how fast: here a text for each prompt.
+
+Guessing ahead and other caches write the same text, the former one at a time only.
+"""
+
+
 class TorchModel(LoadedModel):
     """transformers' own model in a greedy loop without the bookkeeping of `.generate` (never slower than it).
 
@@ -142,7 +151,7 @@ class TorchModel(LoadedModel):
         tokens: Tokens = [[] for _ in prompts]
         ends = settings.ends
         options = settings.values | {"eos_token_id": ends or None, "pad_token_id": ends[0] if ends else 0}
-        options["num_beams"] = settings.values.get("num_beams", 1)
+        options |= ONE_TEXT | {"num_beams": settings.values.get("num_beams", 1)}
         with torch.inference_mode():
             for batch in by_length(prompts, self.limits.max_batch):
                 ids = self._batch(prompts, batch)
