@@ -12,8 +12,8 @@ from typing import Any
 
 from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, read_json, read_list
 from featherweight.errors import CheckpointError
-from featherweight.model.architecture import encoder_classes, family_of, head_refusal, task_of
-from featherweight.model.heads import KEY, POOLINGS, SentenceEmbedding
+from featherweight.model.architecture import EMBEDDING, encoder_classes, family_of, head_refusal, task_of
+from featherweight.model.heads import POOLINGS, SentenceEmbedding
 from featherweight.model.positions import context_tokens
 
 MODULES, SENTENCE, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -37,10 +37,16 @@ def head_changes(listing: Listing, config: Any, names: Iterable[str]) -> tuple[d
         return {}, None
     if not told and masked and any(_MASKED_HEAD.search(name) for name in names):
         return ({"architectures": [masked]} if task_of(config) == "feature-extraction" else {}), None
-    if base is None or family_of(config) != "encoder" or getattr(config, KEY, None):
+    if base is None or not _embeds(config, told) or getattr(config, EMBEDDING, None):
         return {}, None
     embedding = _embedding(listing, config) if told else SentenceEmbedding(max_tokens=_longest(listing, config))
     return {"architectures": [base], **embedding.settings()}, None if told else DEFAULT
+
+
+def _embeds(config: Any, told: bool) -> bool:
+    """Whether vectors are made of what the model reads: an encoder, or a decoder of which sentence-transformers' files tell so."""
+    family = family_of(config)
+    return family == "encoder" or (told and family == "causal" and not head_refusal(config))
 
 
 def _embedding(listing: Listing, config: Any) -> SentenceEmbedding:

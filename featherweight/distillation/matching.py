@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 MAPS: Mapping[str, Mapping[Role, tuple[str, ...]]] = {
     "causal": {"decoder": ("attentions",)},
-    "encoder": {"encoder": ("attentions",)},
+    "encoder": {"encoder": ("attentions",), "decoder": ("attentions",)},
     "seq2seq": {"encoder": ("encoder_attentions",), "decoder": ("decoder_attentions", "cross_attentions")},
 }
-"""Where a family's output has the attention maps of each stack."""
+"""Where a family's output has the attention maps of each stack; a decoder's, too, where vectors are made of what it reads."""
 
 
 @dataclass(frozen=True)

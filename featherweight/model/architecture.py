@@ -240,8 +240,17 @@ _HEADS: Mapping[str, Task] = {
 """What encoders are for, by the endings of their architectures; one without a head is for embeddings."""
 
 
+EMBEDDING = "sentence_embedding"
+"""Where a checkpoint's config says how its vectors are made; transformers keeps what it does not know."""
+
+
 def family_of(config: PreTrainedConfig) -> Family:
-    """How a checkpoint reads: on from a prefix (causal), from a text to a text (seq2seq), or a whole text at once (encoder)."""
+    """How a checkpoint reads: on from a prefix (causal), from a text to a text (seq2seq), or a whole text at once (encoder).
+
+    A decoder whose vectors are asked for, and not its next tokens, is an encoder here.
+    """
+    if getattr(config, EMBEDDING, None):
+        return "encoder"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     kinds = getattr(config, "architectures", None) or []
@@ -261,6 +270,27 @@ def encoder_classes(config: PreTrainedConfig) -> tuple[str | None, str | None]:
     return (base[0] if isinstance(base, tuple) else base), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
 
 
+def class_by_type(config: PreTrainedConfig) -> str | None:
+    """What transformers opens a decoder with by its model type, where the config names no class that transformers has.
+
+    None where it names one, where there is none for the type, and for what is no decoder: that is opened by its task.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    named = [kind for kind in getattr(config, "architectures", None) or [] if _has_class(kind)]
+    if named or family_of(config) != "causal":
+        return None
+    return auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+
+
+def _has_class(name: str) -> bool:
+    """Whether transformers has a model of that name."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (made for kind, made in vars(auto).items() if kind.endswith("_MAPPING_NAMES"))
+    return any(name == one or (isinstance(one, tuple | list) and name in one) for made in mappings for one in made.values())
+
+
 def _reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether a model of this type is an encoder: by the table, else by whether transformers fills masks with it."""
     if getattr(config, "is_encoder_decoder", False):
@@ -268,6 +298,11 @@ def _reads_both_ways(config: PreTrainedConfig) -> bool:
     if config.model_type in LAYOUTS:
         return LAYOUTS[config.model_type][-1].role == "encoder"
     return encoder_classes(config)[1] is not None
+
+
+def embeds_by_decoder(config: PreTrainedConfig) -> bool:
+    """Whether vectors are made of what a decoder reads."""
+    return bool(getattr(config, EMBEDDING, None)) and not _reads_both_ways(config)
 
 
 def task_of(config: PreTrainedConfig) -> Task:
@@ -285,6 +320,8 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
     ending = next((one for one in _NOT_TAKEN if any(kind.endswith(one) for kind in kinds)), None)
     if ending:
         return f"its head ({kinds[0]}) answers for no task that is known here; known heads: {', '.join(_HEADS)}"
+    if any(kind.endswith("EncoderModel") for kind in kinds) and not _reads_both_ways(config):
+        return f"it is the encoder of an encoder-decoder alone ({kinds[0]}), which is not taken; give the whole model"
     if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and not _reads_both_ways(config):
         return f"it labels texts with a decoder ({kinds[0]}); of such models only encoders are taken"
     return None

@@ -11,14 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from featherweight.model.architecture import task_of
+from featherweight.model.architecture import EMBEDDING, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
-
-KEY = "sentence_embedding"
-"""Where a checkpoint's config says how its vectors are made; transformers keeps what it does not know."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,12 @@ class SentenceEmbedding:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SentenceEmbedding:
         """As `config` says it; the mean of all tokens where it says nothing, as sentence-transformers does."""
-        told = getattr(config, KEY, None) or {}
+        told = getattr(config, EMBEDDING, None) or {}
         return cls(**{**told, "pooling": tuple(told.get("pooling", ("mean",)))})
 
     def settings(self) -> dict[str, Any]:
         """What `of` reads, for config.json."""
-        return {KEY: {**asdict(self), "pooling": list(self.pooling)}}
+        return {EMBEDDING: {**asdict(self), "pooling": list(self.pooling)}}
 
     def prepared(self, text: str) -> str:
         """The text as the tokenizer gets it."""

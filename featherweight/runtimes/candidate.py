@@ -10,6 +10,7 @@ from featherweight.grid import Grid
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
 from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.spec import HEADED
 from featherweight.system.device import CPU, Device
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Candidate:
         """Why the engine does not serve it, in one line: the model itself, or how its texts are to be written."""
         if reason := runtime.model_refusal(spec, self):
             return reason
-        if self.facts.generation is None:
+        if self.facts.generation is None or self.facts.task in HEADED:
             return None
         return GenerationSettings.of(self.facts.generation).refusal(runtime.loaded_model().follows, spec.engine)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from featherweight.model.architecture import embeds_by_decoder
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
 
@@ -63,3 +64,10 @@ def on_cpu_refusal(engine: str, compute_type: str) -> str:
 def gpu_refusal(engine: str, compute_type: str) -> str:
     """Why a compute type that only CUDA has is not served on a CPU."""
     return f"{engine} {compute_type} needs a CUDA GPU, and there is none here; take a CPU type such as int8"
+
+
+def vectors_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine whose embeddings are encoders' makes none of this model: it is a decoder. None for others."""
+    if not embeds_by_decoder(config):
+        return None
+    return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take torch or torch-compile"

@@ -185,10 +185,8 @@ def real_positions(inputs: Mapping[str, Any], labels: Tensor) -> dict[Role, Tens
 
     if "decoder_input_ids" in inputs:
         return {"encoder": inputs["attention_mask"].bool(), "decoder": labels != IGNORED}
-    if "attention_mask" in inputs:
-        return {"encoder": inputs["attention_mask"].bool()}
-    everywhere = torch.ones_like(labels, dtype=torch.bool)
-    return {"encoder": everywhere, "decoder": everywhere}
+    there = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(labels, dtype=torch.bool)
+    return {"encoder": there, "decoder": there}
 
 
 def next_tokens(ids: Tensor) -> Tensor:

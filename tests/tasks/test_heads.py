@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.opening import load_config, load_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.model.architecture import task_of
 from featherweight.runtimes import answer_parity
+from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.spec import Task
@@ -170,6 +172,39 @@ def test_what_is_not_known_of_the_files_is_refused(tmp_path: Path, module: str, 
         (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_strange": True}))
     with pytest.raises(CheckpointError, match=wrong):
         loaded(source, tmp_path / "out", "feature-extraction")
+
+
+def test_the_encoder_of_an_encoder_decoder_is_not_taken_alone(tmp_path: Path) -> None:
+    from tests.support.families import family_checkpoint
+
+    source = heads.sentence_files(family_checkpoint("t5", tmp_path / "made"))
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["T5EncoderModel"], "is_encoder_decoder": False}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"the encoder of an encoder-decoder alone \(T5EncoderModel\), which is not taken"):
+        loaded(source, tmp_path / "out", "feature-extraction")
+
+
+@pytest.mark.parametrize("headed", [True, False])
+def test_a_decoder_makes_vectors_where_its_files_say_how(tmp_path: Path, headed: bool) -> None:
+    """As Qwen3-Embedding: whatever class the config names; the last token's state, of texts that are padded together."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from tests.support.families import family_checkpoint
+
+    source = heads.sentence_files(family_checkpoint("qwen3", tmp_path / "made"), pooling_mode_lasttoken=True)
+    if not headed:
+        AutoModel.from_pretrained(source).save_pretrained(source)
+    facts = read_facts(LoadSpec(source=str(source), task="feature-extraction"))
+    assert facts.task == "feature-extraction"
+    refusal = Candidate(facts, 24).refusal(RUNTIMES["ctranslate2"], serving_spec(engine="ctranslate2"))
+    assert "is a decoder; take torch" in str(refusal)
+    out = loaded(source, tmp_path / "out", "feature-extraction")
+    model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    with torch.no_grad():
+        states = [model(**tokenizer(one, truncation=True, max_length=24, return_tensors="pt")).last_hidden_state for one in TEXTS]
+    right = torch.nn.functional.normalize(torch.stack([state[0, -1] for state in states]), dim=-1)
+    assert (opened_vectors(out) - right).abs().max() < 1e-5
 
 
 def test_a_head_that_is_not_taken_is_named(tmp_path: Path) -> None:

@@ -25,15 +25,18 @@ from tasks.load import load
 from tasks.prune import prune
 from tasks.quantize import quantize
 from tests.support import heads
+from tests.support.families import family_checkpoint
 
 pytestmark = pytest.mark.slow
 MADE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vectors": ("feature-extraction", None, {}),
+    "decoder": ("feature-extraction", None, {}),
     "labels": ("text-classification", heads.labelled, {"num_labels": 2}),
     "pairs": ("text-classification", heads.paired, {"num_labels": 1}),
     "tags": ("token-classification", heads.tagged, {}),
 }
-METHODS = (("vectors", "gptq"), ("pairs", "gptq"), ("tags", "awq"), ("vectors", "qat"), ("labels", "qat"))
+VECTORS = ("vectors", "decoder")
+METHODS = (("vectors", "gptq"), ("decoder", "gptq"), ("pairs", "gptq"), ("tags", "awq"), ("vectors", "qat"), ("labels", "qat"))
 KINDS = pytest.mark.parametrize("kind", MADE)
 
 
@@ -45,7 +48,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(kind: str) -> tuple[Path, Path]:
         task, documents, changes = MADE[kind]
         folder = tmp_path_factory.mktemp(kind)
-        source = heads.head_checkpoint("bert", task, folder / "made", documents and documents(200), **changes)
+        if kind == "decoder":
+            source = heads.sentence_files(family_checkpoint("qwen3", folder / "made"), pooling_mode_lasttoken=True)
+        else:
+            source = heads.head_checkpoint("bert", task, folder / "made", documents and documents(200), **changes)
         if kind == "vectors":
             heads.sentence_files(source)
         (folder / "loaded").mkdir()
@@ -71,7 +77,7 @@ def quality(kind: str, folder: Path, original: Path, text: Path) -> Quality:
             found.append([answers(model, packed_inputs(model.config, [e.ids], [e.types]))[0].tolist() for e in examples])
     ours, theirs = found
     sizes = tuple(one.text_bytes for one in examples)
-    if kind == "vectors":
+    if kind in VECTORS:
         return embedding_quality(ours, theirs, sizes)
     return label_quality(ours, theirs, [one.labels for one in examples], sizes, single=kind == "pairs")
 
@@ -87,7 +93,7 @@ def test_a_student_learns_what_its_teacher_answers(made: Any, tmp_path: Path, ki
     for name, steps in (("untrained", 1), ("trained", 80)):
         out = tmp_path / name
         out.mkdir()
-        matched: dict[str, Any] = {"hidden_weight": 0.1, "attention_weight": 0.1} if kind == "labels" else {}
+        matched: dict[str, Any] = {"hidden_weight": 0.1, "attention_weight": 0.1} if kind in ("labels", "decoder") else {}
         spec = DistillSpec(layers=1, steps=steps, batch=16, sequence=16, learning_rate=1e-3, kl_weight=0.8, **matched)
         metrics = distill(spec, checkpoint=checkpoint, text=text, out=out)
         assert metrics["parameters"] < metrics["parameters_teacher"]
@@ -104,7 +110,7 @@ def test_every_method_rounds_it(made: Any, tmp_path: Path, kind: str, method: st
     assert abs(metrics["loss_after"] - metrics["loss_before"]) < 0.1
     found, before = (quality(kind, folder, checkpoint, text) for folder in (tmp_path, checkpoint))
     assert mean(found) - mean(before) < 0.02
-    if kind != "vectors":
+    if kind not in VECTORS:
         assert found.figures["label_agreement"] > 0.95
 
 

@@ -21,6 +21,7 @@ from featherweight.runtimes.refusals import (
     float_of_rounded_refusal,
     gpu_refusal,
     on_cpu_refusal,
+    vectors_refusal,
 )
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
 from featherweight.spec import Task
@@ -119,7 +120,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
         if known and model.facts.config_class not in known:
             return f"CTranslate2's converter does not know {model.facts.model_type} models; take torch or torch-compile"
-        return _function_refusal(model) or _length_refusal(model)
+        return vectors_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
