@@ -19,7 +19,7 @@ from typing import Any
 from featherweight.checkpoint.inspection import quiet
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.errors import CheckpointError, one_line
-from featherweight.model import facts
+from featherweight.model import architecture, facts
 from featherweight.model.facts import describe
 from featherweight.store.artifact import content_digest, file_sha256
 from featherweight.system.environment import without_secrets
@@ -67,7 +67,7 @@ def _key(folder: Path, gguf: str | None) -> str:
     else:
         named = [folder / name for name in ("config.json", GENERATION)]
         files = [path.read_text(errors="replace") if path.is_file() else None for path in named]
-    code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__)]
+    code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__, architecture.__file__)]
     return content_digest([files, code, version("transformers")])
 
 

@@ -58,6 +58,13 @@ FICLONE = 0x40049409
 """Linux's request to share the bytes of one file with another, copied when one of them is written (linux/fs.h)."""
 
 
+_WITHOUT_CONFIG = {
+    ADAPTER: "it is an adapter: merge it into its base model first",
+    "modules.json": "copy the files of sentence-transformers' first module, such as 0_Transformer, up beside modules.json",
+}
+"""What to do about a folder that has no config.json, by what it has."""
+
+
 # safetensors itself refuses longer headers.
 _MAX_HEADER = 100_000_000
 _PIECE = 1 << 22
@@ -249,9 +256,8 @@ def _shards(listing: Listing, index: str, *, pickled: bool = False) -> Weights:
 def read_json(listing: Listing, name: str) -> dict[str, Any]:
     """A JSON object of the checkpoint."""
     if name not in listing.sizes:
-        adapter = name == CONFIG and ADAPTER in listing.sizes
-        hint = "it is an adapter: merge it into its base model first" if adapter else "is it a Hugging Face checkpoint?"
-        raise CheckpointError(f"{listing.where} has no {name}; {hint}")
+        found = (hint for file, hint in _WITHOUT_CONFIG.items() if name == CONFIG and file in listing.sizes)
+        raise CheckpointError(f"{listing.where} has no {name}; {next(found, 'is it a Hugging Face checkpoint?')}")
     value = _parse(listing, name)
     if not isinstance(value, dict):
         raise CheckpointError(f"{listing.where}/{name} must hold a JSON object, found {type(value).__name__}")

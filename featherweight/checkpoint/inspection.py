@@ -17,15 +17,17 @@ from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weight
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line
-from featherweight.model.architecture import family_of, head_class, head_refusal, task_of
+from featherweight.model.architecture import class_by_type, family_of, head_class, head_refusal, task_of
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# What encoders were pre-trained with beside their masked-language-model head, and need no more.
-_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
+# What encoders were pre-trained with beside their masked-language-model head, and decoders by reinforcement, and need no more.
+_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.|^v_head\.")
+# Constants that transformers once stored with the weights and makes anew now.
+_CONSTANTS = re.compile(r"(^|\.)((attn|attention)\.bias|masked_bias|causal_mask|inv_freq|position_ids|token_type_ids|version|_float_tensor)$")
 # Heads that a file holds beside the base model that embeddings are made with.
 _HEADS = re.compile(r"^(cls|lm_head|mlm|vocab_\w+|generator_\w+|discriminator_predictions|classifier|qa_outputs|predictions)\.")
 
@@ -147,7 +149,8 @@ def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
 def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     """The class that config.json names: transformers' own, or the folder's where that is trusted.
 
-    An encoder or an encoder-decoder must have the head that it is measured by, whatever config.json names.
+    An encoder or an encoder-decoder must have the head that it is measured by, whatever config.json names; of a decoder whose
+    class is not named, or not known, the model type tells it, as it does to transformers.
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -158,10 +161,10 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     headed = head_class(config)
     if headed and (family_of(config) != "causal" or is_base(config)):
         return headed
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    name = class_by_type(config) or (config.architectures or [""])[0]
     found = getattr(transformers, name, None)
     if found is None:
-        raise ValueError(f"transformers {transformers.__version__} has no architecture '{name}'")
+        raise ValueError(f"transformers {transformers.__version__} has no architecture '{name or config.model_type}'")
     return found
 
 
@@ -195,7 +198,7 @@ def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any])
     architecture, ties = type(model).__name__, model.all_tied_weights_keys
     # Of tied weights that are all missing, name the one that should have been stored.
     missing = sorted(info["missing_keys"], key=lambda name: (name in ties, name))
-    unexpected = sorted(name for name in info["unexpected_keys"] if not _BESIDE.search(name))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not (_BESIDE.search(name) or _CONSTANTS.search(name)))
     mismatched = sorted(info["mismatched_keys"])
     if task_of(model.config) == "feature-extraction":
         missing = [name for name in missing if not _BESIDE.search(name)]

@@ -1,12 +1,13 @@
-"""Numbers that no model has, found in a checkpoint's JSON before a library builds what they ask for."""
+"""Numbers that no model has, and tensors that are no weights yet, found in JSON and headers before a library builds on them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, find_weights, read_header, read_json
+from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.errors import CheckpointError
 
 LARGEST_ID = 10_000_000
@@ -15,14 +16,19 @@ LARGEST = 10_000_000_000
 DEEPEST = 64
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
+_APART = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_[AB])|base_layer|modules_to_save)\.")
+"""What peft calls the parts of a layer whose adapter is not merged."""
 
 
 def require_sane(listing: Listing) -> None:
-    """Raise CheckpointError for more layers than there are tensors, and for numbers and token ids beyond any model.
+    """Raise CheckpointError for more layers than there are tensors, for numbers and token ids beyond any model, and for tensors
+    that a model is yet to be made of.
 
     Only headers and JSON are read, and nothing is built.
     """
-    tensors = _tensors(listing)
+    header = _header(listing)
+    tensors = None if header is None else len(header)
+    _require_plain(listing, header or {})
     for name in (CONFIG, "generation_config.json"):
         if name in listing.sizes:
             for key, number in _numbers(read_json(listing, name)):
@@ -40,10 +46,28 @@ def _require_number(where: str, key: str, number: float, tensors: int | None) ->
         raise CheckpointError(f"{where}: {key} is {number:.0f}; no model has so many")
 
 
-def _tensors(listing: Listing) -> int | None:
-    """How many tensors the files hold; None where a pickle would have to be opened for it."""
+def _header(listing: Listing) -> dict[str, Any] | None:
+    """What the files say of each tensor; None where a pickle would have to be opened for it."""
     weights = find_weights(listing, allow_pickle=True)
-    return None if weights.pickled else sum(len(read_header(listing, name)) for name in weights.files)
+    if weights.pickled:
+        return None
+    return {name: entry for file in weights.files for name, entry in read_header(listing, file).items()}
+
+
+def _require_plain(listing: Listing, header: Mapping[str, Any]) -> None:
+    """Refuse what an adapter has not been merged into yet, and numbers of 8 bits that nothing says the scales of."""
+    apart = next((name for name in header if _APART.search(name)), None)
+    if apart:
+        raise CheckpointError(
+            f"{listing.where} was saved with an adapter in it ({apart}); call merge_and_unload() on the model and save that, "
+            "or give the adapter's own folder"
+        )
+    narrow = next((name for name, entry in header.items() if str(entry.get("dtype")).startswith("F8")), None)
+    if narrow and method_of(read_json(listing, CONFIG)) is None:
+        raise CheckpointError(
+            f"{listing.where}: {narrow} is in float8, and {CONFIG} has no quantization_config that says its scale; "
+            "give the float checkpoint"
+        )
 
 
 def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:

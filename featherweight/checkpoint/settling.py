@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import is_base, model_class, quiet
+from featherweight.checkpoint.opening import generation_config
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import read_shapes, saving, stream_tensors
 from featherweight.checkpoint.unpacking import read_config
 from featherweight.errors import CheckpointError
+from featherweight.model.architecture import class_by_type
 from featherweight.model.names import reading
 from featherweight.progress import Progress
 
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-COMPILED, PARALLEL = "_orig_mod", "module"
-"""What torch.compile puts anywhere into the names of a model's tensors, and DistributedDataParallel before all of them."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put anywhere into the names of a model's tensors."""
+PARALLEL, ADAPTED = "module", "base_model.model"
+"""What DistributedDataParallel puts before all of them, and peft, whose adapters may have been merged since."""
 
 
 HEAD = {
@@ -65,8 +69,7 @@ class Stored:
     def of(cls, folder: Path, weights: Weights, model: PreTrainedModel) -> Stored:
         """As `model` reads the tensors of `folder`, wrappers' names and a missing prefix of the base model allowed for."""
         names = list(read_shapes(Listing.of(folder), folder, weights))
-        parallel = all(name.startswith(f"{PARALLEL}.") for name in names) and not hasattr(model, PARALLEL)
-        plain = {name: _unwrapped(name, parallel=parallel) for name in names}
+        plain = _unwrapped(names, model)
         missing = _tops(model.base_model) - _tops(model)
         prefix = f"{model.base_model_prefix}."
         reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
@@ -142,17 +145,27 @@ def _skeleton(folder: Path, spec: LoadSpec, weights: Weights) -> tuple[PreTraine
 def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any], note: str | None) -> Settlement:
     config, renamed = read_config(stored.folder), stored.renamed
     notes: list[str] = [note] if note else []
-    changes: dict[str, Any] = dict(head)
+    changes: dict[str, Any] = dict(head) | _decoder_start(stored.folder, model.config)
     if renamed:
         first, read = next(iter(renamed.items()))
         notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")
-    if is_base(model.config) and not head and model.config.architectures != [type(model).__name__]:
-        changes["architectures"] = [type(model).__name__]
+    if not head and (is_base(model.config) or class_by_type(model.config)):
+        changes |= {"architectures": [type(model).__name__]} if model.config.architectures != [type(model).__name__] else {}
     tied = _tied_by_file(stored, model) if method_of(config) is None else None
     if tied is not None:
         changes["tie_word_embeddings"] = tied
         notes.append(HEAD[tied])
     return Settlement(renamed, changes, tuple(notes))
+
+
+def _decoder_start(folder: Path, config: Any) -> dict[str, int]:
+    """The token that `generate` begins targets with, where config.json says another or none: by that all others go."""
+    if not config.is_encoder_decoder:
+        return {}
+    told = generation_config(folder, config)
+    start = told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id
+    differs = isinstance(start, int) and start != getattr(config, "decoder_start_token_id", None)
+    return {"decoder_start_token_id": start} if differs else {}
 
 
 def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
@@ -190,9 +203,13 @@ def _heeds(config: Any, tied: bool) -> bool:
     return type(config).from_dict(config.to_dict() | {"tie_word_embeddings": tied}).tie_word_embeddings is tied
 
 
-def _unwrapped(name: str, *, parallel: bool) -> str:
-    parts = [part for part in name.split(".") if part != COMPILED]
-    return ".".join(parts[1:] if parallel else parts)
+def _unwrapped(names: list[str], model: Any) -> dict[str, str]:
+    """Stored name -> the one that a wrapped model gave its tensor."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    for before in (PARALLEL, ADAPTED):
+        if all(name.startswith(f"{before}.") for name in plain.values()) and before.partition(".")[0] not in _tops(model):
+            plain = {name: one.removeprefix(f"{before}.") for name, one in plain.items()}
+    return plain
 
 
 def _tops(model: Any) -> set[str]:

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import Grid
-from featherweight.model.architecture import encoder_classes, task_of
+from featherweight.model.architecture import class_by_type, encoder_classes, task_of
 from featherweight.spec import ModelSize, Task
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(value, str | int | float | list | dict):
             values.setdefault(name, value)
     values["encoder_classes"] = list(encoder_classes(config))
+    if (opened_with := class_by_type(config)) is not None:
+        values["architectures"] = [opened_with]
     text = config.get_text_config()
     told = {"class": kind.__name__, "values": values, "names": dict(kind.attribute_map)}
     return told | ({"text": describe(text)} if text is not config else {})

@@ -36,8 +36,9 @@ class Labeller(ServedEngine):
         """An answer to each text, or pair of texts.
 
         feature-extraction: a vector, float32 [texts, width]. text-classification: `label` and `score` of the likeliest label, and
-        the `scores` of all; a checkpoint of one label (a reranker) has one `score`. token-classification: the entities of each
-        text, with `entity`, `score`, `word`, `start` and `end`; tokens by themselves where `aggregate` is false.
+        the `scores` of all, by their places too where labels share a name; a checkpoint of one label (a reranker) has one `score`.
+        token-classification: the entities of each text, with `entity`, `score`, `word`, `start` and `end`; tokens by themselves
+        where `aggregate` is false.
         truncate: whether a text that is too long is cut; by default of embeddings, as their files ask for, and of no others.
         Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
         """
@@ -100,7 +101,8 @@ def scored(config: Any, rows: Rows) -> dict[str, Any]:
         scores = logits
     names = [config.id2label[place] for place in range(len(scores))]
     best = max(range(len(scores)), key=scores.__getitem__)
-    return {"label": names[best], "score": scores[best], "scores": dict(zip(names, scores, strict=True))}
+    told = names if len(set(names)) == len(names) else [f"{place} {name}" for place, name in enumerate(names)]
+    return {"label": names[best], "score": scores[best], "scores": dict(zip(told, scores, strict=True))}
 
 
 def _without_activation(config: Any) -> bool:

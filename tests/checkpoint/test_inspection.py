@@ -234,11 +234,15 @@ UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing folder": (shutil.rmtree, ["does not exist", "its path in the recipe"]),
     "no config": (remove("config.json"), ["has no config.json"]),
+    "sentence-transformers' own layout": (
+        lambda folder: (folder / "config.json").rename(folder / "modules.json"),
+        ["has no config.json", "0_Transformer, up beside modules.json"],
+    ),
     "config is not JSON": (replace("config.json", '{"model_type": "ll'), ["config.json is not JSON", "copy it again"]),
     "config is a list": (replace("config.json", "[]"), ["config.json", "JSON object", "list"]),
     "no model type": (replace("config.json", "{}"), ["config.json", "model_type"]),
     "unknown model type": (configure(model_type="lhama"), ["config.json", "lhama"]),
-    "unknown architecture": (configure(architectures=["LhamaForCausalLM"]), ["config.json", "LhamaForCausalLM"]),
+    "unknown architecture": (configure(architectures=["Lhama"], model_type="clip"), ["config.json", "'Lhama'"]),
     "impossible sizes": (configure(hidden_size=63), ["config.json"]),
     "sizes of the wrong type": (configure(num_hidden_layers="two"), ["config.json"]),
     "no weights": (remove(WEIGHTS), ["holds no weights", WEIGHTS]),

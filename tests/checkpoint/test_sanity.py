@@ -53,6 +53,24 @@ def test_absurd_numbers(folder: Path, file: str, keys: list[str], value: Any, me
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "float32", r"adapter in it .*merge_and_unload\(\)"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "float32", "saved with an adapter in it"),
+        ("model.layers.0.self_attn.q_proj.weight", "float8_e4m3fn", "is in float8, and config.json has no quantization_config"),
+    ],
+)
+def test_tensors_that_are_no_weights_yet(folder: Path, name: str, dtype: str, message: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(4, 4).to(getattr(torch, dtype))}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        require_sane(Listing.of(folder))
+
+
 def test_deep_nesting(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config)[:-1] + ', "x": ' + "[" * 900 + "]" * 900 + "}")

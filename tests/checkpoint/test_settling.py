@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from featherweight.checkpoint.facts import facts_for_any_task
 from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.checkpoint.spec import LoadSpec
@@ -135,6 +136,8 @@ PLACES = {
     "of one compiled block": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
     "of DistributedDataParallel": lambda name: f"module.{name}",
     "of both": lambda name: f"module._orig_mod.{name}",
+    "of FSDP": lambda name: f"_fsdp_wrapped_module.{name.replace('layers.', 'layers._checkpoint_wrapped_module.')}",
+    "of peft, merged": lambda name: f"base_model.model.{name}",
 }
 
 
@@ -162,6 +165,39 @@ def test_other_families_likewise(kind: str, prefix: str, tmp_path: Path, out: Pa
     metrics, _ = taken(folder, out, task="fill-mask" if kind == "bert" else "text-generation")
     assert metrics["renamed_tensors"] > 10
     assert "head_settled" not in metrics, "a head under its old name, as GPT-NeoX's embed_out, is a head"
+    assert torch.equal(logits(out), expected)
+
+
+@pytest.mark.parametrize("named", [None, [], ["LLaMAForCausalLM"]])
+def test_a_class_that_is_not_named_or_not_known_is_the_model_types(named: list[str] | None, tmp_path: Path, out: Path) -> None:
+    """As to transformers' AutoModelForCausalLM; engines look at the name."""
+    folder = llama(tmp_path / "source", tied=True)
+    expected = logits(folder)
+    configure(folder, architectures=named)
+    assert facts_for_any_task(LoadSpec(source=str(folder))).config.architectures == ["LlamaForCausalLM"]
+    taken(folder, out)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert torch.equal(logits(out), expected)
+
+
+@pytest.mark.parametrize("in_config", [None, 4])
+def test_targets_begin_as_generate_begins_them(in_config: int | None, tmp_path: Path, out: Path) -> None:
+    folder = family_checkpoint("t5", tmp_path / "source")
+    configure(folder, decoder_start_token_id=in_config)
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 3, "eos_token_id": 2}')
+    taken(folder, out, task="text2text-generation")
+    assert json.loads((out / "config.json").read_text())["decoder_start_token_id"] == 3
+    assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"])
+def test_constants_that_were_stored_once_are_no_strangers(kind: str, tmp_path: Path, out: Path) -> None:
+    """As in the first files of both."""
+    folder = family_checkpoint(kind, tmp_path / "source")
+    expected, tensors = logits(folder), load_file(folder / WEIGHTS)
+    constants = {f"transformer.h.0.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
+    save_file(tensors | constants, folder / WEIGHTS, metadata={"format": "pt"})
+    taken(folder, out)
     assert torch.equal(logits(out), expected)
 
 

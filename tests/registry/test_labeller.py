@@ -146,6 +146,15 @@ def test_a_cross_encoder_without_activation_gives_its_logit(served: Any) -> None
     assert scored(config, [[0.0, 3.0]])["score"] == 3.0
 
 
+def test_labels_that_share_a_name_keep_a_score_each(served: Any) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(served("labels"))
+    config.id2label = {0: "same", 1: "same"}
+    told = scored(config, [[0.0, 0.0]])
+    assert told == {"label": "same", "score": 0.5, "scores": {"0 same": 0.5, "1 same": 0.5}}
+
+
 def test_texts_come_in_every_shape_that_mlflow_gives() -> None:
     assert texts_of(["a", "b"]) == texts_of(pandas.DataFrame({0: ["a", "b"]})) == ["a", "b"]
     assert texts_of(pandas.DataFrame({"text": ["a"], "text_pair": ["b"]})) == [("a", "b")]
