@@ -196,6 +196,8 @@ def base_named(adapter: Path | Listing) -> str | None:
     if not adapter_files(listing) or has_weights(listing):
         return None
     told = read_json(listing, ADAPTER).get("base_model_name_or_path")
+    if told is not None and not isinstance(told, str):
+        raise CheckpointError(f"{listing.where}/{ADAPTER}: base_model_name_or_path is no text")
     if not told or ":" in told or Path(told).expanduser().exists():
         return told or None
     if isinstance(adapter, Path) and (adapter / told).exists():

@@ -6,7 +6,7 @@ they become, what it computes on at a time, and the engine that is looked at. do
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from featherweight.checkpoint.streamed import LARGE
 from featherweight.grid import grid_named
@@ -61,7 +61,7 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
             f"the baseline is served in {numbers}, as the checkpoint is stored: in float32 it takes "
             f"{gib(FLOAT_BYTES * size.parameters)}, and this machine has {gib(memory_bytes)} of memory"
         )
-    needs = {node.id: _needed(plan, node, given[node.id]) for node in to_run}
+    needs = {node.id: _needed(plan, node, given) for node in to_run}
     large = sorted((id for id in needs if needs[id] > NEAR * memory_bytes), key=lambda id: -needs[id])
     if large:
         others = ", ".join(f"{id} {gib(needs[id])}" for id in large[1:NAMED])
@@ -75,13 +75,13 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
     return found
 
 
-def _needed(plan: Plan, node: Node, size: ModelSize) -> float:
+def _needed(plan: Plan, node: Node, given: Mapping[str, ModelSize]) -> float:
     """`held_bytes`; a measurement of a large model holds what its two sides serve."""
     sides = {id for name, id in node.inputs.items() if name in ("served", "baseline")} if node.stage == "evaluate" else set()
-    specs = [plan.nodes[id].spec for id in sides if id in plan.nodes]
-    if not specs or FLOAT_BYTES * size.parameters < LARGE:
-        return held_bytes(node, size)
-    return PYTHON_BYTES + sum(served_bytes(spec, size) for spec in specs if isinstance(spec, ServingSpec))
+    specs = {id: plan.nodes[id].spec for id in sides if id in plan.nodes}
+    if not specs or FLOAT_BYTES * max(given[id].parameters for id in specs) < LARGE:
+        return held_bytes(node, given[node.id])
+    return PYTHON_BYTES + sum(served_bytes(spec, given[id]) for id, spec in specs.items() if isinstance(spec, ServingSpec))
 
 
 def served_bytes(spec: ServingSpec, size: ModelSize) -> float:
