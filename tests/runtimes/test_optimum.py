@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +16,16 @@ from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
 from featherweight.progress import Progress
-from featherweight.runtimes import doctor
+from featherweight.runtimes import doctor, parity
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
-from featherweight.runtimes.optimum import known, mends
+from featherweight.runtimes.optimum import known, mends, write
 from featherweight.runtimes.optimum.write import run_build
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import Gpu, Machine, describe
+from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 
 OPTIMUM = RUNTIMES["onnxruntime"]
@@ -183,3 +185,32 @@ def test_an_encoder_decoder_computes_writes_and_ends_as_pytorch(tmp_path: Path) 
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)[0, 1:].tolist()
         ends = theirs.index(2) if 2 in theirs else len(theirs)
         assert found == theirs[:ends]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_rounded_weights_are_served_as_they_are_by_every_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One export, of which three sets of graphs are made; each keeps the exact bound with activations in float, and its own."""
+    from tasks.compile import compile
+    from tests.support.families import family_checkpoint, write_pairs
+
+    monkeypatch.setattr(parity, "open_worker", InProcess)
+    exported, build = tmp_path / "exported", write.build_graphs
+
+    def once(checkpoint: Path, out: Path, *others: Any, **keys: Any) -> None:
+        if not exported.exists():
+            build(checkpoint, exported, *others, **keys)
+        shutil.copytree(exported, out)
+
+    monkeypatch.setattr(write, "build_graphs", once)
+    checkpoint = family_checkpoint("t5", tmp_path / "checkpoint", initializer_factor=1.0)
+    text = write_pairs(tmp_path / "text")
+    for activations in ("blocks", "dynamic", "static"):
+        out = tmp_path / activations
+        out.mkdir()
+        wanted = spec(precision="int8", activations=activations, max_tokens=48)
+        metrics = compile(wanted, checkpoint=checkpoint, calibration=text, out=out)
+        assert metrics["parity_weights_max_abs"] < 1e-4, activations
+        assert 0 < metrics["parity_mean_abs"] < metrics["parity_bound"], activations
+        assert Serving.read(out).grid == "int8" and "laid out for" in str(OPTIMUM.served_note(Serving.read(out)))

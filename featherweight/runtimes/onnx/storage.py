@@ -44,7 +44,8 @@ def _lying(value: ir.Value, out: Path, offset: int, length: int) -> ir.ExternalT
 
     tensor = value.const_value
     assert tensor is not None and value.name is not None
-    return onnx_ir.ExternalTensor(DATA, offset, length, tensor.dtype, shape=onnx_ir.Shape(tensor.shape), name=value.name, base_dir=out)
+    shape = onnx_ir.Shape(tensor.shape)
+    return onnx_ir.ExternalTensor(DATA, offset, length, tensor.dtype, shape=shape, name=value.name, base_dir=out)
 
 
 def _save(model: ir.Model, path: Path) -> None:
