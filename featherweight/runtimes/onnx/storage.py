@@ -44,7 +44,7 @@ def _lying(value: ir.Value, out: Path, offset: int, length: int) -> ir.ExternalT
 
     tensor = value.const_value
     assert tensor is not None and value.name is not None
-    shape = onnx_ir.Shape(tensor.shape)
+    shape = onnx_ir.Shape(tensor.shape.numpy())
     return onnx_ir.ExternalTensor(DATA, offset, length, tensor.dtype, shape=shape, name=value.name, base_dir=out)
 
 
