@@ -54,7 +54,7 @@ def test_a_password_is_left_nowhere(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", f"://ada:{SECRET}@"))
         with pytest.raises(CheckpointError) as caught:
             optimize_flow(str(tmp_path / "recipe.yaml"), workspace=str(tmp_path / "workspace"))
-    with pytest.raises(ServiceError, match="witness") as unwitnessed:
+    with pytest.raises(ServiceError, match="not a valid S3 address") as unwitnessed:
         shared_witness.add(1, "1:mark", Keys(tmp_path))
     told = capfd.readouterr()
     assert [line for line in started.lines() if "mlflow server" in line]

@@ -91,7 +91,7 @@ def test_only_what_the_history_decides_is_looked_at() -> None:
     assert asked(body_of(tag)) == MODEL
     assert asked(body_of({"data": {"name": MODEL, "alias": "mine"}})) == ""
     assert asked(body_of({**tag, "data": {**tag["data"], "key": "note"}})) == ""  # type: ignore[dict-item]
-    shapes = [body_of(changes) for changes in ({"data": []}, {"data": {}}, {"entity": 1})]
+    shapes = [body_of(one) for one in ({"data": []}, {"data": {}}, {"entity": 1})]
     for nonsense in (b"", b"[]", b'"a"', b"\xff", b"[" * 100_000, *shapes):
         assert asked(nonsense) == 400
 
