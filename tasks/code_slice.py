@@ -14,8 +14,19 @@ from functools import cache
 from pathlib import Path
 
 OURS = frozenset({"featherweight", "tasks"})
-INERT = frozenset({"featherweight.catalog", "featherweight.errors", "featherweight.progress", "tasks.stage", "tasks.stages"})
-"""Modules whose code shapes no result: they tell and hand on. What a catalog loads by name is a part of the node that names it."""
+INERT = frozenset(
+    {
+        "featherweight.catalog",
+        "featherweight.errors",
+        "featherweight.progress",
+        "featherweight.system.lighter_imports",
+        "tasks.stage",
+        "tasks.stages",
+    }
+)
+"""Modules whose code shapes no result: they tell and hand on, or leave an import out.
+
+What a catalog loads by name is a part of the node that names it."""
 SILENT = re.compile(r"refus.*|.*refusal|.*operations|offers")
 """Names of definitions that only refuse, or say what something costs or is to be expected of: failures are never cached."""
 REFERENCE = re.compile(r"[A-Za-z_]\w*(\.\w+)+(:[A-Za-z_]\w*)?")

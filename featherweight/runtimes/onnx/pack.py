@@ -178,7 +178,8 @@ class _Packer:
 
         ends = [numpy.float32((end - here.zero_point) * here.scale) for end in (0, here.most)]
         told = {"low": ends[0], "high": ends[1], "scale": numpy.float32(here.scale), "zero": numpy.uint8(here.zero_point)}
-        low, high, scale, zero = (self._register(f"{node.name}/{name}", onnx_ir.tensor(value)) for name, value in told.items())
+        stored_as = {name: onnx_ir.tensor(numpy.asarray(value)) for name, value in told.items()}
+        low, high, scale, zero = (self._register(f"{node.name}/{name}", value) for name, value in stored_as.items())
         clipped = onnx_ir.node("Clip", [node.inputs[0], low, high], name=f"{node.name}/Clip")
         rounded = onnx_ir.node("QuantizeLinear", [clipped.outputs[0], scale, zero], name=f"{node.name}/Quantize")
         q, scales, offset = stored

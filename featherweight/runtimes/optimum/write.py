@@ -56,7 +56,7 @@ def write(spec: OptimumSpec, source: Source, out: Path) -> None:
         ranges = _ranges(source) if rows is not None and spec.activations == "static" else {}
         pack_graphs(built, out / FOLDER, rows, Products(spec.activations, signed, ranges))
     copy_tokenizer(source.checkpoint, out)
-    options = {"optimize": spec.optimize} if spec.optimize else {}
+    options: dict[str, str] = {"optimize": spec.optimize} if spec.optimize else {}
     if source.quantized:
         options |= {"activations": spec.activations, "kernels": KERNELS[signed]}
     Serving("onnxruntime", FOLDER, options, source.grid).write(out)
