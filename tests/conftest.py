@@ -105,11 +105,16 @@ def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True)
-def _own_tracking_store() -> Iterator[None]:
-    """MLflow keeps the last store that was used in the environment; no test may hand it on to the next."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+def _own_stores() -> Iterator[None]:
+    """MLflow keeps the last store that was used in the environment, and we Prefect's; no test may hand them on to the next."""
+    _forget_stores()
     yield
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    _forget_stores()
+
+
+def _forget_stores() -> None:
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_HOME"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
@@ -126,6 +131,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     root = tmp_path_factory.mktemp("prefect")
+    _forget_stores()
     with prefect_server(root, services=True) as server:
         del os.environ["PREFECT_API_URL"]  # commands start servers of their own, unless they ask for this one
         server.wait()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,16 +215,19 @@ def test_the_champion_answers(done: Path) -> None:
     assert answer.stdout.strip().startswith("[")
 
 
+@pytest.mark.usefixtures("named_prefect")
 def test_a_kill_resumes_without_recomputing(tmp_path: Path) -> None:
     """SIGKILL once the checkpoint is trained, again a little later; what was done stays done."""
     options = ["optimize", str(RECIPE), "--json", "--set", "variants=[{serve: [ct2]}, {quantize: gptq8, serve: ort8}]"]
     finished: set[str] = set()
+    own_server = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     for _ in range(2):
-        process = subprocess.Popen([COMMAND, *options], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([COMMAND, *options], cwd=tmp_path, env=own_server, **pipes)
         finished |= _read_until_done(process, finished, 5)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    last = featherweight(*options, cwd=tmp_path)
+    last = command_here(*options, cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     nodes = {node["id"]: node["status"] for node in json.loads(last.stdout)["nodes"]}
     assert "checkpoint" in finished

@@ -40,7 +40,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def generator(served: Path) -> Iterator[Generator]:
     made = Generator(served, max_tokens=96, max_batch=3)
     yield made
@@ -99,11 +99,11 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it(served: Path, gene
     ]
 
 
-def test_what_is_no_prompt_is_refused_in_one_line(generator: Generator) -> None:
+def test_what_is_no_prompt_is_refused_in_one_line(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (3, [], [{"role": "user"}], ["text"], None, "half \ud83d", [{"role": "user", "content": "\ud83d"}]):
         with pytest.raises(DataError, match=r"a prompt is a text, or a conversation|half of a surrogate pair"):
             generator([wrong])  # type: ignore[list-item]
-    generator._tokenizer.chat_template = None
+    monkeypatch.setattr(generator._tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="no chat template"):
         generator([TALK])
 
@@ -116,6 +116,7 @@ def test_prompts_come_in_every_shape_that_mlflow_gives() -> None:
     assert prompts_of(pandas.DataFrame({"messages": [TALK, TALK[:1]]})) == [TALK, TALK[:1]]
 
 
+@pytest.mark.parametrize("served", ["closed"], indirect=True)
 def test_a_smoke_request_fits_what_was_verified(served: Path, tmp_path: Path) -> None:
     short = shutil.copytree(served, tmp_path / "short")
     Serving("torch", max_tokens=6).write(short)
