@@ -16,6 +16,7 @@ from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.runtimes import parity
+from featherweight.runtimes.bounds import APPROXIMATED, EXACT, Bound
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Limits
@@ -169,7 +170,7 @@ def test_models_that_it_would_compute_otherwise_are_refused(kind: str, changes: 
         ("qwen2", {}, "int4"),
         ("llama", {}, "q4_k"),
         ("qwen3", {"head_dim": 16}, "int8"),
-        ("gemma", {"head_dim": 16}, "float16"),
+        ("gemma", {"head_dim": 16}, "float32"),
     ],
 )
 def test_every_family_computes_what_pytorch_computes(
@@ -211,3 +212,8 @@ def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, t
     theirs = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.8)
     assert penalized == [theirs[0, ids.shape[1] :].tolist()]
     loaded.unload()
+
+
+@pytest.mark.parametrize(("told", "bound"), [({}, EXACT), ({"gelu": "table"}, APPROXIMATED)])
+def test_a_table_of_gelu_is_allowed_what_it_explains_and_no_more(told: dict[str, str], bound: Bound) -> None:
+    assert ENGINE.bound(Serving("llama.cpp", options={"dtype": "float32", **told})) == bound

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
 ACTIVATIONS = ("silu", "swish")
+GELU = "gelu_pytorch_tanh"
+"""What ggml reads from a table in float16."""
 OTHERS = "take torch, ctranslate2 or onnxruntime-genai"
 
 
@@ -48,7 +50,7 @@ ARCHITECTURES = {
     "mistral": LLAMA,
     "qwen2": Architecture("qwen2", biases=True, square=True),
     "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", norm_offset=1.0, activations=("gelu_pytorch_tanh",)),
+    "gemma": Architecture("gemma", norm_offset=1.0, activations=(GELU,)),
 }
 """By transformers' model type (SmolLM and SmolLM2 are Llamas)."""
 

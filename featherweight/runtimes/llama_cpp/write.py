@@ -14,9 +14,9 @@ from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import matrices
 from featherweight.progress import Metrics
-from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.llama_cpp import blocks, library
-from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Tensors, describe
+from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, GELU, Tensors, describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
 from featherweight.store.served_folder import FILE, Serving
@@ -62,6 +62,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     kept = "float32" if spec.precision == "float32" else "float16"
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
+    options |= {"gelu": "table"} if GELU in ARCHITECTURES[model.config.model_type].activations else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
 
 
@@ -147,7 +148,7 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
         if path.is_file() and path.name not in (MODEL, FILE):
             link(path, twin / path.name)
     Serving("llama.cpp", options={"dtype": "float32"}).write(twin)
-    measured = reference.check(twin, EXACT)
+    measured = reference.check(twin, APPROXIMATED if "gelu" in Serving.read(served).options else EXACT)
     shutil.rmtree(twin)
     return {"parity_weights_max_abs": measured["parity_max_abs"]}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from featherweight.grid import GRIDS, Grid
 from featherweight.progress import Metrics
-from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound
+from featherweight.runtimes.bounds import APPROXIMATED, EXACT, HALF, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.optimum import known
 from featherweight.runtimes.refusals import cuda_package_refusal, float_of_rounded_refusal, fp8_refusal, vectors_refusal
@@ -73,10 +73,10 @@ class Optimum(Runtime[OptimumSpec]):
         return super().check(spec, source, served) if source.quantized is None else check_rounded(source, served)
 
     def bound(self, serving: Serving) -> Bound:
-        """Floats: see bounds; O4 computes in float16."""
+        """Floats: see bounds; O3 approximates GELU, O4 computes in float16."""
         if serving.grid is not None:
             return INT8_ACTIVATIONS
-        return {"O4": HALF}.get(serving.options.get("optimize", ""), EXACT)
+        return {"O3": APPROXIMATED, "O4": HALF}.get(serving.options.get("optimize", ""), EXACT)
 
     def served_note(self, serving: Serving) -> str | None:
         kernels = serving.options.get("kernels")
