@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return {kind: root / kind for kind in kinds}
 
 
+def both_ways(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """A folder to write to with the model in memory, and one with its weights left in their files."""
+    for name, large in {"whole": 2**40, "streamed": 1}.items():
+        monkeypatch.setattr(streamed, "LARGE", large)
+        (root / name).mkdir()
+        yield name, root / name
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("kind", "engine", "options"),
@@ -83,11 +92,8 @@ def test_it_writes_the_same(
 ) -> None:
     spec = serving_spec(engine, max_tokens=TOKENS, **options)
     found, metrics = {}, {}
-    for name, large in {"whole": 2**40, "streamed": 1}.items():
-        monkeypatch.setattr(streamed, "LARGE", large)
-        monkeypatch.setattr(writing, "PART_BYTES", 1)  # layer by layer
-        out = tmp_path / name
-        out.mkdir()
+    monkeypatch.setattr(writing, "PART_BYTES", 1)  # layer by layer
+    for name, out in both_ways(tmp_path, monkeypatch):
         with torch.random.fork_rng():
             metrics[name] = write_served(spec, checkpoint=checkpoints[kind], calibration=text, out=out)
         found[name] = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -121,12 +127,9 @@ def test_it_holds_the_same_tensors(
     for method in ("machine_refusal", "device_refusal", "model_refusal"):
         monkeypatch.setattr(type(RUNTIMES[engine]), method, lambda *_: None)
     monkeypatch.setattr(parity.Reference, "check", lambda reference, served: {"windows": sum(map(sum, reference.logprobs))})
+    spec = serving_spec(engine, max_tokens=TOKENS, **options)
     found, metrics, configs = {}, {}, {}
-    for name, large in {"whole": 2**40, "streamed": 1}.items():
-        monkeypatch.setattr(streamed, "LARGE", large)
-        out = tmp_path / name
-        out.mkdir()
-        spec = serving_spec(engine, max_tokens=TOKENS, **options)
+    for name, out in both_ways(tmp_path, monkeypatch):
         metrics[name] = write_served(spec, checkpoint=checkpoints[kind], calibration=text, out=out)
         found[name] = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
         told = json.loads((out / "config.json").read_text())

@@ -13,13 +13,13 @@ import torch
 
 from featherweight.checkpoint import opening
 from featherweight.errors import CheckpointError, DataError, RecipeError, StageError
-from featherweight.progress import Progress
 from featherweight.system.processes import WORKERS_PEAK
 from featherweight.text.documents import Document, write_documents
 from featherweight.training.spec import FinetuneSpec
 from featherweight.training.threads import cores
 from tasks.finetune import finetune
 from tests.support.families import family_checkpoint
+from tests.support.notes import Told
 
 pytestmark = pytest.mark.slow
 
@@ -90,23 +90,6 @@ def test_sequences_longer_than_the_context_are_refused(tiny_checkpoint: Path, te
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         opening.model_type(tmp_path)
-
-
-class Told(Progress):
-    """Remembers the losses and the notes; presses Ctrl-C at a step."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.losses: list[float] = []
-        self.notes: list[str] = []
-        self.stop_at = stop_at
-
-    def step(self, done: int, total: int, **values: float) -> None:
-        self.losses.append(values["loss"])
-        if done == self.stop_at:
-            raise KeyboardInterrupt
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def changed(**changes: object) -> FinetuneSpec:

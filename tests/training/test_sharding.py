@@ -25,24 +25,10 @@ from tasks.distill import distill
 from tasks.finetune import finetune
 from tasks.quantize import quantize
 from tasks.train import train
+from tests.support.notes import Told
 
 PARTS = {"processes": 2, "sharded": True}
 SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 50, "layers": 2, "heads": 2, "kv_heads": 1, "context": 32}
-
-
-class Told(Progress):
-    """The losses that it is told of; it is interrupted at the step `stop_at`."""
-
-    def __init__(self, stop_at: int = 0) -> None:
-        self.losses, self.notes, self.stop_at = list[float](), list[str](), stop_at
-
-    def step(self, done: int, total: int, **values: float) -> None:
-        self.losses.append(values["loss"])
-        if done == self.stop_at:
-            raise KeyboardInterrupt
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 class CasesSpec(Spec):
