@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from featherweight.errors import one_line
 from featherweight.masking import masked
+from featherweight.system.processes import has_ended
 
 RUNS = """SELECT r.run_uuid, r.status, r.start_time FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid
 WHERE t.key = 'featherweight.kind' AND t.value = 'optimization' AND r.lifecycle_stage = 'active'
@@ -158,15 +158,9 @@ def _run(tables: sqlite3.Connection) -> Run | None:
     if row is None:
         return None
     tags = dict(tables.execute("SELECT key, value FROM tags WHERE run_uuid = ?", (row[0],)).fetchall())
-    gone = row[1] == "RUNNING" and _is_gone(tags.get("featherweight.process", ""))
+    gone = row[1] == "RUNNING" and has_ended(tags.get("featherweight.process", ""))
     told = (tags.get(f"featherweight.{name}", "") for name in ("winner", "recipe", "error"))
     return Run(row[0], "KILLED" if gone else row[1], *told)
-
-
-def _is_gone(process: str) -> bool:
-    """Whether the process HOST:PID of this machine is there no more."""
-    host, _, pid = process.partition(":")
-    return host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists()
 
 
 def _versions(tables: sqlite3.Connection) -> Iterator[Version]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.errors import told
@@ -22,6 +20,7 @@ from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
 from featherweight.system.environment import QUIET
 from featherweight.system.locks import locked_file
+from featherweight.system.processes import has_ended, host_and_pid
 from featherweight.system.progress_channel import ProgressChannel
 from featherweight.system.servers import check_url
 from featherweight.system.user import user_name
@@ -140,7 +139,7 @@ def _tags(recipe: Recipe) -> dict[str, str]:
     return {
         "featherweight.recipe": recipe.name,
         "featherweight.recipe_sha256": content_digest(recipe.model_dump(mode="json")),
-        "featherweight.process": f"{socket.gethostname()}:{os.getpid()}",
+        "featherweight.process": host_and_pid(),
         "featherweight.prefect_flow_run": flow_run,
         "mlflow.user": user_name(),
         "mlflow.source.git.commit": code_commit(),
@@ -150,6 +149,5 @@ def _tags(recipe: Recipe) -> dict[str, str]:
 def _bury_the_dead(client: MlflowClient, experiment: str) -> None:
     """Runs that a killed process of this machine left open are closed as KILLED."""
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=200):
-        host, _, pid = run.data.tags.get("featherweight.process", "").partition(":")
-        if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if has_ended(run.data.tags.get("featherweight.process", "")):
             client.set_terminated(run.info.run_id, "KILLED")

@@ -7,7 +7,6 @@ that are young; what a young optimization used; and, while an optimization runs,
 from __future__ import annotations
 
 import json
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from featherweight.store.removal import Folder, folder_at, freed
 from featherweight.store.tracking import open_artifacts
 from featherweight.store.workspace import ARTIFACT, Workspace, local_path
 from featherweight.system.locks import locked_if_free
+from featherweight.system.processes import has_ended
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -127,10 +127,9 @@ class _Search:
     def running(self) -> str:
         """That an optimization runs, in words; '' where none does, or those that seem to are dead on this machine."""
         for run in self._runs(f"attributes.status = 'RUNNING' AND {OPTIMIZATIONS}"):
-            host, _, pid = run.data.tags.get("featherweight.process", "").partition(":")
-            dead = host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists()
-            if not dead:
-                return f"optimization {run.info.run_id} runs at {host or 'another machine'}"
+            process = run.data.tags.get("featherweight.process", "")
+            if not has_ended(process):
+                return f"optimization {run.info.run_id} runs at {process.partition(':')[0] or 'another machine'}"
         return ""
 
     @cached_property

@@ -116,6 +116,17 @@ def peak_bytes(pid: int) -> int:
     return peaks[0] * 1024 if peaks else 0
 
 
+def host_and_pid() -> str:
+    """This process as HOST:PID, which people read too; see `process_name` for one whose number comes again."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def has_ended(told: str) -> bool:
+    """Whether a `host_and_pid()` is of this machine and there no more; of another machine nobody here knows."""
+    host, _, pid = told.partition(":")
+    return host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists()
+
+
 def process_name() -> str:
     """This process, told so that any other on the machine can tell later whether it still runs."""
     return _name_of(os.getpid())
