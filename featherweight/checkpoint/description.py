@@ -24,6 +24,7 @@ from featherweight.model.facts import describe
 from featherweight.store.artifact import content_digest, file_sha256
 from featherweight.system.environment import without_secrets
 from featherweight.system.processes import end_with_parent
+from featherweight.system.user import cache_folder
 
 
 def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
 
 def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
     """The answer of before, or another process's, which is kept if it is one."""
-    kept = _cache() / f"{_key(folder, gguf)}.json"
+    kept = cache_folder() / "descriptions" / f"{_key(folder, gguf)}.json"
     with suppress(OSError, ValueError):  # nobody asked before, or was stopped while writing
         return dict(json.loads(kept.read_text()))
     asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
@@ -53,10 +54,6 @@ def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
             written.write_text(json.dumps(told))
             written.replace(kept)
     return told
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight" / "descriptions"
 
 
 def _key(folder: Path, gguf: str | None) -> str:

@@ -9,6 +9,8 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
+from featherweight.system.user import cache_folder
+
 NAMED = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
 
 
@@ -45,8 +47,7 @@ def keep(database: Path) -> None:
 
 def _kept() -> Path:
     """The file of this user, and of this version of Prefect."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "featherweight" / f"tables-of-prefect-{version('prefect')}.db"
+    return cache_folder() / f"tables-of-prefect-{version('prefect')}.db"
 
 
 def _sound(kept: Path) -> bool:
