@@ -7,7 +7,7 @@ step that `commit` builds on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import GateError, IntegrityError, one_line
@@ -31,6 +31,8 @@ HISTORY_OF = f"{TAG}history_of"
 SUFFIX = ".history"
 SOURCE = "featherweight:/history"
 WITHOUT_STAGES = ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
+CLASHED = "BAD_REQUEST"
+CLASHES = 8
 MAYBE_WRITTEN = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
 
 
@@ -61,7 +63,8 @@ class MlflowStore:
         unvouched = self.read().unvouched
         out = [one for one in self._entries() if int(one.version) in unvouched or not _readable(one)]
         for one in out:
-            self.client.set_registered_model_tag(self.model, f"{QUARANTINED}{one.version}", one.tags.get(ENTRY, "")[:ENTRY_LIMIT])
+            text = one.tags.get(ENTRY, "")[:ENTRY_LIMIT]
+            set_once(self.client.set_registered_model_tag, self.model, f"{QUARANTINED}{one.version}", text)
             self.client.delete_model_version(self._history, one.version)
         return [int(one.version) for one in out]
 
@@ -90,7 +93,7 @@ class MlflowStore:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._write(cell, value)
+            set_once(self._write, cell, value)
         except MlflowException as error:
             if cell.kind == "stage" and error.error_code in WITHOUT_STAGES:
                 self._has_stages = False
@@ -130,7 +133,7 @@ class MlflowStore:
         """The model that will hold the history, and its name in a tag of the first, which stays where MLflow renames that."""
         about = f"The history of '{self.model}', kept by Featherweight: one version an entry. Nothing to serve; do not edit."
         create_model(self.client, self._history, {HISTORY_OF: self.model}, about)
-        self.client.set_registered_model_tag(self.model, HISTORY, self._history)
+        set_once(self.client.set_registered_model_tag, self.model, HISTORY, self._history)
 
 
 def _signed(entries: Iterable[ModelVersion]) -> dict[int, tuple[str, str]]:
@@ -164,6 +167,23 @@ def create_model(client: MlflowClient, name: str, tags: dict[str, str] | None = 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def set_once(write: Callable[..., object], *arguments: object) -> None:
+    """Call a write of MLflow's that sets or removes one row, again where another writer's came between its look and its own.
+
+    MLflow's stores read a row and then insert, change or remove it, so that of two writers the second can fail (`BAD_REQUEST`,
+    with the database's words: a key that is there already, a row that is gone). Where it looks again, it finds the other's.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(CLASHES)):
+        try:
+            write(*arguments)
+            return
+        except MlflowException as error:
+            if error.error_code != CLASHED or not left:
+                raise
 
 
 def read_all(client: MlflowClient) -> list[RegisteredModel]:

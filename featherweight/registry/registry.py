@@ -22,7 +22,7 @@ from featherweight.registry.commit import Decide, commit, complete
 from featherweight.registry.decisions import refusal_decision, rollback_decision, transition_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
 from featherweight.registry.keys import Keys
-from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, read_all, refuse_renamed, served_models
+from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, read_all, refuse_renamed, served_models, set_once
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
@@ -324,7 +324,7 @@ class Registry:
         """The registered model, with the name by which recipes know it in a tag, which stays where MLflow renames it."""
         with self._service():
             create_model(self.client, model)
-            self.client.set_registered_model_tag(model, NAME, model)
+            set_once(self.client.set_registered_model_tag, model, NAME, model)
 
     def _create_logged_model(self, run_id: str, name: str, params: Mapping[str, str], tags: Mapping[str, str]) -> LoggedModel:
         """A pending LoggedModel, as an output of the run. MLflow allows no / : . % or quote in its name."""
@@ -395,7 +395,7 @@ class Registry:
         model = self.model(winner.model)
         first = next(one for one in model.versions.values() if one.digest == winner.digest)
         if signature := Keys.here().sign(statement(first, model.born)):
-            self.client.set_model_version_tag(winner.model, first.version, ATTESTATION, signature)
+            set_once(self.client.set_model_version_tag, winner.model, first.version, ATTESTATION, signature)
         return replace(self.get(winner.model, first.version), new=first.version == str(made.version))
 
     def _link(self, model_id: str, model: str, version: str) -> None:

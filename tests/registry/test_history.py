@@ -7,14 +7,18 @@ import threading
 from dataclasses import asdict
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry import tag_history
-from featherweight.registry.commit import placed
+from featherweight.registry.commit import Cell, placed
 from featherweight.registry.history import GateResult, Transition
-from featherweight.registry.mlflow_store import ENTRY, MlflowStore
+from featherweight.registry.mlflow_store import ENTRY, MlflowStore, set_once
 from featherweight.registry.registry import RegisteredVersion, Registry
-from featherweight.registry.versions import RegisteredModel
+from featherweight.registry.versions import MARK, TAG, RegisteredModel
 from featherweight.store.artifact import content_digest
 from featherweight.store.workspace import Workspace
 from flows.history import history_of
@@ -213,6 +217,45 @@ def test_two_writers_lose_nothing(desk: Bench) -> None:
     assert [one.version for one in displaced] == [one.version for one in promoted[:-1]]
     assert model.shown["champion"] == promoted[-1].version
     assert model.shown["previous"] == promoted[-2].version
+
+
+@pytest.mark.parametrize("other", ["mark", "alias", "tag"])
+def test_who_is_overtaken_between_mlflows_look_and_its_write_writes_again(desk: Bench, other: str) -> None:
+    register(desk, 2)
+    cell = Cell(other, {"mark": "", "alias": "champion", "tag": "1"}[other])
+    store = MlflowStore(desk.registry.client, MODEL)
+    overtaken: list[Cell] = []
+
+    def overtake(*_: object) -> None:
+        if not overtaken:
+            overtaken.append(cell)
+            MlflowStore(Registry(desk.registry.tracking_uri).client, MODEL).write(cell, "2")
+
+    event.listen(Session, "before_flush", overtake)
+    try:
+        store.write(cell, "1")
+    finally:
+        event.remove(Session, "before_flush", overtake)
+    seen = desk.registry.client.get_registered_model(MODEL)
+    written = {
+        "mark": seen.tags.get(MARK),
+        "alias": str(seen.aliases.get("champion")),
+        "tag": desk.registry.client.get_model_version(MODEL, "1").tags.get(f"{TAG}stage"),
+    }
+    assert (overtaken, written[other]) == ([cell], "1")
+
+
+def test_a_write_that_mlflow_keeps_refusing_fails(desk: Bench) -> None:
+    register(desk, 1)
+    asked: list[str] = []
+
+    def refuse(text: str) -> None:
+        asked.append(text)
+        raise MlflowException("a database's words", error_code=BAD_REQUEST)
+
+    with pytest.raises(MlflowException, match="a database's words"):
+        set_once(refuse, "x")
+    assert asked == ["x"] * 8
 
 
 # -- histories that earlier releases kept in tags ------------------------------------------------------------------------
