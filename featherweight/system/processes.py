@@ -21,11 +21,20 @@ ENDS_WITH_PARENT = "FEATHERWEIGHT_ENDS_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A TCP port that this machine gives to nobody else during the block, for a server that is started in it to listen on.
+
+    Linux lets a server that says SO_REUSEADDR, as they all do, listen where we are bound and do not. Other systems do not, so
+    that there the port is one that nobody listens on now.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()
+        yield port
 
 
 def end_with_parent() -> Callable[[], object] | None:

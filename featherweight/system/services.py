@@ -13,7 +13,7 @@ from pathlib import Path
 
 from featherweight.system import fresh_tables
 from featherweight.system.locks import locked_file
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
 from featherweight.system.servers import LOCAL, await_url, check_url, start, stop
 
 LEASES = {
@@ -54,7 +54,7 @@ def prefect_server(root: Path, services: bool = False, port: int | None = None) 
         return
     with ExitStack() as first:
         came_up = _alone_the_first_time(root, first)
-        port = port or free_port()
+        port = port or first.enter_context(held_port())
         process = start_prefect(root, port, services)
         os.environ["PREFECT_API_URL"] = f"http://{LOCAL}:{port}/api"
         try:

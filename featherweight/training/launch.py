@@ -22,7 +22,7 @@ from featherweight.spec import Spec
 from featherweight.system import device
 from featherweight.system.child_process import Channel, ChildProcess, Message, error_of, failure
 from featherweight.system.environment import without_secrets
-from featherweight.system.processes import WORKERS_PEAK, end_with_parent, free_port, highest, tree_peak_bytes
+from featherweight.system.processes import WORKERS_PEAK, end_with_parent, held_port, highest, tree_peak_bytes
 from featherweight.training.data_parallel import DataParallelGroup, leads
 from featherweight.training.threads import cores, training_threads
 
@@ -70,10 +70,10 @@ def _check_devices(function: str, processes: int) -> None:
 @contextmanager
 def _launched(request: Mapping[str, Any], processes: int) -> Iterator[ChildProcess]:
     """The launcher with its processes at work; none of them is left afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, held_port() as port:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(request))
-        launcher = ChildProcess(_command(file, processes), _environment(processes), dies_with_parent=True)
+        launcher = ChildProcess(_command(file, processes, port), _environment(processes), dies_with_parent=True)
         try:
             yield launcher
         finally:
@@ -81,8 +81,8 @@ def _launched(request: Mapping[str, Any], processes: int) -> Iterator[ChildProce
             launcher.close()
 
 
-def _command(request: Path, processes: int) -> list[str]:
-    several = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+def _command(request: Path, processes: int, port: int) -> list[str]:
+    several = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
     alone = ["-m", "featherweight.training.launch", str(request)]
     return [sys.executable, *alone] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", *several, *alone]
 

@@ -9,7 +9,7 @@ import pytest
 
 from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
 from flows.by_hand import approve_by_hand
 from tests.support.registering import MODEL, Bench, desk
 
@@ -70,8 +70,9 @@ def test_a_decision_stands_where_prefect_is_away(desk: Bench, monkeypatch: pytes
 
     desk.registry.register(desk.winner(promote={"approval": "required"}, flow_run_id=str(uuid.uuid4())))
     desk.registry.transition(MODEL, "1", "staging", who="ada", why="it waits")
-    nobody = f"http://127.0.0.1:{free_port()}/api"
-    monkeypatch.setenv("PREFECT_API_URL", nobody)
-    with temporary_settings({PREFECT_API_URL: nobody, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        done = approve_by_hand(Workspace.at(desk.root), f"{MODEL}/1", "tried it", False, smoke=False)
+    with held_port() as port:
+        nobody = f"http://127.0.0.1:{port}/api"
+        monkeypatch.setenv("PREFECT_API_URL", nobody)
+        with temporary_settings({PREFECT_API_URL: nobody, PREFECT_CLIENT_MAX_RETRIES: 0}):
+            done = approve_by_hand(Workspace.at(desk.root), f"{MODEL}/1", "tried it", False, smoke=False)
     assert (done.stage, "Prefect could not let its flow run go on" in done.reason) == ("production", True)

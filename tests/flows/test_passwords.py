@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,25 @@ from featherweight.errors import CheckpointError, ServiceError
 from featherweight.registry import shared_witness
 from featherweight.registry.keys import Keys
 from featherweight.system.environment import QUIET
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
 from tests.support import started
 from tests.support.mlflow_server import mlflow_server
 
 SECRET = "hunter2"
 
 
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """Where nobody listens."""
+    with held_port() as port:
+        yield port
+
+
 @pytest.mark.slow
 @pytest.mark.server
 def test_a_password_is_left_nowhere(
     harness: Path,
+    silent_port: int,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -35,7 +44,7 @@ def test_a_password_is_left_nowhere(
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     monkeypatch.setenv("FEATHERWEIGHT_SERVE_TOKEN", SECRET)
-    nowhere = f"ada:{SECRET}@127.0.0.1:{free_port()}"
+    nowhere = f"ada:{SECRET}@127.0.0.1:{silent_port}"
     monkeypatch.setenv("FEATHERWEIGHT_OPENLINEAGE", f"http://{nowhere}?api_key={SECRET}")
     monkeypatch.setenv("FEATHERWEIGHT_WITNESS", f"s3://ada:{SECRET}@bucket/prefix")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{nowhere}")

@@ -26,7 +26,8 @@ import pytest
 import yaml
 
 from featherweight.errors import ServiceError
-from featherweight.system.processes import free_port
+from featherweight.system.processes import held_port
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
@@ -150,8 +151,8 @@ def test_postgres_asks_for_its_password_and_has_what_prefect_wants():
 )
 def test_whatever_the_stack_listens_on_asks_for_credentials():
     """Every socket that its processes listen on is asked of the system, and attacked without credentials and with wrong ones."""
-    ports = {name: free_port() for name in PORTS}
     with tempfile.TemporaryDirectory() as place, ExitStack() as servers:
+        ports = {name: servers.enter_context(held_port()) for name in PORTS}
         Path(place).chmod(0o711)
         folder = Path(place) / "stack"
         processes = stack.serve(folder, ports, servers)
@@ -166,10 +167,7 @@ def test_whatever_the_stack_listens_on_asks_for_credentials():
 
 
 def await_listening(pid: int) -> None:
-    deadline = time.monotonic() + 120
-    while not psutil.Process(pid).net_connections("tcp"):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: psutil.Process(pid).net_connections("tcp"))
 
 
 def listening() -> set[tuple[str, int]]:

@@ -27,7 +27,7 @@ from featherweight.registry.serving.deployment import Deployment, start_script
 from featherweight.registry.serving.oci import BUNDLE, TITLE
 from featherweight.store import artifact
 from featherweight.store.workspace import Workspace, local_path
-from featherweight.system.processes import end_group, free_port
+from featherweight.system.processes import end_group, held_port
 from flows.deploy import deploy
 from tests.registry.test_serving import MEASURED, promoted, register
 from tests.support.registering import MODEL, Bench, desk
@@ -67,7 +67,7 @@ def started(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     teller.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $*"\n')
     teller.chmod(0o755)
     env = {"PATH": os.environ["PATH"], "PYTHON": str(teller), **environment}
-    return subprocess.run([str(out / "start")], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(out / "start")], cwd="/", env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_a_folder_holds_verified_files_and_starts_as_it_was_measured(desk: Bench) -> None:
@@ -194,19 +194,19 @@ def test_a_deployed_folder_answers(desk: Bench, tiny_checkpoint: Path) -> None:
     ref, manifest = desk.publish(place, "real")
     graph = build([(ref, manifest)], ref.digest, variant="real", recipe="name: test", run_id=desk.run_id, metrics=MEASURED)
     desk.registry.register(desk.record("real", ref, graph))
-    out, port = written(desk, "folder"), free_port()
-    env = {**os.environ, "PYTHON": sys.executable, "PORT": str(port)}
-    with (out.parent / "log").open("wb") as log:
+    out = written(desk, "folder")
+    with (out.parent / "log").open("wb") as log, held_port() as port:
+        env = {**os.environ, "PYTHON": sys.executable, "PORT": str(port)}
         server = subprocess.Popen([str(out / "start")], cwd="/", env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        answer, deadline = None, time.monotonic() + 300
-        while answer is None and time.monotonic() < deadline and server.poll() is None:
-            try:
-                asked = {"inputs": ["Once upon"], "params": {"max_new_tokens": 4}}
-                answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=120)
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        assert answer is not None and answer.status_code == 200, (out.parent / "log").read_text()[-2000:]
-        assert answer.json()["predictions"]
-    finally:
-        end_group(server)
+        try:
+            answer, deadline = None, time.monotonic() + 300
+            while answer is None and time.monotonic() < deadline and server.poll() is None:
+                try:
+                    asked = {"inputs": ["Once upon"], "params": {"max_new_tokens": 4}}
+                    answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=120)
+                except httpx.HTTPError:
+                    time.sleep(0.2)
+            assert answer is not None and answer.status_code == 200, (out.parent / "log").read_text()[-2000:]
+            assert answer.json()["predictions"]
+        finally:
+            end_group(server)

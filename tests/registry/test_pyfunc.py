@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +21,12 @@ from featherweight.registry.generator import Generator
 from featherweight.registry.lineage import build
 from featherweight.store.artifact import Manifest
 from featherweight.store.served_folder import Serving
-from featherweight.system.processes import free_port
+from featherweight.system.processes import end_group, held_port
+from featherweight.system.servers import await_url
 from featherweight.text.documents import Document, write_documents
 from tests.support.registering import METRICS, MODEL, Bench, bench
 from tests.support.serving_models import serving_spec
+from tests.support.waiting import all_end, running
 
 pytestmark = pytest.mark.slow
 
@@ -91,8 +91,7 @@ def load(desk: Bench) -> Iterator[Callable[..., Any]]:
 
 def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
     """Engine processes below this one."""
-    every = (of or psutil.Process()).children(recursive=True)
-    return [one for one in every if "featherweight.runtimes.worker" in " ".join(one.cmdline())]
+    return running("featherweight.runtimes.worker", of)
 
 
 def greedy(checkpoint: Path, prompt: str, new: int) -> str:
@@ -138,7 +137,7 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     ]
     del model
     gc.collect()
-    assert engine.pid not in psutil.pids()
+    assert not engine.is_running()
 
 
 def test_model_says_what_it_needs(desk: Bench, torch_model: str) -> None:
@@ -190,55 +189,41 @@ def test_engine_that_died_is_started_anew(generator: Generator) -> None:
 @pytest.mark.server
 @pytest.mark.engine
 def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tiny_checkpoint: Path) -> None:
-    port, log = free_port(), desk.root / "serve.log"
+    log = desk.root / "serve.log"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{torch_model}@champion"]
-    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--workers", "1"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": desk.registry.tracking_uri, "OMP_NUM_THREADS": "1"}
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    with log.open("w") as stream:
+    with log.open("w") as stream, held_port() as port:
+        command += ["--port", str(port)]
         server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment | {"PATH": path}, start_new_session=True)
-    try:
-        _await(f"http://127.0.0.1:{port}/ping", server, log)
-        engines = workers(psutil.Process(server.pid))
-        assert len(engines) == 1
-        asked = {"inputs": PROMPTS[:2], "params": {"max_new_tokens": NEW, "stop_at_end": False}}
-        reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60)
-        assert reply.status_code == 200, reply.text
-        assert reply.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
-        framed = {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPTS[0]]]}, "params": asked["params"]}
-        reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=framed, timeout=60)
-        assert reply.json()["predictions"] == [greedy(tiny_checkpoint, PROMPTS[0], NEW)]
-        as_openai_takes_it = {"messages": TALK, **asked["params"]}
-        for body in (as_openai_takes_it, {"dataframe_records": [{"messages": TALK}], "params": asked["params"]}):
-            reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+        try:
+            await_url(f"http://127.0.0.1:{port}/ping", server, "scoring", log, timeout_s=300)
+            engines = workers(psutil.Process(server.pid))
+            assert len(engines) == 1
+            asked = {"inputs": PROMPTS[:2], "params": {"max_new_tokens": NEW, "stop_at_end": False}}
+            reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=300)
             assert reply.status_code == 200, reply.text
-            found = reply.json()  # MLflow puts nothing around the answer to the first
-            assert (found if isinstance(found, list) else found["predictions"]) == [greedy(tiny_checkpoint, TOLD, NEW)]
-        wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=60)
-        assert wrong.status_code == 400
-        room, shape = "this model is served with room for 128 tokens", "a prompt is a text, or a conversation"
-        for prompt, reason in (("light " * 200, room), ("light " * 1_700_000, room), (None, shape), (3, shape)):
-            refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [prompt]}, timeout=20)
-            assert refused.status_code == 400 and reason in refused.json()["message"], refused.text[-2000:]
-            assert len(refused.text) < 500 and "Traceback" not in refused.text and str(ROOT) not in refused.text
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-    _, alive = psutil.wait_procs(engines, timeout=15)
-    assert alive == []
+            assert reply.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
+            framed = {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPTS[0]]]}, "params": asked["params"]}
+            reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=framed, timeout=300)
+            assert reply.json()["predictions"] == [greedy(tiny_checkpoint, PROMPTS[0], NEW)]
+            as_openai_takes_it = {"messages": TALK, **asked["params"]}
+            for body in (as_openai_takes_it, {"dataframe_records": [{"messages": TALK}], "params": asked["params"]}):
+                reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=300)
+                assert reply.status_code == 200, reply.text
+                found = reply.json()  # MLflow puts nothing around the answer to the first
+                assert (found if isinstance(found, list) else found["predictions"]) == [greedy(tiny_checkpoint, TOLD, NEW)]
+            wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=300)
+            assert wrong.status_code == 400
+            room, shape = "this model is served with room for 128 tokens", "a prompt is a text, or a conversation"
+            for prompt, reason in (("light " * 200, room), ("light " * 1_700_000, room), (None, shape), (3, shape)):
+                refused = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [prompt]}, timeout=300)
+                assert refused.status_code == 400 and reason in refused.json()["message"], refused.text[-2000:]
+                assert len(refused.text) < 500 and "Traceback" not in refused.text and str(ROOT) not in refused.text
+        finally:
+            end_group(server)
+    assert all_end(*engines)
 
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _await(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
