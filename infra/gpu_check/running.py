@@ -120,7 +120,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _result(running: _Running, code: int | None, seconds: float) -> Result:
     check = running.check
     if code is None:
-        return Result(check.name, "failed", f"stopped after {seconds:.0f} s", seconds, check.device)
+        why = (
+            f"its limit of {check.limit_s:.0f} s" if seconds > check.limit_s else f"{seconds:.0f} s, since the time for all was up"
+        )
+        return Result(check.name, "failed", f"stopped after {why}", seconds, check.device)
     said = running.log.read_text(errors="replace").strip().splitlines()
     told = _json(said)
     state, found = ("ok" if code in check.accepted else "failed"), told.get("found") or _summary(told) or (said[-1] if said else "")

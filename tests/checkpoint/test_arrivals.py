@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import struct
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,26 +120,21 @@ def test_one_that_is_being_copied_waits_until_it_is_whole_and_at_rest(drop: Path
     assert see(drop)["two"].identity == see(drop)["one"].identity
 
 
-def test_one_that_grows_between_two_looks_waits(drop: Path, see) -> None:
+def test_one_that_grows_between_two_looks_waits(drop: Path, see, monkeypatch: pytest.MonkeyPatch) -> None:
     growing = drop / "one" / "tokenizer_config.json"
     content = growing.read_text()
-
-    def grow() -> None:
-        time.sleep(0.1)
-        growing.write_text(content + "\n")
-
-    writer = threading.Thread(target=grow)
-    writer.start()
-    assert "being written" in see(drop, settle_s=0.4)["one"].reason
-    writer.join()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(arriving.time, "sleep", lambda _: growing.write_text(content + "\n"))
+        assert "being written" in see(drop)["one"].reason
     assert see(drop)["one"].state == "ready"
 
 
-def test_the_trainers_word_that_it_is_done_saves_the_second_look(drop: Path, see) -> None:
+def test_the_trainers_word_that_it_is_done_saves_the_second_look(drop: Path, see, monkeypatch: pytest.MonkeyPatch) -> None:
     (drop / "one" / "trainer_state.json").write_text("{}")
-    began = time.monotonic()
+    waits: list[float] = []
+    monkeypatch.setattr(arriving.time, "sleep", waits.append)
     assert see(drop, settle_s=30)["one"].state == "ready"
-    assert time.monotonic() - began < 10
+    assert waits == []
 
 
 @pytest.mark.parametrize("depth", [3, 100_000])

@@ -75,7 +75,7 @@ class Watchers:
 
     def until_done(self, count: int, kills: int) -> None:
         """Wait for `count` contents; on the way kill the one that has just begun an optimization, at random, so many times."""
-        deadline = time.monotonic() + 60 + 12 * count
+        deadline = time.monotonic() + 300 + 12 * count
         while len(set(self._lines("end"))) < count or self.kills < kills:
             assert time.monotonic() < deadline, (self._ledger / "output").read_text()[-3000:]
             time.sleep(0.05)
@@ -91,10 +91,11 @@ class Watchers:
                 victim = next((one for one in self._running if str(one.pid) == line.split()[2]), None)
                 if victim is not None and victim.poll() is None:
                     time.sleep(self._random.random() * 0.3)
-                    self.killed.add(line.split()[1])
                     victim.send_signal(signal.SIGKILL)
                     victim.wait()
                     self.kills += 1
+                    # What it worked on in the end: by the time of the kill it may have gone on to the next.
+                    self.killed.add([line for line in self._lines("begin") if line.split()[2] == str(victim.pid)][-1].split()[1])
         self._begun = len(begun)
 
     def _lines(self, kind: str) -> list[str]:
@@ -106,7 +107,7 @@ class Watchers:
         """Let each finish what it does, and end."""
         (self._ledger / "stop").touch()
         for process in self._running:
-            process.wait(120)
+            process.wait(300)
 
 
 def drop(checkpoint: Path, bucket: Path, faults: Faults) -> None:

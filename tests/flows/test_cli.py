@@ -22,7 +22,7 @@ def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
     """The installed command, as a user calls it."""
     command = str(Path(sys.executable).with_name("featherweight"))
     env = {**os.environ, **environment}
-    return subprocess.run([command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:

@@ -85,5 +85,5 @@ def test_it_is_the_command_alone_that_says_so_and_imports_nothing_heavy(tmp_path
     assert "featherweight init" in done.stdout and done.stdout.splitlines()[-1] == "set()"
     asked = {"_FEATHERWEIGHT_COMPLETE": "complete_bash", "COMP_WORDS": "featherweight adv", "COMP_CWORD": "1"}
     program = "import sys; sys.argv = ['featherweight']\nfrom flows.cli import main\nmain()"
-    told = subprocess.run([sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, timeout=60)
+    told = subprocess.run([sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, timeout=300)
     assert told.stdout.split() == ["advise"]

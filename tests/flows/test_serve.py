@@ -16,6 +16,7 @@ import pytest
 from featherweight.registry.lineage import build
 from tests.registry.test_pyfunc import NEW, PROMPTS, greedy, torch_folder
 from tests.support.registering import METRICS, MODEL, Bench, desk
+from tests.support.waiting import all_end
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,12 +47,12 @@ def test_the_champion_answers_who_has_the_token_until_it_is_stopped(desk: Bench,
         assert not any("t" * 20 in " ".join([*one.cmdline(), *one.environ().values()]) for one in below)
         asked = {"inputs": PROMPTS[:2], "params": {"max_new_tokens": NEW, "stop_at_end": False}}
         where = f"{ready['url']}/invocations"
-        assert httpx.post(where, json=asked, timeout=60).status_code == 401
-        answer = httpx.post(where, json=asked, timeout=60, headers={"Authorization": f"Bearer {'t' * 20}"})
+        assert httpx.post(where, json=asked, timeout=300).status_code == 401
+        answer = httpx.post(where, json=asked, timeout=300, headers={"Authorization": f"Bearer {'t' * 20}"})
         assert answer.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
     finally:
         server.terminate()
-        said, _ = server.communicate(timeout=60)
+        said, _ = server.communicate(timeout=300)
     assert (server.returncode, json.loads(said.splitlines()[-1])["event"]) == (0, "stopped")
-    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert all_end(*below)
     assert list((desk.root / "serving").iterdir()) == []

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +22,7 @@ from flows.watch_schedule import _deployment, parameters_of
 from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, require_own_run, tell
 from tasks.claims import Patience
 from tasks.stages import stage_named
+from tests.support.waiting import name_of_ended, until
 
 
 @pytest.fixture
@@ -136,8 +134,7 @@ def test_what_died_is_taken_up_again(harness: Path, tiny_checkpoint: Path, recip
     runs = ClaimRuns("")
     for state in (Pending(), Running()):
         runs.client.set_flow_run_state(claimed["flow_run"], state)
-    dead, here = subprocess.Popen(["true"]), process_name()
-    dead.wait()
+    here = process_name()
     for process, patience, status in (
         (here, {}, "running"),
         (f"elsewhere-{here}", {"silent_s": 1000.0}, "running"),
@@ -151,9 +148,7 @@ def test_what_died_is_taken_up_again(harness: Path, tiny_checkpoint: Path, recip
     runs.client.create_flow_run_from_deployment(deployment, **by_hand)
     again = look(tmp_path / "drop", recipe, tmp_path / "workspace", backoff_s=0.0)
     assert [(one["status"], one["tries"]) for one in again] == [("done", 2)]
-    runs.client.update_flow_run_labels(
-        UUID(again[0]["flow_run"]), {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))}
-    )
+    runs.client.update_flow_run_labels(UUID(again[0]["flow_run"]), {PROCESS: name_of_ended()})
     assert statuses(look(tmp_path / "drop", recipe, tmp_path / "workspace")) == {"one": "done"}
 
 
@@ -167,8 +162,7 @@ def test_the_slot_of_a_look_that_died_is_free_at_once(harness: Path) -> None:
     alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     parameters = {"source": "nowhere", "recipe": "recipe.yaml"}
     made: Any = watch_flow.to_deployment("freed", parameters=parameters, concurrency_limit=alone)
-    deployment, runs, dead = made.apply(), ClaimRuns("watch/freed"), subprocess.Popen(["true"])
-    dead.wait()
+    deployment, runs = made.apply(), ClaimRuns("watch/freed")
 
     def begun() -> tuple[UUID, str]:
         run = runs.client.create_flow_run_from_deployment(deployment)
@@ -180,7 +174,7 @@ def test_the_slot_of_a_look_that_died_is_free_at_once(harness: Path) -> None:
     assert (state, begun()[1]) == ("PENDING", "CANCELLED")
     runs.client.update_flow_run_labels(first, {PROCESS: process_name()})
     assert runs.free_dead() == 0 and begun()[1] == "CANCELLED"
-    runs.client.update_flow_run_labels(first, {PROCESS: process_name().replace(str(os.getpid()), str(dead.pid))})
+    runs.client.update_flow_run_labels(first, {PROCESS: name_of_ended()})
     assert runs.free_dead() == 1 and begun()[1] == "PENDING"
 
 
@@ -251,18 +245,12 @@ def test_a_written_checkpoint_starts_a_look_and_what_fails_is_told(harness: Path
         assert run.state and run.state.is_scheduled() and run.created_by and run.created_by.type == "AUTOMATION"
         runs.client.set_flow_run_state(run.id, Failed(message="it holds no model"), force=True)
         tell("quarantined", Claim("a-key", "fired"), 3, "s3://bucket/checkpoints/bad")
-        until(lambda: len(told) > 1)
-    for event, said in (("prefect.flow-run.Failed", "it holds no model"), ("featherweight.arrival.quarantined", "checkpoints/bad")):
-        assert any(event in text and said in text for text in told), told
-
-
-def until(found: Callable[[], Any], patience_s: float = 60) -> Any:
-    """What is found as soon as there is something; the server's services take a moment."""
-    deadline = time.monotonic() + patience_s
-    while not (what := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return what
+        # Those of earlier tests may still come meanwhile: the server tells a moment later.
+        for event, said in (
+            ("prefect.flow-run.Failed", "it holds no model"),
+            ("featherweight.arrival.quarantined", "checkpoints/bad"),
+        ):
+            until(lambda: any(event in text and said in text for text in told))  # noqa: B023 - it is called here and now
 
 
 @contextmanager

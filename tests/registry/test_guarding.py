@@ -124,7 +124,7 @@ def test_mlflows_own_delivery_undoes_what_was_moved(tmp_path: Path, monkeypatch:
         registry.client.set_registered_model_alias(MODEL, "champion", "2")
         event: Any = WebhookEvent.from_str("model_version_alias.created")
         deliver_webhook(event=event, payload=MOVED["data"], store=SqlAlchemyStore(address))  # type: ignore[arg-type]
-        guard.hear(heard.get(timeout=30))
+        guard.hear(heard.get(timeout=300))
         guard.turn()
         assert httpx.post(f"{url}/mlflow", json=MOVED).status_code == 401
         assert httpx.post(f"{url}/mlflow", content=b"x" * (BODY_BYTES + 1)).status_code == 413

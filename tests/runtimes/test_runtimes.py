@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from featherweight.runtimes.interface import by_length, windows_at_once
 from featherweight.runtimes.vllm.loaded import _ERROR
 from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
+from tests.support.waiting import all_end
 
 PROMPTS = [[0, 33, 60, 61], [0, 44, 51, 70, 71], [0, 90, 91, 92]]
 NEW = 20
@@ -173,7 +173,7 @@ def test_vllm_computes_what_pytorch_computes_and_leaves_nothing_behind(tmp_path,
         timing = worker.time(PROMPTS, NEW)
         assert 0 < timing.ttft_s < timing.total_s
         assert worker.peak_memory_bytes() > 2e8
-    assert processes and not psutil.wait_procs(processes, timeout=5)[1]
+    assert processes and all_end(*processes)
 
 
 # The process
@@ -242,10 +242,7 @@ def test_nothing_survives_a_killed_parent(served):
         assert parent.stdout
         worker = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    deadline = time.monotonic() + 10
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the worker outlived its parent"
-        time.sleep(0.05)
+    assert all_end(worker)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def three_at_once(folder: Path, code: str) -> list[str]:
         subprocess.Popen([*command, str(number)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for number in range(3)
     ]
-    ended = [process.communicate() for process in started]
+    ended = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], [error[-1000:] for _, error in ended]
     return [said.strip() for said, _ in ended]
 

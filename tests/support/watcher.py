@@ -60,7 +60,7 @@ def main(source: str, recipe: str, workspace: str, ledger: str) -> None:
 
     flows.watch.optimize_flow.fn = optimize  # with all that the real flow is told beside
     flows.watch.require_store = lambda *_: None
-    patience = Patience(tries=5, crashes=50, backoff_s=0.5, pending_s=15)
+    patience = Patience(tries=50, crashes=50, backoff_s=0.5, pending_s=15)
     told = parameters_of(source, Path(recipe), (), Path(workspace), "every", 0.3, patience)
     flows.watch.optimize_flow.to_deployment(told["deployment"].partition("/")[2]).apply()
     while not Path(ledger, "stop").exists():

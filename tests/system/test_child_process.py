@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 from featherweight import errors
 from featherweight.errors import DivergenceError, StageError
 from featherweight.system.child_process import ChildProcess, Messages, error_of, failure
+from tests.support.waiting import all_end
 
 TELL = "from featherweight.system.child_process import Channel; channel = Channel.claim_stdout(); "
 
@@ -45,7 +45,7 @@ def test_a_child_answers_in_order_and_ends_when_nobody_speaks_to_it() -> None:
     for number in range(3):
         asked = {"number": number, "long": "x" * 200_000}
         worker.send(asked)
-        assert worker.receive(60) == asked
+        assert worker.receive(300) == asked
     worker.close()
     assert worker.process.returncode == 0
     assert worker.tail() == "it was closed"
@@ -53,7 +53,7 @@ def test_a_child_answers_in_order_and_ends_when_nobody_speaks_to_it() -> None:
 
 def test_a_child_that_dies_is_told_by_how_and_its_last_words() -> None:
     worker = child("import sys, os; sys.stderr.write('password=hunter2 \\n\\n the  end\\n'); sys.stderr.flush(); os.abort()")
-    assert worker.receive(60) is None
+    assert worker.receive(300) is None
     assert (worker.ending(), worker.tail()) == (f"signal {signal.SIGABRT}", "its last words: password=*** | the end")
     with pytest.raises(BrokenPipeError):
         worker.send({})
@@ -63,15 +63,12 @@ def test_a_child_that_dies_is_told_by_how_and_its_last_words() -> None:
 def test_a_child_that_hangs_is_ended_with_all_of_its_own() -> None:
     start = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     worker = child(f"import subprocess, sys, time; {TELL}{start}; channel.send({{'pid': p.pid}}); time.sleep(600)")
-    pid = (worker.receive(60) or {})["pid"]
+    below = psutil.Process((worker.receive(300) or {})["pid"])
     with pytest.raises(TimeoutError, match="no answer in 0 s"):
         worker.receive(0.1)
     worker.kill()
     assert worker.ending() == f"signal {signal.SIGKILL}"
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert all_end(below)
     worker.close()
 
 
@@ -86,7 +83,7 @@ def test_children_that_share_a_pipe_do_not_talk_at_once(tmp_path: Path) -> None:
     )
     both = f"[subprocess.Popen([sys.executable, '-c', {talk!r}, {str(turn)!r}, who]) for who in 'ab']"
     worker, heard = child(f"import subprocess, sys; [one.wait() for one in {both}]"), []
-    while message := worker.receive(120):
+    while message := worker.receive(300):
         assert set(message["long"]) == {message["who"]}
         heard.append(message["who"])
     assert sorted(heard) == ["a"] * 20 + ["b"] * 20

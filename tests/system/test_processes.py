@@ -8,6 +8,7 @@ import sys
 import psutil
 
 from featherweight.system.processes import _name_of, has_ended, host_and_pid, is_running, process_name
+from tests.support.waiting import all_end
 
 
 def test_whether_a_process_still_runs() -> None:
@@ -16,8 +17,7 @@ def test_whether_a_process_still_runs() -> None:
     name = _name_of(other.pid)
     assert is_running(name) is True
     other.kill()
-    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
-        continue
+    assert all_end(psutil.Process(other.pid))
     assert is_running(name) is False  # killed, though nobody has waited for it
     other.wait()
     assert is_running(name) is False

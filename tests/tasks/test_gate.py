@@ -155,7 +155,7 @@ def test_page_is_escaped_and_asks_the_network_for_nothing(texts, tmp_path):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     command = [CHROMIUM, *flags, (folders["out"] / "validation.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert "<title>Validation: failed</title>" in dom.stdout
     assert "values must be less than or equal to" in dom.stdout
 

@@ -51,7 +51,7 @@ class Seen:
             for id in self.running:
                 self.most[id] = max(self.most[id], len(self.running))
         if node.id in self.together:
-            self.barrier.wait(20)
+            self.barrier.wait(120)
         with self.lock:
             self.running.remove(node.id)
         return Outcome(node.id, "done", {})
@@ -97,7 +97,7 @@ def test_what_ends_the_run_ends_the_processes_of_the_others() -> None:
             works.set()
             told.extend([child.wait(), stopped()])
         if node.id == "b":
-            works.wait(30)
+            assert works.wait(120)
             raise KeyboardInterrupt
         return Outcome(node.id, "done", {})
 

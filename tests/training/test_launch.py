@@ -15,6 +15,7 @@ from featherweight.spec import Spec
 from featherweight.system.processes import WORKERS_PEAK, highest, tree_peak_bytes
 from featherweight.training.data_parallel import leads
 from featherweight.training.launch import run_in_processes
+from tests.support.waiting import until
 
 
 class Heard(Progress):
@@ -90,8 +91,6 @@ def test_the_peak_of_processes_that_run_at_once_is_their_sum() -> None:
     child = [sys.executable, "-c", code]
     with subprocess.Popen([*child, *child], stdin=subprocess.PIPE) as parent:
         with highest(lambda: tree_peak_bytes(parent.pid), every_s=0.05) as peak:
-            deadline = time.monotonic() + 20
-            while peak() < 2 * 10**8 and time.monotonic() < deadline:
-                time.sleep(0.05)
+            until(lambda: peak() > 2 * 10**8)
         parent.communicate(b"\n\n")
     assert 2 * 10**8 < peak() < 4 * 10**8

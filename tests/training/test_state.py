@@ -18,7 +18,8 @@ from featherweight.training.plan import HeldOut, TrainingPlan
 from featherweight.training.state import FILE, Record
 
 BLOCKS = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(0))
-# A run of 12 steps with dropout, held-out text and split batches; argv: the scratch folder, and where the weights go.
+# A run of 12 steps with dropout, held-out text and split batches; argv: the scratch folder, where the weights go, and the step
+# after which it goes on no more.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -26,16 +27,21 @@ from safetensors.torch import save_model
 from tests.training.test_state import Printed, long_run, model
 
 trained = model()
-long_run(trained, Path(sys.argv[1]), Printed())
+long_run(trained, Path(sys.argv[1]), Printed(int(sys.argv[3])))
 save_model(trained, sys.argv[2])
 """
 
 
 class Printed(Progress):
-    """Every step on a line of its own."""
+    """Every step on a line of its own; at the step `last` it waits until it is killed."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
 
     def step(self, done: int, total: int, **values: float) -> None:
         print(done, flush=True)
+        if done == self.last:
+            signal.pause()
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -55,14 +61,14 @@ def model(seed: int = 0, dropout: float = 0.2) -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_dropout=dropout, **sizes))
 
 
-def start(scratch: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(scratch), str(out)]
+def start(scratch: Path, out: Path, last: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(scratch), str(out), str(last)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    killed = start(tmp_path, tmp_path / "never")
+    killed = start(tmp_path, tmp_path / "never", last=11)
     assert killed.stdout
     for line in killed.stdout:
         if line == "7\n":  # saved after 6 steps, or after some more by the time that the signal comes
@@ -70,7 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
             break
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "never").exists()
-    told = start(tmp_path, tmp_path / "out").communicate(timeout=120)[0].splitlines()
+    told = start(tmp_path, tmp_path / "out").communicate(timeout=600)[0].splitlines()
     assert any(line in told for line in [f"resuming at step {step}" for step in range(6, 12)])
     whole, resumed = model(), model(seed=1)
     long_run(whole, None, Progress())
