@@ -11,11 +11,12 @@ from typing import Any
 
 from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.registry.auditing import Finding, audit_model
-from featherweight.registry.lineage import Lineage, Verdict, from_registry, of_version, verify
+from featherweight.registry.commit import Cell
+from featherweight.registry.lineage import Lineage, Verdict, of_version, verify
 from featherweight.registry.lineage_page import write_lineage_page
-from featherweight.registry.out_of_band import look
+from featherweight.registry.out_of_band import look, out_of_step
 from featherweight.registry.registry import Registry
-from featherweight.registry.versions import parse_reference
+from featherweight.registry.versions import RegisteredModel, parse_reference
 from featherweight.store.workspace import Workspace
 from featherweight.system.user import user_name
 
@@ -24,19 +25,22 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Audit:
-    """A lineage and, where asked for, what verifying it found."""
+    """A lineage and, where asked for, what verifying it found. behind: what in MLflow does not follow the history, in a line."""
 
     lineage: Lineage
     verdicts: tuple[Verdict, ...]
+    behind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**json.loads(self.lineage.to_json()), "verdicts": [asdict(verdict) for verdict in self.verdicts]}
+        told = {"verdicts": [asdict(verdict) for verdict in self.verdicts], "behind": self.behind}
+        return {**json.loads(self.lineage.to_json()), **told}
 
     def to_text(self) -> str:
         """The lineage, then one line per verified part."""
         lines = [f"{v.state:8} {v.part}{f'  {v.reason}' if v.reason else ''}" for v in self.verdicts]
-        return "\n".join([self.lineage.to_text(), *(["", "verified:", *lines] if lines else [])])
+        behind = ["", self.behind] if self.behind else []
+        return "\n".join([self.lineage.to_text(), *(["", "verified:", *lines] if lines else []), *behind])
 
     def raise_if_wrong(self) -> None:
         """Raise IntegrityError naming the parts that are not what they were, and those that are gone."""
@@ -46,20 +50,20 @@ class Audit:
 
 
 def audit(workspace: Workspace, reference: str, check: bool, page: Path | None = None) -> Audit:
-    """The lineage of a registered version, verified where `check`. Raises GateError where there is no such version.
+    """The lineage of a registered version, verified where `check`; nothing is changed. Raises GateError for no such version.
 
     page: where to write it as a page.
     """
     registry = Registry(workspace.tracking_uri)
     registry.check()
     model, version = parse_reference(reference, "champion")
-    look(registry, model)
-    found = from_registry(registry, model, version)
-    verdicts = tuple(verify(found, registry)) if check else ()
+    seen = registry.model(model)
+    found = of_version(registry, seen, seen.pick(version))
+    verdicts = tuple(verify(found, registry, seen)) if check else ()
     if page is not None:
         findings = [Finding(model, found.version, one.part, one.state, one.reason) for one in verdicts]
         write_lineage_page(page, f"{model}/{found.version}", findings, [found])
-    return Audit(found, verdicts)
+    return Audit(found, verdicts, out_of_step(seen))
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,16 @@ def _where(finding: Finding) -> str:
 
 
 def audit_registry(workspace: Workspace, name: str, repair: bool, page: Path | None = None) -> RegistryAudit:
-    """Audit one registered model, or all for ''.
+    """Audit one registered model, or all for ''. Nothing is changed, but where `repair` says so.
 
-    page: where to write what was found, with the lineage of every version that has one. repair: first take unreadable
-    history entries out, let what is left of a cut history count, and complete what follows from it.
+    page: where to write what was found, with the lineage of every version that has one. repair: first record what was moved in
+    MLflow, take unreadable history entries out, let what is left of a cut history count, and complete what follows from it.
     """
     registry = Registry(workspace.tracking_uri)
     registry.check()
     names = [parse_reference(name, "champion")[0]] if name else registry.models()
-    moved = [finding for one in names for finding in _moved(registry, one)]
     repaired = [line for one in names for line in _repair(registry, one)] if repair else []
-    findings = (*moved, *(finding for one in names for finding in audit_model(registry, one)))
+    findings = tuple(finding for one in names for finding in audit_model(registry, one))
     if page is not None:
         write_lineage_page(page, name or "all registered models", findings, list(_lineages(registry, names)))
     return RegistryAudit(findings, tuple(repaired))
@@ -121,20 +124,23 @@ def _lineages(registry: Registry, names: Iterable[str]) -> Iterator[Lineage]:
                 yield of_version(registry, seen, version)
 
 
-def _moved(registry: Registry, name: str) -> Iterator[Finding]:
-    """What somebody had moved in MLflow, which is in the history from now on."""
-    _, moved = look(registry, name)
-    if moved:
-        yield Finding(name, "", "out of band", "out of step", f"{moved.why} (entry {moved.entry})")
-
-
 def _repair(registry: Registry, name: str) -> Iterator[str]:
+    """Mend what follows from the history of a model, and the history; a line for each thing that was."""
+    behind = _behind(registry.model(name))
+    moved = look(registry, name)[1]
+    if moved:
+        yield f"{name}: {moved.to_text()}"
     for number in registry.quarantine(name):
         why = "was not readable, or no trusted key signed it"
         yield f"{name}: history entry {number} is out, it {why}; its text is in the model's tag quarantined.{number}"
-    behind = registry.model(name).behind()
+    behind |= _behind(registry.model(name))
     entry = registry.repair(name, user_name())
     if entry is not None:
         yield f"{name}: entry {entry.number}, {entry.told()}"
     registry.settle(name)
-    yield from (f"{name}: {cell.kind} {cell.name} follows the history again" for cell, _ in behind)
+    yield from (f"{name}: {cell.told} follows the history again" for cell in behind)
+
+
+def _behind(seen: RegisteredModel) -> dict[Cell, str | None]:
+    """What a writer that stopped left to be completed; what somebody moved is told by the look."""
+    return {cell: value for cell, value in seen.behind() if cell not in seen.out_of_band()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from featherweight.errors import RecipeError
 from featherweight.registry.comparing import VersionComparison, compare
 from featherweight.registry.impact import Impact, Kind, impact
+from featherweight.registry.out_of_band import out_of_step
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
@@ -18,7 +21,8 @@ def compared(workspace: Workspace, a: str, b: str) -> VersionComparison:
     beside, other = parse_reference(f"{model}/{b}" if b.isdigit() else f"{model}{b}" if b.startswith("@") else b, "champion")
     seen = registry.model(model)
     others = seen if beside == model else registry.model(beside)
-    return compare(registry, seen.pick(version), others.pick(other))
+    notes = dict.fromkeys(filter(None, map(out_of_step, (seen, others))))
+    return replace(compare(registry, seen.pick(version), others.pick(other)), notes=tuple(notes))
 
 
 def depending(workspace: Workspace, checkpoint: str, data: str, library: str) -> Impact:

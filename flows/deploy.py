@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import RecipeError, ServiceError, nearest
+from featherweight.registry.out_of_band import out_of_step
 from featherweight.registry.registry import Registry
 from featherweight.registry.serving.deployment import MODEL, START, Deployment, deployment_of, write_folder
 from featherweight.registry.serving.following import named
@@ -42,7 +43,7 @@ class Deployed:
 
 
 def deploy(workspace: Workspace, reference: str, to: str, out: Path, image: str, storage: str) -> Deployed:
-    """Write a verified version to the new folder `out`, whole or not at all.
+    """Write a verified version to the new folder `out`, whole or not at all; nothing is changed in MLflow.
 
     image, storage: what a container runs, and where a cluster finds the folder; by default as `manifests` says, and a claim of
     the model's name. Raises RecipeError, GateError, IntegrityError, ToolchainError, ServiceError.
@@ -53,8 +54,9 @@ def deploy(workspace: Workspace, reference: str, to: str, out: Path, image: str,
         raise RecipeError(f"{out} is there already; --out names another folder")
     registry = Registry(workspace.tracking_uri)
     registry.check()
-    notes: list[str] = []
-    seen, version = named(registry, *parse_reference(reference, "champion"), notes.append)
+    model, wanted = parse_reference(reference, "champion")
+    seen = registry.model(model)
+    version, notes = named(seen, wanted), tuple(filter(None, [out_of_step(seen)]))
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as scratch:
@@ -66,7 +68,7 @@ def deploy(workspace: Workspace, reference: str, to: str, out: Path, image: str,
             (Path(scratch) / "layout" if to == "oci" else made).rename(out)
     except OSError as error:
         raise ServiceError(f"cannot write {out}: {error.strerror or error}") from error
-    return Deployed(told, out, run.replace("OUT", str(out)), tuple(notes))
+    return Deployed(told, out, run.replace("OUT", str(out)), notes)
 
 
 def _write(told: Deployment, to: str, made: Path, layout: Path, image: str, storage: str) -> str:

@@ -50,21 +50,15 @@ class Reading:
 
     def lineage(self, model: str) -> dict[str, Any]:
         """What a registered version (NAME, NAME@ALIAS or NAME/NUMBER) is made of: checkpoint, data, recipe, code, every stage."""
-        from dataclasses import asdict
+        from flows.audit import audit
 
-        from featherweight.registry.lineage import from_registry
-        from featherweight.registry.registry import Registry
-        from featherweight.registry.versions import parse_reference
-
-        return asdict(from_registry(Registry(self._workspace().tracking_uri), *parse_reference(model, "champion")))
+        return audit(self._workspace(), model, check=False).to_dict()
 
     def audit(self, model: str) -> dict[str, Any]:
         """Whether everything stored of a registered model is what was signed, decided and measured. Reads every byte of it."""
-        from featherweight.registry.auditing import audit_model
-        from featherweight.registry.registry import Registry
-        from flows.audit import RegistryAudit
+        from flows.audit import audit_registry
 
-        return RegistryAudit(tuple(audit_model(Registry(self._workspace().tracking_uri), model))).to_dict()
+        return audit_registry(self._workspace(), model, repair=False).to_dict()
 
     def _workspace(self) -> Workspace:
         configure(self._root)

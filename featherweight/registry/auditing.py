@@ -70,15 +70,10 @@ def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
 
 def _cells(seen: RegisteredModel) -> Iterator[Finding]:
     """Aliases, tags and stages that do not follow the history."""
-    words = {
-        "alias": "alias {0}",
-        "tag": "stage tag of version {0}",
-        "stage": "MLflow's stage of version {0}",
-        "mark": "history_head",
-    }
-    for cell, value in seen.behind():
-        part = words[cell.kind].format(cell.name)
-        yield Finding(seen.model, "", part, "out of step", f"the history has it at {value or 'nothing'}")
+    moved = seen.out_of_band()
+    for cell, value in [*seen.behind(), *((one, None) for one in moved if not seen.history.entries)]:
+        by = f"somebody set it to {moved[cell] or 'nothing'} in MLflow, " if cell in moved else ""
+        yield Finding(seen.model, "", cell.told, "out of step", f"{by}the history has it at {value or 'nothing'}")
 
 
 def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys) -> Iterator[Finding]:

@@ -30,6 +30,12 @@ class Cell(NamedTuple):
     kind: str
     name: str
 
+    @property
+    def told(self) -> str:
+        """The same in words."""
+        words = {"alias": "alias {0}", "tag": "the stage tag of version {0}", "stage": "MLflow's stage of version {0}"}
+        return words.get(self.kind, "the mark of the history's end").format(self.name)
+
 
 class Seen(Protocol):
     """What a store held at one look. Its cells were read before its history, which so is never older than they."""

@@ -47,7 +47,7 @@ class Difference:
 class VersionComparison:
     """Version `b` beside version `a`. paired: how much worse b predicts the very same windows of text, None for other text.
 
-    quality: that in words. recipe, lineage: what differs.
+    quality: that in words. recipe, lineage: what differs. notes: what else is to be known.
     """
 
     a: str
@@ -57,6 +57,7 @@ class VersionComparison:
     quality: str
     recipe: tuple[Difference, ...]
     lineage: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -71,7 +72,7 @@ class VersionComparison:
         for title, found in (("recipe", self.recipe), ("lineage", self.lineage)):
             lines += ["", f"{title}: {len(found) or 'no'} difference{'' if len(found) == 1 else 's'}"]
             lines += [f"  {one.part}: {one.a or 'none'} → {one.b or 'none'}" for one in found]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)

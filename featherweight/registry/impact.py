@@ -38,13 +38,17 @@ class Affected:
 
 @dataclass(frozen=True)
 class Impact:
-    """What depends on something. unknown: versions whose lineage cannot be believed, with the reason; they may depend too."""
+    """What depends on something. unknown: versions whose lineage cannot be believed, with the reason; they may depend too.
+
+    behind: models of which MLflow shows otherwise than their histories, which say what is deployed.
+    """
 
     kind: Kind
     wanted: str
     affected: tuple[Affected, ...]
     unknown: tuple[str, ...]
     looked_at: int
+    behind: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -56,7 +60,8 @@ class Impact:
         count = f"{len(self.affected)} of {self.looked_at} versions"
         first = f"{count} depend on {self.kind} {self.wanted}, {deployed} of them deployed"
         lines = [f"{one.stage:<11}{one.model}/{one.version}  {one.variant}  by {', '.join(one.through)}" for one in self.affected]
-        return "\n".join([first, *lines, *(f"unknown    {one}" for one in self.unknown)])
+        behind = [f"out of step (`featherweight audit`): {', '.join(self.behind)}"] if self.behind else []
+        return "\n".join([first, *lines, *(f"unknown    {one}" for one in self.unknown), *behind])
 
 
 def impact(registry: Registry, kind: Kind, wanted: str, cache: Path | None = None) -> Impact:
@@ -64,14 +69,16 @@ def impact(registry: Registry, kind: Kind, wanted: str, cache: Path | None = Non
 
     cache: a folder for lineages of a remote store, by their digests.
     """
-    versions = [version for model in registry.all_models() for version in model.versions.values()]
+    models = registry.all_models()
+    versions = [version for model in models for version in model.versions.values()]
     with ThreadPoolExecutor(READERS) as pool:
         graphs = list(pool.map(lambda version: _graph(registry, version, cache), versions))
     told = [(version, graph) for version, graph in zip(versions, graphs, strict=True)]
     found = [_affected(version, kind, wanted, graph) for version, graph in told if isinstance(graph, LineageGraph)]
     affected = sorted((one for one in found if one.through), key=lambda one: (not one.deployed, one.model, int(one.version)))
     unknown = (f"{version.model}/{version.version}: {reason}" for version, reason in told if isinstance(reason, str))
-    return Impact(kind, wanted, tuple(affected), tuple(unknown), len(versions))
+    behind = tuple(model.model for model in models if model.behind() or model.out_of_band())
+    return Impact(kind, wanted, tuple(affected), tuple(unknown), len(versions), behind)
 
 
 def _graph(registry: Registry, version: RegisteredVersion, cache: Path | None) -> LineageGraph | str:

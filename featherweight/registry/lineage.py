@@ -251,6 +251,7 @@ def read_graph(registry: Registry, version: RegisteredVersion, cache: Path | Non
 
 def _keep(path: Path, text: str) -> None:
     """Write a file of the cache; others may write the same one at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as part:
         part.write(text)
     Path(part.name).replace(path)

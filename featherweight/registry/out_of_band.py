@@ -47,7 +47,7 @@ class OutOfBand:
 
 
 def look(registry: Registry, model: str, settle_s: float = SETTLE_S) -> tuple[RegisteredModel, OutOfBand | None]:
-    """A model as every reader looks at it: what was moved behind the history is recorded, and MLflow shows what the history says.
+    """A model as whoever decides looks at it: what was moved behind the history is recorded, and MLflow shows what that says.
 
     The last promotion's rule says what becomes of it: 'undo' it, 'keep' it where the gates let it pass, or only 'tell' of it.
     Nothing is written on a history that was cut off or altered, nor by whom MLflow lets read alone: that one is told how things
@@ -64,6 +64,16 @@ def look(registry: Registry, model: str, settle_s: float = SETTLE_S) -> tuple[Re
     except Forbidden:
         left = OutOfBand(model, 0, "left as it is", f"{_told(seen, moved)}; not recorded: no right to write") if moved else None
         return seen, left
+
+
+def out_of_step(seen: RegisteredModel) -> str:
+    """What MLflow shows otherwise than the history has it, in a line, for who looks and changes nothing; '' where all follows."""
+    moved = seen.out_of_band()
+    behind = [cell for cell, _ in seen.behind() if cell not in moved]
+    told = [_told(seen, moved)] if moved else []
+    told += [f"{len(behind)} aliases, tags and stages are behind the history"] if behind else []
+    way = f"this look changes nothing, `featherweight audit {seen.model} --repair` does"
+    return f"out of step: {', '.join(told)}; {way}" if told else ""
 
 
 def _lasting(registry: Registry, seen: RegisteredModel, settle_s: float) -> dict[Cell, str | None]:
@@ -164,11 +174,7 @@ def _refusal(gates: tuple[GateResult, ...]) -> str:
 
 def _told(seen: RegisteredModel, moved: Mapping[Cell, str | None]) -> str:
     """What was moved, from where to where."""
-    words = {"alias": "alias {0}", "tag": "the stage tag of version {0}", "stage": "MLflow's stage of version {0}"}
     wanted = dict(seen.behind()) if seen.history.entries else {}
-    lines = [
-        f"{words[cell.kind].format(cell.name)} went from {wanted.get(cell) or 'nothing'} to {value or 'nothing'}"
-        for cell, value in moved.items()
-    ]
+    lines = [f"{cell.told} went from {wanted.get(cell) or 'nothing'} to {value or 'nothing'}" for cell, value in moved.items()]
     more = f" and {len(lines) - CELLS} more" if len(lines) > CELLS else ""
     return ", ".join(lines[:CELLS]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +11,10 @@ from featherweight.errors import FeatherweightError, Forbidden, ServiceError, Un
 
 # MLflow answers an unknown alias with the second.
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "NoSuchKey", "404")
-# MLflow's client tells of a connection that failed in words only, and so do PostgreSQL's drivers.
+# MLflow's client tells of a connection that failed in words only, and so do PostgreSQL's drivers. It begins with the same words
+# where a server, or a gateway before it, answers with a status and no JSON: 4xx is what the server says, 5xx the gateway.
 _NO_SERVER = ("API request to", "Max retries exceeded", "Connection refused", "Connection aborted", "Read timed out")
+_ANSWERED = re.compile(r"API request to endpoint .* failed with error code 4(?!08|29)")
 _NO_DATABASE = ("could not connect", "connection to server", "Connection refused", "server closed the connection", "starting up")
 NO_RIGHT = "PERMISSION_DENIED"
 REFUSED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
@@ -58,6 +61,8 @@ def _is_away(error: Exception) -> bool:
         return True
     if isinstance(error, OperationalError | InterfaceError):
         return error.connection_invalidated or any(words in str(error.orig) for words in _NO_DATABASE)
+    if _ANSWERED.match(str(error)):
+        return False
     return _code(error) == "TEMPORARILY_UNAVAILABLE" or any(words in str(error) for words in _NO_SERVER)
 
 

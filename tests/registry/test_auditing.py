@@ -272,11 +272,14 @@ def test_the_audit_repairs_what_follows_and_takes_out_what_cannot_be_read(whole:
     assert audit_registry(workspace, "", False).to_text().endswith(" ok, 0 not")
     client.set_registered_model_alias(MODEL, "champion", "1")
     client.set_model_version_tag(SIDE, "1", ENTRY, "no JSON")
+    held = whole.state()
     before = audit_registry(workspace, MODEL, False)
     assert {one.state for one in before.wrong} >= {"altered", "out of step"}
+    assert "alias champion  somebody set it to 1 in MLflow, the history has it at 2" in before.to_text()
+    assert whole.state() == held
     repaired = audit_registry(workspace, MODEL, True)
     assert [one.state for one in repaired.wrong if one.state == "out of step"] == []
     assert any("entry 1 is out, it was not readable" in line for line in repaired.repaired)
-    assert "alias champion went from 2 to 1; undone" in before.to_text()
+    assert "alias champion went from 2 to 1; undone" in repaired.to_text()
     assert client.get_registered_model(MODEL).aliases["champion"] == 2
     assert json.loads(json.dumps(repaired.to_dict()))["ok"] is False  # what was taken out stays told

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.errors import CheckpointError, GateError, ServiceError
+from featherweight.errors import CheckpointError, Forbidden, GateError, ServiceError, Unreachable
 from featherweight.registry.promotion import gated_transition
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
@@ -114,3 +114,19 @@ def test_errors_of_mlflow_are_one_line_and_those_of_others_pass(desk: Bench) -> 
         1 / 0  # noqa: B018
     with pytest.raises(FileNotFoundError), mlflow_explained(uri):
         Path("absent").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(403, Forbidden), (401, ServiceError), (404, ServiceError), (429, Unreachable), (502, Unreachable), (503, Unreachable)],
+)
+def test_what_a_server_says_without_json_is_no_server_that_is_away(status: int, kind: type[ServiceError]) -> None:
+    """MLflow's own basic auth answers so, as gateways do."""
+    from mlflow.utils.rest_utils import verify_rest_response
+    from requests import Response
+
+    answer = Response()
+    answer.status_code, answer._content = status, b"Permission denied"
+    with pytest.raises(ServiceError) as told, mlflow_explained("http://mlflow"):
+        verify_rest_response(answer, "/api/2.0/mlflow/model-versions/create")
+    assert type(told.value) is kind

@@ -113,8 +113,11 @@ class Follower:
         self.tell("switched", f"version {version.version} ({version.variant}) serves, {was} has answered its last request")
 
     def _wanted(self) -> tuple[RegisteredModel, RegisteredVersion]:
-        """The model as every reader looks at it, and the version that is to be served."""
-        return named(self.registry, self.model, self.reference, lambda text: self.tell("note", text))
+        """The model, with what somebody moved in MLflow recorded and undone or kept, and the version that is to be served."""
+        seen, moved = look(self.registry, self.model)
+        if moved:
+            self.tell("note", moved.to_text())
+        return seen, named(seen, self.reference)
 
     def _started(self, seen: RegisteredModel, version: RegisteredVersion) -> Backend:
         """A server of a version that has answered, from a verified copy of its files."""
@@ -167,17 +170,11 @@ class Follower:
         failure.times += 1
 
 
-def named(registry: Registry, model: str, reference: str, tell: Callable[[str], None]) -> tuple[RegisteredModel, RegisteredVersion]:
-    """A model as every reader looks at it, and the version that a number or an alias names, fit to be served.
-
-    tell: is told what somebody moved in MLflow. Raises GateError, IntegrityError.
-    """
-    seen, moved = look(registry, model)
-    if moved:
-        tell(moved.to_text())
+def named(seen: RegisteredModel, reference: str) -> RegisteredVersion:
+    """The version that a number or an alias names, fit to be served. Raises GateError, IntegrityError."""
     seen.require_whole()
     if fault := witnessed_fault(seen.born, seen.history, Keys.here()):
-        raise IntegrityError(f"{fault}; see `featherweight audit {model}`")
+        raise IntegrityError(f"{fault}; see `featherweight audit {seen.model}`")
     if not reference.isdigit() and reference not in seen.aliases:
-        raise GateError(f"model '{model}' has no {reference} (`featherweight promote {model}/NUMBER`)")
-    return seen, seen.pick(reference)
+        raise GateError(f"model '{seen.model}' has no {reference} (`featherweight promote {seen.model}/NUMBER`)")
+    return seen.pick(reference)
