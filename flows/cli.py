@@ -473,9 +473,9 @@ def gc(
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
 def mcp(workspace: WorkspaceOpt = HERE) -> None:
     """Serve plan, variants, lineage and audit over standard input and output as an MCP server (extra `mcp`); it changes nothing."""
-    from flows.mcp_server import server
+    from flows.mcp_server import serve as serve_tools
 
-    server(workspace).run("stdio")
+    serve_tools(workspace)
 
 
 @app.command(rich_help_panel=RUN)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -10,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight import __version__
-from featherweight.errors import FeatherweightError, ToolchainError, one_line
+from featherweight.errors import FeatherweightError, Stopped, ToolchainError, one_line
 from featherweight.store.workspace import Workspace
 from featherweight.system.environment import configure
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
 
+INTERRUPTED = Stopped.exit_code
 HELP = (
     "Featherweight optimizes transformer checkpoints. These tools read: what a recipe would make, what the latest optimization "
     "measured, what registered versions are made of and whether all of it is still what was signed, decided and measured."
@@ -63,6 +66,19 @@ class Reading:
     def _workspace(self) -> Workspace:
         configure(self._root)
         return Workspace.at(self._root)
+
+
+def serve(root: Path) -> None:
+    """Serve over standard input and output until the client ends, however it does. Raises ToolchainError as `server` does.
+
+    Ctrl-C ends it at once: a thread waits for standard input, and nothing here is half written.
+    """
+    made = server(root)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        made.run("stdio")
+    except* BrokenPipeError:  # the client died before it was answered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def server(root: Path) -> MCPServer[Any]:

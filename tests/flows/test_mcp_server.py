@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,17 @@ def test_it_speaks_over_standard_input_and_output(tmp_path: Path) -> None:
             return await client.call_tool("next_step", {})
 
     assert "featherweight --help" in asyncio.run(ask()).content[0].text
+
+
+def test_it_ends_quietly_when_its_client_dies_unanswered(tmp_path: Path) -> None:
+    about = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "dies", "version": "1"}}
+    begin = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": about}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-m", "flows.cli", "mcp", "-w", str(tmp_path)], text=True, **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        print(json.dumps(begin), file=process.stdin, flush=True)
+        assert '"serverInfo"' in process.stdout.readline()
+        process.stdout.close()
+        print(json.dumps({"jsonrpc": "2.0", "id": 2, "method": "ping"}), file=process.stdin, flush=True)
+        process.stdin.close()
+        assert (process.wait(120), process.stderr.read()) == (0, "")
