@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -207,6 +208,11 @@ def prefect_attacked(port: int, known: dict[str, str]) -> list[str]:
         asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
         foreign = client.options(f"{server}/api/flows/filter", headers=asked)
         assert "access-control-allow-origin" not in foreign.headers
+        # A browser keeps no password that it was not asked for, and a form's text is no JSON.
+        refused = client.post(f"{server}/api/flows/filter", json={}, headers={"Host": "evil.example"})
+        assert (refused.status_code, refused.headers.get("www-authenticate")) == (401, None)
+        form = {"Origin": "http://evil.example", "Content-Type": "text/plain"}
+        assert client.post(f"{server}/api/flows/", content='{"name": "x"}', auth=right, headers=form).status_code == 422
     said = wrong(answers, {401})
     for path in (
         "events/in",
@@ -230,8 +236,27 @@ def prefect_attacked(port: int, known: dict[str, str]) -> list[str]:
     return said
 
 
+ROUTES = """
+import json, os
+os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
+from mlflow.server.auth import app, create_app
+routes = {(method, one.path) for one in create_app().routes for method in getattr(one, "methods", None) or ()}
+routes |= {(method, str(rule)) for rule in app.url_map.iter_rules() for method in rule.methods}
+print(json.dumps(sorted(routes)))
+"""
+
+
+def mlflow_routes(settings: Path) -> list[tuple[str, str]]:
+    """Method and path of whatever MLflow's server answers, parts of paths that vary filled in."""
+    told = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "s", "MLFLOW_AUTH_ADMIN_PASSWORD": "s" * 12}
+    done = subprocess.run([sys.executable, "-c", ROUTES], env={**os.environ, **told}, capture_output=True, text=True, check=True)
+    routes = [(method, re.sub(r"<[^>]*>|{[^}]*}", "x", path)) for method, path in json.loads(done.stdout.splitlines()[-1])]
+    return [(method, path) for method, path in routes if method not in ("HEAD", "OPTIONS")]
+
+
 def mlflow_attacked(port: int, known: dict[str, str]) -> list[str]:
-    """Registry, runs, artifacts, users and pages; a foreign Host, a foreign origin, a form without its token."""
+    """Every route without credentials; what changes anything, from pages of other origins that lend the admin's; others' users,
+    foreign hosts."""
     server, right = f"http://127.0.0.1:{port}", ("admin", known["mlflow"])
     api, artifacts = f"{server}/api/2.0/mlflow", f"{server}/api/2.0/mlflow-artifacts/artifacts"
     asked = [
@@ -243,17 +268,27 @@ def mlflow_attacked(port: int, known: dict[str, str]) -> list[str]:
         ("POST", f"{server}/ajax-api/3.0/mlflow/get-trace-artifact"),
     ]
     answers = {}
-    for auth in (None, ("admin", "password1234"), ("admin", "")):
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Path(scratch) / "basic_auth.ini"
+        settings.write_text((ROOT / "mlflow" / "basic_auth.ini").read_text().replace("sqlite:///", f"sqlite:///{scratch}/"))
+        routes = mlflow_routes(settings)
+    assert len(routes) > 400
+    open_to_all = ("/health", "/api/3.0/mlflow/server-info", "/ajax-api/3.0/mlflow/server-info", "/static-files/x")
+    with httpx.Client(timeout=60) as client:
+        for method, path in routes:
+            if path not in open_to_all:
+                answers[f"{method} {path}"] = client.request(method, server + path).status_code
+            for origin in ("http://evil.example", "null", "https://127.0.0.1.evil.example") if method != "GET" else ():
+                headers, told = {"Origin": origin, "Content-Type": "text/plain"}, f"{method} {path} from {origin}"
+                status = client.request(method, server + path, auth=right, content="{}", headers=headers).status_code
+                answers[told] = 403 if (path, status) == ("/graphql", 400) else status  # which takes no form
+    for auth in (("admin", "password1234"), ("admin", "")):
         for method, url in asked:
             answers[f"{method} {url} as {auth}"] = httpx.request(method, url, auth=auth, timeout=30).status_code
     search = f"{api}/experiments/search?max_results=1"
     assert httpx.get(search, auth=right).status_code == 200
     for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{port}"}):
         answers[str(headers)] = httpx.get(search, auth=right, headers=headers).status_code
-    body = {"name": "from another page"}
-    answers["origin"] = httpx.post(
-        f"{api}/experiments/create", json=body, auth=right, headers={"Origin": "http://evil.example"}
-    ).status_code
     return wrong(answers, {401, 403})
 
 

@@ -19,7 +19,7 @@ from flows.deploy import deploy
 from flows.history import history_of
 from flows.mcp_server import Reading
 from tests.support.mlflow_server import mlflow_server
-from tests.support.registering import METRICS, MODEL, Bench, bench
+from tests.support.registering import MODEL, Bench, bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 ADMIN, READER, SECRET = "admin", "reader", "a long password"
@@ -51,7 +51,8 @@ def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 
 def test_every_reader_is_answered_and_told_what_is_behind(moved: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, workspace = moved.state(), Workspace(moved.root, moved.registry.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", moved.registry.tracking_uri)
+    before, workspace = moved.state(), Workspace.at(moved.root)
     become(READER, monkeypatch)
     with pytest.raises(Forbidden, match="does not let this user do that"):
         Registry(workspace.tracking_uri).transition(MODEL, "2", "production", who="eve", why="x")
@@ -62,6 +63,7 @@ def test_every_reader_is_answered_and_told_what_is_behind(moved: Bench, monkeypa
         "compare": compared(workspace, f"{MODEL}/1", "2").to_text(),
         "impact": depending(workspace, "", "", "torch").to_text(),
         "deploy": deploy(workspace, MODEL, "folder", moved.root / "out", "", "").to_text(),
+        "mcp": Reading(moved.root).lineage(MODEL)["behind"],
     }
     for command, text in told.items():
         words = {"audit": "alias champion  somebody set it to 2", "impact": f"out of step (`featherweight audit`): {MODEL}"}
