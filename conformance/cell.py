@@ -17,7 +17,7 @@ from conformance.outcome import Outcome, bytes_of
 from conformance.tiny import Case, make, write_text
 from featherweight.errors import FeatherweightError, ParityError, StageError, ToolchainError, one_line
 from featherweight.grid import GRIDS
-from featherweight.model.architecture import Family
+from featherweight.model.architecture import Family, eager_differs
 from featherweight.model.matrices import in_float, matrices, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
@@ -305,9 +305,10 @@ def _reference(model: Any, checkpoint: Path, text: Path) -> Reference:
 
 
 def _eager(model: Any) -> Any:
-    """The model with the attention that transformers writes out in PyTorch, in every stack."""
-    for config in _configs(model):
-        config._attn_implementation = "eager"
+    """The model with the attention that transformers writes out in PyTorch, in every stack, where that is the model's."""
+    if not eager_differs(model.config):
+        for config in _configs(model):
+            config._attn_implementation = "eager"
     return model
 
 

@@ -244,7 +244,15 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
                 weight.normal_(0, 0.2)
             elif "norm" in name or "ln_" in name:
                 weight.add_(torch.randn_like(weight) * 0.2)
+        _spread_head(model)
     return model
+
+
+def _spread_head(model: PreTrainedModel) -> None:
+    """T5's own head about as a tied one is scaled: logits of many nats would tell of nothing but their size."""
+    if "t5" in model.config.model_type and hasattr(model, "lm_head") and not getattr(model.config, "scale_decoder_outputs", False):
+        head: Any = model.lm_head
+        head.weight.mul_(HIDDEN**-0.5 / 2)
 
 
 def _give_ends(case: Case, model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:

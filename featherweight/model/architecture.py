@@ -397,6 +397,11 @@ def attention_options(config: PreTrainedConfig) -> dict[str, str]:
     return {"attn_implementation": "eager"} if attention_cap(config) or config.model_type in LOOKS_AHEAD else {}
 
 
+def eager_differs(config: PreTrainedConfig) -> bool:
+    """Whether transformers' eager attention is not the model's: Falcon's adds its ALiBi bias twice (transformers 5.17)."""
+    return config.model_type == "falcon" and bool(getattr(config, "alibi", False))
+
+
 def attention_cap(config: Any) -> float | None:
     """What the logits of attention are capped by, in the model or a stack of it; None for no cap."""
     told = config.get_text_config().to_dict()

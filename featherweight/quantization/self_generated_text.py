@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from featherweight.model.decoding import Reading
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedModel
@@ -43,11 +45,9 @@ def _sample(model: PreTrainedModel, passages: Tensor, length: int, generator: Ge
     import torch
 
     ends, restart = _ends(model), passages[:, :1]
-    blocks, read, cache = passages, passages, None
+    blocks, read, reading = passages, passages, Reading(model)
     while blocks.shape[1] < length:
-        output = model(input_ids=read.to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        drawn = _draw(output.logits[:, -1].cpu(), generator)
+        drawn = _draw(reading.next(read.to(model.device)).cpu(), generator)
         read = torch.where(torch.isin(drawn, ends), restart, drawn)
         blocks = torch.cat([blocks, read], dim=1)
     return blocks

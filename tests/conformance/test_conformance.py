@@ -202,6 +202,10 @@ ONCE_WRONG = (
     ("phi", "onnxruntime-genai"),
     ("gemma2", "torch"),
     ("bloom", "torch"),
+    ("mamba", "torch"),
+    ("gemma", "onnxruntime-genai"),
+    ("bart, stacks of two sizes", "ctranslate2"),
+    ("falcon, alibi", "torch"),
 )
 
 

@@ -47,6 +47,11 @@ def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dic
     assert re.search(reason, found) if reason else not found
 
 
+def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
+    assert "a mamba2 model keeps no keys and values" in refusal("torch-compile", model_type="mamba2")
+    assert not refusal("torch-compile")
+
+
 @pytest.mark.parametrize(
     ("told", "ctranslate2", "vllm"),
     [

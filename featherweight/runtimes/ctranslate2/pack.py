@@ -44,6 +44,7 @@ def convert(model: PreTrainedModel, checkpoint: Path, out: Path, rows: Quantized
             spec = super()._load()
             patches.drop_pooler(spec)
             patches.give_head_dim(spec, model)
+            patches.give_decoder_heads(spec, model)
             patches.give_epsilon(spec, model)
             rotary.give(spec, model)
             patches.mend_vocabularies(spec, model)

@@ -98,6 +98,15 @@ def give_head_dim(spec: Any, model: PreTrainedModel) -> None:
         layer.self_attention.__dict__.setdefault("head_dim", numpy.int32(head_dim))
 
 
+def give_decoder_heads(spec: Any, model: PreTrainedModel) -> None:
+    """Tell the decoder behind an encoder how many heads it has: CTranslate2's loaders give it as many as the encoder has."""
+    import numpy
+
+    heads = getattr(model.config, "decoder_attention_heads", None)
+    if model.config.is_encoder_decoder and heads is not None:
+        spec.decoder.num_heads = numpy.dtype("int16").type(heads)
+
+
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 
 

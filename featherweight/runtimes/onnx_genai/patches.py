@@ -47,17 +47,27 @@ def silent() -> None:
 
 
 def mend() -> None:
-    """Norms as the model has them: their epsilon, which it reads by one name alone, and OLMo's, which are no RMS norms."""
+    """Norms as the model has them: their epsilon, which it reads by one name alone, and OLMo's, which are no RMS norms.
+
+    And Gemma's embeddings times the square root of their width as it is, not rounded to two digits.
+    """
     base, olmo = sys.modules["builders.base"].Model, sys.modules["builders.olmo"].OLMoModel
+    gemma = sys.modules["builders.gemma"].GemmaModel
     if base.__init__ is _made:
         return
-    _as_it_was.init, _as_it_was.norm = base.__init__, olmo.make_layernorm
-    base.__init__, olmo.make_layernorm = _made, _layer_norm
+    _as_it_was.init, _as_it_was.norm, _as_it_was.gemma = base.__init__, olmo.make_layernorm, gemma.__init__
+    base.__init__, olmo.make_layernorm, gemma.__init__ = _made, _layer_norm, _gemma
 
 
 class _as_it_was:
     init: Any
     norm: Any
+    gemma: Any
+
+
+def _gemma(model: Any, config: Any, *arguments: Any) -> None:
+    _as_it_was.gemma(model, config, *arguments)
+    model.embed_attrs["scale"] = model.hidden_size**0.5
 
 
 def _made(model: Any, config: Any, *arguments: Any) -> None:

@@ -47,6 +47,11 @@ class CompiledTorchModel(TorchModel):
                 new.append(ids)
             return torch.cat(new, dim=1), first
 
+    def _next(self, ids: Tensor, cache: Any) -> Tensor:
+        """The likeliest next token of each sequence, [batch, 1]; appends the keys and values of `ids` to the cache."""
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
     def _fill(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         import torch
 

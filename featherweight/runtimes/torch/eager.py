@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import attention_options, auto_class, family_of, task_of
+from featherweight.model.decoding import Reading
 from featherweight.model.heads import answers, takes_types
 from featherweight.model.positions import crosses_switch, rotary_switch
 from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
@@ -166,23 +167,17 @@ class TorchModel(LoadedModel):
     def _greedy(self, ids: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         """[batch, prompt] -> ([batch, new_tokens], the moment at which the first of them was there)."""
         import torch
-        from transformers import DynamicCache
 
         switch, prompt = rotary_switch(self.model.config), ids
-        cache = DynamicCache(config=self.model.config)
-        ids = self._next(ids, cache)
+        reading = Reading(self.model)
+        ids = reading.next(ids).argmax(-1, keepdim=True)
         first, new = self._now(), [ids]
         for _ in range(new_tokens - 1):
             if prompt.shape[1] + len(new) - 1 == switch:  # the keys of all positions are others from here on
-                ids, cache = torch.cat([prompt, *new], dim=1), DynamicCache(config=self.model.config)
-            ids = self._next(ids, cache)
+                ids, reading = torch.cat([prompt, *new], dim=1), Reading(self.model)
+            ids = reading.next(ids).argmax(-1, keepdim=True)
             new.append(ids)
         return torch.cat(new, dim=1), first
-
-    def _next(self, ids: Tensor, cache: Any) -> Tensor:
-        """The likeliest next token of each sequence, [batch, 1]; appends the keys and values of `ids` to the cache."""
-        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
 
     def _translate(self, source: Tensor, new_tokens: int) -> tuple[Tensor, float]:
         """The same for the decoder of a seq2seq model: the source is encoded once, and its keys and values are kept."""

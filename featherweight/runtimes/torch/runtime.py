@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES
 from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound, sixteen_bits
@@ -159,7 +160,11 @@ class TorchCompile(Runtime[TorchCompileSpec]):
         return None if grids.body is None else float_of_rounded_refusal("float32")
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
-        """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
+        """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot; and other caches."""
+        if model.config.model_type in WITHOUT_KEYS_AND_VALUES:
+            return (
+                f"a {model.config.model_type} model keeps no keys and values, for which a compiled step has its place; take torch"
+            )
         asking = rotary_kinds(model.config) & {"dynamic", "longrope"}
         return (
             f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take torch"

@@ -1,0 +1,78 @@
+"""Reading on: what a decoder keeps of the tokens that it has read, so that the next ones are all that it is given."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from featherweight.model.architecture import family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""The names by which decoders take it: keys and values, or the states of scans (Mamba, xLSTM) and of recurrent layers (RWKV).
+Under a name that is not its own a model ignores it without a word."""
+
+WITHOUT_KEYS_AND_VALUES = ("falcon_mamba", "mamba", "mamba2", "openai-gpt", "rwkv", "xlm", "xlnet", "xlstm")
+"""Model types of decoders that keep something else, or nothing."""
+NOT_LEFT_TO_RIGHT = {
+    "cpmant": "reads the texts that follow",
+    "moshi": "reads the texts that follow",
+    "xlnet": "reads the texts that follow",
+    "doge": "writes other texts with its cache than without",
+    "rwkv": "takes one text at a time, and computes something else for several",
+}
+"""What decoders do, in transformers 5.17's own code, that leaves nothing to hold an engine to."""
+
+
+def decoder_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model that is to write texts cannot be taken: it does not read from left to right, or not in one way only."""
+    kind = config.model_type
+    if family_of(config) != "causal":
+        return None
+    if _is_encoder(config):
+        way = "set it to true if the weights were trained so, or take task: fill-mask"
+        return f"as config.json describes it (is_decoder: false) a {kind} model reads the texts that follow; {way}"
+    if kind == "xlm" and not getattr(config, "causal", False):
+        return "as config.json describes it (causal: false) an xlm model reads the texts that follow"
+    return f"transformers' {kind} model {NOT_LEFT_TO_RIGHT[kind]}; take another" if kind in NOT_LEFT_TO_RIGHT else None
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether it is one of those that are encoders unless they are told to be decoders."""
+    from transformers.models.auto import modeling_auto as auto
+
+    encoders = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"} - set(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    return getattr(config, "is_decoder", None) is False and config.model_type in encoders
+
+
+def cache_name(model: Any) -> str | None:
+    """By which name `model` takes what it has read; None of those that keep nothing (GPT, XLM)."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in known), None)
+
+
+class Reading:
+    """Texts of one length that are read step by step. A model that keeps nothing is given them whole each time."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.name = model, cache_name(model)
+        self.kept: Any = None  # each model makes the one that it understands
+
+    def next(self, ids: Tensor) -> Tensor:
+        """Read on by `ids` [batch, tokens]; returns the logits of what follows, [batch, vocabulary]."""
+        if self.name is None:
+            return self._whole(ids)
+        output = self.model(ids, **{self.name: self.kept}, use_cache=True, logits_to_keep=1)
+        self.kept = output[self.name]
+        last: Tensor = output.logits[:, -1]
+        return last
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        import torch
+
+        self.kept = ids if self.kept is None else torch.cat([self.kept, ids], dim=1)
+        last: Tensor = self.model(self.kept).logits[:, -1]
+        return last
