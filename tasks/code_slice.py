@@ -20,6 +20,7 @@ INERT = frozenset(
         "featherweight.errors",
         "featherweight.progress",
         "featherweight.system.lighter_imports",
+        "featherweight.system.transformers_import",
         "tasks.stage",
         "tasks.stages",
     }
