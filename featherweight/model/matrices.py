@@ -51,8 +51,17 @@ def ends(model: PreTrainedModel) -> set[int]:
     from transformers import PreTrainedModel
 
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    modules = [found for one in models for found in (one.get_input_embeddings(), one.get_output_embeddings())]
+    modules = [found for one in models for found in (_embeddings(one), one.get_output_embeddings())]
     return {id(module.weight) for module in modules if module is not None and module.weight.ndim == 2}
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """None of a wrapper about a stack, as TrOCR's is, which does not say: the stack itself does."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
 
 
 def heads(model: PreTrainedModel) -> frozenset[str]:
