@@ -22,7 +22,7 @@ USUAL = {
 
 def refusal(engine: str, **told: Any) -> str:
     config = Values({"class": "LlamaConfig", "names": {}, "values": USUAL | {"architectures": ["LlamaForCausalLM"]} | told})
-    spec = RUNTIMES[engine].spec.model_validate({"engine": engine})
+    spec = RUNTIMES[engine].spec.model_validate({"engine": engine, **({"optimize": None} if engine == "onnxruntime" else {})})
     return RUNTIMES[engine].model_refusal(spec, Candidate(CheckpointFacts(config), 128)) or ""
 
 
@@ -45,6 +45,19 @@ def refusal(engine: str, **told: Any) -> str:
 def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dict[str, Any], reason: str) -> None:
     found = refusal("onnxruntime-genai", **told)
     assert re.search(reason, found) if reason else not found
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "leave out the soft cap on attention that this gemma2 has"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scaled by the number of the layer"),
+        ({"model_type": "falcon", "new_decoder_architecture": True}, "falcon of the new decoder architecture"),
+    ],
+)
+def test_what_the_graphs_of_optimum_leave_out_is_refused(told: dict[str, Any], reason: str) -> None:
+    assert reason in refusal("onnxruntime", **told)
+    assert not refusal("onnxruntime", model_type=told["model_type"])
 
 
 def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:

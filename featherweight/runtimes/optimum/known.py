@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Any
 
+from featherweight.model.architecture import attention_cap
 from featherweight.system.toolchains import text_of
 
 EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntime/utils.py"
@@ -20,6 +22,18 @@ def refusal(model_type: str, level: str | None) -> str | None:
         return f"Optimum does not export {model_type} models to ONNX; take torch or ctranslate2"
     if level and fused and _normal(model_type) not in fused:
         return f"Optimum knows no fusions for {model_type} models; say optimize: null"
+    return None
+
+
+def left_out_refusal(config: Any) -> str | None:
+    """What the graph of an exported type has not: seen with optimum-onnx 0.1 and the transformers 4.57 of its toolchain."""
+    kind = config.model_type
+    if attention_cap(config):
+        return f"Optimum's graphs leave out the soft cap on attention that this {kind} has; take torch or ctranslate2"
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return f"Optimum's graphs leave out attention that is scaled by the number of the layer, which this {kind} has; take torch"
+    if kind == "falcon" and getattr(config, "new_decoder_architecture", False):
+        return "Optimum cannot export a falcon of the new decoder architecture; take torch or ctranslate2"
     return None
 
 

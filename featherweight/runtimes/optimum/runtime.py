@@ -116,8 +116,9 @@ class Optimum(Runtime[OptimumSpec]):
         return cuda_package_refusal(self.name, ON_CUDA) if machine == describe() else None
 
     def model_refusal(self, spec: OptimumSpec, model: Candidate) -> str | None:
-        """A model that Optimum does not export, or of which it knows no fusions, by its own lists."""
-        return vectors_refusal("Optimum", model.config) or known.refusal(model.facts.model_type, spec.optimize)
+        """A model that Optimum does not export, or of which it knows no fusions, by its own lists, or whose graph is another."""
+        refused = vectors_refusal("Optimum", model.config) or known.refusal(model.facts.model_type, spec.optimize)
+        return refused or known.left_out_refusal(model.config)
 
 
 def _by_row_refusal(spec: OptimumSpec, grid: Grid) -> str | None:
