@@ -99,15 +99,25 @@ def vllm_environment() -> Environment:
     return Environment("vllm", folder, toolchains() / "vllm.json", package, arguments, inputs)
 
 
+def on_demand(name: str, package: str) -> Environment:
+    """A toolchain of two files, NAME.in and NAME.txt."""
+    inputs = (LOCKS / f"{name}.in", LOCKS / f"{name}.txt")
+    arguments = ("--requirements", str(inputs[0]), "--constraints", str(inputs[1]))
+    folder = toolchains() / name
+    return Environment(name, folder, folder.with_suffix(".json"), package, arguments, inputs)
+
+
 def optimum_environment() -> Environment:
     """Optimum, which writes graphs for ONNX Runtime; what computes with them stands in the main environment."""
-    inputs = (LOCKS / "optimum.in", LOCKS / "optimum.txt")
-    arguments = ("--requirements", str(inputs[0]), "--constraints", str(inputs[1]))
-    folder = toolchains() / "optimum"
-    return Environment("optimum", folder, folder.with_suffix(".json"), "optimum-onnx", arguments, inputs)
+    return on_demand("optimum", "optimum-onnx")
 
 
-TOOLCHAINS = {"vllm": vllm_environment, "optimum": optimum_environment}
+def tvm_environment() -> Environment:
+    """Apache TVM, compiler and runtime; its packages are joined to the main environment's."""
+    return on_demand("tvm", "apache-tvm")
+
+
+TOOLCHAINS = {"vllm": vllm_environment, "optimum": optimum_environment, "tvm": tvm_environment}
 
 
 def has_nvidia_gpu() -> bool:

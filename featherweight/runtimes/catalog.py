@@ -24,6 +24,7 @@ RUNTIMES: Catalog[Runtime] = Catalog(
         "onnxruntime-genai": "featherweight.runtimes.onnx_genai.runtime:ONNXRUNTIME_GENAI",
         "ctranslate2": "featherweight.runtimes.ctranslate2.runtime:CTRANSLATE2",
         "llama.cpp": "featherweight.runtimes.llama_cpp.runtime:LLAMA_CPP",
+        "tvm": "featherweight.runtimes.tvm.runtime:TVM",
         "vllm": "featherweight.runtimes.vllm.runtime:VLLM",
     },
 )

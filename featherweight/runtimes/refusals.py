@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -71,3 +73,11 @@ def vectors_refusal(engine: str, config: Any) -> str | None:
     if not embeds_by_decoder(config):
         return None
     return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take torch or torch-compile"
+
+
+def compiler_refusal(engine: str) -> str | None:
+    """Why an engine that compiles and links C++ cannot here: there is no compiler; None where there is one."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler):
+        return None
+    return f"{engine} needs a C++ compiler, and there is no {compiler} on the PATH (apt install g++)"

@@ -16,7 +16,7 @@ from featherweight.system.shipped import environments, in_checkout, shipped
 ROOT = Path(__file__).resolve().parents[2]
 LOCATION = "FEATHERWEIGHT_TOOLCHAINS"
 REMEDY = "run `make setup`"
-ON_DEMAND = ("optimum",)
+ON_DEMAND = ("optimum", "tvm")
 """Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
 RECORD = "{name}.json"
@@ -68,6 +68,20 @@ def python(name: str) -> Path:
     if not found.ready:
         raise ToolchainError(f"toolchain '{name}' is not ready: {found.reason}; {found.remedy}")
     return found.python
+
+
+def join(name: str) -> None:
+    """Let this process import what a toolchain holds, after its own packages.
+
+    Raises ToolchainError where it is not ready, or was made with another Python.
+    """
+    python(name)
+    folder = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = next((path for path in _packages(name) if path.is_dir() and folder in path.parts), None)
+    if packages is None:
+        raise ToolchainError(f"toolchain '{name}' was made with another Python than {folder}; {remedy(name)}")
+    if str(packages) not in sys.path:
+        sys.path.append(str(packages))
 
 
 def distributions(name: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -17,11 +18,11 @@ from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
 from featherweight.progress import Progress
 from featherweight.runtimes import doctor, parity
+from featherweight.runtimes.build_process import run_build
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.optimum import known, mends, write
-from featherweight.runtimes.optimum.write import run_build
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import Gpu, Machine, describe
@@ -143,7 +144,9 @@ FUSING = 'import os, sys, time; print(\'{"note": "fusing"}\', flush=True); '
     ],
 )
 def test_an_export_that_does_not_end_well_says_so_in_one_line(script: str, told: str) -> None:
-    found = run_build([sys.executable, "-c", script], Progress(), limit_s=1.0 if "sleep" in script else 60.0)
+    found = run_build(
+        "Optimum", "graphs", [sys.executable, "-c", script], os.environ, Progress(), 1.0 if "sleep" in script else 60.0
+    )
     assert told in str(found) and "\n" not in str(found)
 
 
@@ -152,7 +155,7 @@ def test_what_an_export_does_is_passed_on() -> None:
     progress = Progress()
     progress.note = notes.append  # type: ignore[method-assign]
     said = 'print(\'{"note": "loading"}\'); print(\'noise\'); print(\'{"graphs": ["model.onnx"]}\')'
-    assert run_build([sys.executable, "-c", said], progress, limit_s=60.0) is None
+    assert run_build("Optimum", "graphs", [sys.executable, "-c", said], os.environ, progress, 60.0) is None
     assert notes == ["Optimum: loading"]
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.saving import copy_tokenizer, save_model
@@ -16,13 +14,13 @@ from featherweight.grid import GRIDS
 from featherweight.model.architecture import task_of
 from featherweight.model.matrices import round_to_nearest
 from featherweight.progress import Progress
+from featherweight.runtimes.build_process import LIMIT_S, run_build
 from featherweight.runtimes.onnx.pack import Products
 from featherweight.runtimes.optimum import build, mends
 from featherweight.runtimes.optimum.pack import pack_graphs
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
-from featherweight.system.child_process import ChildProcess
 from featherweight.system.environment import without_secrets
 from featherweight.system.machine import describe
 from featherweight.system.toolchains import python
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 FOLDER = "onnx"
 KERNELS = {True: "exact int8 products (VNNI or Arm's dot product)", False: "AVX2"}
 """By whether the CPU sums int8 products exactly: what it multiplies integers with, for the report."""
-LIMIT_S = 3600.0
-"""Time that Optimum's exporter has."""
 
 
 def write(spec: OptimumSpec, source: Source, out: Path) -> None:
@@ -90,33 +86,11 @@ def build_graphs(
     past = "-with-past" if task in ("text-generation", "text2text-generation") else ""
     command = [str(python("optimum")), str(Path(build.__file__).resolve()), str(checkpoint), str(out), "--task", task + past]
     command += [*(["--optimize", optimize] if optimize else []), *(["--keep-matrices"] if keep_matrices else [])]
-    if error := run_build(command, progress, limit_s):
+    if error := run_build("Optimum", "graphs", command, _surroundings(), progress, limit_s):
         shutil.rmtree(out, ignore_errors=True)
         raise StageError(f"Optimum cannot export this checkpoint to ONNX ({error}); take torch or ctranslate2")
 
 
-def run_build(command: list[str], progress: Progress, limit_s: float) -> str | None:
-    """Run build.py and pass on what it says it does; None where it is done, else in one line what became of it."""
-    surroundings = {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")}
-    surroundings |= {"HF_HUB_OFFLINE": "1"}
-    child, doing, deadline = ChildProcess(command, surroundings, dies_with_parent=True), "starting", monotonic() + limit_s
-    try:
-        while told := child.receive(max(0.0, deadline - monotonic())):
-            if "graphs" in told:
-                return None
-            if "error" in told:
-                return str(told["error"])
-            doing = told["note"]
-            progress.note(f"Optimum: {doing}")
-        return _ending(child, doing)
-    except TimeoutError:
-        return f"it was ended after its limit of {limit_s:g} s while {doing}"
-    finally:
-        child.kill()
-        child.close()
-
-
-def _ending(child: ChildProcess, doing: str) -> str:
-    """How it ended without a word of graphs or an error."""
-    memory = ", which Linux does when memory runs out" if child.process.wait() == -signal.SIGKILL else ""
-    return f"it ended with {child.ending()}{memory} while {doing}; {child.tail()}"
+def _surroundings() -> dict[str, str]:
+    """The environment of another Python than ours, without the network."""
+    return {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}

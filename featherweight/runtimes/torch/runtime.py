@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +14,7 @@ from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound, 
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
     cache_refusal,
+    compiler_refusal,
     compute_type_refusal,
     float_of_rounded_refusal,
     gpu_refusal,
@@ -174,11 +173,7 @@ class TorchCompile(Runtime[TorchCompileSpec]):
 
     def missing(self) -> str | None:
         """Inductor writes C++ and needs a compiler for it."""
-        compiler = os.environ.get("CXX", "g++")
-        there = shutil.which(compiler)
-        return super().missing() or (
-            None if there else f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH (apt install g++)"
-        )
+        return super().missing() or compiler_refusal("torch.compile")
 
 
 TORCH, TORCH_COMPILE = Torch(), TorchCompile()

@@ -1,0 +1,40 @@
+"""A converter or compiler in a process of its own, which says in lines of JSON what it does, and at the end that it is done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from time import monotonic
+
+from featherweight.progress import Progress
+from featherweight.system.child_process import ChildProcess
+
+LIMIT_S = 3600.0
+"""Time that it has."""
+
+
+def run_build(
+    name: str, done: str, command: list[str], env: Mapping[str, str], progress: Progress, limit_s: float = LIMIT_S
+) -> str | None:
+    """Run it and pass on each {"note": ...} under `name`; None once it has said `done`, else in one line what became of it."""
+    child, doing, deadline = ChildProcess(command, env, dies_with_parent=True), "starting", monotonic() + limit_s
+    try:
+        while told := child.receive(max(0.0, deadline - monotonic())):
+            if done in told:
+                return None
+            if "error" in told:
+                return str(told["error"])
+            doing = told["note"]
+            progress.note(f"{name}: {doing}")
+        return _ending(child, doing)
+    except TimeoutError:
+        return f"it was ended after its limit of {limit_s:g} s while {doing}"
+    finally:
+        child.kill()
+        child.close()
+
+
+def _ending(child: ChildProcess, doing: str) -> str:
+    """How it ended without a word of what it made, or of an error."""
+    memory = ", which Linux does when memory runs out" if child.process.wait() == -signal.SIGKILL else ""
+    return f"it ended with {child.ending()}{memory} while {doing}; {child.tail()}"

@@ -1,0 +1,103 @@
+"""Apache TVM, declared: encoders and decoders in float32, compiled for this machine's kind of CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from featherweight.model.architecture import attention_cap
+from featherweight.model.positions import rotary_kinds, sliding_window
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import compiler_refusal, float_of_rounded_refusal, vectors_refusal
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.device import Device
+from featherweight.system.machine import Machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
+    from featherweight.runtimes.writing import Source
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi")
+ENCODERS = ("bert", "distilbert", "roberta", "electra")
+"""Model types whose graphs TVM was seen to take, and to compute as PyTorch does."""
+
+
+class TvmSpec(CompileSpec):
+    """precision: float32 alone so far."""
+
+    engine: Literal["tvm"]
+    precision: Literal["float32"] = "float32"
+
+
+class Tvm(Runtime[TvmSpec]):
+    """Everything that is known of it."""
+
+    name = "tvm"
+    spec = TvmSpec
+    loads_with = "featherweight.runtimes.tvm.loaded:TvmModel"
+    libraries = ("torch", "transformers")
+    requirements = ("torch",)
+    toolchain = "tvm"
+    writing_s = 40
+    weight_s = 1e-7
+
+    def write(self, spec: TvmSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.tvm.write import write
+
+        write(source, out)
+
+    def served_note(self, serving: Serving) -> str | None:
+        return f"compiled for {serving.options['made_for']}"
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.tvm.bytes_read import held_tensors
+
+        return held_tensors(folder)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.tvm.offers import offers
+
+        return offers(device)
+
+    def task_refusal(self, task: Task) -> str | None:
+        encoder_decoder = "TVM's graphs here are of decoders and of encoders, not of both in one; take ctranslate2 or torch"
+        return encoder_decoder if task == "text2text-generation" else None
+
+    def grid_refusal(self, grids: Grids, spec: TvmSpec) -> str | None:
+        return None if grids.body is None else float_of_rounded_refusal("float32")
+
+    def model_refusal(self, spec: TvmSpec, model: Candidate) -> str | None:
+        """Model types that were not tried, and what its attention here does not compute."""
+        kind, config = model.facts.model_type, model.config
+        if reason := vectors_refusal("TVM", config):
+            return reason
+        if kind not in (*DECODERS, *ENCODERS):
+            return f"TVM's graphs here were tried with {', '.join((*DECODERS, *ENCODERS))}, not with {kind}; take torch"
+        return _attention_refusal(kind, config, model.max_tokens)
+
+    def unwritable(self) -> str | None:
+        """It needs a C++ compiler, to link."""
+        return self.missing() or compiler_refusal("TVM")
+
+
+def _attention_refusal(kind: str, config: Any, tokens: int) -> str | None:
+    """Windows that are crossed, caps, and rotary embeddings that ask for the length, which one graph cannot."""
+    window = sliding_window(config)
+    if window and tokens > window and getattr(config, "use_sliding_window", True):
+        return (
+            f"TVM's attention here has no sliding window, {kind}'s is of {window} tokens, and {tokens} are to be served; take torch"
+        )
+    if attention_cap(config):
+        return f"TVM's attention here caps no logits, as this {kind} does; take torch"
+    asking = rotary_kinds(config) & {"dynamic", "longrope"}
+    return f"TVM compiles no rotary embeddings that depend on the length ({min(asking)}); take torch" if asking else None
+
+
+TVM = Tvm()

@@ -1,0 +1,34 @@
+"""Writing the folder that TVM serves: its library is compiled in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featherweight.checkpoint.saving import copy_tokenizer, save_model
+from featherweight.errors import StageError
+from featherweight.runtimes.build_process import run_build
+from featherweight.runtimes.tvm import library
+from featherweight.store.served_folder import Serving
+from featherweight.system.environment import without_secrets
+from featherweight.system.machine import describe
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.writing import Source
+
+FOLDER = "tvm"
+
+
+def write(source: Source, out: Path) -> None:
+    """See Runtime.write."""
+    (out / FOLDER).mkdir()
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        save_model(source.model, Path(folder))
+        command = [sys.executable, "-m", "featherweight.runtimes.tvm.build", folder, str(out / FOLDER)]
+        error = run_build("TVM", "library", command, without_secrets() | {"HF_HUB_OFFLINE": "1"}, source.progress)
+    if error:
+        raise StageError(f"TVM cannot compile this checkpoint ({error}); take torch or ctranslate2")
+    copy_tokenizer(source.checkpoint, out)
+    Serving("tvm", FOLDER, {"made_for": library.level(describe())}).write(out)

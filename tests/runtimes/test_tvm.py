@@ -1,0 +1,166 @@
+"""Apache TVM: what is refused before anything is compiled, and that what it compiles answers as PyTorch."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from featherweight.errors import StageError, ToolchainError
+from featherweight.grid import GRIDS
+from featherweight.model.facts import CheckpointFacts
+from featherweight.runtimes import doctor
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Grids, Limits, LoadedModel
+from featherweight.runtimes.tvm import library
+from featherweight.store.served_folder import Serving
+from featherweight.system import toolchains
+from featherweight.system.device import CPU
+from featherweight.system.machine import Machine, describe
+from featherweight.text.documents import Document, write_documents
+from tests.support.families import WORDS, family_checkpoint
+from tests.support.serving_models import serving_spec
+
+TVM = RUNTIMES["tvm"]
+ABSENT = TVM.unwritable()
+AVX2 = Machine("Linux", "x86_64", "some", frozenset({"avx2", "fma"}), 2, 2, 2**33, ())
+AVX512 = Machine(**vars(AVX2) | {"cpu_features": AVX2.cpu_features | {"avx512f", "avx512bw", "avx512vl"}})
+
+
+def config(**told: Any) -> Any:
+    found = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=256, pad_token_id=0, **told)
+    found.get_text_config, found.to_dict = lambda: found, lambda: told
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"model_type": "llama"}, None),
+        ({"model_type": "bert"}, None),
+        ({"model_type": "bloom"}, "were tried with llama, mistral, .* not with bloom; take torch"),
+        ({"model_type": "mistral", "sliding_window": 32}, "no sliding window, mistral's is of 32 tokens, and 64 are to be served"),
+        ({"model_type": "mistral", "sliding_window": 64}, None),
+        ({"model_type": "gemma", "attn_logit_softcapping": 50.0}, "caps no logits, as this gemma does"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, r"depend on the length \(dynamic\); take torch"),
+    ],
+)
+def test_models_that_it_does_not_compute_are_refused(told: dict[str, Any], reason: str | None) -> None:
+    import re
+
+    candidate = Candidate(CheckpointFacts(config(**told)), 64)
+    found = TVM.model_refusal(serving_spec(engine="tvm"), candidate)
+    assert (found is None) if reason is None else re.search(reason, str(found))
+
+
+def test_it_serves_floats_of_decoders_and_of_encoders_from_cpus() -> None:
+    spec = serving_spec(engine="tvm")
+    assert "would store rounded weights at full size" in str(TVM.grid_refusal(Grids(GRIDS["int8"]), spec))
+    assert TVM.grid_refusal(Grids(), spec) is None
+    assert "not of both in one" in str(TVM.task_refusal("text2text-generation"))
+    assert TVM.task_refusal("text-generation") is None and TVM.task_refusal("fill-mask") is None
+    assert "serves from the CPU alone" in str(TVM.device_refusal(spec, "cuda", describe()))
+    assert [offer.grid for offer in TVM.offers(CPU, AVX2)] == [None]
+
+
+def test_code_is_made_for_what_the_cpu_has_and_is_not_loaded_where_that_is_missing() -> None:
+    assert [library.level(one) for one in (AVX2, AVX512)] == ["x86-64-v3", "x86-64-v4"]
+    assert library.level(Machine(**vars(AVX2) | {"cpu_features": frozenset()})) == "generic"
+    library.require("x86-64-v3", AVX512)
+    with pytest.raises(StageError, match="compiled for x86-64-v4, and the CPU here has no avx512bw; optimize"):
+        library.require("x86-64-v4", AVX2)
+
+
+def test_without_its_toolchain_the_doctor_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    assert "run `featherweight doctor --install tvm`" in str(TVM.missing())
+    checks = {check.name: check for check in [*doctor._engines(describe()), *doctor._toolchains()]}
+    assert checks["engine tvm"].state == "missing"
+    assert checks["toolchain tvm"].remedy == "run `featherweight doctor --install tvm`"
+
+
+def test_without_a_compiler_it_serves_and_does_not_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(TVM), "missing", lambda _: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler, and there is no no-such-compiler" in str(TVM.unwritable())
+
+
+def test_a_toolchain_of_this_python_is_joined_behind_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    python = toolchains.interpreter(tmp_path / "tvm")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    (tmp_path / "tvm" / "lib" / "python2.7" / "site-packages").mkdir(parents=True)
+    with pytest.raises(ToolchainError, match="made with another Python than python3"):
+        toolchains.join("tvm")
+    packages = tmp_path / "tvm" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    packages.mkdir(parents=True)
+    toolchains.join("tvm")
+    toolchains.join("tvm")
+    assert sys.path[-1] == str(packages) and sys.path.count(str(packages)) == 1
+
+
+def test_what_it_reads_is_what_lies_in_its_file(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"model.embed.weight": torch.zeros(10, 4), "model.up.weight": torch.zeros(1, 4, 16)}, tmp_path / "p.safetensors")
+    (tmp_path / "manifest.json").write_text(json.dumps({"tables": ["model.embed.weight"]}))
+    held = {one.role: (one.size_bytes, one.rows) for one in TVM.held_tensors(tmp_path, Serving("tvm"), config())}
+    assert held == {"row": (160, 10), "step": (256, 1)}
+
+
+def compiled(kind: str, folder: Path, **changes: Any) -> tuple[Path, LoadedModel]:
+    """A tiny checkpoint, compiled and held to PyTorch, and the engine that serves it."""
+    from tasks.compile import compile
+
+    checkpoint, text, out = family_checkpoint(kind, folder / "checkpoint", **changes), folder / "text", folder / "out"
+    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
+    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
+    out.mkdir()
+    metrics = compile(serving_spec(engine="tvm", max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
+    assert metrics["parity_max_abs"] < 1e-4
+    assert {path.name for path in (out / "tvm").iterdir()} == {"model.so", "parameters.safetensors", "manifest.json"}
+    return checkpoint, TVM.loaded_model()(out, Serving.read(out), Limits(1, 96, 4))
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_a_decoder_writes_as_pytorch_across_the_parts_of_its_cache(tmp_path: Path) -> None:
+    """Grouped heads of 8 channels, prompts of two lengths in one call, and texts that cross 64 places; on two threads as well."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint, engine = compiled("llama", tmp_path)
+    model, prompts = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5]]
+    theirs = []
+    for prompt in prompts:
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        theirs.append(made[0, len(prompt) :].tolist())
+    assert engine.generate(prompts, 12).tokens == theirs
+    engine.set_threads(2)
+    assert engine.generate(prompts, 12).tokens == theirs
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> None:
+    """Labels of texts of several lengths in one batch, the shorter ones padded."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    checkpoint, engine = compiled("bert", tmp_path, architectures=["BertForSequenceClassification"], num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    texts = [[1, 9, 8, 7, 2], [1, 12, 2], [1, *range(6, 30), 2]]
+    found = engine.outputs(texts, [[0] * len(text) for text in texts])
+    for text, rows in zip(texts, found, strict=True):
+        assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
