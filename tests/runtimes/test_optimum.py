@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedConfig
 
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
@@ -66,8 +67,8 @@ def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_models_are_refused_by_optimums_own_lists(lists: Path, model_type: str, level: Any, reason: str | None) -> None:
-    candidate = Candidate(CheckpointFacts(SimpleNamespace(model_type=model_type)), 64)
-    found = OPTIMUM.model_refusal(spec(optimize=level), candidate)
+    config = PreTrainedConfig(model_type=model_type)
+    found = OPTIMUM.model_refusal(spec(optimize=level), Candidate(CheckpointFacts(config), 64))
     assert (found is None) if reason is None else reason in str(found)
 
 
