@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_one_that_grows_between_two_looks_waits(drop: Path, see, monkeypatch: py
     growing = drop / "one" / "tokenizer_config.json"
     content = growing.read_text()
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(arriving.time, "sleep", lambda _: growing.write_text(content + "\n"))
+        meanwhile.setattr(arriving, "time", SimpleNamespace(sleep=lambda _: growing.write_text(content + "\n")))
         assert "being written" in see(drop)["one"].reason
     assert see(drop)["one"].state == "ready"
 
@@ -132,7 +133,7 @@ def test_one_that_grows_between_two_looks_waits(drop: Path, see, monkeypatch: py
 def test_the_trainers_word_that_it_is_done_saves_the_second_look(drop: Path, see, monkeypatch: pytest.MonkeyPatch) -> None:
     (drop / "one" / "trainer_state.json").write_text("{}")
     waits: list[float] = []
-    monkeypatch.setattr(arriving.time, "sleep", waits.append)
+    monkeypatch.setattr(arriving, "time", SimpleNamespace(sleep=waits.append))
     assert see(drop, settle_s=30)["one"].state == "ready"
     assert waits == []
 

@@ -60,6 +60,7 @@ def test_pairing_takes_out_what_both_sides_share():
     assert paired.low > 1 > unpaired.low
 
 
+@settings(deadline=None)
 @given(samples)
 def test_the_same_samples_have_the_ratio_one(values):
     for estimate in (bootstrap_ratio(values, values, resamples=50), bootstrap_median_ratio(values, values, resamples=50)):
@@ -67,6 +68,7 @@ def test_the_same_samples_have_the_ratio_one(values):
 
 
 @pytest.mark.slow
+@settings(deadline=None)
 @given(st.lists(st.tuples(positive, positive), min_size=1, max_size=20), st.floats(0.1, 10), st.integers(0, 3))
 def test_an_estimate_lies_in_its_interval_scales_with_its_unit_and_repeats(pairs, unit, seed):
     a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -93,6 +95,7 @@ def test_samples_that_cannot_be_compared_are_refused(a, b, paired):
 # Figures
 
 
+@settings(deadline=None)
 @given(samples, st.floats(0, 1))
 def test_quantiles_are_numpys(values, share):
     assert quantile(tuple(values), share) == pytest.approx(float(numpy.quantile(values, share)))
@@ -130,8 +133,8 @@ def test_the_baseline_beside_itself_is_once_as_fast_and_as_good():
     assert [metrics[f"quality_change{bound}"] for bound in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.01, 10), st.floats(1, 1e3), st.integers(1, 10**12))
-@settings(max_examples=20)
 def test_a_measurement_survives_json(tmp_path_factory, latency_s, nll, size):
     folder = tmp_path_factory.mktemp("measurement")
     variant = measurement(latency_s, nll, size)

@@ -53,6 +53,13 @@ def tracked() -> list[Path]:
     return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
+def test_no_property_has_a_deadline():
+    """Hypothesis' own, 200 ms an example, is kept on no machine that stalls."""
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    wrong = [name for name, text in texts.items() if len(re.findall(r"^@given", text, re.M)) > text.count("deadline=None")]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_heavy_libraries_are_imported_where_they_are_used(layer):
     wrong = {

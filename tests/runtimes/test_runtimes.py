@@ -141,7 +141,7 @@ def test_an_engine_computes_what_pytorch_computes(engine, served, reference):
         assert end in expected[0][:-1], "the end-of-text token must come up for this test to mean something"
         assert worker.generate(PROMPTS[:1], 1) == [expected[0][:1]]
         timing = worker.time(PROMPTS, NEW)
-        assert 0 < timing.ttft_s < timing.total_s < 60
+        assert 0 < timing.ttft_s < timing.total_s < 600
         if engine != "torch-compile":  # which would compile for a minute
             worker.set_threads(2)
             assert worker.generate(PROMPTS, NEW) == expected

@@ -9,7 +9,7 @@ from featherweight.system.gpu_bandwidth import copy_bandwidth_bytes_s, gpu_bandw
 @pytest.mark.slow
 def test_copies_are_counted_as_read_and_written():
     # A DDR3 stick moves some GB/s, the fastest GPU of today 8 TB/s; small buffers stay in a CPU's caches.
-    assert 5e8 < copy_bandwidth_bytes_s("cpu", 2**26) < 3e13
+    assert 1e7 < copy_bandwidth_bytes_s("cpu", 2**26) < 3e13
 
 
 @pytest.mark.slow

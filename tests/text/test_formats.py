@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import DataError
@@ -218,6 +218,7 @@ def test_a_long_array_in_one_line_is_read_as_it_goes() -> None:
 
 
 @pytest.mark.slow
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1), st.integers(1, 9), st.sampled_from([None, 1]))
 def test_json_in_any_pieces_is_the_same(texts: list[str], size: int, indent: int | None) -> None:
     class Drops(io.StringIO):
