@@ -1,6 +1,6 @@
 # `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast bench conformance gpu-check gpu-bundle lint stack clean
+.PHONY: help setup environment demo test test-fast bench conformance gpu-check gpu-bundle lint stack clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -29,6 +29,9 @@ help: ## list the verbs
 
 setup: ## make .venv and the toolchains (again in a second; retries a toolchain that failed)
 	$(SETUP)
+
+environment: ## make .venv alone: all that the linters need
+	$(SETUP) --no-toolchains
 
 demo: ## run the main job: recipes/demo.yaml, from nothing to a promoted champion
 	$(SETUP)
@@ -59,7 +62,7 @@ gpu-bundle: ## make the folder to carry to a GPU machine without a network (buil
 	@$(BIN)/python infra/gpu_check/bundle.py build/gpu-bundle $(ARGS)
 
 lint: ## check style, format, types and who imports whom
-	$(SETUP)
+	$(SETUP) --no-toolchains
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.system import device
+from featherweight.system.lighter_imports import nothing_collected
 from featherweight.system.machine import gpus
 from featherweight.system.processes import held_port
 from featherweight.system.services import prefect_server
@@ -68,6 +70,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Where the tests computed, and what became of those that are marked `cuda`; `-q` shows no header."""
     fate = f"skipped, {NO_CUDA}" if NO_CUDA else f"on {', '.join(gpu.name for gpu in gpus())}"
     terminalreporter.write_line(f"device: {os.environ[device.VARIABLE]}; tests marked cuda: {fate}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What every test file imports is no garbage: it is looked through neither meanwhile nor afterwards."""
+    with nothing_collected():
+        yield
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +25,8 @@ Structure = dict[Any, Any]
 @contextmanager
 def shortened(module: ModuleType) -> Iterator[None]:
     """Around the execution of transformers' module of that name, which is changed afterwards."""
+    from importlib import metadata
+
     real = metadata.packages_distributions
     metadata.packages_distributions = lambda: Distributions(real)
     try:
@@ -45,6 +46,8 @@ class Distributions(dict[str, list[str]]):
 
     def get(self, package: str, default: Any = None) -> Any:
         """The names of the distributions that a package comes from."""
+        from importlib import metadata
+
         if not self:
             try:
                 return [metadata.distribution(package).name]

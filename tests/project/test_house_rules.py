@@ -144,11 +144,23 @@ def test_the_name_of_a_quantization_method_stands_in_its_file_and_the_catalog_al
     assert not wrong
 
 
-def test_continuous_integration_lints_and_tests():
-    path = ROOT / ".ci" / "run"
-    assert os.access(path, os.X_OK)
-    called = re.findall(r"make --no-print-directory (\w+)", path.read_text())
-    assert called == ["lint", "test"]
+@pytest.mark.parametrize(
+    ("environment", "lint", "test", "shown", "code"),
+    [
+        (0, 0, 0, "environment lint test", 0),
+        (0, 0, 2, "environment lint test", 2),
+        (0, 3, 0, "environment lint test", 3),
+        (0, 3, 2, "environment lint test", 2),
+        (4, 0, 0, "environment", 4),
+    ],
+)
+def test_continuous_integration_lints_and_tests(tmp_path, environment, lint, test, shown, code):
+    """With a `make` that tells its verb and ends as it is told: what is shown, in order, and the exit code."""
+    (tmp_path / "make").write_text(f'#!/bin/bash\necho "$2"\nenvironment={environment} lint={lint} test={test}\nexit "${{!2}}"\n')
+    (tmp_path / "make").chmod(0o755)
+    surroundings = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=surroundings, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == (shown.split(), code)
 
 
 def test_licence():
