@@ -43,6 +43,7 @@ OPTIONS: dict[tuple[str, str], dict[str, str]] = {
     ("ctranslate2", INT8): {"compute_type": "int8"},
     ("onnxruntime-genai", INT8): {"precision": "int8"},
     ("llama.cpp", INT8): {"precision": "int8"},
+    ("openvino", INT8): {"precision": "int8"},
     ("vllm", INT8): {"compute_type": "int8"},
 }
 SAME = {(engine, FLOAT) for engine in ("torch-dynamic", "torch-static", "torchao-int8", "torchao-int8-dynamic")}

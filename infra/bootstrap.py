@@ -117,7 +117,17 @@ def tvm_environment() -> Environment:
     return on_demand("tvm", "apache-tvm")
 
 
-TOOLCHAINS = {"vllm": vllm_environment, "optimum": optimum_environment, "tvm": tvm_environment}
+def openvino_environment() -> Environment:
+    """OpenVINO, which writes and serves graphs of its own, with the PyTorch and transformers of the main environment."""
+    return on_demand("openvino", "openvino")
+
+
+TOOLCHAINS = {
+    "vllm": vllm_environment,
+    "optimum": optimum_environment,
+    "tvm": tvm_environment,
+    "openvino": openvino_environment,
+}
 
 
 def has_nvidia_gpu() -> bool:

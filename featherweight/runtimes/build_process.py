@@ -8,9 +8,15 @@ from time import monotonic
 
 from featherweight.progress import Progress
 from featherweight.system.child_process import ChildProcess
+from featherweight.system.environment import without_secrets
 
 LIMIT_S = 3600.0
 """Time that it has."""
+
+
+def other_python() -> dict[str, str]:
+    """The environment of another Python than ours, without the network."""
+    return {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}
 
 
 def run_build(

@@ -25,6 +25,7 @@ RUNTIMES: Catalog[Runtime] = Catalog(
         "ctranslate2": "featherweight.runtimes.ctranslate2.runtime:CTRANSLATE2",
         "llama.cpp": "featherweight.runtimes.llama_cpp.runtime:LLAMA_CPP",
         "tvm": "featherweight.runtimes.tvm.runtime:TVM",
+        "openvino": "featherweight.runtimes.openvino.runtime:OPENVINO",
         "vllm": "featherweight.runtimes.vllm.runtime:VLLM",
     },
 )

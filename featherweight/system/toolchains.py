@@ -16,7 +16,7 @@ from featherweight.system.shipped import environments, in_checkout, shipped
 ROOT = Path(__file__).resolve().parents[2]
 LOCATION = "FEATHERWEIGHT_TOOLCHAINS"
 REMEDY = "run `make setup`"
-ON_DEMAND = ("optimum", "tvm")
+ON_DEMAND = ("openvino", "optimum", "tvm")
 """Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
 RECORD = "{name}.json"

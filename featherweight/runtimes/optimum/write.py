@@ -14,14 +14,13 @@ from featherweight.grid import GRIDS
 from featherweight.model.architecture import task_of
 from featherweight.model.matrices import round_to_nearest
 from featherweight.progress import Progress
-from featherweight.runtimes.build_process import LIMIT_S, run_build
+from featherweight.runtimes.build_process import LIMIT_S, other_python, run_build
 from featherweight.runtimes.onnx.pack import Products
 from featherweight.runtimes.optimum import build, mends
 from featherweight.runtimes.optimum.pack import pack_graphs
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
-from featherweight.system.environment import without_secrets
 from featherweight.system.machine import describe
 from featherweight.system.toolchains import python
 
@@ -86,11 +85,6 @@ def build_graphs(
     past = "-with-past" if task in ("text-generation", "text2text-generation") else ""
     command = [str(python("optimum")), str(Path(build.__file__).resolve()), str(checkpoint), str(out), "--task", task + past]
     command += [*(["--optimize", optimize] if optimize else []), *(["--keep-matrices"] if keep_matrices else [])]
-    if error := run_build("Optimum", "graphs", command, _surroundings(), progress, limit_s):
+    if error := run_build("Optimum", "graphs", command, other_python(), progress, limit_s):
         shutil.rmtree(out, ignore_errors=True)
         raise StageError(f"Optimum cannot export this checkpoint to ONNX ({error}); take torch or ctranslate2")
-
-
-def _surroundings() -> dict[str, str]:
-    """The environment of another Python than ours, without the network."""
-    return {name: value for name, value in without_secrets().items() if not name.startswith("PYTHON")} | {"HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,173 @@
+"""OpenVINO, loaded: a process of the toolchain's Python holds the graph, and is asked by this worker."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.opening import load_config
+from featherweight.errors import StageError
+from featherweight.model.architecture import family_of, task_of
+from featherweight.model.heads import read
+from featherweight.runtimes.build_process import other_python
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, alike, by_length, by_shape, windows_at_once
+from featherweight.runtimes.openvino import serve
+from featherweight.spec import HEADED
+from featherweight.system.child_process import ChildProcess
+from featherweight.system.processes import peak_bytes
+from featherweight.system.toolchains import python
+from featherweight.text.examples import packed_inputs
+from featherweight.text.model_inputs import IGNORED, window_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+MODEL = "model.xml"
+GROUP = "32"
+"""Activations that have a scale in common where they are rounded; what OpenVINO takes by default."""
+CACHES = {"float32": "f32", "int8": "u8"}
+"""What keys and values are kept in, by OpenVINO's names."""
+
+
+class OpenvinoModel(LoadedModel):
+    """One graph. options: `activations`, float or int8; `kv_cache`, float32 or int8. Other threads compile it anew."""
+
+    follows = PROCESSED
+    child: ChildProcess | None = None
+
+    def load(self) -> None:
+        self.config: Any = load_config(self.served)
+        self.family = family_of(self.config)
+        command = [str(python("openvino")), str(Path(serve.__file__).resolve())]
+        told = json.dumps(properties(self.options, self.threads))
+        self.child = ChildProcess([*command, str(self.weights / MODEL), told], other_python(), dies_with_parent=True)
+        self._answer("loading")
+
+    def unload(self) -> None:
+        if self.child is not None:
+            self.child.close()
+            self.child = None
+
+    def peak_memory_bytes(self) -> int:
+        """Of the process that computes; this one only hands on what is said."""
+        return 0 if self.child is None else peak_bytes(self.child.process.pid)
+
+    def _call(self, call: str, **told: Any) -> Any:
+        assert self.child is not None
+        try:
+            self.child.send({"call": call, **told})
+        except BrokenPipeError as error:
+            raise StageError(f"OpenVINO has ended; {self.child.tail()}") from error
+        return self._answer(call)
+
+    def _answer(self, doing: str) -> Any:
+        assert self.child is not None
+        reply = self.child.receive()
+        if reply is None:
+            raise StageError(f"OpenVINO ended with {self.child.ending()} in {doing}; {self.child.tail()}")
+        if "error" in reply:
+            raise StageError(f"OpenVINO failed in {doing}: {reply['error']}")
+        return reply["result"]
+
+    def logprobs(self, windows: Tokens) -> list[list[float]]:
+        return self.logprobs_given(windows, [[] for _ in windows])
+
+    def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
+        import torch
+
+        scores: list[list[float]] = [[] for _ in windows]
+        for batch in by_shape(windows, sources, windows_at_once(self.limits.max_tokens, self.config.vocab_size)):
+            ids, source = (torch.tensor([rows[index] for index in batch]) for rows in (windows, sources))
+            inputs, labels = window_inputs(self.config, ids, source)
+            wanted = labels.masked_fill(labels == IGNORED, serve.IGNORED)
+            found = self._call("score", inputs={"input_ids": inputs["input_ids"].tolist()}, labels=wanted.tolist())
+            for index, row in zip(batch, found, strict=True):
+                scores[index] = row
+        return scores
+
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        """Sequences of like lengths together, the shorter ones padded and the padding masked."""
+        found: list[list[list[float]]] = [[] for _ in ids]
+        by_tokens = task_of(self.config) == "token-classification"
+        for batch in alike(ids, self.limits.max_batch):
+            rows = self._answers([ids[index] for index in batch], [types[index] for index in batch]).tolist()
+            for index, row in zip(batch, rows, strict=True):
+                found[index] = row[: len(ids[index])] if by_tokens else row
+        return found
+
+    def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
+        from transformers.modeling_outputs import ModelOutput
+
+        inputs = packed_inputs(self.config, ids, types)
+        name = "last_hidden_state" if task_of(self.config) == "feature-extraction" else "logits"
+        told = {one: rows.tolist() for one, rows in inputs.items()}
+        return read(self.config, ModelOutput({name: _tensor(self._call("answers", inputs=told))}), inputs)
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        tokens: Tokens = [[] for _ in prompts]
+        began, first = perf_counter(), 0.0
+        for batch in by_length(prompts, self.limits.max_batch):
+            some, before = [prompts[index] for index in batch], perf_counter() - began
+            new, waited = self._fill(some) if self.family == "encoder" else self._greedy(some, new_tokens)
+            first = before + waited if waited else perf_counter() - began
+            for index, row in zip(batch, new, strict=True):
+                tokens[index] = row
+        return Generation(tokens, Timing(first, perf_counter() - began))
+
+    def _greedy(self, prompts: Tokens, new_tokens: int) -> tuple[Tokens, float]:
+        found = self._call("generate", prompts=prompts, new_tokens=new_tokens)
+        return found["tokens"], found["first_s"]
+
+    def _fill(self, ids: Tokens) -> tuple[Tokens, float]:
+        """The likeliest token at every position; none where vectors or labels are answered."""
+        if task_of(self.config) in HEADED:
+            self._answers(ids, [[0] * len(row) for row in ids])
+            return [[] for _ in ids], 0.0
+        return self._call("likeliest", inputs={"input_ids": ids}), 0.0
+
+    def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
+        """Greedy text where only its end is asked for, else each token chosen by transformers' own processors of logits."""
+        if set(settings.values) <= LENGTHS:
+            return self.generate(prompts, new_tokens).tokens
+        return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
+
+    def _choose(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
+        import torch
+
+        chosen, written, unread = processors(settings, len(prompt)), list(prompt), len(prompt)
+        while True:
+            past = len(written) - unread
+            scores = _tensor(self._call("next_logits", ids=[written[past:]], past=past))
+            scores = chosen(torch.tensor([written]), scores)
+            sampled = settings.values.get("do_sample")
+            token = int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
+            written.append(token)
+            if token in settings.ends or len(written) == len(prompt) + new_tokens:
+                return written[len(prompt) :]
+            unread = 1
+
+
+def properties(options: Mapping[str, str], threads: int) -> dict[str, Any]:
+    """What OpenVINO's CPU plugin is told. By default it computes in bfloat16 where it can, and rounds activations and its cache."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": CACHES[options.get("kv_cache", "float32")],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if options.get("activations") == "int8" else "0",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+    }
+
+
+def _tensor(told: Mapping[str, Any]) -> Tensor:
+    """What `serve.packed` made of an array."""
+    import torch
+
+    values = torch.frombuffer(bytearray(base64.b64decode(told["float32"])), dtype=torch.float32)
+    return values.reshape(told["shape"])
