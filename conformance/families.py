@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A model type of transformers with the head that its kind is measured by; `engines` have loaders for it."""
+    """A model type of transformers with the head that its kind is measured by; `engines` have loaders for it.
+
+    Where no other has, PyTorch alone does.
+    """
 
     model_type: str
     kind: Family
@@ -29,13 +32,12 @@ class ModelFamily:
 
 @cache
 def families() -> tuple[ModelFamily, ...]:
-    """Every model type of text that some engine besides PyTorch names, by its kind and name."""
+    """Every model type of text, by its kind and name."""
     loaders = {name: ask() for name, ask in ASKED.items()}
     found: dict[str, ModelFamily] = {}
     for kind, model_type, architecture, config in _opened():
-        engines = tuple(name for name, takes in loaders.items() if takes(architecture, config))
-        if engines:
-            found.setdefault(model_type, ModelFamily(model_type, kind, architecture, engines))
+        engines = tuple(name for name, takes in loaders.items() if takes(architecture, config)) or ALONE
+        found.setdefault(model_type, ModelFamily(model_type, kind, architecture, engines))
     return tuple(sorted(found.values(), key=lambda one: (one.kind, one.model_type)))
 
 
@@ -100,4 +102,5 @@ def _optimum() -> Callable[[str, type[PreTrainedConfig]], bool]:
     return lambda architecture, config: known.is_exported(config.model_type)
 
 
+ALONE = ("torch",)
 ASKED = {"ctranslate2": _ctranslate2, "onnxruntime": _optimum, "onnxruntime-genai": _onnx_genai, "vllm": _vllm}

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conformance.families import families
+from conformance.families import ALONE, families
 from featherweight.model.architecture import Family
 from featherweight.text.documents import Document, write_documents
 from tests.support.tokenizers import byte_level
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 CONTEXT, WINDOW, ORIGINAL = 256, 48, 64
 """Positions that a model was made for; how far back sliding layers see; where scaled rotary embeddings begin to be others."""
 HIDDEN, HEADS, KEY_HEADS, HEAD, INNER = 128, 4, 2, 32, 192
+
+LARGEST = 30_000_000
+"""Weights of a tiny checkpoint at most."""
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embed_dim"), HIDDEN),
@@ -83,6 +86,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 256},
+    "bamba": {"attn_layer_indices": [1]},
     "t5gemma": {"encoder": PART, "decoder": PART},
 }  # fmt: skip
 """What else a model type has to be told."""
@@ -165,12 +169,15 @@ class Case:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+FEW = (("vllm",), ALONE)
+
+
 def cases() -> list[Case]:
-    """Every family as it is by default, and the traits."""
+    """Every family as it is by default, and the traits; behind the others those that one engine alone serves."""
     known = {one.model_type: one for one in families()}
     plain = [Case(name, name, one.kind, one.engines) for name, one in known.items()]
     told = [Case(name, kind, known[kind].kind, known[kind].engines, changes) for name, (kind, changes) in TRAITS.items()]
-    return sorted([*plain, *told], key=lambda case: (case.engines == ("vllm",), case.kind, case.name))
+    return sorted([*plain, *told], key=lambda case: (case.engines in FEW, case.kind, case.name))
 
 
 def make(case: Case, folder: Path) -> Path:
@@ -178,12 +185,23 @@ def make(case: Case, folder: Path) -> Path:
     import torch
 
     tokenizer = byte_level("$A" if case.model_type in WITHOUT_BOS else FRAMES[case.kind])
+    _require_tiny(case, configuration(case, tokenizer))
     torch.manual_seed(0)
     model = spread(_class(case)(configuration(case, tokenizer)).float().eval())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _give_ends(case, model, folder, tokenizer)
     return folder
+
+
+def _require_tiny(case: Case, config: PreTrainedConfig) -> None:
+    """Raise ValueError where the small numbers are not those that its sizes go by."""
+    import torch
+
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in _class(case)(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count:,} weights are not tiny")
 
 
 def made_with(case: Case) -> str:
