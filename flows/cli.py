@@ -15,11 +15,15 @@ import typer
 
 from featherweight.errors import FeatherweightError, RecipeError, StageError, one_line
 from featherweight.masking import masked
+from featherweight.system import mlflow_import
 from flows.progress_view import view_for
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
 6 server, store or disk · 7 toolchain missing · 8 refused by a gate, or no variant keeps the constraints · 9 damaged artifact ·
 130 stopped by Ctrl-C (the same command resumes)"""
+
+READERS = ("audit", "compare", "history", "impact", "lineage", "variants")
+"""Commands that ask MLflow's client, and nothing else of MLflow."""
 
 app = typer.Typer(
     name="featherweight",
@@ -529,6 +533,13 @@ def _options(
 
 
 def main() -> None:
+    """The program: a command line that has its process to itself."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in READERS:
+        mlflow_import.for_reading()
+    run()
+
+
+def run() -> None:
     """Run the command line; every refusal is one line on standard error and an exit code of its own."""
     try:
         app()

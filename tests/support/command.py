@@ -32,7 +32,7 @@ def command_here(*arguments: str, cwd: Path, **changed: str) -> subprocess.Compl
         patched.setattr(sys, "argv", command)
         with redirect_stdout(out), redirect_stderr(err), _results_in(cwd):
             try:
-                cli.main()
+                cli.run()
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else bool(end.code)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
