@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
@@ -51,14 +51,20 @@ def test_grids_are_held_as_they_are_or_refused(precision: str, body: str | None,
 def test_encoder_decoders_and_what_a_trace_freezes_are_refused() -> None:
     assert "take ctranslate2 or torch" in str(OPENVINO.task_refusal("text2text-generation"))
     assert OPENVINO.task_refusal("feature-extraction") is None
-    config = SimpleNamespace(model_type="llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
-    config.get_text_config = lambda: config
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = AutoConfig.for_model("llama", rope_parameters=dynamic)
     assert "are others for longer texts" in str(OPENVINO.model_refusal(spec(), Candidate(CheckpointFacts(config), 64)))
 
 
+def test_texts_alone_are_batched_as_they_come() -> None:
+    for kind, refused in (("bert", True), ("llama", False)):
+        config = AutoConfig.for_model(kind)
+        found = OPENVINO.model_refusal(spec(batching="continuous"), Candidate(CheckpointFacts(config), 64))
+        assert ("an encoder answers at once" in str(found)) if refused else found is None
+
+
 def test_rows_that_groups_do_not_divide_are_refused_by_name() -> None:
-    config = SimpleNamespace(model_type="llama", rope_parameters={})
-    config.get_text_config = lambda: config
+    config = AutoConfig.for_model("llama")
     for columns, refused in ((288, True), (256, False)):
         candidate = Candidate(CheckpointFacts(config), 64, {"layers.0.up": (GRIDS["int4-g128"], columns)})
         found = OPENVINO.model_refusal(spec(precision="int4"), candidate)
@@ -111,7 +117,7 @@ def test_a_tied_embedding_is_read_whole_and_a_table_by_rows(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("model_type", "keys"),
     [
-        ("llama", {}),
+        ("llama", {"batching": "continuous"}),
         ("llama", {"precision": "int4", "activations": "float"}),
         ("gpt2", {"precision": "int8"}),
         ("bert", {"precision": "int8", "activations": "float"}),
@@ -129,4 +135,5 @@ def test_what_it_serves_answers_as_pytorch(
     out.mkdir()
     metrics = compile(spec(max_tokens=48, **keys), checkpoint=checkpoint, calibration=write_pairs(tmp_path / "text"), out=out)
     assert metrics.get("parity_weights_max_abs", metrics["parity_max_abs"]) < 1e-4
+    assert Serving.read(out).options.get("batching", "static") == keys.get("batching", "static")
     assert sum(tensor.size_bytes for tensor in OPENVINO.held_tensors(out / "openvino", Serving.read(out), None)) > 0

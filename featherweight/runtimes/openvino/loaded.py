@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-MODEL = "model.xml"
+MODEL = "openvino_model.xml"
+"""As OpenVINO's own pipelines want it called."""
+CONTINUOUS = "continuous"
 GROUP = "32"
 """Activations that have a scale in common where they are rounded; what OpenVINO takes by default."""
 CACHES = {"float32": "f32", "int8": "u8"}
@@ -36,7 +38,10 @@ CACHES = {"float32": "f32", "int8": "u8"}
 
 
 class OpenvinoModel(LoadedModel):
-    """One graph. options: `activations`, float or int8; `kv_cache`, float32 or int8. Other threads compile it anew."""
+    """One graph. options: `activations`, float or int8; `kv_cache`, float32 or int8; `batching`, static or continuous.
+
+    Another number of threads compiles it anew.
+    """
 
     follows = PROCESSED
     child: ChildProcess | None = None
@@ -45,8 +50,11 @@ class OpenvinoModel(LoadedModel):
         self.config: Any = load_config(self.served)
         self.family = family_of(self.config)
         command = [str(python("openvino")), str(Path(serve.__file__).resolve())]
-        told = json.dumps(properties(self.options, self.threads))
-        self.child = ChildProcess([*command, str(self.weights / MODEL), told], other_python(), dies_with_parent=True)
+        command += [str(self.weights / MODEL), json.dumps(properties(self.options, self.threads))]
+        self.continuous = self.options.get("batching") == CONTINUOUS
+        if self.continuous:
+            command += ["--at-once", str(self.limits.max_batch), "--tokens", str(self.limits.max_tokens)]
+        self.child = ChildProcess(command, other_python(), dies_with_parent=True)
         self._answer("loading")
 
     def unload(self) -> None:
@@ -112,6 +120,9 @@ class OpenvinoModel(LoadedModel):
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         tokens: Tokens = [[] for _ in prompts]
         began, first = perf_counter(), 0.0
+        if self.continuous:
+            found = self._call("write", prompts=prompts, new_tokens=new_tokens, ends=[])
+            return Generation(found["tokens"], Timing(found["first_s"], perf_counter() - began))
         for batch in by_length(prompts, self.limits.max_batch):
             some, before = [prompts[index] for index in batch], perf_counter() - began
             new, waited = self._fill(some) if self.family == "encoder" else self._greedy(some, new_tokens)
@@ -133,6 +144,9 @@ class OpenvinoModel(LoadedModel):
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """Greedy text where only its end is asked for, else each token chosen by transformers' own processors of logits."""
+        if set(settings.values) <= LENGTHS and self.continuous:
+            tokens: Tokens = self._call("write", prompts=prompts, new_tokens=new_tokens, ends=settings.ends)["tokens"]
+            return tokens
         if set(settings.values) <= LENGTHS:
             return self.generate(prompts, new_tokens).tokens
         return [self._choose(prompt, new_tokens, settings) for prompt in prompts]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from featherweight.grid import GRIDS
+from featherweight.model.architecture import family_of
 from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
@@ -36,12 +37,14 @@ class OpenvinoSpec(CompileSpec):
     """precision: rounds here only where no quantize stage chose the weights (embedding and head to int8).
     activations: rounded weights are multiplied with activations that are rounded too, int8 in groups of 32, or with floats.
     kv_cache: int8 rounds keys and values; null keeps them in float32.
+    batching: continuous has OpenVINO GenAI write the texts, each making room for the next as it ends.
     """
 
     engine: Literal["openvino"]
     precision: Literal["float32", "int8", "int4"] = "float32"
     activations: Literal["int8", "float"] = "int8"
     kv_cache: Literal["int8"] | None = None
+    batching: Literal["static", "continuous"] = "static"
 
 
 class Openvino(Runtime[OpenvinoSpec]):
@@ -110,6 +113,8 @@ class Openvino(Runtime[OpenvinoSpec]):
                 f"OpenVINO's graph is traced at one length, and this {model.facts.model_type}'s rotary embeddings "
                 f"({min(changing)}) are others for longer texts; take torch"
             )
+        if spec.batching == "continuous" and family_of(model.config) == "encoder":
+            return "batching: OpenVINO GenAI writes texts, and an encoder answers at once; leave it out"
         if spec.precision == "float32":
             return None
         return experts_refusal(model.facts) or _groups_refusal(spec, model)

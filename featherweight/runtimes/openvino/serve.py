@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,16 +20,23 @@ from typing import Any
 Say = Callable[..., None]
 IGNORED = -100
 """The label of a position that is not scored, as in PyTorch."""
+PAGE = 32
+"""Tokens whose keys and values lie together, as OpenVINO's CPU plugin has it."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("graph", type=Path)
     parser.add_argument("properties", type=json.loads, help="of the CPU plugin, as a JSON object")
+    parser.add_argument("--at-once", type=int, help="write texts by OpenVINO GenAI's scheduler, so many at once")
+    parser.add_argument("--tokens", type=int, default=0, help="the longest of them, with its prompt")
     options = parser.parse_args()
     say = speaker()
     try:
         served = Served(options.graph, options.properties)
+        if options.at_once:
+            served = Continuous(options.graph, options.properties, options.at_once, options.tokens)
+        served.ready()
     except Exception as error:
         say(error=told(error))
         return 1
@@ -62,12 +70,28 @@ class Served:
     """A compiled graph. Its state, keys and values, is that of the texts that are being read."""
 
     def __init__(self, graph: Path, properties: Mapping[str, Any]) -> None:
+        self.graph, self.properties = graph, dict(properties)
+
+    def ready(self) -> None:
+        """Load what answers."""
+        self.request  # noqa: B018 - made when it is first asked for
+
+    @cached_property
+    def request(self) -> Any:
+        """The graph as the CPU computes it."""
         import openvino
 
-        self.model = openvino.Core().compile_model(graph, "CPU", dict(properties))
-        self.request = self.model.create_infer_request()
-        self.inputs = {name for port in self.model.inputs for name in port.names}
-        self.decodes = "beam_idx" in self.inputs
+        return openvino.Core().compile_model(self.graph, "CPU", self.properties).create_infer_request()
+
+    @cached_property
+    def inputs(self) -> set[str]:
+        """The names of what the graph reads."""
+        return {name for port in self.request.get_compiled_model().inputs for name in port.names}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the graph keeps keys and values."""
+        return "beam_idx" in self.inputs
 
     def score(self, inputs: Mapping[str, Any], labels: list[list[int]]) -> list[list[float]]:
         """Log-probabilities of the labels that are not IGNORED; a decoder reads from the beginning."""
@@ -143,6 +167,50 @@ class Served:
     def _forget(self) -> None:
         if self.decodes:
             self.request.reset_state()
+
+
+class Continuous(Served):
+    """The same, its texts written by OpenVINO GenAI: pages of keys and values, and a text that ends makes room for the next.
+
+    Scores come from the graph itself, which is loaded once one is asked for.
+    """
+
+    def __init__(self, graph: Path, properties: Mapping[str, Any], at_once: int, tokens: int) -> None:
+        super().__init__(graph, properties)
+        self.at_once, self.pages = at_once, at_once * (tokens // PAGE + 2)
+
+    def ready(self) -> None:
+        self.pipeline  # noqa: B018 - made when it is first asked for
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """GenAI's scheduler over the folder of the graph; it is given ids, and so needs no tokenizer."""
+        import openvino_genai
+
+        schedule = openvino_genai.SchedulerConfig()
+        schedule.max_num_seqs, schedule.num_kv_blocks = self.at_once, self.pages
+        # With it the second round of a measurement would skip the prompts that the first has read.
+        schedule.enable_prefix_caching = False
+        return openvino_genai.ContinuousBatchingPipeline(self.graph.parent, schedule, "CPU", self.properties)
+
+    def write(self, prompts: list[list[int]], new_tokens: int, ends: list[int]) -> dict[str, Any]:
+        """Greedy, after prompts of any lengths, to an end or to `new_tokens`; the seconds until each text had its first."""
+        import numpy
+        import openvino
+        import openvino_genai
+
+        asked = openvino_genai.GenerationConfig()
+        asked.max_new_tokens, asked.do_sample, asked.ignore_eos, asked.stop_token_ids = new_tokens, False, not ends, set(ends)
+        began, first = perf_counter(), 0.0
+        texts = [
+            self.pipeline.add_request(at, openvino.Tensor(numpy.array([ids], dtype=numpy.int64)), asked)
+            for at, ids in enumerate(prompts)
+        ]
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+            if not first and all(text.can_read() for text in texts):
+                first = perf_counter() - began
+        return {"tokens": [list(text.read_all()[0].generated_ids) for text in texts], "first_s": first}
 
 
 def packed(array: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import CONFIG, link
+from featherweight.checkpoint.files import CONFIG, copy, link
 from featherweight.checkpoint.saving import copy_tokenizer, save_model
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
@@ -18,7 +18,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.build_process import other_python, run_build
 from featherweight.runtimes.openvino import convert
-from featherweight.runtimes.openvino.loaded import MODEL
+from featherweight.runtimes.openvino.loaded import CONTINUOUS, MODEL
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.system.toolchains import python
 
@@ -48,7 +48,9 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
         if error := run_build("OpenVINO", "graph", command, other_python(), source.progress):
             raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take torch or ctranslate2")
     copy_tokenizer(source.checkpoint, out)
+    copy(out / CONFIG, out / FOLDER / CONFIG)  # OpenVINO GenAI looks for it beside the graph
     options: dict[str, str] = {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
+    options |= {"batching": spec.batching} if spec.batching == CONTINUOUS else {}
     options |= {"activations": spec.activations} if source.quantized else {}
     Serving("openvino", FOLDER, options, source.grid).write(out)
 
