@@ -59,14 +59,29 @@ def test_models_that_it_does_not_compute_are_refused(told: dict[str, Any], reaso
     assert (found is None) if reason is None else re.search(reason, str(found))
 
 
-def test_it_serves_floats_of_decoders_and_of_encoders_from_cpus() -> None:
+@pytest.mark.parametrize(
+    ("precision", "grids", "reason"),
+    [
+        ("float32", Grids(), None),
+        ("float32", Grids(GRIDS["int8"]), "would store rounded weights at full size"),
+        ("int8", Grids(), None),
+        ("int8", Grids(GRIDS["int8"], GRIDS["int8"]), None),
+        ("int8", Grids(GRIDS["int8-g32"]), "one scale per row, not int8-g32; take onnxruntime-genai"),
+        ("int8", Grids(GRIDS["int8"], None, GRIDS["int4-g32"]), "not int4-g32"),
+        ("int8", Grids(GRIDS["fp8"]), "hold 8-bit integers"),
+    ],
+)
+def test_it_holds_floats_and_8_bits_of_one_scale_per_row(precision: str, grids: Grids, reason: str | None) -> None:
+    found = TVM.grid_refusal(grids, serving_spec(engine="tvm", precision=precision))
+    assert (found is None) if reason is None else reason in str(found)
+
+
+def test_it_serves_decoders_and_encoders_from_cpus() -> None:
     spec = serving_spec(engine="tvm")
-    assert "would store rounded weights at full size" in str(TVM.grid_refusal(Grids(GRIDS["int8"]), spec))
-    assert TVM.grid_refusal(Grids(), spec) is None
     assert "not of both in one" in str(TVM.task_refusal("text2text-generation"))
     assert TVM.task_refusal("text-generation") is None and TVM.task_refusal("fill-mask") is None
     assert "serves from the CPU alone" in str(TVM.device_refusal(spec, "cuda", describe()))
-    assert [offer.grid for offer in TVM.offers(CPU, AVX2)] == [None]
+    assert [offer.grid for offer in TVM.offers(CPU, AVX2)] == [None, "int8"]
 
 
 def test_code_is_made_for_what_the_cpu_has_and_is_not_loaded_where_that_is_missing() -> None:
@@ -117,7 +132,7 @@ def test_what_it_reads_is_what_lies_in_its_file(tmp_path: Path) -> None:
     assert held == {"row": (160, 10), "step": (256, 1)}
 
 
-def compiled(kind: str, folder: Path, **changes: Any) -> tuple[Path, LoadedModel]:
+def compiled(kind: str, folder: Path, precision: str = "float32", **changes: Any) -> tuple[Path, LoadedModel]:
     """A tiny checkpoint, compiled and held to PyTorch, and the engine that serves it."""
     from tasks.compile import compile
 
@@ -125,7 +140,9 @@ def compiled(kind: str, folder: Path, **changes: Any) -> tuple[Path, LoadedModel
     words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
     write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
     out.mkdir()
-    metrics = compile(serving_spec(engine="tvm", max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
+    metrics = compile(
+        serving_spec(engine="tvm", precision=precision, max_tokens=96), checkpoint=checkpoint, calibration=text, out=out
+    )
     assert metrics["parity_max_abs"] < 1e-4
     assert {path.name for path in (out / "tvm").iterdir()} == {"model.so", "parameters.safetensors", "manifest.json"}
     return checkpoint, TVM.loaded_model()(out, Serving.read(out), Limits(1, 96, 4))
@@ -164,3 +181,16 @@ def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> Non
     found = engine.outputs(texts, [[0] * len(text) for text in texts])
     for text, rows in zip(texts, found, strict=True):
         assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_integers_are_computed_with_as_the_floats_that_they_stand_for(tmp_path: Path) -> None:
+    """A tied head as well; `compiled` holds it to PyTorch with the rounded weights."""
+    from safetensors.torch import load_file
+
+    compiled("llama", tmp_path, "int8", tie_word_embeddings=True)
+    out = tmp_path / "out"
+    kinds = {str(one.dtype) for one in load_file(out / "tvm" / "parameters.safetensors").values() if one.ndim == 3}
+    assert Serving.read(out).grid == "int8" and kinds == {"torch.int8"}

@@ -42,6 +42,7 @@ def main() -> int:
 def build(checkpoint: Path, out: Path, channel: Channel) -> None:
     """Write library, parameters and manifest to the folder `out`."""
     tvm = opened(compiler=True)
+    from featherweight.model.quantized_weights import QuantizedWeights
     from featherweight.runtimes.parity import load_reference
     from featherweight.runtimes.tvm import graph, relax
 
@@ -49,7 +50,7 @@ def build(checkpoint: Path, out: Path, channel: Channel) -> None:
     made_for, model = level(describe()), load_reference(checkpoint)
     shape = graph.cache_shape(model)
     tables = _tables(model)
-    graph.pack(model, width(made_for))
+    graph.pack(model, width(made_for), QuantizedWeights.read(checkpoint))
     program = graph.exported(model, shape)
     channel.send({"note": "translating the graph"})
     module = relax.translated(program)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from featherweight.errors import StageError
 from featherweight.model.architecture import family_of
 from featherweight.model.heads import takes_types
+from featherweight.model.matrices import matrices
 from featherweight.model.positions import AFTER_PADDING
 from featherweight.runtimes.tvm.kernels import LANES
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.export import ExportedProgram
+    from transformers import PreTrainedModel
+
+    from featherweight.model.quantized_weights import QuantizedWeights
 
 ATTENTION = "featherweight_tvm"
 LONGEST = 2**20
@@ -34,13 +38,13 @@ HARMLESS = frozenset({"dropout", "output_attentions", "use_cache", "position_ids
 
 
 @torch.library.custom_op("featherweight::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+def packed_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int) -> Tensor:
     """x [..., inputs] by weights in panels, see kernels.linear."""
     raise NotImplementedError("it is computed by TVM")
 
 
 @packed_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, outputs: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
@@ -60,35 +64,42 @@ def _(
 
 
 class PackedLinear(nn.Module):
-    """A Linear, or GPT-2's Conv1D, whose weights lie in panels of `width` outputs, [panels, inputs, width]."""
+    """A Linear, or GPT-2's Conv1D, whose weights lie in panels of `width` outputs, [panels, inputs, width].
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, width: int) -> None:
+    rows: float32 [outputs, inputs]; or integers, with a scale for each output.
+    """
+
+    def __init__(self, rows: Tensor, scales: Tensor | None, bias: Tensor | None, width: int) -> None:
         super().__init__()
-        self.outputs, inputs = weight.shape
+        self.outputs, inputs = rows.shape
         panels = -(-self.outputs // width)
-        whole, added = torch.zeros(panels * width, inputs), torch.zeros(panels * width)
-        whole[: self.outputs] = weight
-        if bias is not None:
-            added[: self.outputs] = bias
-        packed = whole.view(panels, width, inputs).transpose(1, 2).contiguous()
-        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), nn.Parameter(added, requires_grad=False)
+        whole = torch.zeros(panels * width, inputs, dtype=rows.dtype)
+        whole[: self.outputs] = rows
+        self.weight = _constant(whole.view(panels, width, inputs).transpose(1, 2).contiguous())
+        self.scales = _constant(self._vector(torch.ones(self.outputs) if scales is None else scales.flatten(), panels * width))
+        self.bias = _constant(self._vector(torch.zeros(self.outputs) if bias is None else bias.data, panels * width))
+
+    def _vector(self, values: Tensor, size: int) -> Tensor:
+        return torch.cat([values, torch.zeros(size - self.outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.weight, self.bias, self.outputs)
+        return packed_linear(x, self.weight, self.scales, self.bias, self.outputs)
 
 
-def pack(model: nn.Module, width: int) -> None:
-    """Put packed products in the place of every Linear and Conv1D of a model."""
+def _constant(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def pack(model: PreTrainedModel, width: int, quantized: QuantizedWeights | None) -> None:
+    """Put packed products in the place of every Linear and Conv1D of a model, with the integers of those that are quantized."""
+    integers, scales = (quantized.q, quantized.scales) if quantized else ({}, {})
+    names = {id(parameter): name for name, parameter, _ in matrices(model) if name in integers}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child.weight.data, _data(child.bias), width))
-            elif isinstance(child, Conv1D):
-                setattr(parent, name, PackedLinear(child.weight.data.T, _data(child.bias), width))
-
-
-def _data(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.data
+        for place, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear | Conv1D):
+                rows = child.weight.data.T if isinstance(child, Conv1D) else child.weight.data
+                name = names.get(id(child.weight), "")
+                setattr(parent, place, PackedLinear(integers.get(name, rows), scales.get(name), child.bias, width))
 
 
 class OpenCache(Cache):

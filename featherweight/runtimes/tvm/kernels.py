@@ -30,49 +30,51 @@ def exponential(x: Any) -> Any:
 
 
 @cache
-def linear(outputs: int, inputs: int, width: int) -> Any:
-    """x [rows, inputs] by weights in panels of `width` outputs, [panels, inputs, width], and a bias: [rows, outputs].
+def linear(outputs: int, inputs: int, width: int, kind: str) -> Any:
+    """x [rows, inputs] by weights in panels of `width` outputs, [panels, inputs, width], their scales, and a bias: [rows, outputs].
 
-    Six rows at a time share each weight that is read; with panels of four vectors that fills the registers of AVX-512.
+    kind: of the weights, float32 or int8; integers become floats as they are read, and are scaled once for each output. Six rows
+    at a time share each weight that is read; with panels of four vectors that fills the registers of AVX-512.
     """
     panels = -(-outputs // width)
 
     @T.inline
-    def tile(x, w, b, o, panel, first, count):
+    def tile(x, w, s, b, o, panel, first, count):
         acc = T.alloc_buffer((count, width), "float32", scope="local")
         for r in T.unroll(count):
             for j in T.vectorized(width):
-                acc[r, j] = b[panel * width + j]
+                acc[r, j] = T.float32(0)
         for k in T.serial(inputs):
             for r in T.unroll(count):
                 for j in T.vectorized(width):
-                    acc[r, j] = acc[r, j] + x[first + r, k] * w[panel, k, j]
+                    acc[r, j] = acc[r, j] + x[first + r, k] * T.Cast("float32", w[panel, k, j])
         for r in T.unroll(count):
             for j in T.serial(width):
                 if panel * width + j < outputs:
-                    o[first + r, panel * width + j] = acc[r, j]
+                    o[first + r, panel * width + j] = acc[r, j] * s[panel * width + j] + b[panel * width + j]
 
     @T.prim_func(private=True, s_tir=True)
-    def kernel(px: T.handle, pw: T.handle, pb: T.handle, po: T.handle):
+    def kernel(px: T.handle, pw: T.handle, ps: T.handle, pb: T.handle, po: T.handle):
         T.func_attr({"tirx.noalias": True})
         rows = T.int64()
         x = T.match_buffer(px, (rows, inputs), "float32")
-        w = T.match_buffer(pw, (panels, inputs, width), "float32")
+        w = T.match_buffer(pw, (panels, inputs, width), kind)
+        s = T.match_buffer(ps, (panels * width,), "float32")
         b = T.match_buffer(pb, (panels * width,), "float32")
         o = T.match_buffer(po, (rows, outputs), "float32")
         for panel in T.parallel(panels):
             for t in T.serial(rows // 6):
-                tile(x, w, b, o, panel, t * 6, 6)
+                tile(x, w, s, b, o, panel, t * 6, 6)
             if rows % 6 == 1:
-                tile(x, w, b, o, panel, rows - 1, 1)
+                tile(x, w, s, b, o, panel, rows - 1, 1)
             if rows % 6 == 2:
-                tile(x, w, b, o, panel, rows - 2, 2)
+                tile(x, w, s, b, o, panel, rows - 2, 2)
             if rows % 6 == 3:
-                tile(x, w, b, o, panel, rows - 3, 3)
+                tile(x, w, s, b, o, panel, rows - 3, 3)
             if rows % 6 == 4:
-                tile(x, w, b, o, panel, rows - 4, 4)
+                tile(x, w, s, b, o, panel, rows - 4, 4)
             if rows % 6 == 5:
-                tile(x, w, b, o, panel, rows - 5, 5)
+                tile(x, w, s, b, o, panel, rows - 5, 5)
 
     return kernel
 

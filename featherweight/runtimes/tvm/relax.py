@@ -42,15 +42,15 @@ def compiled(module: Any, made_for: str) -> Any:
 
 
 def _packed_linear(node: Node, importer: Any) -> Any:
-    x, weight, bias = (importer.env[one] for one in node.args[:3])
-    (outputs,) = _constants(node, 3)
+    x, weight, scales, bias = (importer.env[one] for one in node.args[:4])
+    (outputs,) = _constants(node, 4)
     _, inputs, width = (int(size) for size in weight.ty.shape)
     *outer, _ = x.ty.shape
     rows = _product(outer)
-    emit, kernel = importer.block_builder.emit, kernels.linear(outputs, inputs, width)
+    emit, kernel = importer.block_builder.emit, kernels.linear(outputs, inputs, width, str(weight.ty.dtype))
     function = importer.block_builder.add_func(kernel, f"linear_{outputs}_{inputs}")
     flat = emit(relax.op.reshape(x, (rows, inputs)))
-    found = emit(relax.op.call_tir(function, [flat, weight, bias], relax.TensorType((rows, outputs), "float32")))
+    found = emit(relax.op.call_tir(function, [flat, weight, scales, bias], relax.TensorType((rows, outputs), "float32")))
     return emit(relax.op.reshape(found, (*outer, outputs)))
 
 

@@ -1,4 +1,4 @@
-"""Apache TVM, declared: encoders and decoders in float32, compiled for this machine's kind of CPU."""
+"""Apache TVM, declared: encoders and decoders in float32 or with weights of 8 bits, compiled for this machine's kind of CPU."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ENCODERS = ("bert", "distilbert", "roberta", "electra")
 
 
 class TvmSpec(CompileSpec):
-    """precision: float32 alone so far."""
+    """precision: int8 keeps weights in 8 bits and computes in float32; it rounds here only where no quantize stage chose them."""
 
     engine: Literal["tvm"]
-    precision: Literal["float32"] = "float32"
+    precision: Literal["float32", "int8"] = "float32"
 
 
 class Tvm(Runtime[TvmSpec]):
@@ -51,7 +51,7 @@ class Tvm(Runtime[TvmSpec]):
     def write(self, spec: TvmSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.tvm.write import write
 
-        write(source, out)
+        write(spec, source, out)
 
     def served_note(self, serving: Serving) -> str | None:
         return f"compiled for {serving.options['made_for']}"
@@ -71,7 +71,14 @@ class Tvm(Runtime[TvmSpec]):
         return encoder_decoder if task == "text2text-generation" else None
 
     def grid_refusal(self, grids: Grids, spec: TvmSpec) -> str | None:
-        return None if grids.body is None else float_of_rounded_refusal("float32")
+        if grids.body is None:
+            return None
+        if spec.precision == "float32":
+            return float_of_rounded_refusal("float32")
+        every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
+        other = next((grid for grid in every if grid.kind != "int" or grid.bits != 8 or grid.group_size), None)
+        holds = "TVM's kernels here hold 8-bit integers of one scale per row"
+        return f"{holds}, not {other.name}; take onnxruntime-genai" if other else None
 
     def model_refusal(self, spec: TvmSpec, model: Candidate) -> str | None:
         """Model types that were not tried, and what its attention here does not compute."""
