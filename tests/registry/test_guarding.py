@@ -13,7 +13,7 @@ import httpx
 import pytest
 from mlflow.entities.webhook import WebhookEvent
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-from mlflow.webhooks.delivery import deliver_webhook
+from mlflow.webhooks import delivery as delivery_of_mlflow
 
 from featherweight.errors import ServiceError
 from featherweight.registry.guarding.deliveries import Deliveries, Refused
@@ -110,6 +110,7 @@ def test_mlflows_own_delivery_undoes_what_was_moved(tmp_path: Path, monkeypatch:
     """Its sender and its store, without the server around them."""
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http")
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
+    monkeypatch.setattr(delivery_of_mlflow, "_webhook_cache", None)  # of the whole process, for a minute
     (tmp_path / "mlflow.db").write_bytes(empty_store())
     address = f"sqlite:///{tmp_path}/mlflow.db"
     registry, heard = Registry(address), SimpleQueue[str]()
@@ -123,7 +124,7 @@ def test_mlflows_own_delivery_undoes_what_was_moved(tmp_path: Path, monkeypatch:
         assert [(one.name, one.url) for one in registry.client.list_webhooks()] == [(NAME, f"{url}/mlflow")]
         registry.client.set_registered_model_alias(MODEL, "champion", "2")
         event: Any = WebhookEvent.from_str("model_version_alias.created")
-        deliver_webhook(event=event, payload=MOVED["data"], store=SqlAlchemyStore(address))  # type: ignore[arg-type]
+        delivery_of_mlflow.deliver_webhook(event=event, payload=MOVED["data"], store=SqlAlchemyStore(address))  # type: ignore[arg-type]
         guard.hear(heard.get(timeout=300))
         guard.turn()
         assert httpx.post(f"{url}/mlflow", json=MOVED).status_code == 401
