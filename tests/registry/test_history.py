@@ -207,7 +207,7 @@ def test_two_writers_lose_nothing(desk: Bench) -> None:
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(600)
     assert failures == []
     model = shown(desk)
     promoted = [one for one in model.history.transitions if one.target == "production"]

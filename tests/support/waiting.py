@@ -13,7 +13,7 @@ import psutil
 
 from featherweight.system.processes import _name_of
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 T = TypeVar("T")
 
 
