@@ -90,7 +90,9 @@ def load(checkpoint: Path, task: str) -> Any:
     import transformers
 
     kind = getattr(transformers, CLASSES[task])
-    model, told = kind.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    # The other ways to compute experts count or walk through those that were hit, which a trace would freeze.
+    options = {"dtype": torch.float32, "experts_implementation": "batched_mm"}
+    model, told = kind.from_pretrained(checkpoint, local_files_only=True, output_loading_info=True, **options)
     missing = [name for name in told["missing_keys"] if "pooler" not in name]
     if lost := missing or told["mismatched_keys"]:
         raise KeyError(f"transformers {transformers.__version__} does not find {sorted(lost)[:3]} in the checkpoint")
