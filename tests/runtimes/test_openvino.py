@@ -74,7 +74,7 @@ def test_rows_that_groups_do_not_divide_are_refused_by_name() -> None:
 def test_nothing_is_rounded_that_the_recipe_does_not_say() -> None:
     told = properties({}, 2)
     assert (told["INFERENCE_PRECISION_HINT"], told["KV_CACHE_PRECISION"], told["INFERENCE_NUM_THREADS"]) == ("f32", "f32", 2)
-    assert told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"
+    assert (told["DYNAMIC_QUANTIZATION_GROUP_SIZE"], told["ENABLE_CPU_PINNING"]) == ("0", False)
     rounded = properties({"activations": "int8", "kv_cache": "int8"}, 1)
     assert (rounded["DYNAMIC_QUANTIZATION_GROUP_SIZE"], rounded["KV_CACHE_PRECISION"]) == ("32", "u8")
     assert OPENVINO.bound(Serving("openvino", options={"activations": "float"}, grid="int8")) == EXACT

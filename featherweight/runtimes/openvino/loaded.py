@@ -175,6 +175,7 @@ def properties(options: Mapping[str, str], threads: int) -> dict[str, Any]:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if options.get("activations") == "int8" else "0",
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # else two of its processes share a core while another idles
         "INFERENCE_NUM_THREADS": threads,
     }
 
