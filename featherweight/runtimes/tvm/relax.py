@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import tvm
-from tvm import relax
+from tvm import relax, te
 from tvm.relax.frontend.torch import from_exported_program
 
 from featherweight.runtimes.tvm import kernels
@@ -93,9 +93,20 @@ def _power(node: Node, importer: Any) -> Any:
     return importer.block_builder.emit(relax.op.power(x, relax.const(exponent, x.ty.dtype)))
 
 
+def _silu(node: Node, importer: Any) -> Any:
+    """By a series, which is computed for a vector at once; the C library's exp takes one number after the other."""
+    x = importer.env[node.args[0]]
+
+    def silu(a: Any) -> Any:
+        return te.compute(a.shape, lambda *at: a(*at) / (1 + kernels.exponential(-a(*at))), name="silu")
+
+    return importer.block_builder.emit_te(silu, x)
+
+
 OPERATORS: Mapping[str, Callable[[Node, Any], Any]] = {
     "packed_linear.default": _packed_linear,
     "attend.default": _attend,
     "to.device": _to,
     "pow.Tensor_Scalar": _power,
+    "silu.default": _silu,
 }
