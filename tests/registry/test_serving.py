@@ -129,7 +129,7 @@ async def _load(url: str, seen: Counter[tuple[int, str]], moved: threading.Event
                 answer = await client.post(url, json={"inputs": ["The"]})
                 seen[answer.status_code, answer.headers.get(VERSION_HEADER, "")] += 1
                 if seen.total() > 100 and not moved.is_set():
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(0.1)
 
         await asyncio.gather(*(user() for _ in range(16)))
 
