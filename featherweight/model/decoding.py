@@ -32,20 +32,22 @@ def decoder_refusal(config: PreTrainedConfig) -> str | None:
     kind = config.model_type
     if family_of(config) != "causal":
         return None
-    if _is_encoder(config):
-        way = "set it to true if the weights were trained so, or take task: fill-mask"
-        return f"as config.json describes it (is_decoder: false) a {kind} model reads the texts that follow; {way}"
+    if refusal := _encoder_refusal(config):
+        return refusal
     if kind == "xlm" and not getattr(config, "causal", False):
         return "as config.json describes it (causal: false) an xlm model reads the texts that follow"
     return f"transformers' {kind} model {NOT_LEFT_TO_RIGHT[kind]}; take another" if kind in NOT_LEFT_TO_RIGHT else None
 
 
-def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether it is one of those that are encoders unless they are told to be decoders."""
+def _encoder_refusal(config: PreTrainedConfig) -> str | None:
+    """That it is one of those that are encoders unless they are told to be decoders."""
     from transformers.models.auto import modeling_auto as auto
 
     encoders = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"} - set(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
-    return getattr(config, "is_decoder", None) is False and config.model_type in encoders
+    if getattr(config, "is_decoder", None) is not False or config.model_type not in encoders:
+        return None
+    way = "set it to true if the weights were trained so, or take task: fill-mask"
+    return f"as config.json describes it (is_decoder: false) a {config.model_type} model reads the texts that follow; {way}"
 
 
 def cache_name(model: Any) -> str | None:
