@@ -75,11 +75,10 @@ def test_nothing_is_rounded_that_the_recipe_does_not_say() -> None:
     told = properties({}, 2)
     assert (told["INFERENCE_PRECISION_HINT"], told["KV_CACHE_PRECISION"], told["INFERENCE_NUM_THREADS"]) == ("f32", "f32", 2)
     assert (told["DYNAMIC_QUANTIZATION_GROUP_SIZE"], told["ENABLE_CPU_PINNING"]) == ("0", False)
-    rounded = properties({"activations": "int8", "kv_cache": "int8"}, 1)
-    assert (rounded["DYNAMIC_QUANTIZATION_GROUP_SIZE"], rounded["KV_CACHE_PRECISION"]) == ("32", "u8")
+    rounded = properties({"activations": "int8"}, 1)
+    assert (rounded["DYNAMIC_QUANTIZATION_GROUP_SIZE"], rounded["KV_CACHE_PRECISION"]) == ("32", "f32")
     assert OPENVINO.bound(Serving("openvino", options={"activations": "float"}, grid="int8")) == EXACT
     assert OPENVINO.bound(Serving("openvino", options={"activations": "int8"}, grid="int8")) == INT8_ACTIVATIONS
-    assert OPENVINO.bound(Serving("openvino", options={"kv_cache": "int8"})) == INT8_ACTIVATIONS
 
 
 def test_without_its_toolchain_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

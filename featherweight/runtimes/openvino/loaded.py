@@ -33,12 +33,10 @@ MODEL = "openvino_model.xml"
 CONTINUOUS = "continuous"
 GROUP = "32"
 """Activations that have a scale in common where they are rounded; what OpenVINO takes by default."""
-CACHES = {"float32": "f32", "int8": "u8"}
-"""What keys and values are kept in, by OpenVINO's names."""
 
 
 class OpenvinoModel(LoadedModel):
-    """One graph. options: `activations`, float or int8; `kv_cache`, float32 or int8; `batching`, static or continuous.
+    """One graph. options: `activations`, float or int8; `batching`, static or continuous.
 
     Another number of threads compiles it anew.
     """
@@ -168,10 +166,13 @@ class OpenvinoModel(LoadedModel):
 
 
 def properties(options: Mapping[str, str], threads: int) -> dict[str, Any]:
-    """What OpenVINO's CPU plugin is told. By default it computes in bfloat16 where it can, and rounds activations and its cache."""
+    """What OpenVINO's CPU plugin is told. By default it computes in bfloat16 where it can, and rounds activations and its cache.
+
+    Keys and values stay in float32: scores come of one pass, which reads no cache, so that no gate would see what rounding costs.
+    """
     return {
         "INFERENCE_PRECISION_HINT": "f32",
-        "KV_CACHE_PRECISION": CACHES[options.get("kv_cache", "float32")],
+        "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP if options.get("activations") == "int8" else "0",
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

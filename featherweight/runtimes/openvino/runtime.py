@@ -36,14 +36,12 @@ BY_LENGTH = frozenset({"dynamic", "longrope"})
 class OpenvinoSpec(CompileSpec):
     """precision: rounds here only where no quantize stage chose the weights (embedding and head to int8).
     activations: rounded weights are multiplied with activations that are rounded too, int8 in groups of 32, or with floats.
-    kv_cache: int8 rounds keys and values; null keeps them in float32.
     batching: continuous has OpenVINO GenAI write the texts, each making room for the next as it ends.
     """
 
     engine: Literal["openvino"]
     precision: Literal["float32", "int8", "int4"] = "float32"
     activations: Literal["int8", "float"] = "int8"
-    kv_cache: Literal["int8"] | None = None
     batching: Literal["static", "continuous"] = "static"
 
 
@@ -73,8 +71,7 @@ class Openvino(Runtime[OpenvinoSpec]):
 
     def bound(self, serving: Serving) -> Bound:
         """Floats 0.00004 nats at most; activations rounded to int8 in groups of 32, 0.060 on average (stories15M)."""
-        rounded = "int8" in (serving.options.get("activations"), serving.options.get("kv_cache"))
-        return INT8_ACTIVATIONS if rounded else EXACT
+        return INT8_ACTIVATIONS if serving.options.get("activations") == "int8" else EXACT
 
     def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
         from featherweight.runtimes.openvino.bytes_read import graph_tensors

@@ -49,8 +49,7 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
             raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take torch or ctranslate2")
     copy_tokenizer(source.checkpoint, out)
     copy(out / CONFIG, out / FOLDER / CONFIG)  # OpenVINO GenAI looks for it beside the graph
-    options: dict[str, str] = {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
-    options |= {"batching": spec.batching} if spec.batching == CONTINUOUS else {}
+    options: dict[str, str] = {"batching": spec.batching} if spec.batching == CONTINUOUS else {}
     options |= {"activations": spec.activations} if source.quantized else {}
     Serving("openvino", FOLDER, options, source.grid).write(out)
 
