@@ -266,7 +266,8 @@ def test_unknown_engines_are_refused_with_the_known_ones():
 
 
 def test_missing_engines_say_why_and_what_to_do(tmp_path, monkeypatch):
-    assert {RUNTIMES[name].missing() for name in RUNTIMES if name not in ("vllm", "torch-compile", "llama.cpp", "tvm")} == {None}
+    on_demand = ("vllm", "torch-compile", "llama.cpp", "openvino", "tvm")
+    assert {RUNTIMES[name].missing() for name in RUNTIMES if name not in on_demand} == {None}
     monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "make setup" in str(RUNTIMES["vllm"].missing())
