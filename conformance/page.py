@@ -20,10 +20,10 @@ MARKS: dict[Kind, str] = {
 }
 HEAD = """# What each engine serves
 
-Every model type of text in transformers that an engine besides PyTorch names, in tiny and with random weights, and the traits that
-no default shows, through every engine: loaded, quantized to int8 per row, served from float32 and from int8. Held to transformers'
-eager float32 are log-probabilities up to {tokens} tokens, round every window and rotary edge, and texts of {new} tokens after three
-prompts, with two ends of text in generation_config.json. Made by `make conformance` on {date} with
+Every model type of text that transformers opens, in tiny and with random weights, and the traits that no default shows, through
+every engine: loaded, quantized to int8 per row, served from float32 and from int8. Held to transformers' eager float32 (SDPA where
+eager is not the model's) are log-probabilities up to {tokens} tokens, round every window and rotary edge, and texts of {new} tokens
+after three prompts, with two ends of text in generation_config.json. Made by `make conformance` on {date} with
 {versions}.
 
 `=` exact: within 0.001 nats, the order of float additions · `≈` within the bound of what the engine rounds · `r` refused in one
