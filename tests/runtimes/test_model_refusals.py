@@ -53,11 +53,26 @@ def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dic
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "leave out the soft cap on attention that this gemma2 has"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scaled by the number of the layer"),
         ({"model_type": "falcon", "new_decoder_architecture": True}, "falcon of the new decoder architecture"),
+        (
+            {
+                "model_type": "bart",
+                "is_encoder_decoder": True,
+                "architectures": ["BartForConditionalGeneration"],
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 4,
+            },
+            "a bart whose stacks differ in their heads",
+        ),
     ],
 )
 def test_what_the_graphs_of_optimum_leave_out_is_refused(told: dict[str, Any], reason: str) -> None:
     assert reason in refusal("onnxruntime", **told)
     assert not refusal("onnxruntime", model_type=told["model_type"])
+
+
+@pytest.mark.parametrize("kind", ["layoutlm", "qwen3_moe", "trocr"])
+def test_graphs_that_cannot_be_served_from_are_refused(kind: str) -> None:
+    assert f"Optimum's graph of a {kind} model" in refusal("onnxruntime", model_type=kind)
 
 
 def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:

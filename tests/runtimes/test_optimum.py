@@ -127,6 +127,8 @@ def test_rotary_embeddings_are_said_in_the_older_words_too() -> None:
     linear = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
     found = mends.mended({"model_type": "llama", "rope_parameters": linear})
     assert (found["rope_theta"], found["rope_scaling"]) == (5e5, {"rope_type": "linear", "factor": 2.0})
+    neox = {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}
+    assert mends.mended(neox)["rotary_pct"] == 1.0
     plain = mends.mended({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}})
     assert (plain["rope_theta"], plain["rope_scaling"], plain["partial_rotary_factor"]) == (1e4, None, 0.5)
     assert mends.mended({"model_type": "bert"}) == {"model_type": "bert"}

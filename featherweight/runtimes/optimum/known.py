@@ -12,6 +12,12 @@ from typing import Any
 from featherweight.model.architecture import attention_cap
 from featherweight.system.toolchains import text_of
 
+REFUSED = {
+    "layoutlm": "reads the places of words on a page, which a text does not have",
+    "qwen3_moe": "holds one expert's weights for all",
+    "trocr": "writes no texts",
+}
+"""Of the types that it exports, those whose graph is none to serve from."""
 EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntime/utils.py"
 
 
@@ -32,6 +38,11 @@ def left_out_refusal(config: Any) -> str | None:
         return f"Optimum's graphs leave out the soft cap on attention that this {kind} has; take torch or ctranslate2"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return f"Optimum's graphs leave out attention that is scaled by the number of the layer, which this {kind} has; take torch"
+    if kind in REFUSED:
+        return f"Optimum's graph of a {kind} model {REFUSED[kind]}; take torch"
+    heads = {getattr(config, name, None) for name in ("encoder_attention_heads", "decoder_attention_heads")}
+    if getattr(config, "is_encoder_decoder", False) and None not in heads and len(heads) > 1:
+        return f"Optimum cannot export a {kind} whose stacks differ in their heads; take torch or ctranslate2"
     if kind == "falcon" and getattr(config, "new_decoder_architecture", False):
         return "Optimum cannot export a falcon of the new decoder architecture; take torch or ctranslate2"
     return None

@@ -29,4 +29,6 @@ def mended(config: dict[str, Any]) -> dict[str, Any]:
         return config
     scaling = {name: value for name, value in parameters.items() if name not in KEPT_IN_PARAMETERS}
     found = {name: parameters[name] for name in KEPT_IN_PARAMETERS if name in parameters}
+    if config.get("model_type") == "gpt_neox" and "partial_rotary_factor" in found:
+        found["rotary_pct"] = found["partial_rotary_factor"]  # the name that this one reads it by
     return config | found | {"rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
