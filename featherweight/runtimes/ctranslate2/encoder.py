@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.opening import load_config
 from featherweight.model.architecture import auto_class, task_of
 from featherweight.model.heads import read, takes_types
+from featherweight.runtimes.batched import answered
 from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.interface import Generation, Timing, Tokens, alike
 from featherweight.text.examples import packed_inputs
@@ -54,13 +55,7 @@ class Encoder:
 
     def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
         """See LoadedModel.outputs. CTranslate2 itself pads sequences of like lengths, and reads none of the padding."""
-        found: list[list[list[float]]] = [[] for _ in ids]
-        by_tokens = task_of(self.config) == "token-classification"
-        for batch in alike(ids, self.most):
-            rows = self._answers([ids[index] for index in batch], [types[index] for index in batch]).tolist()
-            for index, row in zip(batch, rows, strict=True):
-                found[index] = row[: len(ids[index])] if by_tokens else row
-        return found
+        return answered(self.config, self.most, ids, types, self._answers)
 
     def time(self, prompts: Tokens) -> Generation:
         """One pass over prompts, of which nothing is written."""

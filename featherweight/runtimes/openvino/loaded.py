@@ -12,16 +12,17 @@ from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
 from featherweight.model.architecture import family_of, task_of
 from featherweight.model.heads import read
+from featherweight.runtimes.batched import answered, scored
 from featherweight.runtimes.build_process import other_python
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
-from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, alike, by_length, by_shape, windows_at_once
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.runtimes.openvino import serve
 from featherweight.spec import HEADED
 from featherweight.system.child_process import ChildProcess
 from featherweight.system.processes import peak_bytes
 from featherweight.system.toolchains import python
 from featherweight.text.examples import packed_inputs
-from featherweight.text.model_inputs import IGNORED, window_inputs
+from featherweight.text.model_inputs import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,27 +86,15 @@ class OpenvinoModel(LoadedModel):
         return self.logprobs_given(windows, [[] for _ in windows])
 
     def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
-        import torch
+        return scored(self.config, self.limits.max_tokens, windows, sources, self._score)
 
-        scores: list[list[float]] = [[] for _ in windows]
-        for batch in by_shape(windows, sources, windows_at_once(self.limits.max_tokens, self.config.vocab_size)):
-            ids, source = (torch.tensor([rows[index] for index in batch]) for rows in (windows, sources))
-            inputs, labels = window_inputs(self.config, ids, source)
-            wanted = labels.masked_fill(labels == IGNORED, serve.IGNORED)
-            found = self._call("score", inputs={"input_ids": inputs["input_ids"].tolist()}, labels=wanted.tolist())
-            for index, row in zip(batch, found, strict=True):
-                scores[index] = row
-        return scores
+    def _score(self, inputs: Mapping[str, Any], labels: Tensor) -> list[list[float]]:
+        wanted = labels.masked_fill(labels == IGNORED, serve.IGNORED)
+        found: list[list[float]] = self._call("score", inputs={"input_ids": inputs["input_ids"].tolist()}, labels=wanted.tolist())
+        return found
 
     def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
-        """Sequences of like lengths together, the shorter ones padded and the padding masked."""
-        found: list[list[list[float]]] = [[] for _ in ids]
-        by_tokens = task_of(self.config) == "token-classification"
-        for batch in alike(ids, self.limits.max_batch):
-            rows = self._answers([ids[index] for index in batch], [types[index] for index in batch]).tolist()
-            for index, row in zip(batch, rows, strict=True):
-                found[index] = row[: len(ids[index])] if by_tokens else row
-        return found
+        return answered(self.config, self.limits.max_batch, ids, types, self._answers)
 
     def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
         from transformers.modeling_outputs import ModelOutput

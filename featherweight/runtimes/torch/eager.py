@@ -9,13 +9,13 @@ from featherweight.model.architecture import attention_options, auto_class, fami
 from featherweight.model.decoding import Reading
 from featherweight.model.heads import answers, takes_types
 from featherweight.model.positions import crosses_switch, rotary_switch
+from featherweight.runtimes.batched import answered
 from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings
 from featherweight.runtimes.interface import (
     Generation,
     LoadedModel,
     Timing,
     Tokens,
-    alike,
     by_length,
     by_shape,
     windows_at_once,
@@ -115,18 +115,14 @@ class TorchModel(LoadedModel):
         return [row[wanted != IGNORED].tolist() for row, wanted in zip(scores, labels, strict=True)]
 
     def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
-        """Sequences of like lengths together, the shorter ones padded and the padding masked."""
         import torch
 
-        found: list[list[list[float]]] = [[] for _ in ids]
-        by_tokens = task_of(self.model.config) == "token-classification"
         with torch.inference_mode():
-            for batch in alike(ids, self.limits.max_batch):
-                inputs = packed_inputs(self.model.config, *([rows[index] for index in batch] for rows in (ids, types)))
-                rows = self._answers({name: tensor.to(self.model.device) for name, tensor in inputs.items()}).float().tolist()
-                for index, row in zip(batch, rows, strict=True):
-                    found[index] = row[: len(ids[index])] if by_tokens else row
-        return found
+            return answered(self.model.config, self.limits.max_batch, ids, types, self._packed)
+
+    def _packed(self, ids: Tokens, types: Tokens) -> Tensor:
+        inputs = packed_inputs(self.model.config, ids, types)
+        return self._answers({name: tensor.to(self.model.device) for name, tensor in inputs.items()}).float()
 
     def _answers(self, inputs: dict[str, Tensor]) -> Tensor:
         return answers(self.model, inputs)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.opening import load_config
 from featherweight.model.architecture import family_of, task_of
 from featherweight.model.heads import read
-from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, alike, by_length, by_shape, windows_at_once
+from featherweight.runtimes.batched import answered, label_logprobs, scored
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.runtimes.tvm.build import LIBRARY, MANIFEST, PARAMETERS
 from featherweight.runtimes.tvm.library import opened, require
 from featherweight.spec import HEADED
 from featherweight.system.machine import describe
 from featherweight.text.examples import packed_inputs
-from featherweight.text.model_inputs import IGNORED, window_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy import ndarray
     from torch import Tensor
 
@@ -54,28 +56,15 @@ class TvmModel(LoadedModel):
         return self.logprobs_given(windows, [[] for _ in windows])
 
     def logprobs_given(self, windows: Tokens, sources: Tokens) -> list[list[float]]:
+        return scored(self.config, self.limits.max_tokens, windows, sources, self._score)
+
+    def _score(self, inputs: Mapping[str, Any], labels: Tensor) -> list[list[float]]:
         import torch
 
-        scores: list[list[float]] = [[] for _ in windows]
-        for batch in by_shape(windows, sources, windows_at_once(self.limits.max_tokens, self.config.vocab_size)):
-            ids, source = (torch.tensor([rows[index] for index in batch]) for rows in (windows, sources))
-            inputs, labels = window_inputs(self.config, ids, source)
-            logits = torch.from_numpy(self._read(inputs["input_ids"].numpy()))
-            chosen = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-            found = chosen - logits.logsumexp(-1)
-            for index, row, wanted in zip(batch, found, labels != IGNORED, strict=True):
-                scores[index] = row[wanted].tolist()
-        return scores
+        return label_logprobs(torch.from_numpy(self._read(inputs["input_ids"].numpy())), labels)
 
     def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
-        """Sequences of like lengths together, the shorter ones padded; what is padding no token looks at."""
-        found: list[list[list[float]]] = [[] for _ in ids]
-        by_tokens = task_of(self.config) == "token-classification"
-        for batch in alike(ids, self.limits.max_batch):
-            rows = self._answers([ids[index] for index in batch], [types[index] for index in batch]).tolist()
-            for index, row in zip(batch, rows, strict=True):
-                found[index] = row[: len(ids[index])] if by_tokens else row
-        return found
+        return answered(self.config, self.limits.max_batch, ids, types, self._answers)
 
     def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
         import numpy
