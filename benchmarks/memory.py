@@ -57,7 +57,7 @@ def measured(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """A random Qwen2 in bfloat16, in shards of 1 GB, with a byte-level tokenizer."""
+    """A random Qwen2 in bfloat16, in seven files, with a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -70,7 +70,7 @@ def make_checkpoint(folder: Path) -> None:
     for name, weight in model.named_parameters():
         weight.data.fill_(1.0) if "norm" in name else weight.data.normal_(0, 0.02)
     model.tie_weights()
-    model.save_pretrained(folder, max_shard_size="1GB")
+    model.save_pretrained(folder, max_shard_size="500MB")
     bpe = Tokenizer(
         models.BPE(vocab={letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )

@@ -14,7 +14,7 @@ from featherweight.checkpoint import opening
 from featherweight.checkpoint.facts import ALREADY_QUANTIZED, facts_of
 from featherweight.checkpoint.files import CONFIG, INDEX, copy
 from featherweight.checkpoint.saving import copy_companions
-from featherweight.checkpoint.streamed import open_model
+from featherweight.checkpoint.streamed import is_streamed, open_model
 from featherweight.errors import CheckpointError, RecipeError, StageError
 from featherweight.grid import Grid, grid_named, row_chunks
 from featherweight.model.architecture import LAYOUTS
@@ -83,7 +83,8 @@ def quantize(
     model = _opened(spec, checkpoint)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
-    given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch)
+    room = out if is_streamed(model) else None
+    given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch, room=room)
     before = _loss_before(given)
     given = smoothed(given)
     choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))

@@ -6,11 +6,12 @@ The model itself is asked, in this one place: whoever quantizes, packs, measures
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.grid import Grid, row_chunks
 from featherweight.model.quantized_weights import QuantizedWeights
-from featherweight.store.mapped import give_back
+from featherweight.store.mapped import give_back, spilled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,15 +79,19 @@ def in_float(model: PreTrainedModel, quantized: QuantizedWeights) -> dict[str, i
     return dict(sorted(rest.items(), key=lambda item: -item[1]))
 
 
-def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid | None) -> QuantizedWeights:
-    """Every matrix of `model` on its grid: `head` for embeddings and output head (None: in float), `body` for the blocks'."""
+def round_to_nearest(model: PreTrainedModel, body: Grid, head: Grid | None, room: Path | None = None) -> QuantizedWeights:
+    """Every matrix of `model` on its grid: `head` for embeddings and output head (None: in float), `body` for the blocks'.
+
+    room: a folder on the disk for the integers; by default they stand in memory.
+    """
     result, vocabulary = QuantizedWeights({}, {}, {}, "rtn", heads(model)), ends(model)
     for name, parameter, transposed in matrices(model):
         grid = head if id(parameter) in vocabulary else body
         if grid is None:
             continue
         result.grids[name] = grid
-        result.q[name], result.scales[name] = quantized_rows(grid, rows_of(parameter, transposed))
+        made = quantized_rows(grid, rows_of(parameter, transposed))
+        result.q[name], result.scales[name] = (spilled(one, room) for one in made)
         give_back(parameter)
     return result
 

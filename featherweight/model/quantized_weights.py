@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS, Grid, row_chunks
+from featherweight.store.mapped import give_back, seal
 from featherweight.store.tensor_file import write_tensors
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ class QuantizedWeights:
 
     def dequantize(self, name: str) -> Tensor:
         """The float32 weight [rows, columns] of one parameter."""
-        return dequantized(self.grids[name], self.q[name], self.scales[name])
+        made = dequantized(self.grids[name], self.q[name], self.scales[name])
+        give_back(self.q[name])
+        return made
 
     def bits_per_weight(self, in_float: int = 0) -> float:
         """Storage per weight, scales included, over all of a model that holds `in_float` weights of 32 bits beside these."""
@@ -112,6 +115,8 @@ class QuantizedWeights:
             description = json.loads((folder / DESCRIPTION).read_text())
             grids = {name: GRIDS[grid] for name, grid in description["grids"].items()}
             tensors = load_file(folder / WEIGHTS)
+            for tensor in list(tensors.values())[:1]:  # all lie in one mapping
+                seal(tensor)
             q = {name: tensors[f"{name}.q"] for name in grids}
             scales = {name: tensors[f"{name}.scales"] for name in grids}
             heads = frozenset(description["heads"]) if "heads" in description else heads_by_name(grids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.grid import Grid, grid_named
@@ -20,6 +21,7 @@ from featherweight.quantization.interface import (
     start_scales,
 )
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.store.mapped import spilled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,10 +116,11 @@ def _modifier_class() -> Any:
         _names: dict[str, None] = PrivateAttr()
         _grids: dict[str, Grid] = PrivateAttr()
         _progress: Progress = PrivateAttr()
+        _room: Path | None = PrivateAttr()
 
         def begin(self, given: QuantizationInput[QuantizeSpec], names: list[str]) -> None:
             self._names, self._grids, self._progress = dict.fromkeys(names), given.grids, given.progress
-            self._found = QuantizedWeights({}, {}, {}, given.spec.method)
+            self._found, self._room = QuantizedWeights({}, {}, {}, given.spec.method), given.room
 
         @property
         def found(self) -> QuantizedWeights:
@@ -128,7 +131,8 @@ def _modifier_class() -> Any:
             for module in module_list:
                 name = f"{self._module_names[module]}.weight"
                 self._found.grids[name] = self._grids[name]
-                self._found.q[name], self._found.scales[name] = _integers(self._grids[name], module)
+                made = _integers(self._grids[name], module)
+                self._found.q[name], self._found.scales[name] = (spilled(one, self._room) for one in made)
             if module_list:
                 self._progress.step(len(self._found.q), len(self._names))
 

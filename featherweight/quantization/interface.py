@@ -21,6 +21,7 @@ from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.store.mapped import spilled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ class QuantizationInput(Generic[SpecT_co]):
     finer: grids of the matrices that mixed precision keeps on another than the spec's.
     scratch: where a method that trains resumes from after a kill.
     smoothed: tensors that stand in for the checkpoint's own, where the ranges of activations were moved into the weights.
+    room: a folder on the disk for what a large model becomes, until it is written; None where it stands in memory.
     """
 
     spec: SpecT_co
@@ -52,6 +54,7 @@ class QuantizationInput(Generic[SpecT_co]):
     smoothed: Mapping[str, Tensor] = field(default_factory=dict)
     finer: Mapping[str, Grid] = field(default_factory=dict)
     scratch: Path | None = None
+    room: Path | None = None
 
     @cached_property
     def weights(self) -> Weights:
@@ -184,7 +187,7 @@ def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tens
     for name, tensor in tensors:
         if name in given.grids:
             grid, rows = given.grids[name], tensor.T if name in given.transposed else tensor
-            q[name], scales[name] = rounded(grid, rows, given.spec.scale)
+            q[name], scales[name] = (spilled(made, given.room) for made in rounded(grid, rows, given.spec.scale))
     return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method, given.heads & q.keys())
 
 

@@ -45,7 +45,7 @@ class Source:
     quantized: None for a checkpoint in float, until `round` has rounded it. tokens: the longest sequence that is to be served.
     device: where; the model itself stays in main memory, where every converter wants it.
     may_stream: the weights of a large decoder are to stay in the checkpoint's files (checkpoint/streamed.py).
-    change: what is done to weights that stay there, as PyTorch computes with them.
+    change: what is done to weights that stay there, as PyTorch computes with them. folder: where their integers wait.
     """
 
     checkpoint: Path
@@ -57,6 +57,7 @@ class Source:
     device: Device = CPU
     may_stream: bool = False
     change: Change | None = None
+    folder: Path | None = None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -79,6 +80,11 @@ class Source:
     def streams(self) -> bool:
         """Whether the weights stay in the checkpoint's files."""
         return self._mapped is not None
+
+    @property
+    def room(self) -> Path | None:
+        """Where the integers of weights that stay in files wait until they are written; None for those in memory."""
+        return self.folder if self.streams else None
 
     def computing(self, layers: tuple[int, ...] | None = None) -> PreTrainedModel:
         """`model` to compute with, float32, with the weights that are served; where it streams, also some of its layers alone."""
@@ -108,7 +114,7 @@ class Source:
     def round(self, body: Grid, head: Grid | None) -> QuantizedWeights:
         """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
         if self.quantized is None:
-            self.quantized = round_to_nearest(self.model, body, head)
+            self.quantized = round_to_nearest(self.model, body, head, self.room)
             self.move_to_grid()
         return self.quantized
 
@@ -176,7 +182,7 @@ def write_served(
     where = spec.served_on(current())
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     refuse(runtime, spec, source)
-    source.may_stream = runtime.streams
+    source.may_stream, source.folder = runtime.streams, out
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
     Serving.read(out).on(where).write(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,25 @@ def give_back(tensor: Tensor | numpy.ndarray) -> None:
     found = _mapping(first)
     if found and found.of_a_file and not found.writable and last <= found.end:
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+def spilled(tensor: Tensor, folder: Path | None) -> Tensor:
+    """`tensor` in a file of `folder` that has no name any more, mapped and only to be read; itself where it is small, or None given.
+
+    Raises OSError where the disk is full.
+    """
+    import torch
+
+    if folder is None or tensor.nbytes < SMALL:
+        return tensor
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(flat.numpy().data)
+        file.flush()
+        mapped = torch.from_file(file.name, shared=False, size=len(flat), dtype=torch.uint8)
+    found = mapped.view(tensor.dtype).view(tensor.shape)
+    seal(found)
+    return found
 
 
 def _place(tensor: Tensor | numpy.ndarray) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.store.mapped import give_back
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -51,3 +53,4 @@ def write_tensors(
         for name, tensor in tensors:
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            give_back(tensor)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from featherweight.store.mapped import give_back, seal
+from featherweight.store.mapped import SMALL, give_back, seal, spilled
 
 
 def in_files() -> int:
@@ -41,3 +41,19 @@ def test_what_may_have_been_written_to_is_kept(mapped: torch.Tensor) -> None:
     for tensor in (mapped, own):
         give_back(tensor)
     assert (mapped == 3).all() and (own == 1).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float32])
+def test_a_spilled_tensor_lies_in_a_file_without_a_name(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.arange(SMALL + 100).view(-1, 4).remainder(100).to(dtype)
+    found = spilled(tensor.T, tmp_path)
+    assert found.dtype == dtype
+    assert found.shape == tensor.T.shape
+    assert torch.equal(found.float(), tensor.T.float())
+    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    give_back(found)
+    assert torch.equal(found.float(), tensor.T.float())
+    assert spilled(tensor, None) is tensor
+    assert spilled(tensor[:5], tmp_path).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -36,7 +36,8 @@ ROUNDED_HERE = {"int8": ("int8", "int8"), "int4": ("int4-g32", "int4-g32")}
 def write(spec: GenaiSpec, source: Source, out: Path) -> None:
     """See Runtime.write. The graph is built from the checkpoint's own floats, so their rows are sought, and rounded after that."""
     if source.quantized is None and spec.precision != "float32":
-        source.quantized = round_to_nearest(source.model, *(GRIDS[name] for name in ROUNDED_HERE[spec.precision]))
+        body, head = (GRIDS[name] for name in ROUNDED_HERE[spec.precision])
+        source.quantized = round_to_nearest(source.model, body, head, source.room)
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
     _write_graph(source, out, rows)
     copy_tokenizer(source.checkpoint, out)
