@@ -1,8 +1,9 @@
-"""What load, quantization and exports of a large checkpoint hold in memory: a made one of 1.54 billion weights in bfloat16.
+"""What stages hold in memory: those of a large checkpoint, which leave it in its files, and all others of a smaller one.
 
-Every stage runs in a process of its own, which is looked at ten times a second together with the engine's worker that it starts.
-`anonymous` is what has to fit; `resident` counts the mapped pages of the checkpoint's files too, which the system takes back when
-it needs their room. It wants 25 GB of disk and an hour of two cores; `python -m benchmarks.memory FOLDER STAGE...` runs some alone.
+The large one is a made decoder of 1.54 billion weights in bfloat16, that of what holds the whole model one of 0.21 billion. Every
+stage runs in a process of its own, which is looked at ten times a second together with the processes that it starts. `anonymous`
+is what has to fit; `resident` counts the mapped pages of the files too, which the system takes back when it needs their room. It
+wants 25 GB of disk and some hours of two cores; `python -m benchmarks.memory FOLDER STAGE...` runs some alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from featherweight.text.documents import Document, write_documents
 
 GIB = 2**30
-SHAPE: dict[str, Any] = {
+LARGE: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
     "num_hidden_layers": 28,
@@ -31,39 +32,70 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 """Qwen2.5-1.5B's, with random weights."""
-SPECS: dict[str, tuple[str, dict[str, Any]]] = {
-    "load": ("load", {}),
-    "rtn int8": ("quantize", {"method": "rtn", "grid": "int8", "samples": 8, "sequence": 32}),
-    "gptq int4-g32": ("quantize", {"method": "gptq", "grid": "int4-g32", "samples": 8, "sequence": 32}),
-    "ctranslate2 int8": ("export", {"engine": "ctranslate2", "compute_type": "int8", "max_tokens": 64}),
-    "ctranslate2 float32": ("export", {"engine": "ctranslate2", "compute_type": "float32", "max_tokens": 64}),
-    "genai int8": ("compile", {"engine": "onnxruntime-genai", "precision": "int8", "max_tokens": 64}),
-    "genai int4": ("compile", {"engine": "onnxruntime-genai", "precision": "int4", "max_tokens": 64}),
+SMALL: dict[str, Any] = LARGE | {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
 }
+SHAPES = {"large": LARGE, "small": SMALL}
+ROUNDS = {"samples": 8, "sequence": 32}
+TRAINS = {"steps": 2, "batch": 2, "sequence": 32}
+SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "load": ("large", "load", {}),
+    "rtn int8": ("large", "quantize", {"method": "rtn", "grid": "int8", **ROUNDS}),
+    "gptq int4-g32": ("large", "quantize", {"method": "gptq", "grid": "int4-g32", **ROUNDS}),
+    "smoothquant int8": ("large", "quantize", {"method": "smoothquant", "grid": "int8", **ROUNDS}),
+    "awq int4-g32": ("large", "quantize", {"method": "awq", "grid": "int4-g32", **ROUNDS}),
+    "ctranslate2 int8": ("large", "export", {"engine": "ctranslate2", "compute_type": "int8", "max_tokens": 64}),
+    "ctranslate2 float32": ("large", "export", {"engine": "ctranslate2", "compute_type": "float32", "max_tokens": 64}),
+    "genai int8": ("large", "compile", {"engine": "onnxruntime-genai", "precision": "int8", "max_tokens": 64}),
+    "genai int4": ("large", "compile", {"engine": "onnxruntime-genai", "precision": "int4", "max_tokens": 64}),
+    "small gptq": ("small", "quantize", {"method": "gptq", "grid": "int4-g32", **ROUNDS}),
+    "small smoothquant": ("small", "quantize", {"method": "smoothquant", "grid": "int8", **ROUNDS}),
+    "small awq": ("small", "quantize", {"method": "awq", "grid": "int4-g32", **ROUNDS}),
+    "small qat": ("small", "quantize", {"method": "qat", "grid": "int8", "start": "rtn", "steps": 2, "batch": 2, **ROUNDS}),
+    "small sensitivity": (
+        "small",
+        "sensitivity",
+        {"grid": "int4-g32", "head": "int8", "finer": "int8", "scale": "absmax", **ROUNDS},
+    ),
+    "small prune": ("small", "prune", {"method": "width", "samples": 4, "sequence": 32, "finetune": None}),
+    "small distill": ("small", "distill", {"layers": 8, **TRAINS}),
+    "small finetune": ("small", "finetune", TRAINS),
+    "small generate": ("small", "generate", {"samples": 2, "sequence": 32}),
+    "small llama.cpp": ("small", "export", {"engine": "llama.cpp", "precision": "float16", "max_tokens": 64}),
+    "small openvino": ("small", "compile", {"engine": "openvino", "precision": "int8", "max_tokens": 64}),
+    "small torch-compile": ("small", "compile", {"engine": "torch-compile", "max_tokens": 64}),
+}
+"""By name: the checkpoint, the stage, and what it is told."""
 
 
 def benchmark() -> dict[str, Any]:
-    """Peaks of every stage in GiB, on a checkpoint that is made for it and deleted afterwards."""
+    """Peaks of every stage in GiB, on checkpoints that are made for it and deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         return measured(Path(folder), list(SPECS))
 
 
 def measured(folder: Path, names: list[str]) -> dict[str, Any]:
-    """The same for some stages, with the checkpoint in `folder`, where it is made if it is not there."""
-    if not (folder / "checkpoint").exists():
-        make_checkpoint(folder / "checkpoint")
-        write_documents(folder / "text", [Document(str(index), "Once upon a time there was a house. " * 20) for index in range(8)])
+    """The same for some stages, with the checkpoints in `folder`, where they are made if they are not there."""
+    for shape in sorted({SPECS[name][0] for name in names}):
+        if not (folder / shape).exists():
+            make_checkpoint(folder / shape, SHAPES[shape])
+    write_documents(folder / "text", [Document(str(index), "Once upon a time there was a house. " * 20) for index in range(8)])
     return {name: _peaks(folder, name) for name in names}
 
 
-def make_checkpoint(folder: Path) -> None:
-    """A random Qwen2 in bfloat16, in seven files, with a byte-level tokenizer."""
+def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
+    """A random Qwen2 in bfloat16, in files of 500 MB, with a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     with torch.device("meta"):
-        whole: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, dtype="bfloat16"))
+        whole: Any = Qwen2ForCausalLM(Qwen2Config(**shape, dtype="bfloat16"))
         model = whole.to(torch.bfloat16)
     model.to_empty(device="cpu")
     torch.manual_seed(0)
@@ -124,24 +156,36 @@ def _children(pid: int) -> Iterator[int]:
 
 def run(folder: Path, name: str) -> None:
     """One stage, in this process."""
-    stage, options = SPECS[name]
-    checkpoint, text, out = folder / "checkpoint", folder / "text", folder / "out"
+    from tasks.stages import stage_named
+
+    shape, kind, options = SPECS[name]
+    stage, text = stage_named(kind), folder / "text"
+    given = {"checkpoint": folder / shape, "text": text, "calibration": text}
+    print(
+        stage(
+            _spec(kind, folder / shape, options), out=folder / "out", **{name: given[name] for name in given if stage.takes(name)}
+        )
+    )
+
+
+def _spec(stage: str, checkpoint: Path, options: dict[str, Any]) -> Any:
+    from featherweight.checkpoint.spec import LoadSpec
+    from featherweight.distillation.spec import DistillSpec, GenerateSpec
+    from featherweight.pruning.spec import PruneSpec
+    from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
+    from featherweight.runtimes.spec import CompileSpec, ExportSpec
+    from featherweight.training.spec import FinetuneSpec
+
+    plain: dict[str, Any] = {
+        "distill": DistillSpec,
+        "finetune": FinetuneSpec,
+        "generate": GenerateSpec,
+        "sensitivity": SensitivitySpec,
+    }
+    named: dict[str, Any] = {"quantize": QuantizeSpec, "prune": PruneSpec, "export": ExportSpec, "compile": CompileSpec}
     if stage == "load":
-        from featherweight.checkpoint.spec import LoadSpec
-        from tasks.load import load
-
-        print(load(LoadSpec(source=str(checkpoint)), out=out))
-    elif stage == "quantize":
-        from featherweight.quantization.spec import QuantizeSpec
-        from tasks.quantize import quantize
-
-        print(quantize(QuantizeSpec.of(**options), checkpoint=checkpoint, text=text, calibration=text, out=out))
-    else:
-        from featherweight.runtimes.spec import CompileSpec, ExportSpec
-        from featherweight.runtimes.writing import write_served
-
-        kind = CompileSpec if stage == "compile" else ExportSpec
-        print(write_served(kind.of(**options), checkpoint=checkpoint, calibration=text, out=out))
+        return LoadSpec(source=str(checkpoint))
+    return named[stage].of(**options) if stage in named else plain[stage](**options)
 
 
 if __name__ == "__main__":

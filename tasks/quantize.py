@@ -28,8 +28,9 @@ from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
 from featherweight.quantization.judgement import judged
 from featherweight.quantization.sensitivity import Sensitivity
-from featherweight.quantization.smoothing import smoothed
+from featherweight.quantization.smoothing import smoothed, smoother
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.store.mapped import give_back
 from featherweight.store.tensor_file import Kind, write_tensors
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.data_parallel import launched, leads
@@ -80,7 +81,7 @@ def quantize(
         return run_in_processes(f"{__name__}:quantize", spec, folders, seed, spec.together, progress)
     _check(spec, checkpoint)
     finer, mixing = _mix(spec, sensitivity)
-    model = _opened(spec, checkpoint)
+    model = _opened(spec, checkpoint, out)
     zeros = Zeros.of(model, Sparsity.read(checkpoint))
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     room = out if is_streamed(model) else None
@@ -104,11 +105,14 @@ def quantize(
     }
 
 
-def _opened(spec: QuantizeSpec, checkpoint: Path) -> PreTrainedModel:
-    """The model, in its files where it is large and the methods can leave it there: what calibrates, where the blocks are known."""
+def _opened(spec: QuantizeSpec, checkpoint: Path, out: Path) -> PreTrainedModel:
+    """The model, in its files where it is large and the methods can leave it there: what calibrates, where the blocks are known.
+
+    What is smoothed has room in `out`.
+    """
     known = spec.methods == (DEFAULT,) or opening.model_type(checkpoint) in LAYOUTS
     streams = known and all(QUANTIZERS[name].streams for name in spec.methods)
-    return open_model(checkpoint) if streams else opening.load_model(checkpoint)
+    return open_model(checkpoint, room=out if smoother(spec) else None) if streams else opening.load_model(checkpoint)
 
 
 def _with_heads(given: QuantizationInput[Any], choice: Choice) -> Choice:
@@ -235,6 +239,7 @@ def _final(name: str, tensor: Tensor, choice: Choice, transposed: frozenset[str]
             raise StageError(f"{choice.quantized.method} made NaN or infinite weights of {name}; do not use it, take rtn")
         squares[0] += (weight[rows] - part).double().square().sum().item()
         squares[1] += part.double().square().sum().item()
+    give_back(source)
     return weight
 
 

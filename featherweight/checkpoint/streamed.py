@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, find_weights
@@ -22,7 +23,7 @@ from featherweight.model.architecture import attention_options, auto_class, fami
 from featherweight.model.names import reading
 from featherweight.model.sparsity import Sparsity
 from featherweight.model.surgery import copy_layers
-from featherweight.store.mapped import give_back
+from featherweight.store.mapped import give_back, spilled
 from featherweight.system.device import CPU, Device, torch_device
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LARGE = 2 * 2**30
 """Bytes of weights in float32 from which on they stay in the files."""
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 Change = Callable[[str, "Tensor"], "Tensor"]
 """What a weight of the model is computed with in place of the stored one, by its name."""
@@ -46,29 +49,44 @@ def is_large(folder: Path) -> bool:
     return 4 * sum(math.prod(shape) for shape in shapes) >= LARGE and family_of(load_config(folder)) == "causal"
 
 
-def open_model(folder: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder to compute with, float32: its weights in memory, or in the files where they are large."""
-    return (streamed_model(folder) if is_large(folder) else None) or load_model(folder)
+def open_model(folder: Path, room: Path | None = None, instead: Mapping[str, Tensor] = NOTHING) -> PreTrainedModel:
+    """The model of a checkpoint folder to compute with, float32: its weights in memory, or in the files where they are large.
+
+    room, instead: see `streamed_model`.
+    """
+    model = streamed_model(folder, room=room, instead=instead) if is_large(folder) else None
+    if model is None:
+        model = load_model(folder)
+        model.load_state_dict(dict(instead), strict=False)
+    return model
 
 
 def streamed_model(
-    folder: Path, change: Change | None = None, device: Device | None = None, layers: tuple[int, ...] | None = None
+    folder: Path,
+    change: Change | None = None,
+    device: Device | None = None,
+    layers: tuple[int, ...] | None = None,
+    room: Path | None = None,
+    instead: Mapping[str, Tensor] = NOTHING,
 ) -> PreTrainedModel | None:
     """The model of a folder, its weights in the files; None where the files do not hold every parameter as the model has it.
 
     No weight can be changed in place; `change` is asked at every use. device: where it computes, by default the one in use.
     layers: those that it is made of, by default all; `change` is asked by the names that the whole model has.
+    room: a folder for what weights become while they are `held`; by default that is forgotten. instead: tensors, by the model's
+    names, that stand in for the stored ones.
     """
     model, stored, named = _unfilled(folder, layers)
     if stored is None:
         return None
+    stored |= instead
     where = torch_device(device)
     for name, buffer in model.named_buffers():
         buffer.data = stored.get(name, buffer.data).to(where, buffer.dtype)
     feeds = {}
     for name, weight in _first_names(model, stored).items():
         changed = partial(change, named.get(name, name), stored[name]) if change else None
-        feeds[id(weight)] = _Feed(stored[name], changed, where)
+        feeds[id(weight)] = _Feed(stored[name], changed, where, room)
     for module in model.modules():
         _give(module, feeds)
     return model.eval()
@@ -156,15 +174,21 @@ def _stored(model: PreTrainedModel, folder: Path) -> Mapping[str, Tensor]:
 class _Feed:
     """The values of one parameter, whatever its names: `parameter` has them while it is `fed`."""
 
-    def __init__(self, stored: Tensor, change: Callable[[], Tensor] | None, device: torch.device) -> None:
-        """change: what is computed with in place of what is stored."""
+    def __init__(self, stored: Tensor, change: Callable[[], Tensor] | None, device: torch.device, room: Path | None = None) -> None:
+        """change: what is computed with in place of what is stored. room: where what it becomes is kept."""
         import torch
 
-        self.stored, self.change, self.users = stored, change, 0
-        self.as_stored = change is None and stored.dtype == torch.float32 and device.type == CPU
-        # Of NaN all share one.
-        self.nothing = stored if self.as_stored else torch.full((1,), torch.nan, device=device).expand(stored.shape)
+        self.users, self.kept, self.device, self.room = 0, False, device, room
+        self._take(stored, change)
         self.parameter = torch.nn.Parameter(self.nothing, requires_grad=False)
+
+    def _take(self, stored: Tensor, change: Callable[[], Tensor] | None) -> None:
+        import torch
+
+        self.stored, self.change = stored, change
+        self.as_stored = change is None and stored.dtype == torch.float32 and self.device.type == CPU
+        # Of NaN all share one.
+        self.nothing = stored if self.as_stored else torch.full((1,), torch.nan, device=self.device).expand(stored.shape)
 
     def read(self) -> Tensor:
         """The values, in memory unless they are mapped as they are."""
@@ -188,6 +212,14 @@ class _Feed:
     def hold(self) -> None:
         self.parameter.data = self.read().clone() if self.as_stored else self.read()
         self.users += 1
+
+    def keep(self, held: Tensor) -> None:
+        """Let what was `held` stand in for what is stored, where it is something else now and there is room for it."""
+        import torch
+
+        if self.room is not None and not torch.equal(held, self.read()):
+            self.kept = True
+            self._take(spilled(held.detach().cpu(), self.room), None)
 
 
 def _give(module: nn.Module, feeds: Mapping[int, _Feed]) -> None:
@@ -231,6 +263,12 @@ FED = "fed"
 """Under which a module has its feeds, by the names of its parameters."""
 
 
+def kept_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What weights of a streamed `model` became while they were held, by name; a tied one comes under each of its names."""
+    fed = ((name, feeds) for name, module in model.named_modules() if (feeds := vars(module).get(FED)))
+    return {f"{name}.{key}": feed.stored for name, feeds in fed for key, feed in feeds.items() if feed.kept}
+
+
 def is_streamed(model: nn.Module) -> bool:
     """Whether the weights of `model` stay in its files."""
     return any(FED in vars(module) for module in model.modules())
@@ -238,7 +276,10 @@ def is_streamed(model: nn.Module) -> bool:
 
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
-    """The weights of `module` and all inside it in memory, to be changed; if its model streams they are forgotten afterwards."""
+    """The weights of `module` and all inside it in memory, to be changed.
+
+    If its model streams they leave it afterwards: what they became is kept where the model was given room, and else forgotten.
+    """
     fed = [(one, name, feed) for one in module.modules() for name, feed in vars(one).get(FED, {}).items()]
     for _, _, feed in fed:
         feed.hold()
@@ -246,5 +287,6 @@ def held(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for one, name, feed in fed:
+            feed.keep(one._parameters[name])
             one._parameters[name] = feed.parameter
             feed.empty()

@@ -82,6 +82,11 @@ class QuantizedWeights:
         give_back(self.q[name])
         return made
 
+    def seal(self) -> None:
+        """Let nobody write to what was `read`, so that its pages can be given back once they were used (store/mapped.py)."""
+        for tensor in list(self.q.values())[:1]:  # all lie in one mapping
+            seal(tensor)
+
     def bits_per_weight(self, in_float: int = 0) -> float:
         """Storage per weight, scales included, over all of a model that holds `in_float` weights of 32 bits beside these."""
         sizes = {name: q.numel() for name, q in self.q.items()}
@@ -115,8 +120,6 @@ class QuantizedWeights:
             description = json.loads((folder / DESCRIPTION).read_text())
             grids = {name: GRIDS[grid] for name, grid in description["grids"].items()}
             tensors = load_file(folder / WEIGHTS)
-            for tensor in list(tensors.values())[:1]:  # all lie in one mapping
-                seal(tensor)
             q = {name: tensors[f"{name}.q"] for name in grids}
             scales = {name: tensors[f"{name}.scales"] for name in grids}
             heads = frozenset(description["heads"]) if "heads" in description else heads_by_name(grids)

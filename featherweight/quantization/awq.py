@@ -59,4 +59,6 @@ def _groups(given: QuantizationInput[QuantizeSpec]) -> dict[str, Any]:
 
 EXPECTED_LOSSES = {"int8": 0.0011, "int8-g32": 0.0002, "int4": 0.0776, "int4-g32": 0.0152}
 
-AWQ = Quantizer(AwqSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations, losses=EXPECTED_LOSSES)
+AWQ = Quantizer(
+    AwqSpec, rtn.choose, oneshot.LIBRARIES, smooth, refusal, calibration_operations, streams=True, losses=EXPECTED_LOSSES
+)

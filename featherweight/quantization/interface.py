@@ -21,7 +21,7 @@ from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.store.mapped import spilled
+from featherweight.store.mapped import give_back, spilled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,6 +188,7 @@ def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tens
         if name in given.grids:
             grid, rows = given.grids[name], tensor.T if name in given.transposed else tensor
             q[name], scales[name] = (spilled(made, given.room) for made in rounded(grid, rows, given.spec.scale))
+            give_back(tensor)
     return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method, given.heads & q.keys())
 
 

@@ -72,6 +72,7 @@ SMOOTHQUANT = Quantizer(
     smooth,
     refusal,
     calibration_operations,
+    streams=True,
     tolerance=TOLERANCE,
     losses=EXPECTED_LOSSES,
 )

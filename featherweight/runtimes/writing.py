@@ -183,6 +183,8 @@ def write_served(
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     refuse(runtime, spec, source)
     source.may_stream, source.folder = runtime.streams, out
+    if source.quantized and source.streams:
+        source.quantized.seal()
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
     Serving.read(out).on(where).write(out)

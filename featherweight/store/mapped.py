@@ -42,7 +42,7 @@ def give_back(tensor: Tensor | numpy.ndarray) -> None:
 
 
 def spilled(tensor: Tensor, folder: Path | None) -> Tensor:
-    """`tensor` in a file of `folder` that has no name any more, mapped and only to be read; itself where it is small, or None given.
+    """`tensor` in a file of `folder` without a name, mapped and only to be read; itself where it is small, or there is no folder.
 
     Raises OSError where the disk is full.
     """

@@ -24,6 +24,7 @@ from featherweight.quantization.interface import QuantizationInput
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.quantization.smoothing import smoothed
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.store import mapped
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import token_blocks
 from tasks.quantize import quantize
@@ -118,13 +119,22 @@ def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"grid": "int8"}, {"grid": "int4-g32", "method": "gptq"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grid": "int8"},
+        {"grid": "int4-g32", "method": "gptq"},
+        {"grid": "int8", "method": "smoothquant"},
+        {"grid": "int4-g32", "method": "gptq", "smooth": "awq"},
+    ],
+)
 def test_a_large_checkpoint_stays_in_its_files_to_the_same_bytes(
     options: dict[str, Any], tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tiny_checkpoint, text, tmp_path / "whole", **options)
     monkeypatch.setattr(streamed, "LARGE", 1)
     monkeypatch.setattr(grid, "CHUNK", 500)
+    monkeypatch.setattr(mapped, "SMALL", 1)
     assert run(tiny_checkpoint, text, tmp_path / "streamed", **options) == pytest.approx(whole, rel=1e-6)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "streamed" / path.name).read_bytes(), path.name
