@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from featherweight.recipe.cost import Cost
 from featherweight.recipe.plan import Node
+from featherweight.recipe.refusals import gib
 from tasks.forecast import PlanForecast
 from tasks.run_node import method
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+NAMED_BYTES = 2 << 30
+"""Memory of a stage from which on it is told."""
 # The input that a node hangs on in the tree, the first that it has.
 BRANCHES = ("decide", "registered", "served", "checkpoint", "text")
 
@@ -24,7 +27,7 @@ def plan_tree(shown: PlanForecast) -> Tree:
     branches: dict[str, Tree] = {}
     for node in shown.plan.nodes.values():
         origin = next((node.inputs[name] for name in BRANCHES if name in node.inputs), "")
-        branches[node.id] = branches.get(origin, root).add(_line(node, shown.costs[node.id]))
+        branches[node.id] = branches.get(origin, root).add(_line(node, shown.costs[node.id], shown.memory.get(node.id, 0)))
     if shown.plan.ruled_out:
         out = root.add("[yellow]ruled out[/yellow]")
         for name, reason in shown.plan.ruled_out.items():
@@ -35,8 +38,10 @@ def plan_tree(shown: PlanForecast) -> Tree:
     return root
 
 
-def _line(node: Node, cost: Cost) -> str:
+def _line(node: Node, cost: Cost, held_bytes: float) -> str:
     price = "cached" if cost.basis == "cached" else f"{_clock(cost.seconds)} {cost.basis}"
+    if held_bytes > NAMED_BYTES:
+        price = f"{price}, holds {gib(held_bytes)}"
     return f"{node.id}  [dim]{node.stage} {method(node.spec)}  {price}[/dim]"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ from tasks.stages import stage_named
 
 @dataclass(frozen=True)
 class PlanForecast:
-    """A plan, the cost of its nodes, and what already looks wrong (a source that is not there)."""
+    """A plan, the cost of its nodes, and what already looks wrong (a source that is not there).
+
+    memory: bytes that each node holds at once, about, by its id; empty where the size of the model is not known.
+    """
 
     plan: Plan
     costs: dict[str, Cost]
     warnings: tuple[str, ...]
+    memory: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -52,6 +56,7 @@ class PlanForecast:
                     "inputs": dict(n.inputs),
                     "seconds": round(self.costs[n.id].seconds, 1),
                     "basis": self.costs[n.id].basis,
+                    "memory_bytes": round(self.memory[n.id]) if n.id in self.memory else None,
                 }
                 for n in self.plan.nodes.values()
             ],
@@ -73,9 +78,11 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     require_room(size, root)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
     measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
-    costs = estimate(plan, measured, set(cached), size, students={name: known.size for name, known in facts.by_source.items()})
+    students = {name: known.size for name, known in facts.by_source.items()}
+    costs = estimate(plan, measured, set(cached), size, students=students)
+    memory = fit.needs(plan, size, students) if size.parameters else {}
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
-    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings))
+    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings), memory)
 
 
 def require_room(size: ModelSize, root: Path) -> None:

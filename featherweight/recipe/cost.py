@@ -124,7 +124,7 @@ def estimate(
     size: the checkpoint's; students: of others, by source. speeds: this machine's by default.
     """
     speeds = speeds or machine_speeds()
-    given = sizes(plan, size, students)
+    given = sizes(plan.nodes, size, students)
     costs = {}
     for id, node in plan.nodes.items():
         if id in cached:

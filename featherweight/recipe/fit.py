@@ -1,59 +1,33 @@
-"""Whether a model fits the machine: what comes near is warned of; what cannot hold it, refusals.py refuses.
-
-A stage holds the weights in float32 some times over, or, where they stay in their files (checkpoint/streamed.py), the integers that
-they become, what it computes on at a time, and the engine that is looked at. docs/methods.md has the sums and what was measured.
-"""
+"""Whether a run of a plan fits the machine: what comes near its memory or its disk is warned of (memory.py has the sums)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from featherweight.checkpoint.streamed import LARGE
-from featherweight.grid import grid_named
 from featherweight.measure.spec import BASELINE
-from featherweight.quantization.catalog import QUANTIZERS
-from featherweight.quantization.rtn import RtnSpec
-from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe.plan import Node, Plan
+from featherweight.recipe.memory import needed_bytes
+from featherweight.recipe.plan import Plan
 from featherweight.recipe.refusals import FLOAT_BYTES, gib
 from featherweight.recipe.sizes import sizes
-from featherweight.runtimes.catalog import BASELINE as ENGINE
-from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize
 
-HELD = {
-    "prune": 3,
-    "sensitivity": 2,
-    "quantize": 3.5,
-    "distill": 6,
-    "finetune": 5,
-    "train": 5,
-    "generate": 2.5,
-    "compile": 4.5,
-    "export": 2.5,
-    "evaluate": 3,
-}
-"""How often a stage holds the weights in float32 at once: the model, its copies, gradients and optimizer, and its worker's."""
-PYTHON_BYTES = 600 * 2**20
-"""The interpreter, torch and transformers."""
-ROW_BYTES = 250
-"""What finding a row again takes, for each row of each matrix (runtimes/packing.py)."""
-AT_ONCE = 2
-"""How often the embedding, the largest matrix, is there in float32 at once, what is computed of it included."""
 KEPT = {"load": 1, "prune": 1, "quantize": 1.25, "distill": 1, "finetune": 1, "train": 1, "compile": 1, "export": 1}
 """How often its result holds them on the disk."""
-WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "w8a16": 1.0, "fp8": 1.0, "int4": 0.625, "w4a16": 0.625, "nf4": 0.625}
-"""Bytes for each weight, scales included, by the numbers that an engine holds; in all others floats of four bytes."""
 NAMED = 6
 """Stages that are named at most where many are too large."""
 NEAR = 0.8
 """The share of what there is that is worth a warning."""
 
 
+def needs(plan: Plan, size: ModelSize, students: Mapping[str, ModelSize] | None = None) -> dict[str, float]:
+    """Bytes of memory that each node holds at once, about, with the processes that it starts. students: see `sizes`."""
+    given = sizes(plan.nodes, size, students)
+    return {id: needed_bytes(node, plan.nodes, given) for id, node in plan.nodes.items()}
+
+
 def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, cached: Collection[str]) -> list[str]:
     """What a run of the plan may be too large for."""
-    found, given = [], sizes(plan, size)
+    found, given = [], sizes(plan.nodes, size)
     to_run = [node for id, node in plan.nodes.items() if id not in cached]
     numbers = getattr(plan.nodes[BASELINE].spec, "compute_type", "float32") if BASELINE in plan.nodes else "float32"
     if numbers != "float32":
@@ -61,69 +35,15 @@ def warnings(plan: Plan, size: ModelSize, memory_bytes: int, free_bytes: int, ca
             f"the baseline is served in {numbers}, as the checkpoint is stored: in float32 it takes "
             f"{gib(FLOAT_BYTES * size.parameters)}, and this machine has {gib(memory_bytes)} of memory"
         )
-    needs = {node.id: _needed(plan, node, given) for node in to_run}
-    large = sorted((id for id in needs if needs[id] > NEAR * memory_bytes), key=lambda id: -needs[id])
+    held = {id: needed for id, needed in needs(plan, size).items() if id not in cached}
+    large = sorted((id for id in held if held[id] > NEAR * memory_bytes), key=lambda id: -held[id])
     if large:
-        others = ", ".join(f"{id} {gib(needs[id])}" for id in large[1:NAMED])
+        others = ", ".join(f"{id} {gib(held[id])}" for id in large[1:NAMED])
         found.append(
-            f"{large[0]} holds about {gib(needs[large[0]])} at once, and this machine has {gib(memory_bytes)} of memory"
+            f"{large[0]} holds about {gib(held[large[0]])} at once, and this machine has {gib(memory_bytes)} of memory"
             + (f"; so do others: {others}" if others else "")
         )
     kept = sum(KEPT.get(node.stage, 0.0) * FLOAT_BYTES * given[node.id].parameters for node in to_run)
     if kept > NEAR * free_bytes:
         found.append(f"the results take about {gib(kept)}, and the workspace's disk has {gib(free_bytes)} free")
     return found
-
-
-def _needed(plan: Plan, node: Node, given: Mapping[str, ModelSize]) -> float:
-    """`held_bytes`; a measurement of a large model holds what its two sides serve."""
-    sides = {id for name, id in node.inputs.items() if name in ("served", "baseline")} if node.stage == "evaluate" else set()
-    specs = {id: plan.nodes[id].spec for id in sides if id in plan.nodes}
-    if not specs or FLOAT_BYTES * max(given[id].parameters for id in specs) < LARGE:
-        return held_bytes(node, given[node.id])
-    return PYTHON_BYTES + sum(served_bytes(spec, given[id]) for id, spec in specs.items() if isinstance(spec, ServingSpec))
-
-
-def served_bytes(spec: ServingSpec, size: ModelSize) -> float:
-    """Memory of the process that serves a model of `size`, about: its weights in the numbers that it holds them in."""
-    return PYTHON_BYTES + WEIGHT_BYTES.get(_numbers(spec), FLOAT_BYTES) * size.parameters
-
-
-def _numbers(spec: ServingSpec) -> str:
-    return str(getattr(spec, "precision", getattr(spec, "compute_type", "float32")))
-
-
-def held_bytes(node: Node, size: ModelSize) -> float:
-    """Memory of its own that a stage and the engine that it starts take at once, about, for a model of `size`."""
-    if node.stage == "load":
-        return PYTHON_BYTES + FLOAT_BYTES * (size.parameters if size.packed else 0)
-    if FLOAT_BYTES * size.parameters >= LARGE and size.table:
-        beside = PYTHON_BYTES + AT_ONCE * FLOAT_BYTES * size.table
-        if isinstance(node.spec, QuantizeSpec) and all(QUANTIZERS[name].streams for name in node.spec.methods):
-            return beside + _quantizing(node.spec, size)
-        if isinstance(node.spec, ServingSpec) and RUNTIMES[node.spec.engine].streams:
-            return beside + _exporting(node.spec, size)
-    return PYTHON_BYTES * (node.stage in HELD) + HELD.get(node.stage, 0.0) * FLOAT_BYTES * size.parameters
-
-
-def _quantizing(spec: QuantizeSpec, size: ModelSize) -> float:
-    """A byte for each integer, a scale for each group; what calibrates has a block, its copy, and matrices of second moments."""
-    group = grid_named(spec.grid).group_size
-    kept = size.parameters + (FLOAT_BYTES * size.parameters / group if group else 0.0)
-    if isinstance(spec, RtnSpec):
-        return kept
-    block = (size.parameters - size.table) / max(1, size.layers)
-    return kept + PYTHON_BYTES + FLOAT_BYTES * (2 * block + 4 * size.widest**2)
-
-
-def _exporting(spec: ServingSpec, size: ModelSize) -> float:
-    """The integers and the places of the rows that they are found by, and the engine with what it serves."""
-    numbers = _numbers(spec)
-    if spec.engine == ENGINE and numbers == "float32":  # the checkpoint's own files, and the reference itself
-        return 0.0
-    if numbers in ("w8a16", "w4a16", "fp8"):  # vLLM's, whose matrices keep their names
-        return size.parameters + served_bytes(spec, size)
-    if numbers not in ("int8", "int4"):  # CTranslate2 makes floats of int8_float32 when it loads them
-        return served_bytes(spec, size)
-    rows = size.parameters * size.matrices / max(1, size.columns)
-    return 2 * size.parameters + ROW_BYTES * rows + PYTHON_BYTES

@@ -11,6 +11,7 @@ from typing import get_args
 from featherweight.errors import RecipeError
 from featherweight.measure.spec import BASELINE, DecideSpec
 from featherweight.recipe.facts import Facts, checkpoint_source, student_source
+from featherweight.recipe.memory import memory_obstacle
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
 from featherweight.recipe.refusals import Chosen, baseline_type, memory_refusal
@@ -96,7 +97,9 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     numbers = baseline_type(known, machine.memory_bytes)
     if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes, numbers)):
         raise RecipeError(reason)
-    nodes = {node.id: node for node in _roots(recipe, where, numbers)}
+    roots = {node.id: node for node in _roots(recipe, where, numbers)}
+    nodes = dict(roots)
+    size, students = facts.size(recipe), {name: one.size for name, one in facts.by_source.items()}
     variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
@@ -105,6 +108,9 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
             ruled_out[name] = reason
             continue
         chain = _chain(recipe, where, *choice)
+        if reason := memory_obstacle(chain, roots, size, students, machine.memory_bytes):
+            ruled_out[name] = reason
+            continue
         nodes.update({node.id: node for node in chain})
         variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
     if ruled_out and len(variants) == 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.recipe.plan import Plan
 from featherweight.spec import ModelSize
 
+if TYPE_CHECKING:
+    from featherweight.recipe.plan import Node
 
-def sizes(plan: Plan, size: ModelSize, students: Mapping[str, ModelSize] | None = None) -> dict[str, ModelSize]:
+
+def sizes(nodes: Mapping[str, Node], size: ModelSize, students: Mapping[str, ModelSize] | None = None) -> dict[str, ModelSize]:
     """By node id, of the model that the node is given, about.
 
     size: of the recipe's checkpoint. students: of other checkpoints, by source; one that is not known counts as large as the
@@ -17,7 +20,7 @@ def sizes(plan: Plan, size: ModelSize, students: Mapping[str, ModelSize] | None 
     """
     given: dict[str, ModelSize] = {}
     left: dict[str, ModelSize] = {}
-    for id, node in plan.nodes.items():
+    for id, node in nodes.items():
         own = (students or {}).get(node.spec.source) if id != "checkpoint" and isinstance(node.spec, LoadSpec) else None
         origin = node.inputs.get("served", node.inputs.get("checkpoint", ""))
         given[id] = own or left.get(origin, size)

@@ -15,6 +15,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Speeds, estimate, machine_speeds
 from featherweight.recipe.facts import Facts
+from featherweight.recipe.memory import held_bytes
 from featherweight.recipe.plan import Node, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal, memory_refusal
@@ -105,7 +106,7 @@ def test_what_is_left_is_about_what_a_smaller_model_has(spec: PruneSpec | Distil
 def test_a_student_of_its_own_has_its_own_size() -> None:
     facts, wanted = decoder(12, 512), smaller({"distill": {"d": {"student": "there", "steps": 1}}}, {"distill": "d"})
     plan = expand(wanted, MACHINE, Facts({"here": facts}))
-    given = sizes(plan, facts.size, {"there": ModelSize(1000)})
+    given = sizes(plan.nodes, facts.size, {"there": ModelSize(1000)})
     assert given["d"] == facts.size and given["d/ct2"] == ModelSize(1000) == given["d/ct2/evaluate"]
 
 
@@ -165,13 +166,13 @@ def test_what_streams_is_estimated_at_what_was_measured(size: ModelSize, stage: 
     """GiB of anonymous memory, by `python -m benchmarks memory`: within a half more and a fifth less."""
     kinds = {"quantize": QuantizeSpec, "export": ExportSpec, "compile": CompileSpec}
     node = Node("x", stage, "x", kinds[stage].of(**spec))
-    assert 0.8 * expected < fit.held_bytes(node, size) / 2**30 < 1.5 * expected
+    assert 0.8 * expected < held_bytes(node, size) / 2**30 < 1.5 * expected
 
 
 def test_eight_billion_weights_are_rounded_and_calibrated_within_24_gib() -> None:
     for method in ("rtn", "gptq"):
         spec = QuantizeSpec.of(method=method, grid="int4-g32" if method == "gptq" else "int8")
-        assert fit.held_bytes(Node("x", "quantize", "x", spec), LLAMA_8B) < 24 * 2**30
+        assert held_bytes(Node("x", "quantize", "x", spec), LLAMA_8B) < 24 * 2**30
 
 
 def test_a_plan_for_a_machine_that_is_too_small_is_refused() -> None:
