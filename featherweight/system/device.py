@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from featherweight.errors import RecipeError, ToolchainError
+from featherweight.system.gpu import driver, visible_names
 from featherweight.system.machine import Machine, describe, gpus
 
 if TYPE_CHECKING:
@@ -74,8 +75,14 @@ def cuda_refusal(machine: Machine | None = None) -> str | None:
     """Why nothing can run on a GPU of `machine`, this one by default; None where it can."""
     here = machine is None or machine == describe()
     if not (gpus() if machine is None else machine.gpus):
-        return "this machine has no CUDA GPU" if here else "that machine has no CUDA GPU"
+        return _no_gpu() if here else "that machine has no CUDA GPU"
     return None if not here or _torch_has_cuda() else "the torch that is installed is built for CPUs only"
+
+
+def _no_gpu() -> str:
+    """What is said of this machine, with what its driver tells."""
+    reason = driver().reason
+    return f"this machine has no CUDA GPU in reach: {reason}" if reason else "this machine has no CUDA GPU"
 
 
 def current() -> Device:
@@ -107,8 +114,8 @@ def visible() -> dict[str, str]:
 def places() -> tuple[Place, ...]:
     """Where stages run side by side here; a single one where they run one after the other."""
     told, cuda = os.environ.get(SIDE_BY_SIDE, "").strip() or "1", resolve() == CUDA
-    visible = os.environ.get(VISIBLE)
-    there = (visible.split(",") if visible else [str(number) for number in range(len(gpus()))]) if cuda else []
+    seen, count = os.environ.get(VISIBLE), len(gpus()) if cuda else 0
+    there = (visible_names(seen) if seen else [str(number) for number in range(count)])[:count]
     if told != "auto" and not (told.isdigit() and int(told)):
         raise RecipeError(f"{SIDE_BY_SIDE} is '{told}'; it takes a number, or auto for the number of GPUs")
     count = max(1, len(there)) if told == "auto" else int(told)

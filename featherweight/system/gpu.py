@@ -7,15 +7,19 @@ GPUs, and a reason.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 Capability = tuple[int, int]
 DEVICES = ("/dev/nvidia", "/dev/dxg")
 """What a process with GPU memory holds open, the second on Windows' Linux."""
+UUIDS = ("GPU-", "MIG-")
+NUMBER = re.compile(r"\+?([0-9]+)")
 NO_DRIVER = "there is no NVIDIA driver"
 LIBRARY_NOT_FOUND = 12
 """NVML_ERROR_LIBRARY_NOT_FOUND of nvml.h."""
@@ -50,9 +54,12 @@ def driver(nvml: Any = None) -> Driver:
     try:
         with _session(nvml) as answers:
             cuda = answers.nvmlSystemGetCudaDriverVersion_v2()
-            gpus = _visible(answers, os.environ.get("CUDA_VISIBLE_DEVICES"))
-            version = answers.nvmlSystemGetDriverVersion()
-            return Driver(version, (cuda // 1000, cuda % 1000 // 10), tuple(_gpu(answers, one) for one in gpus))
+            wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = _visible(answers, wanted)
+            version, reason = answers.nvmlSystemGetDriverVersion(), ""
+            if not gpus and wanted is not None:
+                reason = f"CUDA_VISIBLE_DEVICES is '{wanted}', which shows none of its GPUs"
+            return Driver(version, (cuda // 1000, cuda % 1000 // 10), tuple(_gpu(answers, one) for one in gpus), reason)
     except _Silent as silent:
         return Driver(reason=str(silent))
 
@@ -131,27 +138,40 @@ def _handles(nvml: Any) -> list[Any]:
 def _visible(nvml: Any, wanted: str | None) -> list[Any]:
     """The GPUs that CUDA would show for a value of CUDA_VISIBLE_DEVICES: by number or UUID, none behind one that is not there.
 
-    NVML counts by PCI bus, as CUDA does under CUDA_DEVICE_ORDER=PCI_BUS_ID, and where all GPUs are alike.
+    One that is named twice leaves none at all (so torch.cuda has it). NVML counts by PCI bus, as CUDA does under
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, and where all GPUs are alike.
     """
     handles = _handles(nvml)
     if wanted is None:
         return handles
     chosen: list[Any] = []
-    for name in (part.strip() for part in wanted.split(",")):
+    for name in visible_names(wanted):
         found = _named(nvml, handles, name)
         if found is None:
             break
+        if found in chosen:
+            return []
         chosen.append(found)
     return chosen
 
 
+def visible_names(wanted: str) -> list[str]:
+    """What a value of CUDA_VISIBLE_DEVICES names: UUIDs, or numbers, of which CUDA reads the digits that they begin with."""
+    names = [part.strip() for part in wanted.split(",")]
+    if wanted.startswith(UUIDS):
+        return list(takewhile(lambda name: name.startswith(UUIDS), names))
+    numbers = (NUMBER.match(name) for name in names)
+    return [number.group(1) for number in takewhile(bool, numbers) if number]
+
+
 def _named(nvml: Any, handles: list[Any], name: str) -> Any:
-    """A GPU by its number, by the beginning of its UUID, or a slice of one (MIG) by its whole UUID; None where there is none."""
+    """A GPU by its number, by a beginning of its UUID alone, or a slice (MIG) by its whole UUID; None where there is none."""
     if name.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(name)
-    if name.isdigit():
-        return handles[int(name)] if int(name) < len(handles) else None
-    return next((handle for handle in handles if name and nvml.nvmlDeviceGetUUID(handle).startswith(name)), None)
+    if not name.startswith(UUIDS):
+        return handles[int(name)] if name and int(name) < len(handles) else None
+    found = [handle for handle in handles if nvml.nvmlDeviceGetUUID(handle).startswith(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:

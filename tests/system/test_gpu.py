@@ -30,7 +30,25 @@ def test_the_driver_tells_versions_and_every_card():
 
 @pytest.mark.parametrize(
     ("wanted", "seen"),
-    [("1", HELD[1:]), ("1,0", HELD[::-1]), ("GPU-77", HELD[1:]), ("", ()), ("-1", ()), ("0,7,1", HELD[:1]), ("MIG-5", HELD[:1])],
+    [
+        ("1", HELD[1:]),
+        ("1,0", HELD[::-1]),
+        ("GPU-77", HELD[1:]),
+        ("", ()),
+        ("-1", ()),
+        ("0,7,1", HELD[:1]),
+        ("MIG-5", HELD[:1]),
+        ("0,0", ()),
+        ("1gpu,0x", HELD[::-1]),
+        ("+1", HELD[1:]),
+        ("0,GPU-77", HELD[:1]),
+        ("GPU-77,1", HELD[1:]),
+        ("²", ()),
+        (" 1 , 0 ", HELD[::-1]),
+        ("NoDevFiles", ()),
+        ("GPU-", ()),
+        ("1,,0", HELD[1:]),
+    ],
 )
 def test_only_what_cuda_would_show(monkeypatch, wanted, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wanted)
@@ -88,3 +106,9 @@ def test_only_a_process_that_opened_a_gpu_may_hold_memory(monkeypatch):
     assert not gpu._may_hold_memory(os.getpid())
     with Path("/dev/full").open("w"):
         assert gpu._may_hold_memory(os.getpid())
+
+
+def test_a_value_that_hides_every_gpu_is_the_reason(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
+    found = driver(FakeNvml(H100, L4))
+    assert found.gpus == () and found.reason == "CUDA_VISIBLE_DEVICES is '0,0', which shows none of its GPUs"
