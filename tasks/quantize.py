@@ -26,7 +26,7 @@ from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Metrics, Progress
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.interface import Choice, QuantizationInput
-from featherweight.quantization.judgement import judged
+from featherweight.quantization.judgement import Answers, judged
 from featherweight.quantization.sensitivity import Sensitivity
 from featherweight.quantization.smoothing import smoothed, smoother
 from featherweight.quantization.spec import QuantizeSpec
@@ -35,7 +35,7 @@ from featherweight.store.tensor_file import Kind, write_tensors
 from featherweight.text.model_inputs import example_blocks
 from featherweight.training.data_parallel import launched, leads
 from featherweight.training.launch import run_in_processes
-from featherweight.training.losses import mean_loss
+from featherweight.training.losses import block_answers, mean_loss
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def quantize(
     blocks = example_blocks(checkpoint, model.config, calibration, spec.sequence, limit=spec.samples, seed=seed)
     room = out if is_streamed(model) else None
     given = QuantizationInput(spec, checkpoint, model, blocks, text, seed, progress, finer=finer, scratch=scratch, room=room)
-    before = _loss_before(given)
+    before = _answers_before(given)
     given = smoothed(given)
     choice = _with_heads(given, QUANTIZERS[spec.method].choose(given))
     if not leads():
@@ -95,13 +95,13 @@ def quantize(
     saved = open_model(out)
     zeros.require_kept(saved, spec.method)
     return {
-        "loss_before": before,
+        "loss_before": _mean(before),
         "weight_rms_error": error,
         **_share_in_float(saved, choice.quantized, progress),
         **mixing,
         **zeros.metrics(),
         **choice.metrics,
-        **judged(given, saved, choice.quantized.grids, blocks[:COMPARED]),
+        **judged(given, saved, choice.quantized.grids, blocks[:COMPARED], before),
     }
 
 
@@ -157,17 +157,23 @@ def _check(spec: QuantizeSpec, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is quantized already (quantization_config in its config.json); give the float one")
 
 
-def _loss_before(given: QuantizationInput[Any]) -> float:
-    """The checkpoint's loss on the calibration text. Where it is not finite, an error that says where the numbers go wrong."""
-    loss = mean_loss(given.model, given.calibration[:COMPARED])
+def _answers_before(given: QuantizationInput[Any]) -> Answers:
+    """The checkpoint's on the calibration text. Where its loss is not finite, an error that says where the numbers go wrong."""
+    found = block_answers(given.model, given.calibration[:COMPARED])
+    loss = _mean(found)
     if math.isfinite(loss):
-        return loss
+        return found
     for name, tensor in given.tensors():
         _require_finite(name, tensor)
     raise StageError(
         f"the checkpoint's loss on the calibration text is {loss}: {_first_not_finite(given)} gives NaN or infinite activations "
         "though all weights are finite; check the checkpoint's config and the text"
     )
+
+
+def _mean(answers: Answers) -> float:
+    """The loss, in nats for each predicted token."""
+    return (answers[0].sum() / answers[1].sum()).item()
 
 
 def _first_not_finite(given: QuantizationInput[Any]) -> str:

@@ -131,6 +131,11 @@ def nothing_refused(spec: QuantizeSpec, parent: Parent) -> str | None:
     return None
 
 
+def always(spec: QuantizeSpec) -> bool:
+    """What a method says that trains on no text."""
+    return True
+
+
 def no_operations(spec: QuantizeSpec, parameters: int) -> float:
     """What a method costs that looks at each weight once."""
     return 0.0
@@ -155,6 +160,7 @@ class Quantizer(Generic[SpecT]):
     starts_training: training may begin from its integers; it reads none but the shared keys.
     losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
     streams: it reads `tensors`, or the model block by block, so that a large model's weights can stay in their files.
+    imitates: whether what it makes is to answer as the checkpoint does, and not as a text that it is trained on.
     tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
 
@@ -167,6 +173,7 @@ class Quantizer(Generic[SpecT]):
     starts_training: bool = False
     column_s: float = 0.0
     streams: bool = False
+    imitates: Callable[[SpecT], bool] = always
     tolerance: float = TOLERANCE
     losses: Mapping[str, float] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from featherweight.model.quantized_weights import dequantized
 from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.interface import QuantizationInput, rounded
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.training.losses import block_losses
+from featherweight.training.losses import block_answers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,13 @@ FEWEST = 8
 LARGEST = 0.1
 """What passes for noise at most, as a share of RTN's loss: damage spreads too. It is what fewer windows are allowed."""
 
-Losses = tuple["Tensor", "Tensor"]
-"""Nats and predicted tokens of each window (see training.losses.block_losses)."""
+FARTHER = 3.0
+"""How much farther than RTN's a result's answers may be from the checkpoint's."""
+FAR = 0.05
+"""The distance that passes however near RTN's are: of answers that have nothing in common it is about 2."""
+
+Answers = tuple["Tensor", "Tensor", "Tensor"]
+"""Nats and predicted tokens of each window, and a sample of what is answered (see training.losses.block_answers)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Judgement:
     allowed: float
 
     @classmethod
-    def of(cls, result: Losses, rtn: Losses, tolerance: float) -> Judgement:
+    def of(cls, result: Answers, rtn: Answers, tolerance: float) -> Judgement:
         """tolerance: a share of RTN's loss, or of 1 nat where that is less; what passes for noise comes on top, likewise."""
         tokens = rtn[1].sum().item()
         loss, rtn_loss = (one[0].sum().item() / tokens for one in (result, rtn))
@@ -61,7 +66,7 @@ class Judgement:
             )
 
 
-def _noise(result: Losses, rtn: Losses) -> float:
+def _noise(result: Answers, rtn: Answers) -> float:
     """Standard error of the difference of the two means: a ratio of sums over windows, which are drawn together."""
     count, tokens = len(rtn[0]), rtn[1].sum()
     if count < FEWEST:
@@ -71,14 +76,36 @@ def _noise(result: Losses, rtn: Losses) -> float:
     return ((beside.square().sum() * count / (count - 1)).sqrt() / tokens).item()
 
 
-def judged(given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping[str, Grid], blocks: Tensor) -> Mapping[str, float]:
+def distance(one: Answers, checkpoint: Answers) -> float:
+    """Squared difference of the answers, as a share of the square of the checkpoint's own."""
+    return ((one[2] - checkpoint[2]).square().sum() / checkpoint[2].square().sum().clamp_min(1e-30)).item()
+
+
+def require_alike(what: str, result: Answers, rtn: Answers, checkpoint: Answers) -> None:
+    """Raise StageError where a result answers something else than the checkpoint and RTN do, whatever the text makes of it.
+
+    The loss on a text that the checkpoint cannot predict is as bad for destroyed weights as it was before.
+    """
+    found, plain = distance(result, checkpoint), distance(rtn, checkpoint)
+    if not found <= max(FARTHER * plain, FAR):
+        raise StageError(
+            f"{what}: its answers on the calibration text are {found:.2g} from the checkpoint's, as a share of their square, where "
+            f"those of rounding to nearest are {plain:.2g}, so it did not compute what it should; do not use it: take rtn, milder "
+            "settings of the method, or another device"
+        )
+
+
+def judged(
+    given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping[str, Grid], blocks: Tensor, checkpoint: Answers
+) -> Mapping[str, float]:
     """`loss_after` of the result `saved`, and `rtn_loss` of RTN on the same `grids`, over windows of the calibration text.
 
-    The recipe's text it is for every method, also for one that trains on what the checkpoint itself writes. `saved` is used up:
-    RTN takes its place, tensor by tensor, unless it is read from files that are too large for memory; then RTN is computed as
-    it is needed. RTN itself is not compared. Raises StageError for what is worse, or no number.
+    checkpoint: what the checkpoint itself answers to those. The recipe's text it is for every method, also for one that trains on
+    what the checkpoint itself writes. `saved` is used up: RTN takes its place, tensor by tensor, unless it is read from files that
+    are too large for memory; then RTN is computed as it is needed. RTN itself is not compared. Raises StageError for what is
+    worse, answers something else, or is no number.
     """
-    result, what = block_losses(saved, blocks), f"{' behind '.join(given.spec.methods)} on {given.spec.grid}"
+    result, what = block_answers(saved, blocks), f"{' behind '.join(given.spec.methods)} on {given.spec.grid}"
     loss = (result[0].sum() / result[1].sum()).item()
     if not math.isfinite(loss):
         raise StageError(f"{what}: the quantized checkpoint's loss is {loss}; do not use it")
@@ -87,8 +114,11 @@ def judged(given: QuantizationInput[Any], saved: PreTrainedModel, grids: Mapping
     plain = (streamed_model(given.checkpoint, _rounding(given, grids)) if is_large(given.checkpoint) else None) or saved
     if plain is saved:
         round_in_place(saved, given, grids)
-    judgement = Judgement.of(result, block_losses(plain, blocks), tolerance(given.spec))
+    rtn = block_answers(plain, blocks)
+    judgement = Judgement.of(result, rtn, tolerance(given.spec))
     judgement.require(what)
+    if QUANTIZERS[given.spec.method].imitates(given.spec):
+        require_alike(what, result, rtn, checkpoint)
     return {"loss_after": loss, "rtn_loss": judgement.rtn_loss}
 
 

@@ -248,4 +248,4 @@ def _rounding() -> Any:
 TOLERANCE = 0.02
 """Of RTN's loss: on 8 bits, where rounding costs next to nothing, the first steps of a training are half a per cent worse."""
 
-QAT = Quantizer(QatSpec, choose, refusal=refusal, operations=operations, tolerance=TOLERANCE)
+QAT = Quantizer(QatSpec, choose, refusal=refusal, operations=operations, imitates=lambda spec: spec.distill, tolerance=TOLERANCE)

@@ -25,6 +25,8 @@ def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+COLUMNS = 256
+"""Of the answers at a position, those that are looked at."""
 SCALE = 20.0
 """What cosines are multiplied by before their softmax, as in sentence-transformers' MultipleNegativesRankingLoss."""
 
@@ -57,6 +59,14 @@ def block_losses(model: nn.Module, blocks: Tensor, batch: int = 8) -> tuple[Tens
 
     What a batch is matters to embeddings alone: each text's other half is sought in it.
     """
+    return block_answers(model, blocks, batch)[:2]
+
+
+def block_answers(model: nn.Module, blocks: Tensor, batch: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_losses`, and a sample of what is answered to each block: float32 [blocks, positions, up to COLUMNS].
+
+    Of log-probabilities, but for a constant at each position; zero where nothing is predicted. Of an embedding its direction.
+    """
     import torch
 
     was_training = model.training
@@ -64,15 +74,15 @@ def block_losses(model: nn.Module, blocks: Tensor, batch: int = 8) -> tuple[Tens
     device = next(model.parameters()).device
     try:
         with torch.no_grad():  # of a sharded model, what is put together in inference mode could not be trained with later
-            found = [torch.stack(_row_losses(model, part.to(device))).double().cpu() for part in blocks.split(batch)]
+            found = [_row_answers(model, part.to(device)) for part in blocks.split(batch)]
     finally:
         model.train(was_training)
-    nats, counts = torch.cat(found, dim=1).clone()
-    return nats, counts
+    nats, counts, seen = (torch.cat([one.cpu() for one in part]) for part in zip(*found, strict=True))
+    return nats.double(), counts.double(), seen
 
 
-def _row_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The nats of each block of a batch, and its predicted tokens."""
+def _row_answers(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The nats of each block of a batch, its predicted tokens, and a sample of its answers."""
     import torch
 
     config: Any = model.config
@@ -80,6 +90,13 @@ def _row_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     logits = answers(model, inputs)
     if task_of(config) == "feature-extraction":
         nats = contrast(logits.squeeze(1), reduction="none")
-        return nats, torch.ones_like(nats)
+        return nats, torch.ones_like(nats), torch.nn.functional.normalize(_sampled(logits), dim=-1)
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return nats.view_as(labels).sum(1), (labels != IGNORED).sum(1).to(nats.dtype)
+    seen, predicted = _sampled(logits), labels != IGNORED
+    seen = (seen - seen.mean(-1, keepdim=True)).where(predicted.unsqueeze(-1), 0.0)
+    return nats.view_as(labels).sum(1), predicted.sum(1).to(nats.dtype), seen
+
+
+def _sampled(answers: Tensor) -> Tensor:
+    """Every so manieth of [batch, positions, width], up to COLUMNS of them."""
+    return answers[..., :: -(-answers.shape[-1] // COLUMNS)].float()

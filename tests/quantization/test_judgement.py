@@ -18,14 +18,16 @@ from featherweight.checkpoint import opening
 from featherweight.errors import StageError
 from featherweight.progress import Progress
 from featherweight.quantization import gptq, interface, oneshot, qat, rtn
+from featherweight.quantization.awq import AWQ
 from featherweight.quantization.catalog import QUANTIZERS
-from featherweight.quantization.judgement import FEWEST, LARGEST, SIGMAS, Judgement, round_in_place
+from featherweight.quantization.judgement import FEWEST, LARGEST, SIGMAS, Judgement, distance, round_in_place
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks
+from featherweight.training import losses
 from featherweight.training.losses import block_losses, mean_loss, token_loss
 from tasks.quantize import COMPARED, quantize
-from tests.support.heads import fit
+from tests.support.heads import fit, head_checkpoint
 from tests.support.outside_quantizer import ClipSpec
 
 WORDS = ["grid", "scale", "integer", "weight", "row", "group", "rounds", "holds", "the", "a", "of", "to"]
@@ -136,6 +138,44 @@ def test_a_method_that_computes_something_else_fails_with_both_numbers(
     assert found and float(found[1]) > 1.05 * float(found[2])
 
 
+def one_matrix(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """A choice with the rows and columns of one matrix out of place."""
+
+    def broken(given: Any) -> Any:
+        found = choose(given)
+        name = sorted(found.quantized.q.keys() - found.quantized.heads)[-1]
+        q = found.quantized.q | {name: found.quantized.q[name].roll((1, 1), (0, 1))}
+        return dataclasses.replace(found, quantized=dataclasses.replace(found.quantized, q=q))
+
+    return broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_a_text_that_tells_nothing_hides_no_damage(
+    task: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights without training predict no text; an embedding that is alone in its batch is the nearest of all, whatever it is."""
+    checkpoint = tiny_checkpoint if task == "text-generation" else head_checkpoint("bert", task, tmp_path / "bert")
+    write_documents(tmp_path / "text", [Document("0", "the fox saw a bear and the wolf " * 4)])
+    folders = {"checkpoint": checkpoint, "text": tmp_path / "text", "calibration": tmp_path / "text", "out": tmp_path / "out"}
+    spec = QuantizeSpec.of(method="awq", grid="int8", head="int8", **SIZES)
+    folders["out"].mkdir()
+    metrics = quantize(spec, **folders)
+    assert metrics["loss_after"] <= metrics["rtn_loss"] + 0.1
+    monkeypatch.setitem(QUANTIZERS.references, "awq", f"{__name__}:BROKEN")
+    monkeypatch.setattr(sys.modules[__name__], "BROKEN", dataclasses.replace(AWQ, choose=one_matrix(AWQ.choose)), raising=False)
+    with pytest.raises(StageError, match=r"awq on int8: its answers on the calibration text are \S+ from the checkpoint's"):
+        quantize(spec, **folders)
+
+
+def test_what_is_learned_from_a_text_need_not_answer_as_before() -> None:
+    assert [QUANTIZERS["qat"].imitates(QuantizeSpec.of(method="qat", distill=distill)) for distill in (True, False)] == [
+        True,
+        False,
+    ]
+
+
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Another package's method, known in this process."""
@@ -185,6 +225,22 @@ def test_the_noise_is_what_resampling_the_windows_shows() -> None:
     spread = ((result - rtn_nats)[rows].sum(1) / tokens[rows].sum(1)).std().item()
     assert judgement.rtn_loss == pytest.approx((rtn_nats.sum() / tokens.sum()).item())
     assert judgement.allowed == pytest.approx(SIGMAS * spread + 0.005 * judgement.rtn_loss, rel=0.05)
+
+
+def test_the_answers_that_are_looked_at_are_those_that_are_scored(
+    trained: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opening.load_model(trained)
+    blocks = example_blocks(trained, model.config, text, 32, limit=3, seed=0)
+    with torch.no_grad():
+        expected = model(input_ids=blocks.to(model.device)).logits.float().cpu()
+    monkeypatch.setattr(losses, "COLUMNS", 100)
+    seen = losses.block_answers(model, blocks)[2]
+    step = -(-expected.shape[-1] // 100)
+    torch.testing.assert_close(seen[:, :-1], (expected - expected[..., ::step].mean(-1, keepdim=True))[:, :-1, ::step])
+    assert not seen[:, -1].any()
+    moved = (seen, seen, seen + 0.1 * seen)
+    assert distance(moved, (seen, seen, seen)) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(("windows", "share"), [(FEWEST, 0.005), (FEWEST - 1, 0.005 + LARGEST), (1, 0.005 + LARGEST)])
