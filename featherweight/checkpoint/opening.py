@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
-GENERATION = "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def model_type(folder: Path) -> str:
@@ -45,11 +45,17 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def generation_config(folder: Path, config: PreTrainedConfig | None = None, *, beside: bool = True) -> GenerationConfig:
-    """How a checkpoint wants its texts written, as transformers reads it: of config.json where there is no file `beside` it."""
+    """How a checkpoint wants its texts written, as transformers reads it.
+
+    Where no file of its own lies beside it, by what config.json itself says: a `config` that is open has lost the settings of
+    older checkpoints, and has ends that the file does not name. Not `beside`: by `config`, as of a GGUF file.
+    """
     from transformers import GenerationConfig
 
     if beside and (folder / GENERATION).is_file():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if beside:
+        return GenerationConfig.from_pretrained(folder, CONFIG, _from_model_config=True, local_files_only=True)
     return GenerationConfig.from_model_config(config or load_config(folder))
 
 

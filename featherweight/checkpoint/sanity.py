@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, find_weights, read_header, read_json
+from featherweight.checkpoint.generation_faults import require_followable
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.errors import CheckpointError
 
@@ -21,14 +22,15 @@ _APART = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_[AB])|base_layer|m
 
 
 def require_sane(listing: Listing) -> None:
-    """Raise CheckpointError for more layers than there are tensors, for numbers and token ids beyond any model, and for tensors
-    that a model is yet to be made of.
+    """Raise CheckpointError for more layers than there are tensors, for numbers and token ids beyond any model, for tensors
+    that a model is yet to be made of, and for generation settings that transformers fails on.
 
     Only headers and JSON are read, and nothing is built.
     """
     header = _header(listing)
     tensors = None if header is None else len(header)
     _require_plain(listing, header or {})
+    require_followable(listing)
     for name in (CONFIG, "generation_config.json"):
         if name in listing.sizes:
             for key, number in _numbers(read_json(listing, name)):

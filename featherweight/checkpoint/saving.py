@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import CONFIG, INDEX, Listing, companions, copy, find_weights, link, needed_files
+from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.checkpoint.tokenizer import require_same_tokenizer
 from featherweight.store.tensor_file import Kind, write_tensors
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
-    """Write `model` to `out` as safetensors, with the companions of the folder `source`.
+    """Write `model` to `out` as safetensors, with the companions of the folder `source`, and the generation settings that it has.
 
     Raises CheckpointError where their tokenizer is not that of `source` any more.
     """
@@ -28,7 +29,11 @@ def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) ->
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(out, max_shard_size="5GB")
     if source is not None:
+        # Those that transformers reads of a config.json its own saving leaves out.
+        settings = None if (source / GENERATION).is_file() or not model.can_generate() else generation_config(source)
         copy_companions(source, out)
+        if settings is not None:
+            (out / GENERATION).write_text(settings.to_json_string())
 
 
 def save_as(checkpoint: Path, out: Path, name: str) -> None:

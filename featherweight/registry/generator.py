@@ -75,7 +75,12 @@ class Generator(ServedEngine):
             new = asked
         else:
             prompt = 1 if self._family == "seq2seq" else len(ids)
-            new = max(1, min(self._settings.new_tokens(prompt, DEFAULT_NEW_TOKENS), self.max_tokens - len(ids)))
+            new = min(self._settings.new_tokens(prompt, DEFAULT_NEW_TOKENS), max(1, self.max_tokens - len(ids)))
+            if new < 1:
+                raise DataError(
+                    f"a prompt of {prompt} tokens: the checkpoint's settings have room for {self._settings.values['max_length']} "
+                    "with what is written behind it (max_length); ask with max_new_tokens"
+                )
         if (new < 1 and self._family != "encoder") or len(ids) + new > self.max_tokens:
             room = f"this model is served with room for {self.max_tokens} tokens"
             raise DataError(f"a prompt of {len(ids)} tokens and max_new_tokens {new}: {room}, one new at least")

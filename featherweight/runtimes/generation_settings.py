@@ -74,15 +74,15 @@ class GenerationSettings:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a text."""
+        """The tokens that end a text; a -1 stands for none."""
         ends = self.values.get("eos_token_id", [])
-        return [int(end) for end in ends] if isinstance(ends, list) else [int(ends)]
+        return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end >= 0]
 
     def new_tokens(self, prompt: int, default: int) -> int:
-        """How many tokens to write at most behind a prompt of that many."""
+        """How many tokens to write at most behind a prompt of that many; none, or fewer, where they have no room for one."""
         most = self.values.get("max_new_tokens")
         if most is None and "max_length" in self.values:
-            most = max(1, int(self.values["max_length"]) - prompt)
+            most = int(self.values["max_length"]) - prompt
         return default if most is None else int(most)
 
     def refusal(self, followed: Collection[str], engine: str) -> str | None:

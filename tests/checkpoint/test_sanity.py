@@ -40,6 +40,13 @@ def rewritten(path: Path, *keys: str, value: Any) -> None:
         ("config.json", ["hidden_size"], 10**18, "no model has so many"),
         ("config.json", ["eos_token_id"], [0, 10**9], "eos_token_id is 1000000000"),
         ("generation_config.json", ["pad_token_id"], 10**9, "pad_token_id is 1000000000"),
+        ("generation_config.json", ["eos_token_id"], [], r"generation_config.json: eos_token_id is \[\]"),
+        ("generation_config.json", ["eos_token_id"], "1", "eos_token_id is '1', with which transformers' generate fails"),
+        ("generation_config.json", ["forced_eos_token_id"], 10**6, "forced_eos_token_id is 1000000"),
+        ("generation_config.json", ["repetition_penalty"], 2, "a number above 0 with a decimal point"),
+        ("generation_config.json", ["bad_words_ids"], [[-1]], "bad_words_ids"),
+        ("generation_config.json", ["stop_strings"], [], "stop_strings"),
+        ("generation_config.json", ["num_beams"], 0, "num_beams is 0"),
         ("tokenizer.json", ["model", "vocab", "far"], 10**9, "tokenizer.json has the token id 1000000000"),
         ("tokenizer.json", ["added_tokens"], [{"id": 10**9, "content": "far"}], "tokenizer.json has the token id 1000000000"),
     ],
@@ -51,6 +58,20 @@ def test_absurd_numbers(folder: Path, file: str, keys: list[str], value: Any, me
         require_sane(Listing.of(folder))
     assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def test_what_plays_no_role_may_be_what_it_likes(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    told = {"temperature": 0, "top_k": -1, "repetition_penalty": 1, "eos_token_id": [1, -1], "suppress_tokens": [-1]}
+    path.write_text(json.dumps(told))
+    require_sane(Listing.of(folder))
+    path.write_text(json.dumps(told | {"do_sample": True}))
+    with pytest.raises(CheckpointError, match=r"temperature is 0, .* \(do_sample: false is greedy\)"):
+        require_sane(Listing.of(folder))
+    path.unlink()
+    rewritten(folder / "config.json", "num_beams", value=0)
+    with pytest.raises(CheckpointError, match=r"config.json: num_beams is 0"):
+        require_sane(Listing.of(folder))
 
 
 @pytest.mark.parametrize(

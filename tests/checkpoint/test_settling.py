@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from featherweight.checkpoint.facts import facts_for_any_task
 from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
+from featherweight.checkpoint.saving import save_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.text.documents import Document, write_documents
@@ -258,3 +260,13 @@ def test_errors_after_a_renaming_name_the_users_path(tmp_path: Path, out: Path) 
         taken(folder, out)
     assert str(error.value).startswith(f"{folder}:")
     assert list(out.iterdir()) == []
+
+
+def test_generation_settings_of_a_config_outlive_the_saving_of_its_model(tmp_path: Path) -> None:
+    folder, out = llama(tmp_path / "source", tied=False), tmp_path / "out"
+    (folder / "generation_config.json").unlink()
+    configure(folder, no_repeat_ngram_size=2, temperature=0.6)
+    save_model(load_reference(folder), out, folder)
+    told = GenerationSettings.read(out).values
+    assert told == GenerationSettings.read(folder).values
+    assert told["no_repeat_ngram_size"] == 2

@@ -101,6 +101,8 @@ def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
         "shortest with prompt": {"min_length": 20},
         "begin": {"begin_suppress_tokens": [plain[0][0], plain[1][0]]},
         "forced end": {"forced_eos_token_id": plain[0][5]},
+        "not of the vocabulary": {"suppress_tokens": [-1, 10**6]},
+        "no share": {"do_sample": True, "top_k": 0, "top_p": 0.0},
         "several": both,
     }
 
@@ -181,6 +183,14 @@ def test_what_says_nothing_new_is_no_setting(tmp_path: Path) -> None:
     found = GenerationSettings.read(tmp_path)
     assert found.values == {"eos_token_id": [1, 2], "max_length": 40}
     assert (found.new_tokens(30, 64), GenerationSettings({}).new_tokens(30, 64)) == (10, 64)
+    assert GenerationSettings({"eos_token_id": [-1, 3]}).ends == [3]
+
+
+def test_settings_of_a_config_without_a_file_of_their_own(tmp_path: Path) -> None:
+    """As transformers reads them: of config.json itself, and no end that it does not name."""
+    told = {"model_type": "llama", "num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 40}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert GenerationSettings.read(tmp_path).values == {"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 40}
 
 
 @pytest.mark.engine

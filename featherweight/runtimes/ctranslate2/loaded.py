@@ -121,9 +121,11 @@ class CTranslate2Model(LoadedModel):
 
     def _options(self, settings: GenerationSettings, prompt: int, new_tokens: int) -> dict[str, Any]:
         values = settings.values
-        sampled = {"sampling_topk": values.get("top_k", 50), "sampling_topp": values.get("top_p", 1.0)}
+        share = min(values.get("top_p", 1.0), 1.0)
+        sampled = {"sampling_topk": values.get("top_k", 50), "sampling_topp": share} if share > 0 else {"sampling_topk": 1}
         sampled |= {"sampling_temperature": values.get("temperature", 1.0)}
         words = [[token] for token in values.get("suppress_tokens", [])] + values.get("bad_words_ids", [])
+        words = [word for word in words if 0 <= min(word) and max(word) < len(self.vocabulary)]  # others are never written
         shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
         return {
             "end_token": settings.ends,
