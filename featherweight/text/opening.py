@@ -50,6 +50,7 @@ _NO_TEXT = {
     b"\x89HDF": "an HDF5 file",
     b"\x7fELF": "a program",
     b"GGUF": "a GGUF model",
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, in whose place 'git lfs pull' puts the file",
 }
 
 

@@ -125,7 +125,7 @@ class CTranslate2Model(LoadedModel):
         sampled = {"sampling_topk": values.get("top_k", 50), "sampling_topp": share} if share > 0 else {"sampling_topk": 1}
         sampled |= {"sampling_temperature": values.get("temperature", 1.0)}
         words = [[token] for token in values.get("suppress_tokens", [])] + values.get("bad_words_ids", [])
-        words = [word for word in words if 0 <= min(word) and max(word) < len(self.vocabulary)]  # others are never written
+        words = [word for word in words if min(word) >= 0 and max(word) < len(self.vocabulary)]  # others are never written
         shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
         return {
             "end_token": settings.ends,
