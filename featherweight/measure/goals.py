@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, times, with_interval
+from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, share, times, with_interval
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
@@ -68,6 +68,8 @@ BITS_PER_BYTE = Figure("bits_per_byte", "bits per byte", plain)
 SIZE = Figure("size_bytes", "size", mebibytes)
 PEAK_MEMORY = Figure("peak_memory_bytes", "peak memory", mebibytes)
 
+CHANGED_ANSWERS = Figure("changed_answers", "changed answers", share, interval=True)
+
 
 def speed(batch_size: int) -> Figure:
     """How many times faster than the baseline."""
@@ -85,6 +87,7 @@ CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_size_bytes": lambda _: SIZE,
     "max_p95_latency_s": p95_latency,
     "max_peak_memory_bytes": lambda _: PEAK_MEMORY,
+    "max_changed_answers": lambda _: CHANGED_ANSWERS,
 }
 """The figure that each key of ConstraintsSpec bounds, at a batch size."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.roofline import Roofline
-from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_median_ratio, bootstrap_ratio
+from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_median_ratio, bootstrap_ratio, share_of
 from featherweight.system.device import CPU, Device
 
 FILE = "measurement.json"
@@ -113,7 +113,7 @@ class Measurement:
     peak_memory_bytes: what the serving processes held, up to the end of the speed rounds, of the memory that the weights lie in,
     the main one or the GPU's; None where the driver does not tell. On a GPU also peak_host_memory_bytes, and PyTorch's own count,
     peak_tensor_bytes. roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said
-    that it served from. attention: the kernels that PyTorch takes, by pass.
+    that it served from. attention: the kernels that PyTorch takes, by pass. answers: its greedy texts, where they were asked for.
     """
 
     engine: str
@@ -127,6 +127,7 @@ class Measurement:
     attention: Mapping[str, str] = field(default_factory=dict)
     peak_host_memory_bytes: int | None = None
     peak_tensor_bytes: int | None = None
+    answers: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -149,7 +150,8 @@ class Measurement:
         quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
         speeds = tuple(_speed(speed) for speed in tree["speeds"])
-        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline})
+        answers = tuple(tree.get("answers", ()))
+        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline, "answers": answers})
 
 
 def _speed(tree: Mapping[str, Any]) -> Speed:
@@ -189,11 +191,21 @@ class Comparison:
         losses = self.variant.quality.nll, self.baseline.quality.nll
         return bootstrap_ratio(*losses).shifted(-1.0) if self.variant.quality.of_text else bootstrap_difference(*losses)
 
+    @cached_property
+    def changed_answers(self) -> Estimate | None:
+        """The share of the greedy texts that are not the baseline's; None where none were asked for."""
+        ours, theirs = self.variant.answers, self.baseline.answers
+        if len(ours) != len(theirs):
+            raise StageError("the variant and the baseline were asked different things; evaluate both anew")
+        return share_of(sum(one != other for one, other in zip(ours, theirs, strict=True)), len(ours)) if ours else None
+
     def metrics(self) -> dict[str, float]:
         """Everything as flat figures: N in a name is a batch size, `_low` and `_high` bound a 95 % confidence interval."""
         variant = self.variant
         figures: dict[str, float] = variant.quality.metrics
         figures |= _bounded("quality_change", self.quality_change)
+        if self.changed_answers:
+            figures |= _bounded("changed_answers", self.changed_answers) | {"answers": len(variant.answers)}
         figures |= {"on_gpu": variant.device != CPU, "baseline_on_gpu": self.baseline.device != CPU} if self.on_gpu else {}
         figures |= variant.sizes
         for batch_size in self.batch_sizes:

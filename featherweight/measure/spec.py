@@ -6,11 +6,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from featherweight.spec import Positive, SequenceLength, Spec
+from featherweight.measure.statistics import trials_to_show
+from featherweight.spec import Positive, SequenceLength, Share, Spec
 from featherweight.store.served_folder import SERVED_TOKENS
 
 BASELINE = "baseline"
 """The name of the untouched checkpoint among the variants."""
+
+
+class ChangedAnswersSpec(Spec):
+    """Greedy texts of up to `new_tokens`, behind the beginnings (`prompt_tokens`, or a seq2seq model's whole source) of `prompts`
+    pieces of the held-out text, as many as there are. One has changed where its text is not the original's, letter for letter.
+    """
+
+    prompts: Positive = 100
+    new_tokens: Positive = 32
 
 
 class WorkloadSpec(Spec):
@@ -22,7 +32,10 @@ class WorkloadSpec(Spec):
     max_tokens: the longest sequence (prompt and new tokens) that the served model will be asked for, within its context: each
     engine is compared with PyTorch up to there, and refuses more. By default 512, or what is measured here where that is longer.
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
+    changed_answers: compare the texts that it writes with the original's; not by default.
     """
+
+    quiet = frozenset({"changed_answers"})
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -32,6 +45,7 @@ class WorkloadSpec(Spec):
     window_tokens: SequenceLength = 256
     max_tokens: SequenceLength | None = None
     threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    changed_answers: ChangedAnswersSpec | None = None
 
     @property
     def served_tokens(self) -> int:
@@ -41,18 +55,45 @@ class WorkloadSpec(Spec):
     @property
     def measured_tokens(self) -> int:
         """The longest sequence that is measured."""
-        return max(self.window_tokens, self.prompt_tokens + self.new_tokens)
+        return max(self.window_tokens, self.prompt_tokens + self.written_tokens)
+
+    @property
+    def written_tokens(self) -> int:
+        """The longest text that is written."""
+        return max(self.new_tokens, self.changed_answers.new_tokens if self.changed_answers else 0)
 
 
 class ConstraintsSpec(Spec):
     """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte; of
-    encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py)."""
+    encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py).
+
+    max_changed_answers: a share of 1, of what `workload.changed_answers` asks for.
+    """
+
+    quiet = frozenset({"max_changed_answers"})
 
     max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     max_size_bytes: Positive | None = None
     max_p95_latency_s: Annotated[float, Field(gt=0)] | None = None
     max_peak_memory_bytes: Positive | None = None
+    max_changed_answers: Share | None = None
+
+
+def unmeasured(constraints: ConstraintsSpec, workload: WorkloadSpec) -> str | None:
+    """Why a bound could never be kept: nothing measures it, or too little to show it; None where all can."""
+    allowed, asked = constraints.max_changed_answers, workload.changed_answers
+    if allowed is None:
+        return None
+    if asked is None:
+        return "constraints.max_changed_answers wants workload.changed_answers, such as {prompts: 100, new_tokens: 32}"
+    needed = trials_to_show(allowed)
+    if asked.prompts >= needed:
+        return None
+    return (
+        f"constraints.max_changed_answers {allowed:g} takes at least {needed} prompts to show, even if no answer changes; "
+        f"set workload.changed_answers.prompts to that"
+    )
 
 
 class DecideSpec(Spec):

@@ -1,9 +1,14 @@
-"""Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded."""
+"""Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded; of shares, Wilson's (1927).
+
+A bootstrap of answers that are all alike has an interval without width, however few they are; a share's has not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from featherweight.errors import StageError
@@ -70,6 +75,25 @@ def bootstrap_median_ratio(
     ratios = first / second
     drawn = numpy.random.default_rng(seed).integers(0, len(ratios), (resamples, len(ratios)))
     return _estimate(float(numpy.median(ratios)), numpy.median(ratios[drawn], axis=1), confidence)
+
+
+def share_of(hits: int, trials: int, *, confidence: float = CONFIDENCE) -> Estimate:
+    """hits / trials with Wilson's score interval. Raises StageError for no trials."""
+    if not trials:
+        raise StageError("a share of nothing cannot be told")
+    value, z = hits / trials, _deviations(confidence)
+    spread = z * sqrt(value * (1 - value) / trials + z**2 / (4 * trials**2))
+    low, high = ((value + z**2 / (2 * trials) + side * spread) / (1 + z**2 / trials) for side in (-1, 1))
+    return Estimate(value, 0.0 if hits == 0 else low, 1.0 if hits == trials else high)
+
+
+def trials_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:
+    """How many trials without a hit it takes until the interval of `share_of` ends at `share` (0 to 1, both excluded)."""
+    return ceil(_deviations(confidence) ** 2 * (1 - share) / share)
+
+
+def _deviations(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _samples(a: Sequence[float], b: Sequence[float], paired: bool) -> tuple[ndarray, ndarray]:

@@ -194,6 +194,9 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
     generations = spec.rounds + 1 + len(spec.threads or (1, 2))
     tokens = sum(batch * (spec.prompt_tokens + spec.new_tokens) for batch in spec.batch_sizes) * generations
     steps = len(spec.batch_sizes) * spec.new_tokens * generations
+    if asked := spec.changed_answers:
+        tokens += asked.prompts * (spec.prompt_tokens + asked.new_tokens)
+        steps += -(-asked.prompts // max(spec.batch_sizes)) * asked.new_tokens
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
     return Work(_forward(sides[0], spec.windows * spec.window_tokens) + generated, memory=steps * weights, files=weights)

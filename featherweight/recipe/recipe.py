@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 
 from featherweight.checkpoint.spec import OfAdapter
 from featherweight.distillation.spec import DistillSpec
-from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
+from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec, unmeasured
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
@@ -133,6 +133,12 @@ class Recipe(Spec):
     def _trains_what_it_wants(self) -> Recipe:
         if self.checkpoint.train is not None and self.task != "text-generation":
             raise ValueError(f"checkpoint.train makes a Llama, which is no model for {self.task}; give checkpoint.source")
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_it_bounds(self) -> Recipe:
+        if reason := unmeasured(self.constraints, self.workload):
+            raise ValueError(reason)
         return self
 
     @model_validator(mode="after")

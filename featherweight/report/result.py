@@ -5,6 +5,7 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
   `cross_entropy`, `rank_agreement`, `label_agreement`, `accuracy` (featherweight/measure/agreement.py);
 - `quality_change`, `quality_change_low`, `quality_change_high`: relative change of bits per byte against the baseline, or the
   difference of those losses, worse is positive, with the bounds of its 95 % confidence interval;
+- `changed_answers`, with `_low` and `_high`: the share of `answers` greedy texts that are not the original's;
 - `tokens_per_s_N`, `speedup_N`, `speedup_N_low`, `speedup_N_high`: throughput, and its ratio to the baseline's, with bounds;
 - `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
@@ -62,8 +63,11 @@ class VariantRow:
     @property
     def quality_loss(self) -> str:
         """The change of quality with its confidence interval, where there is one, as people read it."""
-        change = Estimate(*(self.get(f"quality_change{end}") for end in ("", "_low", "_high")))
-        return with_interval(change, percent)
+        return with_interval(self.estimate("quality_change"), percent)
+
+    def estimate(self, key: str) -> Estimate:
+        """A metric with its confidence interval, NaN where it was not measured."""
+        return Estimate(*(self.get(f"{key}{end}") for end in ("", "_low", "_high")))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.measure.figures import MISSING, mebibytes, milliseconds, rate, share, times
+from featherweight.measure.figures import MISSING, mebibytes, milliseconds, rate, share, times, with_interval
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import HEADED, Task
 
@@ -36,6 +36,7 @@ SCORED: Mapping[Task, str] = {
 """What the quality of a model for each task is about."""
 
 
+CHANGED = "share of greedy texts that are not the original's, letter for letter"
 RANKS = "Spearman's correlation with the original's scores, or cosines of pairs of texts"
 
 
@@ -74,6 +75,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("cross-entropy", scored, "cross_entropy", lambda value: _number(value, ".4f")),
         _metric("accuracy", "share of the held-out labels that are found", "accuracy", share),
         _metric("same label", "share of answers with the original's likeliest label", "label_agreement", share),
+        _bounded("changed answers (95 % CI)", CHANGED, "changed_answers", share),
         _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
@@ -89,6 +91,11 @@ def columns(result: OptimizationResult) -> list[Column]:
 def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
     text = (lambda row: show(row.get(key))) if show else (lambda row: row.quality_loss)
     return Column(title, meaning, text, lambda row: row.get(key), brief)
+
+
+def _bounded(title: str, meaning: str, key: str, show: Callable[[float], str]) -> Column:
+    """A figure with its confidence interval; one that a recipe asks for by name, and that a terminal shows for that."""
+    return Column(title, meaning, lambda row: with_interval(row.estimate(key), show), lambda row: row.get(key), brief=True)
 
 
 def _number(value: float, form: str) -> str:

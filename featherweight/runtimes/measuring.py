@@ -15,6 +15,7 @@ from featherweight.measure.measurement import Measurement, Quality, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.greedy_texts import greedy_texts
 from featherweight.runtimes.interface import Timing
 from featherweight.runtimes.kept_worker import kept_worker, started
 from featherweight.runtimes.workload import Workload
@@ -42,7 +43,8 @@ class MeasuredVariant:
     ) -> None:
         """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later."""
         self.workload, self.served, self.progress = workload, served, progress
-        self.known = known if known and known.quality.bytes == workload.quality_bytes else None
+        same = known and known.quality.bytes == workload.quality_bytes and len(known.answers) == len(workload.questions)
+        self.known = known if same else None
         sizes = workload.spec.batch_sizes
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
@@ -139,6 +141,7 @@ class MeasuredVariant:
             peak_host_memory_bytes=None if on_cpu else host,
             peak_tensor_bytes=tensors,
             attention=self._attention(),
+            answers=self._texts(),
         )
 
     def _attention(self) -> dict[str, str]:
@@ -148,6 +151,14 @@ class MeasuredVariant:
         except StageError as error:
             self.progress.note(f"its attention is not known: {error}")
             return {}
+
+    def _texts(self) -> tuple[str, ...]:
+        """Its greedy answers to the workload's questions, in letters: a variant's tokens need not be the baseline's."""
+        questions, asked = self.workload.questions, self.workload.spec.changed_answers
+        if asked is None:
+            return ()
+        self.progress.note(f"asking {self.engine} for {len(questions)} texts")
+        return greedy_texts(self.worker, self.workload.tokenizer, questions, asked.new_tokens)
 
     @cached_property
     def answers(self) -> list[list[list[float]]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, cycle, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.measure.spec import WorkloadSpec
@@ -20,7 +20,12 @@ from featherweight.text.model_inputs import scoring_windows
 from featherweight.text.respelling import Respelling
 from featherweight.text.tokens import Window
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 Value = TypeVar("Value")
+APART = 16
+"""Tokens of the text that are left out between the beginnings that are gone on from: a piece is no shorter than that."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Workload:
     """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it.
 
     single: a model that labels texts has one label only. respelt: where a variant's tokenizer is another one, what its windows are
-    the parts of.
+    the parts of. questions: prompts whose greedy answers are compared, in the tokens of the variant, whose tokenizer lies
+    in the folder `tokenizer`.
     """
 
     spec: WorkloadSpec
@@ -46,6 +52,8 @@ class Workload:
     task: Task = "text-generation"
     single: bool = False
     respelt: Respelt | None = None
+    questions: tuple[list[int], ...] = ()
+    tokenizer: Path = Path()
 
     @classmethod
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
@@ -61,8 +69,10 @@ class Workload:
             raise RecipeError(reason)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
-        longest = max(length, spec.prompt_tokens + (0 if family == "encoder" else spec.new_tokens))
-        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1)
+        questions = _questions(spec, folder, config, evaluation) if spec.changed_answers else ()
+        written = 0 if family == "encoder" else spec.written_tokens
+        longest = max(length, written + max(spec.prompt_tokens, *map(len, questions), 0))
+        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder)
 
     def for_served(self, served: Path, source: Path) -> Workload:
         """The same text in the tokens of the variant in `served`, which may lack some of those of `source` (text/respelling.py)."""
@@ -74,7 +84,10 @@ class Workload:
         windows = list(chain.from_iterable(parts))
         firsts = tuple(tuple(respelling.firsts(window.ids)) for window in self.windows)
         longest = max(self.max_tokens, *(max(len(window.ids), len(window.source)) for window in windows))
-        return replace(self, windows=windows, max_tokens=longest, respelt=Respelt(tuple(map(len, parts)), firsts))
+        questions = tuple(map(respelling.all, self.questions))
+        longest = max(longest, *(len(ids) + self.spec.written_tokens for ids in questions), 0)
+        spelt = Respelt(tuple(map(len, parts)), firsts)
+        return replace(self, windows=windows, max_tokens=longest, respelt=spelt, questions=questions, tokenizer=served)
 
     @property
     def new_tokens(self) -> int:
@@ -123,14 +136,27 @@ class Workload:
         return prompts
 
 
+def _questions(spec: WorkloadSpec, folder: Path, config: PreTrainedConfig, evaluation: Path) -> tuple[list[int], ...]:
+    """Beginnings of pieces of the text, of `prompt_tokens` each; of a seq2seq model the sources, as long as is served."""
+    assert spec.changed_answers is not None, "asked for"
+    asked = spec.changed_answers
+    source = spec.measured_tokens - asked.new_tokens
+    length = source if family_of(config) == "seq2seq" else spec.prompt_tokens + APART
+    windows = scoring_windows(folder, config, evaluation, min(length, context_tokens(config)), asked.prompts)
+    return tuple(window.source or window.ids[: spec.prompt_tokens] for window in windows)
+
+
 def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
     """Why the checkpoint does not hold the workload; None where it does."""
+    if spec.changed_answers and family_of(facts.config) == "encoder":
+        task = task_of(facts.config)
+        return f"workload.changed_answers: a model for {task} writes no text whose change could be counted; leave it out"
     return _context_refusal(spec, family_of(facts.config), context_tokens(facts.config))
 
 
 def _context_refusal(spec: WorkloadSpec, family: Family, context: int) -> str | None:
     """Why a workload does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
-    prompt, new = spec.prompt_tokens, spec.new_tokens
+    prompt, new = spec.prompt_tokens, spec.written_tokens
     needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
     if needed <= context:
         return None

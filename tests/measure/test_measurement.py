@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.measurement import FILE, Comparison, Quality, quantile
-from featherweight.measure.statistics import bootstrap_median_ratio, bootstrap_ratio
+from featherweight.measure.statistics import bootstrap_median_ratio, bootstrap_ratio, share_of, trials_to_show
 from tests.support.comparisons import comparison, measurement, speed
 
 positive = st.floats(0.01, 100.0)
@@ -49,6 +49,26 @@ def test_intervals_cover_as_often_as_they_promise():
         estimate = bootstrap_ratio((ease * draw.normal(1.05, 0.05, 60)).tolist(), ease.tolist(), seed=trial, resamples=500)
         hits += estimate.low <= 1.05 <= estimate.high
     assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_a_share_has_wilsons_interval_and_none_of_few_is_not_surely_none():
+    from scipy.stats import binomtest
+
+    for hits, trials in ((0, 40), (1, 7), (50, 100), (9, 9)):
+        wanted, found = binomtest(hits, trials).proportion_ci(method="wilson"), share_of(hits, trials)
+        assert (found.value, found.low, found.high) == pytest.approx((hits / trials, wanted.low, wanted.high))
+    for allowed in (0.5, 0.05, 0.013):
+        enough = trials_to_show(allowed)
+        assert share_of(0, enough).high <= allowed < share_of(0, enough - 1).high
+
+
+def test_answers_have_changed_where_a_letter_has():
+    ours, theirs = replace(measurement(), answers=("a", "b", "")), replace(measurement(), answers=("a", "B", ""))
+    metrics = Comparison(ours, theirs).metrics()
+    assert [metrics[f"changed_answers{end}"] for end in ("", "_low", "_high")] == pytest.approx([1 / 3, 0.0615, 0.7923], abs=1e-4)
+    assert "changed_answers" not in comparison().metrics()
+    with pytest.raises(StageError, match="asked different things"):
+        Comparison(ours, measurement()).metrics()
 
 
 def test_pairing_takes_out_what_both_sides_share():

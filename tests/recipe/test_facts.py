@@ -109,6 +109,8 @@ def test_what_only_the_folder_tells_is_refused_in_the_plan(
 def test_a_workload_beyond_the_context_is_refused_before_anything_runs() -> None:
     wanted = recipe({"engine": "torch"}, {"prompt_tokens": 500, "new_tokens": 64})
     assert "make 564 tokens, but the model's context holds 512" in str(ruled_out(facts(), wanted))
+    longer = recipe({"engine": "torch"}, {"prompt_tokens": 400, "changed_answers": {"new_tokens": 164}})
+    assert "make 564 tokens, but the model's context holds 512" in str(ruled_out(facts(), longer))
 
 
 def test_a_checkpoint_that_came_quantized_is_not_quantized_again_and_is_served_on_its_own_grid() -> None:

@@ -64,6 +64,11 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"constraints": {"min_speedup": float("nan")}}, "constraints.min_speedup: "),
         ({"constraints": {"max_quality_loss": float("inf")}}, "constraints.max_quality_loss: "),
         ({"constraints": {"min_speedup": -1}}, "constraints.min_speedup: "),
+        ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
+        (
+            {"constraints": {"max_changed_answers": 0.01}, "workload": {"changed_answers": {}}},
+            "takes at least 381 prompts to show, even if no answer changes",
+        ),
         ({"checkpoint": {"train": {"layers": 200_000}}}, "checkpoint.train.layers: "),
         ({"workload": {"rounds": 10**18}}, "workload.rounds: "),
         ({"workload": {"window_tokens": 1}}, "window_tokens: Input should be greater"),

@@ -22,7 +22,16 @@ from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import token_windows
 from tasks.evaluate import evaluate
 
-SPEC = WorkloadSpec(prompt_tokens=8, new_tokens=24, batch_sizes=(1, 2), rounds=3, windows=6, window_tokens=48, threads=(1,))
+SPEC = WorkloadSpec(
+    prompt_tokens=8,
+    new_tokens=24,
+    batch_sizes=(1, 2),
+    rounds=3,
+    windows=6,
+    window_tokens=48,
+    threads=(1,),
+    changed_answers={"prompts": 5, "new_tokens": 6},
+)
 
 
 class Recorder(Progress):
@@ -94,6 +103,13 @@ def test_the_baseline_is_measured_as_pytorch_computes_it(measured, baseline, tex
     assert metrics["speedup_1"] == metrics["speedup_2"] == 1.0
     assert metrics["quality_change"] == metrics["quality_change_high"] == 0.0
     assert comparison.baseline == comparison.variant
+    tokenizer = load_tokenizer(baseline)
+    assert comparison.variant.answers == tuple(
+        tokenizer.decode(written[0, 8:])
+        for window in token_windows(text, tokenizer, 24, 5)
+        for written in [model.generate(torch.tensor([window.ids[:8]]), max_new_tokens=6, do_sample=False)]
+    )
+    assert metrics["answers"] == 5 and metrics["changed_answers"] == metrics["changed_answers_low"] == 0.0
     assert [path.name for path in measured.iterdir()] == [FILE]
 
 
@@ -111,6 +127,9 @@ def test_a_variant_is_measured_beside_the_baseline_whose_quality_is_not_measured
     assert comparison.baseline.quality == before.quality
     assert comparison.baseline.speed(1).total_s != before.speed(1).total_s, "speed is always measured in turns"
     assert sum(note.startswith("scoring") for note in heard.notes) == 1
+    assert [note for note in heard.notes if note.endswith("texts")] == ["asking ctranslate2 for 5 texts"]
+    changed = sum(ours != theirs for ours, theirs in zip(comparison.variant.answers, before.answers, strict=True))
+    assert metrics["changed_answers"] == changed / 5 < metrics["changed_answers_high"]
     assert "starting torch" not in heard.notes, "the baseline's process is the one that was measured by itself"
     assert comparison.baseline.startup_s == before.startup_s and comparison.baseline.peak_memory_bytes == before.peak_memory_bytes
     assert [speed.warmup_s for speed in comparison.baseline.speeds] == [speed.warmup_s for speed in before.speeds]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.measure.spec import WorkloadSpec
+from featherweight.measure.measurement import Comparison
+from featherweight.measure.spec import ChangedAnswersSpec, WorkloadSpec
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
@@ -172,11 +174,18 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
     baseline, out = served(checkpoint(kind), text, tmp_path / "served"), tmp_path / "out"
     out.mkdir()
     spec = WorkloadSpec(prompt_tokens=8, new_tokens=10, batch_sizes=(2,), rounds=2, windows=4, window_tokens=32, threads=(1,))
+    asked = {"changed_answers": ChangedAnswersSpec(prompts=3, new_tokens=4)} if kind == "t5" else {}
+    spec = spec.model_copy(update=asked)
     metrics = evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=out)
     counted = 10 if kind == "t5" else 8
     assert metrics["tokens_per_s_2"] == pytest.approx(2 * counted / metrics["p50_latency_s_2"])
     assert 0 < metrics["ttft_s_2"] <= metrics["p50_latency_s_2"]
     assert metrics["bits_per_byte"] > 0 and metrics["windows"] == 4
+    if kind == "t5":
+        model, tokenizer = load_reference(checkpoint("t5")), load_tokenizer(checkpoint("t5"))
+        written = [greedy(model, one.source)[:4] for one in scoring_windows(checkpoint("t5"), model.config, text, 28, 3)]
+        until_end = [list(takewhile(lambda token: token != tokenizer.eos_token_id, ids)) for ids in written]
+        assert Comparison.read(out).variant.answers == tuple(tokenizer.decode(ids) for ids in until_end)
 
 
 @pytest.mark.engine
