@@ -22,7 +22,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 
 CELLS = ROOT / "docs" / "runtimes.json"
 WORK = ROOT / "build" / "conformance"
-LAST = ("onnxruntime", "vllm", "torch-compile")
+LAST = ("onnxruntime", "openvino", "vllm", "torch-compile", "tvm")
 """The engines that take longest, behind all others."""
 
 

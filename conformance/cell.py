@@ -17,18 +17,19 @@ from conformance.outcome import Outcome, bytes_of
 from conformance.tiny import Case, make, write_text
 from featherweight.errors import FeatherweightError, ParityError, StageError, ToolchainError, one_line
 from featherweight.grid import GRIDS
-from featherweight.model.architecture import Family, eager_differs
+from featherweight.model.architecture import eager_differs, task_of
 from featherweight.model.matrices import in_float, matrices, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
-from featherweight.runtimes import parity
+from featherweight.runtimes import answer_parity, parity
+from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.parity import Reference, continuation, load_reference
 from featherweight.runtimes.writing import Source, refuse
-from featherweight.spec import Task
+from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving
 from tests.support.in_process import InProcess
 from tests.support.notes import Notes
@@ -36,13 +37,14 @@ from tests.support.notes import Notes
 TOKENS, NEW = 128, 64
 """The served length, and how many tokens each text has."""
 PROMPTS = (5, 40, TOKENS - NEW)
-TASKS: dict[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
 LOAD, QUANTIZE = "load", "quantize int8"
 FLOAT, INT8 = "float32", "int8"
 OPTIONS: dict[tuple[str, str], dict[str, str]] = {
     ("ctranslate2", INT8): {"compute_type": "int8"},
+    ("onnxruntime", INT8): {"precision": "int8"},
     ("onnxruntime-genai", INT8): {"precision": "int8"},
     ("llama.cpp", INT8): {"precision": "int8"},
+    ("tvm", INT8): {"precision": "int8"},
     ("openvino", INT8): {"precision": "int8"},
     ("vllm", INT8): {"compute_type": "int8"},
 }
@@ -136,7 +138,7 @@ def loaded(case: Case, folders: Folders) -> Outcome:
 
     shutil.rmtree(folders.checkpoint, ignore_errors=True)
     folders.checkpoint.mkdir()
-    load(LoadSpec(source=str(folders.model), task=TASKS[case.kind]), out=folders.checkpoint)
+    load(LoadSpec(source=str(folders.model), task=case.task), out=folders.checkpoint)
     reference = _reference(load_reference(folders.model), folders.checkpoint, folders.text)
     keep(reference, folders.checkpoint)
     ours = _eager(load_reference(folders.checkpoint))
@@ -249,7 +251,7 @@ def _refused(case: Case, folders: Folders, column: str) -> Outcome | None:
     body, head = HELD.get(engine, ROUNDED)
     grids = Grids(GRIDS[body], GRIDS[head] if head else None) if form == INT8 else Grids()
     runtime, spec, source = _asked(folders, column)
-    if reason := runtime.task_refusal(TASKS[case.kind]) or runtime.grid_refusal(grids, spec):
+    if reason := runtime.task_refusal(case.task) or runtime.grid_refusal(grids, spec):
         return Outcome("not offered", reason)
     if reason := runtime.missing():
         return Outcome("not run", reason)
@@ -272,16 +274,17 @@ def _give(folders: Folders, column: str) -> None:
 
 
 def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
-    parity.open_worker = opened  # type: ignore[assignment] - this process is the cell's own: no other one is needed
+    for gate in (parity, answer_parity):
+        gate.open_worker = opened  # type: ignore[attr-defined] - this process is the cell's own: no other one is needed
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     checkpoint, grid = source.checkpoint, source.grid
     runtime.write(spec, source, out)
     rounded_here = source.grid != grid
     reference = _reference(source.model.float(), checkpoint, source.calibration) if rounded_here else kept(checkpoint)
-    gate = dict(runtime.check(spec, source, out))
+    vouched = dict(runtime.check(spec, source, out))
     replace(Serving.read(out), max_tokens=TOKENS).write(out)
-    measured = gate if spec.engine in OTHER_ROUNDING else dict(reference.check(out))
+    measured = vouched if spec.engine in OTHER_ROUNDING else dict(reference.check(out))
     reason = _answers_otherwise(reference, checkpoint, out)
     _engine(out).close()
     shutil.rmtree(out)
@@ -301,10 +304,12 @@ def kept(folder: Path) -> Reference:
 def _reference(model: Any, checkpoint: Path, text: Path) -> Reference:
     """What transformers' eager attention says of `model`, and the three texts that it writes."""
     usual = [(config, config._attn_implementation) for config in _configs(model)]
-    reference = Reference.of(_eager(model), checkpoint, text, TOKENS)
-    longest = reference.windows[0].source or reference.windows[0].ids
-    prompts = [longest[:length] for length in PROMPTS] if reference.continuations else []
-    reference = replace(reference, continuations=[continuation(model, prompt, NEW) for prompt in prompts])
+    kind = AnswerReference if task_of(model.config) in HEADED else Reference
+    reference = kind.of(_eager(model), checkpoint, text, TOKENS)
+    if reference.continuations:
+        longest = reference.windows[0].source or reference.windows[0].ids
+        texts = [continuation(model, longest[:length], NEW) for length in PROMPTS]
+        reference = replace(reference, continuations=texts)
     for config, implementation in usual:
         config._attn_implementation = implementation
     return reference
@@ -362,7 +367,7 @@ class Borrowed:
     """An engine that is not closed by whoever borrows it."""
 
     def __init__(self, engine: InProcess) -> None:
-        self.score, self.generate, self.answer = engine.score, engine.generate, engine.answer
+        self.score, self.generate, self.answer, self.outputs = engine.score, engine.generate, engine.answer, engine.outputs
 
     def __enter__(self) -> Borrowed:
         return self

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.model.architecture import Family
 from featherweight.runtimes.optimum import known
+from featherweight.runtimes.tvm.runtime import DECODERS, ENCODERS
 from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A model type of transformers with the head that its kind is measured by; `engines` have loaders for it.
+    """A model type of transformers with the head that its kind is measured by; `engines` name it as theirs.
 
-    Where no other has, PyTorch alone does.
+    Where none does, it is PyTorch's alone, and those' who trace what PyTorch computes, whatever it is (OpenVINO, torch-compile).
     """
 
     model_type: str
@@ -97,10 +98,15 @@ def _vllm() -> Callable[[str, type[PreTrainedConfig]], bool]:
     return lambda architecture, config: architecture in modules_by_architecture()
 
 
+def _tvm() -> Callable[[str, type[PreTrainedConfig]], bool]:
+    """Those that its graphs were tried with."""
+    return lambda architecture, config: config.model_type in (*DECODERS, *ENCODERS)
+
+
 def _optimum() -> Callable[[str, type[PreTrainedConfig]], bool]:
     """Its exporter registers model types; nothing where the toolchain is not installed."""
     return lambda architecture, config: known.is_exported(config.model_type)
 
 
 ALONE = ("torch",)
-ASKED = {"ctranslate2": _ctranslate2, "onnxruntime": _optimum, "onnxruntime-genai": _onnx_genai, "vllm": _vllm}
+ASKED = {"ctranslate2": _ctranslate2, "onnxruntime": _optimum, "onnxruntime-genai": _onnx_genai, "tvm": _tvm, "vllm": _vllm}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.families import ALONE, families
 from featherweight.model.architecture import Family
+from featherweight.spec import HEADED, Task
 from featherweight.text.documents import Document, write_documents
 from tests.support.tokenizers import byte_level
 
@@ -152,6 +153,16 @@ TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Traits that no default of a model type shows: (model type, what its configuration says)."""
 
+ANSWERING = ("bert", "distilbert", "modernbert", "roberta")
+"""Encoders with a row for each head that answers a text at once, beside the one for the words under masks."""
+TABLES: dict[Task, str] = {
+    "feature-extraction": "MODEL_MAPPING_NAMES",
+    "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+"""Where transformers names the class of such a head."""
+TASKS: dict[Family, Task] = {"causal": "text-generation", "seq2seq": "text2text-generation", "encoder": "fill-mask"}
+
 WITHOUT_BOS = ("gpt2", "gpt_neox", "qwen2", "qwen3", "bloom", "gptj", "codegen", "gpt_bigcode", "gpt-sw3")
 """Model types whose tokenizers put nothing before a text."""
 FRAMES: dict[Family, str] = {"causal": "<s> $A", "seq2seq": "$A </s>", "encoder": "<s> $A </s>"}
@@ -160,13 +171,19 @@ TEXT = "The river and the stone met once. It was heavy, and it wanted to be ligh
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the matrix: a model type, with what its configuration is told beside small numbers."""
+    """One row of the matrix: a model type, with what its configuration is told beside small numbers, and the head that it has."""
 
     name: str
     model_type: str
     kind: Family
     engines: tuple[str, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    head: Task | None = None
+
+    @property
+    def task(self) -> Task:
+        """What it is for."""
+        return self.head or TASKS[self.kind]
 
 
 FEW = (("vllm",), ALONE)
@@ -177,7 +194,8 @@ def cases() -> list[Case]:
     known = {one.model_type: one for one in families()}
     plain = [Case(name, name, one.kind, one.engines) for name, one in known.items()]
     told = [Case(name, kind, known[kind].kind, known[kind].engines, changes) for name, (kind, changes) in TRAITS.items()]
-    return sorted([*plain, *told], key=lambda case: (case.engines in FEW, case.kind, case.name))
+    heads = [Case(f"{name}, {head}", name, "encoder", known[name].engines, head=head) for name in ANSWERING for head in HEADED]
+    return sorted([*plain, *told, *heads], key=lambda case: (case.engines in FEW, case.kind, case.name))
 
 
 def make(case: Case, folder: Path) -> Path:
@@ -206,13 +224,16 @@ def _require_tiny(case: Case, config: PreTrainedConfig) -> None:
 
 def made_with(case: Case) -> str:
     """What a checkpoint is made with: its case, this file, and what knows its classes."""
-    told = [case.name, case.model_type, sorted(case.changes.items(), key=str), version("transformers")]
+    told = [case.name, case.model_type, case.head, sorted(case.changes.items(), key=str), version("transformers")]
     return hashlib.sha256(repr(told).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def _class(case: Case) -> Any:
     import transformers
+    from transformers.models.auto import modeling_auto as auto
 
+    if case.head:
+        return getattr(transformers, getattr(auto, TABLES[case.head])[case.model_type])
     return getattr(transformers, next(one.architecture for one in families() if one.model_type == case.model_type))
 
 
