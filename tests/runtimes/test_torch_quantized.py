@@ -17,7 +17,7 @@ from featherweight.grid import GRIDS
 from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.torch import pack, storage
-from featherweight.runtimes.torch.linear import DynamicLinear, InputRange, Matrix, StaticLinear, saturates, weight_only
+from featherweight.runtimes.torch.linear import DynamicLinear, InputRange, Matrix, StaticLinear, of_rows, saturates, weight_only
 from featherweight.runtimes.torch.static_ranges import _prepare, input_ranges, simulated
 from featherweight.runtimes.torch.storage import Packed
 from featherweight.store.served_folder import Serving
@@ -103,6 +103,31 @@ def test_torchs_packed_weights_are_our_integers_and_scales(grid):
     assert torch.equal(weight.q_per_channel_scales(), m.scales.squeeze(1).double())
     assert not weight.q_per_channel_zero_points().any()
     assert torch.equal(weight.dequantize(), dequantized(m))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_rows_that_are_looked_up_are_scaled_as_their_embedding_scales_them(scale):
+    from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding
+
+    m, ids = matrix(GRIDS["int8"], bias=False), torch.tensor([[0, 5, 47]])
+    kinds = [nn.Embedding(48, 72)] if scale == 1.0 else []
+    kinds += [kind(48, 72, 0, embed_scale=scale) for kind in (GemmaTextScaledWordEmbedding, M2M100ScaledWordEmbedding)]
+    for embedding in kinds:
+        found = of_rows(embedding, m)
+        assert torch.equal(found(ids), dequantized(m)[ids] * scale)
+        assert next(found.parameters()).dtype == torch.float32  # a model of nothing but integers has a type still
+
+
+def test_a_head_keeps_a_bias_that_has_another_name_too(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(**sizes, max_position_embeddings=16, architectures=["BertForMaskedLM"])).eval()
+    nn.init.normal_(model.cls.predictions.bias)
+    pack.write(model, round_to_nearest(model, GRIDS["int8"], GRIDS["int8"]), {}, tmp_path)
+    model.config.save_pretrained(tmp_path)
+    assert torch.equal(pack.load(tmp_path, "torch-dynamic").cls.predictions.decoder.bias, model.cls.predictions.bias)
 
 
 def torchs_own(m: Matrix) -> nn.Module:

@@ -150,12 +150,29 @@ class StaticLinear(nn.Module):
         )  # fmt: skip
 
 
-class RowEmbedding(nn.Module):
-    """An embedding with one scale per row; only the rows that are looked up become float."""
+class RowEmbedding(nn.Embedding):
+    """An embedding with one scale per row; only the rows that are looked up become float.
 
-    def __init__(self, matrix: Matrix) -> None:
-        super().__init__()
-        self.q, self.scales = matrix.q, matrix.scales
+    transformers' own kinds, which do something with what is looked up (Gemma and M2M-100 scale it), look up here: see `of_rows`.
+    """
+
+    q: Tensor
+    scales: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The scales: whoever asks for weights asks for their type and place."""
+        return self.scales
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.q[ids].float() * self.scales[ids]
+
+
+def of_rows(embedding: nn.Embedding, matrix: Matrix) -> nn.Embedding:
+    """`embedding` itself, of its own kind still, with integers in the place of its weights."""
+    del embedding._parameters["weight"]
+    kind = type(embedding)
+    own = (kind, RowEmbedding) if kind is not nn.Embedding else (RowEmbedding,)
+    embedding.__class__ = type(kind.__name__, own, {"weight": RowEmbedding.weight})
+    embedding.q, embedding.scales = matrix.q, nn.Parameter(matrix.scales, requires_grad=False)
+    return embedding

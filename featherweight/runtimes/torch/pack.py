@@ -60,10 +60,10 @@ def load(folder: Path, engine: str, device: Device = CPU) -> PreTrainedModel:
         for identity in ends(model) & weights.keys():
             name = weights.pop(identity)
             state[name] = packed.quantized.dequantize(name)
-    _replace(model, weights, packed, kind)
     # transformers cannot tie what is no parameter any more, so all names of a tensor are given it here.
     given = {identities[name]: tensor for name, tensor in state.items() if name in identities}
     state |= {name: given[identity] for name, identity in identities.items() if identity in given}
+    _replace(model, weights, Packed(packed.quantized, state), kind)
     model.load_state_dict(state, strict=False, assign=True)
     _move_buffers(model, torch_device(device))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -95,7 +95,7 @@ def _replace(model: PreTrainedModel, weights: Mapping[int, str], packed: Packed,
     """Put quantized layers in the place of all modules whose weight (by identity) `weights` names."""
     from torch import nn
 
-    from featherweight.runtimes.torch.linear import InputRange, Matrix, RowEmbedding
+    from featherweight.runtimes.torch.linear import InputRange, Matrix, of_rows
 
     make, quantized = kind.layer(), packed.quantized
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -106,4 +106,4 @@ def _replace(model: PreTrainedModel, weights: Mapping[int, str], packed: Packed,
         here = None if stored is None else InputRange.of(stored)
         bias = packed.rest.get(f"{path}.bias")
         matrix = Matrix(quantized.grids[name], quantized.q[name], quantized.scales[name], bias, here)
-        model.set_submodule(path, RowEmbedding(matrix) if isinstance(module, nn.Embedding) else make(matrix))
+        model.set_submodule(path, of_rows(module, matrix) if isinstance(module, nn.Embedding) else make(matrix))

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from featherweight.runtimes.writing import Source
 
 
+READ_HEADS = ("mobilebert",)
+"""Model types of transformers that read the weights of their head, in place of calling it."""
+
+
 class QuantizedTorchSpec(ExportSpec):
     """The engine's name says all: its format, to which float weights are rounded."""
 
@@ -88,7 +92,12 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         return reason and f"{reason}: torch's own int8 kernels know no CUDA; take torchao-int8-dynamic there"
 
     def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
-        """Experts, which are no Linear."""
+        """Experts, which are no Linear; a head whose weights are read, where it holds integers."""
+        kind = model.facts.model_type
+        if self.format.vocabulary and kind in READ_HEADS:
+            return (
+                f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take torchao-int8-dynamic"
+            )
         return experts_refusal(model.facts)
 
 
