@@ -81,6 +81,7 @@ def test_int8_of_a_cpu_without_amx_is_not_started_on_one_with_it(tmp_path: Path,
     with_tiles = replace(describe(), cpu_features=frozenset({"amx_tile"}))
     monkeypatch.setattr(on_cpus, "describe", lambda: with_tiles)
     monkeypatch.setattr(server, "gpus", tuple)
-    assert on_cpus.wants_float16("int8") and not on_cpus.wants_float16("w4a16")
-    with pytest.raises(StageError, match="written for a CPU without AMX, in float32"):
-        server.arguments(tmp_path, tmp_path, {"dtype": "float32", "compute_type": "int8"}, Limits(1, 128, 1))
+    assert on_cpus.wants_bfloat16("int8") and not on_cpus.wants_bfloat16("w4a16")
+    for kind in ("float32", "float16"):
+        with pytest.raises(StageError, match=f"written for a CPU without AMX or a GPU, in {kind}"):
+            server.arguments(tmp_path, tmp_path, {"dtype": kind, "compute_type": "int8"}, Limits(1, 128, 1))

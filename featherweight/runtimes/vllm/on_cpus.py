@@ -27,8 +27,8 @@ def refusal(config: Any) -> str | None:
     return _heads_refusal(config) or _scan_refusal(config)
 
 
-def wants_float16(compute_type: str) -> bool:
-    """Whether it is served in float16 here: on CPUs with AMX its kernel for W8A8 reads no float32."""
+def wants_bfloat16(compute_type: str) -> bool:
+    """Whether it is served in bfloat16 here: on CPUs with AMX its kernel for W8A8 reads no float32, and dies of float16."""
     return compute_type == "int8" and "amx_tile" in describe().cpu_features
 
 

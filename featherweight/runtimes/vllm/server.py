@@ -10,7 +10,7 @@ from featherweight.errors import StageError
 from featherweight.model.positions import head_width
 from featherweight.runtimes.interface import EngineServer, Limits
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
-from featherweight.runtimes.vllm.on_cpus import wants_float16
+from featherweight.runtimes.vllm.on_cpus import wants_bfloat16
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
 from featherweight.system.toolchains import python
@@ -43,9 +43,11 @@ def program() -> list[str]:
 
 def arguments(served: Path, weights: Path, options: Mapping[str, str], limits: Limits) -> list[str]:
     """What it is told, whoever asks it. Raises StageError for what was written for another kind of CPU."""
-    if options.get("dtype") == "float32" and wants_float16(options.get("compute_type", "")) and not gpus():
+    kind = options.get("dtype", "float32")
+    if kind != "bfloat16" and wants_bfloat16(options.get("compute_type", "")) and not gpus():
         raise StageError(
-            "its int8 was written for a CPU without AMX, in float32, which vLLM cannot compute here; export it on this machine"
+            f"its int8 was written for a CPU without AMX or a GPU, in {kind}, which vLLM cannot compute here; "
+            "export it on this machine"
         )
     told = {
         "--model": weights,

@@ -60,8 +60,8 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
     if source.quantized:
         options["compute_type"] = spec.compute_type
         # The kernels for 4- and 8-bit weights in front of float activations know no float32, and on CUDA none of the others do.
-        halved = spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA or on_cpus.wants_float16(spec.compute_type)
-        options["dtype"] = "float16" if halved else "float32"
+        halved = spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA
+        options["dtype"] = "float16" if halved else "bfloat16" if on_cpus.wants_bfloat16(spec.compute_type) else "float32"
     if spec.kv_cache:
         options["kv_cache_dtype"] = spec.kv_cache
     if spec.tensor_parallel_size > 1:
