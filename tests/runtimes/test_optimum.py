@@ -132,6 +132,9 @@ def test_rotary_embeddings_are_said_in_the_older_words_too() -> None:
     plain = mends.mended({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}})
     assert (plain["rope_theta"], plain["rope_scaling"], plain["partial_rotary_factor"]) == (1e4, None, 0.5)
     assert mends.mended({"model_type": "bert"}) == {"model_type": "bert"}
+    for unscaled in ({"model_type": "mt5"}, {"model_type": "t5", "scale_decoder_outputs": False}):
+        assert mends.mended(unscaled | {"tie_word_embeddings": True})["tie_word_embeddings"] is False
+    assert mends.mended({"model_type": "t5", "scale_decoder_outputs": True, "tie_word_embeddings": True})["tie_word_embeddings"]
 
 
 FUSING = 'import os, sys, time; print(\'{"note": "fusing"}\', flush=True); '

@@ -80,6 +80,8 @@ def load(checkpoint: Path, task: str) -> Any:
     kind = getattr(transformers, CLASSES[task])
     model, told = kind.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     missing = [name for name in told["missing_keys"] if "pooler" not in name]
+    if missing == ["lm_head.weight"] and hasattr(model, "shared"):
+        model.lm_head.weight, missing = model.shared.weight, []  # tied all the same where logits are not scaled (see mends)
     if lost := missing or told["mismatched_keys"]:
         raise KeyError(f"transformers {transformers.__version__} does not find {lost} in the checkpoint")
     return model.eval()

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from featherweight.model.architecture import attention_cap
+from featherweight.model.positions import rotary_kinds
 from featherweight.system.toolchains import text_of
 
 REFUSED = {
@@ -43,6 +44,10 @@ def left_out_refusal(config: Any) -> str | None:
     heads = {getattr(config, name, None) for name in ("encoder_attention_heads", "decoder_attention_heads")}
     if getattr(config, "is_encoder_decoder", False) and None not in heads and len(heads) > 1:
         return f"Optimum cannot export a {kind} whose stacks differ in their heads; take torch or ctranslate2"
+    if kind == "phi" and getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads):
+        return "Optimum cannot export a phi whose heads share their keys; take torch or ctranslate2"
+    if "longrope" in rotary_kinds(config):
+        return f"Optimum's graphs have not this {kind}'s rotary embeddings (longrope); take torch or ctranslate2"
     if kind == "falcon" and getattr(config, "new_decoder_architecture", False):
         return "Optimum cannot export a falcon of the new decoder architecture; take torch or ctranslate2"
     return None

@@ -24,6 +24,8 @@ def mend_config(folder: Path) -> None:
 
 def mended(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with rotary embeddings in transformers 4's words too: `rope_theta` and `rope_scaling`."""
+    if _unscaled(config):
+        config = config | {"tie_word_embeddings": False}  # by which transformers 4 knows that its logits are not scaled
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         return config
@@ -32,3 +34,8 @@ def mended(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") == "gpt_neox" and "partial_rotary_factor" in found:
         found["rotary_pct"] = found["partial_rotary_factor"]  # the name that this one reads it by
     return config | found | {"rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
+
+
+def _unscaled(config: dict[str, Any]) -> bool:
+    """Whether it is a T5 whose decoder's outputs go to the head as they are: mT5, T5 1.1 and what was made of it."""
+    return config.get("model_type") == "mt5" or config.get("scale_decoder_outputs") is False
