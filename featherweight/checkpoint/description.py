@@ -21,10 +21,14 @@ from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.errors import CheckpointError, one_line
 from featherweight.model import architecture, facts
 from featherweight.model.facts import describe
+from featherweight.model.positions import rotary_kinds
 from featherweight.store.artifact import content_digest, file_sha256
 from featherweight.system.environment import without_secrets
 from featherweight.system.processes import end_with_parent
 from featherweight.system.user import cache_folder
+
+PLAIN_ROTATIONS = ("default", "mrope")
+"""Kinds of rotary embeddings that are made without a function of their own."""
 
 
 def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
@@ -79,12 +83,15 @@ def _answer(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def read(folder: Path, gguf: str | None) -> dict[str, Any]:
     """The same in this process; a reason under `error` where transformers refuses."""
     from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     named = {"gguf_file": gguf} if gguf else {}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
             generation = generation_config(folder, config, beside=gguf is None)
+        if unknown := rotary_kinds(config) - {*PLAIN_ROTATIONS, *ROPE_INIT_FUNCTIONS}:
+            return {"error": f"it knows no rotary embeddings of the kind {min(unknown)!r} (rope_type)"}
         told = {"config": describe(config), "generation": generation.to_dict()}
         return json.loads(json.dumps(told, default=str))
     except Exception as error:  # a config can fail in as many ways as there are architectures

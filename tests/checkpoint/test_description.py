@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,13 @@ def test_a_refusal_is_not_kept(asked: list[Any], tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="describes no model that transformers can build: ValueError: no such rope"):
             description.described(folder)
     assert len(asked) == 2
+
+
+def test_rotary_embeddings_that_transformers_cannot_make_are_told_with_the_description(tmp_path: Path) -> None:
+    told = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 40}
+    errors = []
+    for kind in ("fancy", "linear"):
+        rotary = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+        (tmp_path / "config.json").write_text(json.dumps(told | {"rope_parameters": rotary}))
+        errors.append(description.read(tmp_path, None).get("error"))
+    assert errors == ["it knows no rotary embeddings of the kind 'fancy' (rope_type)", None]
