@@ -33,4 +33,4 @@ def depending(workspace: Workspace, checkpoint: str, data: str, library: str) ->
         raise RecipeError("give one of --checkpoint, --data and --library")
     registry = Registry(workspace.tracking_uri)
     registry.check()
-    return impact(registry, *given[0], workspace.root / "cache")
+    return impact(registry, *given[0])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featherweight.registry.history import History, Transition
-from featherweight.registry.out_of_band import OutOfBand, look
+from featherweight.registry.out_of_band import OutOfBand, look, out_of_step
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
@@ -15,17 +15,15 @@ from featherweight.system.user import user_name
 
 @dataclass(frozen=True)
 class ToldHistory:
-    """The history of `model`. behind: how many aliases, tags and stages in MLflow did not follow it until this look.
+    """The history of `model`. behind: what in MLflow does not follow it, in a line.
 
-    moved: what somebody had moved in MLflow, as this look found and recorded it. left: how many are behind still, because MLflow
-    lets this user read alone.
+    moved: what somebody had moved in MLflow, where this look recorded it.
     """
 
     model: str
     history: History
-    behind: int
+    behind: str
     moved: OutOfBand | None = None
-    left: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: transitions in order, where all stand, what lost against which entry, what does not hold together."""
@@ -36,8 +34,7 @@ class ToldHistory:
             "transitions": [asdict(one) for one in self.history.transitions],
             "lost": lost,
             "faults": list(self.history.faults),
-            "completed": self.behind - self.left,
-            "not_completed": self.left,
+            "behind": self.behind,
             "out_of_band": asdict(self.moved) if self.moved else None,
         }
 
@@ -50,8 +47,7 @@ class ToldHistory:
         lines += [f"{one.number:>4}  {one.when[:19]}Z  {one.told()}" for one in self.history.entries if not one.moves]
         lines += [f"lost to entry {one.winner.number}: {one.entry.told()}" for one in self.history.lost]
         lines += [self.moved.to_text()] if self.moved else []
-        lines += [f"{self.left} aliases, tags and stages are behind; not completed: no right to write"] if self.left else []
-        lines += [f"{self.behind} aliases, tags and stages were behind, and follow now"] if self.behind and not self.left else []
+        lines += [self.behind] if self.behind else []
         return "\n".join([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
 
 
@@ -62,16 +58,14 @@ def _transition(one: Transition) -> list[str]:
 
 
 def history_of(workspace: Workspace, reference: str, repair: bool = False) -> ToldHistory:
-    """The history of a registered model, which aliases, tags and stages follow afterwards. Raises GateError where there is none.
+    """The history of a registered model; nothing is changed, but where `repair` says so. Raises GateError where there is none.
 
-    repair: where its end was cut off, let what is left count.
+    repair: where its end was cut off, let what is left count; aliases, tags and stages follow it.
     """
     registry = Registry(workspace.tracking_uri)
     registry.check()
     model, _ = parse_reference(reference, "champion")
     if repair:
         registry.repair(model, user_name())
-    behind = len(registry.model(model).behind())
-    seen, moved = look(registry, model)
-    left = len(seen.behind())
-    return ToldHistory(model, seen.history, 0 if moved and not left else behind, moved, left)
+    seen, moved = look(registry, model) if repair else (registry.model(model), None)
+    return ToldHistory(model, seen.history, out_of_step(seen), moved)

@@ -12,7 +12,8 @@ from featherweight.measure.goals import OBJECTIVE
 from featherweight.registry.attestation import ATTESTATION, attested
 from featherweight.registry.evidence import with_evidence
 from featherweight.registry.keys import Keys
-from featherweight.registry.lineage import Lineage, of_version, verify
+from featherweight.registry.lineage import Lineage, is_text_of, of_version, verify
+from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import witnessed_fault
@@ -119,6 +120,8 @@ def _tags(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iter
         known |= {name: proven.tag(name) for name in PROVEN}
     except FeatherweightError as error:
         yield Finding(version.model, version.version, "evaluation", "missing", str(error))
+    if (packed := version.tag(PACKED)) and not is_text_of(unpacked(packed), version.tag("lineage")):  # older versions have none
+        yield Finding(version.model, version.version, f"tag {PACKED}", "altered", "the lineage tells otherwise")
     for name, value in known.items():
         if _plain(name, version.tag(name)) != _plain(name, value):
             yield Finding(version.model, version.version, f"tag {name}", "altered", "the lineage tells otherwise")

@@ -15,7 +15,7 @@ from featherweight.registry.registry import RegisteredVersion, Registry
 Kind = Literal["checkpoint", "data", "library"]
 STAGES = {"checkpoint": ("load", "train"), "data": ("text",)}
 DEPLOYED = ("production", "staging")
-READERS = 16  # lineages of a remote store that are fetched at once
+READERS = 16  # lineages that are fetched at once, where a version's tags do not tell them
 SHORTEST = 6  # characters of a digest
 
 
@@ -64,15 +64,12 @@ class Impact:
         return "\n".join([first, *lines, *(f"unknown    {one}" for one in self.unknown), *behind])
 
 
-def impact(registry: Registry, kind: Kind, wanted: str, cache: Path | None = None) -> Impact:
-    """The versions of all models that go back to `wanted`: a digest or its first characters, a source, or LIBRARY[==VERSION].
-
-    cache: a folder for lineages of a remote store, by their digests.
-    """
+def impact(registry: Registry, kind: Kind, wanted: str) -> Impact:
+    """The versions of all models that go back to `wanted`: a digest or its first characters, a source, or LIBRARY[==VERSION]."""
     models = registry.all_models()
     versions = [version for model in models for version in model.versions.values()]
     with ThreadPoolExecutor(READERS) as pool:
-        graphs = list(pool.map(lambda version: _graph(registry, version, cache), versions))
+        graphs = list(pool.map(lambda version: _graph(registry, version), versions))
     told = [(version, graph) for version, graph in zip(versions, graphs, strict=True)]
     found = [_affected(version, kind, wanted, graph) for version, graph in told if isinstance(graph, LineageGraph)]
     affected = sorted((one for one in found if one.through), key=lambda one: (not one.deployed, one.model, int(one.version)))
@@ -81,10 +78,10 @@ def impact(registry: Registry, kind: Kind, wanted: str, cache: Path | None = Non
     return Impact(kind, wanted, tuple(affected), tuple(unknown), len(versions), behind)
 
 
-def _graph(registry: Registry, version: RegisteredVersion, cache: Path | None) -> LineageGraph | str:
+def _graph(registry: Registry, version: RegisteredVersion) -> LineageGraph | str:
     """The lineage of a version, or why it cannot be believed."""
     try:
-        return read_graph(registry, version, cache)
+        return read_graph(registry, version, told=True)
     except FeatherweightError as error:
         return one_line(error)
 

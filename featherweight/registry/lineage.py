@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.registry.attestation import folder_faults
 from featherweight.registry.history import Transition
 from featherweight.registry.keys import Keys
+from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
@@ -232,29 +232,23 @@ def of_version(registry: Registry, seen: RegisteredModel, version: RegisteredVer
     return _lineage(seen, version, read_graph(registry, version))
 
 
-def read_graph(registry: Registry, version: RegisteredVersion, cache: Path | None = None) -> LineageGraph:
+def read_graph(registry: Registry, version: RegisteredVersion, told: bool = False) -> LineageGraph:
     """The graph that was registered with a version. Raises IntegrityError where it was altered since, or is another artifact's.
 
-    cache: a folder in which those of a remote store are kept by their digests; the digest is held to in any case.
+    told: take its text from the version's tag, where that has the registered digest, which asks for nothing more.
     """
     digest = version.tag("lineage")
-    kept = cache / f"{digest}.lineage.json" if cache and re.fullmatch("[0-9a-f]{64}", digest) else None
-    if kept is not None and kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == digest:
-        return LineageGraph.from_json(kept.read_text(encoding="utf-8"))
-    text = registry.lineage_json(version)
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
+    text = unpacked(version.tag(PACKED)) if told else ""
+    if not is_text_of(text, digest):
+        text = registry.lineage_json(version)
+    if not is_text_of(text, digest):
         raise IntegrityError(f"lineage.json of {version.uri} was altered after it was registered")
-    if kept is not None and local_path(version.source) is None:
-        _keep(kept, text)
     return LineageGraph.from_json(text)
 
 
-def _keep(path: Path, text: str) -> None:
-    """Write a file of the cache; others may write the same one at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as part:
-        part.write(text)
-    Path(part.name).replace(path)
+def is_text_of(text: str, digest: str) -> bool:
+    """Whether a lineage's text has the registered digest."""
+    return hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 def _lineage(seen: RegisteredModel, version: RegisteredVersion, graph: LineageGraph) -> Lineage:

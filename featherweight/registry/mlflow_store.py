@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import GateError, IntegrityError, one_line
+from featherweight.errors import Forbidden, GateError, IntegrityError, one_line
 from featherweight.registry.commit import Cell, Unsure
 from featherweight.registry.history import ENTRY_LIMIT, Entry
 from featherweight.registry.keys import Keys
 from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
 from featherweight.registry.vouching import unvouched
 from featherweight.registry.witness import seen_from_here
+from featherweight.store.mlflow_errors import NO_RIGHT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +49,7 @@ class MlflowStore:
         """The model as it stands. Raises GateError, naming the known ones, where there is none."""
         holder = self._holder()
         found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
-        return _model(holder, found, list(self._entries()), self._has_stages)
+        return _model(holder, found, _readable_entries(self.client, holder, self._history, list(self._entries())), self._has_stages)
 
     def signatures(self) -> dict[int, tuple[str, str]]:
         """Text and signature ('' where there is none) of each stored entry, by number."""
@@ -136,6 +137,23 @@ class MlflowStore:
         set_once(self.client.set_registered_model_tag, self.model, HISTORY, self._history)
 
 
+def _readable_entries(client: MlflowClient, holder: MlflowModel, history: str, entries: list[ModelVersion]) -> list[ModelVersion]:
+    """The entries that a search found. Raises Forbidden where it left them out because this user may not read them."""
+    from mlflow.exceptions import MlflowException
+
+    if entries or MARK not in holder.tags:
+        return entries
+    try:
+        client.get_registered_model(history)
+    except MlflowException as error:
+        if error.error_code == NO_RIGHT:
+            way = "ask its administrator for READ on it, or set other MLFLOW_TRACKING_USERNAME"
+            raise Forbidden(f"MLflow does not let this user read '{history}', which holds what was decided; {way}") from error
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return entries
+
+
 def _signed(entries: Iterable[ModelVersion]) -> dict[int, tuple[str, str]]:
     """Text and signature of each stored entry, by number."""
     return {int(entry.version): (entry.tags.get(ENTRY, ""), entry.tags.get(SIGNED, "")) for entry in entries}
@@ -193,7 +211,8 @@ def read_all(client: MlflowClient) -> list[RegisteredModel]:
         versions.setdefault(one.name, []).append(one)
     holders = served_models(client)
     names = {one.name: one.tags.get(HISTORY) or f"{one.name}{SUFFIX}" for one in holders}
-    return [_model(one, versions.get(one.name, []), versions.get(names[one.name], [])) for one in holders]
+    entries = {one.name: _readable_entries(client, one, names[one.name], versions.get(names[one.name], [])) for one in holders}
+    return [_model(one, versions.get(one.name, []), entries[one.name]) for one in holders]
 
 
 def served_models(client: MlflowClient) -> list[MlflowModel]:

@@ -24,6 +24,7 @@ from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History
 from featherweight.registry.keys import Keys
 from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, read_all, refuse_renamed, served_models, set_once
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
+from featherweight.registry.packed_text import packed
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
 from featherweight.store.mlflow_errors import MISSING, mlflow_explained
@@ -483,6 +484,7 @@ def _version_tags(winner: WinnerRecord, engine: str, logged: LoggedModel) -> dic
         "metrics": json.dumps(dict(winner.metrics)),
         "lineage": hashlib.sha256(winner.lineage.encode()).hexdigest(),
         "stage": "none",
+        **packed(winner.lineage),
     }
     return {f"{TAG}{name}": value for name, value in values.items()}
 

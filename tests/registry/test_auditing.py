@@ -102,7 +102,7 @@ def artifacts(desk: Bench) -> Iterator[Tampering]:
 def tags(desk: Bench) -> Iterator[Tampering]:
     client = desk.registry.client
     version = client.get_model_version(MODEL, "2")
-    for name in ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant", "recipe", "run_id"):
+    for name in ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant", "recipe", "run_id", "lineage_gzip"):
         value = {"metrics": '{"speedup_1": 999}', "constraints": '{"min_speedup": 0.1}'}.get(name, "other")
         do, undo = (
             lambda key=f"featherweight.{name}", v=one: client.set_model_version_tag(MODEL, "2", key, v)

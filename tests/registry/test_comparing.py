@@ -11,6 +11,7 @@ import pytest
 from featherweight.errors import GateError, IntegrityError, RecipeError
 from featherweight.measure.measurement import Comparison, Measurement, Quality, Speed
 from featherweight.registry.lineage import build
+from featherweight.registry.packed_text import PACKED, packed
 from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace, local_path
 from flows.comparing import compared, depending
@@ -107,6 +108,9 @@ def test_what_cannot_be_believed_is_said(tmp_path: Path) -> None:
     lineage.write_text(lineage.read_text().replace("int8", "int2"))
     with pytest.raises(IntegrityError, match="was altered after it was registered"):
         compared(workspace, f"{MODEL}/1", "1")
-    (unknown,) = depending(workspace, "", "", "torch").unknown
+    assert depending(workspace, "", "", "torch").unknown == ()  # the version's own tag has it, by the registered digest
+    for told in (packed(lineage.read_text())[PACKED], "no base64", "H4sI"):
+        desk.registry.client.set_model_version_tag(MODEL, "1", f"featherweight.{PACKED}", told)
+        (unknown,) = depending(workspace, "", "", "torch").unknown
     assert "little-llama/1: lineage.json of models:/little-llama/1 was altered" in unknown
     assert Registry(desk.registry.tracking_uri).all_models()[0].history == desk.registry.history(MODEL)

@@ -73,3 +73,16 @@ def test_every_reader_is_answered_and_told_what_is_behind(moved: Bench, monkeypa
         audit_registry(workspace, MODEL, True)
     become(ADMIN, monkeypatch)
     assert moved.state() == before
+    hide_history(moved, monkeypatch)
+
+
+def hide_history(moved: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may read the model and not what was decided of it is told so in one line, not that entries were removed."""
+    url, side = moved.registry.tracking_uri, f"{MODEL}.history"
+    right = {"username": READER, "resource_type": "registered_model", "resource_id": side, "permission": "DENY"}
+    way = f"{url}/api/3.0/mlflow/users/permissions/grant"
+    httpx.post(way, json=right, auth=(ADMIN, SECRET), timeout=60).raise_for_status()
+    become(READER, monkeypatch)
+    for ask in (Registry(url).all_models, lambda: history_of(Workspace.at(moved.root), MODEL)):
+        with pytest.raises(Forbidden, match=rf"^MLflow does not let this user read '{side}', which holds what was decided; ask"):
+            ask()
