@@ -505,14 +505,19 @@ def doctor(
 @app.command(rich_help_panel=RUN)
 def ui(
     workspace: WorkspaceOpt = HERE,
+    port: Annotated[int, typer.Option(help="Port of the page; another where it is taken.", min=0, max=65535)] = 4100,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server.")] = 5000,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open both pages in the browser.")] = True,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    servers: Annotated[bool, typer.Option("--servers/--no-servers", help="Start Prefect's and MLflow's own pages too.")] = True,
 ) -> None:
-    """Serve the Prefect and MLflow pages of a workspace until Ctrl-C."""
+    """Serve a page over all models and runs until Ctrl-C: reports, lineage, audits; promote, approve, roll back.
+
+    It listens on this machine and wants the token of the address that is printed. Beside it are Prefect's and MLflow's own pages.
+    """
     from flows.ui import serve_ui
 
-    serve_ui(_workspace(workspace), prefect_port, mlflow_port, browser)
+    serve_ui(_workspace(workspace), port, prefect_port, mlflow_port, browser, servers)
 
 
 @app.callback(invoke_without_command=True)

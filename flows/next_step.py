@@ -86,7 +86,7 @@ class Standing:
             yield Step("featherweight variants", "the latest result there")
         run = self.run
         if run and run.status == "RUNNING":
-            yield Step("featherweight ui", "look at it on Prefect's and MLflow's pages")
+            yield Step("featherweight ui", "look at it, and at all others, in the browser")
         elif run and run.status in ("FAILED", "KILLED"):
             yield Step(f"featherweight optimize {self._recipe(run)}", "again: what was finished is not done anew")
         elif run:

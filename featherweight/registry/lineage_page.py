@@ -19,14 +19,14 @@ def write_lineage_page(path: Path, title: str, findings: Sequence[Finding], told
     wrong = [one for one in findings if one.state != "ok"]
     verdict = "not verified" if not findings else f"{len(wrong)} not ok" if wrong else "all ok"
     counts = {state: sum(one.state == state for one in findings) for state in get_args(State)}
-    versions = [_version(one, findings) for one in told]
+    versions = [version_section(one, findings) for one in told]
     page = render_template("lineage.html.j2", title=title, verdict=verdict, wrong=wrong, counts=counts, versions=versions)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 
 
-def _version(told: Lineage, findings: Sequence[Finding]) -> dict[str, Any]:
-    """A version's section."""
+def version_section(told: Lineage, findings: Sequence[Finding]) -> dict[str, Any]:
+    """What `version_lineage.j2` shows of a version, each stage run with what an audit found of it."""
     states = {one.part: one.state for one in findings if (one.model, one.version) == (told.model, told.version)}
     nodes = [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 
@@ -11,3 +12,8 @@ def render_template(name: str, **values: Any) -> str:
 
     environment = Environment(loader=PackageLoader("featherweight.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(name).render(**values)
+
+
+def template_text(name: str) -> str:
+    """A file of the templates' folder as it is."""
+    return files("featherweight.report").joinpath("templates", name).read_text(encoding="utf-8")

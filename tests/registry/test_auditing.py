@@ -259,7 +259,7 @@ def test_the_page_shows_the_verdict_and_the_whole_lineage(whole: Bench, tmp_path
     assert audit_registry(workspace, MODEL, False, page).wrong
     text = page.read_text()
     assert "<td>altered" in text.replace('<td class="bad">', "<td>")
-    assert f'<td>{graph.nodes[0].id}</td><td class="bad">missing</td>' in text
+    assert f'{graph.nodes[0].id}</th><td class="bad">missing</td>' in text
     for words in (graph.nodes[-1].digest, "little-llama/1", "by ada: two is good", "speedup_1_high"):
         assert words in text
     assert "<script" not in text
