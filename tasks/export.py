@@ -17,6 +17,7 @@ def export(
     """Write to `out` what `spec.engine` serves, and compare it with PyTorch; see featherweight.runtimes.writing.write_served.
 
     Metrics: `parity_max_abs`, `parity_mean_abs`, `parity_bound` (nats), and where the engine rounds activations also
-    `parity_weights_max_abs`, the same with activations in float. None for what is the reference itself.
+    `parity_weights_max_abs`, the same with activations in float. None for what is the reference itself. Of the adapters beside it
+    `parity_adapters_max_abs`.
     """
     return write_served(spec, checkpoint=checkpoint, calibration=calibration, out=out, seed=seed, progress=progress)

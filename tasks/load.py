@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from featherweight.checkpoint.conversion import adopt, named
+from featherweight.checkpoint.facts import shapes_in
 from featherweight.checkpoint.fetching import WORK, source_fingerprint, source_of
+from featherweight.checkpoint.kept_adapters import keep_adapters
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.zeros import take_stock
 from featherweight.progress import Metrics, Progress
@@ -27,7 +29,7 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     Names that transformers reads though they lack the model's prefix, or have that of torch.compile or DistributedDataParallel,
     and a config that contradicts the files about a tied head, are settled by what the files hold; metrics `renamed_tensors` and
     `head_settled`. A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric
-    `zero_share`.
+    `zero_share`. Adapters of `spec.adapters` are kept beside the checkpoint.
     Raises CheckpointError or ServiceError; then `out` is empty again.
     """
     work = out / WORK
@@ -36,6 +38,7 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
         found = source_of(spec)[1].fetch(spec, work, progress)
         with named(found, str(spec.source)):
             adopted = adopt(found, spec, work, out, progress)
+        keep_adapters(spec, work / "kept", out, shapes_in(out), progress)
         # Coarse grids have many zeros that nobody pruned.
         zeros = take_stock(out, str(spec.source), search=not adopted.unpacked, progress=progress)
         shutil.rmtree(work)

@@ -30,6 +30,7 @@ from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_inte
 from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
+from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import method_of, require_readable
 from featherweight.checkpoint.sanity import require_sane
@@ -56,6 +57,7 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
 
     Raises CheckpointError, as loading it would, for what can be told to be wrong; KnownAtLoad where only loading tells.
     """
+    require_adapters(spec)
     facts = facts_for_any_task(spec)
     require_task(spec.source, facts.config, spec.task)
     return facts
@@ -79,6 +81,12 @@ def facts_of(folder: Path, config: PreTrainedConfig) -> CheckpointFacts:
     shapes, size = _shapes(listing, find_weights(listing))
     settings = generation_config(folder, config)
     return CheckpointFacts(config, settings, shapes, size, sparse=SPARSITY in listing.sizes, tokenizer=_tokenizer(listing))
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a folder of safetensors, by name."""
+    listing = Listing.of(folder)
+    return _shapes(listing, find_weights(listing))[0] or {}
 
 
 def _tokenizer(listing: Listing) -> str | None:

@@ -34,12 +34,19 @@ class Source:
 def source_fingerprint(spec: LoadSpec) -> str:
     """Identity of what `load` would take from the source, without taking it: content, ETags, or a resolved version.
 
-    With that of an adapter's base, where the recipe or the adapter names it.
+    With that of an adapter's base, where the recipe or the adapter names it, and of adapters that are kept beside it.
     """
     kind, source = source_of(spec)
     identity, base = source.identity(spec), spec.base or _base_named_at(spec)
-    under = [source_fingerprint(spec.model_copy(update={"source": base, "base": None}))] if base else []
-    return content_digest([kind, identity, *under])
+    under = [source_fingerprint(spec.model_copy(update={"source": base, "base": None, "adapters": {}}))] if base else []
+    kept = [[name, _alone(LoadSpec(source=adapter))] for name, adapter in sorted(spec.adapters.items())]
+    return content_digest([kind, identity, *under, *kept])
+
+
+def _alone(spec: LoadSpec) -> list[Any]:
+    """Identity of an adapter without its base."""
+    kind, source = source_of(spec)
+    return [kind, source.identity(spec)]
 
 
 def _base_named_at(spec: LoadSpec) -> str | None:

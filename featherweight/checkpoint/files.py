@@ -28,6 +28,10 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
+KEPT_ADAPTERS = "served_adapters"
+"""Where adapters that are not merged lie below a checkpoint: a folder each, by its name."""
+
+
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.*.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", "*.tiktoken"),
     *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "source.spm"),
@@ -44,10 +48,11 @@ COMPANIONS = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
     "[0-9]_*/model.safetensors",
+    *(f"{KEPT_ADAPTERS}/*/{name}" for name in (ADAPTER, ADAPTER_WEIGHTS[0])),
 )
 """Everything that a checkpoint carries beside configuration and weights, as shell patterns of names below its folder: each
 tokenizer's files as transformers names them, chat templates, generation settings, what sentence-transformers does after the
-model. The one list: whoever loads, copies, saves or serves a model takes these."""
+model, adapters that are kept beside it. The one list: whoever loads, copies, saves or serves a model takes these."""
 
 
 WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")

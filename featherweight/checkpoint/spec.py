@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from featherweight.spec import Spec, Task
+from pydantic import Field
+
+from featherweight.spec import Name, Spec, Task
 
 OfAdapter = Literal["merge", "ignore"]
 
@@ -14,6 +16,7 @@ class LoadSpec(Spec):
 
     base: where an adapter's base model comes from, instead of from where the adapter says.
     adapter: whether an adapter that lies beside full weights is merged into them or left out.
+    adapters: LoRA folders that are kept beside the checkpoint under these names, not merged.
     """
 
     source: str
@@ -21,4 +24,5 @@ class LoadSpec(Spec):
     trust_remote_code: bool = False
     base: str | None = None
     adapter: OfAdapter | None = None
+    adapters: dict[Name, str] = Field(default_factory=dict)
     task: Task = "text-generation"

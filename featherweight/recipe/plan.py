@@ -128,7 +128,8 @@ def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machin
     student = facts.by_source.get(distilled.student) if distilled and distilled.student else None
     quantized, served = stages.quantize.get(quantize), _serve(recipe)[serve]
     known = facts.of(recipe)
-    return Chosen(recipe.task, distilled, pruned, quantized, served, machine, where, known, student).obstacle()
+    adapters = tuple(recipe.checkpoint.adapters)
+    return Chosen(recipe.task, distilled, pruned, quantized, served, machine, where, known, student, adapters).obstacle()
 
 
 def _serve(recipe: Recipe) -> dict[str, ServingSpec]:

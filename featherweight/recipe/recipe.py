@@ -22,7 +22,8 @@ class CheckpointSpec(Spec):
     """Either `source` (a checkpoint to load) or `train` (one to make).
 
     base: what an adapter is merged into, where that is not the model that it names. adapter: what becomes of one that lies beside
-    full weights.
+    full weights. adapters: LoRA folders (or other sources) by the name that a request gives: they are not merged, but kept and
+    served beside the one champion, by the engines that can.
     """
 
     source: str | None = None
@@ -31,11 +32,14 @@ class CheckpointSpec(Spec):
     trust_remote_code: bool = False
     base: str | None = None
     adapter: OfAdapter | None = None
+    adapters: dict[Name, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_of(self) -> CheckpointSpec:
         if (self.source is None) == (self.train is None):
             raise ValueError("give exactly one of 'source' and 'train'")
+        if self.train is not None and self.adapters:
+            raise ValueError("adapters belong to a checkpoint that is there already; give checkpoint.source")
         return self
 
 
@@ -139,6 +143,14 @@ class Recipe(Spec):
     def _measures_what_it_bounds(self) -> Recipe:
         if reason := unmeasured(self.constraints, self.workload):
             raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_text(self) -> Recipe:
+        if self.checkpoint.adapters and self.task != "text-generation":
+            raise ValueError(
+                f"checkpoint.adapters are kept beside decoders alone, not for {self.task}; merge one: its folder is the source"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ class Chosen:
     """What a variant would be made by and served on; None for a stage that is left out.
 
     facts: of the checkpoint, student: of a student of its own; None where they are not known. where: the device of the run, and of
-    its baseline.
+    its baseline. adapters: names of those that are to be kept beside the checkpoint.
     """
 
     task: Task
@@ -50,6 +50,7 @@ class Chosen:
     where: Device = CPU
     facts: CheckpointFacts | None = None
     student: CheckpointFacts | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def student_pruning(self) -> PruneSpec | None:
@@ -206,6 +207,17 @@ def _lora_refusal(chosen: Chosen) -> str | None:
     return unknown_target(spec.lora, sorted({*(name.split(".")[-2] for name in facts.rows_and_columns), "lm_head"}))
 
 
+def _adapters_refusal(chosen: Chosen) -> str | None:
+    """Adapters fit the matrices that they were trained beside, and few engines take any."""
+    if not chosen.adapters:
+        return None
+    changed = "distill" if chosen.distill else "prune" if chosen.prune else None
+    if changed:
+        return f"checkpoint.adapters + {changed}: they fit the checkpoint as it is; merge one: its folder is the source"
+    reason = RUNTIMES[chosen.serve.engine].adapters_refusal(chosen.serve)
+    return reason and f"checkpoint.adapters + {chosen.serve.engine}: {reason}"
+
+
 def _sharding_refusal(chosen: Chosen) -> str | None:
     """Training in parts of what has zeros to hold."""
     distill, finetune = chosen.distill, chosen.prune.finetune if chosen.prune else None
@@ -242,6 +254,7 @@ def _model_refusal(chosen: Chosen) -> str | None:
 
 REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     lambda chosen: task_refusal(chosen.task, chosen.serve),
+    _adapters_refusal,
     _distill_refusal,
     lambda chosen: chosen.prune.refusal(chosen.parent(chosen.distilled)) if chosen.prune else None,
     _quantize_refusal,

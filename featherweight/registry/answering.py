@@ -57,4 +57,5 @@ def signature(task: Task) -> ModelSignature:
         given = None if task == "text-classification" else texts
         return ModelSignature(given, Schema([ColSpec(AnyType())]), ParamSchema(params))
     params = [ParamSpec("max_new_tokens", "long", None), ParamSpec("stop_at_end", "boolean", True)]
+    params += [ParamSpec("adapter", "string", None)]
     return ModelSignature(texts, Schema([ColSpec("string")]), ParamSchema(params))

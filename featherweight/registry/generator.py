@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.registry.served_engine import ServedEngine
@@ -28,26 +29,33 @@ class Generator(ServedEngine):
         self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
+        self._adapters = tuple(kept_adapters(served))
         self._open()
 
     def __call__(
-        self, prompts: Sequence[str | Sequence[Message]], max_new_tokens: int | None = None, stop_at_end: bool = True
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        max_new_tokens: int | None = None,
+        stop_at_end: bool = True,
+        adapter: str | None = None,
     ) -> list[str]:
         """What follows each prompt: at most `max_new_tokens` tokens, up to a token that ends a text if `stop_at_end`.
 
         A prompt may be a conversation, messages of `role` and `content`: the answer is what the assistant says next.
         max_new_tokens: by default what generation_config.json says, else 64. Where nothing is to stop the text, none of those
-        settings is followed. Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
+        settings is followed. adapter: the name of the one that answers, of those that are served beside the model; None for the
+        model alone. Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
         Raises DataError for a prompt that is empty or does not fit, StageError where the engine fails; the next call then
         starts the engine anew.
         """
         self._require_few(prompts)
+        self._require_adapter(adapter)
         encoded = [self._encode(prompt) for prompt in prompts]
         wanted = [self._room(ids, max_new_tokens) for ids in encoded]
         new: list[list[int]] = [[] for _ in encoded]
         with self._turn:
             for batch, count in self._batches(wanted):
-                answers = self._generate([encoded[index] for index in batch], count, stop_at_end)
+                answers = self._generate([encoded[index] for index in batch], count, stop_at_end, adapter)
                 for index, answer in zip(batch, answers, strict=True):
                     new[index] = answer
         if self._family == "encoder":
@@ -61,11 +69,17 @@ class Generator(ServedEngine):
             for start in range(0, len(places), self.max_batch):
                 yield places[start : start + self.max_batch], count
 
-    def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool, adapter: str | None) -> list[list[int]]:
         with self._running() as worker:
+            if self._adapters:
+                worker.adapt(adapter)
             if stop_at_end and self._family != "encoder":
                 return worker.answer(prompts, new_tokens, self._settings.values)
             return worker.generate(prompts, new_tokens)
+
+    def _require_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self._adapters:
+            raise DataError(f"no adapter '{name}' is served beside this model; it has {', '.join(self._adapters) or 'none'}")
 
     def _room(self, ids: list[int], asked: int | None) -> int:
         """How many tokens to write behind a prompt; DataError where there is no room for one, or for as many as are asked for."""

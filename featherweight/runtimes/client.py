@@ -95,6 +95,10 @@ class Worker:
         tokens: Tokens = self._call("answer", prompts, new_tokens, settings)
         return tokens
 
+    def adapt(self, name: str | None) -> None:
+        """Answer from now on with the adapter of that name, None for the model alone. See LoadedModel.adapt."""
+        self._call("adapt", name)
+
     def time(self, prompts: Tokens, new_tokens: int) -> Timing:
         """Time one generation of a batch."""
         return self._generation(prompts, new_tokens).timing

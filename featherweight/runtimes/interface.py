@@ -150,6 +150,10 @@ class Runtime(ABC, Generic[SpecOf]):
         """Why it does not serve `spec` from `device` of `machine`; None where it does, or may. That there is one is known."""
         return None if device in self.devices else devices_refusal(self.name, device)
 
+    def adapters_refusal(self, spec: SpecOf) -> str | None:
+        """Why it serves no adapters beside a model (see LoadedModel.adapt), in one line; None where it does."""
+        return "it serves one model, with no adapters beside it; take llama.cpp or torch, or merge one: its folder is the source"
+
     def model_refusal(self, spec: SpecOf, model: Candidate) -> str | None:
         """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell.
 
@@ -305,6 +309,11 @@ class LoadedModel(ABC):
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """The same, with what is written behind an end still there. By default a greedy text, in which nothing is an end."""
         return self.generate(prompts, new_tokens).tokens
+
+    def adapt(self, name: str | None) -> None:
+        """Compute from now on with the adapter of that name beside the model (checkpoint/kept_adapters.py); None for the model."""
+        if name is not None:
+            raise StageError(f"{type(self).__name__} serves no adapters beside a model")
 
     def served_on(self) -> Device:
         """The device that the weights lie on, as the engine itself knows it; here of engines that have no other than the CPU."""

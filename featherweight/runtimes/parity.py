@@ -87,16 +87,19 @@ class Reference:
             [continuation(model, prompt, new_tokens(tokens)) for prompt in prompts],
         )
 
-    def check(self, served: Path, bound: Bound | None = None) -> Metrics:
+    def check(self, served: Path, bound: Bound | None = None, adapter: str | None = None) -> Metrics:
         """Compare with the engine that `served` names, started for it.
 
-        bound: by default what the engine's handling of activations allows. Returns `parity_max_abs`, `parity_mean_abs` and
-        `parity_bound`, in nats. Raises ParityError above the bound, for anything that is not a number, and where the engine
-        cannot do it.
+        bound: by default what the engine's handling of activations allows. adapter: with which of those beside it. Returns
+        `parity_max_abs`, `parity_mean_abs` and `parity_bound`, in nats. Raises ParityError above the bound, for anything that is
+        not a number, and where the engine cannot do it.
         """
         serving = Serving.read(served)
         bound, name = bound or bound_of(serving), f"{serving.engine} ({serving.grid or 'float'})"
         with open_worker(served, threads=1, max_tokens=self.longest, max_batch=1) as worker:
+            if adapter is not None:
+                name = f"{name} with adapter {adapter}"
+                worker.adapt(adapter)
             with told(name, self.longest):
                 found = worker.score(self.windows)
             metrics = self.hold(found, bound, name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.facts import facts_of
+from featherweight.checkpoint.kept_adapters import adapted, kept_adapters
 from featherweight.checkpoint.opening import load_config
 from featherweight.checkpoint.saving import link_checkpoint, save_as, save_model
 from featherweight.checkpoint.streamed import Change, is_large, mapped_model, streamed_model
@@ -159,9 +161,20 @@ class Source:
 
     def reference(self) -> Reference:
         """What PyTorch says of a few windows of the text, with the weights that `model` has now, in float32."""
+        return self._reference_of(self.computing())
+
+    def adapted_references(self) -> dict[str, Reference]:
+        """The same with each of the adapters that are kept beside the checkpoint, by name."""
+        found: dict[str, Reference] = {}
+        for name, folder in kept_adapters(self.checkpoint).items():
+            with adapted(self.computing(), folder) as model:
+                found[name] = self._reference_of(model)
+        return found
+
+    def _reference_of(self, model: PreTrainedModel) -> Reference:
         self.progress.note("comparing with PyTorch")
         kind = AnswerReference if task_of(self.config) in HEADED else Reference
-        return kind.of(self.computing(), self.checkpoint, self.calibration, self.max_tokens)
+        return kind.of(model, self.checkpoint, self.calibration, self.max_tokens)
 
     def release(self) -> None:
         """Let go of the weights, before an engine loads them once more."""
@@ -182,15 +195,22 @@ def write_served(
     where = spec.served_on(current())
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     refuse(runtime, spec, source)
-    source.may_stream, source.folder = runtime.streams, out
+    source.may_stream, source.folder = runtime.streams and not kept_adapters(checkpoint), out
     if source.quantized and source.streams:
         source.quantized.seal()
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
     Serving.read(out).on(where).write(out)
-    metrics = runtime.check(spec, source, out)
+    by_adapter = source.adapted_references()
+    metrics = {**runtime.check(spec, source, out), **_check_adapters(by_adapter, out)}
     replace(Serving.read(out), max_tokens=source.max_tokens).write(out)
     return metrics
+
+
+def _check_adapters(references: Mapping[str, Reference], served: Path) -> Metrics:
+    """`parity_adapters_max_abs`, in nats, of all adapters beside a model; nothing where it has none. Raises ParityError."""
+    found = [reference.check(served, adapter=name)["parity_max_abs"] for name, reference in references.items()]
+    return {"parity_adapters_max_abs": max(found)} if found else {}
 
 
 def length_note(served: Path) -> str | None:
@@ -212,6 +232,8 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
     grids = Grids(GRIDS[body] if body else None, GRIDS[head] if head else None)
     if reason := runtime.grid_refusal(grids, spec):
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
+    if kept_adapters(source.checkpoint) and (reason := runtime.adapters_refusal(spec)):
+        raise RecipeError(f"checkpoint.adapters + {spec.engine}: {reason}")
     if reason := runtime.machine_refusal(spec, seen_from(source.device, describe())):
         raise ToolchainError(reason)
     if source.device == CUDA and (reason := cuda_refusal()):

@@ -16,7 +16,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.runtimes.parity import load_reference
 from tasks.load import load
-from tests.support.families import family_checkpoint
+from tests.support.families import family_checkpoint, lora_folder
 
 IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
 
@@ -29,19 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA folder as peft saves one, its second factor no zeros."""
-    return adapted(base, tmp_path_factory.mktemp("lora") / "adapter")
-
-
-def adapted(base: Path, folder: Path, **options: Any) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
-        model = get_peft_model(load_reference(base), config)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(folder)
-    return folder
+    return lora_folder(base, tmp_path_factory.mktemp("lora") / "adapter")
 
 
 @pytest.fixture
@@ -144,7 +132,7 @@ def test_an_adapter_that_added_tokens(base: Path, tmp_path: Path, out: Path) -> 
     shutil.copytree(base, wide)
     model.save_pretrained(wide)
     tokenizer.save_pretrained(wide)
-    adapter = adapted(wide, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
+    adapter = lora_folder(wide, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
     tokenizer.save_pretrained(adapter)
     taken(adapter, out, base=str(base))
     assert AutoTokenizer.from_pretrained(out)("<newer>").input_ids[-1] == len(tokenizer) - 1

@@ -102,6 +102,30 @@ def test_what_fills_zeros_does_not_follow_a_sparse_student() -> None:
     assert list(plan.ruled_out) == ["thin/gptq/ct2"] and "fills the zeros" in plan.ruled_out["thin/gptq/ct2"]
 
 
+def test_adapters_stay_beside_what_is_neither_cut_nor_served_by_an_engine_that_takes_none() -> None:
+    tree = {"name": "t", "data": {"source": "x"}, "promote": {"model": "t"}}
+    stages = {
+        "prune": {"cut": {"ratio": 0.5}},
+        "export": {
+            "gguf": {"engine": "llama.cpp", "precision": "int8"},
+            "plain": {"engine": "torch"},
+            "ct2": {"engine": "ctranslate2"},
+        },
+    }
+    adapted = {**tree, "checkpoint": {"source": "x", "adapters": {"fr": "y"}}, "stages": stages}
+    ruled_out = expand(Recipe.model_validate({**adapted, "variants": [{}, {"prune": "cut"}]})).ruled_out
+    assert sorted(ruled_out) == ["ct2", "cut/ct2", "cut/gguf", "cut/plain"]
+    assert ruled_out["ct2"] == (
+        "checkpoint.adapters + ctranslate2: it serves one model, with no adapters beside it; take llama.cpp or torch, "
+        "or merge one: its folder is the source"
+    )
+    assert ruled_out["cut/gguf"] == (
+        "checkpoint.adapters + prune: they fit the checkpoint as it is; merge one: its folder is the source"
+    )
+    with pytest.raises(ValueError, match="are kept beside decoders alone, not for fill-mask; merge one: its folder is the source"):
+        Recipe.model_validate({**adapted, "task": "fill-mask"})
+
+
 def test_only_impossible_combinations_are_an_error() -> None:
     with pytest.raises(RecipeError, match="every combination is impossible"):
         plan_of([{"quantize": "qat4", "serve": "ct2-int8"}])

@@ -134,6 +134,7 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     assert [(one.name, one.default) for one in model.metadata.signature.params] == [
         ("max_new_tokens", None),
         ("stop_at_end", True),
+        ("adapter", None),
     ]
     del model
     gc.collect()

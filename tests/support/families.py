@@ -108,3 +108,19 @@ def write_pairs(folder: Path) -> Path:
     lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
     write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
     return folder
+
+
+def lora_folder(base: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """A LoRA of two kinds of matrices as peft saves one, its second factor no zeros."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from featherweight.runtimes.parity import load_reference
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+        model = get_peft_model(load_reference(base), config)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder

@@ -44,6 +44,9 @@ class InProcess:
     def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
         return self.model.answer(prompts, new_tokens, settings)
 
+    def adapt(self, name: str | None) -> None:
+        self.model.adapt(name)
+
     def close(self) -> None:
         self.model.unload()
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from ctypes import c_float, c_void_p
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.llama_cpp import library
+from featherweight.runtimes.llama_cpp.adapter_files import FILE as ADAPTER_FILE
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -51,10 +55,26 @@ class LlamaCppModel(LoadedModel):
         if not self.model:
             raise StageError(f"llama.cpp cannot load {files[0] if files else self.weights}; export the variant again")
         self.vocabulary: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.adapters = {name: self._adapter(folder) for name, folder in kept_adapters(self.weights).items()}
         self.context = self.api.llama_init_from_model(self.model, self._parameters())
         if not self.context:
             raise StageError(f"llama.cpp makes no context of {self.limits.max_batch} x {self.limits.max_tokens} tokens for it")
         self.batch = self.api.llama_batch_init(self._at_once, 0, 1)
+
+    def _adapter(self, folder: Path) -> c_void_p:
+        """An adapter, which has to be there before the context is; the model frees it with itself."""
+        found = self.api.llama_adapter_lora_init(self.model, str(folder / ADAPTER_FILE).encode())
+        if not found:
+            raise StageError(f"llama.cpp cannot load adapter {folder.name}; export the variant again")
+        return c_void_p(found)
+
+    def adapt(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters:
+            raise StageError(f"no adapter {name} lies beside this model")
+        chosen = [] if name is None else [self.adapters[name]]
+        adapters, scales = (c_void_p * len(chosen))(*chosen), (c_float * len(chosen))(*(1.0 for _ in chosen))
+        if status := self.api.llama_set_adapters_lora(self.context, adapters, len(chosen), scales):
+            raise StageError(f"llama.cpp could not take adapter {name} (llama_set_adapters_lora returned {status})")
 
     @property
     def _at_once(self) -> int:

@@ -106,6 +106,9 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
             return f"the weights are on a {body.bits}-bit grid, and precision {spec.precision} would round them again"
         return None
 
+    def adapters_refusal(self, spec: LlamaCppSpec) -> str | None:
+        return None
+
     def model_refusal(self, spec: LlamaCppSpec, model: Candidate) -> str | None:
         reason = architectures.refusal(model)
         return reason or (architectures.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)

@@ -16,6 +16,7 @@ from featherweight.model.matrices import matrices
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.llama_cpp import blocks, library
+from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, GELU, Tensors, describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
@@ -59,6 +60,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
         source.progress.note("llama.cpp's own tokenizer cuts some texts otherwise; it is given token ids")
     write_file(out / MODEL, model, stored, vocabulary, spec.precision, prepared or PREPARED[0])
     copy_tokenizer(source.checkpoint, out)
+    write_adapters(model, out)
     kept = "float32" if spec.precision == "float32" else "float16"
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}

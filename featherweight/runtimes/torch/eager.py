@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.kept_adapters import beside, kept_adapters
+from featherweight.errors import StageError
 from featherweight.model.architecture import attention_options, auto_class, family_of, task_of
 from featherweight.model.decoding import Reading
 from featherweight.model.heads import answers, takes_types
@@ -55,6 +58,7 @@ class TorchModel(LoadedModel):
         from transformers import AutoConfig
 
         torch.set_num_threads(self.threads)
+        self._adapters: Callable[[str | None], None] | None = None
         rounded = self.options.get("bitsandbytes")
         config = AutoConfig.from_pretrained(self.weights, local_files_only=True)
         model: Any = auto_class(config).from_pretrained(
@@ -64,6 +68,16 @@ class TorchModel(LoadedModel):
             **_bitsandbytes(rounded) if rounded else {"dtype": getattr(torch, self.options.get("dtype", "float32"))},
         )
         self.model = (model if rounded else device.place(model, self.device)).eval()
+
+    def adapt(self, name: str | None) -> None:
+        """The layers that peft puts in are there from the first time on that an adapter is asked for."""
+        kept = kept_adapters(self.weights)
+        if name is not None and name not in kept:
+            raise StageError(f"no adapter {name} lies beside this model")
+        if self._adapters is None and name is not None:
+            self._adapters = beside(self.model, kept)
+        if self._adapters is not None:
+            self._adapters(name)
 
     def served_on(self) -> device.Device:
         return device.CUDA if self.model.device.type == device.CUDA else device.CPU

@@ -105,6 +105,11 @@ class Torch(Runtime[TorchSpec]):
             return f"bitsandbytes rounds weights to {spec.compute_type} itself; give it float ones"
         return float_of_rounded_refusal(spec.compute_type)
 
+    def adapters_refusal(self, spec: TorchSpec) -> str | None:
+        if spec.compute_type in BITSANDBYTES:
+            return f"adapters beside {spec.compute_type} weights were never held to anything; take float32"
+        return None
+
     def machine_refusal(self, spec: TorchSpec, machine: Machine) -> str | None:
         if spec.compute_type not in BITSANDBYTES:
             return None

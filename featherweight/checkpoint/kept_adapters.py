@@ -1,0 +1,156 @@
+"""Adapters (LoRA) that stay beside one base checkpoint, each under a name, so that a request says which of them answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.checkpoint.fetching import WORK, look_at, source_of
+from featherweight.checkpoint.files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    KEPT_ADAPTERS,
+    Listing,
+    adapter_files,
+    copy,
+    read_header,
+    read_json,
+)
+from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.errors import CheckpointError, one_line
+from featherweight.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MERGE = "merge it instead: checkpoint.source is its folder then"
+BEYOND = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
+"""Settings of peft that make of an adapter more than two factors beside linear layers."""
+PREFIX, FACTORS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def kept_adapters(folder: Path) -> dict[str, Path]:
+    """The adapters beside the checkpoint, or the served variant, in `folder`: their own folders, by name."""
+    return {path.parent.name: path.parent for path in sorted(folder.glob(f"{KEPT_ADAPTERS}/*/{ADAPTER}"))}
+
+
+def require_adapters(spec: LoadSpec) -> None:
+    """Look at the adapters of `spec` before anything is loaded; raises CheckpointError for one that cannot be kept.
+
+    What has to be fetched to be seen is looked at by `keep_adapters`.
+    """
+    for name, source in spec.adapters.items():
+        seen = look_at(LoadSpec(source=source))
+        if seen is not None:
+            _require_plain(name, seen if isinstance(seen, Listing) else Listing.of(seen))
+
+
+def keep_adapters(spec: LoadSpec, work: Path, out: Path, shapes: Shapes, progress: Progress) -> None:
+    """Copy the adapters of `spec` beside the checkpoint in `out`, whose tensors have `shapes`.
+
+    work: an empty folder for what is fetched. Raises CheckpointError for one that does not fit the checkpoint.
+    """
+    for name, source in spec.adapters.items():
+        progress.note(f"keeping adapter {name}")
+        place = work / name / WORK
+        place.mkdir(parents=True)
+        plain = LoadSpec(source=source)
+        listing = Listing.of(source_of(plain)[1].fetch(plain, place, progress))
+        _require_plain(name, listing)
+        _require_fit(name, listing, shapes)
+        for file in (ADAPTER, ADAPTER_WEIGHTS[0]):
+            copy(Path(listing.where) / file, out / KEPT_ADAPTERS / name / file)
+
+
+def _require_plain(name: str, listing: Listing) -> None:
+    """Raises CheckpointError for what is no adapter, or more than two factors beside linear layers."""
+    files = adapter_files(listing)
+    if ADAPTER not in files:
+        raise CheckpointError(f"checkpoint.adapters.{name}: {listing.where} holds no {ADAPTER}; give the folder that peft saved")
+    if ADAPTER_WEIGHTS[0] not in files:
+        raise CheckpointError(f"checkpoint.adapters.{name}: {listing.where} holds no {ADAPTER_WEIGHTS[0]}; save it as safetensors")
+    if reason := _beyond(read_json(listing, ADAPTER)):
+        raise CheckpointError(f"checkpoint.adapters.{name}: {reason}; {MERGE}")
+
+
+def _beyond(told: Mapping[str, Any]) -> str | None:
+    """Why an adapter of these settings can only be merged; None for a LoRA of linear layers alone."""
+    if told.get("peft_type") != "LORA":
+        return f"adapters of type {told.get('peft_type')} are not kept beside a model, LoRA's alone are"
+    if told.get("bias", "none") != "none":
+        return "it has trained biases, which are not kept beside a model"
+    beyond = next((key for key in BEYOND if told.get(key)), None)
+    return beyond and f"it says {beyond}, which no engine takes beside a model"
+
+
+def _require_fit(name: str, listing: Listing, shapes: Shapes) -> None:
+    """Raises CheckpointError unless each factor belongs to a matrix of the checkpoint, and has its rows or columns."""
+    for tensor, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items():
+        factor = next((suffix for suffix in FACTORS if tensor.endswith(suffix)), None)
+        matrix = f"{tensor.removeprefix(PREFIX).removesuffix(factor)}.weight" if factor else ""
+        shape = shapes.get(matrix)
+        if factor is None or shape is None or len(shape) != 2:
+            raise CheckpointError(f"checkpoint.adapters.{name}: {tensor} belongs to no matrix of the checkpoint; {MERGE}")
+        own, wanted = (entry["shape"][1], shape[1]) if factor == FACTORS[0] else (entry["shape"][0], shape[0])
+        if own != wanted:
+            raise CheckpointError(
+                f"checkpoint.adapters.{name}: {tensor} is of {own} channels and {matrix} of {wanted}; "
+                "it was trained on another base"
+            )
+
+
+@contextmanager
+def adapted(model: PreTrainedModel, adapter: Path) -> Iterator[PreTrainedModel]:
+    """`model` as it computes with an adapter beside its weights, by peft; without it again at the end of the block."""
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True).eval()
+    except Exception as error:  # each kind of adapter fails in its own way
+        raise CheckpointError(f"adapter {adapter.name} does not load beside its base: {one_line(error)}") from error
+    try:
+        yield wrapped.get_base_model()
+    finally:
+        wrapped.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+def beside(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Callable[[str | None], None]:
+    """Put adapters beside `model` for good; what comes back chooses one by its name, or the model alone by None."""
+    from peft import PeftModel
+
+    numbers = {name: f"n{number}" for number, name in enumerate(adapters)}  # peft takes no dots in a name
+    wrapped: Any = None
+    for name, folder in adapters.items():
+        if wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=numbers[name], local_files_only=True)
+        else:
+            wrapped.load_adapter(str(folder), adapter_name=numbers[name], local_files_only=True)
+    wrapped.eval()
+
+    def choose(name: str | None) -> None:
+        if name is None:
+            wrapped.base_model.disable_adapter_layers()
+            return
+        wrapped.base_model.enable_adapter_layers()
+        wrapped.set_adapter(numbers[name], inference_mode=True)
+
+    return choose
