@@ -79,6 +79,9 @@ def both_ways(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         ("qwen2", "onnxruntime-genai", {"precision": "int4"}),
         ("gemma", "onnxruntime-genai", {"precision": "int8"}),
         ("llama", "onnxruntime-genai", {"precision": "float32"}),
+        ("qwen2", "llama.cpp", {"precision": "int8"}),
+        ("llama", "llama.cpp", {"precision": "q4_k"}),
+        ("gemma", "llama.cpp", {"precision": "float16"}),
     ],
 )  # fmt: skip
 def test_it_writes_the_same(

@@ -6,13 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.grid import Grid
+from featherweight.store.mapped import give_back
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
+    from featherweight.model.quantized_weights import QuantizedWeights
+
 KIND_OF = {"int8-g32": "Q8_0", "int4-g32": "Q4_0"}
 """The type of ggml's that holds a grid: its integers, and a float16 scale for each 32 of them."""
+
+
+def kind(name: str, grid: Grid, q: Tensor) -> Any:
+    """ggml's type of a matrix of integers [rows, columns] on `grid`. Raises StageError where it has none."""
+    from gguf import GGMLQuantizationType
+
+    if grid.name not in KIND_OF or q.shape[1] % 32:
+        raise StageError(f"llama.cpp has no blocks for {name}, {q.shape[1]} columns on {grid.name}; take int8-g32 or int4-g32")
+    return GGMLQuantizationType[KIND_OF[grid.name]]
+
+
+def pack_parameter(name: str, quantized: QuantizedWeights) -> ndarray:
+    """`pack` of one of the quantized weights."""
+    made, _ = pack(name, quantized.grids[name], quantized.q[name].cpu(), quantized.scales[name].cpu())
+    give_back(quantized.q[name])
+    return made
 
 
 def pack(name: str, grid: Grid, q: Tensor, scales: Tensor) -> tuple[ndarray, Any]:
@@ -22,11 +41,8 @@ def pack(name: str, grid: Grid, q: Tensor, scales: Tensor) -> tuple[ndarray, Any
     StageError where float16 does not hold a scale exactly: nothing is rounded a second time.
     """
     import numpy
-    from gguf import GGMLQuantizationType
 
-    rows, columns = q.shape
-    if grid.name not in KIND_OF or columns % 32:
-        raise StageError(f"llama.cpp has no blocks for {name}, {columns} columns on {grid.name}; take int8-g32 or int4-g32")
+    found, rows = kind(name, grid, q), len(q)
     wide = scales.float().numpy().reshape(-1, 1)
     with numpy.errstate(over="ignore"):
         half = wide.astype("<f2")
@@ -39,4 +55,4 @@ def pack(name: str, grid: Grid, q: Tensor, scales: Tensor) -> tuple[ndarray, Any
     else:
         packed = integers.view(numpy.uint8)
     blocks = numpy.concatenate([half.view(numpy.uint8), packed], axis=1)
-    return blocks.reshape(rows, -1), GGMLQuantizationType[KIND_OF[grid.name]]
+    return blocks.reshape(rows, -1), found

@@ -5,16 +5,18 @@ They lie on no grid of ours: blocks of K-quants have scales that are integers th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.matrices import ends, matrices, rows_of
 from featherweight.runtimes.llama_cpp import library
+from featherweight.store.mapped import give_back, spilled
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
-    from transformers import PreTrainedModel
+
+    from featherweight.runtimes.writing import Source
 
 OWN = {"q4_k": "Q4_K", "q5_k": "Q5_K", "q6_k": "Q6_K", "iq4_nl": "IQ4_NL"}
 """ggml's type of the matrices in the blocks, by what a recipe calls it."""
@@ -23,21 +25,35 @@ VOCABULARY = "Q6_K"
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama.cpp takes where a row is no multiple of a K-quant's 256 weights."""
 
-Stored = Mapping[str, tuple["ndarray", Any]]
-"""(uint8 [rows, bytes of a row], ggml's type) of each matrix, by the parameter's name."""
+Stored = Mapping[str, tuple[Any, Callable[[], "ndarray"]]]
+"""(ggml's type, what makes uint8 [rows, bytes of a row]) of each matrix, by the parameter's name."""
 
 
-def round_by_llama_cpp(model: PreTrainedModel, precision: str) -> Stored:
-    """Every matrix of `model` as llama.cpp's quantizer stores it; `model` then has the weights that those bytes stand for."""
+def round_by_llama_cpp(source: Source, precision: str) -> Stored:
+    """Every matrix as llama.cpp's quantizer stores it; `source` then computes with the weights that those bytes stand for."""
+    import torch
+
+    stored: dict[str, tuple[Any, Callable[[], ndarray]]] = {}
+    vocabulary = ends(source.model)
+    for name, parameter, transposed in matrices(source.model):
+        rows = rows_of(parameter, transposed)
+        made, kind = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision])
+        stored[name] = (kind, spilled(torch.from_numpy(made), source.room).numpy)
+        give_back(parameter)
+        if not source.streams:
+            rows.copy_(_meant(stored[name]))
+    if source.streams:
+        source.change = lambda name, weight: _meant(stored[name]) if name in stored else weight
+    return stored
+
+
+def _meant(stored: tuple[Any, Callable[[], ndarray]]) -> Tensor:
+    """The weights that the bytes of a matrix stand for."""
     import torch
     from gguf.quants import dequantize
 
-    stored, vocabulary = {}, ends(model)
-    for name, parameter, transposed in matrices(model):
-        rows = rows_of(parameter, transposed)
-        stored[name] = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision])
-        rows.copy_(torch.from_numpy(dequantize(*stored[name])))
-    return stored
+    kind, make = stored
+    return torch.from_numpy(dequantize(make(), kind))
 
 
 def rounded_rows(rows: Tensor, kind: str) -> tuple[ndarray, Any]:

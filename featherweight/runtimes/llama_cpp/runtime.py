@@ -53,6 +53,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
     requirements = (library.MODULE,)
     writing_s = 4
     weight_s = 1e-7
+    streams = True
 
     def write(self, spec: LlamaCppSpec, source: Source, out: Path) -> None:
         from featherweight.runtimes.llama_cpp.write import write

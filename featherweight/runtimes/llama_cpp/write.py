@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +23,14 @@ from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, GELU, Tensors, describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
+from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.text.documents import read_documents
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy import ndarray
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from featherweight.model.quantized_weights import QuantizedWeights
@@ -50,10 +55,11 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     if spec.precision == "float16":
         source.round_floats("float16")
     elif spec.precision in OWN:
-        stored = round_by_llama_cpp(source.model, spec.precision)
+        stored = round_by_llama_cpp(source, spec.precision)
     elif spec.precision != "float32":
         stored = packed(source.model, source.round(*(GRIDS[name] for name in ROUNDED_HERE[spec.precision])))
-    model, texts = source.model.float(), [one.text for one in islice(read_documents(source.calibration), TEXTS)]
+    model = source.model if source.streams else source.model.float()
+    texts = [one.text for one in islice(read_documents(source.calibration), TEXTS)]
     vocabulary = Vocabulary(source.checkpoint, model.config.vocab_size)
     prepared = _prepared(vocabulary, model.config, out / "vocabulary.gguf", texts)
     if prepared is None:
@@ -82,8 +88,7 @@ def write_file(
     """
     with _writer(file, model.config, precision) as writer:
         vocabulary.write(writer, prepared)
-        for name, values, kind in _tensors(model, stored, "float16" if precision == "float16" else "float32"):
-            writer.add_tensor(name, values, raw_dtype=kind)
+        _write_tensors(writer, _tensors(model, stored, "float16" if precision == "float16" else "float32"))
 
 
 def _prepared(vocabulary: Vocabulary, config: Any, trial: Path, texts: list[str]) -> str | None:
@@ -91,6 +96,7 @@ def _prepared(vocabulary: Vocabulary, config: Any, trial: Path, texts: list[str]
     for name in vocabulary.ways:
         with _writer(trial, config, "float32") as writer:
             vocabulary.write(writer, name)
+            _write_tensors(writer, ())
         same = agrees(trial, vocabulary.checkpoint, texts)
         trial.unlink()
         if same:
@@ -100,7 +106,7 @@ def _prepared(vocabulary: Vocabulary, config: Any, trial: Path, texts: list[str]
 
 @contextmanager
 def _writer(file: Path, config: Any, precision: str) -> Iterator[GGUFWriter]:
-    """A file that is described already; what is added to it is written at the end."""
+    """A file that is described already."""
     from gguf import GGML_QUANT_VERSION, GGUFWriter
 
     writer = GGUFWriter(file, ARCHITECTURES[config.model_type].name)
@@ -108,37 +114,66 @@ def _writer(file: Path, config: Any, precision: str) -> Iterator[GGUFWriter]:
     writer.add_file_type(FILE_TYPE[precision])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     yield writer
-    _finish(writer)
-
-
-def _finish(writer: GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
     writer.close()
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a GGUF file, which is made when it is written. shape: of its values. kind: ggml's type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any
+    make: Callable[[], ndarray]
+
+
+def _write_tensors(writer: GGUFWriter, entries: Iterable[Entry]) -> None:
+    """Write the file: what it says of all tensors first, then one tensor after the other."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES
+
+    entries = list(entries)
+    for entry in entries:
+        block, size = GGML_QUANT_SIZES[entry.kind]
+        writer.add_tensor_info(entry.name, entry.shape, numpy.dtype("f4"), math.prod(entry.shape) // block * size, entry.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        writer.write_tensor_data(entry.make())
+
+
 def packed(model: PreTrainedModel, quantized: QuantizedWeights) -> Stored:
-    """Blocks of the grids' own integers and scales."""
+    """Blocks of the grids' own integers and scales, made when they are asked for."""
     return {
-        name: blocks.pack(name, quantized.grids[name], quantized.q[name].cpu(), quantized.scales[name].cpu())
+        name: (blocks.kind(name, quantized.grids[name], quantized.q[name]), partial(blocks.pack_parameter, name, quantized))
         for name, _, _ in matrices(model)
         if name in quantized.q
     }
 
 
-def _tensors(model: PreTrainedModel, stored: Stored, floats: str) -> Iterator[tuple[str, ndarray, Any]]:
-    """(name, values, ggml's type) of every tensor, rows in llama.cpp's order; a tied head is the embedding's."""
+def _tensors(model: PreTrainedModel, stored: Stored, floats: str) -> Iterator[Entry]:
+    """Every tensor, rows in llama.cpp's order; a tied head is the embedding's."""
     from gguf import GGMLQuantizationType
 
     tensors, kind_of_floats = Tensors(model), GGMLQuantizationType[{"float16": "F16", "float32": "F32"}[floats]]
     for name, values in tensors.vectors():
-        yield name, values, GGMLQuantizationType.F32
+        yield Entry(name, values.shape, GGMLQuantizationType.F32, values.copy)
     for parameter, weight, _ in matrices(model):
-        order = tensors.order(parameter)
-        rows: Any = slice(None) if order is None else order
-        values, kind = stored.get(parameter) or (weight.detach().cpu().numpy().astype(floats), kind_of_floats)
-        yield tensors.name(parameter), values[rows], kind
+        kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, floats))
+        made = partial(_in_order, make, tensors.order(parameter))
+        yield Entry(tensors.name(parameter), tuple(weight.shape), kind, made)
+
+
+def _floats(weight: Tensor, kind: str) -> ndarray:
+    made: ndarray = weight.detach().cpu().float().numpy().astype(kind)
+    give_back(weight)
+    return made
+
+
+def _in_order(make: Callable[[], ndarray], order: ndarray | None) -> ndarray:
+    values = make()
+    return values if order is None else values[order]
 
 
 def check_weights(reference: Reference, served: Path) -> Metrics:
@@ -166,8 +201,10 @@ def _unpack(file: Path, out: Path) -> None:
     for name, field in fields.items():
         writer.add_key_value(name, field.contents(), field.types[0])
     writer.add_tokenizer_model("none")
-    for tensor in reader.tensors:
-        shape = [int(size) for size in reversed(tensor.shape)]
-        values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        writer.add_tensor(tensor.name, values, raw_dtype=GGMLQuantizationType.F32)
-    _finish(writer)
+    shapes = [tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors]
+    entries = [
+        Entry(one.name, shape, GGMLQuantizationType.F32, partial(dequantize, one.data, one.tensor_type))
+        for one, shape in zip(reader.tensors, shapes, strict=True)
+    ]
+    _write_tensors(writer, entries)
+    writer.close()
