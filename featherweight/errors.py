@@ -21,6 +21,15 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is a Ctrl-C, or what a library made of one that came in the midst of its work, as pydantic does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        if type(error).__name__ == "PydanticSerializationError" and KeyboardInterrupt.__name__ in str(error):
+            return True  # of one inside another it keeps the words alone
+        error = error.__cause__
+    return error is not None
+
+
 class FeatherweightError(Exception):
     """Anything that Featherweight refuses or fails at; `exit_code` is what the command line returns.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from featherweight.errors import Stopped
+from featherweight.errors import Stopped, was_interrupted
 from featherweight.masking import masked
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
@@ -37,7 +37,9 @@ def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> 
             server.wait()
             told = optimize_flow(str(recipe), list(overrides), workspace=str(root), progress=str(progress.path))
             return OptimizationResult.from_dict(told)
-    except KeyboardInterrupt as stop:
+    except BaseException as stop:
+        if not was_interrupted(stop):
+            raise
         raise Stopped("stopped; the same command resumes where it was") from stop
     finally:
         view.close()
