@@ -64,7 +64,8 @@ class ModelSize:
     """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together.
 
     packed: the weights have to be unpacked when they are loaded. table: the weights of its embedding; widest: the columns of the
-    widest matrix in a block; layers: the blocks; each 0 where it is not known.
+    widest matrix in a block; layers: the blocks; each 0 where it is not known. in_files: its weights can stay in the checkpoint's
+    files, as those of dense decoders can (checkpoint/streamed.py).
     """
 
     parameters: int
@@ -74,6 +75,7 @@ class ModelSize:
     table: int = 0
     widest: int = 0
     layers: int = 0
+    in_files: bool = True
 
     def kept(self, *, depth: float = 1.0, hidden: float = 1.0, channels: float = 1.0, heads: float = 1.0) -> ModelSize:
         """About what is left of it where so large a share of its layers, hidden size, MLP channels and heads stays.

@@ -128,7 +128,8 @@ class CheckpointFacts:
         table = vocabulary * hidden
         if rows:
             columns = [columns for _, columns in rows.values()]
-            return ModelSize(self.parameters, len(rows) + 1, sum(columns), packed, table, max(columns), layers)
+            stays = not packed and not self.sparse and not self.experts and self.task == "text-generation"
+            return ModelSize(self.parameters, len(rows) + 1, sum(columns), packed, table, max(columns), layers, stays)
         body = layers * hidden * (4 * hidden + 3 * (inner or 4 * hidden))
         heads = table * (1 if getattr(config, "tie_word_embeddings", True) else 2)
         parameters = body + heads or self.size_bytes // 4

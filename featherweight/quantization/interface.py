@@ -160,6 +160,7 @@ class Quantizer(Generic[SpecT]):
     starts_training: training may begin from its integers; it reads none but the shared keys.
     losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
     streams: it reads `tensors`, or the model block by block, so that a large model's weights can stay in their files.
+    held: how often it holds the weights in float32 at once, about, where they do not stay in their files.
     imitates: whether what it makes is to answer as the checkpoint does, and not as a text that it is trained on.
     tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
@@ -173,6 +174,7 @@ class Quantizer(Generic[SpecT]):
     starts_training: bool = False
     column_s: float = 0.0
     streams: bool = False
+    held: float = 3.5
     imitates: Callable[[SpecT], bool] = always
     tolerance: float = TOLERANCE
     losses: Mapping[str, float] = field(default_factory=dict)

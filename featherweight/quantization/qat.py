@@ -248,4 +248,18 @@ def _rounding() -> Any:
 TOLERANCE = 0.02
 """Of RTN's loss: on 8 bits, where rounding costs next to nothing, the first steps of a training are half a per cent worse."""
 
-QAT = Quantizer(QatSpec, choose, refusal=refusal, operations=operations, imitates=lambda spec: spec.distill, tolerance=TOLERANCE)
+HELD = 7.0
+"""The weights that are trained, their gradients, moments and steps, the checkpoint's the start's (benchmarks/memory.py)."""
+
+HELD = 7.0
+"""The weights that are trained, their gradients, moments and steps, the checkpoint's, the start's (benchmarks/memory.py)."""
+
+QAT = Quantizer(
+    QatSpec,
+    choose,
+    refusal=refusal,
+    operations=operations,
+    held=HELD,
+    imitates=lambda spec: spec.distill,
+    tolerance=TOLERANCE,
+)

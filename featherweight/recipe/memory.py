@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.streamed import LARGE
 from featherweight.grid import grid_named
-from featherweight.quantization.catalog import QUANTIZERS
-from featherweight.quantization.rtn import RtnSpec
+from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.refusals import FLOAT_BYTES, gib
 from featherweight.recipe.sizes import sizes
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 HELD = {
     "prune": 3,
     "sensitivity": 2,
-    "quantize": 3.5,
     "distill": 6,
     "finetune": 5,
     "train": 5,
@@ -45,6 +43,7 @@ ROW_BYTES = 250
 AT_ONCE = 2
 """How often the embedding, the largest matrix, is there in float32 at once, what is computed of it included."""
 WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "w8a16": 1.0, "fp8": 1.0, "int4": 0.625, "w4a16": 0.625, "nf4": 0.625}
+WEIGHT_BYTES |= {"q4_k": 0.6, "q5_k": 0.7, "q6_k": 0.85, "iq4_nl": 0.6}
 """Bytes for each weight, scales included, by the numbers that an engine holds; in all others floats of four bytes."""
 
 
@@ -90,33 +89,37 @@ def held_bytes(node: Node, size: ModelSize) -> float:
     """Memory of its own that a stage and the engine that it starts take at once, about, for a model of `size`."""
     if node.stage == "load":
         return PYTHON_BYTES + FLOAT_BYTES * (size.parameters if size.packed else 0)
-    if FLOAT_BYTES * size.parameters >= LARGE and size.table:
-        beside = PYTHON_BYTES + AT_ONCE * FLOAT_BYTES * size.table
+    if FLOAT_BYTES * size.parameters >= LARGE and size.table and size.in_files:
         if isinstance(node.spec, QuantizeSpec) and all(QUANTIZERS[name].streams for name in node.spec.methods):
-            return beside + _quantizing(node.spec, size)
+            return PYTHON_BYTES + _quantizing(node.spec, size)
         if isinstance(node.spec, ServingSpec) and RUNTIMES[node.spec.engine].streams:
-            return beside + _exporting(node.spec, size)
-    return PYTHON_BYTES * (node.stage in HELD) + HELD.get(node.stage, 0.0) * FLOAT_BYTES * size.parameters
+            return PYTHON_BYTES + _exporting(node.spec, size)
+    copies = QUANTIZERS[node.spec.method].held if isinstance(node.spec, QuantizeSpec) else HELD.get(node.stage, 0.0)
+    return PYTHON_BYTES * (copies > 0) + copies * FLOAT_BYTES * size.parameters
+
+
+def _ends(size: ModelSize) -> float:
+    """The embedding, as it is rounded, written or computed with."""
+    return AT_ONCE * FLOAT_BYTES * size.table
 
 
 def _quantizing(spec: QuantizeSpec, size: ModelSize) -> float:
-    """A byte for each integer, a scale for each group; what calibrates has a block, its copy, and matrices of second moments."""
+    """What it becomes waits in files. What calibrates has its libraries, their scales for each group, a block, its copy, and
+    matrices of second moments; the embedding comes before and after those.
+    """
+    if spec.methods == (DEFAULT,):
+        return _ends(size)
     group = grid_named(spec.grid).group_size
-    kept = size.parameters + (FLOAT_BYTES * size.parameters / group if group else 0.0)
-    if isinstance(spec, RtnSpec):
-        return kept
+    scales = FLOAT_BYTES * size.parameters / group if group else 0.0
     block = (size.parameters - size.table) / max(1, size.layers)
-    return kept + PYTHON_BYTES + FLOAT_BYTES * (2 * block + 4 * size.widest**2)
+    return PYTHON_BYTES + scales + max(_ends(size), FLOAT_BYTES * (2 * block + 4 * size.widest**2))
 
 
 def _exporting(spec: ServingSpec, size: ModelSize) -> float:
-    """The integers and the places of the rows that they are found by, and the engine with what it serves."""
+    """The places of the rows that integers are found by; and what is written at a time, or the engine with what it serves."""
     numbers = _numbers(spec)
     if spec.engine == ENGINE and numbers == "float32":  # the checkpoint's own files, and the reference itself
-        return 0.0
-    if numbers in ("w8a16", "w4a16", "fp8"):  # vLLM's, whose matrices keep their names
-        return size.parameters + served_bytes(spec, size)
-    if numbers not in ("int8", "int4"):  # CTranslate2 makes floats of int8_float32 when it loads them
-        return served_bytes(spec, size)
-    rows = size.parameters * size.matrices / max(1, size.columns)
-    return 2 * size.parameters + ROW_BYTES * rows + PYTHON_BYTES
+        return _ends(size)
+    found = numbers in ("int8", "int4") and spec.engine in ("ctranslate2", "onnxruntime-genai")
+    rows = size.parameters * size.matrices / max(1, size.columns) if found else 0.0
+    return ROW_BYTES * rows + max(_ends(size), served_bytes(spec, size))
