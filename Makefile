@@ -1,6 +1,6 @@
 # `make` alone lists what can be done. Every verb does its own set-up.
 .DEFAULT_GOAL := help
-.PHONY: help setup environment demo test test-fast bench conformance gpu-check gpu-bundle lint stack clean
+.PHONY: help setup environment demo docs test test-fast bench conformance gpu-check gpu-bundle lint stack clean
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -36,6 +36,10 @@ environment: ## make .venv alone: all that the linters need
 demo: ## run the main job: recipes/demo.yaml, from nothing to a promoted champion
 	$(SETUP)
 	@$(BIN)/featherweight optimize recipes/demo.yaml
+
+docs: ## make the documentation, with its reference out of the code (build/docs/index.html opens offline)
+	$(SETUP) --no-toolchains
+	@$(BIN)/python -m infra.site build/docs
 
 test: ## run the tests
 	$(SETUP)

@@ -185,11 +185,9 @@ def test_help_takes_less_than_a_second():
 
 
 def readme_commands() -> list[list[str]]:
-    """Every command line of the ```sh blocks of the README."""
-    path = ROOT / "README.md"
-    if not path.exists():
-        return []
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", path.read_text(), re.DOTALL)
+    """Every command line of the ```sh blocks of the README and of the guide."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))) if path.exists()]
+    blocks = [block for text in texts for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
     return [found for found in words if found]
