@@ -14,6 +14,7 @@ from featherweight.checkpoint.files import (
     companions,
     has_tokenizer,
     has_weights,
+    read_json,
 )
 from featherweight.checkpoint.inspection import quiet
 from featherweight.checkpoint.opening import load_model
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING = "embed_tokens.weight"
+SHARED = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
+"""What peft holds once for all layers, so that no layer misses its own."""
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
+"""peft's kinds that put something before a text, or beside attention, and change no weight."""
 
 
 def has_adapter(found: Path, spec: LoadSpec) -> bool:
@@ -67,6 +72,10 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
 def adapter_weights(adapter: Path, spec: LoadSpec) -> str:
     """The file of an adapter's weights; raises CheckpointError where there is none, or it is a pickle that nobody allowed."""
     listing = Listing.of(adapter)
+    if (kind := read_json(listing, ADAPTER).get("peft_type")) in PROMPTS:
+        raise CheckpointError(
+            f"{adapter} is a {kind} adapter, which changes no weight and so cannot be merged; train a LoRA, or give the base alone"
+        )
     weights = next((name for name in ADAPTER_WEIGHTS if name in listing.sizes), None)
     if weights is None:
         raise CheckpointError(f"{adapter} has an {ADAPTER}, but no {ADAPTER_WEIGHTS[0]}; copy it again")
@@ -88,9 +97,25 @@ def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedMo
     try:
         with quiet():
             adapted: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+            _require_placed(adapter, adapted.load_adapter(str(adapter), "default", local_files_only=True))
             return adapted.merge_and_unload(safe_merge=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # each kind of adapter fails in its own way
         raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {one_line(error)}") from error
+
+
+def _require_placed(adapter: Path, loaded: Any) -> None:
+    """Refuse an adapter that peft leaves out, whole or in part, where the base has no such layers, or others: it only warns."""
+    missing = [name for name in loaded.missing_keys if not any(shared in name for shared in SHARED)]
+    problems = {"has no place in its base": loaded.unexpected_keys, "is missing, and its base has a place for it": missing}
+    for problem, names in problems.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{adapter}: the adapter's {names[0]} {problem}{more}; the two do not belong together: set checkpoint.base to the "
+                "model that it was trained on"
+            )
 
 
 def _rows(path: Path) -> int | None:

@@ -59,6 +59,10 @@ WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 """Tokenizers that need no file but their configuration: their pieces are bytes or characters."""
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that Git LFS has left in the place of a large one."""
+
+
 FICLONE = 0x40049409
 """Linux's request to share the bytes of one file with another, copied when one of them is written (linux/fs.h)."""
 
@@ -283,7 +287,17 @@ def _parse(listing: Listing, name: str) -> Any:
     try:
         return json.loads(listing.read(name, listing.sizes[name]))
     except (ValueError, RecursionError) as error:
+        if _is_pointer(listing, name):
+            raise _pointer(listing, name) from error
         raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
+
+
+def _is_pointer(listing: Listing, name: str) -> bool:
+    return listing.read(name, len(LFS)) == LFS
+
+
+def _pointer(listing: Listing, name: str) -> CheckpointError:
+    return CheckpointError(f"{listing.where}/{name} is a pointer of Git LFS, not the file; run 'git lfs pull' there")
 
 
 def check_length(listing: Listing, name: str) -> dict[str, Any]:
@@ -319,6 +333,8 @@ def header_bytes(listing: Listing, name: str) -> int:
 
 
 def _headless(listing: Listing, name: str) -> CheckpointError:
+    if _is_pointer(listing, name):
+        return _pointer(listing, name)
     return CheckpointError(f"{listing.where}/{name} ({listing.sizes[name]} bytes) has no safetensors header; copy it again")
 
 

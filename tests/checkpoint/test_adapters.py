@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.fetching import SOURCES, Source, source_fingerprint
 from featherweight.checkpoint.files import Listing
 from featherweight.checkpoint.spec import LoadSpec
@@ -154,6 +157,26 @@ def test_a_pickled_adapter_is_refused_until_the_recipe_allows_it(base: Path, ada
 def test_an_adapter_for_another_model_is_refused_in_a_line(adapter: Path, tmp_path: Path, out: Path) -> None:
     other = family_checkpoint("llama", tmp_path / "other", hidden_size=64, head_dim=16)
     assert "cannot be merged into its base" in refusal(adapter, out, base=str(other))
+
+
+def test_an_adapter_that_peft_would_leave_out_is_refused(adapter: Path, tmp_path: Path, out: Path) -> None:
+    """peft warns where a file's names are not its own, or the base has other layers, and merges nothing."""
+    renamed = Path(shutil.copytree(adapter, tmp_path / "renamed"))
+    tensors = load_file(renamed / "adapter_model.safetensors")
+    plain = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    save_file(plain, renamed / "adapter_model.safetensors")
+    assert re.search(r"adapter's model\.layers\.0\S+ has no place in its base \(and 7 more\)", refusal(renamed, out))
+    deeper = family_checkpoint("llama", tmp_path / "deeper", num_hidden_layers=3)
+    assert re.search(r"layers\.2\S+ is missing, and its base has a place for it", refusal(adapter, out, base=str(deeper)))
+
+
+def test_an_adapter_that_changes_no_weight_is_refused(base: Path, adapter: Path, tmp_path: Path, out: Path) -> None:
+    prompts = Path(shutil.copytree(adapter, tmp_path / "prompts"))
+    told = json.loads((prompts / "adapter_config.json").read_text())
+    (prompts / "adapter_config.json").write_text(json.dumps(told | {"peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(CheckpointError, match="is a PREFIX_TUNING adapter, which changes no weight"):
+        read_facts(LoadSpec(source=str(prompts)))
+    assert "PREFIX_TUNING" in refusal(prompts, out)
 
 
 def test_the_fingerprint_knows_adapter_and_base(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -230,6 +230,8 @@ def replace(name: str, text: str) -> Callable[[Path], int]:
     return lambda folder: (folder / name).write_text(text)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 9\n"
+
 UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing folder": (shutil.rmtree, ["does not exist", "its path in the recipe"]),
@@ -247,6 +249,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "sizes of the wrong type": (configure(num_hidden_layers="two"), ["config.json"]),
     "no weights": (remove(WEIGHTS), ["holds no weights", WEIGHTS]),
     "empty weights": (replace(WEIGHTS, ""), [WEIGHTS, "0 bytes", "copy it again"]),
+    "weights that are a pointer": (replace(WEIGHTS, POINTER), [WEIGHTS, "pointer of Git LFS", "git lfs pull"]),
     "weights that are an error page": (replace(WEIGHTS, "<html>404</html>"), [WEIGHTS, "no safetensors header"]),
     "bytes after the end": (append, [WEIGHTS, "bytes after its end"]),
     "missing shard": (lose_shard, [INDEX, "model-00002-of-", "missing", "shards are there"]),
