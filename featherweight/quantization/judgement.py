@@ -35,6 +35,10 @@ FARTHER = 3.0
 """How much farther than RTN's a result's answers may be from the checkpoint's."""
 FAR = 0.05
 """The distance that passes however near RTN's are: of answers that have nothing in common it is about 2."""
+STRANGE = 1.0
+"""The distance beyond which answers have little to do with the checkpoint's, however far RTN's are."""
+NOTED = 0.5
+"""The distance from which on it is said, of RTN too, which nothing is held to."""
 
 Answers = tuple["Tensor", "Tensor", "Tensor"]
 """Nats and predicted tokens of each window, and a sample of what is answered (see training.losses.block_answers)."""
@@ -87,7 +91,7 @@ def require_alike(what: str, result: Answers, rtn: Answers, checkpoint: Answers)
     The loss on a text that the checkpoint cannot predict is as bad for destroyed weights as it was before.
     """
     found, plain = distance(result, checkpoint), distance(rtn, checkpoint)
-    if not found <= max(FARTHER * plain, FAR):
+    if not found <= max(FAR, min(FARTHER * plain, max(STRANGE, plain))):
         raise StageError(
             f"{what}: its answers on the calibration text are {found:.2g} from the checkpoint's, as a share of their square, where "
             f"those of rounding to nearest are {plain:.2g}, so it did not compute what it should; do not use it: take rtn, milder "
@@ -109,6 +113,10 @@ def judged(
     loss = (result[0].sum() / result[1].sum()).item()
     if not math.isfinite(loss):
         raise StageError(f"{what}: the quantized checkpoint's loss is {loss}; do not use it")
+    if (moved := distance(result, checkpoint)) > NOTED:
+        given.progress.note(
+            f"{what}: the answers are {moved:.2g} from the checkpoint's, as a share of their square; see what it is worth"
+        )
     if given.spec.methods == (DEFAULT,):
         return {"loss_after": loss}
     plain = (streamed_model(given.checkpoint, _rounding(given, grids)) if is_large(given.checkpoint) else None) or saved

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from featherweight.progress import Progress
 from featherweight.quantization import gptq, interface, oneshot, qat, rtn
 from featherweight.quantization.awq import AWQ
 from featherweight.quantization.catalog import QUANTIZERS
-from featherweight.quantization.judgement import FEWEST, LARGEST, SIGMAS, Judgement, distance, round_in_place
+from featherweight.quantization.judgement import FEWEST, LARGEST, SIGMAS, Judgement, distance, require_alike, round_in_place
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks
@@ -241,6 +242,17 @@ def test_the_answers_that_are_looked_at_are_those_that_are_scored(
     assert not seen[:, -1].any()
     moved = (seen, seen, seen + 0.1 * seen)
     assert distance(moved, (seen, seen, seen)) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("found", "plain", "passes"),
+    [(0.04, 0.0, True), (0.06, 0.0, False), (0.14, 0.05, True), (0.16, 0.05, False), (0.9, 0.7, True), (1.1, 0.7, False)],
+)
+def test_how_far_answers_may_be_from_the_checkpoints(found: float, plain: float, passes: bool) -> None:
+    own = torch.ones(1, 1, 4)
+    result, rtn, checkpoint = ((own, own, own * (1 + share**0.5)) for share in (found, plain, 0.0))
+    with nullcontext() if passes else pytest.raises(StageError, match=rf"gptq: its answers .* are {found:.2g} from"):
+        require_alike("gptq", result, rtn, checkpoint)
 
 
 @pytest.mark.parametrize(("windows", "share"), [(FEWEST, 0.005), (FEWEST - 1, 0.005 + LARGEST), (1, 0.005 + LARGEST)])
