@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sysconfig
 import tempfile
@@ -142,9 +143,13 @@ def _local(source: str, data: DataSpec) -> Iterator[list[tuple[str, Path]]]:
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [(path.relative_to(root), path) for path in root.rglob("*.py")]
-    return sorted((name.as_posix(), path) for name, path in files if _in_stdlib(name))
+    """What is left out, installed packages among it, is not walked."""
+    root, files = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _STDLIB_LEFT_OUT]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    relative = [(path.relative_to(root), path) for path in files]
+    return sorted((name.as_posix(), path) for name, path in relative if _in_stdlib(name))
 
 
 def _in_stdlib(name: Path) -> bool:
