@@ -42,6 +42,8 @@ ROW_BYTES = 250
 """What finding a row again takes, for each row of each matrix (runtimes/packing.py)."""
 AT_ONCE = 2
 """How often the embedding, the largest matrix, is there in float32 at once, what is computed of it included."""
+PART_BYTES = 2**30
+"""Of the layers in float32 that CTranslate2's int8 is compared with at a time (runtimes/writing.py)."""
 WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "w8a16": 1.0, "fp8": 1.0, "int4": 0.625, "w4a16": 0.625, "nf4": 0.625}
 WEIGHT_BYTES |= {"q4_k": 0.6, "q5_k": 0.7, "q6_k": 0.85, "iq4_nl": 0.6}
 """Bytes for each weight, scales included, by the numbers that an engine holds; in all others floats of four bytes."""
@@ -122,4 +124,6 @@ def _exporting(spec: ServingSpec, size: ModelSize) -> float:
         return _ends(size)
     found = numbers in ("int8", "int4") and spec.engine in ("ctranslate2", "onnxruntime-genai")
     rows = size.parameters * size.matrices / max(1, size.columns) if found else 0.0
-    return ROW_BYTES * rows + max(_ends(size), served_bytes(spec, size))
+    twin = PYTHON_BYTES + min(FLOAT_BYTES * size.table + PART_BYTES, FLOAT_BYTES * size.parameters)
+    compared = twin if found and spec.engine == "ctranslate2" else 0.0  # layers in float32, see ctranslate2/write.py
+    return ROW_BYTES * rows + max(_ends(size), served_bytes(spec, size), compared)
