@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featherweight.errors import StageError
+from featherweight.measure.benchmark_files import fingerprint
 from featherweight.measure.measurement import Comparison, Measurement
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import WorkloadSpec
@@ -21,7 +22,7 @@ from featherweight.system.machine import hardware_fingerprint, memory_bandwidth_
 from tasks.stage import stage
 
 
-@stage("evaluate", hardware=True, libraries=("torch", "transformers"))
+@stage("evaluate", hardware=True, libraries=("torch", "transformers"), source=fingerprint)
 def evaluate(
     spec: WorkloadSpec,
     *,

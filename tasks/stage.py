@@ -42,7 +42,7 @@ class Stage:
     version: str
     libraries: tuple[str, ...]
     hardware: bool
-    source: Callable[[Any], str] | None
+    source: Callable[[Any], str | None] | None
     native: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Metrics:
@@ -89,7 +89,7 @@ def stage(
     version: str = "1",
     libraries: tuple[str, ...] = (),
     hardware: bool = False,
-    source: Callable[[Any], str] | None = None,
+    source: Callable[[Any], str | None] | None = None,
     native: bool = False,
 ) -> Callable[[Callable[..., Metrics]], Stage]:
     """Declare a stage. Raise `version` whenever the function's result changes for the same input and the code does not show it.

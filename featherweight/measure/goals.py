@@ -70,6 +70,8 @@ PEAK_MEMORY = Figure("peak_memory_bytes", "peak memory", mebibytes)
 
 CHANGED_ANSWERS = Figure("changed_answers", "changed answers", share, interval=True)
 
+ACCURACY_LOSS = Figure("accuracy_loss", "accuracy loss", percent, interval=True)
+
 
 def speed(batch_size: int) -> Figure:
     """How many times faster than the baseline."""
@@ -88,6 +90,7 @@ CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_p95_latency_s": p95_latency,
     "max_peak_memory_bytes": lambda _: PEAK_MEMORY,
     "max_changed_answers": lambda _: CHANGED_ANSWERS,
+    "max_accuracy_loss": lambda _: ACCURACY_LOSS,
 }
 """The figure that each key of ConstraintsSpec bounds, at a batch size."""
 

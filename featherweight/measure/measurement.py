@@ -13,7 +13,14 @@ from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.roofline import Roofline
-from featherweight.measure.statistics import Estimate, bootstrap_difference, bootstrap_median_ratio, bootstrap_ratio, share_of
+from featherweight.measure.statistics import (
+    Estimate,
+    bootstrap_difference,
+    bootstrap_median_ratio,
+    bootstrap_ratio,
+    paired_share_difference,
+    share_of,
+)
 from featherweight.system.device import CPU, Device
 
 FILE = "measurement.json"
@@ -114,6 +121,7 @@ class Measurement:
     the main one or the GPU's; None where the driver does not tell. On a GPU also peak_host_memory_bytes, and PyTorch's own count,
     peak_tensor_bytes. roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said
     that it served from. attention: the kernels that PyTorch takes, by pass. answers: its greedy texts, where they were asked for.
+    hits: of each benchmark 1.0 for an example that it answered rightly, 0.0 for another.
     """
 
     engine: str
@@ -128,6 +136,7 @@ class Measurement:
     peak_host_memory_bytes: int | None = None
     peak_tensor_bytes: int | None = None
     answers: tuple[str, ...] = ()
+    hits: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -150,8 +159,8 @@ class Measurement:
         quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
         speeds = tuple(_speed(speed) for speed in tree["speeds"])
-        answers = tuple(tree.get("answers", ()))
-        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline, "answers": answers})
+        answers, hits = tuple(tree.get("answers", ())), {name: tuple(one) for name, one in tree.get("hits", {}).items()}
+        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline, "answers": answers, "hits": hits})
 
 
 def _speed(tree: Mapping[str, Any]) -> Speed:
@@ -199,6 +208,25 @@ class Comparison:
             raise StageError("the variant and the baseline were asked different things; evaluate both anew")
         return share_of(sum(one != other for one, other in zip(ours, theirs, strict=True)), len(ours)) if ours else None
 
+    @cached_property
+    def accuracy_changes(self) -> dict[str, Estimate]:
+        """Of each benchmark the accuracy less the baseline's, paired by example; worse is negative."""
+        ours, theirs = self.variant.hits, self.baseline.hits
+        if ours.keys() != theirs.keys():
+            raise StageError("the variant and the baseline ran different benchmarks; evaluate both anew")
+        return {name: paired_share_difference(ours[name], theirs[name]) for name in ours}
+
+    def _accuracy(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for name, change in self.accuracy_changes.items():
+            found = self.variant.hits[name]
+            figures |= _bounded(f"accuracy_{name}", share_of(round(sum(found)), len(found)))
+            figures |= _bounded(f"accuracy_change_{name}", change)
+        if self.accuracy_changes:
+            worst = min(self.accuracy_changes.values(), key=lambda change: change.low)
+            figures |= _bounded("accuracy_loss", Estimate(-worst.value, -worst.high, -worst.low))
+        return figures
+
     def metrics(self) -> dict[str, float]:
         """Everything as flat figures: N in a name is a batch size, `_low` and `_high` bound a 95 % confidence interval."""
         variant = self.variant
@@ -206,6 +234,7 @@ class Comparison:
         figures |= _bounded("quality_change", self.quality_change)
         if self.changed_answers:
             figures |= _bounded("changed_answers", self.changed_answers) | {"answers": len(variant.answers)}
+        figures |= self._accuracy()
         figures |= {"on_gpu": variant.device != CPU, "baseline_on_gpu": self.baseline.device != CPU} if self.on_gpu else {}
         figures |= variant.sizes
         for batch_size in self.batch_sizes:

@@ -23,6 +23,19 @@ class ChangedAnswersSpec(Spec):
     new_tokens: Positive = 32
 
 
+class BenchmarkSpec(Spec):
+    """A task of lm-evaluation-harness (`task`, by default the benchmark's own name) on local data: its prompts, choices and metric.
+
+    file: a JSON object each line, as the task's own data set has them. labels: a file of the right answers, a number each line.
+    limit: only the first so many.
+    """
+
+    task: str | None = None
+    file: str
+    labels: str | None = None
+    limit: Positive | None = None
+
+
 class WorkloadSpec(Spec):
     """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
 
@@ -33,9 +46,10 @@ class WorkloadSpec(Spec):
     engine is compared with PyTorch up to there, and refuses more. By default 512, or what is measured here where that is longer.
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
     changed_answers: compare the texts that it writes with the original's; not by default.
+    benchmarks: tasks whose accuracy is measured, by name.
     """
 
-    quiet = frozenset({"changed_answers"})
+    quiet = frozenset({"changed_answers", "benchmarks"})
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -46,6 +60,7 @@ class WorkloadSpec(Spec):
     max_tokens: SequenceLength | None = None
     threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     changed_answers: ChangedAnswersSpec | None = None
+    benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], BenchmarkSpec] = Field(default={})
 
     @property
     def served_tokens(self) -> int:
@@ -67,10 +82,11 @@ class ConstraintsSpec(Spec):
     """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte; of
     encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py).
 
-    max_changed_answers: a share of 1, of what `workload.changed_answers` asks for.
+    max_changed_answers: a share of 1, of what `workload.changed_answers` asks for. max_accuracy_loss: a difference of shares, in
+    each of `workload.benchmarks`.
     """
 
-    quiet = frozenset({"max_changed_answers"})
+    quiet = frozenset({"max_changed_answers", "max_accuracy_loss"})
 
     max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
@@ -78,10 +94,13 @@ class ConstraintsSpec(Spec):
     max_p95_latency_s: Annotated[float, Field(gt=0)] | None = None
     max_peak_memory_bytes: Positive | None = None
     max_changed_answers: Share | None = None
+    max_accuracy_loss: Share | None = None
 
 
 def unmeasured(constraints: ConstraintsSpec, workload: WorkloadSpec) -> str | None:
     """Why a bound could never be kept: nothing measures it, or too little to show it; None where all can."""
+    if constraints.max_accuracy_loss is not None and not workload.benchmarks:
+        return "constraints.max_accuracy_loss wants workload.benchmarks, such as {lambada_openai: {file: lambada.jsonl}}"
     allowed, asked = constraints.max_changed_answers, workload.changed_answers
     if allowed is None:
         return None

@@ -1,4 +1,5 @@
-"""Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded; of shares, Wilson's (1927).
+"""Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded; of shares, Wilson's (1927)
+and, of their differences, Agresti and Min's (2005).
 
 A bootstrap of answers that are all alike has an interval without width, however few they are; a share's has not.
 """
@@ -85,6 +86,21 @@ def share_of(hits: int, trials: int, *, confidence: float = CONFIDENCE) -> Estim
     spread = z * sqrt(value * (1 - value) / trials + z**2 / (4 * trials**2))
     low, high = ((value + z**2 / (2 * trials) + side * spread) / (1 + z**2 / trials) for side in (-1, 1))
     return Estimate(value, 0.0 if hits == 0 else low, 1.0 if hits == trials else high)
+
+
+def paired_share_difference(a: Sequence[float], b: Sequence[float], *, confidence: float = CONFIDENCE) -> Estimate:
+    """The share of hits in `a` less that in `b`, of 1.0 and 0.0 at the same trials, with the interval of Agresti and Min (2005).
+
+    Theirs is Wald's after half a trial more of each of the four outcomes, so that it has a width where no two trials differ.
+    """
+    if not a or len(a) != len(b):
+        raise StageError(f"cannot compare {len(a)} trials with {len(b)}: both must have some, and as many")
+    gained, lost = (sum(one > other for one, other in pairs) + 0.5 for pairs in (zip(a, b, strict=True), zip(b, a, strict=True)))
+    trials = len(a) + 2
+    middle = (gained - lost) / trials
+    spread = _deviations(confidence) * sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / trials)) / trials
+    value = (sum(a) - sum(b)) / len(a)
+    return Estimate(value, min(value, middle - spread), max(value, middle + spread))
 
 
 def trials_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:

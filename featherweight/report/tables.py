@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.measure.figures import MISSING, mebibytes, milliseconds, rate, share, times, with_interval
+from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, rate, share, times, with_interval
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import HEADED, Task
 
@@ -76,6 +76,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("accuracy", "share of the held-out labels that are found", "accuracy", share),
         _metric("same label", "share of answers with the original's likeliest label", "label_agreement", share),
         _bounded("changed answers (95 % CI)", CHANGED, "changed_answers", share),
+        *_benchmarks(result),
         _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
@@ -91,6 +92,21 @@ def columns(result: OptimizationResult) -> list[Column]:
 def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
     text = (lambda row: show(row.get(key))) if show else (lambda row: row.quality_loss)
     return Column(title, meaning, text, lambda row: row.get(key), brief)
+
+
+def _benchmarks(result: OptimizationResult) -> list[Column]:
+    """The accuracy in each of the recipe's benchmarks, and its change."""
+    names = dict.fromkeys(key for row in result.measured for key in row.metrics if key.startswith("accuracy_change_"))
+    tasks = [key.removeprefix("accuracy_change_") for key in names if not key.endswith(("_low", "_high"))]
+    shown = []
+    for task in tasks:
+        shown.append(_metric(task, f"accuracy in {task}", f"accuracy_{task}", share))
+        shown.append(
+            _bounded(
+                f"Δ {task} (95 % CI)", "its accuracy less the baseline's, paired by example", f"accuracy_change_{task}", percent
+            )
+        )
+    return shown
 
 
 def _bounded(title: str, meaning: str, key: str, show: Callable[[float], str]) -> Column:

@@ -14,6 +14,7 @@ from featherweight.measure.agreement import embedding_quality, label_quality
 from featherweight.measure.measurement import Measurement, Quality, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
+from featherweight.runtimes.benchmarks import hits
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.greedy_texts import greedy_texts
 from featherweight.runtimes.interface import Timing
@@ -43,8 +44,7 @@ class MeasuredVariant:
     ) -> None:
         """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later."""
         self.workload, self.served, self.progress = workload, served, progress
-        same = known and known.quality.bytes == workload.quality_bytes and len(known.answers) == len(workload.questions)
-        self.known = known if same else None
+        self.known = known if known and _same_questions(known, workload) else None
         sizes = workload.spec.batch_sizes
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
@@ -142,6 +142,7 @@ class MeasuredVariant:
             peak_tensor_bytes=tensors,
             attention=self._attention(),
             answers=self._texts(),
+            hits=self._hits(),
         )
 
     def _attention(self) -> dict[str, str]:
@@ -159,6 +160,12 @@ class MeasuredVariant:
             return ()
         self.progress.note(f"asking {self.engine} for {len(questions)} texts")
         return greedy_texts(self.worker, self.workload.tokenizer, questions, asked.new_tokens)
+
+    def _hits(self) -> dict[str, tuple[float, ...]]:
+        asked = self.workload.spec.benchmarks
+        if asked:
+            self.progress.note(f"asking {self.engine} {', '.join(asked)}")
+        return hits(self.worker, self.workload.tokenizer, asked) if asked else {}
 
     @cached_property
     def answers(self) -> list[list[list[float]]]:
@@ -189,6 +196,12 @@ class MeasuredVariant:
             raise StageError(f"{self.engine} gives log-probabilities that are no numbers in {broken} of {len(nll)} windows")
         tokens = self.workload.by_window([len(row) for row in scores], sum)
         return Quality(tuple(self.workload.by_window(nll, math.fsum)), tuple(tokens), self.workload.quality_bytes)
+
+
+def _same_questions(known: Measurement, workload: Workload) -> bool:
+    """Whether what was asked of it then is what is asked now."""
+    asked = known.quality.bytes == workload.quality_bytes, len(known.answers) == len(workload.questions)
+    return all(asked) and known.hits.keys() == workload.spec.benchmarks.keys()
 
 
 def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:

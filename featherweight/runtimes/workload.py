@@ -72,6 +72,7 @@ class Workload:
         questions = _questions(spec, folder, config, evaluation) if spec.changed_answers else ()
         written = 0 if family == "encoder" else spec.written_tokens
         longest = max(length, written + max(spec.prompt_tokens, *map(len, questions), 0))
+        longest = max(longest, min(spec.served_tokens, context)) if spec.benchmarks else longest
         return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder)
 
     def for_served(self, served: Path, source: Path) -> Workload:
@@ -151,6 +152,8 @@ def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
     if spec.changed_answers and family_of(facts.config) == "encoder":
         task = task_of(facts.config)
         return f"workload.changed_answers: a model for {task} writes no text whose change could be counted; leave it out"
+    if spec.benchmarks and family_of(facts.config) != "causal":
+        return "workload.benchmarks: they are asked of models that go on from a text (text-generation); leave them out"
     return _context_refusal(spec, family_of(facts.config), context_tokens(facts.config))
 
 

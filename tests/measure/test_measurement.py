@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.measurement import FILE, Comparison, Quality, quantile
-from featherweight.measure.statistics import bootstrap_median_ratio, bootstrap_ratio, share_of, trials_to_show
+from featherweight.measure.statistics import (
+    bootstrap_median_ratio,
+    bootstrap_ratio,
+    paired_share_difference,
+    share_of,
+    trials_to_show,
+)
 from tests.support.comparisons import comparison, measurement, speed
 
 positive = st.floats(0.01, 100.0)
@@ -68,6 +74,26 @@ def test_answers_have_changed_where_a_letter_has():
     assert [metrics[f"changed_answers{end}"] for end in ("", "_low", "_high")] == pytest.approx([1 / 3, 0.0615, 0.7923], abs=1e-4)
     assert "changed_answers" not in comparison().metrics()
     with pytest.raises(StageError, match="asked different things"):
+        Comparison(ours, measurement()).metrics()
+
+
+def test_the_difference_of_paired_shares_is_agrestis_and_mins_and_has_a_width_where_nothing_differs():
+    ours, theirs = [1.0] * 12 + [0.0] * 8, [1.0] * 9 + [0.0] * 3 + [1.0] + [0.0] * 7
+    found = paired_share_difference(ours, theirs)  # 3 gained, 1 lost of 20: (3.5 - 1.5) / 22 -+ 1.96 sqrt(5 - 4 / 22) / 22
+    half = 1.959964 * math.sqrt(5 - 4 / 22) / 22
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 2 / 22 - half, 2 / 22 + half))
+    same = paired_share_difference(ours, ours)
+    assert same.value == 0.0 and same.high == -same.low == pytest.approx(1.959964 / 22)
+
+
+def test_the_loss_of_accuracy_is_that_of_the_worst_benchmark():
+    ours = replace(measurement(), hits={"a": (1.0, 1.0, 0.0, 1.0), "b": (0.0, 0.0, 1.0, 0.0)})
+    theirs = replace(measurement(), hits={"a": (1.0, 0.0, 0.0, 1.0), "b": (1.0, 1.0, 1.0, 0.0)})
+    metrics = Comparison(ours, theirs).metrics()
+    assert (metrics["accuracy_a"], metrics["accuracy_change_a"]) == (0.75, 0.25)
+    assert metrics["accuracy_change_b"] == -0.5 == -metrics["accuracy_loss"]
+    assert metrics["accuracy_loss_high"] == -metrics["accuracy_change_b_low"] > 0.5
+    with pytest.raises(StageError, match="different benchmarks"):
         Comparison(ours, measurement()).metrics()
 
 

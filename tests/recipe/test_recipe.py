@@ -64,6 +64,7 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"constraints": {"min_speedup": float("nan")}}, "constraints.min_speedup: "),
         ({"constraints": {"max_quality_loss": float("inf")}}, "constraints.max_quality_loss: "),
         ({"constraints": {"min_speedup": -1}}, "constraints.min_speedup: "),
+        ({"constraints": {"max_accuracy_loss": 0.01}}, "wants workload.benchmarks, such as"),
         ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
         (
             {"constraints": {"max_changed_answers": 0.01}, "workload": {"changed_answers": {}}},
