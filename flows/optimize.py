@@ -12,15 +12,16 @@ from prefect.context import FlowRunContext
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import ESSENTIAL, Node, Plan, expand
 from featherweight.recipe.reading import load_recipe
-from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.recipe import Engine, Recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.store.workspace import Workspace
-from featherweight.system.device import places
+from featherweight.system.device import Place, places
 from featherweight.system.progress_channel import ProgressChannel
 from flows.approval import awaited
 from flows.progress_view import PlainView, shown
 from tasks.claim_runs import sign_own_run
+from tasks.on_ray import Cluster, ray_cluster
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
@@ -84,15 +85,23 @@ def optimize(
 ) -> OptimizationResult:
     """The body of the flow, on what its parameters name."""
     with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent, kept_workers():
-        result = summarize(recipe, plan, run_plan(plan, parent), parent)
+        result = summarize(recipe, plan, _run_where(recipe.engine, plan, parent), parent)
     if result.winner is not None:
         progress.tell("say", f"winner: {result.winner}")
         progress.tell("say", result.registered)
     return result
 
 
-def run_plan(plan: Plan, parent: ParentRun) -> Outcomes:
+def _run_where(engine: Engine, plan: Plan, parent: ParentRun) -> Outcomes:
+    if engine == "local":
+        return run_plan(plan, parent)
+    with ray_cluster(parent) as cluster:
+        return run_plan(plan, parent, cluster)
+
+
+def run_plan(plan: Plan, parent: ParentRun, cluster: Cluster | None = None) -> Outcomes:
     """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential."""
+    body = cluster.run_stage if cluster else None
 
     def run(node: Node, outcomes: Outcomes) -> Outcome:
         stage = stage_named(node.stage)
@@ -100,10 +109,12 @@ def run_plan(plan: Plan, parent: ParentRun) -> Outcomes:
         if outcome is None:
             parent.progress.tell("started", {"node": node.id, "stage": node.stage})
             inputs = {name: outcomes[origin] for name, origin in node.inputs.items() if outcomes[origin].ref}
-            outcome = run_node(stage, node, inputs, parent)
+            outcome = run_node(stage, node, inputs, parent, body)
         parent.progress.tell("finished", {"node": node.id, "status": outcome.status, "note": outcome.reason})
         if node.id in ESSENTIAL and outcome.error is not None:
             raise outcome.error
         return outcome
 
+    if cluster:  # which decides itself when it has room
+        return run_nodes(plan, run, [Place(None, 1)] * max(2, len(plan.nodes)), lambda node, places: 1)
     return run_nodes(plan, run, places())

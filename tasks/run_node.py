@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError, Unreachable
@@ -20,12 +20,14 @@ from tasks.stage import Stage
 if TYPE_CHECKING:
     from prefect import Task
 
+Body = Callable[..., dict[str, Any]]
+"""What a stage's Prefect task does: `run_stage`, here or on another machine."""
 WAITS_S = (2, 10, 30, 60, 90, 120)
 """The waits before each further try of a stage: five minutes in all, which a server takes that is started anew."""
 
 
-def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun) -> Outcome:
-    """Run a node on the artifacts of `inputs`, which are there, within a Prefect flow.
+def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun, body: Body | None = None) -> Outcome:
+    """Run a node on the artifacts of `inputs`, which are there, within a Prefect flow. body: `run_stage` by default.
 
     Raises GateError, before a stage that acts on the registry, where the flow run is over without us.
     """
@@ -38,7 +40,7 @@ def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: Pa
     except FeatherweightError as error:
         return Outcome.failure(node.id, error)
     returned = {name: outcome.returned for name, outcome in inputs.items()}
-    state: Any = _task(stage, node, key, parent.workspace)(
+    state: Any = _task(stage, node, key, parent.workspace, body or run_stage)(
         quote(stage), quote(node), returned, quote(parent), key, return_state=True
     )
     if state.is_completed():
@@ -54,13 +56,13 @@ def run_stage(stage: Stage, node: Node, inputs: Mapping[str, Mapping[str, Any]],
         return execute(stage, node, refs, parent, key).model_dump()
 
 
-def _task(stage: Stage, node: Node, key: str, workspace: Workspace) -> Task[..., dict[str, Any]]:
+def _task(stage: Stage, node: Node, key: str, workspace: Workspace, body: Body) -> Task[..., dict[str, Any]]:
     """The Prefect task of a node, named by what it does."""
     from prefect import Task
 
     slot = _slot(key, workspace)
     return Task(
-        run_stage,
+        body,
         name=f"{stage.name}: {node.label}",
         task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace(" ]", "]").replace("{", "(").replace("}", ")"),
         tags=[stage.name],

@@ -23,14 +23,16 @@ OURS = ("featherweight.training.launch", "featherweight.runtimes.worker")
 """What the processes of stages and of engines run."""
 AGAIN_S = 0.2
 RunNode = Callable[[Node, Outcomes], Outcome]
+Room = Callable[[Node, Sequence[Place]], int]
 Running = dict[Future[Outcome], tuple[str, list[Place]]]
 """The id of each node that runs, and the places that it has taken."""
 
 
-def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place]) -> dict[str, Outcome]:
+def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place], room: Room | None = None) -> dict[str, Outcome]:
     """The outcome of every node, in the plan's order: `run` is called once its inputs' outcomes are known.
 
-    With a single place they run one after the other, here. What `run` raises ends the rest.
+    With a single place they run one after the other, here. What `run` raises ends the rest. room: how many of the places a node
+    takes, on a machine those that it computes on or is to have to itself.
     """
     outcomes: dict[str, Outcome] = {}
     if len(places) == 1:
@@ -41,7 +43,7 @@ def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place]) -> dict[str, Ou
     stop = Event()
     with ThreadPoolExecutor(len(places)) as pool:
         try:
-            _run_all(pool, plan, partial(_run_at, run, stop), places, outcomes, running)
+            _run_all(pool, plan, partial(_run_at, run, stop), places, room or _room, outcomes, running)
         except BaseException:
             stop.set()
             _end(running)
@@ -54,6 +56,7 @@ def _run_all(
     plan: Plan,
     run_at: Callable[[Place | None, Node, Outcomes], Outcome],
     places: Sequence[Place],
+    room: Room,
     outcomes: dict[str, Outcome],
     running: Running,
 ) -> None:
@@ -62,7 +65,7 @@ def _run_all(
     while waiting or running:
         ready = [node for node in waiting.values() if all(origin in outcomes for origin in node.inputs.values())]
         for node in ready:
-            wanted = _room(node, places)
+            wanted = room(node, places)
             if wanted > len(free):
                 break  # nothing overtakes a node that waits for more room
             taken, free = free[:wanted], free[wanted:]

@@ -17,6 +17,8 @@ from featherweight.system.device import Wanted
 from featherweight.text.spec import DataSpec
 from featherweight.training.spec import TrainSpec
 
+Engine = Literal["local", "ray"]
+
 
 class CheckpointSpec(Spec):
     """Either `source` (a checkpoint to load) or `train` (one to make).
@@ -113,16 +115,18 @@ class Recipe(Spec):
     an encoder's vectors (feature-extraction), labels of texts or pairs of them, labels of words.
     device: where every stage computes and every variant, the baseline too, is served: 'auto' is the GPU where there is one. An
     alternative of the last stage may say otherwise for itself.
+    engine: what runs the stages: this machine, or a Ray cluster, that of RAY_ADDRESS or one that is started here.
     advice: of a recipe that was composed from advice, the new tokens per second that were expected of its variants at the
     objective's batch size, what was to win first. It plays no role in the run; the report holds it against what was measured.
     """
 
-    quiet = frozenset({"device", "advice"})
+    quiet = frozenset({"device", "engine", "advice"})
 
     name: Name
     checkpoint: CheckpointSpec
     task: Task = "text-generation"
     device: Wanted = "auto"
+    engine: Engine = "local"
     data: DataSpec
     stages: StagesSpec = StagesSpec()
     variants: tuple[VariantsSpec, ...] | None = None
