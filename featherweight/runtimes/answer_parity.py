@@ -53,8 +53,8 @@ class AnswerReference(Reference):
         places = [[len(one.ids) - 1] * len(rows) for one, rows in zip(windows, found, strict=True)]
         return cls([*windows], [], places, quarters, task=task_of(model.config), examples=windows, answers=found)
 
-    def check(self, served: Path, bound: Bound | None = None) -> Metrics:
-        """As Reference.check does, for answers."""
+    def check(self, served: Path, bound: Bound | None = None, adapter: str | None = None) -> Metrics:
+        """As Reference.check does, for answers; no adapter is kept beside a model of another task than text-generation."""
         serving = Serving.read(served)
         bound, name = bound or bound_of(serving), f"{serving.engine} ({serving.grid or 'float'})"
         with (

@@ -37,7 +37,8 @@ KERNELS = {True: "exact int8 products (VNNI or Arm's dot product)", False: "AVX2
 def write(spec: OptimumSpec, source: Source, out: Path) -> None:
     """See Runtime.write. The graphs are made of the checkpoint's own floats, so their rows are sought, and rounded after that."""
     if source.quantized is None and spec.precision != "float32":
-        source.quantized = round_to_nearest(source.model, *(GRIDS[name] for name in rounded_here(spec)))
+        body, head = (GRIDS[name] for name in rounded_here(spec))
+        source.quantized = round_to_nearest(source.model, body, head, source.room)
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
     signed = describe().int8_dot_product
     with tempfile.TemporaryDirectory(dir=out) as folder:
