@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 from featherweight.errors import IntegrityError, one_line
@@ -42,19 +43,31 @@ def folder_faults(folder: Path, keys: Keys) -> dict[str, str]:
     for public in keys.public:
         try:
             verifying.Config().use_elliptic_key_verifier(public_key=public).verify(folder, folder / SIGNATURE)
-            return {}
-        except (ValueError, InvalidSignature, KeyError, TypeError, OSError) as error:
+            return _foreign(folder)
+        except (ValueError, InvalidSignature, KeyError, TypeError, OSError, RecursionError) as error:
             reason = one_line(error)
             if reason.startswith("Signature mismatch"):  # the statement is trusted, the files are not those that it names
                 return _differences(folder) or {SIGNATURE: reason}
     return {SIGNATURE: f"altered: no trusted key signed it ({reason or 'the signature is not valid'})"}
 
 
-def _differences(folder: Path) -> dict[str, str]:
-    """The files that are not those that the folder's statement names."""
+def _foreign(folder: Path) -> dict[str, str]:
+    """Files that no statement names, such as those of git, which the verification passes by."""
+    names = {str(Path(parent, name).relative_to(folder)) for parent, _, found in os.walk(folder) for name in found}
+    named = set(_named(folder)) | {SIGNATURE, BY_MLFLOW}
+    return {name: "foreign" for name in names - named if not name.startswith(f"{BY_MLFLOW}/")}
+
+
+def _named(folder: Path) -> dict[str, str]:
+    """Digests by file, as the folder's statement has them."""
     bundle = json.loads((folder / SIGNATURE).read_text())
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
-    named = {one["name"]: one["digest"] for one in statement["predicate"]["resources"]}
+    return {one["name"]: one["digest"] for one in statement["predicate"]["resources"]}
+
+
+def _differences(folder: Path) -> dict[str, str]:
+    """The files that are not those that the folder's statement names."""
+    named = _named(folder)
     found = {name: file for name, file in describe_files(folder).items() if name not in (SIGNATURE, BY_MLFLOW)}
     words = {name: "missing" if name not in found else "foreign" for name in named.keys() ^ found.keys()}
     return words | {name: "altered" for name in named.keys() & found.keys() if named[name] != found[name].sha256}

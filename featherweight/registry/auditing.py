@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,8 +60,11 @@ def _history(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
 
 def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[Finding]:
     """Entries that no trusted key signed, from the first that one did."""
-    began = False
+    began, known = False, dict[str, int]()
     for number, (text, signature) in registry.entry_signatures(seen.model).items():
+        first = known.setdefault(text, number)
+        if first != number:
+            yield Finding(seen.model, "", f"entry {number}", "foreign", f"entry {first} once more")
         good = bool(signature) and keys.signed(text, signature)
         began = began or good
         if good or not keys.public or not (began or signature):
@@ -70,7 +74,11 @@ def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
 
 
 def _cells(seen: RegisteredModel) -> Iterator[Finding]:
-    """Aliases, tags and stages that do not follow the history."""
+    """Aliases, tags and stages that do not follow the history, or whose version is gone."""
+    standing = seen.history.standing
+    for alias, number in (("champion", standing.champion), ("challenger", standing.challenger), ("previous", standing.previous)):
+        if number and number not in seen.versions:
+            yield Finding(seen.model, number, "version", "missing", f"the history has it as {alias}, and it was deleted in MLflow")
     moved = seen.out_of_band()
     for cell, value in [*seen.behind(), *((one, None) for one in moved if not seen.history.entries)]:
         by = f"somebody set it to {moved[cell] or 'nothing'} in MLflow, " if cell in moved else ""
@@ -115,6 +123,10 @@ def _content(registry: Registry, seen: RegisteredModel, version: RegisteredVersi
 def _tags(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
     """Tags that tell otherwise than the lineage and the verified evaluation."""
     known = {"recipe": told.graph.recipe, "run_id": told.graph.run_id}
+    if version.run_id != told.graph.run_id:
+        yield Finding(version.model, version.version, "run", "altered", f"the lineage has {told.graph.run_id}")
+    if (own := re.search(r"/(m-[0-9a-f]{32})/", f"{version.source}/")) and version.tag("model_id") != own[1]:
+        yield Finding(version.model, version.version, "tag model_id", "altered", f"its files are those of {own[1]}")
     try:
         proven = with_evidence(registry, version)
         known |= {name: proven.tag(name) for name in PROVEN}
@@ -133,7 +145,7 @@ def _plain(name: str, value: str) -> Any:
         return value or OBJECTIVE
     try:
         return json.loads(value) if name in ("metrics", "constraints") else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

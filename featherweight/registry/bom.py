@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from featherweight.errors import IntegrityError, ToolchainError, one_line
 from featherweight.registry.lineage import Lineage, LineageGraph, LineageNode
 
@@ -74,7 +72,7 @@ def _model(told: Lineage, licence: str) -> dict[str, Any]:
 
 def _card(graph: LineageGraph) -> dict[str, Any]:
     """CycloneDX's model card: what it was made with, and what was measured with its confidence interval."""
-    recipe: Any = yaml.safe_load(graph.recipe) or {}
+    recipe: Any = graph.recipe_tree
     parameters = {"approach": APPROACH, "datasets": [{"ref": _ref(node)} for node in _texts(graph)]}
     parameters["task"] = str(recipe.get("task", "text-generation"))
     return {"modelParameters": parameters, "quantitativeAnalysis": {"performanceMetrics": list(_figures(graph.metrics))}}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from featherweight.registry.lineage import Lineage, LineageGraph, facts, tree_lines
 
 CARD = """---
@@ -69,8 +67,8 @@ def model_card(told: Lineage, licence: str = "") -> str:
     return str(ModelCard(text, ignore_metadata_errors=False))
 
 
-def _recipe(graph: LineageGraph) -> dict[str, Any]:
-    return yaml.safe_load(graph.recipe) or {}
+def _recipe(graph: LineageGraph) -> Mapping[str, Any]:
+    return graph.recipe_tree
 
 
 def _rows(metrics: Mapping[str, float]) -> Iterator[str]:

@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import yaml
-
 from featherweight.errors import IntegrityError
 from featherweight.measure import goals
 from featherweight.measure.figures import percent, with_interval
@@ -98,7 +96,7 @@ def compare(registry: Registry, a: RegisteredVersion, b: RegisteredVersion) -> V
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda version: _Side.of(registry, version), (a, b))
     paired, quality = _paired(one.quality, other.quality)
-    recipes = (_flat(yaml.safe_load(side.graph.recipe) or {}) for side in (one, other))
+    recipes = (_flat(side.graph.recipe_tree) for side in (one, other))
     facts = ({**_facts(side.graph), "engine": side.version.tag("engine")} for side in (one, other))
     return VersionComparison(
         a=f"{a.model}/{a.version}",

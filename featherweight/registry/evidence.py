@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.measure.measurement import read_metrics
 from featherweight.registry.attestation import attested, require_signed
@@ -52,7 +50,7 @@ def evidence(registry: Registry, version: RegisteredVersion, files: bool = False
             if files:
                 _verify_files(registry, version)
             node, folder = held.enter_context(_evaluation_folder(registry, graph))
-            told = {"metrics": json.dumps(read_metrics(folder)), **_goals(graph.recipe)}
+            told = {"metrics": json.dumps(read_metrics(folder)), **_goals(graph.recipe_tree)}
         except FeatherweightError as error:
             raise IntegrityError(f"no verified evaluation of version {version.version}: {error}") from error
         root = graph.checkpoint
@@ -95,10 +93,9 @@ def _evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[tupl
         yield node, folder
 
 
-def _goals(recipe: str) -> dict[str, str]:
-    """Constraints, objective, approval and whether a champion is asked something, of a recipe's text, as tags hold them."""
-    tree: Any = yaml.safe_load(recipe)
-    if not isinstance(tree, Mapping):
+def _goals(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Constraints, objective, approval and whether a champion is asked something, of a recipe, as tags hold them."""
+    if not tree:
         raise IntegrityError("its lineage holds no recipe")
     bounds = {name: bound for name, bound in (tree.get("constraints") or {}).items() if bound is not None}
     promote = tree.get("promote") or {}

@@ -168,7 +168,7 @@ class Entry:
             after = fields["after"]
             fields["after"] = Standing(after["champion"], after["challenger"], tuple(map(str, after["line"])))
             return cls(**fields | {"number": number, "follows": int(fields["follows"]), "model": int(fields["model"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"history entry {number} is not readable; it was altered outside Featherweight") from error
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,16 +73,19 @@ class Keys:
 
 
 def _signed(public: Path, text: str, signature: str) -> bool:
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    key = load_pem_public_key(public.read_bytes())
+    try:
+        key = load_pem_public_key(public.read_bytes())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise IntegrityError(f"{public} is no readable key: restore it, or remove it and trust it no more") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IntegrityError(f"{public} is no public key for ECDSA")
     try:
         key.verify(base64.b64decode(signature, validate=True), text.encode(), ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, binascii.Error):
+    except (InvalidSignature, ValueError):  # no base64 either
         return False
     return True

@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+from pydantic import TypeAdapter
+
 from featherweight import __version__
-from featherweight.errors import FeatherweightError, IntegrityError
+from featherweight.errors import FeatherweightError, IntegrityError, one_line
 from featherweight.registry.attestation import folder_faults
 from featherweight.registry.history import Transition
 from featherweight.registry.keys import Keys
@@ -92,15 +95,25 @@ class LineageGraph:
             fields = json.loads(text)
             if fields["version"] > VERSION:
                 raise IntegrityError(f"lineage of version {fields['version']}; this Featherweight reads up to {VERSION}")
+            TypeAdapter(cls).validate_json(text, strict=True)  # which would make floats of whole numbers: its result is not used
             fields["nodes"] = tuple(LineageNode(**node) for node in fields["nodes"])
             return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise IntegrityError(f"not a readable lineage: {error}") from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise IntegrityError(f"not a readable lineage: {one_line(error, 200)}") from error
 
     @property
     def checkpoint(self) -> LineageNode | None:
         """The stage run that the weights start from: what was loaded or trained."""
         return next((node for node in self.nodes if node.stage in ("load", "train")), None)
+
+    @property
+    def recipe_tree(self) -> Mapping[str, Any]:
+        """The recipe as it was written, empty where there is none. Raises IntegrityError where it is not readable."""
+        try:
+            tree = yaml.safe_load(self.recipe)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise IntegrityError("the recipe in its lineage is not readable") from error
+        return tree if isinstance(tree, Mapping) else {}
 
     @property
     def data(self) -> dict[str, str]:

@@ -217,7 +217,9 @@ def read_all(client: MlflowClient) -> list[RegisteredModel]:
 
 def served_models(client: MlflowClient) -> list[MlflowModel]:
     """All registered models but those that hold histories."""
-    return [one for one in all_pages(client.search_registered_models) if HISTORY_OF not in one.tags]
+    return [
+        one for one in all_pages(client.search_registered_models) if HISTORY_OF not in one.tags and not one.name.endswith(SUFFIX)
+    ]
 
 
 def refuse_renamed(client: MlflowClient, model: str) -> None:

@@ -6,8 +6,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from featherweight.errors import ServiceError, ToolchainError, one_line
 from featherweight.masking import masked
 from featherweight.registry.lineage import LineageGraph
@@ -46,7 +44,7 @@ def stage_event(
 
 def graph_events(graph: LineageGraph) -> Iterator[RunEvent]:
     """Begin and end of every stage run of a lineage, in order."""
-    recipe = str((yaml.safe_load(graph.recipe) or {}).get("name", graph.variant))
+    recipe = str(graph.recipe_tree.get("name", graph.variant))
     for node in graph.nodes:
         told: Any = {"run_id": node.run_id, "job": f"{recipe}/{node.id}", "inputs": node.parents, "parent": (graph.run_id, recipe)}
         yield stage_event("START", at=node.started, **told)

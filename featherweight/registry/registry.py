@@ -164,6 +164,8 @@ class Registry:
             got = local / LINEAGE if local else Path(folder) / LINEAGE
             if local is None:  # what every artifact store defines; its public sister lists the folder first, which takes as long
                 self._artifacts(version.source)._download_file(LINEAGE, str(got))
+            if not got.is_file():  # a pipe would not end
+                raise IntegrityError(f"{got} is missing, or no plain file")
             return got.read_text(encoding="utf-8")
 
     def download(self, uri: str, folder: Path) -> Path:

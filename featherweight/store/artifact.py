@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class Manifest(BaseModel):
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of an artifact folder; raises IntegrityError where there is none."""
+        path = folder / MANIFEST
         try:
-            return cls.model_validate_json((folder / MANIFEST).read_bytes())
+            return cls.model_validate_json(path.read_bytes() if path.is_file() else b"")
         except (OSError, ValueError) as error:
             raise IntegrityError(f"{folder} is not a complete artifact: no readable {MANIFEST}") from error
 
@@ -70,9 +72,16 @@ class ArtifactRef(BaseModel):
 
 
 def file_sha256(path: Path) -> str:
-    """Streaming sha256 of a file."""
-    with path.open("rb") as stream:
+    """Streaming sha256 of a file. Raises IntegrityError for a pipe or a device, which might not end."""
+    with open(path, "rb", opener=_unless_it_waits) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise IntegrityError(f"{path} is no plain file")
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unless_it_waits(path: str, flags: int) -> int:
+    """Open for reading, a pipe that nobody writes to as well."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def describe_files(folder: Path) -> dict[str, File]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -76,6 +77,9 @@ def files(desk: Bench) -> Iterator[Tampering]:
                 path.write_bytes(content)
 
             yield Tampering(f"{way} {name}", do, undo, "missing" if changed is None else "altered", words)
+    pipe, hidden = folder / "pipe", folder / ".git"
+    yield Tampering("add a pipe", lambda: os.mkfifo(pipe), pipe.unlink, "altered", "pipe")
+    yield Tampering("add what git keeps", lambda: hidden.write_text("code"), hidden.unlink, "foreign", ".git")
     foreign = folder / "sitecustomize.py"
     yield Tampering("add a file", lambda: foreign.write_text("code"), foreign.unlink, "foreign", "sitecustomize.py")
 
@@ -151,6 +155,17 @@ def history(desk: Bench) -> Iterator[Tampering]:
         yield Tampering(f"sign entry {number} anew", do, undo, "altered", f"entry {number}")
         gone = lambda n=number: client.delete_model_version(SIDE, n)  # noqa: E731
         yield Tampering(f"delete entry {number}", gone, lambda n=number: undelete(n), "altered", f"entry {number}")
+
+    def put(key: str, text: str) -> Callable[[], object]:
+        return lambda: client.set_model_version_tag(SIDE, "2", key, text)
+
+    for way, key, text in (("nest", ENTRY, "[" * 90_000), ("sign in no base64", SIGNED, "é")):
+        yield Tampering(f"{way} entry 2", put(key, text), put(key, stored[key]), "altered", "entry 2")
+
+    def again() -> None:
+        client.create_model_version(SIDE, "featherweight:/history", tags=dict(client.get_model_version(SIDE, "1").tags))
+
+    yield Tampering("entry 1 once more", again, lambda: client.delete_model_version(SIDE, "3"), "foreign", "entry 1 once more")
     stripped = client.get_model_version(SIDE, "2").tags[SIGNED]
     yield Tampering(
         "strip the signature of entry 2",

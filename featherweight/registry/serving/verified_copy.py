@@ -9,8 +9,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.measure.goals import OBJECTIVE, judged_batch, measured_batches
 from featherweight.registry.answering import served_task
@@ -130,7 +128,7 @@ def _verify_served(version: RegisteredVersion, folder: Path) -> None:
 
 
 def _copy_of(version: RegisteredVersion, folder: Path, graph: LineageGraph) -> VerifiedCopy:
-    recipe = yaml.safe_load(graph.recipe) or {}
+    recipe = graph.recipe_tree
     batch = judged_batch(str(recipe.get("objective") or OBJECTIVE), graph.metrics)
     return VerifiedCopy(
         version=version,
