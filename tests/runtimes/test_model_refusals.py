@@ -114,3 +114,23 @@ def test_a_model_without_attention_has_no_heads_to_refuse() -> None:
     config = Values({"class": "MambaConfig", "names": {}, "values": values})
     spec = RUNTIMES["vllm"].spec.model_validate({"engine": "vllm"})
     assert RUNTIMES["vllm"].model_refusal(spec, Candidate(CheckpointFacts(config), 128)) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "switch", "reason"),
+    [
+        (
+            "torch-dynamic",
+            127,
+            "this phi3 is read anew behind 127 tokens: its texts would depend on how they are read; take torch-static",
+        ),
+        ("torch-dynamic", 128, ""),
+        ("torch-static", 127, ""),
+        ("torchao-int8-dynamic", 127, ""),
+    ],
+)
+def test_what_is_rounded_by_all_that_is_read_at_once_is_read_in_one_way_only(engine: str, switch: int, reason: str) -> None:
+    """PyTorch's dynamic layers take one range for all tokens, and behind the switch of longrope all are read anew."""
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": switch}
+    found = refusal(engine, model_type="phi3", rope_parameters=longrope)
+    assert reason in found if reason else not found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.model.parent import experts_refusal
+from featherweight.model.positions import rotary_switch
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
@@ -92,13 +93,23 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         return reason and f"{reason}: torch's own int8 kernels know no CUDA; take torchao-int8-dynamic there"
 
     def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
-        """Experts, which are no Linear; a head whose weights are read, where it holds integers."""
+        """Experts, which are no Linear; a head whose weights are read, where it holds integers; texts that are read anew midway."""
         kind = model.facts.model_type
+        if self.name == "torch-dynamic" and _is_read_anew(model):
+            return (
+                f"it rounds the activations of all tokens that are read at once by one range, and this {kind} is read anew behind "
+                f"{rotary_switch(model.config)} tokens: its texts would depend on how they are read; take torch-static"
+            )
         if self.format.vocabulary and kind in READ_HEADS:
             return (
                 f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take torchao-int8-dynamic"
             )
         return experts_refusal(model.facts)
+
+
+def _is_read_anew(model: Candidate) -> bool:
+    switch = rotary_switch(model.config)
+    return switch is not None and switch < model.max_tokens
 
 
 TORCH_DYNAMIC = QuantizedTorch("torch-dynamic", modules=("torch",))
