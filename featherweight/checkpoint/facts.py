@@ -26,7 +26,8 @@ from featherweight.checkpoint.files import (
     read_json,
     require_tokenizer,
 )
-from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers, types_of
+from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
+from featherweight.checkpoint.gguf_header import GgufTensor, read_gguf
 from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
@@ -35,7 +36,7 @@ from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import method_of, require_readable
 from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import CheckpointError, one_line
+from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.model.quantized_weights import DESCRIPTION
@@ -163,16 +164,17 @@ def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ..
 
 def _of_gguf(file: Path) -> CheckpointFacts:
     """The tensors keep llama.cpp's names. Integers stay where all of a model's matrices in the blocks are of one type of ours."""
-    import gguf
-
     parts = parts_of(file)
-    try:
-        tensors = [tensor for part in parts for tensor in gguf.GGUFReader(part).tensors]
-    except Exception as error:  # the reader trusts the file: a damaged one fails anywhere
-        raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
+    tensors: dict[str, GgufTensor] = {}
+    for part in parts:
+        listing = Listing.of(part.parent)
+        header = read_gguf(listing, part.name)
+        if listing.sizes[part.name] < header.end:
+            raise CheckpointError(f"{part} is truncated: {listing.sizes[part.name]} of {header.end} bytes")
+        tensors |= header.tensors
     answer = described(parts[0].parent, parts[0].name)
-    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
-    kinds = types_of(tensors)
+    shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in tensors.items()}
+    kinds = {name: tensor.type for name, tensor in tensors.items() if len(tensor.shape) == 2}
     grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF and keeps_integers(kinds)}
     packed = any(kind not in FLOATS for kind in kinds.values())
     return CheckpointFacts(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import Listing, adapter_files, has_weights
 from featherweight.checkpoint.gguf_parts import join, only_model, parts_of
+from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
 from featherweight.checkpoint.tensors import saving
+from featherweight.checkpoint.tokenizer import require_same_tokenizer
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.matrices import heads, matrices, rows_of
@@ -20,7 +23,7 @@ from featherweight.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 GRID_OF = {"Q8_0": "int8-g32", "Q4_0": "int4-g32"}
 """GGUF's types whose weights are an integer times the scale of its group of 32, and the grid that this is."""
@@ -52,32 +55,41 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
         with part.open("rb") as opened:
             if opened.read(4) != b"GGUF":
                 raise CheckpointError(f"{part} is not a GGUF file (its first bytes are not 'GGUF'); copy it again")
+    with _reading(file):
+        whole = file if len(parts_of(file)) == 1 else join(parts_of(file), work / "whole.gguf")
+        tokenizer = gguf_tokenizer(whole)
+    save_tokenizer(tokenizer, out, called=str(file))  # before the weights, which take minutes
     progress.note(f"dequantizing {file.name}")
-    try:
-        with quiet():
-            whole = file if len(parts_of(file)) == 1 else join(parts_of(file), work / "whole.gguf")
-            tokenizer, (model, info) = _read(whole)
-            quantized, types = _integers(whole, model)
-    except Exception as error:  # the reader trusts the file: a damaged one fails anywhere
-        raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
+    with _reading(file):
+        model, info = _read(whole)
+        quantized, types = _integers(whole, model)
     check_loading(file, model, info)
     with saving(out), quiet():
-        save_tokenizer(tokenizer, out)
         model.save_pretrained(out, max_shard_size="5GB")
         if quantized.q:
             quantized.write(out)
+    require_same_tokenizer(tokenizer, out, called=str(file))  # config.json has a say in the class that reads it
     return _told(quantized, types, progress)
 
 
-def _read(file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer as the file describes it, and (model, what loading it tells)."""
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """The reader trusts the file: a damaged one fails anywhere."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
+
+
+def _read(file: Path) -> Any:
+    """The model, and what loading it tells."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    _set_special_tokens(tokenizer, file)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loading: Any = AutoModelForCausalLM.from_pretrained
+    return loading(
         file.parent,
         gguf_file=file.name,
         # Without this the weights may stay packed, and the model cannot be saved.
@@ -86,26 +98,6 @@ def _read(file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         local_files_only=True,
         output_loading_info=True,
     )
-    return tokenizer, loaded
-
-
-def _set_special_tokens(tokenizer: Any, file: Path) -> None:
-    """The special tokens that the file names, and whether texts begin and end with them, where it says so.
-
-    transformers 5.17 takes the first control token for EOS, forgets padding, and does not read `add_bos_token`.
-    """
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    metadata, _ = read_gguf_metadata(str(file))
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    for theirs, ours in names.items():
-        number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        if number is not None:
-            setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))
-    for end in ("bos", "eos"):
-        added = metadata.get(f"tokenizer.ggml.add_{end}_token")
-        if added is not None:
-            setattr(tokenizer, f"add_{end}_token", bool(added))
 
 
 def _integers(file: Path, model: PreTrainedModel) -> tuple[QuantizedWeights, Counter[str]]:

@@ -29,6 +29,13 @@ class GgufTensor:
     begin: int
     end: int
 
+    @property
+    def type(self) -> str:
+        """The type's name, such as 'Q4_K'."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.kind).name
+
 
 @dataclass(frozen=True)
 class GgufHeader:

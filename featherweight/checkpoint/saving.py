@@ -56,10 +56,13 @@ def save_as(checkpoint: Path, out: Path, name: str) -> None:
     copy_companions(checkpoint, out)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write a tokenizer that is in memory to `out`; raises CheckpointError where what was written is another one."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, called: str | None = None) -> None:
+    """Write a tokenizer that is in memory to `out`; raises CheckpointError where what was written is another one.
+
+    called: what the error names, where a user does not know `out`.
+    """
     tokenizer.save_pretrained(out)
-    require_same_tokenizer(tokenizer, out)
+    require_same_tokenizer(tokenizer, out, called=called)
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -29,11 +29,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def require_same_tokenizer(source: Path | PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
+def require_same_tokenizer(
+    source: Path | PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False, called: str | None = None
+) -> None:
     """Raise CheckpointError unless the tokenizer in `folder` does with a sample what that of `source` does.
 
     Compared: ids with and without special tokens, those of a pair and of a target text, the special tokens spelt out, how ids are
-    read back, and chat templates. A `source` folder without a tokenizer has none to lose.
+    read back, and chat templates. A `source` folder without a tokenizer has none to lose. called: what errors name for `folder`.
     """
     if isinstance(source, Path):
         if not has_tokenizer(Listing.of(source)):
@@ -42,11 +44,12 @@ def require_same_tokenizer(source: Path | PreTrainedTokenizerBase, folder: Path,
     try:
         copy = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer family fails in its own way
-        raise CheckpointError(f"{folder}: the saved tokenizer does not load: {one_line(error)}") from error
+        raise CheckpointError(f"{called or folder}: the saved tokenizer does not load: {one_line(error)}") from error
     for (what, wanted), (_, found) in zip(_behaviour(source), _behaviour(copy, source), strict=True):
         if wanted != found:
             raise CheckpointError(
-                f"{folder}: the saved tokenizer is not the checkpoint's: {what} gives {_short(found)} instead of {_short(wanted)}; "
+                f"{called or folder}: the saved tokenizer is not the checkpoint's: {what} gives {_short(found)} "
+                f"instead of {_short(wanted)}; "
                 "give the checkpoint a tokenizer.json (tokenizer.save_pretrained), or name the file that it needs"
             )
 

@@ -18,11 +18,13 @@ def write_gguf(
     kinds: Mapping[str, str] | None = None,
     add_bos: bool | None = True,
     parts: int = 1,
+    space_prefix: bool | None = None,
 ) -> list[Path]:
     """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
 
     add_bos: what the file says of texts; None where it says nothing.
     kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
+    space_prefix: instead of the checkpoint's tokenizer, one of SentencePiece's kind, and whether it begins texts with a space.
     """
     import gguf
     from safetensors.torch import load_file
@@ -43,7 +45,9 @@ def write_gguf(
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
-    if tokenizer:
+    if space_prefix is not None:
+        add_sentencepiece(writer, config["vocab_size"], space_prefix)
+    elif tokenizer:
         add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
@@ -96,3 +100,28 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+
+
+def add_sentencepiece(writer: Any, rows: int, space_prefix: bool) -> None:
+    """Pieces with scores, bytes, and white space that is never merged, as in Gemma's files."""
+    from gguf import TokenType
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    apart = ["\n", "\n\n", "  ", "   ", "<b>"]
+    merged = ["▁t", "he", "▁the", "in", "▁a", "er", "on", "▁fox", "fo", "ing", "▁f", "ox", "aa", "ab", "th", "the", "▁▁"]
+    letters = list("▁abcdefghijklmnopqrstuvwxyz.é")
+    kinds = {TokenType.CONTROL: special, TokenType.USER_DEFINED: apart, TokenType.BYTE: [f"<0x{n:02X}>" for n in range(256)]}
+    kinds[TokenType.NORMAL] = merged + letters
+    types = [kind for kind, pieces in kinds.items() for _ in pieces]
+    lacking = rows - len(types)
+    first = len(types) - len(merged) - len(letters)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece for pieces in kinds.values() for piece in pieces] + [f"[PAD{n}]" for n in range(lacking)])
+    writer.add_token_types([*types, *[TokenType.UNUSED] * lacking])
+    writer.add_token_scores([-1000.0] * first + [-float(n) for n in range(rows - first)])
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_space_prefix(space_prefix)
