@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from featherweight.masking import masked
+from featherweight.visible import visible
 
 
 def one_line(error: object, limit: int = 500) -> str:
-    """An error's text in one line of at most `limit` characters, secrets masked."""
-    text = " ".join(masked(error).split())
+    """An error's text in one line of at most `limit` characters, secrets masked, control characters escaped."""
+    text = visible(" ".join(masked(error).split()))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

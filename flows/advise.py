@@ -15,6 +15,7 @@ from featherweight.recipe.advice.expected import Asked
 from featherweight.recipe.refusals import gib
 from featherweight.spec import Task
 from featherweight.system.device import Wanted
+from featherweight.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,10 +71,10 @@ def advice_view(advice: Advice) -> RenderableType:
     model = f"{question.facts.model_type}, {size / 1e6:.4g} million weights, {question.task}"
     asked = question.asked
     work = f"{asked.words}, {asked.prompt_tokens} + {asked.new_tokens} tokens"
-    lines = [Text(f"{model}; {where}; {work}", style="bold"), _table(advice)]
+    lines = [Text(visible(f"{model}; {where}; {work}"), style="bold"), _table(advice)]
     lines.append(Text.assemble(("recommended  ", "bold green"), advice.headline))
     lines.append(Text.assemble(("CTranslate2 or vLLM?  ", "bold"), f"{advice.ruling.line}  [{advice.ruling.source}]"))
-    return Group(*lines, *(Text(f"note  {note}", style="dim") for note in advice.notes))
+    return Group(*lines, *(Text(visible(f"note  {note}"), style="dim") for note in advice.notes))
 
 
 def _table(advice: Advice) -> RenderableType:
@@ -88,7 +89,7 @@ def _table(advice: Advice) -> RenderableType:
         style = "bold green" if row is advice.recommended else "dim" if not row.can_serve else ""
         table.add_row(*map(Text, _cells(row, advice.question.max_loss)), style=style)
     for reason, names in _refused(advice).items():
-        table.add_row(Text(names), *[Text(MISSING)] * 5, Text(f"cannot: {reason}"), style="dim")
+        table.add_row(Text(names), *[Text(MISSING)] * 5, Text(visible(f"cannot: {reason}")), style="dim")
     return table
 
 

@@ -19,6 +19,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import RegisteredModel, parse_reference
 from featherweight.store.workspace import Workspace
 from featherweight.system.user import user_name
+from featherweight.visible import in_lines, visible
 
 RESULT = "result.json"
 
@@ -40,7 +41,7 @@ class Audit:
         """The lineage, then one line per verified part."""
         lines = [f"{v.state:8} {v.part}{f'  {v.reason}' if v.reason else ''}" for v in self.verdicts]
         behind = ["", self.behind] if self.behind else []
-        return "\n".join([self.lineage.to_text(), *(["", "verified:", *lines] if lines else []), *behind])
+        return "\n".join([self.lineage.to_text(), *map(visible, [*(["", "verified:", *lines] if lines else []), *behind])])
 
     def raise_if_wrong(self) -> None:
         """Raise IntegrityError naming the parts that are not what they were, and those that are gone."""
@@ -82,7 +83,7 @@ class RegistryAudit:
         order = ("altered", "missing", "foreign", "out of step")
         rows = sorted(self.wrong, key=lambda one: (order.index(one.state), one.model, one.version))
         lines = [f"{row.state:<12}{_where(row)}: {row.part}{f'  {row.reason}' if row.reason else ''}" for row in rows]
-        return "\n".join([*self.repaired, *lines, f"{len(self.findings) - len(rows)} ok, {len(rows)} not"])
+        return in_lines([*self.repaired, *lines, f"{len(self.findings) - len(rows)} ok, {len(rows)} not"])
 
     @property
     def wrong(self) -> list[Finding]:

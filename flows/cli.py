@@ -16,7 +16,9 @@ import typer
 from featherweight.errors import FeatherweightError, RecipeError, StageError, one_line
 from featherweight.masking import masked
 from featherweight.system import mlflow_import
+from featherweight.visible import in_lines, visible
 from flows.progress_view import view_for
+from flows.terminal import console, spare_surrogates
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
 6 server, store or disk · 7 toolchain missing · 8 refused by a gate, or no variant keeps the constraints · 9 damaged artifact ·
@@ -111,8 +113,8 @@ def optimize(
         from featherweight.report.tables import terminal_table
 
         _console().print(terminal_table(result))
-        _console().print(f"[bold]{result.headline()}[/bold]", highlight=False, soft_wrap=True)
-        typer.echo("\n".join(filter(None, (*result.note_lines, result.registered, f"report: {page}"))))
+        _console().print(visible(result.headline()), style="bold", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(in_lines(filter(None, (*result.note_lines, result.registered, f"report: {page}"))))
     require_winner(result)
 
 
@@ -205,8 +207,8 @@ def variants(
         typer.echo(markdown_table(result), nl=False)
     else:
         _console().print(terminal_table(result))
-        _console().print(result.headline(), highlight=False)
-        typer.echo("\n".join(result.note_lines), nl=bool(result.note_lines))
+        _console().print(visible(result.headline()), highlight=False, markup=False)
+        typer.echo(in_lines(result.note_lines), nl=bool(result.note_lines))
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
@@ -227,11 +229,8 @@ def lineage(
 
     found = audit(_workspace(workspace), model, verify, page)
     for line in write_standards(found.lineage, bom, card, openlineage, licence):
-        typer.echo(line, err=True)
-    if as_json:
-        _print_json(found.to_dict())
-    else:
-        _console().print(found.to_text(), highlight=False, soft_wrap=True)
+        typer.echo(visible(line), err=True)
+    _tell(found, as_json)
     found.raise_if_wrong()
 
 
@@ -534,11 +533,12 @@ def _options(
     if context.invoked_subcommand is None:
         from flows.next_step import look, told
 
-        typer.echo(told(look(Path(), Path(os.environ.get("FEATHERWEIGHT_WORKSPACE") or HERE))))
+        typer.echo(visible(told(look(Path(), Path(os.environ.get("FEATHERWEIGHT_WORKSPACE") or HERE))), kept="\n"))
 
 
 def main() -> None:
     """The program: a command line that has its process to itself."""
+    spare_surrogates()
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in READERS:
         mlflow_import.for_reading()
     run()
@@ -561,7 +561,7 @@ def run() -> None:
 
 def _fail(error: Exception, line: str, code: int) -> None:
     trace = "".join(traceback.format_exception(error)) if "--debug" in sys.argv else ""
-    print(masked(trace) + f"featherweight: {line}", file=sys.stderr)
+    print(visible(masked(trace), kept="\n") + f"featherweight: {line}", file=sys.stderr)
     _json_of_failure(line, code)
     sys.exit(code)
 
@@ -591,9 +591,7 @@ def _place_report(source: Path | None, wanted: Path) -> str:
 
 
 def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return console(width=None if sys.stdout.isatty() else 200)
 
 
 def _print_json(value: Any) -> None:
@@ -617,7 +615,7 @@ def _tell_arrivals(arrivals: list[dict[str, Any]], as_json: bool) -> None:
         return
     for one in arrivals:
         told = one.get("error") or one.get("winner") or one.get("reason") or ""
-        typer.echo(f"{one['status']:12} {one['source']}{f'  ({told})' if told else ''}")
+        typer.echo(visible(f"{one['status']:12} {one['source']}{f'  ({told})' if told else ''}"))
 
 
 def _tell(outcome: Any, as_json: bool) -> None:

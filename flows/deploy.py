@@ -18,6 +18,7 @@ from featherweight.registry.serving.oci import write_layout
 from featherweight.registry.serving.verified_copy import verified_copy
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
+from featherweight.visible import in_lines
 
 TARGETS = (*KINDS, "folder", "oci")
 
@@ -39,7 +40,7 @@ class Deployed:
         """What it is, where it lies and how it is started."""
         told = self.deployment
         what = f"{told.reference} ({told.variant} on {told.engine}, {told.threads} threads), verified, in {self.folder}"
-        return "\n".join([*self.notes, what, f"start it: {self.run}"])
+        return in_lines([*self.notes, what, f"start it: {self.run}"])
 
 
 def deploy(workspace: Workspace, reference: str, to: str, out: Path, image: str, storage: str) -> Deployed:

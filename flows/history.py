@@ -11,6 +11,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.store.workspace import Workspace
 from featherweight.system.user import user_name
+from featherweight.visible import in_lines
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ToldHistory:
         lines += [f"lost to entry {one.winner.number}: {one.entry.told()}" for one in self.history.lost]
         lines += [self.moved.to_text()] if self.moved else []
         lines += [self.behind] if self.behind else []
-        return "\n".join([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
+        return in_lines([*lines, *(f"fault: {fault}" for fault in self.history.faults)])
 
 
 def _transition(one: Transition) -> list[str]:

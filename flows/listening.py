@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from featherweight.errors import ServiceError
+from featherweight.visible import visible
 
 DRAIN_S = 30.0
 
@@ -73,4 +74,4 @@ class Teller:
 
     def tell(self, event: str, text: str, **facts: Any) -> None:
         """Say it."""
-        print(json.dumps({"event": event, "text": text, **facts}) if self.as_json else text, flush=True)
+        print(json.dumps({"event": event, "text": text, **facts}) if self.as_json else visible(text), flush=True)

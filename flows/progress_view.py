@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.system.progress_channel import PAUSE_S, ProgressChannel
+from featherweight.visible import visible
+from flows.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,7 +148,7 @@ class PlainView(View):
         self.say(f"{len(plan.variants)} variants, {len(plan.nodes)} stage nodes, {len(plan.ruled_out)} combinations ruled out")
 
     def say(self, text: str) -> None:
-        print(f"{time.monotonic() - self._began:7.1f}s  {text}", file=sys.stderr, flush=True)
+        print(f"{time.monotonic() - self._began:7.1f}s  {visible(text)}", file=sys.stderr, flush=True)
         self._spoke = time.monotonic()
 
     def changed(self, state: NodeState) -> None:
@@ -165,26 +167,24 @@ class LiveView(View):
     """The plan as a table that redraws itself; the terminal keeps the last frame."""
 
     def begin(self, plan: Plan) -> None:
-        from rich.console import Console
         from rich.live import Live
 
         super().begin(plan)
         self._began = time.monotonic()
-        self._live = Live(console=Console(stderr=True), refresh_per_second=4, get_renderable=self._render)
+        self._live = Live(console=console(stderr=True), refresh_per_second=4, get_renderable=self._render)
         self._live.start()
 
     def say(self, text: str) -> None:
-        self._live.console.print(text, highlight=False)
+        self._live.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         if hasattr(self, "_live"):
             self._live.stop()
 
     def _render(self) -> Table:
-        from rich.console import Console
         from rich.table import Table
 
-        height = max(8, Console(stderr=True).height - 4)
+        height = max(8, console(stderr=True).height - 4)
         shown, hidden = _fit(list(self.states.values()), height)
         finished = sum(state.status not in ("waiting", "running") for state in self.states.values())
         title = f"{finished}/{len(self.states)} nodes · {time.monotonic() - self._began:.0f} s"

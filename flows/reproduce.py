@@ -19,6 +19,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.report.result import OptimizationResult
 from featherweight.store.workspace import Workspace
+from featherweight.visible import in_lines
 from flows.launch import launch
 from flows.progress_view import View
 
@@ -68,7 +69,7 @@ class Reproduction:
         lines = [f"otherwise  {name}: {change}" for name, change in self.otherwise.items()]
         lines += [one.to_text() for one in self.nodes]
         lines += ["bits per byte {1:.6g}, then {0:.6g}".format(*self.quality)] if self.quality else []
-        return "\n".join([*lines, f"{self.version}: {len(self.nodes) - len(self.wrong)} of {len(self.nodes)} nodes equal"])
+        return in_lines([*lines, f"{self.version}: {len(self.nodes) - len(self.wrong)} of {len(self.nodes)} nodes equal"])
 
     @property
     def wrong(self) -> list[NodeVerdict]:

@@ -16,6 +16,7 @@ from featherweight.measure.statistics import Estimate, bootstrap_difference, boo
 from featherweight.registry.evidence import evidence
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.visible import in_lines
 
 Verdict = Literal["better", "worse", "within the noise", "not measured"]
 
@@ -70,7 +71,7 @@ class VersionComparison:
         for title, found in (("recipe", self.recipe), ("lineage", self.lineage)):
             lines += ["", f"{title}: {len(found) or 'no'} difference{'' if len(found) == 1 else 's'}"]
             lines += [f"  {one.part}: {one.a or 'none'} → {one.b or 'none'}" for one in found]
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+        return in_lines([*lines, *(line for note in self.notes for line in ("", note))])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from featherweight.errors import FeatherweightError, one_line
 from featherweight.registry.lineage import LineageGraph, LineageNode, read_graph
 from featherweight.registry.registry import RegisteredVersion, Registry
+from featherweight.visible import in_lines
 
 Kind = Literal["checkpoint", "data", "library"]
 STAGES = {"checkpoint": ("load", "train"), "data": ("text",)}
@@ -61,7 +62,7 @@ class Impact:
         first = f"{count} depend on {self.kind} {self.wanted}, {deployed} of them deployed"
         lines = [f"{one.stage:<11}{one.model}/{one.version}  {one.variant}  by {', '.join(one.through)}" for one in self.affected]
         behind = [f"out of step (`featherweight audit`): {', '.join(self.behind)}"] if self.behind else []
-        return "\n".join([first, *lines, *(f"unknown    {one}" for one in self.unknown), *behind])
+        return in_lines([first, *lines, *(f"unknown    {one}" for one in self.unknown), *behind])
 
 
 def impact(registry: Registry, kind: Kind, wanted: str) -> Impact:

@@ -24,6 +24,7 @@ from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
 from featherweight.system.shipped import in_checkout
+from featherweight.visible import in_lines
 
 if TYPE_CHECKING:
     from featherweight.registry.registry import Registry
@@ -146,7 +147,7 @@ class Lineage:
     def to_text(self) -> str:
         """Everything that fits a terminal: facts, the tree of stage runs, the numbers, the history."""
         known = [f"{name:<12} {value}" for name, value in facts(self).items()]
-        return "\n".join([*known, "", *tree_lines(self.graph), "", *number_lines(self.graph), "", *history_lines(self.history)])
+        return in_lines([*known, "", *tree_lines(self.graph), "", *number_lines(self.graph), "", *history_lines(self.history)])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.smoke import SMOKE, smoked
 from featherweight.registry.versions import CHAMPION, RegisteredModel
+from featherweight.visible import in_lines
 
 FILE = "promoted.json"
 
@@ -61,7 +62,7 @@ class Promotion:
         """One line, and one for each gate."""
         verb = "is now in" if self.changed else "stays in"
         first = f"{self.model} version {self.version} ({self.variant}) {verb} {self.stage}: {self.reason}"
-        return "\n".join([first, *(f"  {'passed' if g.passed else 'refused'}  {g.gate}: {g.reason}" for g in self.gates)])
+        return in_lines([first, *(f"  {'passed' if g.passed else 'refused'}  {g.gate}: {g.reason}" for g in self.gates)])
 
 
 def gated_transition(

@@ -29,6 +29,7 @@ from featherweight.store.tracking import open_artifacts
 from featherweight.store.workspace import ARTIFACT, Workspace, local_path
 from featherweight.system.locks import locked_if_free
 from featherweight.system.processes import has_ended
+from featherweight.visible import in_lines
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -82,7 +83,7 @@ class Collection:
         held = [f"held: {self.held}; nothing is removed meanwhile"] if self.held else []
         kept = [f"{'kept':<11}{count}: {why}" for why, count in self.kept.items()]
         left = [f"left alone {one}" for one in self.left]
-        return "\n".join([*held, *(one.to_text() for one in self.items), *kept, *left, self._sum()])
+        return in_lines([*held, *(one.to_text() for one in self.items), *kept, *left, self._sum()])
 
     def _sum(self) -> str:
         if not self.items:

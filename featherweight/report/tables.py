@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, rate, share, times, with_interval
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import HEADED, Task
+from featherweight.visible import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,13 +135,14 @@ def _threads(row: VariantRow) -> str:
 def terminal_table(result: OptimizationResult) -> Table:
     """The variants as a rich table; failed ones with their reasons, the ruled out only counted."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     shown = [column for column in columns(result) if column.brief]
     ruled_out = sum(row.status == "ruled-out" for row in result.variants)
     caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
-    table = Table(title=result.name, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(visible(result.name)), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("variant", overflow="fold", min_width=12)
     for column in shown:
         table.add_column(column.title.replace(", ", "\n").replace(" (", "\n("), justify="right", no_wrap=True)
@@ -149,11 +151,11 @@ def terminal_table(result: OptimizationResult) -> Table:
     for row in ranked(result):
         fate = row.status if row.status in styles else row.reason
         cells = [row.name, *(column.text(row) for column in shown), fate]
-        table.add_row(*map(Text, cells), style=styles.get(row.status))
+        table.add_row(*map(Text, map(visible, cells)), style=styles.get(row.status))
     for row in result.variants:
         if row.status in ("failed", "skipped"):
             blanks = [MISSING] * len(shown)
-            table.add_row(*map(Text, [row.name, *blanks, f"{row.status}: {row.reason}"]), style="dim")
+            table.add_row(*map(Text, map(visible, [row.name, *blanks, f"{row.status}: {row.reason}"])), style="dim")
     return table
 
 
@@ -170,4 +172,4 @@ def markdown_table(result: OptimizationResult) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
+    return visible(text.replace("\\", "\\\\").replace("\n", " ")).replace("|", "\\|").replace("*", "\\*")

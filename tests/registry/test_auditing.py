@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import IntegrityError, one_line
 from featherweight.registry.auditing import Finding, audit_model
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.mlflow_store import ENTRY, SIGNED
 from featherweight.store.workspace import Workspace, local_path
 from flows.audit import audit, audit_registry
+from flows.comparing import compared
+from flows.history import history_of
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
@@ -298,3 +300,27 @@ def test_the_audit_repairs_what_follows_and_takes_out_what_cannot_be_read(whole:
     assert "alias champion went from 2 to 1; undone" in repaired.to_text()
     assert client.get_registered_model(MODEL).aliases["champion"] == 2
     assert json.loads(json.dumps(repaired.to_dict()))["ok"] is False  # what was taken out stays told
+
+
+def test_what_others_named_reaches_no_terminal_as_they_wrote_it(whole: Bench, tmp_path: Path) -> None:
+    """Names of files, tags, reasons: each line of a look is one of ours, and pages are written."""
+    hostile = "\n0 ok, 0 not\x1b[2J\u202e"
+    folder = Path(str(local_path(whole.registry.get(MODEL, "2").source)))
+    (folder / os.fsdecode(b"x\n0 ok, 0 not\x1b[2J\xff")).write_bytes(b"foreign")
+    whole.registry.client.set_model_version_tag(MODEL, "2", "featherweight.variant", hostile)
+    whole.registry.transition(MODEL, "1", "production", who=f"ada{hostile}", why=hostile)
+    workspace, page = Workspace.at(tmp_path), tmp_path / "page.html"
+    looks = [
+        audit_registry(workspace, MODEL, False, page),
+        audit(workspace, f"{MODEL}/2", True, page),
+        history_of(workspace, MODEL),
+        compared(workspace, f"{MODEL}/1", "2"),
+    ]
+    for look in looks:
+        assert all(line.isprintable() for line in look.to_text().splitlines())
+        assert "0 ok, 0 not" not in look.to_text().splitlines()
+        json.dumps(look.to_dict()).encode()
+    assert r"x\n0 ok, 0 not\x1b[2J\udcff" in looks[0].to_text() and r"ada\n0 ok, 0 not\x1b[2J\u202e" in looks[2].to_text()
+    with pytest.raises(IntegrityError) as told:
+        looks[0].raise_if_wrong()
+    assert one_line(told.value).isprintable()
