@@ -294,7 +294,7 @@ def _spread_head(model: PreTrainedModel) -> None:
         head.weight.mul_(HIDDEN**-0.5 / 2)
 
 
-def _give_ends(case: Case, model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
+def _give_ends(case: Case, model: Any, folder: Path, tokenizer: Any) -> None:
     """Two ends in generation_config.json, one of which the model writes after a while."""
     import torch
 
