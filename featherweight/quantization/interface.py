@@ -131,9 +131,16 @@ def nothing_refused(spec: QuantizeSpec, parent: Parent) -> str | None:
     return None
 
 
-def always(spec: QuantizeSpec) -> bool:
+FAR = 0.1
+"""How far answers may be from the checkpoint's, as a share of their square, however near RTN's are; what has nothing in common
+with them is 2 away."""
+FAR_TRAINED = 0.5
+"""The same of a method that trains to answer as the checkpoint does: its weights move, and few steps at a high rate leave 0.44."""
+
+
+def far_untrained(spec: QuantizeSpec) -> float | None:
     """What a method says that trains on no text."""
-    return True
+    return FAR
 
 
 def no_operations(spec: QuantizeSpec, parameters: int) -> float:
@@ -161,7 +168,7 @@ class Quantizer(Generic[SpecT]):
     losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
     streams: it reads `tensors`, or the model block by block, so that a large model's weights can stay in their files.
     held: how often it holds the weights in float32 at once, about, where they do not stay in their files.
-    imitates: whether what it makes is to answer as the checkpoint does, and not as a text that it is trained on.
+    far: how far its answers may be from the checkpoint's; None where they are to be those of a text that it is trained on.
     tolerance: how much worse than RTN its loss on the calibration text may be beyond the noise, as a share (see judgement.py).
     """
 
@@ -175,7 +182,7 @@ class Quantizer(Generic[SpecT]):
     column_s: float = 0.0
     streams: bool = False
     held: float = 3.5
-    imitates: Callable[[SpecT], bool] = always
+    far: Callable[[SpecT], float | None] = far_untrained
     tolerance: float = TOLERANCE
     losses: Mapping[str, float] = field(default_factory=dict)
 

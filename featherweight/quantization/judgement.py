@@ -33,8 +33,6 @@ LARGEST = 0.1
 
 FARTHER = 3.0
 """How much farther than RTN's a result's answers may be from the checkpoint's."""
-FAR = 0.05
-"""The distance that passes however near RTN's are: of answers that have nothing in common it is about 2."""
 STRANGE = 1.0
 """The distance beyond which answers have little to do with the checkpoint's, however far RTN's are."""
 NOTED = 0.5
@@ -85,13 +83,13 @@ def distance(one: Answers, checkpoint: Answers) -> float:
     return ((one[2] - checkpoint[2]).square().sum() / checkpoint[2].square().sum().clamp_min(1e-30)).item()
 
 
-def require_alike(what: str, result: Answers, rtn: Answers, checkpoint: Answers) -> None:
+def require_alike(what: str, result: Answers, rtn: Answers, checkpoint: Answers, far: float) -> None:
     """Raise StageError where a result answers something else than the checkpoint and RTN do, whatever the text makes of it.
 
-    The loss on a text that the checkpoint cannot predict is as bad for destroyed weights as it was before.
+    The loss on a text that the checkpoint cannot predict is as bad for destroyed weights as it was before. far: see Quantizer.
     """
     found, plain = distance(result, checkpoint), distance(rtn, checkpoint)
-    if not found <= max(FAR, min(FARTHER * plain, max(STRANGE, plain))):
+    if not found <= max(far, min(FARTHER * plain, max(STRANGE, plain))):
         raise StageError(
             f"{what}: its answers on the calibration text are {found:.2g} from the checkpoint's, as a share of their square, where "
             f"those of rounding to nearest are {plain:.2g}, so it did not compute what it should; do not use it: take rtn, milder "
@@ -125,8 +123,8 @@ def judged(
     rtn = block_answers(plain, blocks)
     judgement = Judgement.of(result, rtn, tolerance(given.spec))
     judgement.require(what)
-    if QUANTIZERS[given.spec.method].imitates(given.spec):
-        require_alike(what, result, rtn, checkpoint)
+    if (far := QUANTIZERS[given.spec.method].far(given.spec)) is not None:
+        require_alike(what, result, rtn, checkpoint, far)
     return {"loss_after": loss, "rtn_loss": judgement.rtn_loss}
 
 

@@ -26,7 +26,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.model.sparsity import Sparsity, Zeros
 from featherweight.progress import Progress
 from featherweight.quantization.catalog import QUANTIZERS, START
-from featherweight.quantization.interface import Choice, QuantizationInput, Quantizer
+from featherweight.quantization.interface import FAR_TRAINED, Choice, QuantizationInput, Quantizer
 from featherweight.quantization.self_generated_text import draw_passages, generate_blocks
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.spec import Positive
@@ -249,9 +249,6 @@ TOLERANCE = 0.02
 """Of RTN's loss: on 8 bits, where rounding costs next to nothing, the first steps of a training are half a per cent worse."""
 
 HELD = 7.0
-"""The weights that are trained, their gradients, moments and steps, the checkpoint's the start's (benchmarks/memory.py)."""
-
-HELD = 7.0
 """The weights that are trained, their gradients, moments and steps, the checkpoint's, the start's (benchmarks/memory.py)."""
 
 QAT = Quantizer(
@@ -260,6 +257,6 @@ QAT = Quantizer(
     refusal=refusal,
     operations=operations,
     held=HELD,
-    imitates=lambda spec: spec.distill,
+    far=lambda spec: FAR_TRAINED if spec.distill else None,
     tolerance=TOLERANCE,
 )
