@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featherweight.errors import StageError
-from featherweight.measure.benchmark_files import fingerprint
+from featherweight.measure import benchmark_files, references
 from featherweight.measure.measurement import Comparison, Measurement
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import WorkloadSpec
@@ -22,7 +22,12 @@ from featherweight.system.machine import hardware_fingerprint, memory_bandwidth_
 from tasks.stage import stage
 
 
-@stage("evaluate", hardware=True, libraries=("torch", "transformers"), source=fingerprint)
+def _outside(spec: WorkloadSpec) -> str | None:
+    """What a workload names that lies outside the artifacts."""
+    return "\n".join(filter(None, (benchmark_files.fingerprint(spec), references.fingerprint(spec)))) or None
+
+
+@stage("evaluate", hardware=True, libraries=("torch", "transformers"), source=_outside)
 def evaluate(
     spec: WorkloadSpec,
     *,

@@ -28,6 +28,11 @@ def share(fraction: float) -> str:
     return percent(fraction).removeprefix("+")
 
 
+def points(value: float) -> str:
+    """Points of 100 as '27.31'."""
+    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else MISSING
+
+
 def milliseconds(seconds: float) -> str:
     """A time in ms, three significant digits."""
     if not math.isfinite(seconds):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, share, times, with_interval
+from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, points, share, times, with_interval
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
@@ -72,6 +72,8 @@ CHANGED_ANSWERS = Figure("changed_answers", "changed answers", share, interval=T
 
 ACCURACY_LOSS = Figure("accuracy_loss", "accuracy loss", percent, interval=True)
 
+REFERENCE_LOSS = Figure("reference_loss", "loss against the references", points, interval=True)
+
 
 def speed(batch_size: int) -> Figure:
     """How many times faster than the baseline."""
@@ -91,6 +93,7 @@ CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_peak_memory_bytes": lambda _: PEAK_MEMORY,
     "max_changed_answers": lambda _: CHANGED_ANSWERS,
     "max_accuracy_loss": lambda _: ACCURACY_LOSS,
+    "max_reference_loss": lambda _: REFERENCE_LOSS,
 }
 """The figure that each key of ConstraintsSpec bounds, at a batch size."""
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.references import score
 from featherweight.measure.roofline import Roofline
+from featherweight.measure.spec import ReferenceMetric
 from featherweight.measure.statistics import (
     Estimate,
     bootstrap_difference,
     bootstrap_median_ratio,
     bootstrap_ratio,
+    bootstrap_score_difference,
     paired_share_difference,
     share_of,
 )
@@ -121,7 +124,8 @@ class Measurement:
     the main one or the GPU's; None where the driver does not tell. On a GPU also peak_host_memory_bytes, and PyTorch's own count,
     peak_tensor_bytes. roofline: what its tokens at batch 1 read, None where memory is not its roof. device: where the engine said
     that it served from. attention: the kernels that PyTorch takes, by pass. answers: its greedy texts, where they were asked for.
-    hits: of each benchmark 1.0 for an example that it answered rightly, 0.0 for another.
+    hits: of each benchmark 1.0 for an example that it answered rightly, 0.0 for another. written: its texts that were held against
+    references. matches: of each metric of references what adds up to it (references.py), for each of those texts.
     """
 
     engine: str
@@ -137,6 +141,8 @@ class Measurement:
     peak_tensor_bytes: int | None = None
     answers: tuple[str, ...] = ()
     hits: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
+    matches: Mapping[ReferenceMetric, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -159,8 +165,11 @@ class Measurement:
         quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
         speeds = tuple(_speed(speed) for speed in tree["speeds"])
-        answers, hits = tuple(tree.get("answers", ())), {name: tuple(one) for name, one in tree.get("hits", {}).items()}
-        return cls(**{**tree, "quality": quality, "speeds": speeds, "roofline": roofline, "answers": answers, "hits": hits})
+        texts = {key: tuple(tree.get(key, ())) for key in ("answers", "written")}
+        hits = {name: tuple(one) for name, one in tree.get("hits", {}).items()}
+        matches = {name: tuple(map(tuple, rows)) for name, rows in tree.get("matches", {}).items()}
+        parts = {"quality": quality, "speeds": speeds, "roofline": roofline, "hits": hits, "matches": matches, **texts}
+        return cls(**{**tree, **parts})
 
 
 def _speed(tree: Mapping[str, Any]) -> Speed:
@@ -223,8 +232,25 @@ class Comparison:
             figures |= _bounded(f"accuracy_{name}", share_of(round(sum(found)), len(found)))
             figures |= _bounded(f"accuracy_change_{name}", change)
         if self.accuracy_changes:
-            worst = min(self.accuracy_changes.values(), key=lambda change: change.low)
-            figures |= _bounded("accuracy_loss", Estimate(-worst.value, -worst.high, -worst.low))
+            figures |= _bounded("accuracy_loss", _worst_loss(self.accuracy_changes.values()))
+        return figures
+
+    @cached_property
+    def reference_changes(self) -> dict[ReferenceMetric, Estimate]:
+        """Of each metric of references the score less the baseline's, in points of 100, paired by text; worse is negative."""
+        ours, theirs = self.variant.matches, self.baseline.matches
+        if {name: len(rows) for name, rows in ours.items()} != {name: len(rows) for name, rows in theirs.items()}:
+            raise StageError("the variant and the baseline were held against different references; evaluate both anew")
+        return {name: bootstrap_score_difference(ours[name], theirs[name], partial(score, name)) for name in ours}
+
+    def _near_references(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for name, change in self.reference_changes.items():
+            figures[name] = score(name, [math.fsum(column) for column in zip(*self.variant.matches[name], strict=True)])
+            figures |= _bounded(f"{name}_change", change)
+        if self.reference_changes:
+            figures |= _bounded("reference_loss", _worst_loss(self.reference_changes.values()))
+            figures["references"] = len(self.variant.written)
         return figures
 
     def metrics(self) -> dict[str, float]:
@@ -235,6 +261,7 @@ class Comparison:
         if self.changed_answers:
             figures |= _bounded("changed_answers", self.changed_answers) | {"answers": len(variant.answers)}
         figures |= self._accuracy()
+        figures |= self._near_references()
         figures |= {"on_gpu": variant.device != CPU, "baseline_on_gpu": self.baseline.device != CPU} if self.on_gpu else {}
         figures |= variant.sizes
         for batch_size in self.batch_sizes:
@@ -277,6 +304,12 @@ def quantile(values: tuple[float, ...], share: float) -> float:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _worst_loss(changes: Iterable[Estimate]) -> Estimate:
+    """What may be lost where the most may: the change of the lowest bound, turned round."""
+    worst = min(changes, key=lambda change: change.low)
+    return Estimate(-worst.value, -worst.high, -worst.low)
 
 
 def _bounded(name: str, estimate: Estimate) -> dict[str, float]:

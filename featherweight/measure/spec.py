@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -21,6 +21,17 @@ class ChangedAnswersSpec(Spec):
 
     prompts: Positive = 100
     new_tokens: Positive = 32
+
+
+ReferenceMetric = Literal["bleu", "chrf", "rouge_l"]
+
+
+class ReferencesSpec(Spec):
+    """Greedy texts of up to `new_tokens` of the first `texts` sources of the held-out text, held against their targets."""
+
+    texts: Positive = 100
+    new_tokens: Positive = 64
+    metrics: Annotated[tuple[ReferenceMetric, ...], Field(min_length=1)] = get_args(ReferenceMetric)
 
 
 class BenchmarkSpec(Spec):
@@ -46,10 +57,10 @@ class WorkloadSpec(Spec):
     engine is compared with PyTorch up to there, and refuses more. By default 512, or what is measured here where that is longer.
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
     changed_answers: compare the texts that it writes with the original's; not by default.
-    benchmarks: tasks whose accuracy is measured, by name.
+    benchmarks: tasks whose accuracy is measured, by name. references: hold what a seq2seq model writes against `data.target`.
     """
 
-    quiet = frozenset({"changed_answers", "benchmarks"})
+    quiet = frozenset({"changed_answers", "benchmarks", "references"})
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -61,6 +72,7 @@ class WorkloadSpec(Spec):
     threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     changed_answers: ChangedAnswersSpec | None = None
     benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], BenchmarkSpec] = Field(default={})
+    references: ReferencesSpec | None = None
 
     @property
     def served_tokens(self) -> int:
@@ -75,7 +87,14 @@ class WorkloadSpec(Spec):
     @property
     def written_tokens(self) -> int:
         """The longest text that is written."""
-        return max(self.new_tokens, self.changed_answers.new_tokens if self.changed_answers else 0)
+        return max(self.new_tokens, *(new for _, new in self.asked_texts), 0)
+
+    @property
+    def asked_texts(self) -> list[tuple[int, int]]:
+        """(how many greedy texts, the most tokens of each) for each purpose that asks for some; all of the first questions."""
+        changed, references = self.changed_answers, self.references
+        asked = [(changed.prompts, changed.new_tokens)] if changed else []
+        return [*asked, (references.texts, references.new_tokens)] if references else asked
 
 
 class ConstraintsSpec(Spec):
@@ -83,10 +102,10 @@ class ConstraintsSpec(Spec):
     encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py).
 
     max_changed_answers: a share of 1, of what `workload.changed_answers` asks for. max_accuracy_loss: a difference of shares, in
-    each of `workload.benchmarks`.
+    each of `workload.benchmarks`. max_reference_loss: in points of 100, in each metric of `workload.references`.
     """
 
-    quiet = frozenset({"max_changed_answers", "max_accuracy_loss"})
+    quiet = frozenset({"max_changed_answers", "max_accuracy_loss", "max_reference_loss"})
 
     max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
@@ -95,12 +114,15 @@ class ConstraintsSpec(Spec):
     max_peak_memory_bytes: Positive | None = None
     max_changed_answers: Share | None = None
     max_accuracy_loss: Share | None = None
+    max_reference_loss: Annotated[float, Field(gt=0, lt=100)] | None = None
 
 
 def unmeasured(constraints: ConstraintsSpec, workload: WorkloadSpec) -> str | None:
     """Why a bound could never be kept: nothing measures it, or too little to show it; None where all can."""
     if constraints.max_accuracy_loss is not None and not workload.benchmarks:
         return "constraints.max_accuracy_loss wants workload.benchmarks, such as {lambada_openai: {file: lambada.jsonl}}"
+    if constraints.max_reference_loss is not None and workload.references is None:
+        return "constraints.max_reference_loss wants workload.references, such as {texts: 100, new_tokens: 64, metrics: [bleu]}"
     allowed, asked = constraints.max_changed_answers, workload.changed_answers
     if allowed is None:
         return None

@@ -194,9 +194,10 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
     generations = spec.rounds + 1 + len(spec.threads or (1, 2))
     tokens = sum(batch * (spec.prompt_tokens + spec.new_tokens) for batch in spec.batch_sizes) * generations
     steps = len(spec.batch_sizes) * spec.new_tokens * generations
-    if asked := spec.changed_answers:
-        tokens += asked.prompts * (spec.prompt_tokens + asked.new_tokens)
-        steps += -(-asked.prompts // max(spec.batch_sizes)) * asked.new_tokens
+    if spec.asked_texts:
+        texts, new_tokens = map(max, zip(*spec.asked_texts, strict=True))
+        tokens += texts * (spec.prompt_tokens + new_tokens)
+        steps += -(-texts // max(spec.batch_sizes)) * new_tokens
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
     return Work(_forward(sides[0], spec.windows * spec.window_tokens) + generated, memory=steps * weights, files=weights)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from featherweight.checkpoint.facts import KnownAtLoad, read_facts
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import ServiceError, one_line
-from featherweight.measure.benchmark_files import require
+from featherweight.measure import benchmark_files, references
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.recipe.recipe import Recipe
 from featherweight.spec import ModelSize
@@ -35,8 +35,9 @@ class Facts:
     @classmethod
     def read(cls, recipe: Recipe) -> Facts:
         """Look at every source that the recipe names. Raises CheckpointError for a checkpoint that cannot be loaded, and for
-        the workload's benchmarks as benchmark_files.require does."""
-        require(recipe.workload)
+        the workload as benchmark_files.require and references.require do."""
+        benchmark_files.require(recipe.workload)
+        references.require(recipe.workload)
         found: dict[str, CheckpointFacts] = {}
         notes = []
         for spec in sources(recipe):

@@ -150,6 +150,16 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
+    def _has_references(self) -> Recipe:
+        if self.workload.references is None:
+            return self
+        if self.task != "text2text-generation":
+            raise ValueError(f"workload.references: a model for {self.task} makes no text of a text; leave it out")
+        if self.data.target is None:
+            raise ValueError("workload.references wants data.target, the key or column of the texts that are to be written")
+        return self
+
+    @model_validator(mode="after")
     def _adapts_text(self) -> Recipe:
         if self.checkpoint.adapters and self.task != "text-generation":
             raise ValueError(

@@ -7,6 +7,7 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
   difference of those losses, worse is positive, with the bounds of its 95 % confidence interval;
 - `changed_answers`, with `_low` and `_high`: the share of `answers` greedy texts that are not the original's;
 - `accuracy_NAME`, `accuracy_change_NAME`, with bounds: in each benchmark, and against the baseline; `accuracy_loss`: the worst;
+- `bleu`, `chrf`, `rouge_l`, in points of 100, and `NAME_change` with bounds: of `references` texts; `reference_loss`: the worst;
 - `tokens_per_s_N`, `speedup_N`, `speedup_N_low`, `speedup_N_high`: throughput, and its ratio to the baseline's, with bounds;
 - `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, rate, share, times, with_interval
+from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, points, rate, share, times, with_interval
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import HEADED, Task
 from featherweight.visible import visible
@@ -38,6 +38,12 @@ SCORED: Mapping[Task, str] = {
 
 
 CHANGED = "share of greedy texts that are not the original's, letter for letter"
+NEAR = {
+    "bleu": ("BLEU", "corpus BLEU of greedy texts against the held-out targets, by sacrebleu"),
+    "chrf": ("chrF", "corpus chrF of them, by sacrebleu"),
+    "rouge_l": ("ROUGE-L", "mean F of ROUGE-L of them, times 100, by rouge-score"),
+}
+"""Title and meaning of each metric of references."""
 RANKS = "Spearman's correlation with the original's scores, or cosines of pairs of texts"
 
 
@@ -78,6 +84,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("same label", "share of answers with the original's likeliest label", "label_agreement", share),
         _bounded("changed answers (95 % CI)", CHANGED, "changed_answers", share),
         *_benchmarks(result),
+        *_near_references(),
         _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
@@ -107,6 +114,15 @@ def _benchmarks(result: OptimizationResult) -> list[Column]:
                 f"Δ {task} (95 % CI)", "its accuracy less the baseline's, paired by example", f"accuracy_change_{task}", percent
             )
         )
+    return shown
+
+
+def _near_references() -> list[Column]:
+    """How near the texts come to their references, and the change of that."""
+    shown = []
+    for key, (title, meaning) in NEAR.items():
+        shown.append(_metric(title, meaning, key, points))
+        shown.append(_bounded(f"Δ {title} (95 % CI)", "its points less the baseline's, paired by text", f"{key}_change", points))
     return shown
 
 

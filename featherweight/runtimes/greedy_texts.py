@@ -10,16 +10,23 @@ from featherweight.runtimes.client import Worker
 from featherweight.runtimes.generation_settings import GenerationSettings
 
 
-def greedy_texts(worker: Worker, folder: Path, prompts: Sequence[list[int]], new_tokens: int) -> tuple[str, ...]:
-    """The text of up to `new_tokens` tokens behind each prompt, in the tokenizer of `folder`, special tokens spelt out.
+def greedy_tokens(worker: Worker, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> list[list[int]]:
+    """The tokens behind each prompt, as many as `new_tokens` has for it or more, past their end too.
 
-    Prompts of like lengths go together, as many as the worker was opened for.
+    Those of like lengths go together, as many as the worker was opened for.
     """
-    tokenizer, settings = load_tokenizer(folder), GenerationSettings.read(folder)
-    texts: list[str] = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: (new_tokens[index], len(prompts[index])))
     for start in range(0, len(order), worker.max_batch):
         batch = order[start : start + worker.max_batch]
-        for index, tokens in zip(batch, worker.generate([prompts[index] for index in batch], new_tokens), strict=True):
-            texts[index] = str(tokenizer.decode(settings.cut(tokens, new_tokens)))
-    return tuple(texts)
+        found = worker.generate([prompts[index] for index in batch], new_tokens[batch[-1]])
+        for index, tokens in zip(batch, found, strict=True):
+            written[index] = tokens
+    return written
+
+
+def spelt(folder: Path, written: Sequence[list[int]], new_tokens: int, *, special: bool) -> tuple[str, ...]:
+    """Texts of up to `new_tokens` tokens or their end, in the tokenizer of `folder`. special: spell special tokens out."""
+    tokenizer, settings = load_tokenizer(folder), GenerationSettings.read(folder)
+    ended = [settings.cut(tokens[:new_tokens], new_tokens) for tokens in written]
+    return tuple(str(tokenizer.decode(tokens, skip_special_tokens=not special)) for tokens in ended)

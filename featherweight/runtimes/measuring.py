@@ -8,15 +8,17 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from featherweight.errors import StageError
 from featherweight.measure.agreement import embedding_quality, label_quality
 from featherweight.measure.measurement import Measurement, Quality, Speed
+from featherweight.measure.references import matches
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
 from featherweight.runtimes.benchmarks import hits
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.greedy_texts import greedy_texts
+from featherweight.runtimes.greedy_texts import greedy_tokens, spelt
 from featherweight.runtimes.interface import Timing
 from featherweight.runtimes.kept_worker import kept_worker, started
 from featherweight.runtimes.workload import Workload
@@ -141,8 +143,8 @@ class MeasuredVariant:
             peak_host_memory_bytes=None if on_cpu else host,
             peak_tensor_bytes=tensors,
             attention=self._attention(),
-            answers=self._texts(),
             hits=self._hits(),
+            **self._texts(),
         )
 
     def _attention(self) -> dict[str, str]:
@@ -153,13 +155,19 @@ class MeasuredVariant:
             self.progress.note(f"its attention is not known: {error}")
             return {}
 
-    def _texts(self) -> tuple[str, ...]:
+    def _texts(self) -> dict[str, Any]:
         """Its greedy answers to the workload's questions, in letters: a variant's tokens need not be the baseline's."""
-        questions, asked = self.workload.questions, self.workload.spec.changed_answers
-        if asked is None:
-            return ()
-        self.progress.note(f"asking {self.engine} for {len(questions)} texts")
-        return greedy_texts(self.worker, self.workload.tokenizer, questions, asked.new_tokens)
+        work, found = self.workload, dict[str, Any]()
+        if not work.questions:
+            return found
+        self.progress.note(f"asking {self.engine} for {len(work.questions)} texts")
+        written = greedy_tokens(self.worker, work.questions, work.answer_tokens)
+        if changed := work.spec.changed_answers:
+            found["answers"] = spelt(work.tokenizer, written[: changed.prompts], changed.new_tokens, special=True)
+        if asked := work.spec.references:
+            texts = spelt(work.tokenizer, written[: asked.texts], asked.new_tokens, special=False)
+            found |= {"written": texts, "matches": {name: matches(name, texts, work.references) for name in asked.metrics}}
+        return found
 
     def _hits(self) -> dict[str, tuple[float, ...]]:
         asked = self.workload.spec.benchmarks
@@ -200,8 +208,12 @@ class MeasuredVariant:
 
 def _same_questions(known: Measurement, workload: Workload) -> bool:
     """Whether what was asked of it then is what is asked now."""
-    asked = known.quality.bytes == workload.quality_bytes, len(known.answers) == len(workload.questions)
-    return all(asked) and known.hits.keys() == workload.spec.benchmarks.keys()
+    spec, texts = workload.spec, max(len(known.answers), len(known.written))
+    if known.quality.bytes != workload.quality_bytes or texts != len(workload.questions):
+        return False
+    metrics = set(spec.references.metrics) if spec.references else set()
+    compared = bool(known.answers) == (spec.changed_answers is not None)
+    return compared and known.hits.keys() == spec.benchmarks.keys() and known.matches.keys() == metrics
 
 
 def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:

@@ -16,7 +16,7 @@ from featherweight.model.positions import context_tokens
 from featherweight.spec import Task
 from featherweight.store.served_folder import verified_tokens
 from featherweight.text.examples import Example
-from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.model_inputs import scoring_windows, sources_and_targets
 from featherweight.text.respelling import Respelling
 from featherweight.text.tokens import Window
 
@@ -42,7 +42,7 @@ class Workload:
 
     single: a model that labels texts has one label only. respelt: where a variant's tokenizer is another one, what its windows are
     the parts of. questions: prompts whose greedy answers are compared, in the tokens of the variant, whose tokenizer lies
-    in the folder `tokenizer`.
+    in the folder `tokenizer`. references: what the first of them are to be answered with.
     """
 
     spec: WorkloadSpec
@@ -54,6 +54,7 @@ class Workload:
     respelt: Respelt | None = None
     questions: tuple[list[int], ...] = ()
     tokenizer: Path = Path()
+    references: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
@@ -69,11 +70,11 @@ class Workload:
             raise RecipeError(reason)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
-        questions = _questions(spec, folder, config, evaluation) if spec.changed_answers else ()
+        questions, references = _questions(spec, folder, config, evaluation) if spec.asked_texts else ((), ())
         written = 0 if family == "encoder" else spec.written_tokens
         longest = max(length, written + max(spec.prompt_tokens, *map(len, questions), 0))
         longest = max(longest, min(spec.served_tokens, context)) if spec.benchmarks else longest
-        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder)
+        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder, references)
 
     def for_served(self, served: Path, source: Path) -> Workload:
         """The same text in the tokens of the variant in `served`, which may lack some of those of `source` (text/respelling.py)."""
@@ -94,6 +95,11 @@ class Workload:
     def new_tokens(self) -> int:
         """Tokens to generate: none by an encoder, which reads its prompt once."""
         return 0 if self.family == "encoder" else self.spec.new_tokens
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """How many tokens to write behind each question."""
+        return [max(new for texts, new in self.spec.asked_texts if place < texts) for place in range(len(self.questions))]
 
     @property
     def counted_tokens(self) -> int:
@@ -137,14 +143,19 @@ class Workload:
         return prompts
 
 
-def _questions(spec: WorkloadSpec, folder: Path, config: PreTrainedConfig, evaluation: Path) -> tuple[list[int], ...]:
-    """Beginnings of pieces of the text, of `prompt_tokens` each; of a seq2seq model the sources, as long as is served."""
-    assert spec.changed_answers is not None, "asked for"
-    asked = spec.changed_answers
-    source = spec.measured_tokens - asked.new_tokens
-    length = source if family_of(config) == "seq2seq" else spec.prompt_tokens + APART
-    windows = scoring_windows(folder, config, evaluation, min(length, context_tokens(config)), asked.prompts)
-    return tuple(window.source or window.ids[: spec.prompt_tokens] for window in windows)
+def _questions(
+    spec: WorkloadSpec, folder: Path, config: PreTrainedConfig, evaluation: Path
+) -> tuple[tuple[list[int], ...], tuple[str, ...]]:
+    """Beginnings of pieces of the text, of `prompt_tokens` each; of a seq2seq model the sources, cut to what is measured, or
+    to what is served where there are references, which come second."""
+    texts, new_tokens = map(max, zip(*spec.asked_texts, strict=True))
+    if family_of(config) == "seq2seq":
+        longest = spec.served_tokens if spec.references else spec.measured_tokens
+        pairs = sources_and_targets(folder, evaluation, min(longest - new_tokens, context_tokens(config)), texts)
+        targets = [target for _, target in pairs[: spec.references.texts]] if spec.references else []
+        return tuple(source for source, _ in pairs), tuple(targets)
+    windows = scoring_windows(folder, config, evaluation, min(spec.prompt_tokens + APART, context_tokens(config)), texts)
+    return tuple(window.ids[: spec.prompt_tokens] for window in windows), ()
 
 
 def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:

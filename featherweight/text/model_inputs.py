@@ -139,15 +139,21 @@ def scoring_windows(checkpoint: Path, config: PreTrainedConfig, text: Path, leng
 def _pair_windows(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int
 ) -> list[Window]:
-    start, windows = decoder_start(config), []
-    for source, target in _encoded_pairs(text, tokenizer, length - 1, seed=0):
-        if source.ids and target.text_bytes:
-            windows.append(Window([start, *target.ids], target.text_bytes, source.ids))
-        if len(windows) == limit:
-            break
-    if not windows:
+    start, pairs = decoder_start(config), _scored_pairs(tokenizer, text, length, limit)
+    return [Window([start, *target.ids], target.text_bytes, source.ids) for source, target in pairs]
+
+
+def sources_and_targets(checkpoint: Path, text: Path, length: int, limit: int) -> list[tuple[list[int], str]]:
+    """For each of the seq2seq `scoring_windows` its source, cut to fit, and the whole text of the document's target."""
+    return [(source.ids, target.whole.text) for source, target in _scored_pairs(load_tokenizer(checkpoint), text, length, limit)]
+
+
+def _scored_pairs(tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int) -> list[tuple[Part, Part]]:
+    every = _encoded_pairs(text, tokenizer, length - 1, seed=0)
+    pairs = list(islice(((source, target) for source, target in every if source.ids and target.text_bytes), limit))
+    if not pairs:
         raise DataError("the text holds no document of two tokens to make a source and a target of; give more text")
-    return windows
+    return pairs
 
 
 def _masked_windows(_: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Path, length: int, limit: int) -> list[Window]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.measurement import FILE, Comparison, Quality, quantile
 from featherweight.measure.statistics import (
+    bootstrap_difference,
     bootstrap_median_ratio,
     bootstrap_ratio,
+    bootstrap_score_difference,
     paired_share_difference,
     share_of,
     trials_to_show,
@@ -95,6 +97,20 @@ def test_the_loss_of_accuracy_is_that_of_the_worst_benchmark():
     assert metrics["accuracy_loss_high"] == -metrics["accuracy_change_b_low"] > 0.5
     with pytest.raises(StageError, match="different benchmarks"):
         Comparison(ours, measurement()).metrics()
+
+
+def test_the_difference_of_a_corpus_score_is_drawn_by_text_and_of_a_mean_it_is_the_means():
+    draw = numpy.random.default_rng(1)
+    ours, theirs = draw.gamma(5, 1, 80), draw.gamma(4, 1, 80)
+
+    def mean(sums):
+        return sums[0] / sums[1]
+
+    found = bootstrap_score_difference([(one, 1.0) for one in ours], [(one, 1.0) for one in theirs], mean)
+    wanted = bootstrap_difference(list(ours), list(theirs))
+    assert found.value == pytest.approx(wanted.value)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.05)
+    assert found.low < found.value < found.high
 
 
 def test_pairing_takes_out_what_both_sides_share():

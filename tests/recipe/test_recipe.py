@@ -65,6 +65,9 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"constraints": {"max_quality_loss": float("inf")}}, "constraints.max_quality_loss: "),
         ({"constraints": {"min_speedup": -1}}, "constraints.min_speedup: "),
         ({"constraints": {"max_accuracy_loss": 0.01}}, "wants workload.benchmarks, such as"),
+        ({"constraints": {"max_reference_loss": 0.5}}, "wants workload.references, such as"),
+        ({"workload": {"references": {}}}, "workload.references: a model for text-generation makes no text of a text"),
+        ({"workload": {"references": {}}, "task": "text2text-generation", "checkpoint": {"source": "x"}}, "wants data.target"),
         ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
         (
             {"constraints": {"max_changed_answers": 0.01}, "workload": {"changed_answers": {}}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from functools import cache
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,8 @@ from typing import Any, Literal
 import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.measure.measurement import Comparison
-from featherweight.measure.spec import ChangedAnswersSpec, WorkloadSpec
+from featherweight.measure.measurement import Comparison, Measurement
+from featherweight.measure.spec import ChangedAnswersSpec, ReferencesSpec, WorkloadSpec
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
@@ -20,8 +21,8 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.runtimes.parity import load_reference
 from featherweight.store.served_folder import Serving
-from featherweight.text.documents import Document, write_documents
-from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.documents import Document, read_documents, write_documents
+from featherweight.text.model_inputs import scoring_windows, sources_and_targets
 from featherweight.text.tokens import Frame, Window
 from tasks.evaluate import evaluate
 from tasks.export import export
@@ -175,6 +176,8 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
     out.mkdir()
     spec = WorkloadSpec(prompt_tokens=8, new_tokens=10, batch_sizes=(2,), rounds=2, windows=4, window_tokens=32, threads=(1,))
     asked = {"changed_answers": ChangedAnswersSpec(prompts=3, new_tokens=4)} if kind == "t5" else {}
+    if asked and find_spec("sacrebleu"):
+        asked |= {"references": ReferencesSpec(texts=5, new_tokens=7, metrics=("bleu", "chrf"))}
     spec = spec.model_copy(update=asked)
     metrics = evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=out)
     counted = 10 if kind == "t5" else 8
@@ -186,6 +189,27 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
         written = [greedy(model, one.source)[:4] for one in scoring_windows(checkpoint("t5"), model.config, text, 28, 3)]
         until_end = [list(takewhile(lambda token: token != tokenizer.eos_token_id, ids)) for ids in written]
         assert Comparison.read(out).variant.answers == tuple(tokenizer.decode(ids) for ids in until_end)
+    if "references" in asked:
+        check_references(Comparison.read(out).variant, metrics, checkpoint("t5"), text)
+
+
+def check_references(found: Measurement, metrics: Any, checkpoint: Path, text: Path) -> None:
+    """The texts are transformers', their scores what sacrebleu says of them and the documents' whole targets."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    model, tokenizer = load_reference(checkpoint), load_tokenizer(checkpoint)
+    ends, written = (
+        tokenizer.eos_token_id,
+        [greedy(model, one.source)[:7] for one in scoring_windows(checkpoint, model.config, text, 64, 5)],
+    )
+    until_end = [list(takewhile(lambda token: token != ends, ids)) for ids in written]
+    assert found.written == tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids in until_end)
+    targets = {document.text: document.target for document in read_documents(text)}
+    sources = [one for one, _ in sources_and_targets(checkpoint, text, 64, 5)]
+    wanted = [targets[tokenizer.decode(ids, skip_special_tokens=True)] for ids in sources]
+    assert metrics["bleu"] == pytest.approx(BLEU().corpus_score(list(found.written), [wanted]).score)
+    assert metrics["chrf"] == pytest.approx(CHRF().corpus_score(list(found.written), [wanted]).score) and metrics["chrf"] > 0
+    assert metrics["references"] == 5 and metrics["reference_loss"] == metrics["reference_loss_high"] == 0.0
 
 
 @pytest.mark.engine
