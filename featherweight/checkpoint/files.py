@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import operator
 import os
 import shutil
 import struct
@@ -317,10 +318,11 @@ def read_header(listing: Listing, name: str) -> dict[str, Any]:
         _refuse_length(listing, name, f"at least {until}", shorter=True)
     try:
         header = json.loads(listing.read(name, until)[8:])
-        [entry["data_offsets"][1] + len(entry["shape"]) for key, entry in header.items() if key != "__metadata__"]
+        tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
+        [sum(map(operator.index, entry["data_offsets"]), len(entry["shape"])) for entry in tensors.values()]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _headless(listing, name) from error
-    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+    return tensors
 
 
 def header_bytes(listing: Listing, name: str) -> int:

@@ -26,7 +26,7 @@ def names_of_parts(name: str) -> tuple[str, ...]:
 
 def models_among(names: Iterable[str]) -> set[tuple[str, ...]]:
     """The GGUF models among these names, each as the names of all its parts, there or not."""
-    return {names_of_parts(name) for name in names if name.endswith(".gguf")}
+    return {names_of_parts(name) or (name,) for name in names if name.endswith(".gguf")}
 
 
 def only_model(names: Iterable[str]) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ from featherweight.checkpoint.gguf import gguf_file
 from featherweight.checkpoint.gguf_parts import gguf_identity, lacking_of, models_among, parts_of
 from featherweight.checkpoint.identity import content_identity, may_be_read
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import CheckpointError, DataError
+from featherweight.errors import CheckpointError, DataError, told
 from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest, file_sha256
 
@@ -49,28 +49,42 @@ def folders_below(source: str) -> Iterator[Arrival]:
     root = Path(source).expanduser().absolute()
     if not root.is_dir():
         raise DataError(f"watched folder {root} does not exist; create it, or check the path")
-    for place, inside, names in os.walk(root):
+    closed: list[OSError] = []
+    for place, inside, names in os.walk(root, onerror=closed.append):
         folder = Path(place)
         inside[:] = sorted(name for name in inside if not name.startswith(".") and not is_companion(f"{name}/{CONFIG}"))
         if len(folder.relative_to(root).parts) >= DEPTH - 1:
             inside.clear()
-        models = set() if ADAPTER in names else models_among(names)
-        if (CONFIG in names or ADAPTER in names) and (not models or has_weights(Listing.of(folder))):
-            yield _arrival(folder, root)
-        else:
-            yield from (_gguf_arrival(folder, root, parts) for parts in models)
+        try:
+            yield from list(_arrivals_in(folder, root, names))
+        except Exception as error:  # whatever its files hold, or who replaces it meanwhile, costs this folder alone
+            yield _left_out(folder, told(error))
+    yield from (_left_out(Path(one.filename), f"cannot be read: {one.strerror}") for one in closed if Path(one.filename).exists())
+
+
+def _arrivals_in(folder: Path, root: Path, names: Sequence[str]) -> Iterator[Arrival]:
+    """The checkpoint right inside a folder, or its GGUF models."""
+    models = set() if ADAPTER in names else models_among(names)
+    if (CONFIG in names or ADAPTER in names) and (not models or has_weights(Listing.of(folder))):
+        yield _arrival(folder, root)
+    else:
+        yield from (_gguf_arrival(folder, root, parts) for parts in models)
+
+
+def _left_out(folder: Path, problem: str) -> Arrival:
+    return Arrival(str(folder), content_digest([str(folder), problem]), problem=problem)
 
 
 def _arrival(folder: Path, root: Path) -> Arrival:
     listing = Listing.of(folder)
     read = [name for name in listing.sizes if may_be_read(name)]
-    stamp, told = _stamp(folder, read), (listing, _problem(folder, root, read), is_done(tuple(listing.sizes)))
+    stamp, facts = _stamp(folder, read), (listing, _problem(folder, root, read), is_done(tuple(listing.sizes)))
     base = _base(folder) if ADAPTER in listing.sizes else None
     if base is None:
-        return Arrival(str(folder), stamp, *told)
+        return Arrival(str(folder), stamp, *facts)
     under = Listing.of(base)
     stamp = content_digest([stamp, _stamp(base, [name for name in under.sizes if may_be_read(name)])])
-    return Arrival(str(folder), stamp, *told, identify=partial(_adapted_identity, listing, under))
+    return Arrival(str(folder), stamp, *facts, identify=partial(_adapted_identity, listing, under))
 
 
 def _base(adapter: Path) -> Path | None:
@@ -107,5 +121,5 @@ def _stamp(source: Path, read: Sequence[str]) -> str:
 
 def _marks(path: Path) -> tuple[int, ...]:
     """What changes when a file is written, whatever its times were set to."""
-    told = path.stat()
-    return told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino
+    now = path.stat()
+    return now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino

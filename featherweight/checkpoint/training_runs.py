@@ -64,7 +64,8 @@ def numbered(source: str) -> tuple[str, int] | None:
 def _figure(arrival: Arrival, metric: str) -> float | None:
     """The metric that the trainer measured of this checkpoint, as transformers' Trainer writes it down; None where it did not."""
     state = trainer_state(arrival)
-    steps = [entry for entry in state.get("log_history", ()) if isinstance(entry, dict) and metric in entry]
+    told = state.get("log_history")
+    steps = [entry for entry in (told if isinstance(told, list) else ()) if isinstance(entry, dict) and metric in entry]
     own = [entry[metric] for entry in steps if entry.get("step") == state.get("global_step")]
     return float(own[-1]) if own and isinstance(own[-1], int | float) and own[-1] == own[-1] else None
 

@@ -302,3 +302,32 @@ def test_an_arrival_without_files_is_not_known(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(arriving, "arrivals", lambda source: [Arrival("x", "stamp")])
     (seen,) = look("x", tmp_path, 0)
     assert seen.state == "waiting" and "no files" in seen.reason
+
+
+def test_what_cannot_be_listed_costs_itself_only(drop: Path, see, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name beyond any file system, a count of no parts, a trainer's state of numbers, offsets of text, a closed folder."""
+    adapter = drop / "far"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a" * 100_000}))
+    shutil.copy(drop / "one" / WEIGHTS, adapter / "adapter_model.safetensors")
+    (drop / "gguf").mkdir()
+    (drop / "gguf" / "none-00000-of-00000.gguf").write_bytes(b"")
+    shutil.copytree(drop / "one", drop / "checkpoint-1")
+    (drop / "checkpoint-1" / "trainer_state.json").write_text('{"log_history": 5}')
+    shutil.copytree(drop / "one", drop / "offsets")
+    header = b'{"a": {"data_offsets": ["0", 8], "shape": [2], "dtype": "F32"}}'
+    (drop / "offsets" / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    (drop / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    seen = see(drop, "best")
+    assert seen["one"].state == "ready" and "checkpoint-1" not in seen
+    assert seen["far"].state == seen["closed"].state == "left out"
+    assert "too long" in seen["far"].reason and "Permission denied" in seen["closed"].reason
+    assert "GGUF" in seen["none-00000-of-00000.gguf"].reason and "safetensors header" in seen["offsets"].reason
