@@ -12,7 +12,7 @@ from typing import Any
 HIDDEN = "***"
 _QUOTES = "\"'`<>"
 # An address ends at a space, and at a quote unless the text goes on behind it as a password would.
-_ADDRESS = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]*)://((?:[^\s{_QUOTES}]|[{_QUOTES}](?=[^\s{_QUOTES},:;.)\]}}]))+)")
+_ADDRESS = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]{{0,40}})://((?:[^\s{_QUOTES}]|[{_QUOTES}](?=[^\s{_QUOTES},:;.)\]}}]))+)")
 _SECRET = r"passw(?:or)?d|passphrase|pwd|secret|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key"
 _PARAMETER = re.compile(rf"(?i)([?&;][\w.-]*(?:{_SECRET}|token|signature|credential|sig))=[^&\s{_QUOTES}]+")
 _SETTING = re.compile(rf"(?i)(?<![\w.?&;-])([\w.-]*(?:{_SECRET}|(?-i:TOKEN)))=('[^']*'|\"[^\"]*\"|[^\s,;&{_QUOTES}]+)")

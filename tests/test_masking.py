@@ -79,3 +79,9 @@ def test_a_tree_is_masked_down_to_its_leaves() -> None:
     tree = {"a": [{"source": "s3://ada:hunter2@bucket"}, 3, None], "b": ("x", "http://hunter2@host")}
     assert SECRET not in json.dumps(masked_tree(tree))
     assert masked_tree({"a": [1, "x"]}) == {"a": [1, "x"]}
+
+
+def test_a_scheme_of_any_length_hides_its_secret_and_a_long_word_costs_no_more_than_its_letters() -> None:
+    """The arrival that found it named a base of 100,000 letters, and took a minute each time that it was told."""
+    assert masked(f"{'a' * 100}://user:hunter2@host") == f"{'a' * 100}://***@host"
+    assert masked("a" * 1_000_000) == "a" * 1_000_000  # hours, were it looked at from each letter to its end
