@@ -18,7 +18,7 @@ from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line
 from featherweight.model.architecture import class_by_type, family_of, head_class, head_refusal, task_of
-from featherweight.model.decoding import decoder_refusal
+from featherweight.model.decoding import decoder_refusal, language_refusal
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def dry_load(
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             require_task(folder, config, task)
             _require_alike(folder, config)
-            if reason := decoder_refusal(config):
+            if reason := decoder_refusal(config) or language_refusal(config):
                 raise CheckpointError(f"{folder}: {reason}")
             model, info = model_class(config, folder, trust_remote_code).from_pretrained(
                 None,

@@ -50,6 +50,13 @@ def _encoder_refusal(config: PreTrainedConfig) -> str | None:
     return f"as config.json describes it (is_decoder: false) a {config.model_type} model reads the texts that follow; {way}"
 
 
+def language_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model of one adapter for each language (X-MOD) cannot be taken: nothing says which of them reads the texts."""
+    if config.model_type != "xmod" or config.default_language is not None:
+        return None
+    return f"config.json names no default_language, without which an xmod model reads nothing; it has {', '.join(config.languages)}"
+
+
 def cache_name(model: Any) -> str | None:
     """By which name `model` takes what it has read; None of those that keep nothing (GPT, XLM)."""
     known = inspect.signature(model.forward).parameters

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from featherweight.model.decoding import CACHES, WITHOUT_KEYS_AND_VALUES, Reading, cache_name, decoder_refusal
+from featherweight.model.decoding import CACHES, WITHOUT_KEYS_AND_VALUES, Reading, cache_name, decoder_refusal, language_refusal
 
 SMALL = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
@@ -66,3 +66,11 @@ def test_only_decoders_that_read_from_left_to_right_are_taken(
     found = decoder_refusal(AutoConfig.for_model(kind, **{"architectures": [architecture], **told}))
     assert (found is None) == (reason is None)
     assert reason is None or re.search(reason, str(found))
+
+
+def test_a_model_of_many_languages_has_to_say_which_it_reads() -> None:
+    silent, told = (
+        AutoConfig.for_model("xmod", languages=["en_XX", "de_DE"], **told) for told in ({}, {"default_language": "de_DE"})
+    )
+    assert "names no default_language" in str(language_refusal(silent)) and "en_XX, de_DE" in str(language_refusal(silent))
+    assert language_refusal(told) is language_refusal(AutoConfig.for_model("bert")) is None
