@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 from featherweight.errors import DataError, RecipeError, ToolchainError
 from featherweight.measure.spec import BenchmarkSpec, WorkloadSpec
+from featherweight.store.artifact import file_sha256
 
 HARNESS = "lm_eval"
 
@@ -22,7 +22,7 @@ def fingerprint(spec: WorkloadSpec) -> str | None:
         return None
     require(spec)
     files = [name for one in spec.benchmarks.values() for name in (one.file, one.labels) if name]
-    digests = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files]
+    digests = [file_sha256(Path(name)) for name in files]
     return json.dumps([HARNESS, version(HARNESS), *digests])
 
 
