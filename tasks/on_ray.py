@@ -18,12 +18,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from featherweight.errors import RecipeError, ServiceError, StageError, ToolchainError, Unreachable
+from featherweight.errors import ServiceError, StageError, ToolchainError, Unreachable
 from featherweight.recipe.plan import Node
 from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace, local_path
-from featherweight.system.device import CUDA, SIDE_BY_SIDE
+from featherweight.system.device import CUDA, stages_side_by_side
 from featherweight.system.locks import locked_file
 from featherweight.training.threads import cores
 from tasks.cache_key import hardware
@@ -91,7 +91,7 @@ def ray_cluster(parent: ParentRun) -> Iterator[Cluster]:
         import ray
     except ImportError as error:
         raise ToolchainError("engine: ray wants Ray; `pip install 'featherweight[ray]'`, or say engine: local") from error
-    per_node = _stages_per_node()
+    per_node = stages_side_by_side()
     address = os.environ.get(ADDRESS, "").strip() or None
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // per_node))
     told: dict[str, Any] = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}}, "log_to_driver": False}
@@ -108,13 +108,6 @@ def ray_cluster(parent: ParentRun) -> Iterator[Cluster]:
         yield Cluster(int(max(node["Resources"].get("CPU", 0) for node in alive)), per_node)
     finally:
         ray.shutdown()
-
-
-def _stages_per_node() -> int:
-    told = os.environ.get(SIDE_BY_SIDE, "").strip() or "1"
-    if not (told.isdigit() and int(told)):
-        raise RecipeError(f"{SIDE_BY_SIDE} is '{told}'; on Ray it takes the number of stages that share a node")
-    return int(told)
 
 
 def _require_alike(nodes: list[dict[str, Any]], parent: ParentRun) -> None:

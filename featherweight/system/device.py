@@ -113,15 +113,28 @@ def visible() -> dict[str, str]:
 
 def places() -> tuple[Place, ...]:
     """Where stages run side by side here; a single one where they run one after the other."""
-    told, cuda = os.environ.get(SIDE_BY_SIDE, "").strip() or "1", resolve() == CUDA
+    cuda = resolve() == CUDA
     seen, count = os.environ.get(VISIBLE), len(gpus()) if cuda else 0
     there = (visible_names(seen) if seen else [str(number) for number in range(count)])[:count]
-    if told != "auto" and not (told.isdigit() and int(told)):
-        raise RecipeError(f"{SIDE_BY_SIDE} is '{told}'; it takes a number, or auto for the number of GPUs")
-    count = max(1, len(there)) if told == "auto" else int(told)
+    count = stages_side_by_side(auto=max(1, len(there)))
     if cuda and count > len(there):
         raise RecipeError(f"{SIDE_BY_SIDE} is {count}, and {len(there)} GPUs are in reach; one stage runs on each")
     return tuple(Place(there[number] if cuda and count > 1 else None, count) for number in range(count))
+
+
+def stages_side_by_side(auto: int | None = None) -> int:
+    """How many stages share a machine: FEATHERWEIGHT_SIDE_BY_SIDE, or 1; `auto` is the count that this word stands for, if for any.
+
+    Raises:
+        RecipeError: it is neither a number above zero nor that word.
+    """
+    told = os.environ.get(SIDE_BY_SIDE, "").strip() or "1"
+    if told == "auto" and auto is not None:
+        return auto
+    if not (told.isdecimal() and int(told)):
+        also = "" if auto is None else ", or auto for the number of GPUs"
+        raise RecipeError(f"{SIDE_BY_SIDE} is '{told}'; it takes how many stages share a machine, from 1 on{also}")
+    return int(told)
 
 
 def place_in_use() -> Place | None:

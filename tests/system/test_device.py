@@ -103,3 +103,10 @@ def test_random_numbers_go_on_where_they_were(where):
     device.set_random_state(state, place)
     assert all(torch.equal(one, other) for one, other in zip(drawn, [torch.rand(4), torch.rand(4, device=place)], strict=True))
     assert (device.peak_bytes(place) is None) == (where == "cpu")
+
+
+@pytest.mark.parametrize("told", ["auto", "0", "-1", "two", "²"])
+def test_a_share_of_a_machine_is_a_number_from_one_on(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.SIDE_BY_SIDE, told)
+    with pytest.raises(RecipeError, match="takes how many stages share a machine, from 1 on$"):
+        device.stages_side_by_side()

@@ -67,12 +67,6 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_
         pass
 
 
-def test_a_share_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEATHERWEIGHT_SIDE_BY_SIDE", "auto")
-    with pytest.raises(RecipeError, match="on Ray it takes the number of stages that share a node"):
-        on_ray._stages_per_node()
-
-
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
     """Two raylets on this machine, a processor each; this process hangs on a third, which has none."""
