@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from featherweight.errors import ToolchainError
@@ -99,7 +100,12 @@ def text_of(name: str, file: str) -> str:
 def holds_text(name: str, files: str, text: str) -> bool:
     """Whether a file of a toolchain's packages that the pattern finds has the text in it, compiled code included."""
     found = (path for folder in _packages(name) for path in folder.glob(files))
-    return any(text.encode() in path.read_bytes() for path in found)
+    return any(_holds(path, text.encode()) for path in found)
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as seen:
+        return seen.find(text) >= 0
 
 
 def install(name: str) -> None:

@@ -103,6 +103,12 @@ def test_every_shipped_recipe_is_valid_and_has_variants(path):
     assert expand(load_recipe(path)).variants
 
 
+def test_the_demo_leaves_out_no_engine_that_set_up_installs():
+    from featherweight.recipe.plan import expand
+
+    assert list(expand(load_recipe(ROOT / "recipes" / "demo.yaml")).ruled_out) == ["qat4/ct2-int8"]
+
+
 @pytest.mark.parametrize("line", [*DIRECT, "uv", "vllm"])
 def test_every_dependency_is_a_decision(line):
     name = Requirement(line).name

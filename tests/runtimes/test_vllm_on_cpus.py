@@ -57,6 +57,9 @@ def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) 
         "vLLM's attention on CPUs has heads of 32, 64 channels, and these have 16; take torch or another engine"
     )
     assert refusal(num_attention_heads=4) is None
+    toolchains.holds_text.cache_clear()
+    (packages / "vllm" / "_C_AVX2.abi3.so").write_text("_ZN13cpu_attention13AttentionImplILNS_3ISAE1EfLl48E")
+    assert refusal(num_attention_heads=4, head_dim=48) is None, "its list leaves out a width that its code computes"
     assert refusal(num_attention_heads=4, head_dim=16, kv_lora_rank=8) is None, "compressed keys have kernels of their own"
     assert refusal(head_dim=16) is None, "no attention has no heads"
 

@@ -17,6 +17,8 @@ from featherweight.system.toolchains import holds_text, text_of
 ATTENTION, REGISTRY = "vllm/v1/attention/backends/cpu_attn.py", "vllm/model_executor/models/registry.py"
 TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 """Where its registry names the decoders of text that it serves, with modules of its own or with transformers'."""
+ATTENTION_KERNEL = "13AttentionImplILNS_3ISAE1EfLl{width}E"
+"""What its compiled code calls the attention that every CPU computes, in float32, over heads of a width."""
 MIXER, SCAN, KERNELS = "mamba.mamba_mixer import", "selective_scan_fwd", "vllm/_C*.so"
 """Whoever imports the first one, Mamba's first version, computes with the second, if it is among the third."""
 OTHERS = "take torch or another engine"
@@ -36,9 +38,14 @@ def _heads_refusal(config: Any) -> str | None:
     """Compressed keys have kernels of their own; without attention there are no heads."""
     config = config.get_text_config()
     width, known = head_width(config), widths()
-    if not known or width is None or width in known or getattr(config, "kv_lora_rank", None) or not _attends(config):
+    if not known or width is None or getattr(config, "kv_lora_rank", None) or not _attends(config) or _has_kernel(width):
         return None
     return f"vLLM's attention on CPUs has heads of {', '.join(map(str, known))} channels, and these have {width}; {OTHERS}"
+
+
+def _has_kernel(width: int) -> bool:
+    """Its list leaves out some widths that it computes, 48 among them: the compiled code knows better."""
+    return width in widths() or holds_text("vllm", KERNELS, ATTENTION_KERNEL.format(width=width))
 
 
 def _attends(config: Any) -> bool:
