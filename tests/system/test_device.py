@@ -108,5 +108,5 @@ def test_random_numbers_go_on_where_they_were(where):
 @pytest.mark.parametrize("told", ["auto", "0", "-1", "two", "²"])
 def test_a_share_of_a_machine_is_a_number_from_one_on(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(device.SIDE_BY_SIDE, told)
-    with pytest.raises(RecipeError, match="takes how many stages share a machine, from 1 on$"):
+    with pytest.raises(RecipeError, match=r"takes how many stages share a machine, from 1 on$"):
         device.stages_side_by_side()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import DataError, RecipeError, ServiceError, StageError, ToolchainError, Unreachable
+from featherweight.errors import DataError, ServiceError, StageError, ToolchainError, Unreachable
 from featherweight.recipe.plan import Node
 from featherweight.store.artifact import ArtifactRef
 from featherweight.store.workspace import Workspace
