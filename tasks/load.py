@@ -28,7 +28,8 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
     holds them, as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers`.
     Names that transformers reads though they lack the model's prefix, or have that of torch.compile or DistributedDataParallel,
     and a config that contradicts the files about a tied head, are settled by what the files hold; metrics `renamed_tensors` and
-    `head_settled`. A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric
+    `head_settled`. Weights that transformers writes into when it loads them are what it computes with; metric
+    `overwritten_tensors`. A sparse checkpoint, with a `sparsity.json` or at least half zeros in its blocks, keeps its zeros; metric
     `zero_share`. Adapters of `spec.adapters` are kept beside the checkpoint.
     Raises CheckpointError or ServiceError; then `out` is empty again.
     """

@@ -31,14 +31,14 @@ PLAIN_ROTATIONS = ("default", "mrope")
 """Kinds of rotary embeddings that are made without a function of their own."""
 
 
-def described(folder: Path, gguf: str | None = None) -> dict[str, Any]:
-    """`config` (see featherweight.model.facts.describe) and `generation` (values) of a folder, or of a GGUF file in it.
+def described(folder: Path, gguf: str | None = None, *, called: str | None = None) -> dict[str, Any]:
+    """`config` (see featherweight.model.facts.describe) and `generation` (values) of a folder, or of a small GGUF file in it.
 
-    Raises CheckpointError where transformers makes nothing of it.
+    called: what an error names, where a user does not know `folder`. Raises CheckpointError where transformers makes nothing of it.
     """
     told = read(folder, gguf) if "torch" in sys.modules else _remembered(folder, gguf)
     if "error" in told:
-        where = folder / (gguf or "config.json")
+        where = called or folder / (gguf or "config.json")
         raise CheckpointError(f"{where} describes no model that transformers can build: {told['error']}")
     return told
 
@@ -61,13 +61,9 @@ def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
 
 
 def _key(folder: Path, gguf: str | None) -> str:
-    """Of all that an answer depends on: the files (of a large one its size and time), the code, and transformers."""
-    if gguf:
-        stat = (folder / gguf).stat()
-        files: list[Any] = [str(folder.resolve()), gguf, stat.st_size, stat.st_mtime_ns]
-    else:
-        named = [folder / name for name in ("config.json", GENERATION)]
-        files = [path.read_text(errors="replace") if path.is_file() else None for path in named]
+    """Of all that an answer depends on: the files, the code, and transformers."""
+    named = [folder / name for name in ((gguf,) if gguf else ("config.json", GENERATION))]
+    files = [gguf, *(path.read_bytes().hex() if path.is_file() else None for path in named)]
     code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__, architecture.__file__)]
     return content_digest([files, code, version("transformers")])
 

@@ -7,7 +7,7 @@ is down, code of the checkpoint's own) is known at load.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from featherweight.checkpoint.files import (
     require_tokenizer,
 )
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
-from featherweight.checkpoint.gguf_header import GgufTensor, read_gguf
+from featherweight.checkpoint.gguf_header import GgufHeader, read_gguf
 from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
@@ -119,7 +119,7 @@ def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
     with tempfile.TemporaryDirectory() as place:
         for name in {CONFIG, GENERATION} & listing.sizes.keys():
             (Path(place) / name).write_bytes(listing.read(name, listing.sizes[name]))
-        return _facts(described(Path(place)), told, listing, weights)
+        return _facts(described(Path(place), called=f"{listing.where}/{CONFIG}"), told, listing, weights)
 
 
 def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
@@ -165,26 +165,37 @@ def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ..
 def _of_gguf(file: Path) -> CheckpointFacts:
     """The tensors keep llama.cpp's names. Integers stay where all of a model's matrices in the blocks are of one type of ours."""
     parts = parts_of(file)
-    tensors: dict[str, GgufTensor] = {}
+    header = _whole_header(parts)
+    told, generation = _described_by(header, str(parts[0]))
+    shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in header.tensors.items()}
+    kinds = {name: tensor.type for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
+    grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF and keeps_integers(kinds)}
+    packed = any(kind not in FLOATS for kind in kinds.values())
+    size = sum(part.stat().st_size for part in parts)
+    return CheckpointFacts(told, generation, shapes, size, "gguf" if packed else None, grids)
+
+
+def _whole_header(parts: Sequence[Path]) -> GgufHeader:
+    """What the first part says of the model, and the tensors of all."""
+    headers = []
     for part in parts:
         listing = Listing.of(part.parent)
         header = read_gguf(listing, part.name)
         if listing.sizes[part.name] < header.end:
             raise CheckpointError(f"{part} is truncated: {listing.sizes[part.name]} of {header.end} bytes")
-        tensors |= header.tensors
-    answer = described(parts[0].parent, parts[0].name)
-    shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in tensors.items()}
-    kinds = {name: tensor.type for name, tensor in tensors.items() if len(tensor.shape) == 2}
-    grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF and keeps_integers(kinds)}
-    packed = any(kind not in FLOATS for kind in kinds.values())
-    return CheckpointFacts(
-        Values(answer["config"]),
-        Values({"values": answer["generation"], "names": {}}),
-        shapes,
-        sum(part.stat().st_size for part in parts),
-        "gguf" if packed else None,
-        grids,
-    )
+        headers.append(header)
+    return GgufHeader(headers[0].settings, {name: tensor for header in headers for name, tensor in header.tensors.items()})
+
+
+def _described_by(header: GgufHeader, called: str) -> tuple[Values, Values]:
+    """Configuration and generation settings. transformers would count a vocabulary piece by piece, which takes it a minute."""
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "model.gguf").write_bytes(header.sketch())
+        answer = described(Path(place), "model.gguf", called=called)
+    config = answer["config"]
+    if header.pieces is not None and not any(key.endswith(".vocab_size") for key in header.settings):
+        config["values"][config["names"].get("vocab_size", "vocab_size")] = header.pieces
+    return Values(config), Values({"values": answer["generation"], "names": {}})
 
 
 def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:

@@ -77,6 +77,9 @@ _WITHOUT_CONFIG = {
 
 # safetensors itself refuses longer headers.
 _MAX_HEADER = 100_000_000
+_MAX_JSON = 1 << 24
+_MAX_LIST = 1 << 28
+"""Bytes of JSON: of settings, the largest seen have a few MB, and of what lists a vocabulary or the tensors of all shards."""
 _PIECE = 1 << 22
 
 
@@ -285,6 +288,9 @@ def read_list(listing: Listing, name: str) -> list[dict[str, Any]]:
 
 
 def _parse(listing: Listing, name: str) -> Any:
+    most = _MAX_LIST if name in (INDEX, PICKLE_INDEX) or is_companion(name, VOCABULARIES) else _MAX_JSON
+    if listing.sizes[name] > most:
+        raise CheckpointError(f"{listing.where}/{name} has {listing.sizes[name]:,} bytes; none is so large; copy it again")
     try:
         return json.loads(listing.read(name, listing.sizes[name]))
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,9 @@ _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
 ALIGNMENT = "general.alignment"
+TOKENS = "tokenizer.ggml.tokens"
+LISTS = (TOKENS, *(f"tokenizer.ggml.{name}" for name in ("scores", "token_type", "merges")))
+"""What has an entry for each of a tokenizer's pieces."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,19 @@ class GgufHeader:
     def end(self) -> int:
         """How many bytes the file has at least."""
         return max((tensor.end for tensor in self.tensors.values()), default=0)
+
+    @property
+    def pieces(self) -> int | None:
+        """How many pieces its tokenizer has; None where it has no tokenizer."""
+        return int.from_bytes(self.settings[TOKENS][8:16], "little") if TOKENS in self.settings else None
+
+    def sketch(self) -> bytes:
+        """A file with all that this header says of the model but for the tokenizer's lists, and one number for each tensor."""
+        kept = {key: value for key, value in self.settings.items() if key not in LISTS}
+        said = b"".join(_text(key) + value for key, value in kept.items())
+        said += b"".join(_text(name) + struct.pack("<IQIQ", 1, 1, 0, 0) for name in self.tensors)
+        content = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), len(kept)) + said
+        return content.ljust(_aligned(len(content), kept) + 4, b"\0")
 
 
 class _CutShort(Exception):
@@ -125,6 +141,10 @@ class _Reader:
             raise _CutShort
         self._at += count
         return self._content[self._at - count : self._at]
+
+
+def _text(name: str) -> bytes:
+    return struct.pack("<Q", len(name.encode())) + name.encode()
 
 
 def _aligned(at: int, settings: Mapping[str, bytes]) -> int:

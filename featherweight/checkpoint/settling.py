@@ -1,5 +1,7 @@
 """What a checkpoint says in two ways, settled once, by what its files hold: names of tensors, and whether the head is tied.
 
+And what transformers computes with though the files hold something else (see overwritten.py), by what it computes with.
+
 transformers puts up with a good deal (names without the model's prefix, a config that calls a head tied that the file holds by
 itself), engines and quantizers do not, and each in its own way. So a checkpoint that needs it is written again as transformers
 reads it before anything looks at it.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS,
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import is_base, model_class, quiet
 from featherweight.checkpoint.opening import generation_config
+from featherweight.checkpoint.overwritten import as_loaded, overwritten
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import read_shapes, saving, stream_tensors
@@ -45,25 +48,31 @@ HEAD = {
 
 @dataclass(frozen=True)
 class Settlement:
-    """What is to be written otherwise: `names` of tensors (stored -> read), and entries of config.json."""
+    """What is to be written otherwise: `names` of tensors (stored -> read), `values` by stored name, entries of config.json."""
 
     names: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
-        """`renamed_tensors` and `head_settled`, each only where there is something to tell."""
-        renamed = {"renamed_tensors": float(len(self.names))} if self.names else {}
-        return renamed | ({"head_settled": 1.0} if "tie_word_embeddings" in self.config else {})
+        """`renamed_tensors`, `overwritten_tensors` and `head_settled`, each only where there is something to tell."""
+        counts = {"renamed_tensors": len(self.names), "overwritten_tensors": len(self.values)}
+        counts["head_settled"] = int("tie_word_embeddings" in self.config)
+        return {name: float(count) for name, count in counts.items() if count}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder's weights: the names in its files, and under which of a model's names each is read."""
+    """A folder's weights: the names in its files, and under which of a model's names each is read.
+
+    values: of tensors, by the names in the files, that are read as others than they are there.
+    """
 
     folder: Path
     weights: Weights
     reads: Mapping[str, str]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, weights: Weights, model: PreTrainedModel) -> Stored:
@@ -76,7 +85,8 @@ class Stored:
         if model.base_model is model and prefix != ".":  # saved with a head that is not read
             reads = {name: one.removeprefix(prefix) for name, one in reads.items()}
         first = _first_names(model, set(reads.values()))
-        return cls(folder, weights, {name: first.get(one, one) for name, one in reads.items()})
+        found = cls(folder, weights, {name: first.get(one, one) for name, one in reads.items()})
+        return replace(found, values=found._overwritten(model))
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -85,8 +95,22 @@ class Stored:
 
     def equal(self, held: Callable[[str], str], *names: str) -> bool:
         """Whether the tensors that the model holds under these names have the same values."""
-        found = [tensor for _, name, tensor in stream_tensors(self.folder, self.weights) if held(self.reads[name]) in names]
+        found = [tensor for name, tensor in self.tensors() if held(self.reads[name]) in names]
         return all(tensor.equal(found[0]) for tensor in found)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) one by one, with the names of the files and the values that are read."""
+        stored = stream_tensors(self.folder, self.weights)
+        return ((name, self.values.get(name, tensor)) for _, name, tensor in stored)
+
+    def _overwritten(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The values of what transformers does not leave as it is stored."""
+        held, names = reading(model), overwritten(model)
+        if not names:
+            return {}
+        mine = {held(self.reads[name]): (name, tensor) for name, tensor in self.tensors() if held(self.reads[name]) in names}
+        changed = as_loaded(model, {name: tensor for name, (_, tensor) in mine.items()})
+        return {mine[name][0]: tensor for name, tensor in changed.items()}
 
 
 def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple[Path, dict[str, float]]:
@@ -103,7 +127,7 @@ def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple
     except Exception:  # whatever is wrong with the config, inspection says it in a line
         return found, {}
     settlement = _settlement(Stored.of(found, weights, model), model, head, note)
-    if not (settlement.names or settlement.config or weights.pickled):
+    if not (settlement.names or settlement.values or settlement.config or weights.pickled):
         return found, {}
     for note in settlement.notes:
         progress.note(note)
@@ -114,8 +138,8 @@ def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple
         if name not in rewritten:
             _symlink(found / name, folder / name)
     (folder / CONFIG).write_text(json.dumps(read_config(found) | dict(settlement.config), indent=2) + "\n")
-    if settlement.names or weights.pickled:
-        _write_weights(found, weights, settlement.names, model.all_tied_weights_keys, folder, progress)
+    if settlement.names or settlement.values or weights.pickled:
+        _write_weights(found, weights, settlement, model.all_tied_weights_keys, folder, progress)
     else:
         for name in (*weights.files, *((INDEX,) if weights.index else ())):
             _symlink(found / name, folder / name)
@@ -149,13 +173,16 @@ def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any],
     if renamed:
         first, read = next(iter(renamed.items()))
         notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")
+    if stored.values:
+        listed = ", ".join(sorted(stored.values))
+        notes.append(f"transformers writes into {listed} when it loads a {model.config.model_type} model: that is taken over")
     if not head and (is_base(model.config) or class_by_type(model.config)):
         changes |= {"architectures": [type(model).__name__]} if model.config.architectures != [type(model).__name__] else {}
     tied = _tied_by_file(stored, model) if method_of(config) is None else None
     if tied is not None:
         changes["tie_word_embeddings"] = tied
         notes.append(HEAD[tied])
-    return Settlement(renamed, changes, tuple(notes))
+    return Settlement(renamed, stored.values, changes, tuple(notes))
 
 
 def _decoder_start(folder: Path, config: Any) -> dict[str, int]:
@@ -218,9 +245,9 @@ def _tops(model: Any) -> set[str]:
 
 
 def _write_weights(
-    found: Path, weights: Weights, names: Mapping[str, str], ties: Mapping[str, str], out: Path, progress: Progress
+    found: Path, weights: Weights, settlement: Settlement, ties: Mapping[str, str], out: Path, progress: Progress
 ) -> None:
-    """The tensors under their new names as safetensors, shard by shard."""
+    """The tensors under their new names and with their new values as safetensors, shard by shard."""
     from safetensors.torch import save_file
 
     mapping: dict[str, str] = {}
@@ -228,8 +255,8 @@ def _write_weights(
     for number, file in enumerate(weights.files, 1):
         progress.note(f"converting {file} ({number} of {len(weights.files)})")
         shard = f"model-{number:05}-of-{len(weights.files):05}.safetensors" if weights.index else WEIGHTS
-        tensors = {names.get(name, name): tensor for _, name, tensor in stream_tensors(found, replace(weights, files=(file,)))}
-        tensors = _unshared(tensors, ties)
+        part = Stored(found, replace(weights, files=(file,)), settlement.names, settlement.values)
+        tensors = _unshared({settlement.names.get(name, name): tensor for name, tensor in part.tensors()}, ties)
         with saving(out):
             save_file(tensors, out / shard, metadata={"format": "pt"})
         mapping |= dict.fromkeys(tensors, shard)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from featherweight.checkpoint.description import described
 from featherweight.checkpoint.facts import kept_refusal, read_facts
 from featherweight.checkpoint.fetching import source_fingerprint
-from featherweight.checkpoint.files import WEIGHTS
-from featherweight.checkpoint.gguf_parts import names_of_parts, only_model
+from featherweight.checkpoint.files import WEIGHTS, Listing
+from featherweight.checkpoint.gguf_header import read_gguf
+from featherweight.checkpoint.gguf_parts import join, names_of_parts, only_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
@@ -171,3 +173,21 @@ def test_a_plan_knows_which_integers_a_file_keeps(tiny_checkpoint: Path, tmp_pat
     assert facts.kept_grids == (GRIDS["int4-g32"], GRIDS["int8-g32"], None)
     assert "leave the quantize stage out" in str(kept_refusal(facts))
     assert (facts.model_type, facts.config.num_hidden_layers) == ("llama", 2)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_plan_knows_a_configuration_as_transformers_does(parts: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It is given the file without the lists of its tokenizer, which transformers would go through for the vocabulary's size."""
+    files = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, parts=parts)
+    whole = files[0] if parts == 1 else join(files, tmp_path / "whole.gguf")
+    expected, place = described(whole.parent, whole.name)["config"]["values"], ("name_or_path", "_name_or_path")
+    found = read_facts(LoadSpec(source=str(files[0]))).config.to_dict()
+    assert found | dict.fromkeys(place) == expected | dict.fromkeys(place)
+    assert len(read_gguf(Listing.of(tmp_path), files[0].name).sketch()) < 20_000
+
+
+def test_a_vocabulary_whose_size_is_not_told_is_the_tokenizers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint)
+    size = read_facts(LoadSpec(source=str(file))).config.vocab_size
+    file.write_bytes(file.read_bytes().replace(b"llama.vocab_size", b"llama.vocab_sizf"))
+    assert read_facts(LoadSpec(source=str(file))).config.vocab_size == size

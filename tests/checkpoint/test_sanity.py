@@ -107,3 +107,13 @@ def test_a_student_keeps_what_its_teacher_said_of_windows(folder: Path) -> None:
     """Qwen's configuration names the layer from which on windows slide, which a model of fewer layers never gets to."""
     rewritten(folder / "config.json", "max_window_layers", value=28)
     require_sane(Listing.of(folder))
+
+
+def test_a_configuration_that_is_too_large_is_not_read(folder: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        whole = (folder / name).read_bytes()
+        with (folder / name).open("r+b") as file:
+            file.truncate(20 * 2**30)
+        with pytest.raises(CheckpointError, match=rf"{name} has 21,474,836,480 bytes; none is so large"):
+            require_sane(Listing.of(folder))
+        (folder / name).write_bytes(whole)

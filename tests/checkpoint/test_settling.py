@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from featherweight.checkpoint.facts import facts_for_any_task
 from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
+from featherweight.checkpoint.overwritten import as_loaded, overwritten
 from featherweight.checkpoint.saving import save_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
@@ -26,7 +27,7 @@ from featherweight.text.documents import Document, write_documents
 from tasks.export import export
 from tasks.load import load
 from tasks.quantize import quantize
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.families import WORDS, family_checkpoint, tiny_model
 from tests.support.notes import Notes
 
 IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
@@ -270,3 +271,50 @@ def test_generation_settings_of_a_config_outlive_the_saving_of_its_model(tmp_pat
     told = GenerationSettings.read(out).values
     assert told == GenerationSettings.read(folder).values
     assert told["no_repeat_ngram_size"] == 2
+
+
+def youtu(folder: Path) -> Path:
+    """A checkpoint whose padding token's row is not zero: transformers makes it zero when it loads one."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    narrow = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8}
+    return family_checkpoint("youtu", folder, **sizes, **narrow)
+
+
+def test_what_transformers_writes_into_loaded_weights_is_taken_over_and_said(tmp_path: Path, out: Path) -> None:
+    """Engines and quantizers took the row that the file holds, transformers computes with zeros."""
+    folder = youtu(tmp_path / "source")
+    name, tensors = "model.embed_tokens.weight", load_file(folder / WEIGHTS)
+    tensors[name][0] = 3.0
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    expected = logits(folder)
+    metrics, notes = taken(folder, out)
+    assert metrics["overwritten_tensors"] == 1
+    assert "head_settled" not in metrics
+    assert any(f"transformers writes into {name}" in note for note in notes)
+    stored = load_file(out / WEIGHTS)
+    assert not stored[name][0].any()
+    assert torch.equal(stored[name][1:], tensors[name][1:])
+    assert all(torch.equal(stored[other], tensors[other]) for other in tensors if other != name)
+    assert torch.equal(logits(out), expected)
+
+
+def test_weights_that_are_as_transformers_has_them_are_left_alone(tmp_path: Path, out: Path) -> None:
+    folder = youtu(tmp_path / "source")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.embed_tokens.weight"][0] = 0.0
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    assert "overwritten_tensors" not in taken(folder, out)[0]
+    assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_weights_that_would_be_others_each_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", vocab_size=40)
+    monkeypatch.setattr(type(model.model), "_init_weights", _random_norms)
+    assert "model.norm.weight" in overwritten(model)
+    with pytest.raises(CheckpointError, match=r"gives model\.norm\.weight of a llama model random values"):
+        as_loaded(model, {"model.norm.weight": torch.ones(32)})
+
+
+def _random_norms(self: Any, module: Any) -> None:
+    if type(module).__name__ == "LlamaRMSNorm":
+        module.weight.data.normal_()

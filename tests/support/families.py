@@ -56,7 +56,7 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     spread = {"init_std": 0.1} if like == "bart" else {"initializer_factor": 2.0} if like == "t5" else {"initializer_range": 0.1}
     heads = {"num_key_value_heads": 2, "head_dim": 8} if like == "llama" else {}
-    config = AutoConfig.for_model(model_type, **SIZES[like] | heads | ends | spread | changes)
+    config = AutoConfig.for_model(model_type, **SIZES.get(like, {}) | heads | ends | spread | changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return auto_class(config).from_config(config).eval()
