@@ -18,6 +18,7 @@ from featherweight.model.parent import Parent
 from featherweight.model.positions import context_refusal
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.runtimes.alternatives import advised
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
@@ -85,6 +86,11 @@ class Chosen:
 
     def obstacle(self) -> str | None:
         """What rules the combination out, in one line: the first of `REFUSALS` that applies; None where nothing does."""
+        reason = self._obstacle()
+        return reason and advised(reason, self.serve, lambda way: replace(self, serve=way)._obstacle() is None)
+
+    def _obstacle(self) -> str | None:
+        """The same, where the way out may be just another engine."""
         return next((reason for rule in REFUSALS if (reason := rule(self))), None)
 
 
@@ -145,10 +151,9 @@ def shape_refusal(prune: PruneSpec | None, serve: ServingSpec) -> str | None:
     """Why `serve` gains nothing from layers of different widths, in one line; None where it does, or they are alike."""
     if prune is None or not prune.uneven or RUNTIMES[serve.engine].layers_may_differ:
         return None
-    able = " or ".join(name for name in RUNTIMES if RUNTIMES[name].layers_may_differ)
     return (
         f"prune.scope global + {serve.engine}: it loads layers of one shape, and would serve the narrower ones filled up with "
-        f"zeros, no smaller and no faster; take {able}, or scope: uniform"
+        f"zeros, no smaller and no faster; take another engine, or scope: uniform"
     )
 
 

@@ -95,7 +95,7 @@ class GenerationSettings:
         them = "them" if len(missing) > 1 else "it"
         return (
             f"{engine} cannot write as the checkpoint's {GENERATION} asks: it does not follow {', '.join(missing)}; "
-            f"serve with torch, or take {them} out of that file"
+            f"take another engine, or take {them} out of that file"
         )
 
     def cut(self, tokens: list[int], new_tokens: int) -> list[int]:

@@ -152,7 +152,7 @@ class Runtime(ABC, Generic[SpecOf]):
 
     def adapters_refusal(self, spec: SpecOf) -> str | None:
         """Why it serves no adapters beside a model (see LoadedModel.adapt), in one line; None where it does."""
-        return "it serves one model, with no adapters beside it; take llama.cpp or torch, or merge one: its folder is the source"
+        return "it serves one model, with no adapters beside it; take another engine, or merge one: its folder is the source"
 
     def model_refusal(self, spec: SpecOf, model: Candidate) -> str | None:
         """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell.

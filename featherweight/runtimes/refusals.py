@@ -21,9 +21,7 @@ def activation_refusal(engine: str, config: Any, kind: str, computed: Mapping[st
     told = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
     if told is None or told in computed.get(kind, (told,)):
         return None
-    return (
-        f"{engine} computes {computed[kind][0]} in {kind} models, and this one's activation is {told}; take torch or torch-compile"
-    )
+    return f"{engine} computes {computed[kind][0]} in {kind} models, and this one's activation is {told}; take another engine"
 
 
 def compute_type_refusal(engine: str, known: tuple[ComputeType, ...], wanted: ComputeType) -> str | None:
@@ -72,7 +70,7 @@ def vectors_refusal(engine: str, config: Any) -> str | None:
     """Why an engine whose embeddings are encoders' makes none of this model: it is a decoder. None for others."""
     if not embeds_by_decoder(config):
         return None
-    return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take torch or torch-compile"
+    return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take another engine"
 
 
 def compiler_refusal(engine: str) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,14 @@ from featherweight.checkpoint.opening import load_config
 from featherweight.checkpoint.saving import link_checkpoint, save_as, save_model
 from featherweight.checkpoint.streamed import Change, is_large, mapped_model, streamed_model
 from featherweight.checkpoint.tensors import stored_type
-from featherweight.errors import RecipeError, StageError, ToolchainError
+from featherweight.errors import FeatherweightError, RecipeError, StageError, ToolchainError
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.architecture import stacks, task_of
 from featherweight.model.matrices import move_to_grid, on_grid, round_to_nearest
 from featherweight.model.positions import UNBOUNDED, context_tokens
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Metrics, Progress
+from featherweight.runtimes.alternatives import advised
 from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.candidate import Candidate, rows_of, served_tokens
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
@@ -194,7 +196,8 @@ def write_served(
     runtime = RUNTIMES[spec.engine]
     where = spec.served_on(current())
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
-    refuse(runtime, spec, source)
+    with _advising(spec, source):
+        refuse(runtime, spec, source)
     source.may_stream, source.folder = runtime.streams and not kept_adapters(checkpoint), out
     if source.quantized and source.streams:
         source.quantized.seal()
@@ -205,6 +208,23 @@ def write_served(
     metrics = {**runtime.check(spec, source, out), **_check_adapters(by_adapter, out)}
     replace(Serving.read(out), max_tokens=source.max_tokens).write(out)
     return metrics
+
+
+@contextmanager
+def _advising(spec: ServingSpec, source: Source) -> Iterator[None]:
+    """A refusal names the engines that do not refuse the same."""
+    try:
+        yield
+    except (RecipeError, ToolchainError) as error:
+        raise type(error)(advised(str(error), spec, lambda way: _serves(way, source))) from error
+
+
+def _serves(spec: ServingSpec, source: Source) -> bool:
+    try:
+        refuse(RUNTIMES[spec.engine], spec, source)
+    except FeatherweightError:
+        return False
+    return RUNTIMES[spec.engine].task_refusal(task_of(source.config)) is None
 
 
 def _check_adapters(references: Mapping[str, Reference], served: Path) -> Metrics:

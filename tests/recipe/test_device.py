@@ -53,10 +53,10 @@ def test_all_is_computed_and_served_on_the_devices_that_the_plan_names(monkeypat
     assert {found[id] for id in ("checkpoint", "baseline", "baseline/evaluate", "rtn8", "ct2", "ct2/evaluate")} == {"cuda"}
     assert {found[id] for id in ("text/train", "gate", "decide", "register", "promote")} == {None}
     assert {"ct2-half", "ao", "nf4"} <= found.keys() and "static" not in found
-    assert plan.ruled_out["static"] == (
-        "torch-static serves from the CPU alone: torch's own int8 kernels know no CUDA; take torchao-int8-dynamic there, "
-        "and this run is on cuda; say device: cpu for it, or for the recipe"
-    )
+    alone, there = plan.ruled_out["static"].split("; take ")
+    assert alone == "torch-static serves from the CPU alone: torch's own int8 kernels know no CUDA"
+    assert there.startswith("ctranslate2")
+    assert there.endswith(" there, and this run is on cuda; say device: cpu for it, or for the recipe")
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):

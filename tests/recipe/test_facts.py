@@ -75,9 +75,9 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     [
         (facts(WINDOW), {"engine": "ctranslate2"}, {}, "does not compute mistral's sliding window of 160 tokens, and 512 are"),
         (facts(WINDOW), {"engine": "onnxruntime-genai"}, {}, "overlooks mistral's sliding window of 160"),
-        (facts(DYNAMIC), {"engine": "torch-compile"}, {}, "depend on the length (dynamic); take torch"),
+        (facts(DYNAMIC), {"engine": "torch-compile"}, {}, "depend on the length (dynamic); take ctranslate2"),
         (facts({"head_dim": 12}), {"engine": "onnxruntime-genai"}, {}, "a multiple of 16 channels, these have 12"),
-        (facts(GPT2), {"engine": "onnxruntime-genai"}, {}, "does not know GPT2LMHeadModel; take torch"),
+        (facts(GPT2), {"engine": "onnxruntime-genai"}, {}, "does not know GPT2LMHeadModel; take ctranslate2"),
         (facts({"model_type": "xglm"}), {"engine": "torch"}, {}, None),
         (facts(generation={"num_beams": 1, "guidance_scale": 2.0}), {"engine": "ctranslate2"}, {}, "not follow guidance_scale"),
         (facts(generation={"guidance_scale": 2.0}), {"engine": "ctranslate2"}, {"prune": {"ratio": 0.5}}, "guidance_scale"),
@@ -104,6 +104,14 @@ def test_what_only_the_folder_tells_is_refused_in_the_plan(
     found = ruled_out(known, wanted)
     assert found is None if reason is None else reason in str(found)
     assert ruled_out(None, wanted) is None
+
+
+def test_what_is_advised_instead_is_not_ruled_out_too() -> None:
+    """llama.cpp's refusals named GenAI, whatever that said of the same model."""
+    narrow = facts({"attention_bias": True, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12})
+    reason = str(ruled_out(narrow, recipe({"engine": "llama.cpp"})))
+    assert "llama.cpp's qwen3 has no biases of queries, keys and values; take " in reason
+    assert "onnxruntime-genai" not in reason
 
 
 def test_a_workload_beyond_the_context_is_refused_before_anything_runs() -> None:

@@ -115,9 +115,10 @@ def test_adapters_stay_beside_what_is_neither_cut_nor_served_by_an_engine_that_t
     adapted = {**tree, "checkpoint": {"source": "x", "adapters": {"fr": "y"}}, "stages": stages}
     ruled_out = expand(Recipe.model_validate({**adapted, "variants": [{}, {"prune": "cut"}]})).ruled_out
     assert sorted(ruled_out) == ["ct2", "cut/ct2", "cut/gguf", "cut/plain"]
-    assert ruled_out["ct2"] == (
-        "checkpoint.adapters + ctranslate2: it serves one model, with no adapters beside it; take llama.cpp or torch, "
-        "or merge one: its folder is the source"
+    assert re.fullmatch(
+        "checkpoint.adapters \\+ ctranslate2: it serves one model, with no adapters beside it; take (llama.cpp or )?torch, "
+        "or merge one: its folder is the source",
+        ruled_out["ct2"],
     )
     assert ruled_out["cut/gguf"] == (
         "checkpoint.adapters + prune: they fit the checkpoint as it is; merge one: its folder is the source"

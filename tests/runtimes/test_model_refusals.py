@@ -51,7 +51,7 @@ def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dic
     ("told", "reason"),
     [
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "leave out the soft cap on attention that this gemma2 has"),
-        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scaled by the number of the layer"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scales attention by the number of the layer"),
         ({"model_type": "falcon", "new_decoder_architecture": True}, "falcon of the new decoder architecture"),
         ({"model_type": "phi", "num_key_value_heads": 2}, "a phi whose heads share their keys"),
         ({"model_type": "phi3", "rope_parameters": {"rope_type": "longrope"}}, "not this phi3's rotary embeddings (longrope)"),
@@ -122,7 +122,7 @@ def test_a_model_without_attention_has_no_heads_to_refuse() -> None:
         (
             "torch-dynamic",
             127,
-            "this phi3 is read anew behind 127 tokens: its texts would depend on how they are read; take torch-static",
+            "this phi3 is read anew behind 127 tokens: its texts would depend on how they are read; take another engine",
         ),
         ("torch-dynamic", 128, ""),
         ("torch-static", 127, ""),

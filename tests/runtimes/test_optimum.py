@@ -63,7 +63,7 @@ def lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("m2m_100", "O3", None),
         ("t5", None, None),
         ("t5", "O1", "knows no fusions for t5 models; say optimize: null"),
-        ("lfm2", None, "does not export lfm2 models to ONNX; take torch"),
+        ("lfm2", None, "does not export lfm2 models to ONNX; take another engine"),
     ],
 )
 def test_models_are_refused_by_optimums_own_lists(lists: Path, model_type: str, level: Any, reason: str | None) -> None:

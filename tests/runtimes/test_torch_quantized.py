@@ -299,7 +299,7 @@ def test_one_row_with_a_doubled_scale_fails(llama, text, tmp_path, monkeypatch):
 def test_weights_on_another_grid_are_refused_before_anything_runs(llama, text, tmp_path):
     models.quantize(llama, tmp_path / "q", {"": "int4-g32"})
     (tmp_path / "out").mkdir()
-    with pytest.raises(RecipeError, match=r"int4-g32 \+ torch-dynamic: .*take torchao-int4"):
+    with pytest.raises(RecipeError, match=r"int4-g32 \+ torch-dynamic: .*take onnxruntime-genai"):
         export(serving_spec(engine="torch-dynamic"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 

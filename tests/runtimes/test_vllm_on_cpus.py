@@ -54,7 +54,7 @@ def refusal(**told: Any) -> str | None:
 
 def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) -> None:
     assert refusal(num_attention_heads=4, head_dim=16) == (
-        "vLLM's attention on CPUs has heads of 32, 64 channels, and these have 16; take torch or another engine"
+        "vLLM's attention on CPUs has heads of 32, 64 channels, and these have 16; take another engine"
     )
     assert refusal(num_attention_heads=4) is None
     toolchains.holds_text.cache_clear()
@@ -66,7 +66,7 @@ def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) 
 
 def test_mamba_is_refused_as_long_as_no_build_for_cpus_has_its_kernel(packages: Path) -> None:
     assert refusal(model_type="mamba", architectures=["MambaForCausalLM"]) == (
-        "vLLM's build for CPUs has no kernel for the scans of mamba models (Mamba); take torch or another engine"
+        "vLLM's build for CPUs has no kernel for the scans of mamba models (Mamba); take another engine"
     )
     assert refusal(num_attention_heads=4, architectures=["LlamaForCausalLM"]) is None
     toolchains.holds_text.cache_clear()

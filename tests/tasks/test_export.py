@@ -178,7 +178,7 @@ def test_an_architecture_that_ctranslate2_does_not_know(text, tmp_path):
     shape = models.GROUPED | {"vocab_size": len(tokenizer), "pad_token_id": 1}
     OlmoForCausalLM(OlmoConfig(**shape)).save_pretrained(tmp_path / "olmo")
     (tmp_path / "out").mkdir()
-    with pytest.raises(RecipeError, match="CTranslate2's converter does not know olmo models; take torch"):
+    with pytest.raises(RecipeError, match="CTranslate2's converter does not know olmo models; take onnxruntime-genai"):
         export(ctranslate2(), checkpoint=tmp_path / "olmo", calibration=text, out=tmp_path / "out")
 
 

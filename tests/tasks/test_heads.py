@@ -198,7 +198,7 @@ def test_a_decoder_makes_vectors_where_its_files_say_how(tmp_path: Path, headed:
     facts = read_facts(LoadSpec(source=str(source), task="feature-extraction"))
     assert facts.task == "feature-extraction"
     refusal = Candidate(facts, 24).refusal(RUNTIMES["ctranslate2"], serving_spec(engine="ctranslate2"))
-    assert "is a decoder; take torch" in str(refusal)
+    assert "is a decoder; take " in str(refusal)
     out = loaded(source, tmp_path / "out", "feature-extraction")
     model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
     with torch.no_grad():

@@ -103,7 +103,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "fill-mask":
-            return "its encoders end before the masked-language-model head; take torch or torch-compile"
+            return "its encoders end before the masked-language-model head; take another engine"
         return None
 
     def grid_refusal(self, grids: Grids, spec: CTranslate2Spec) -> str | None:
@@ -119,7 +119,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         """A model that its converter does not know; windows that it does not compute: it stops beyond them, or sees all before."""
         known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
         if known and model.facts.config_class not in known:
-            return f"CTranslate2's converter does not know {model.facts.model_type} models; take torch or torch-compile"
+            return f"CTranslate2's converter does not know {model.facts.model_type} models; take another engine"
         return vectors_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
@@ -157,12 +157,12 @@ def _function_refusal(model: Candidate) -> str | None:
     config, kind = model.config.get_text_config(), model.facts.model_type
     capped = attention_cap(model.config) or getattr(config, "final_logit_softcapping", None)
     if capped:
-        return f"CTranslate2 does not compute {kind}'s soft caps of logits ({capped:g}); take torch or torch-compile"
+        return f"CTranslate2 does not compute {kind}'s soft caps of logits ({capped:g}); take another engine"
     if getattr(config, "qk_layernorm", False):
-        return f"CTranslate2 does not compute {kind}'s norms of queries and keys; take torch or torch-compile"
+        return f"CTranslate2 does not compute {kind}'s norms of queries and keys; take another engine"
     for key, value, what in OVERLOOKED.get(kind, ()):
         if getattr(config, key, None) is value:
-            return f"CTranslate2 does not compute {what}, which this {kind} has ({key}); take torch or torch-compile"
+            return f"CTranslate2 does not compute {what}, which this {kind} has ({key}); take another engine"
     return activation_refusal("CTranslate2", config, kind, ONE_ACTIVATION)
 
 
@@ -173,12 +173,12 @@ def _length_refusal(model: Candidate) -> str | None:
     if window is not None and tokens > window:
         return (
             f"CTranslate2 does not compute {kind}'s sliding window of {window} tokens, and {tokens} are to be served; "
-            f"say max_tokens {window}, or take torch or torch-compile"
+            f"say max_tokens {window}, or take another engine"
         )
     if switch is not None and tokens > switch:
         return (
             f"CTranslate2 keeps keys as they were rotated first, {kind}'s are others beyond {switch} tokens (longrope), and "
-            f"{tokens} are to be served; say max_tokens {switch}, or take torch"
+            f"{tokens} are to be served; say max_tokens {switch}, or take another engine"
         )
     return None
 

@@ -24,7 +24,7 @@ BLOCK = 32
 ACTIVATIONS = ("silu", "swish")
 GELU = "gelu_pytorch_tanh"
 """What ggml reads from a table in float16."""
-OTHERS = "take torch, ctranslate2 or onnxruntime-genai"
+OTHERS = "take another engine"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _window_refusal(model: Candidate) -> str | None:
         return None
     return (
         f"llama.cpp does not compute {model.facts.model_type}'s sliding window of {window} tokens, and {model.max_tokens} are to "
-        f"be served; say max_tokens {window}, or take torch"
+        f"be served; say max_tokens {window}, or take another engine"
     )
 
 

@@ -88,7 +88,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return offers()
 
     def task_refusal(self, task: Task) -> str | None:
-        return None if task == "text-generation" else "it is written for decoders only; take torch, torch-compile or ctranslate2"
+        return None if task == "text-generation" else "it is written for decoders only; take another engine"
 
     def grid_refusal(self, grids: Grids, spec: LlamaCppSpec) -> str | None:
         if reason := cache_refusal(self.name, spec):

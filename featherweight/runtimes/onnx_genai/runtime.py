@@ -86,8 +86,8 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
-            return "its model builder knows decoders only; take ctranslate2 or torch"
-        return None if task == "text-generation" else "its model builder knows decoders only; take torch or torch-compile"
+            return "its model builder knows decoders only; take another engine"
+        return None if task == "text-generation" else "its model builder knows decoders only; take another engine"
 
     def grid_refusal(self, grids: Grids, spec: GenaiSpec) -> str | None:
         body = grids.body
@@ -115,14 +115,14 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
         if window and model.max_tokens > window and getattr(model.config, "layer_types", None) is None:
             return (
                 f"onnxruntime-genai's model builder overlooks {kind}'s sliding window of {window} tokens, and {model.max_tokens} "
-                f"are to be served; say max_tokens {window}, or take torch or torch-compile"
+                f"are to be served; say max_tokens {window}, or take another engine"
             )
         width = head_width(model.config)
         if not width or not width % HEAD_MULTIPLE:
             return None
         return (
             f"onnxruntime-genai wants attention heads of a multiple of {HEAD_MULTIPLE} channels, these have {width}; "
-            "serve the model with ctranslate2 or vllm"
+            "take another engine"
         )
 
 
@@ -132,7 +132,7 @@ def _unknown_refusal(config: Any) -> str | None:
     known = names_in("onnxruntime_genai", "models/builder.py", r'architectures\[0\] == "(\w+)"')
     if not known or named in known or not named.endswith(HEADED):
         return None
-    return f"onnxruntime-genai's model builder does not know {named}; take torch or ctranslate2"
+    return f"onnxruntime-genai's model builder does not know {named}; take another engine"
 
 
 def _rotary_refusal(model: Candidate) -> str | None:
@@ -148,16 +148,16 @@ def _rotary_refusal(model: Candidate) -> str | None:
         reason = "takes a phi3 for one with longrope where its two context lengths differ, and this one has none"
     elif rotated and rotated != width and rotated % ROTATED_MULTIPLE:
         reason = f"wants a multiple of {ROTATED_MULTIPLE} rotary channels in each head, these have {rotated} of {width}"
-    return f"onnxruntime-genai's model builder {reason}; take torch or ctranslate2" if reason else None
+    return f"onnxruntime-genai's model builder {reason}; take another engine" if reason else None
 
 
 def _function_refusal(model: Candidate) -> str | None:
     """What a configuration asks to be computed and the builder leaves out without a word, or stops at."""
     kind = model.facts.model_type
     if getattr(model.config, "qk_layernorm", False) or getattr(model.config, "clip_qkv", None):
-        return f"onnxruntime-genai's model builder overlooks what {kind} does to queries and keys; take torch"
+        return f"onnxruntime-genai's model builder overlooks what {kind} does to queries and keys; take another engine"
     if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
-        return f"onnxruntime-genai's model builder makes no layers of linear attention (Mamba), which this {kind} has; take torch"
+        return f"onnxruntime-genai's model builder makes no layers of linear attention, which this {kind} has; take another engine"
     return None
 
 

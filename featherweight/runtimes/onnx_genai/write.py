@@ -87,7 +87,7 @@ def build_decoder(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         kind = load_config(checkpoint).model_type
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise StageError(f"onnxruntime-genai's model builder cannot take this {kind} ({why}); take torch or ctranslate2") from error
+        raise StageError(f"onnxruntime-genai's model builder cannot take this {kind} ({why}); take another engine") from error
     shutil.rmtree(cache, ignore_errors=True)
     for weight in model.parameters() if model is not None else ():
         give_back(weight)

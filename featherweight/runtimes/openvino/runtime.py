@@ -87,7 +87,7 @@ class Openvino(Runtime[OpenvinoSpec]):
     def task_refusal(self, task: Task) -> str | None:
         if task != "text2text-generation":
             return None
-        return "it is written for decoders and encoders here, not for both in one; take ctranslate2 or torch"
+        return "it is written for decoders and encoders here, not for both in one; take another engine"
 
     def grid_refusal(self, grids: Grids, spec: OpenvinoSpec) -> str | None:
         body = grids.body
@@ -108,7 +108,7 @@ class Openvino(Runtime[OpenvinoSpec]):
         if changing := rotary_kinds(model.config) & BY_LENGTH:
             return (
                 f"OpenVINO's graph is traced at one length, and this {model.facts.model_type}'s rotary embeddings "
-                f"({min(changing)}) are others for longer texts; take torch"
+                f"({min(changing)}) are others for longer texts; take another engine"
             )
         if spec.batching == "continuous" and family_of(model.config) == "encoder":
             return "batching: OpenVINO GenAI writes texts, and an encoder answers at once; leave it out"

@@ -46,7 +46,7 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
         command = [str(python("openvino")), str(Path(convert.__file__).resolve()), str(checkpoint), str(out / FOLDER / MODEL)]
         command += ["--task", task_of(source.config)]
         if error := run_build("OpenVINO", "graph", command, other_python(), source.progress):
-            raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take torch or ctranslate2")
+            raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take another engine")
     copy_tokenizer(source.checkpoint, out)
     copy(out / CONFIG, out / FOLDER / CONFIG)  # OpenVINO GenAI looks for it beside the graph
     options: dict[str, str] = {"batching": spec.batching} if spec.batching == CONTINUOUS else {}

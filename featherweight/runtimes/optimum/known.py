@@ -26,7 +26,7 @@ def refusal(model_type: str, level: str | None) -> str | None:
     """Why a model is not exported, or not optimized to a level; None where it is, and where the lists cannot be read."""
     fused = names(FUSED, r'^        "([\w-]+)": "\w+",$')
     if _exported() and not is_exported(model_type):
-        return f"Optimum does not export {model_type} models to ONNX; take torch or ctranslate2"
+        return f"Optimum does not export {model_type} models to ONNX; take another engine"
     if level and fused and _normal(model_type) not in fused:
         return f"Optimum knows no fusions for {model_type} models; say optimize: null"
     return None
@@ -36,20 +36,20 @@ def left_out_refusal(config: Any) -> str | None:
     """What the graph of an exported type has not: seen with optimum-onnx 0.1 and the transformers 4.57 of its toolchain."""
     kind = config.model_type
     if attention_cap(config):
-        return f"Optimum's graphs leave out the soft cap on attention that this {kind} has; take torch or ctranslate2"
+        return f"Optimum's graphs leave out the soft cap on attention that this {kind} has; take another engine"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        return f"Optimum's graphs leave out attention that is scaled by the number of the layer, which this {kind} has; take torch"
+        return f"Optimum's graphs leave out that this {kind} scales attention by the number of the layer; take another engine"
     if kind in REFUSED:
-        return f"Optimum's graph of a {kind} model {REFUSED[kind]}; take torch"
+        return f"Optimum's graph of a {kind} model {REFUSED[kind]}; take another engine"
     heads = {getattr(config, name, None) for name in ("encoder_attention_heads", "decoder_attention_heads")}
     if getattr(config, "is_encoder_decoder", False) and None not in heads and len(heads) > 1:
-        return f"Optimum cannot export a {kind} whose stacks differ in their heads; take torch or ctranslate2"
+        return f"Optimum cannot export a {kind} whose stacks differ in their heads; take another engine"
     if kind == "phi" and getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads):
-        return "Optimum cannot export a phi whose heads share their keys; take torch or ctranslate2"
+        return "Optimum cannot export a phi whose heads share their keys; take another engine"
     if "longrope" in rotary_kinds(config):
-        return f"Optimum's graphs have not this {kind}'s rotary embeddings (longrope); take torch or ctranslate2"
+        return f"Optimum's graphs have not this {kind}'s rotary embeddings (longrope); take another engine"
     if kind == "falcon" and getattr(config, "new_decoder_architecture", False):
-        return "Optimum cannot export a falcon of the new decoder architecture; take torch or ctranslate2"
+        return "Optimum cannot export a falcon of the new decoder architecture; take another engine"
     return None
 
 

@@ -88,4 +88,4 @@ def build_graphs(
     command += [*(["--optimize", optimize] if optimize else []), *(["--keep-matrices"] if keep_matrices else [])]
     if error := run_build("Optimum", "graphs", command, other_python(), progress, limit_s):
         shutil.rmtree(out, ignore_errors=True)
-        raise StageError(f"Optimum cannot export this checkpoint to ONNX ({error}); take torch or ctranslate2")
+        raise StageError(f"Optimum cannot export this checkpoint to ONNX ({error}); take another engine")

@@ -13,7 +13,7 @@ from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import cache_refusal, fp8_refusal
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.runtimes.torch.formats import FORMATS, WEIGHT_ONLY
+from featherweight.runtimes.torch.formats import FORMATS
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA, Device
 from featherweight.system.machine import Machine
@@ -81,16 +81,15 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
             return fp8_refusal()
         bits = 4 if self.format.body.startswith("int4") else 8
         if grids.body.bits != bits:
-            other = "torchao-int4" if bits == 8 else WEIGHT_ONLY
-            return f"it holds {bits}-bit integers, and would round the {grids.body.bits}-bit grid again; take {other}"
+            return f"it holds {bits}-bit integers, and would round the {grids.body.bits}-bit grid again; take another engine"
         odd = [grid for grid in every if grid.bits != 8 or grid.group_size is not None]
         if self.format.by_row and odd:
-            return f"its int8 product has one scale per row of 8-bit weights, not {odd[0].name}; take {WEIGHT_ONLY}"
+            return f"its int8 product has one scale per row of 8-bit weights, not {odd[0].name}; take another engine"
         return None
 
     def device_refusal(self, spec: QuantizedTorchSpec, device: Device, machine: Machine) -> str | None:
         reason = super().device_refusal(spec, device, machine)
-        return reason and f"{reason}: torch's own int8 kernels know no CUDA; take torchao-int8-dynamic there"
+        return reason and f"{reason}: torch's own int8 kernels know no CUDA; take another engine there"
 
     def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
         """Experts, which are no Linear; a head whose weights are read, where it holds integers; texts that are read anew midway."""
@@ -98,12 +97,10 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
         if self.name == "torch-dynamic" and _is_read_anew(model):
             return (
                 f"it rounds the activations of all tokens that are read at once by one range, and this {kind} is read anew behind "
-                f"{rotary_switch(model.config)} tokens: its texts would depend on how they are read; take torch-static"
+                f"{rotary_switch(model.config)} tokens: its texts would depend on how they are read; take another engine"
             )
         if self.format.vocabulary and kind in READ_HEADS:
-            return (
-                f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take torchao-int8-dynamic"
-            )
+            return f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take another engine"
         return experts_refusal(model.facts)
 
 

@@ -156,22 +156,20 @@ class TorchCompile(Runtime[TorchCompileSpec]):
         return compiled(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
-        return "only decoders have a compiled step here; take ctranslate2 or torch" if task == "text2text-generation" else None
+        return "only decoders have a compiled step here; take another engine" if task == "text2text-generation" else None
 
     def grid_refusal(self, grids: Grids, spec: TorchCompileSpec) -> str | None:
         if spec.precision != "float32":
-            return f"torch.compile serves float32 here, not {spec.precision}; take onnxruntime-genai"
+            return f"torch.compile serves float32 here, not {spec.precision}; take another engine"
         return None if grids.body is None else float_of_rounded_refusal("float32")
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
         """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot; and other caches."""
-        if model.config.model_type in WITHOUT_KEYS_AND_VALUES:
-            return (
-                f"a {model.config.model_type} model keeps no keys and values, for which a compiled step has its place; take torch"
-            )
+        if (kind := model.config.model_type) in WITHOUT_KEYS_AND_VALUES:
+            return f"a {kind} model keeps no keys and values, for which a compiled step has its place; take another engine"
         asking = rotary_kinds(model.config) & {"dynamic", "longrope"}
         return (
-            f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take torch"
+            f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take another engine"
             if asking
             else None
         )

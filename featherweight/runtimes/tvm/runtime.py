@@ -67,7 +67,7 @@ class Tvm(Runtime[TvmSpec]):
         return offers(device)
 
     def task_refusal(self, task: Task) -> str | None:
-        encoder_decoder = "TVM's graphs here are of decoders and of encoders, not of both in one; take ctranslate2 or torch"
+        encoder_decoder = "TVM's graphs here are of decoders and of encoders, not of both in one; take another engine"
         return encoder_decoder if task == "text2text-generation" else None
 
     def grid_refusal(self, grids: Grids, spec: TvmSpec) -> str | None:
@@ -78,7 +78,7 @@ class Tvm(Runtime[TvmSpec]):
         every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
         other = next((grid for grid in every if grid.kind != "int" or grid.bits != 8 or grid.group_size), None)
         holds = "TVM's kernels here hold 8-bit integers of one scale per row"
-        return f"{holds}, not {other.name}; take onnxruntime-genai" if other else None
+        return f"{holds}, not {other.name}; take another engine" if other else None
 
     def model_refusal(self, spec: TvmSpec, model: Candidate) -> str | None:
         """Model types that were not tried, and what its attention here does not compute."""
@@ -86,7 +86,7 @@ class Tvm(Runtime[TvmSpec]):
         if reason := vectors_refusal("TVM", config):
             return reason
         if kind not in (*DECODERS, *ENCODERS):
-            return f"TVM's graphs here were tried with {', '.join((*DECODERS, *ENCODERS))}, not with {kind}; take torch"
+            return f"TVM's graphs here were tried with {', '.join((*DECODERS, *ENCODERS))}, not with {kind}; take another engine"
         return _attention_refusal(kind, config, model.max_tokens)
 
     def unwritable(self) -> str | None:
@@ -99,12 +99,13 @@ def _attention_refusal(kind: str, config: Any, tokens: int) -> str | None:
     window = sliding_window(config)
     if window and tokens > window and getattr(config, "use_sliding_window", True):
         return (
-            f"TVM's attention here has no sliding window, {kind}'s is of {window} tokens, and {tokens} are to be served; take torch"
+            f"TVM's attention here has no sliding window, {kind}'s is of {window} tokens, and {tokens} are to be served; "
+            "take another engine"
         )
     if attention_cap(config):
-        return f"TVM's attention here caps no logits, as this {kind} does; take torch"
+        return f"TVM's attention here caps no logits, as this {kind} does; take another engine"
     asking = rotary_kinds(config) & {"dynamic", "longrope"}
-    return f"TVM compiles no rotary embeddings that depend on the length ({min(asking)}); take torch" if asking else None
+    return f"TVM compiles no rotary embeddings that depend on the length ({min(asking)}); take another engine" if asking else None
 
 
 TVM = Tvm()

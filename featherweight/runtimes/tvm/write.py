@@ -35,6 +35,6 @@ def write(spec: TvmSpec, source: Source, out: Path) -> None:
         command = [sys.executable, "-m", "featherweight.runtimes.tvm.build", folder, str(out / FOLDER)]
         error = run_build("TVM", "library", command, without_secrets() | {"HF_HUB_OFFLINE": "1"}, source.progress)
     if error:
-        raise StageError(f"TVM cannot compile this checkpoint ({error}); take torch or ctranslate2")
+        raise StageError(f"TVM cannot compile this checkpoint ({error}); take another engine")
     copy_tokenizer(source.checkpoint, out)
     Serving("tvm", FOLDER, {"made_for": library.level(describe())}, source.grid).write(out)

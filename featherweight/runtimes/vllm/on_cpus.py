@@ -21,7 +21,7 @@ ATTENTION_KERNEL = "13AttentionImplILNS_3ISAE1EfLl{width}E"
 """What its compiled code calls the attention that every CPU computes, in float32, over heads of a width."""
 MIXER, SCAN, KERNELS = "mamba.mamba_mixer import", "selective_scan_fwd", "vllm/_C*.so"
 """Whoever imports the first one, Mamba's first version, computes with the second, if it is among the third."""
-OTHERS = "take torch or another engine"
+OTHERS = "take another engine"
 
 
 def refusal(config: Any) -> str | None:

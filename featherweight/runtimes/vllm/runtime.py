@@ -99,10 +99,10 @@ class Vllm(Runtime[VllmSpec]):
 
     def task_refusal(self, task: Task) -> str | None:
         if task == "text2text-generation":
-            return "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take ctranslate2 or torch"
+            return "vLLM 0.32 runs no T5, mBART or other encoder-decoder on a CPU; take another engine"
         if task in HEADED:
-            return "vLLM is asked for text here, and not for vectors or labels; take ctranslate2, torch or torch-compile"
-        return "vLLM serves no masked-language-model head; take torch or torch-compile" if task == "fill-mask" else None
+            return "vLLM is asked for text here, and not for vectors or labels; take another engine"
+        return "vLLM serves no masked-language-model head; take another engine" if task == "fill-mask" else None
 
     def grid_refusal(self, grids: Grids, spec: VllmSpec) -> str | None:
         reason = compute_type_refusal(self.name, COMPUTE_TYPES, spec.compute_type)
@@ -151,7 +151,7 @@ class Vllm(Runtime[VllmSpec]):
         if reason := activation_refusal("vLLM", config, kind, ONE_ACTIVATION):
             return reason
         if kind == "gpt2" and (other := next((key for key in UNKNOWN_TO_GPT2 if getattr(config, key, False)), None)):
-            return f"vLLM's gpt2 knows no {other}; take torch or torch-compile"
+            return f"vLLM's gpt2 knows no {other}; take another engine"
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
         return on_cpus.refusal(model.config) if model.device == CPU else None
