@@ -67,6 +67,7 @@ def ruled_out(known: CheckpointFacts | None, wanted: Recipe) -> str | None:
 
 WINDOW = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 160}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+SILU = {"hidden_act": "silu"}
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
 
 
@@ -108,7 +109,7 @@ def test_what_only_the_folder_tells_is_refused_in_the_plan(
 
 def test_what_is_advised_instead_is_not_ruled_out_too() -> None:
     """llama.cpp's refusals named GenAI, whatever that said of the same model."""
-    narrow = facts({"attention_bias": True, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12})
+    narrow = facts({"attention_bias": True, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12, **SILU})
     reason = str(ruled_out(narrow, recipe({"engine": "llama.cpp"})))
     assert "llama.cpp's qwen3 has no biases of queries, keys and values; take " in reason
     assert "onnxruntime-genai" not in reason
