@@ -157,7 +157,8 @@ def _function_refusal(model: Candidate) -> str | None:
     if getattr(model.config, "qk_layernorm", False) or getattr(model.config, "clip_qkv", None):
         return f"onnxruntime-genai's model builder overlooks what {kind} does to queries and keys; take another engine"
     if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
-        return f"onnxruntime-genai's model builder makes no layers of linear attention, which this {kind} has; take another engine"
+        why = f"makes no layers of linear attention (Mamba), which this {kind} has"
+        return f"onnxruntime-genai's model builder {why}; take another engine"
     return None
 
 
