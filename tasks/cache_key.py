@@ -11,7 +11,10 @@ from typing import Any
 from featherweight.recipe.plan import Node
 from featherweight.store.artifact import content_digest
 from featherweight.system import toolchains
-from tasks.code_slice import slice_of
+from featherweight.system.kept import keep, kept
+from tasks.code_slice import OURS, slice_of, state_of_files
+
+DIGESTS = "digests-of-code"
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
@@ -27,8 +30,18 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
 
 @cache
 def code_digest(reference: str) -> str:
-    """Digest of the code that what 'module:attribute' names can run (see code_slice)."""
-    return content_digest(slice_of(reference))
+    """Digest of the code that what 'module:attribute' names can run (see code_slice).
+
+    To follow it takes seconds for a plan's references, so a user's are kept until a file of this project is another.
+    """
+    state = state_of_files() if reference.partition(".")[0] in OURS else None
+    if state is None:
+        return content_digest(slice_of(reference))
+    known = kept(DIGESTS, state) or {}
+    if reference not in known:
+        known[reference] = content_digest(slice_of(reference))
+        keep(DIGESTS, state, known)
+    return str(known[reference])
 
 
 def code_references(function: Callable[..., Any], node: Node) -> tuple[str, ...]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+from featherweight.store.artifact import content_digest
 
 OURS = frozenset({"featherweight", "tasks"})
 INERT = frozenset(
@@ -95,6 +98,15 @@ def _look_up(place: Place) -> tuple[str, Iterable[Place]]:
     if file_of(f"{module}.{name}"):
         return "", ((f"{module}.{name}", EFFECTS),)
     return "", ((module, WHOLE),)
+
+
+@cache
+def state_of_files() -> str | None:
+    """What any edit of this project's files changes, and another Python; None where its files are not plain ones."""
+    roots = [root_of(package) for package in sorted(OURS)]
+    files = [path for root in roots if root for path in sorted(root.parent.rglob("*.py"))]
+    told = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in files]
+    return content_digest([sys.version, told]) if all(roots) else None
 
 
 @cache

@@ -57,19 +57,22 @@ def run_stage(stage: Stage, node: Node, inputs: Mapping[str, Mapping[str, Any]],
 
 
 def _task(stage: Stage, node: Node, key: str, workspace: Workspace, body: Body) -> Task[..., dict[str, Any]]:
-    """The Prefect task of a node, named by what it does."""
+    """The Prefect task of a node, named by what it does; one that runs is tagged by its stage, so that a server may limit those.
+
+    For each tag of a task the server is asked for room, also where there is nothing to do.
+    """
     from prefect import Task
 
-    slot = _slot(key, workspace)
+    slot, due = _slot(key, workspace), stage.acts or not is_cached(key, workspace)
     return Task(
         body,
         name=f"{stage.name}: {node.label}",
         task_run_name=f"{node.id} [{stage.name} {method(node.spec)}]".replace(" ]", "]").replace("{", "(").replace("}", ")"),
-        tags=[stage.name],
+        tags=[stage.name] if due else [],
         cache_key_fn=lambda *_: slot,
         persist_result=True,
         result_serializer="json",
-        refresh_cache=stage.acts or not is_cached(key, workspace),
+        refresh_cache=due,
         retries=len(WAITS_S),
         retry_delay_seconds=list(WAITS_S),
         retry_condition_fn=_is_transient,

@@ -23,7 +23,6 @@ from featherweight.report.overruled import advice_line
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.writing import length_note
 from featherweight.store.artifact import Manifest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
@@ -58,7 +57,7 @@ def _rows(plan: Plan, outcomes: Outcomes, decision: Decision, parent: ParentRun)
 def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: Decision, parent: ParentRun) -> VariantRow:
     ref, served = outcomes[variant.measured].artifact, outcomes[variant.served].artifact
     folder = parent.workspace.materialize(served, check=False)
-    serving, length = Serving.read(folder), length_note(folder)
+    serving = Serving.read(folder)
     metrics = dict(ref.metrics)
     won = variant.name == decision.winner
     zeros = served_zeros(plan, variant, outcomes, parent)
@@ -77,7 +76,8 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         stages=tuple(plan.path(variant.measured)),
         threads=threads,
         notes=(
-            *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros), length) if note),
+            *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros)) if note),
+            *([serving.length_note] if serving.length_note else []),
             *(note for note in (_device_note(plan, serving), _numbers_note(variant, serving)) if note),
             *_judgements(plan, variant, outcomes),
         ),

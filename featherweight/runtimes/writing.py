@@ -115,6 +115,12 @@ class Source:
         """The longest sequence that is served: what is asked for, within the model's context (of source and target, where both)."""
         return served_tokens(self.config, self.tokens)
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model was made for; None where it names none."""
+        longest = context_tokens(self.config)
+        return longest if longest < UNBOUNDED else None
+
     def round(self, body: Grid, head: Grid | None) -> QuantizedWeights:
         """The quantized weights: the checkpoint's own, or all that it has in float rounded to nearest, which `model` now holds."""
         if self.quantized is None:
@@ -206,7 +212,7 @@ def write_served(
     Serving.read(out).on(where).write(out)
     by_adapter = source.adapted_references()
     metrics = {**runtime.check(spec, source, out), **_check_adapters(by_adapter, out)}
-    replace(Serving.read(out), max_tokens=source.max_tokens).write(out)
+    replace(Serving.read(out), max_tokens=source.max_tokens, context=source.context).write(out)
     return metrics
 
 
@@ -231,15 +237,6 @@ def _check_adapters(references: Mapping[str, Reference], served: Path) -> Metric
     """`parity_adapters_max_abs`, in nats, of all adapters beside a model; nothing where it has none. Raises ParityError."""
     found = [reference.check(served, adapter=name)["parity_max_abs"] for name, reference in references.items()]
     return {"parity_adapters_max_abs": max(found)} if found else {}
-
-
-def length_note(served: Path) -> str | None:
-    """What the report says of a served folder that is offered for less than its model's context; None where it is for all of it."""
-    verified, context = Serving.read(served).max_tokens, context_tokens(load_config(served))
-    if verified is None or verified >= context:
-        return None
-    whole = f" of a context of {context}" if context < UNBOUNDED else ""
-    return f"verified and served up to {verified} tokens{whole}; workload.max_tokens raises it"
 
 
 def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:

@@ -24,7 +24,8 @@ class Serving:
     options: what the engine must be told at load time, such as {"compute_type": "int8"}; the `device` where that is not the CPU.
     grid: name of the grid that the weights lie on, None for float.
     max_tokens: the longest sequence (prompt and new tokens, or scored window) that it was compared with PyTorch to, and is
-    offered for; None for what was written before that was recorded.
+    offered for; None for what was written before that was recorded. context: the longest that the model was made for; None where it
+    names none.
     """
 
     engine: str
@@ -32,6 +33,15 @@ class Serving:
     options: dict[str, str] = field(default_factory=dict)
     grid: str | None = None
     max_tokens: int | None = None
+    context: int | None = None
+
+    @property
+    def length_note(self) -> str | None:
+        """What the report says of one that is offered for less than its model's context; None where it is for all of it."""
+        if self.max_tokens is None or (self.context is not None and self.max_tokens >= self.context):
+            return None
+        whole = f" of a context of {self.context}" if self.context is not None else ""
+        return f"verified and served up to {self.max_tokens} tokens{whole}; workload.max_tokens raises it"
 
     @property
     def device(self) -> Device:

@@ -62,14 +62,15 @@ def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, 
     import httpx
 
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=5).status_code < 500:
-                return
-        except httpx.HTTPError:
-            if process.poll() is not None:
-                break
-        time.sleep(0.1)
+    with httpx.Client(timeout=5) as client:  # one, as each reads all certificates there are
+        while time.monotonic() < deadline:
+            try:
+                if client.get(url).status_code < 500:
+                    return
+            except httpx.HTTPError:
+                if process.poll() is not None:
+                    break
+            time.sleep(0.1)
     tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
     raise ServiceError(f"the {what} server did not start; see {log}{': ' + tail[0] if tail else ''}")
 

@@ -6,7 +6,6 @@ defines which name, by its 2,500 files, read twice: kept for this user.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from featherweight.system.user import cache_folder
+from featherweight.system.kept import keep, kept
 
 MODULE = "transformers.utils.import_utils"
+NAMES = "names-of-transformers"
 READS = "create_import_structure_from_path"
 Structure = dict[Any, Any]
 """Names by module, by what those need (a frozenset), by package; packages may nest."""
@@ -58,45 +58,30 @@ class Distributions(dict[str, list[str]]):
 
 def _reading_once(models: Path, read: Callable[[Path | str], Structure]) -> Callable[[Path | str], Structure]:
     """`read`, which finds the names of a folder's modules; those of `models` as they were kept."""
-    known: list[Structure] = []
+    seen: list[Structure] = []
 
     def read_once(path: Path | str) -> Structure:
         if Path(path) not in (models, models / "__init__.py"):
             return read(path)
-        if not known:
-            known.append(kept(models) or keep(models, read(models)))
-        return known[0]
+        if not seen:
+            seen.append(known(models) or learnt(models, read(models)))
+        return seen[0]
 
     return read_once
 
 
-def kept(models: Path) -> Structure | None:
+def known(models: Path) -> Structure | None:
     """What this user kept of the package as it lies there now, or None."""
     try:
-        with _file().open(encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            state, structure = json.load(file)
-        return _decoded(structure) if state == _state(models) else None
+        return _decoded(kept(NAMES, _state(models)))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def keep(models: Path, structure: Structure) -> Structure:
+def learnt(models: Path, structure: Structure) -> Structure:
     """Keep it where this user's cache can be written to; the same structure."""
-    file = _file()
-    copy = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        copy.write_text(json.dumps([_state(models), _encoded(structure)]), encoding="utf-8")
-        copy.replace(file)
-    except OSError:
-        return structure
+    keep(NAMES, _state(models), _encoded(structure))
     return structure
-
-
-def _file() -> Path:
-    return cache_folder() / "names-of-transformers.json"
 
 
 def _state(models: Path) -> list[Any]:

@@ -20,7 +20,7 @@ from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Generation, Tokens
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.torch.eager import TorchModel
-from featherweight.runtimes.writing import length_note, write_served
+from featherweight.runtimes.writing import write_served
 from featherweight.store.served_folder import Serving
 from tests.conftest import STORY, _tokenizer
 from tests.support import serving_models as models
@@ -164,10 +164,13 @@ def test_ctranslate2_serves_a_sliding_window_up_to_it(kind: str, checkpoints: di
 
 def test_the_report_tells_of_context_that_is_not_served(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     write("torch", checkpoints["llama"], text, tmp_path)
-    assert length_note(tmp_path) == f"verified and served up to {TOKENS} tokens of a context of 256; workload.max_tokens raises it"
+    assert (
+        Serving.read(tmp_path).length_note
+        == f"verified and served up to {TOKENS} tokens of a context of 256; workload.max_tokens raises it"
+    )
     write("torch", checkpoints["llama"], text, tmp_path / "whole", tokens=512)
     assert Serving.read(tmp_path / "whole").max_tokens == 256
-    assert length_note(tmp_path / "whole") is None
+    assert Serving.read(tmp_path / "whole").length_note is None
 
 
 def test_more_than_was_verified_is_refused_in_one_line(

@@ -63,14 +63,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_kept_is_what_is_read(package: Path) -> None:
     structure = import_utils.create_import_structure_from_path(str(package))
     assert "LlamaForCausalLM" in structure["llama"][frozenset({"torch"})]["modeling_llama"]
-    assert transformers_import.kept(package) is None
-    assert transformers_import.keep(package, structure) == structure
-    assert transformers_import.kept(package) == structure
+    assert transformers_import.known(package) is None
+    assert transformers_import.learnt(package, structure) == structure
+    assert transformers_import.known(package) == structure
 
 
 @pytest.mark.parametrize("harm", ["cut", "another form", "a module more", "a module less", "another place"])
 def test_what_is_not_of_the_package_as_it_lies_there_is_read_anew(package: Path, tmp_path: Path, harm: str) -> None:
-    transformers_import.keep(package, import_utils.create_import_structure_from_path(str(package)))
+    transformers_import.learnt(package, import_utils.create_import_structure_from_path(str(package)))
     (file,) = (tmp_path / "cache" / "featherweight").iterdir()
     if harm == "cut":
         file.write_text(file.read_text()[:-10])
@@ -82,13 +82,13 @@ def test_what_is_not_of_the_package_as_it_lies_there_is_read_anew(package: Path,
         (package / "llama" / "modeling_llama.py").unlink()
     else:
         package = package.rename(tmp_path / "elsewhere")
-    assert transformers_import.kept(package) is None
+    assert transformers_import.known(package) is None
 
 
 def test_a_cache_that_cannot_be_written_keeps_nothing(package: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    assert transformers_import.keep(package, {"llama": {}}) == {"llama": {}}
-    assert transformers_import.kept(package) is None
+    assert transformers_import.learnt(package, {"llama": {}}) == {"llama": {}}
+    assert transformers_import.known(package) is None
 
 
 def test_transformers_finds_its_names_as_without_it() -> None:

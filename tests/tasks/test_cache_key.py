@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.recipe.plan import Node
 from featherweight.runtimes.catalog import RUNTIMES
-from tasks import cache_key
+from featherweight.store.artifact import content_digest
+from tasks import cache_key, code_slice
+from tasks.cache_key import code_digest
 from tasks.code_slice import slice_of
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tests.support.serving_models import serving_spec
+from tests.tasks.test_code_slice import forget
 
 ENGINES = ("ctranslate2", "torchao-int8", "vllm")
 FOLDERS = {"ctranslate2": "ctranslate2", "torchao-int8": "torch", "vllm": "vllm", "onnxruntime-genai": "onnx_genai"}
@@ -80,3 +84,41 @@ def test_an_upgrade_in_its_toolchain_does_too(tmp_path: Path, monkeypatch: pytes
 def test_the_manifest_names_the_libraries_of_its_engines() -> None:
     assert "torchao" in cache_key.libraries_of(Node("x", "export", "x", serving_spec("torchao-int8")))
     assert {"ctranslate2", "transformers"} <= set(cache_key.libraries_of(measured("ctranslate2")))
+
+
+@pytest.fixture
+def little_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two small packages in the place of this project's, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("featherweight", "tasks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "tasks" / "work.py").write_text("def work():\n    return 1\n")
+    monkeypatch.setattr(code_slice, "root_of", lambda package: tmp_path / package / "__init__.py")
+    forget()
+    yield tmp_path / "tasks" / "work.py"
+    forget()
+
+
+def test_the_digest_of_code_is_kept_until_a_file_is_another(little_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = code_digest("tasks.work:work")
+    assert first == content_digest(slice_of("tasks.work:work"))
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_key, "slice_of", lambda _: pytest.fail("it was kept"))
+        assert code_digest("tasks.work:work") == first
+    little_project.write_text("def work():\n    return 12\n")
+    forget()
+    assert code_digest("tasks.work:work") == content_digest(slice_of("tasks.work:work")) != first
+
+
+def test_a_new_file_makes_every_digest_anew(little_project: Path) -> None:
+    before = code_slice.state_of_files()
+    (little_project.parent / "more.py").touch()
+    forget()
+    assert code_slice.state_of_files() != before
+
+
+def test_the_code_of_other_packages_is_never_kept(little_project: Path, tmp_path: Path) -> None:
+    code_digest("outside.work:work")
+    assert not (tmp_path / "cache").exists()

@@ -46,8 +46,10 @@ METHODS: dict[str, Spec] = {
 
 
 def forget() -> None:
-    for cached in (code_slice.read_module, code_slice.file_of, code_slice.definition, cache_key.code_digest):
+    """As in a new process."""
+    for cached in (code_slice.read_module, code_slice.file_of, code_slice.definition, code_slice.state_of_files):
         cached.cache_clear()
+    cache_key.code_digest.cache_clear()
 
 
 @pytest.fixture

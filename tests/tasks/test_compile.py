@@ -93,7 +93,7 @@ def test_quantized_weights_reach_the_graph_without_a_second_rounding(checkpoints
     assert len(found) == 2 * 5 + 1
     assert metrics["parity_weights_max_abs"] < 1e-4
     assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
-    assert Serving.read(tmp_path / "out") == Serving("onnxruntime-genai", grid="int4-g32", max_tokens=256)
+    assert Serving.read(tmp_path / "out") == Serving("onnxruntime-genai", grid="int4-g32", max_tokens=256, context=256)
 
 
 @pytest.mark.engine

@@ -79,7 +79,7 @@ def test_pytorch_folder_is_the_checkpoint_linked(quantized, checkpoints, text, t
     )
     weights = "model.safetensors"
     assert (tmp_path / weights).stat().st_ino == (checkpoints["llama"] / weights).stat().st_ino
-    assert Serving.read(tmp_path) == Serving("torch", max_tokens=256)
+    assert Serving.read(tmp_path) == Serving("torch", max_tokens=256, context=256)
 
 
 @pytest.mark.engine
@@ -101,7 +101,7 @@ def test_integers_reach_ctranslate2_without_a_second_rounding(quantized, text, t
         np.testing.assert_allclose(q / scale[:, None], weights, rtol=3e-7, atol=0)
     assert metrics["parity_weights_max_abs"] < 1e-4
     assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
-    assert Serving.read(tmp_path) == Serving("ctranslate2", "ctranslate2", {"compute_type": "int8"}, "int8", 256)
+    assert Serving.read(tmp_path) == Serving("ctranslate2", "ctranslate2", {"compute_type": "int8"}, "int8", 256, 256)
     assert not (tmp_path / "twin").exists()
 
 
