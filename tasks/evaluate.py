@@ -52,7 +52,7 @@ def evaluate(
         alone = same_files(served, baseline)
         variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone)
         other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
-        pairs = [take_turns(variant, other, batch_size, progress) for batch_size in spec.batch_sizes]
+        pairs = [take_turns(variant, other, shape, progress) for shape in variant.shapes]
         measured = variant.measurement([ours for ours, _ in pairs], other)
         measured = replace(measured, roofline=_roofline(served, measured, progress))
         reference = measured if other is variant else other.measurement([theirs for _, theirs in pairs])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from featherweight.errors import GateError, IntegrityError
-from featherweight.measure.goals import Decision, judged_batch
+from featherweight.measure.goals import Decision, judged_threads
 from featherweight.measure.spec import BASELINE
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import RegisterSpec
@@ -164,11 +164,6 @@ def _winner(
         machine=graph.nodes[-1].machine.get("hardware", ""),
         constraints=spec.constraints.model_dump(exclude_none=True),
         objective=spec.objective,
-        threads=_threads(spec.objective, measured.metrics),
+        threads=judged_threads(spec.objective, measured.metrics),
         model_id=model_id,
     )
-
-
-def _threads(objective: str, metrics: Mapping[str, float]) -> int:
-    """The number of threads that was best at the batch size that the objective is judged at."""
-    return int(metrics.get(f"threads_{judged_batch(objective, metrics)}", 1))

@@ -27,6 +27,8 @@ from featherweight.store.artifact import Manifest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
 from featherweight.store.workspace import Workspace
+from featherweight.system.device import CPU, Device
+from featherweight.system.energy import EnergyMeter
 from tasks.decide import read_decision
 from tasks.outcome import Outcome, Outcomes
 from tasks.parent_run import ParentRun, connect
@@ -65,7 +67,8 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         metrics["zero_share"] = zeros[1]
     if "parity_max_abs" in served.metrics:
         metrics["parity"] = served.metrics["parity_max_abs"]
-    threads = {name.removeprefix("threads_"): int(value) for name, value in metrics.items() if name.startswith("threads_")}
+    counts = {name.removeprefix("threads_"): int(value) for name, value in metrics.items() if name.startswith("threads_")}
+    threads = {batch: count for batch, count in counts.items() if batch.isdigit()}
     return VariantRow(
         variant.name,
         serving.engine,
@@ -149,10 +152,10 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         objective=recipe.objective,
         winner=decision.winner,
         variants=tuple(_rows(plan, outcomes, decision, parent)),
-        constraints=recipe.constraints.model_dump(exclude_none=True),
+        constraints=recipe.constraints.bounds,
         nodes=tuple(_node_row(node, outcomes[id]) for id, node in plan.nodes.items()),
         gates=_gates(outcomes, parent),
-        machine=_machine() | {"stages computed on": plan.nodes[BASELINE].device or ""},
+        machine=_machine(plan.nodes[BASELINE].device or CPU) | {"stages computed on": plan.nodes[BASELINE].device or ""},
         versions=_versions(outcomes, parent),
         runs={"mlflow": parent.run_id, "prefect": parent.tags.get("featherweight.prefect_flow_run", "")},
         recipe=recipe_text(recipe),
@@ -185,7 +188,7 @@ def _folder(node: str, outcomes: Outcomes, parent: ParentRun) -> Path:
     return parent.workspace.materialize(outcomes[node].artifact, check=False)
 
 
-def _machine() -> dict[str, str]:
+def _machine(device: Device) -> dict[str, str]:
     """This machine in a few words for the report."""
     from featherweight.system.machine import describe
 
@@ -195,6 +198,7 @@ def _machine() -> dict[str, str]:
         "cores": str(machine.cores),
         "memory": f"{machine.memory_bytes / 2**30:.0f} GiB",
         "GPUs": ", ".join(gpu.name for gpu in machine.gpus) or "none",
+        "energy": f"not readable here: {reason}" if (reason := EnergyMeter(device).reason) else "counted of the whole machine",
     }
 
 

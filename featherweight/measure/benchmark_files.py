@@ -16,6 +16,12 @@ from featherweight.store.artifact import file_sha256
 HARNESS = "lm_eval"
 
 
+class Harness:
+    """lm-evaluation-harness as a part of a measurement."""
+
+    libraries = ("lm-eval",)
+
+
 def fingerprint(spec: WorkloadSpec) -> str | None:
     """Of the harness and the files that a workload's benchmarks read; None where it has none. Raises as `require` does."""
     if not spec.benchmarks:

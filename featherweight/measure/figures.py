@@ -41,6 +41,11 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
 
 
+def seconds(value: float) -> str:
+    """A time in s, three significant digits."""
+    return f"{value:.3g} s" if math.isfinite(value) else MISSING
+
+
 def mebibytes(size: float) -> str:
     """A size in MiB, from 1024 of them on in GiB; below one with three digits."""
     if not math.isfinite(size):
@@ -68,4 +73,4 @@ def with_interval(estimate: Estimate, show: Callable[[float], str] = plain) -> s
 
 def _bare(text: str) -> str:
     """A figure without its unit."""
-    return text.removesuffix(" %").removesuffix("x")
+    return text.removesuffix(" %").removesuffix("x").removesuffix(" ms")

@@ -1,7 +1,8 @@
 """Goals: what a recipe asks of a variant, judged by the flat metrics of `Comparison.metrics()`.
 
 The decide stage and the promotion gate both judge here, so that neither accepts what the other refuses. Speed and latency are
-judged at the batch size that the objective names ('speedup@8'); 'size' and 'quality' name none and take the smallest measured.
+judged at the batch size that the objective names ('speedup@8'); the others name none and take the smallest measured. 'ttft@512' is
+the time to the first token of a prompt of so many tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, points, share, times, with_interval
+from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, points, seconds, share, times, with_interval
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
@@ -80,16 +81,31 @@ def speed(batch_size: int) -> Figure:
     return Figure(f"speedup_{batch_size}", "speed", times, more=True, interval=True, at=f" at batch {batch_size}")
 
 
-def p95_latency(batch_size: int) -> Figure:
-    """The 95th percentile of the latency of one whole generation."""
-    return Figure(f"p95_latency_s_{batch_size}", "p95 latency", milliseconds, at=f" at batch {batch_size}")
+def timed(key: str, name: str, interval: bool = False) -> Callable[[int], Figure]:
+    """A time by its key without the batch size, of which the figure is made."""
+    return lambda batch: Figure(f"{key}_{batch}", name, milliseconds, interval=interval, at=f" at batch {batch}")
+
+
+def prompt_ttft(tokens: int) -> Figure:
+    """The time to the first token behind a prompt of so many."""
+    return Figure(f"ttft_s_prompt_{tokens}", "time to first token", milliseconds, interval=True, at=f" behind {tokens} tokens")
+
+
+def prompt_speed(tokens: int) -> Figure:
+    """How many times sooner than the baseline the first token comes behind a prompt of so many."""
+    key = f"ttft_speedup_prompt_{tokens}"
+    return Figure(key, "first token", times, more=True, interval=True, at=f" sooner behind {tokens} tokens")
 
 
 CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_quality_loss": lambda _: QUALITY,
     "min_speedup": speed,
     "max_size_bytes": lambda _: SIZE,
-    "max_p95_latency_s": p95_latency,
+    "max_p95_latency_s": timed("p95_latency_s", "p95 latency"),
+    "max_p99_latency_s": timed("p99_latency_s", "p99 latency"),
+    "max_ttft_s": timed("ttft_s", "time to first token", interval=True),
+    "max_inter_token_s": timed("inter_token_s", "time between tokens"),
+    "max_startup_s": lambda _: Figure("startup_s", "time to start", seconds),
     "max_peak_memory_bytes": lambda _: PEAK_MEMORY,
     "max_changed_answers": lambda _: CHANGED_ANSWERS,
     "max_accuracy_loss": lambda _: ACCURACY_LOSS,
@@ -98,20 +114,38 @@ CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
 """The figure that each key of ConstraintsSpec bounds, at a batch size."""
 
 
+def bounded(constraint: str, batch_size: int) -> Figure:
+    """The figure that a name of ConstraintsSpec.bounds is about."""
+    name, _, prompt = constraint.partition(".")
+    return prompt_ttft(int(prompt)) if prompt else CONSTRAINTS[name](batch_size)
+
+
 def measured_batches(metrics: Iterable[str]) -> list[int]:
     """The batch sizes that a speed was measured at, the smallest first, by the names of the metrics."""
     return sorted({int(found[1]) for key in metrics if (found := re.fullmatch(r"speedup_(\d+)", key))})
 
 
+def timed_prompts(metrics: Iterable[str]) -> list[int]:
+    """The lengths of prompts that a time to the first token was measured at, the shortest first, by the names of the metrics."""
+    return sorted({int(found[1]) for key in metrics if (found := re.fullmatch(r"ttft_s_prompt_(\d+)", key))})
+
+
 def judged_batch(objective: str, metrics: Iterable[str]) -> int:
     """The batch size that speed and latency are judged at: see the head of this file; 1 where none was measured."""
-    _, _, named = objective.partition("@")
-    return int(named) if named else next(iter(measured_batches(metrics)), 1)
+    kind, _, named = objective.partition("@")
+    return int(named) if kind == "speedup" else next(iter(measured_batches(metrics)), 1)
+
+
+def judged_threads(objective: str, metrics: Metrics) -> int:
+    """The number of threads that was best at what the objective is judged at."""
+    kind, _, named = objective.partition("@")
+    at = f"prompt_{named}" if kind == "ttft" else judged_batch(objective, metrics)
+    return int(metrics.get(f"threads_{at}", 1))
 
 
 def bound_shown(constraint: str, bound: float) -> str:
     """The bound of a constraint as people read it."""
-    return CONSTRAINTS[constraint](1).show(bound)
+    return bounded(constraint, 1).show(bound)
 
 
 @dataclass(frozen=True)
@@ -124,10 +158,11 @@ class Objective:
     @classmethod
     def of(cls, name: str, metrics: Metrics) -> Objective:
         """The objective of that name for a variant with these metrics."""
+        kind, _, named = name.partition("@")
         batch_speed = speed(judged_batch(name, metrics))
-        if name == "quality":
+        if kind == "quality":
             return cls(QUALITY, batch_speed)
-        return cls(SIZE if name == "size" else batch_speed, QUALITY)
+        return cls(SIZE if kind == "size" else prompt_speed(int(named)) if kind == "ttft" else batch_speed, QUALITY)
 
 
 @dataclass(frozen=True)
@@ -147,8 +182,7 @@ def judge(constraints: ConstraintsSpec, objective: str, metrics: Metrics) -> lis
     What was not measured is not kept.
     """
     batch_size = judged_batch(objective, metrics)
-    bounds = constraints.model_dump(exclude_none=True)
-    return [_verdict(name, CONSTRAINTS[name](batch_size), bound, metrics) for name, bound in bounds.items()]
+    return [_verdict(name, bounded(name, batch_size), bound, metrics) for name, bound in constraints.bounds.items()]
 
 
 def _verdict(name: str, figure: Figure, bound: float, metrics: Metrics) -> Verdict:
@@ -193,8 +227,8 @@ class Decision:
 def choose_winner(constraints: ConstraintsSpec, objective: str, variants: Mapping[str, Metrics]) -> Decision:
     """Keep who satisfies every constraint with its confidence bound, then maximise the objective.
 
-    objective: 'speedup@N', 'size' or 'quality'. variants: metrics by name. Who is not surely behind the leader is level with
-    it, and of those that are level the better quality wins (for 'quality': the faster), so that noise alone never decides.
+    objective: 'speedup@N', 'ttft@N', 'size' or 'quality'. variants: metrics by name. Who is not surely behind the leader is
+    level with it, and of those that are level the better quality wins (for 'quality': the faster), so that noise never decides.
     """
     broken = {name: "; ".join(_refusals(constraints, objective, metrics)) for name, metrics in variants.items()}
     kept = [_Candidate.of(name, Objective.of(objective, variants[name]), variants[name]) for name in variants if not broken[name]]

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
 from featherweight.measure.references import score
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import ReferenceMetric
+from featherweight.measure.speed import Shape, Speed
 from featherweight.measure.statistics import (
     Estimate,
     bootstrap_difference,
+    bootstrap_median,
     bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_score_difference,
@@ -67,56 +68,6 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Timed generations of `batch_size` prompts of `prompt_tokens` to `new_tokens` new ones each, in seconds.
-
-    total_s, ttft_s: round after round, `repeats` generations in each (a quick engine runs several in its turn).
-    warmup_s: the first generation, with what the engine compiles for it. probe: what the thread counts that were tried took.
-    """
-
-    batch_size: int
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    total_s: tuple[float, ...]
-    ttft_s: tuple[float, ...]
-    repeats: int = 1
-    warmup_s: float = 0.0
-    probe: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-
-    @property
-    def rounds_s(self) -> list[float]:
-        """One latency per round: the median of its generations."""
-        starts = range(0, len(self.total_s), self.repeats)
-        return [median(self.total_s[start : start + self.repeats]) for start in starts]
-
-    def latency_s(self, share: float) -> float:
-        """The quantile `share` of the latency of one whole generation."""
-        return quantile(self.total_s, share)
-
-    @property
-    def median_ttft_s(self) -> float:
-        """Time to first token."""
-        return median(self.ttft_s)
-
-    @property
-    def inter_token_s(self) -> float:
-        """Time between two tokens of one sequence, after the first."""
-        steps = max(1, self.new_tokens - 1)
-        return median((total - first) / steps for total, first in zip(self.total_s, self.ttft_s, strict=True))
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens per second, all sequences together, at the median latency."""
-        return self.batch_size * self.new_tokens / median(self.total_s)
-
-    @property
-    def noise(self) -> float:
-        """Spread of the rounds: largest less smallest, over the median."""
-        return (max(self.rounds_s) - min(self.rounds_s)) / median(self.rounds_s)
-
-
-@dataclass(frozen=True)
 class Measurement:
     """One served variant on its own engine.
 
@@ -126,6 +77,7 @@ class Measurement:
     that it served from. attention: the kernels that PyTorch takes, by pass. answers: its greedy texts, where they were asked for.
     hits: of each benchmark 1.0 for an example that it answered rightly, 0.0 for another. written: its texts that were held against
     references. matches: of each metric of references what adds up to it (references.py), for each of those texts.
+    lengths: its speed at other lengths of prompts, one request at a time.
     """
 
     engine: str
@@ -143,6 +95,12 @@ class Measurement:
     hits: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     written: tuple[str, ...] = ()
     matches: Mapping[ReferenceMetric, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    lengths: tuple[Speed, ...] = ()
+
+    @property
+    def timed(self) -> dict[Shape, Speed]:
+        """Every speed, by what was timed."""
+        return {speed.shape: speed for speed in (*self.speeds, *self.lengths)}
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -164,17 +122,12 @@ class Measurement:
         told: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in tree["quality"].items()}
         quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
-        speeds = tuple(_speed(speed) for speed in tree["speeds"])
+        speeds, lengths = (tuple(map(Speed.from_json, tree.get(key, ()))) for key in ("speeds", "lengths"))
         texts = {key: tuple(tree.get(key, ())) for key in ("answers", "written")}
         hits = {name: tuple(one) for name, one in tree.get("hits", {}).items()}
         matches = {name: tuple(map(tuple, rows)) for name, rows in tree.get("matches", {}).items()}
-        parts = {"quality": quality, "speeds": speeds, "roofline": roofline, "hits": hits, "matches": matches, **texts}
-        return cls(**{**tree, **parts})
-
-
-def _speed(tree: Mapping[str, Any]) -> Speed:
-    probe = {int(count): tuple(times) for count, times in tree["probe"].items()}
-    return Speed(**{**tree, "probe": probe, "total_s": tuple(tree["total_s"]), "ttft_s": tuple(tree["ttft_s"])})
+        parts = {"quality": quality, "speeds": speeds, "lengths": lengths, "roofline": roofline, "hits": hits, "matches": matches}
+        return cls(**{**tree, **parts, **texts})
 
 
 @dataclass(frozen=True)
@@ -253,8 +206,23 @@ class Comparison:
             figures["references"] = len(self.variant.written)
         return figures
 
+    def _lengths(self) -> dict[str, float]:
+        """Of each other length of prompts, by `_prompt_N`."""
+        figures: dict[str, float] = {}
+        for speed in self.variant.lengths:
+            theirs, at = self.baseline.timed.get(speed.shape), f"prompt_{speed.prompt_tokens}"
+            if theirs is None:
+                raise StageError("the variant and the baseline were timed at different lengths; evaluate both anew")
+            sooner = bootstrap_median_ratio(theirs.rounds_ttft_s, speed.rounds_ttft_s, seed=speed.prompt_tokens)
+            figures |= _bounded(f"ttft_speedup_{at}", sooner) | _named(speed, at)
+            figures[f"noise_{at}"] = theirs.noise
+        return figures
+
     def metrics(self) -> dict[str, float]:
-        """Everything as flat figures: N in a name is a batch size, `_low` and `_high` bound a 95 % confidence interval."""
+        """Everything as flat figures: N in a name is a batch size, behind `prompt_` the tokens of a prompt.
+
+        `_low` and `_high` bound a 95 % confidence interval.
+        """
         variant = self.variant
         figures: dict[str, float] = variant.quality.metrics
         figures |= _bounded("quality_change", self.quality_change)
@@ -266,8 +234,9 @@ class Comparison:
         figures |= variant.sizes
         for batch_size in self.batch_sizes:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
-            figures |= {f"{key}_{batch_size}": value for key, value in _figures(variant.speed(batch_size)).items()}
+            figures |= _named(variant.speed(batch_size), str(batch_size))
             figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
+        figures |= self._lengths()
         if variant.roofline and 1 in self.batch_sizes:
             figures["roofline_1"] = variant.roofline.share(variant.speed(1).tokens_per_s)
             figures |= asdict(variant.roofline)
@@ -297,32 +266,17 @@ def read_metrics(folder: Path) -> dict[str, float]:
         raise IntegrityError(f"{folder / FILE} holds no metrics ({error}); evaluate the variant anew") from error
 
 
-def quantile(values: tuple[float, ...], share: float) -> float:
-    """Linear interpolation between the ordered values, as numpy's default."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def _worst_loss(changes: Iterable[Estimate]) -> Estimate:
     """What may be lost where the most may: the change of the lowest bound, turned round."""
     worst = min(changes, key=lambda change: change.low)
-    return Estimate(-worst.value, -worst.high, -worst.low)
+    return Estimate(0.0 - worst.value, 0.0 - worst.high, 0.0 - worst.low)  # where -0.0 would be shown as a gain
 
 
 def _bounded(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _figures(speed: Speed) -> dict[str, float]:
-    """The figures of one batch size, by their names without it."""
-    latencies = {f"p{round(100 * share)}_latency_s": speed.latency_s(share) for share in (0.5, 0.95, 0.99)}
-    return latencies | {
-        "tokens_per_s": speed.tokens_per_s,
-        "ttft_s": speed.median_ttft_s,
-        "inter_token_s": speed.inter_token_s,
-        "threads": speed.threads,
-        "warmup_s": speed.warmup_s,
-    }
+def _named(speed: Speed, at: str) -> dict[str, float]:
+    """The figures of a speed, `at` behind each name."""
+    figures = {f"{key}_{at}": value for key, value in speed.figures.items()}
+    return figures | _bounded(f"ttft_s_{at}", bootstrap_median(speed.rounds_ttft_s, seed=speed.prompt_tokens))

@@ -21,6 +21,12 @@ PACKAGES: dict[ReferenceMetric, str] = {"bleu": "sacrebleu", "chrf": "sacrebleu"
 """The package that says what each metric is."""
 
 
+class References:
+    """The packages that hold texts against references, as a part of a measurement."""
+
+    libraries = ("sacrebleu", "rouge-score")
+
+
 def require(spec: WorkloadSpec) -> None:
     """Raise ToolchainError where a package is not installed that one of the workload's metrics takes."""
     for package in _packages(spec):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from featherweight.measure.statistics import trials_to_show
+from featherweight.measure.speed import Shape
+from featherweight.measure.statistics import examples_to_show, trials_to_show
 from featherweight.spec import Positive, SequenceLength, Share, Spec
 from featherweight.store.served_folder import SERVED_TOKENS
 
@@ -47,6 +48,18 @@ class BenchmarkSpec(Spec):
     limit: Positive | None = None
 
 
+class LengthSpec(Spec):
+    """Requests of another length, one at a time; a number alone is that of the prompt's tokens."""
+
+    prompt_tokens: Positive
+    new_tokens: Positive = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_alone(cls, value: Any) -> Any:
+        return {"prompt_tokens": value} if isinstance(value, int) else value
+
+
 class WorkloadSpec(Spec):
     """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
 
@@ -58,9 +71,10 @@ class WorkloadSpec(Spec):
     threads: the counts to try for each engine, the best of which it runs at; by default 1, 2, 4 ... up to the machine's cores.
     changed_answers: compare the texts that it writes with the original's; not by default.
     benchmarks: tasks whose accuracy is measured, by name. references: hold what a seq2seq model writes against `data.target`.
+    lengths: other lengths of prompts, such as [512, 2048], for each of which the time to the first token is measured.
     """
 
-    quiet = frozenset({"changed_answers", "benchmarks", "references"})
+    quiet = frozenset({"changed_answers", "benchmarks", "references", "lengths"})
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -73,6 +87,30 @@ class WorkloadSpec(Spec):
     changed_answers: ChangedAnswersSpec | None = None
     benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], BenchmarkSpec] = Field(default={})
     references: ReferencesSpec | None = None
+    lengths: tuple[LengthSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct_lengths(self) -> WorkloadSpec:
+        prompts = [one.prompt_tokens for one in self.lengths]
+        if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
+            raise ValueError(f"lengths: {twice} tokens stand twice; its figures are named by the prompt's length")
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What scores it beside the engines."""
+        harness = ("featherweight.measure.benchmark_files:Harness",) if self.benchmarks else ()
+        return (*harness, "featherweight.measure.references:References") if self.references else harness
+
+    @property
+    def batches(self) -> list[Shape]:
+        """What is timed at each batch size."""
+        return [Shape(size, self.prompt_tokens, self.new_tokens) for size in self.batch_sizes]
+
+    @property
+    def long_prompts(self) -> list[Shape]:
+        """What is timed at each of the other lengths."""
+        return [Shape(1, one.prompt_tokens, one.new_tokens) for one in self.lengths]
 
     @property
     def served_tokens(self) -> int:
@@ -82,7 +120,12 @@ class WorkloadSpec(Spec):
     @property
     def measured_tokens(self) -> int:
         """The longest sequence that is measured."""
-        return max(self.window_tokens, self.prompt_tokens + self.written_tokens)
+        return max(self.window_tokens, self.prompt_tokens + self.written_tokens, self.longest_request)
+
+    @property
+    def longest_request(self) -> int:
+        """The longest sequence among the other lengths; 0 without any."""
+        return max((one.prompt_tokens + one.new_tokens for one in self.lengths), default=0)
 
     @property
     def written_tokens(self) -> int:
@@ -97,30 +140,53 @@ class WorkloadSpec(Spec):
         return [*asked, (references.texts, references.new_tokens)] if references else asked
 
 
+Seconds = Annotated[float, Field(gt=0)]
+
+
 class ConstraintsSpec(Spec):
     """Bounds that the winner keeps with its confidence bound, not its point estimate. Quality loss: relative, in bits per byte; of
     encoders that answer by vectors or labels the difference of their loss (see featherweight/measure/agreement.py).
 
     max_changed_answers: a share of 1, of what `workload.changed_answers` asks for. max_accuracy_loss: a difference of shares, in
-    each of `workload.benchmarks`. max_reference_loss: in points of 100, in each metric of `workload.references`.
+    each of `workload.benchmarks`. max_reference_loss: in points of 100, in each metric of `workload.references`. max_ttft_s: time
+    to the first token, or that at several of `workload.lengths`, such as {512: 0.2, 2048: 1.0}. max_startup_s: until it can serve.
     """
 
-    quiet = frozenset({"max_changed_answers", "max_accuracy_loss", "max_reference_loss"})
+    quiet = frozenset(
+        {
+            *("max_changed_answers", "max_accuracy_loss", "max_reference_loss"),
+            *("max_p99_latency_s", "max_ttft_s", "max_inter_token_s", "max_startup_s"),
+        }
+    )
 
     max_quality_loss: Annotated[float, Field(gt=-1)] | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
     max_size_bytes: Positive | None = None
-    max_p95_latency_s: Annotated[float, Field(gt=0)] | None = None
+    max_p95_latency_s: Seconds | None = None
     max_peak_memory_bytes: Positive | None = None
     max_changed_answers: Share | None = None
     max_accuracy_loss: Share | None = None
     max_reference_loss: Annotated[float, Field(gt=0, lt=100)] | None = None
+    max_p99_latency_s: Seconds | None = None
+    max_ttft_s: Seconds | dict[Positive, Seconds] | None = None
+    max_inter_token_s: Seconds | None = None
+    max_startup_s: Seconds | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are set, by name; of one that is set for several lengths each, as 'max_ttft_s.512'."""
+        flat: dict[str, float] = {}
+        for name, bound in self.model_dump(exclude_none=True).items():
+            flat |= {f"{name}.{at}": one for at, one in bound.items()} if isinstance(bound, dict) else {name: bound}
+        return flat
 
 
-def unmeasured(constraints: ConstraintsSpec, workload: WorkloadSpec) -> str | None:
-    """Why a bound could never be kept: nothing measures it, or too little to show it; None where all can."""
-    if constraints.max_accuracy_loss is not None and not workload.benchmarks:
-        return "constraints.max_accuracy_loss wants workload.benchmarks, such as {lambada_openai: {file: lambada.jsonl}}"
+def unmeasured(constraints: ConstraintsSpec, objective: str, workload: WorkloadSpec) -> str | None:
+    """Why a bound could never be kept, or the objective be told: nothing measures it, or too little; None where all can."""
+    if reason := _untimed(constraints, objective, workload):
+        return reason
+    if reason := _too_few_examples(constraints.max_accuracy_loss, workload.benchmarks):
+        return reason
     if constraints.max_reference_loss is not None and workload.references is None:
         return "constraints.max_reference_loss wants workload.references, such as {texts: 100, new_tokens: 64, metrics: [bleu]}"
     allowed, asked = constraints.max_changed_answers, workload.changed_answers
@@ -135,6 +201,33 @@ def unmeasured(constraints: ConstraintsSpec, workload: WorkloadSpec) -> str | No
         f"constraints.max_changed_answers {allowed:g} takes at least {needed} prompts to show, even if no answer changes; "
         f"set workload.changed_answers.prompts to that"
     )
+
+
+def _too_few_examples(allowed: float | None, benchmarks: dict[str, BenchmarkSpec]) -> str | None:
+    """A loss of accuracy that no benchmark measures, or of so few examples that its interval is wider, whatever is answered."""
+    if allowed is None:
+        return None
+    if not benchmarks:
+        return "constraints.max_accuracy_loss wants workload.benchmarks, such as {lambada_openai: {file: lambada.jsonl}}"
+    needed = examples_to_show(allowed)
+    few = [name for name, one in benchmarks.items() if one.limit is not None and one.limit < needed]
+    if not few:
+        return None
+    return (
+        f"constraints.max_accuracy_loss {allowed:g} takes at least {needed} examples to show, even if no answer differs; "
+        f"set workload.benchmarks.{few[0]}.limit to that"
+    )
+
+
+def _untimed(constraints: ConstraintsSpec, objective: str, workload: WorkloadSpec) -> str | None:
+    """A batch size or a length of prompts that something asks for, and that is not timed."""
+    kind, _, named = objective.partition("@")
+    if kind == "speedup" and int(named) not in workload.batch_sizes:
+        return f"objective {objective} wants {named} among workload.batch_sizes, which are {list(workload.batch_sizes)}"
+    bounds = constraints.max_ttft_s if isinstance(constraints.max_ttft_s, dict) else {}
+    wanted = {f"constraints.max_ttft_s.{prompt}": prompt for prompt in bounds} | ({objective: int(named)} if kind == "ttft" else {})
+    timed = [one.prompt_tokens for one in workload.lengths]
+    return next((f"{what} wants {prompt} among workload.lengths" for what, prompt in wanted.items() if prompt not in timed), None)
 
 
 class DecideSpec(Spec):

@@ -78,6 +78,13 @@ def bootstrap_median_ratio(
     return _estimate(float(numpy.median(ratios)), numpy.median(ratios[drawn], axis=1), confidence)
 
 
+def bootstrap_median(
+    values: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
+    """Median of the values. Interval as `bootstrap_ratio`."""
+    return bootstrap_median_ratio(values, [1.0] * len(values), resamples=resamples, confidence=confidence, seed=seed)
+
+
 def bootstrap_score_difference(
     a: Sequence[Sequence[float]],
     b: Sequence[Sequence[float]],
@@ -129,6 +136,11 @@ def paired_share_difference(a: Sequence[float], b: Sequence[float], *, confidenc
 def trials_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:
     """How many trials without a hit it takes until the interval of `share_of` ends at `share` (0 to 1, both excluded)."""
     return ceil(_deviations(confidence) ** 2 * (1 - share) / share)
+
+
+def examples_to_show(loss: float, *, confidence: float = CONFIDENCE) -> int:
+    """How many examples, all answered alike, it takes until the interval of `paired_share_difference` ends at `loss`."""
+    return max(1, ceil(_deviations(confidence) / loss - 2))
 
 
 def _deviations(confidence: float) -> float:

@@ -198,6 +198,8 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
         texts, new_tokens = map(max, zip(*spec.asked_texts, strict=True))
         tokens += texts * (spec.prompt_tokens + new_tokens)
         steps += -(-texts // max(spec.batch_sizes)) * new_tokens
+    tokens += sum(one.prompt_tokens + one.new_tokens for one in spec.lengths) * generations
+    steps += sum(one.new_tokens for one in spec.lengths) * generations
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
     return Work(_forward(sides[0], spec.windows * spec.window_tokens) + generated, memory=steps * weights, files=weights)

@@ -132,7 +132,7 @@ class Recipe(Spec):
     variants: tuple[VariantsSpec, ...] | None = None
     workload: WorkloadSpec = WorkloadSpec()
     constraints: ConstraintsSpec = ConstraintsSpec()
-    objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|size|quality)$")
+    objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|ttft@\d+|size|quality)$")
     advice: dict[str, Annotated[float, Field(ge=0)]] | None = None
     promote: PromoteSpec
     seed: int = 0
@@ -145,7 +145,7 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _measures_what_it_bounds(self) -> Recipe:
-        if reason := unmeasured(self.constraints, self.workload):
+        if reason := unmeasured(self.constraints, self.objective, self.workload):
             raise ValueError(reason)
         return self
 

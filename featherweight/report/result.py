@@ -9,7 +9,11 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
 - `accuracy_NAME`, `accuracy_change_NAME`, with bounds: in each benchmark, and against the baseline; `accuracy_loss`: the worst;
 - `bleu`, `chrf`, `rouge_l`, in points of 100, and `NAME_change` with bounds: of `references` texts; `reference_loss`: the worst;
 - `tokens_per_s_N`, `speedup_N`, `speedup_N_low`, `speedup_N_high`: throughput, and its ratio to the baseline's, with bounds;
-- `ttft_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, latency of a whole generation;
+- `ttft_s_N` with bounds, `inter_token_s_N`, `p50_latency_s_N`, `p95_latency_s_N`, `p99_latency_s_N`: time to first token, between
+  tokens, latency of a whole generation; `startup_s`: until it can serve;
+- the same of one request with a prompt of N tokens, as `ttft_s_prompt_N` ...; `ttft_speedup_prompt_N` with bounds: how many times
+  sooner than the baseline its first token comes;
+- `joules_per_token_N`: energy of the whole machine, where it is readable;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;
 - `roofline_1`: share of the measured memory bandwidth (`bandwidth_bytes_s`, at as many threads) that reading weights and cache at
@@ -28,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featherweight.measure.figures import mebibytes, percent, times, with_interval
-from featherweight.measure.goals import judged_batch, measured_batches, pareto_front
+from featherweight.measure.goals import judged_batch, measured_batches, pareto_front, timed_prompts
 from featherweight.measure.statistics import Estimate
 from featherweight.spec import HEADED, Task
 
@@ -153,6 +157,11 @@ class OptimizationResult:
     def main_batch(self) -> int:
         """The batch size that speed is judged at."""
         return judged_batch(self.objective, self._metric_names())
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Other lengths of prompts that were timed."""
+        return timed_prompts(self._metric_names())
 
     def _metric_names(self) -> Iterator[str]:
         return chain.from_iterable(row.metrics for row in self.variants)

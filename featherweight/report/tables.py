@@ -7,26 +7,47 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from featherweight.measure.figures import MISSING, mebibytes, milliseconds, percent, points, rate, share, times, with_interval
+from featherweight.measure.figures import (
+    MISSING,
+    mebibytes,
+    milliseconds,
+    percent,
+    plain,
+    points,
+    rate,
+    seconds,
+    share,
+    times,
+    with_interval,
+)
 from featherweight.report.result import OptimizationResult, VariantRow, ranked
 from featherweight.spec import HEADED, Task
 from featherweight.visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
+
+STYLES = {"winner": "bold green", "baseline": "cyan"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables: its heading, what it means, its text and its sort key for a row; `brief` ones fit a terminal."""
+    """A column of the tables: its heading, what it means, its text and its sort key for a row; `brief` ones fit a terminal.
+
+    asked: one that a recipe asks for by name, which a terminal shows in a table below the others'.
+    """
 
     title: str
     meaning: str
     text: Callable[[VariantRow], str]
     order: Callable[[VariantRow], float]
     brief: bool = False
+    asked: bool = False
 
 
+BESIDE = 6
+"""So many columns with intervals a terminal has room for beside the names."""
 SCORED: Mapping[Task, str] = {
     "text-generation": "on the held-out text",
     "text2text-generation": "of the held-out targets, given their sources",
@@ -37,6 +58,7 @@ SCORED: Mapping[Task, str] = {
 """What the quality of a model for each task is about."""
 
 
+JOULES = "energy of the whole machine for each new token"
 CHANGED = "share of greedy texts that are not the original's, letter for letter"
 NEAR = {
     "bleu": ("BLEU", "corpus BLEU of greedy texts against the held-out targets, by sacrebleu"),
@@ -69,10 +91,16 @@ def columns(result: OptimizationResult) -> list[Column]:
             _metric(
                 f"p95, {at}", "95th percentile of the latency", f"p95_latency_s_{batch}", milliseconds, brief=batch == batches[0]
             ),
+            _metric(f"p99, {at}", "99th percentile of the latency", f"p99_latency_s_{batch}", milliseconds),
+            _metric(f"between tokens, {at}", "of one sequence, after the first", f"inter_token_s_{batch}", milliseconds),
+            _metric(f"J/token, {at}", JOULES, f"joules_per_token_{batch}", plain),
         ]
+    for tokens in result.prompt_lengths:
+        found += _long_prompts(tokens)
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
         _metric("peak memory", "of the serving process, where its weights lie", "peak_memory_bytes", mebibytes, brief=True),
+        _metric("start", "until it can serve: its process, its libraries, its weights", "startup_s", seconds),
         _metric("host memory", "peak in main memory beside the GPU's", "peak_host_memory_bytes", mebibytes),
         _metric("tensors", "peak of the GPU's memory that PyTorch's own count knows", "peak_tensor_bytes", mebibytes),
         _metric("roofline, batch 1", ROOFLINE, "roofline_1", share),
@@ -117,6 +145,19 @@ def _benchmarks(result: OptimizationResult) -> list[Column]:
     return shown
 
 
+def _long_prompts(tokens: int) -> list[Column]:
+    """One request behind a prompt of so many tokens."""
+    at, key = f"{tokens} tokens", f"prompt_{tokens}"
+    return [
+        _bounded(f"TTFT, {at}", f"time to first token behind a prompt of {at} (95 % CI)", f"ttft_s_{key}", milliseconds),
+        _bounded(f"TTFT ×, {at}", "how many times sooner than the baseline it comes (95 % CI)", f"ttft_speedup_{key}", times),
+        _metric(f"p95, {at}", "95th percentile of the latency of such a request", f"p95_latency_s_{key}", milliseconds),
+        _metric(f"p99, {at}", "99th percentile of the latency of such a request", f"p99_latency_s_{key}", milliseconds),
+        _metric(f"between tokens, {at}", "behind such a prompt, after the first", f"inter_token_s_{key}", milliseconds),
+        _metric(f"J/token, {at}", JOULES, f"joules_per_token_{key}", plain),
+    ]
+
+
 def _near_references() -> list[Column]:
     """How near the texts come to their references, and the change of that."""
     shown = []
@@ -127,8 +168,8 @@ def _near_references() -> list[Column]:
 
 
 def _bounded(title: str, meaning: str, key: str, show: Callable[[float], str]) -> Column:
-    """A figure with its confidence interval; one that a recipe asks for by name, and that a terminal shows for that."""
-    return Column(title, meaning, lambda row: with_interval(row.estimate(key), show), lambda row: row.get(key), brief=True)
+    """A figure with its confidence interval that a recipe asks for by name."""
+    return Column(title, meaning, lambda row: with_interval(row.estimate(key), show), lambda row: row.get(key), True, True)
 
 
 def _number(value: float, form: str) -> str:
@@ -148,31 +189,55 @@ def _threads(row: VariantRow) -> str:
     return MISSING if not counts else counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
-def terminal_table(result: OptimizationResult) -> Table:
-    """The variants as a rich table; failed ones with their reasons, the ruled out only counted."""
+def terminal_table(result: OptimizationResult) -> Group:
+    """The variants as rich tables; failed ones with their reasons, the ruled out only counted."""
+    from rich.console import Group
+
+    shown = [column for column in columns(result) if column.brief]
+    asked = [column for column in shown if column.asked]
+    parts = (asked[start : start + BESIDE] for start in range(0, len(asked), BESIDE))
+    main = _main_table(result, [column for column in shown if not column.asked])
+    return Group(main, *(_asked_table(result, part) for part in parts))
+
+
+def _main_table(result: OptimizationResult, shown: list[Column]) -> Table:
+    ruled_out = sum(row.status == "ruled-out" for row in result.variants)
+    caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
+    table = _table(shown, visible(result.name), caption)
+    table.add_column("outcome", overflow="fold", min_width=12)
+    for row in ranked(result):
+        fate = row.status if row.status in STYLES else row.reason
+        _add(table, row, [*(column.text(row) for column in shown), fate], STYLES.get(row.status))
+    for row in result.variants:
+        if row.status in ("failed", "skipped"):
+            _add(table, row, [*(MISSING for _ in shown), f"{row.status}: {row.reason}"], "dim")
+    return table
+
+
+def _asked_table(result: OptimizationResult, shown: list[Column]) -> Table:
+    """What the recipe asks for by name."""
+    table = _table(shown)
+    for row in ranked(result):
+        _add(table, row, [column.text(row) for column in shown], STYLES.get(row.status))
+    return table
+
+
+def _table(shown: list[Column], title: str | None = None, caption: str | None = None) -> Table:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
-    shown = [column for column in columns(result) if column.brief]
-    ruled_out = sum(row.status == "ruled-out" for row in result.variants)
-    caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
-    table = Table(title=escape(visible(result.name)), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title) if title else None, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("variant", overflow="fold", min_width=12)
     for column in shown:
         table.add_column(column.title.replace(", ", "\n").replace(" (", "\n("), justify="right", no_wrap=True)
-    table.add_column("outcome", overflow="fold", min_width=12)
-    styles = {"winner": "bold green", "baseline": "cyan"}
-    for row in ranked(result):
-        fate = row.status if row.status in styles else row.reason
-        cells = [row.name, *(column.text(row) for column in shown), fate]
-        table.add_row(*map(Text, map(visible, cells)), style=styles.get(row.status))
-    for row in result.variants:
-        if row.status in ("failed", "skipped"):
-            blanks = [MISSING] * len(shown)
-            table.add_row(*map(Text, map(visible, [row.name, *blanks, f"{row.status}: {row.reason}"])), style="dim")
     return table
+
+
+def _add(table: Table, row: VariantRow, cells: list[str], style: str | None) -> None:
+    from rich.text import Text
+
+    table.add_row(*map(Text, map(visible, [row.name, *cells])), style=style)
 
 
 def markdown_table(result: OptimizationResult) -> str:

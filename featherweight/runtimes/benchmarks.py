@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import RecipeError, one_line
-from featherweight.measure.benchmark_files import documents, task_file
+from featherweight.measure.benchmark_files import HARNESS, documents, task_file
 from featherweight.measure.spec import BenchmarkSpec
 from featherweight.runtimes.client import Worker
 
@@ -30,16 +33,26 @@ def _hits(worker: Worker, tokenizer: Any, name: str, spec: BenchmarkSpec) -> tup
 
     from featherweight.runtimes.harness_model import HarnessModel
 
-    tasks = local_task(name, documents(spec))
+    with _silent():
+        tasks = local_task(name, documents(spec))
     kind = tasks["tasks"][name].config.output_type
     if kind not in KINDS:
         raise RecipeError(f"workload.benchmarks: {name} is a task of {kind}; take one of {' or '.join(KINDS)}")
     model = HarnessModel(worker, tokenizer, greedy=kind == "loglikelihood")
-    found = evaluate(lm=model, task_dict=tasks, bootstrap_iters=0, log_samples=True)
+    with _silent():
+        found = evaluate(lm=model, task_dict=tasks, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][name], key=lambda one: one["doc_id"])
     if any("acc" not in one for one in samples):
         raise RecipeError(f"workload.benchmarks: {name} counts no right answers; take one whose metric is acc")
     return tuple(float(one["acc"]) for one in samples)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the harness's bars and hints, which would tear the view of the progress; its errors are raised."""
+    logging.getLogger(HARNESS).setLevel(logging.ERROR)
+    with redirect_stderr(StringIO()):
+        yield
 
 
 def local_task(name: str, rows: list[dict[str, Any]]) -> Any:

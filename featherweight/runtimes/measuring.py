@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from featherweight.errors import StageError
 from featherweight.measure.agreement import embedding_quality, label_quality
-from featherweight.measure.measurement import Measurement, Quality, Speed
+from featherweight.measure.measurement import Measurement, Quality
 from featherweight.measure.references import matches
+from featherweight.measure.speed import Shape, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
 from featherweight.runtimes.benchmarks import hits
@@ -25,14 +26,23 @@ from featherweight.runtimes.workload import Workload
 from featherweight.spec import HEADED
 from featherweight.store.served_folder import Serving, served_bytes
 from featherweight.system.device import CPU
+from featherweight.system.energy import EnergyMeter
 
 PROBE_ROUNDS, PROBE_S = 3, 1.0
 # What a quick engine repeats its generation for in each of its turns, so that one hiccup of the machine is not its figure.
 TURN_S, MOST_REPEATS = 0.2, 8
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One round's generations, and the joules that the machine used in it; None where that is not readable."""
+
+    timings: list[Timing]
+    energy_j: float | None = None
+
+
 class MeasuredVariant:
-    """One served folder being measured: its worker, and its best number of threads for each batch size."""
+    """One served folder being measured: its worker, and its best number of threads for whatever is timed."""
 
     def __init__(
         self,
@@ -46,96 +56,109 @@ class MeasuredVariant:
     ) -> None:
         """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later."""
         self.workload, self.served, self.progress = workload, served, progress
-        self.known = known if known and _same_questions(known, workload) else None
-        sizes = workload.spec.batch_sizes
+        self.shapes = [*workload.spec.batches, *workload.spec.long_prompts]
+        self.known = known if known and known.timed.keys() >= {*self.shapes} and _same_questions(known, workload) else None
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
         self.counts = thread_counts(workload.spec.threads, self.slow)
-        asked = served, self.counts[0], workload.max_tokens, max(sizes), progress
+        asked = served, self.counts[0], workload.max_tokens, max(workload.spec.batch_sizes), progress
         self.worker = stack.enter_context(kept_worker(*asked, fresh=self.known is None) if keep else started(*asked))
-        cold = self.known.speeds if self.known else ()
-        self.warmup_s = {(speed.batch_size, speed.threads): speed.warmup_s for speed in cold}
+        timed = self.known.timed if self.known else {}
+        self.warmup_s = {(shape, speed.threads): speed.warmup_s for shape, speed in timed.items()}
         self.repeats = 1
-        self.probes = self._probe(sizes)
+        self.energy = EnergyMeter(self.worker.device)
+        self.probes = self._probe({shape: speed.probe for shape, speed in timed.items()})
 
-    def _probe(self, batch_sizes: tuple[int, ...]) -> dict[int, Probe]:
-        """Latencies by batch size and number of threads; one count alone needs no probe."""
-        known = {speed.batch_size: speed for speed in self.known.speeds} if self.known else {}
-        probes: dict[int, Probe] = {size: dict(known[size].probe) if size in known else {} for size in batch_sizes}
-        wanted = [size for size in batch_sizes if size not in known]
+    def _probe(self, known: Mapping[Shape, Mapping[int, tuple[float, ...]]]) -> dict[Shape, Probe]:
+        """Latencies by what is timed and number of threads; one count alone needs no probe."""
+        probes: dict[Shape, Probe] = {shape: dict(known.get(shape, {})) for shape in self.shapes}
+        wanted = [shape for shape in probes if shape not in known]
         for threads in self.counts if wanted and len(self.counts) > 1 else ():
             self.progress.note(f"trying {self.engine} with {threads} thread{'s' if threads > 1 else ''}")
-            for size in wanted:
-                probes[size][threads] = self._try(size, threads, probes[size])
+            for shape in wanted:
+                probes[shape][threads] = self._try(shape, threads, probes[shape])
         return probes
 
-    def _try(self, batch_size: int, threads: int, others: Probe) -> tuple[float, ...]:
+    def _try(self, shape: Shape, threads: int, others: Probe) -> tuple[float, ...]:
         """Latencies of a few shorter generations; only the first, which warms up, where that is hopeless already."""
         self.worker.set_threads(threads)
-        wanted = self.workload.new_tokens
+        wanted = self.workload.new_tokens(shape)
         tokens = min(wanted, max(16, wanted // 4))
         best = best_latency_s(others)
-        first_s = self._run(batch_size, tokens).total_s
-        self.warmup_s.setdefault((batch_size, threads), first_s)
+        first_s = self._run(shape, tokens).total_s
+        self.warmup_s.setdefault((shape, threads), first_s)
         if first_s > 2 * HOPELESS * best and not self.slow:
             return (first_s,)
         times: list[float] = []
         while len(times) < PROBE_ROUNDS and sum(times) < PROBE_S and (not times or times[0] < HOPELESS * best):
-            times.append(self._run(batch_size, tokens).total_s)
+            times.append(self._run(shape, tokens).total_s)
         return tuple(times)
 
-    def threads(self, batch_size: int) -> int:
-        """The best number of threads for a batch size, the only one where there was no choice."""
+    def threads(self, shape: Shape) -> int:
+        """The best number of threads for what is timed, the only one where there was no choice."""
         if self.known:
-            return self.known.speed(batch_size).threads
-        probe = self.probes[batch_size]
+            return self.known.timed[shape].threads
+        probe = self.probes[shape]
         return best_count(probe) if probe else self.counts[0]
 
-    def prepare(self, batch_size: int) -> None:
+    def prepare(self, shape: Shape) -> None:
         """Switch to the best number of threads and generate unmeasured, to warm up and to see how often a turn repeats it."""
-        threads = self.threads(batch_size)
+        threads, tokens = self.threads(shape), self.workload.new_tokens(shape)
         self.worker.set_threads(threads)
-        first_s = self._run(batch_size, self.workload.new_tokens).total_s
-        self.warmup_s.setdefault((batch_size, threads), first_s)
-        warm_s = self._run(batch_size, self.workload.new_tokens).total_s if first_s < TURN_S or self.slow else first_s
+        first_s = self._run(shape, tokens).total_s
+        self.warmup_s.setdefault((shape, threads), first_s)
+        warm_s = self._run(shape, tokens).total_s if first_s < TURN_S or self.slow else first_s
         self.repeats = max(1, min(MOST_REPEATS, int(TURN_S / warm_s)))
 
-    def turn(self, batch_size: int) -> list[Timing]:
+    def turn(self, shape: Shape) -> Turn:
         """One round's timed generations."""
-        return [self._run(batch_size, self.workload.new_tokens) for _ in range(self.repeats)]
+        before = self.energy.read()
+        timings = [self._run(shape, self.workload.new_tokens(shape)) for _ in range(self.repeats)]
+        return Turn(timings, self.energy.since(before))
 
-    def _run(self, batch_size: int, new_tokens: int) -> Timing:
-        return self.worker.time(self.workload.prompts(batch_size), new_tokens)
+    def _run(self, shape: Shape, new_tokens: int) -> Timing:
+        return self.worker.time(self.workload.prompts(shape), new_tokens)
 
-    def speed(self, batch_size: int, timings: list[Timing]) -> Speed:
-        """The timings of all rounds as a measurement."""
-        threads, spec = self.threads(batch_size), self.workload.spec
+    def speed(self, shape: Shape, turns: list[Turn]) -> Speed:
+        """The turns of all rounds as a measurement."""
+        threads, timings = self.threads(shape), [timing for turn in turns for timing in turn.timings]
         return Speed(
-            batch_size,
+            shape.batch_size,
             threads,
-            spec.prompt_tokens,
-            self.workload.counted_tokens,
+            shape.prompt_tokens,
+            self.workload.counted_tokens(shape),
             tuple(timing.total_s for timing in timings),
             tuple(timing.ttft_s for timing in timings),
             self.repeats,
-            self.warmup_s[batch_size, threads],
-            self.probes[batch_size],
+            self.warmup_s[shape, threads],
+            self.probes[shape],
+            tuple(turn.energy_j for turn in turns if turn.energy_j is not None),
         )
 
-    def measurement(self, speeds: list[Speed], original: MeasuredVariant | None = None) -> Measurement:
+    def live(self, shape: Shape, turns: list[Turn]) -> dict[str, float]:
+        """What is told while rounds go on."""
+        speed = self.speed(shape, turns)
+        if shape in self.workload.spec.batches:
+            return {f"tokens_per_s_{shape.batch_size}": speed.tokens_per_s}
+        return {f"ttft_s_prompt_{shape.prompt_tokens}": speed.median_ttft_s}
+
+    def measurement(self, timed: list[Speed], original: MeasuredVariant | None = None) -> Measurement:
         """Everything about it. Memory is read before the windows are scored, which serving never does.
 
-        original: the baseline that answers by vectors or labels are compared with, itself by default.
+        timed: at each batch size, then at each other length of prompts. original: the baseline that answers by vectors or labels
+        are compared with, itself by default.
         """
+        batches = len(self.workload.spec.batch_sizes)
+        speeds, lengths = tuple(timed[:batches]), tuple(timed[batches:])
         if self.known:
-            return replace(self.known, speeds=tuple(speeds), size_bytes=served_bytes(self.served), roofline=None)
+            return replace(self.known, speeds=speeds, lengths=lengths, size_bytes=served_bytes(self.served), roofline=None)
         host, worker = self.worker.peak_memory_bytes(), self.worker
         on_cpu = worker.device == CPU
         told, tensors = (None, None) if on_cpu else (worker.peak_gpu_memory_bytes(), worker.peak_tensor_bytes())
         return Measurement(
             self.engine,
             self._quality(original or self),
-            tuple(speeds),
+            speeds,
             host if on_cpu else told or tensors,  # PyTorch's own count, where the driver tells nothing of a GPU
             served_bytes(self.served),
             worker.startup_s,
@@ -144,6 +167,7 @@ class MeasuredVariant:
             peak_tensor_bytes=tensors,
             attention=self._attention(),
             hits=self._hits(),
+            lengths=lengths,
             **self._texts(),
         )
 
@@ -216,19 +240,14 @@ def _same_questions(known: Measurement, workload: Workload) -> bool:
     return compared and known.hits.keys() == spec.benchmarks.keys() and known.matches.keys() == metrics
 
 
-def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, batch_size: int, progress: Progress) -> tuple[Speed, Speed]:
+def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, shape: Shape, progress: Progress) -> tuple[Speed, Speed]:
     """Timed rounds, one of each side by turns, so that what slows the machine slows both; who begins alternates too."""
     sides = [variant] if baseline is variant else [variant, baseline]
-    timings: dict[MeasuredVariant, list[Timing]] = {side: [] for side in sides}
+    turns: dict[MeasuredVariant, list[Turn]] = {side: [] for side in sides}
     for side in sides:
-        side.prepare(batch_size)
+        side.prepare(shape)
     for turn in range(variant.workload.spec.rounds):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            timings[side] += side.turn(batch_size)
-        progress.step(turn + 1, variant.workload.spec.rounds, **_live(variant, batch_size, timings[variant]))
-    return variant.speed(batch_size, timings[variant]), baseline.speed(batch_size, timings[baseline])
-
-
-def _live(side: MeasuredVariant, batch_size: int, timings: list[Timing]) -> dict[str, float]:
-    tokens = batch_size * side.workload.counted_tokens
-    return {f"tokens_per_s_{batch_size}": tokens / median(timing.total_s for timing in timings)}
+            turns[side].append(side.turn(shape))
+        progress.step(turn + 1, variant.workload.spec.rounds, **variant.live(shape, turns[variant]))
+    return variant.speed(shape, turns[variant]), baseline.speed(shape, turns[baseline])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.measure.spec import WorkloadSpec
+from featherweight.measure.speed import Shape
 from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.positions import context_tokens
@@ -72,7 +73,8 @@ class Workload:
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
         questions, references = _questions(spec, folder, config, evaluation) if spec.asked_texts else ((), ())
         written = 0 if family == "encoder" else spec.written_tokens
-        longest = max(length, written + max(spec.prompt_tokens, *map(len, questions), 0))
+        other = max((one.prompt_tokens + (one.new_tokens if written else 0) for one in spec.long_prompts), default=0)
+        longest = max(length, other, written + max(spec.prompt_tokens, *map(len, questions), 0))
         longest = max(longest, min(spec.served_tokens, context)) if spec.benchmarks else longest
         return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder, references)
 
@@ -91,20 +93,18 @@ class Workload:
         spelt = Respelt(tuple(map(len, parts)), firsts)
         return replace(self, windows=windows, max_tokens=longest, respelt=spelt, questions=questions, tokenizer=served)
 
-    @property
-    def new_tokens(self) -> int:
+    def new_tokens(self, shape: Shape) -> int:
         """Tokens to generate: none by an encoder, which reads its prompt once."""
-        return 0 if self.family == "encoder" else self.spec.new_tokens
+        return 0 if self.family == "encoder" else shape.new_tokens
 
     @property
     def answer_tokens(self) -> list[int]:
         """How many tokens to write behind each question."""
         return [max(new for texts, new in self.spec.asked_texts if place < texts) for place in range(len(self.questions))]
 
-    @property
-    def counted_tokens(self) -> int:
+    def counted_tokens(self, shape: Shape) -> int:
         """Tokens of a sequence that the speed is said in: those generated, or those that an encoder has read."""
-        return self.spec.prompt_tokens if self.family == "encoder" else self.spec.new_tokens
+        return shape.prompt_tokens if self.family == "encoder" else shape.new_tokens
 
     @property
     def quality_bytes(self) -> tuple[int, ...]:
@@ -133,10 +133,10 @@ class Workload:
         """The windows of an encoder that answers by vectors or labels."""
         return [window for window in self.windows if isinstance(window, Example)]
 
-    def prompts(self, batch_size: int) -> list[list[int]]:
+    def prompts(self, shape: Shape) -> list[list[int]]:
         """Prompts of equal length, each from the beginning of another window; short windows borrow from the next ones."""
-        length, prompts = self.spec.prompt_tokens, []
-        for first in range(batch_size):
+        length, prompts = shape.prompt_tokens, []
+        for first in range(shape.batch_size):
             here = first % len(self.windows)
             ids = chain.from_iterable(window.source or window.ids for window in cycle([*self.windows[here:], *self.windows[:here]]))
             prompts.append(list(islice(ids, length)))
@@ -170,11 +170,13 @@ def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
 
 def _context_refusal(spec: WorkloadSpec, family: Family, context: int) -> str | None:
     """Why a workload does not fit the model: prompt and text in one sequence, or in one each, or the prompt alone."""
-    prompt, new = spec.prompt_tokens, spec.written_tokens
-    needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
-    if needed <= context:
-        return None
-    return (
-        f"workload: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
-        f"but the model's context holds {context}; lower them"
-    )
+    asked = [("workload", spec.prompt_tokens, spec.written_tokens)]
+    asked += [("workload.lengths", one.prompt_tokens, one.new_tokens) for one in spec.lengths]
+    for where, prompt, new in asked:
+        needed = {"causal": prompt + new, "seq2seq": max(prompt, new), "encoder": prompt}[family]
+        if needed > context:
+            return (
+                f"{where}: prompt_tokens {prompt} and new_tokens {new} make {needed} tokens, "
+                f"but the model's context holds {context}; lower them"
+            )
+    return None

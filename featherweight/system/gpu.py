@@ -93,6 +93,16 @@ def memory_in_use_bytes(nvml: Any = None) -> int | None:
         return None
 
 
+def energy_j(nvml: Any = None) -> float | None:
+    """Joules that these GPUs have used since the driver was loaded; None where NVML does not tell (it does from Volta on)."""
+    try:
+        with _session(nvml) as answers:
+            handles = _visible(answers, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            return sum(answers.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000 if handles else None
+    except _Silent:
+        return None
+
+
 class _Silent(Exception):
     """NVML does not answer; why."""
 

@@ -15,6 +15,7 @@ from featherweight.measure import goals
 from featherweight.measure.goals import choose_winner, judge, judged_batch
 from featherweight.measure.measurement import Comparison
 from featherweight.measure.spec import ConstraintsSpec
+from featherweight.measure.speed import Speed
 from featherweight.registry.gate import promotion_gate
 from featherweight.registry.registry import RegisteredVersion
 from featherweight.report.result import OptimizationResult, VariantRow
@@ -68,6 +69,11 @@ def test_a_constraint_is_kept_with_its_confidence_bound_not_with_its_estimate():
         ({"max_size_bytes": 999}, "size 0.000954 MiB, allowed 0.000953 MiB"),
         ({"max_p95_latency_s": 0.4}, "p95 latency 500 ms at batch 1, allowed 400 ms"),
         ({"max_peak_memory_bytes": 4999}, "peak memory"),
+        ({"max_p99_latency_s": 0.4}, "p99 latency 500 ms at batch 1, allowed 400 ms"),
+        ({"max_inter_token_s": 0.001}, "time between tokens 7.14 ms at batch 1, allowed 1.00 ms"),
+        ({"max_ttft_s": 0.04}, "time to first token 50.0 ms at batch 1, allowed 40.0 ms"),
+        ({"max_ttft_s": {64: 0.04}}, "ttft_s_prompt_64 was not measured with its confidence interval"),
+        ({"max_startup_s": 0.5}, "time to start 1 s, allowed 0.5 s"),
     ],
 )
 def test_each_constraint_refuses_with_its_numbers(bounds, named):
@@ -98,6 +104,29 @@ def test_the_objective_may_be_size_or_quality_or_another_batch_size():
     variants = {"small": small, "good": good, "fast": fast}
     winners = {o: decide(ConstraintsSpec(), o, variants).winner for o in ("size", "quality", "speedup@8", "speedup@1")}
     assert winners == {"size": "small", "quality": "good", "speedup@8": "fast", "speedup@1": "small"}
+
+
+def long_prompts(ttft_s: float, nll: float = 100.0) -> Comparison:
+    """A variant whose first token behind 512 tokens comes after `ttft_s`, beside a baseline that takes a second."""
+    sides = [
+        replace(measurement(nll=score), lengths=(Speed(1, 2, 512, 16, (2.0,) * 3, (first,) * 3),))
+        for first, score in ((ttft_s, nll), (1.0, 100.0))
+    ]
+    return Comparison(*sides)
+
+
+def test_a_long_prompts_first_token_may_be_bounded_and_be_the_objective():
+    variants = {"quick": long_prompts(0.25, 101.0), "slow": long_prompts(0.5), "baseline": long_prompts(1.0)}
+    decision = decide(ConstraintsSpec(), "ttft@512", variants)
+    assert decision.winner == "quick"
+    assert decision.summary.startswith("first token 4.00x sooner behind 512 tokens")
+    decision = decide(ConstraintsSpec(max_ttft_s={512: 0.3}, max_quality_loss=0.005), "ttft@512", variants)
+    assert decision.winner is None
+    assert decision.reasons["slow"] == "time to first token 500 ms behind 512 tokens, allowed 300 ms"
+    assert goals.bound_shown("max_ttft_s.512", 0.3) == "300 ms"
+    metrics = variants["quick"].metrics()
+    assert [goals.judged_threads(one, metrics) for one in ("ttft@512", "speedup@8")] == [2, 1]
+    assert judged_batch("ttft@512", metrics) == 1
 
 
 def test_nobody_wins_among_none():

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
-from featherweight.measure.measurement import FILE, Comparison, Quality, quantile
+from featherweight.measure.measurement import FILE, Comparison, Measurement, Quality
+from featherweight.measure.speed import Speed, quantile
 from featherweight.measure.statistics import (
     bootstrap_difference,
     bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_score_difference,
+    examples_to_show,
     paired_share_difference,
     share_of,
     trials_to_show,
@@ -195,13 +197,37 @@ def test_the_baseline_beside_itself_is_once_as_fast_and_as_good():
     assert [metrics[f"quality_change{bound}"] for bound in ("", "_low", "_high")] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("loss", [0.001, 0.01, 0.1, 0.9])
+def test_so_many_examples_show_a_loss_of_accuracy_and_one_less_does_not(loss):
+    needed = examples_to_show(loss)
+    assert paired_share_difference([1.0] * needed, [1.0] * needed).low >= -loss
+    assert needed == 1 or paired_share_difference([1.0] * (needed - 1), [1.0] * (needed - 1)).low < -loss
+
+
+def test_other_lengths_of_prompts_and_the_energy_have_figures_of_their_own():
+    def side(first_s: float) -> Measurement:
+        long = Speed(1, 2, 512, 16, (1.0, 1.2, 1.1), (first_s, first_s + 0.02, first_s + 0.01), energy_j=(8.0, 8.0, 16.0))
+        return replace(measurement(), lengths=(long,))
+
+    metrics = Comparison(side(0.1), side(0.4)).metrics()
+    assert metrics["ttft_s_prompt_512"] == pytest.approx(0.11)
+    assert metrics["ttft_s_prompt_512_low"] == pytest.approx(0.1) and metrics["ttft_s_prompt_512_high"] == pytest.approx(0.12)
+    assert metrics["ttft_speedup_prompt_512"] == pytest.approx(0.41 / 0.11)
+    assert metrics["p50_latency_s_prompt_512"] == pytest.approx(1.1) and metrics["threads_prompt_512"] == 2
+    assert metrics["joules_per_token_prompt_512"] == 32 / 48
+    assert "joules_per_token_1" not in metrics, "nothing was read there"
+    with pytest.raises(StageError, match="timed at different lengths"):
+        Comparison(side(0.1), measurement()).metrics()
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.01, 10), st.floats(1, 1e3), st.integers(1, 10**12))
 def test_a_measurement_survives_json(tmp_path_factory, latency_s, nll, size):
     folder = tmp_path_factory.mktemp("measurement")
     variant = measurement(latency_s, nll, size)
     variant = replace(variant, speeds=(replace(variant.speeds[0], probe={1: (0.5,), 2: (0.25, 0.26)}, warmup_s=2.0),))
-    written = Comparison(variant, measurement(batches=(1,)), "fingerprint")
+    variant = replace(variant, lengths=(replace(variant.speeds[0], prompt_tokens=512, energy_j=(1.0, 2.0)),))
+    written = Comparison(variant, replace(measurement(batches=(1,)), lengths=variant.lengths), "fingerprint")
     written.write(folder)
     assert Comparison.read(folder) == written
 

@@ -68,6 +68,14 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"constraints": {"max_reference_loss": 0.5}}, "wants workload.references, such as"),
         ({"workload": {"references": {}}}, "workload.references: a model for text-generation makes no text of a text"),
         ({"workload": {"references": {}}, "task": "text2text-generation", "checkpoint": {"source": "x"}}, "wants data.target"),
+        (
+            {"constraints": {"max_accuracy_loss": 0.01}, "workload": {"benchmarks": {"piqa": {"file": "x", "limit": 193}}}},
+            "takes at least 194 examples to show, even if no answer differs; set workload.benchmarks.piqa.limit to that",
+        ),
+        ({"objective": "speedup@4"}, "objective speedup@4 wants 4 among workload.batch_sizes, which are [1, 8]"),
+        ({"objective": "ttft@512"}, "ttft@512 wants 512 among workload.lengths"),
+        ({"constraints": {"max_ttft_s": {512: 0.1}}}, "constraints.max_ttft_s.512 wants 512 among workload.lengths"),
+        ({"workload": {"lengths": [512, {"prompt_tokens": 512, "new_tokens": 9}]}}, "lengths: 512 tokens stand twice"),
         ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
         (
             {"constraints": {"max_changed_answers": 0.01}, "workload": {"changed_answers": {}}},
@@ -182,7 +190,7 @@ def test_a_password_in_an_address_is_refused_and_not_told(write, changes: dict, 
 
 def test_overrides_reach_any_key(write) -> None:
     path = write()
-    recipe = load_recipe(path, ("workload.batch_sizes=[2]", "constraints.max_quality_loss=0.02", "seed=7"))
+    recipe = load_recipe(path, ("workload.batch_sizes=[2]", "objective=speedup@2", "constraints.max_quality_loss=0.02", "seed=7"))
     assert (recipe.workload.batch_sizes, recipe.constraints.max_quality_loss, recipe.seed) == ((2,), 0.02, 7)
     for wrong in ("seed", "=3", "seed.x=1", "seed={"):
         with pytest.raises(RecipeError):

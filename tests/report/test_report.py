@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -171,6 +172,19 @@ def test_terminal_table_shows_every_variant_and_its_fate():
     assert EVIL in shown
     assert "skipped: the vLLM toolchain is not installed" in shown
     assert "2 combinations ruled out" in shown
+
+
+def test_what_a_recipe_asks_for_by_name_stands_in_a_table_of_its_own_that_fits_a_terminal():
+    from rich.console import Console
+
+    asked = {f"ttft_s_prompt_512{end}": value for end, value in (("", 0.2), ("_low", 0.19), ("_high", 0.25))}
+    asked |= {f"changed_answers{end}": value for end, value in (("", 0.25), ("_low", 0.2), ("_high", 0.3))}
+    rows = tuple(replace(row, metrics={**row.metrics, **asked}) for row in sample().measured)
+    screen = io.StringIO()
+    Console(width=160, file=screen).print(terminal_table(sample(variants=rows)))
+    main, _, below = screen.getvalue().partition("TTFT")
+    assert "winner" in main and "200 ms [190, 250]" not in main
+    assert below.count("25.0 % [20.0, 30.0]") == below.count("200 ms [190, 250]") == len(rows)
 
 
 def test_markdown_table():

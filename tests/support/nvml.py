@@ -23,6 +23,7 @@ class Card:
     capability: tuple[int, int] = (9, 0)
     processes: Mapping[int, int | None] = field(default_factory=dict)
     used: int = 0
+    millijoules: int = 0
 
 
 class FakeNvml:
@@ -74,6 +75,10 @@ class FakeNvml:
 
     def nvmlDeviceGetUUID(self, card: Card) -> str:
         return card.uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, card: Card) -> int:
+        self._answer("nvmlDeviceGetTotalEnergyConsumption")
+        return card.millijoules
 
     def nvmlDeviceGetName(self, card: Card) -> str:
         return card.name

@@ -168,7 +168,28 @@ def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_sta
     heard, spec = Recorder(), SPEC.model_copy(update={"new_tokens": 250})
     with pytest.raises(RecipeError, match="make 258 tokens, but the model's context holds 256; lower them"):
         evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, progress=heard)
+    spec = WorkloadSpec(**SPEC.model_dump() | {"lengths": [250]})
+    with pytest.raises(RecipeError, match=r"workload\.lengths: prompt_tokens 250 .* make 266 tokens, but .* holds 256"):
+        evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, progress=heard)
     assert not heard.notes and not list(tmp_path.iterdir())
+
+
+@pytest.mark.engine
+def test_long_prompts_are_timed_in_turns_too(baseline, ctranslate2, text, tmp_path):
+    spec = WorkloadSpec(
+        **SPEC.model_dump() | {"windows": 2, "batch_sizes": (1,), "rounds": 2, "lengths": [100], "changed_answers": None}
+    )
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    for folder in (alone, beside):
+        folder.mkdir()
+    evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=alone)
+    metrics = evaluate(spec, served=ctranslate2, baseline=baseline, evaluation=text, out=beside, baseline_measurement=alone)
+    comparison = Comparison.read(beside)
+    for side in (comparison.variant, comparison.baseline):
+        (long,) = side.lengths
+        assert (long.batch_size, long.prompt_tokens, long.new_tokens, len(long.rounds_ttft_s)) == (1, 100, 16, 2)
+    assert metrics["ttft_s_prompt_100"] < metrics["p50_latency_s_prompt_100"] <= metrics["p99_latency_s_prompt_100"]
+    assert comparison.baseline.startup_s == Comparison.read(alone).variant.startup_s, "known from before"
 
 
 @pytest.mark.engine

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featherweight.errors import IntegrityError, ServiceError
-from featherweight.measure.goals import OBJECTIVE, judged_batch, measured_batches
+from featherweight.measure.goals import OBJECTIVE, judged_threads, measured_batches
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import BY_MLFLOW, attested, folder_faults
 from featherweight.registry.keys import Keys
@@ -30,7 +30,7 @@ OWNER = "owner"
 class VerifiedCopy:
     """A version, and an MLflow model's folder with its verified files.
 
-    threads: what was measured to be best at the batch size that its objective is judged at. batch: the largest that was measured.
+    threads: what was measured to be best at what its objective is judged at. batch: the largest that was measured.
     """
 
     version: RegisteredVersion
@@ -128,12 +128,11 @@ def _verify_served(version: RegisteredVersion, folder: Path) -> None:
 
 
 def _copy_of(version: RegisteredVersion, folder: Path, graph: LineageGraph) -> VerifiedCopy:
-    recipe = graph.recipe_tree
-    batch = judged_batch(str(recipe.get("objective") or OBJECTIVE), graph.metrics)
+    objective = str(graph.recipe_tree.get("objective") or OBJECTIVE)
     return VerifiedCopy(
         version=version,
         folder=folder,
-        threads=int(graph.metrics.get(f"threads_{batch}", 1)),
+        threads=judged_threads(objective, graph.metrics),
         batch=max(measured_batches(graph.metrics), default=8),
         max_tokens=verified_tokens(folder / SERVED),
         task=served_task(folder / SERVED),
