@@ -106,9 +106,9 @@ class Speed:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Speed:
         """The inverse of `dataclasses.asdict` and a trip through JSON."""
-        probe = {int(count): tuple(times) for count, times in tree["probe"].items()}
-        told = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
-        return cls(**{**told, "probe": probe})
+        told: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+        told["probe"] = {int(count): tuple(times) for count, times in tree["probe"].items()}
+        return cls(**told)
 
 
 def quantile(values: tuple[float, ...], share: float) -> float:
