@@ -9,6 +9,7 @@ import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.measure.spec import WorkloadSpec
+from featherweight.measure.speed import Shape
 from featherweight.pruning.spec import PruneSpec
 from featherweight.runtimes.workload import Workload
 from featherweight.store.served_folder import Serving
@@ -53,7 +54,7 @@ def test_windows_stand_for_the_same_bytes_and_covered_ones_lose_nothing(served: 
     assert own.quality_bytes == workload.quality_bytes
     assert len(own.windows) > len(workload.windows)  # those with a river are spelt in more tokens than are served
     assert max(len(window.ids) for window in own.windows) <= 20
-    assert [len(prompt) for prompt in own.prompts(3)] == [8, 8, 8]
+    assert [len(prompt) for prompt in own.prompts(Shape(3, 8, 4))] == [8, 8, 8]
     with InProcess(source) as before, InProcess(out) as after:
         whole = [-math.fsum(row) for row in before.score(workload.windows)]
         left = own.by_window([-math.fsum(row) for row in after.score(own.windows)], math.fsum)
