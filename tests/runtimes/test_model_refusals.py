@@ -10,6 +10,7 @@ import pytest
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.vllm.known import left_out_refusal
 
 USUAL = {
     "model_type": "llama",
@@ -98,6 +99,18 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
         ({"model_type": "gpt2", "reorder_and_upcast_attn": True}, "", "vLLM's gpt2 knows no reorder_and_upcast_attn"),
         ({"model_type": "gpt_bigcode", "multi_query": False}, r"keys and values for every head.*\(multi_query\)", ""),
         ({"model_type": "falcon", "multi_query": False}, "", ""),
+        (
+            {"model_type": "falcon", "hidden_size": 64, "ffn_hidden_size": 192},
+            "",
+            "no ffn_hidden_size but four times its width, not 192",
+        ),
+        ({"model_type": "falcon", "ffn_hidden_size": 512}, "", ""),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "norms of queries and keys", "vLLM's stablelm knows no qk_layernorm"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512},
+            "",
+            "vLLM's qwen2 has a sliding window in all layers or in none",
+        ),
         ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "residuals that begin behind the norms", ""),
     ],
 )
@@ -134,3 +147,21 @@ def test_what_is_rounded_by_all_that_is_read_at_once_is_read_in_one_way_only(eng
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": switch}
     found = refusal(engine, model_type="phi3", rope_parameters=longrope)
     assert reason in found if reason else not found
+
+
+@pytest.mark.parametrize(
+    ("told", "tokens", "reason"),
+    [
+        ({}, 100, ""),
+        ({}, 101, "as those beyond 100 tokens .longrope. where it serves up to 101; serve at most 100"),
+        ({"factor": 4.0}, 100, ""),
+        ({"factor": 2.0}, 100, r"by 1\.141, not by 1\.073"),
+        ({"attention_factor": 1.0}, 100, r"by 1\.141, not by 1;"),
+        ({"attention_factor": 1.0, "short_mscale": 1.0}, 100, ""),
+    ],
+)
+def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: dict[str, Any], tokens: int, reason: str) -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 100, **told}
+    config = Values({"class": "", "values": {"max_position_embeddings": 400, "rope_parameters": rope}, "names": {}})
+    found = left_out_refusal("phi3", config, tokens) or ""
+    assert re.search(reason, found) if reason else not found

