@@ -193,7 +193,7 @@ def advise(
 def variants(
     run: Annotated[str, typer.Argument(help="An optimization's MLflow run id; the latest where omitted.")] = "",
     workspace: WorkspaceOpt = HERE,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, for a README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print table and outcome as Markdown, as for a README.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show the table of a finished optimization."""
@@ -204,7 +204,7 @@ def variants(
     if as_json:
         _print_json(result.to_dict())
     elif markdown:
-        typer.echo(markdown_table(result), nl=False)
+        typer.echo(f"{markdown_table(result)}\n{visible(result.headline())}")
     else:
         _console().print(terminal_table(result))
         _console().print(visible(result.headline()), highlight=False, markup=False)
