@@ -264,6 +264,35 @@ def reproduce(
     found.raise_if_wrong()
 
 
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
+def remeasure(
+    model: ModelArg,
+    text: Annotated[
+        str, typer.Option(help="Fresh text: a file, folder or s3:// prefix; its own held-out text where omitted.")
+    ] = "",
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Where it may win: optimize by its own recipe once more.")] = False,
+    workspace: WorkspaceOpt = HERE,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Measure a registered version again, beside its checkpoint, with the engines of now; exit 8 where it has drifted.
+
+    It has drifted where its quality, its speed on the same machine or a constraint is worse than when it was registered, beyond the
+    noise, or where the checkpoint itself predicts the fresh text worse. MLflow keeps each re-measurement.
+    """
+    from flows.remeasure import rebuilt
+    from flows.remeasure import remeasure as again
+
+    place = _workspace(workspace)
+    found = again(place, model, text)
+    if rebuild and found.rebuild_may_win:
+        from flows.launch import launch
+
+        found = rebuilt(place, found, lambda recipe, changes: launch(recipe, tuple(changes), workspace, view_for(quiet)).registered)
+    _tell(found, as_json)
+    found.raise_if_drifted()
+
+
 @app.command(rich_help_panel=LOOK)
 def impact(
     checkpoint: Annotated[str, typer.Option(metavar="DIGEST|PATH", help="Digest (or its start) or source of a checkpoint.")] = "",

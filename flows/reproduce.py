@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import yaml
 
 from featherweight.errors import IntegrityError
 from featherweight.measure.spec import BASELINE
-from featherweight.registry.lineage import LineageGraph, code_commit, from_registry
+from featherweight.registry.lineage import LineageGraph, from_registry, otherwise
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
 from featherweight.report.result import OptimizationResult
@@ -128,18 +127,4 @@ def _compared(version: str, graph: LineageGraph, result: OptimizationResult, int
     row, was = result.row(graph.variant), graph.metrics.get("bits_per_byte")
     now = row.metrics.get("bits_per_byte") if row else None
     quality = (was, now) if was is not None and now is not None else None
-    return Reproduction(version, str(into), _otherwise(graph), tuple(nodes), quality)
-
-
-def _otherwise(graph: LineageGraph) -> dict[str, str]:
-    """Code and libraries of the lineage that are others here."""
-    told = {name: version for node in graph.nodes for name, version in node.environment.items()}
-    pairs = {"code": (graph.commit, code_commit()), **{name: (version, _installed(name)) for name, version in told.items()}}
-    return {name: f"{was} → {now}" for name, (was, now) in pairs.items() if was != now}
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    return Reproduction(version, str(into), otherwise(graph), tuple(nodes), quality)

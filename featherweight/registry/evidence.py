@@ -75,18 +75,12 @@ def _verify_files(registry: Registry, version: RegisteredVersion) -> None:
         raise IntegrityError("no trusted key attests that it is what it says")
 
 
-def _evaluation(graph: LineageGraph) -> LineageNode:
-    """The node that measured the served artifact."""
-    for node in graph.nodes:
-        if node.stage == "evaluate" and node.parents.get("served") == graph.served:
-            return node
-    raise IntegrityError("its lineage names none")
-
-
 @contextmanager
 def _evaluation_folder(registry: Registry, graph: LineageGraph) -> Iterator[tuple[LineageNode, Path]]:
     """The evaluation that a lineage names, and its verified files. Raises IntegrityError where it is altered or names none."""
-    node = _evaluation(graph)
+    node = graph.evaluation
+    if node is None:
+        raise IntegrityError("its lineage names none")
     with tempfile.TemporaryDirectory() as scratch:
         folder = local_path(node.uri) or registry.download(node.uri, Path(scratch))
         artifact.verify(folder, node.digest)

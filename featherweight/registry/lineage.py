@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,6 +107,11 @@ class LineageGraph:
     def checkpoint(self) -> LineageNode | None:
         """The stage run that the weights start from: what was loaded or trained."""
         return next((node for node in self.nodes if node.stage in ("load", "train")), None)
+
+    @property
+    def evaluation(self) -> LineageNode | None:
+        """The stage run that measured the served artifact."""
+        return next((one for one in self.nodes if one.stage == "evaluate" and one.parents.get("served") == self.served), None)
 
     @property
     def recipe_tree(self) -> Mapping[str, Any]:
@@ -230,6 +236,20 @@ def code_commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.stdout.strip()
+
+
+def otherwise(graph: LineageGraph) -> dict[str, str]:
+    """Code and libraries of a lineage that are others here, 'was → is'."""
+    told = {name: version for node in graph.nodes for name, version in node.environment.items()}
+    pairs = {"code": (graph.commit, code_commit()), **{name: (version, _installed(name)) for name, version in told.items()}}
+    return {name: f"{was} → {now}" for name, (was, now) in pairs.items() if was != now}
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def from_registry(registry: Registry, model: str, ref: str = "champion") -> Lineage:

@@ -17,8 +17,12 @@ from typing import Any
 
 import pytest
 
+from featherweight.errors import GateError
+from featherweight.recipe.reading import load_recipe
+from featherweight.registry.remeasurement import Remeasurement
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.workspace import Workspace
+from flows.remeasure import rebuilt
 from tests.support.command import command_here
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
@@ -167,6 +171,44 @@ def test_where_no_variant_keeps_the_constraints_nothing_is_registered(done: Path
     assert "no variant keeps the constraints" in ended.stderr.splitlines()[-1]
     assert json.loads(ended.stdout)["registered"] == ""
     assert not Workspace.at(done / ".featherweight").client().search_registered_models("name='strict'")
+
+
+def test_the_champion_measured_again_is_what_it_was(done: Path) -> None:
+    """Its windows to the last bit; of the clock nothing is asked."""
+    ended = command_here("remeasure", "tiny", "--json", cwd=done)
+    told = json.loads(ended.stdout)
+    assert {one["what"] for one in told["drifts"]} <= {"speed"}
+    assert ended.returncode == (8 if told["drifts"] else 0), ended.stderr
+    assert told["now"]["bits_per_byte"] == told["then"]["bits_per_byte"]
+    assert (told["otherwise"], told["same_machine"], told["text"]) == ({}, True, "")
+    run = Workspace.at(done / ".featherweight").client().get_run(told["run"])
+    assert (run.info.status, run.data.tags["featherweight.kind"]) == ("FINISHED", "remeasurement")
+    assert run.data.tags["featherweight.model"] == "tiny/1"
+    assert run.data.metrics["bits_per_byte"] == told["now"]["bits_per_byte"]
+
+
+@pytest.mark.usefixtures("named_prefect")
+def test_on_text_of_another_kind_it_has_drifted(done: Path) -> None:
+    """By the flow that a schedule runs, which fails then."""
+    from flows.remeasure_schedule import remeasure_flow
+
+    words = [" ".join(f"zq{(place * 7919 + word * 104729) % 99991:x}vj~" for word in range(90)) for place in range(12)]
+    (done / "fresh.txt").write_text("\n\n".join(words))
+    with pytest.raises(GateError, match=r"version 1 of 'tiny' has drifted.*text: bits per byte of the untouched checkpoint \+"):
+        remeasure_flow("tiny", str(done / "fresh.txt"), workspace=str(done / ".featherweight"))
+
+
+def test_a_rebuild_is_of_the_versions_own_recipe_on_the_fresh_text(done: Path) -> None:
+    workspace, asked = Workspace.at(done / ".featherweight"), []
+
+    def run(recipe: Path, overrides: list[str]) -> str:
+        asked.append(load_recipe(recipe, tuple(overrides)))
+        return "registered as tiny version 1"
+
+    found = rebuilt(workspace, Remeasurement("tiny", "1", "fresh text.txt", {}, {}, {}, True, ()), run)
+    assert (found.rebuilt, found.replaced) == ("registered as tiny version 1", False)
+    (recipe,) = asked
+    assert (recipe.name, recipe.data.evaluation, recipe.promote.model) == ("tiny", "fresh text.txt", "tiny")
 
 
 def test_plan_knows_what_is_cached(done: Path) -> None:

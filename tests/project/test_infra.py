@@ -47,7 +47,7 @@ def test_deployments_are_what_prefect_reads():
 
     tree = yaml.safe_load((INFRA / "prefect.yaml").read_text())
     deployments = {item.name: item for item in PrefectYamlModel.model_validate(tree).deployments}
-    assert set(deployments) == {"optimize", "watch", "again", "audit"}
+    assert set(deployments) == {"optimize", "watch", "again", "audit", "remeasure"}
     assert [DeploymentEventTrigger.model_validate(trigger) for trigger in deployments["watch"].triggers]
     assert deployments["watch"].schedules[0].interval.total_seconds() == 300
     assert all(item.work_pool.name == "featherweight" for item in deployments.values())
