@@ -33,7 +33,7 @@ from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
-from featherweight.checkpoint.quantized_formats import method_of, require_readable
+from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
@@ -127,8 +127,6 @@ def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
     require_described(listing, spec.trust_remote_code)
     require_sane(listing)
     told = read_json(listing, CONFIG)
-    if method_of(told) is not None:
-        require_readable(told, listing.where)
     if spec.trust_remote_code and told.get("auto_map"):
         raise KnownAtLoad("its own code describes it")
     return told

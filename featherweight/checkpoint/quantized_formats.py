@@ -3,13 +3,14 @@
 GPTQ (AutoGPTQ, GPTQModel): `qweight` int32 [columns * bits / 32, rows], `qzeros` int32 [groups, rows * bits / 32], `scales`
 [groups, rows] and `g_idx` [columns], the group of each column; the first format stores zero points less one, 'gptq_v2' does not.
 AWQ (AutoAWQ, version gemm): the same three with rows packed in the order 0 2 4 6 1 3 5 7. compressed-tensors (llm-compressor):
-`weight_packed`, or `weight` in int8 or float8, with `weight_scale`; read by that library.
+`weight_packed`, or `weight` in int8 or float8, with `weight_scale`; read by that library. fp8 (DeepSeek, Qwen): `weight` in float8
+with `weight_scale_inv`, a scale for each block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ FORMS = {
     "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
     "awq": ("version", ("gemm",)),
     "compressed-tensors": ("format", ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
+    "fp8": ("fmt", ("e4m3",)),
 }
 """The key of the settings that tells a method's layout, and the layouts that are read."""
 BESIDE = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx)|(input|output|[qkv])_(scale|zero_point))$"
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|shape|zero_point|g_idx)|(input|output|[qkv])_(scale|zero_point))$"
 )
 """Tensors that stand for a weight or a rounding at run time, and have no place in a float model."""
 
@@ -106,13 +108,21 @@ def _grid(kind: Kind, low: float, high: float) -> Grid | None:
 def method_of(config: Mapping[str, Any]) -> str | None:
     """How config.json says that the weights are packed; None for float weights."""
     settings = config.get("quantization_config")
-    if not settings:
+    if settings is None:
         return None
-    return str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else str(settings)
+    told = settings.get("quant_method") if isinstance(settings, dict) else None
+    by_flag = isinstance(settings, dict) and (settings.get("load_in_8bit") or settings.get("load_in_4bit"))
+    return str(told) if told is not None else BITSANDBYTES if by_flag else UNNAMED
+
+
+BITSANDBYTES, UNNAMED = "bitsandbytes", "no quant_method"
+"""What is meant by its flags alone, and what is told where nothing says how weights are packed."""
 
 
 def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     """The grid that the weights keep by what the settings say, before any is read; None where they become floats, or do not say."""
+    if method == "fp8":
+        return None
     if method == "compressed-tensors":
         groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
         told = groups[0] if groups else {}
@@ -134,7 +144,9 @@ def require_readable(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for a format that is not read here, before any weight is."""
     method, settings = method_of(config), config["quantization_config"]
     instead = "give the float checkpoint"
-    if method == "bitsandbytes":
+    if method == UNNAMED:
+        raise CheckpointError(f"{where}: quantization_config names no quant_method; take it out if the weights are floats")
+    if method == BITSANDBYTES:
         raise CheckpointError(f"{where}: bitsandbytes packs weights for its CUDA kernels, which unpack them; {instead}")
     if method not in READERS:
         raise CheckpointError(f"{where}: the weights are quantized already ({method}); known: {', '.join(READERS)}; {instead}")
@@ -143,9 +155,71 @@ def require_readable(config: Mapping[str, Any], where: str) -> None:
     if form is not None and str(form).lower() not in known:
         listed = ", ".join(known)
         raise CheckpointError(f"{where}: {method} weights in the {told} '{form}' are not read here; known: {listed}; {instead}")
-    bits = settings.get("bits", 4)
+    if reason := SETTINGS_REFUSALS.get(method, lambda _: None)(settings):
+        raise CheckpointError(f"{where}: {reason}; {instead}")
+
+
+def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
+    """Why weights that are packed as the settings of GPTQ or AWQ say are not read; None where they are."""
+    method, bits = settings["quant_method"], settings.get("bits", 4)
+    told = {key: settings[key] for key in ("bits", "group_size") if key in settings}
+    for key, value in told.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            return f"{key} of quantization_config is {value!r}, and must be a whole number"
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
-        raise CheckpointError(f"{where}: {method} weights of {bits} bits are not read here; {instead}")
+        return f"{method} weights of {bits} bits are not read here"
+    by_module = settings.get("dynamic") or {}
+    other = next((name for name in by_module if not str(name).startswith("-:")), None)
+    return f"{method} weights that are packed otherwise in some modules (dynamic: {other}) are not read here" if other else None
+
+
+def _groups_refusal(settings: Mapping[str, Any]) -> str | None:
+    """The same for the groups of compressed-tensors' settings."""
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return "quantization_config has no config_groups, which say how compressed-tensors packed the weights"
+    wrong = next((name for name, group in groups.items() if not _is_group(group)), None)
+    return f"config_groups.{wrong} of quantization_config is none that compressed-tensors writes" if wrong else None
+
+
+def _is_group(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and isinstance(weights.get("num_bits"), int) and isinstance(group.get("targets"), list)
+
+
+def _blocks_refusal(settings: Mapping[str, Any]) -> str | None:
+    """The same for float8 with a scale a block."""
+    size = settings.get("weight_block_size")
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size):
+        return None
+    return f"fp8 weights are read here in blocks, and weight_block_size is {size!r}"
+
+
+SETTINGS_REFUSALS: Mapping[str | None, Callable[[Mapping[str, Any]], str | None]] = {
+    "gptq": _packed_refusal,
+    "awq": _packed_refusal,
+    "compressed-tensors": _groups_refusal,
+    "fp8": _blocks_refusal,
+}
+"""What else of the settings must be as a method writes them."""
+PARTS = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_scale", "fp8": ".weight_scale_inv"}
+"""What the name of one tensor of each packed weight ends in."""
+
+
+def require_packed(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """Raise CheckpointError where the names of tensors are not those that config.json's word on packing makes one expect."""
+    method, given = method_of(config), list(names)
+    if method is not None and not any(name.endswith(PARTS[method]) for name in given):
+        raise CheckpointError(
+            f"{where}: config.json says that the weights are packed ({method}), and no tensor is (*{PARTS[method]}); "
+            "take quantization_config out of it if the weights are floats"
+        )
+    packed = next((name for name in given if method is None and name.endswith((".qweight", ".weight_packed"))), None)
+    if packed:
+        raise CheckpointError(
+            f"{where}: {packed} is a packed weight, and config.json has no quantization_config that says how it is to be read; "
+            "put it there (AutoGPTQ left it in quantize_config.json), or give the float checkpoint"
+        )
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Found:
@@ -153,7 +227,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     try:
         return READERS[str(method_of(config))](config["quantization_config"], tensors)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        reason = one_line(error)
+        reason = f"{error.args[0]} is missing" if type(error) is KeyError else one_line(error, 200)
         raise CheckpointError(f"{where}: the quantized weights cannot be unpacked ({reason}); copy it again") from error
 
 
@@ -168,10 +242,12 @@ def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
         packed = tensors[f"{module}.qweight"]
         shape = torch.Size([packed.shape[0] * 32 // bits, packed.shape[1]])
         q = unpack_from_int32(packed, bits, shape, packed_dim=0).T.contiguous()
+        if settings.get("desc_act") and f"{module}.g_idx" not in tensors:
+            raise KeyError(f"{module}.g_idx")
         groups = torch.Size([scales.shape[1], scales.shape[0]])
         zeros = (unpack_from_int32(tensors[f"{module}.qzeros"], bits, groups) + lead).T.contiguous()
         group = _group(settings, q)
-        found.layers[f"{module}.weight"] = Layer(bits, q, scales, group, zeros, tensors.get(f"{module}.g_idx"))
+        found.layers[f"{module}.weight"] = _whole(Layer(bits, q, scales, group, zeros, tensors.get(f"{module}.g_idx")), module)
     return found
 
 
@@ -184,7 +260,34 @@ def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
         halves = AutoAWQConverter.reverse_awq_order(*AutoAWQConverter.unpack_awq(packed, zeros, 4), 4)
         q, about = _about_zero(halves[0]), None if halves[1] is None else _about_zero(halves[1])
         scales = tensors[f"{module}.scales"].T.float().contiguous()
-        found.layers[f"{module}.weight"] = Layer(4, q, scales, _group(settings, q), about)
+        found.layers[f"{module}.weight"] = _whole(Layer(4, q, scales, _group(settings, q), about), module)
+    return found
+
+
+def _whole(layer: Layer, module: str) -> Layer:
+    """The layer; raises ValueError where there are not as many scales as its columns ask for: the settings are not its own."""
+    index, (rows, columns) = layer.columns_group(), layer.q.shape
+    if len(index) != columns or int(index.max()) + 1 != layer.scales.shape[1] or len(layer.scales) != rows:
+        told = f"{layer.bits} bits in groups of {layer.group}"
+        raise ValueError(f"{module} has scales {list(layer.scales.T.shape)}, which {told} of {columns} columns do not have")
+    return layer
+
+
+def _fp8(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
+    """float8 [rows, columns] times the scale of its block, [blocks of rows, blocks of columns].
+
+    Where blocks do not divide a matrix transformers takes smaller ones than the format says, so that such are not read.
+    """
+    found, (high, wide) = Found(), settings["weight_block_size"]
+    for module in _modules(tensors, ".weight_scale_inv"):
+        weight, scales = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale_inv"].float()
+        rows, columns = weight.shape
+        high_here, wide_here = min(high, rows), min(wide, columns)
+        if tuple(scales.shape) != (rows / high_here, columns / wide_here):
+            told = f"{module} of {rows} times {columns} has scales {list(scales.shape)}"
+            raise ValueError(f"{told}, which blocks of {high} times {wide} that divide it do not have")
+        spread = scales.repeat_interleave(high_here, 0).repeat_interleave(wide_here, 1)
+        found.floats[f"{module}.weight"] = weight.float() * spread
     return found
 
 
@@ -257,4 +360,5 @@ READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Found]] =
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "fp8": _fp8,
 }

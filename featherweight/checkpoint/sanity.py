@@ -8,12 +8,13 @@ from typing import Any
 
 from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, find_weights, read_header, read_json
 from featherweight.checkpoint.generation_faults import require_followable
-from featherweight.checkpoint.quantized_formats import method_of
+from featherweight.checkpoint.quantized_formats import method_of, require_packed, require_readable
 from featherweight.errors import CheckpointError
 
 LARGEST_ID = 10_000_000
 """Tokenizers make room for every id up to the largest; the largest vocabulary that was seen has a million."""
 LARGEST = 10_000_000_000
+TYPES = ("float32", "float16", "bfloat16", "float64")
 DEEPEST = 64
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
@@ -29,7 +30,13 @@ def require_sane(listing: Listing) -> None:
     """
     header = _header(listing)
     tensors = None if header is None else len(header)
+    told = read_json(listing, CONFIG)
+    if method_of(told) is not None:
+        require_readable(told, listing.where)
+    if header is not None:
+        require_packed(told, header, listing.where)
     _require_plain(listing, header or {})
+    _require_type(listing, told)
     require_followable(listing)
     for name in (CONFIG, "generation_config.json"):
         if name in listing.sizes:
@@ -39,6 +46,14 @@ def require_sane(listing: Listing) -> None:
         far = max(ids, default=0)
         if far > LARGEST_ID:
             raise CheckpointError(f"{listing.where}/{name} has the token id {far}; no vocabulary is so large; copy it again")
+
+
+def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
+    """Refuse what is no name of the floats that the weights are stored in."""
+    key = next((key for key in ("dtype", "torch_dtype") if told.get(key) is not None), "")
+    name = told.get(key)
+    if key and (not isinstance(name, str) or name.removeprefix("torch.") not in TYPES):
+        raise CheckpointError(f"{listing.where}/{CONFIG}: {key} is {name!r}, and must be one of {', '.join(TYPES)}, or left out")
 
 
 def _require_number(where: str, key: str, number: float, tensors: int | None) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.opening import load_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
@@ -156,6 +158,14 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
      ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not read here; known: gemm"),
      ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' are not read"),
      ({"quant_method": "gptq", "bits": 3}, "gptq weights of 3 bits"),
+     ({"quant_method": "gptq", "bits": "4"}, "bits of quantization_config is '4', and must be a whole number"),
+     ({"quant_method": "awq", "group_size": None}, "group_size of quantization_config is None"),
+     ({"quant_method": "gptq", "dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}}, r"dynamic: \+:\.\*down\.\*"),
+     ({"quant_method": "gptq", "bits": 4}, r"packed \(gptq\), and no tensor is .* take quantization_config out"),
+     ({"quant_method": "fp8"}, "weight_block_size is None"), ({}, "names no quant_method"), ("gptq", "names no quant_method"),
+     ({"quant_method": None}, "names no quant_method"), ({"load_in_8bit": True}, "bitsandbytes packs weights"),
+     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "no config_groups"),
+     ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": "four"}}}}, "config_groups.g of"),
      ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}, "known: pack-quantized")],
 )  # fmt: skip
 def test_what_is_not_read_is_refused_in_one_line(settings, reason, tiny_checkpoint, tmp_path):
@@ -164,6 +174,49 @@ def test_what_is_not_read_is_refused_in_one_line(settings, reason, tiny_checkpoi
     with pytest.raises(CheckpointError, match=reason) as caught:
         loaded(tmp_path / "source", tmp_path)
     assert "\n" not in str(caught.value) and not list((tmp_path / "loaded").iterdir())
+    with pytest.raises(CheckpointError, match=reason):
+        read_facts(LoadSpec(source=str(tmp_path / "source")))
+
+
+def test_packed_weights_of_which_config_json_says_nothing_are_refused_in_the_plan(tiny_checkpoint, tmp_path):
+    """As AutoGPTQ left them, its settings in a file of their own."""
+    make(tiny_checkpoint, tmp_path / "source", "gptq")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "quantization_config"}))
+    with pytest.raises(CheckpointError, match=r"qweight is a packed weight, and config\.json has no quantization_config"):
+        read_facts(LoadSpec(source=str(tmp_path / "source")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dropped", "reason"),
+    [({"bits": 8}, "none", r"has scales \[\d, \d+\], which 8 bits in groups of 32 of \d+ columns do not have"),
+     ({"desc_act": True}, ".g_idx", r"down_proj\.g_idx is missing")],
+)  # fmt: skip
+def test_settings_of_other_weights_are_told(settings, dropped, reason, tiny_checkpoint, tmp_path):
+    make(tiny_checkpoint, tmp_path / "source", "gptq")
+    describe(tmp_path / "source", {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True} | settings)
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(dropped)}
+    save_file(kept, tmp_path / "source/model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=reason):
+        loaded(tmp_path / "source", tmp_path)
+
+
+def test_float8_in_blocks_is_what_transformers_reads(tiny_checkpoint, tmp_path):
+    """As DeepSeek and Qwen publish it; without a GPU transformers makes floats of it, too."""
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(-(-rows // 32), -(-columns // 32)) + 0.5
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    describe(source, fp8 | {"modules_to_not_convert": ["lm_head"]})
+    out, metrics = loaded(source, tmp_path)
+    assert (metrics["quantized_layers"], metrics["dequantized_layers"]) == (0, 14)
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in load_model(out).state_dict().items())
 
 
 def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
@@ -171,7 +224,9 @@ def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
     tensors = load_file(tmp_path / "source/model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"cannot be unpacked \('model\.layers\.1\.mlp\.up_proj\.scales'\); copy it again"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be unpacked \(model\.layers\.1\.mlp\.up_proj\.scales is missing\)"
+    ):
         loaded(tmp_path / "source", tmp_path)
 
 
