@@ -16,6 +16,13 @@ def one_line(error: object, limit: int = 500) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def reason(error: BaseException, limit: int = 500) -> str:
+    """What a library's error says, in one line; of a missing entry its text is the entry's name alone."""
+    if isinstance(error, KeyError) and len(error.args) == 1 and len(str(error.args[0]).split()) < 2:
+        return one_line(f"there is no {error.args[0]!r}", limit)
+    return one_line(error, limit)
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """What an unknown name may have been meant for: the nearest known one, or one of all."""
     near = difflib.get_close_matches(name, known, n=1)

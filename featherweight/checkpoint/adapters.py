@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +17,18 @@ from featherweight.checkpoint.files import (
     adapter_files,
     base_named,
     companions,
+    find_weights,
     has_tokenizer,
     has_weights,
+    read_header,
     read_json,
 )
 from featherweight.checkpoint.inspection import quiet
 from featherweight.checkpoint.opening import load_model
 from featherweight.checkpoint.saving import copy_companions, save_model
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.checkpoint.tensors import saving
-from featherweight.errors import CheckpointError, one_line
+from featherweight.checkpoint.tensors import read_shapes, saving
+from featherweight.errors import CheckpointError, reason
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 EMBEDDING = "embed_tokens.weight"
 SHARED = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
 """What peft holds once for all layers, so that no layer misses its own."""
+LORA = "LORA"
+FACTOR = re.compile(r"base_model\.model\.(?P<matrix>.+)\.lora_(?P<factor>[AB])\.weight")
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
 """peft's kinds that put something before a text, or beside attention, and change no weight."""
 
@@ -55,12 +64,16 @@ def base_of(found: Path, spec: LoadSpec) -> str | None:
     told = spec.base or base_named(found)
     if not told:
         raise CheckpointError(f"{found}/{ADAPTER} names no base model; set checkpoint.base")
+    if Path(told).expanduser().resolve() == found.resolve():
+        raise CheckpointError(f"{found} is named as its own base model; set checkpoint.base to the model that it was trained on")
     return told
 
 
 def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progress) -> None:
     """Write to `out` the model in `base` with the adapter's weights added: float32, with the adapter's tokenizer if it has one."""
     weights = adapter_weights(adapter, spec)
+    listing = Listing.of(base)
+    require_fit(adapter, read_shapes(listing, base, find_weights(listing)))
     progress.note(f"merging the adapter into {spec.base or 'its base'}")
     merged = _merged(load_model(base), adapter, weights)
     with saving(out):
@@ -72,7 +85,9 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
 def adapter_weights(adapter: Path, spec: LoadSpec) -> str:
     """The file of an adapter's weights; raises CheckpointError where there is none, or it is a pickle that nobody allowed."""
     listing = Listing.of(adapter)
-    if (kind := read_json(listing, ADAPTER).get("peft_type")) in PROMPTS:
+    told = read_json(listing, ADAPTER)
+    _require_settings(adapter, told)
+    if (kind := told["peft_type"]) in PROMPTS:
         raise CheckpointError(
             f"{adapter} is a {kind} adapter, which changes no weight and so cannot be merged; train a LoRA, or give the base alone"
         )
@@ -85,6 +100,52 @@ def adapter_weights(adapter: Path, spec: LoadSpec) -> str:
             "or set checkpoint.allow_pickle: true to convert it"
         )
     return weights
+
+
+def _require_settings(adapter: Path, told: Mapping[str, Any]) -> None:
+    """Refuse what peft only stumbles over once the base is loaded."""
+    kind, where = told.get("peft_type"), adapter / ADAPTER
+    known = _kinds()
+    if not isinstance(kind, str) or (known and kind not in known):
+        raise CheckpointError(f"{where}: peft_type is {kind!r}, which peft {version('peft')} does not know; a LoRA's is {LORA}")
+    if kind != LORA:
+        return
+    for key, kinds, wanted in (("r", int, "a whole number above 0"), ("lora_alpha", int | float, "a number")):
+        value = told.get(key, 1)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (key == "r" and value < 1):
+            raise CheckpointError(f"{where}: {key} is {value!r}, and a LoRA's is {wanted}; copy it again")
+
+
+@cache
+def _kinds() -> tuple[str, ...]:
+    """The kinds of adapters that peft knows, from its source: importing it would import torch."""
+    found = find_spec("peft")
+    path = Path(found.origin or "").with_name("utils") / "peft_types.py" if found else Path()
+    listed = re.search(r"^class PeftType\b.*?(?=^class |\Z)", path.read_text(), re.M | re.S) if path.is_file() else None
+    return tuple(re.findall(r'^    \w+ = "(\w+)"', listed[0], re.M)) if listed else ()
+
+
+def require_fit(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Refuse factors of a LoRA that are not of the matrices of its base, `shapes` by name, as far as both are told by headers."""
+    listing = Listing.of(adapter)
+    told = read_json(listing, ADAPTER)
+    if ADAPTER_WEIGHTS[0] not in listing.sizes or told.get("peft_type") != LORA or not shapes:
+        return
+    several = told.get("rank_pattern") or told.get("target_parameters")  # of those one factor is as wide as all experts' together
+    fixed = None if several else told.get("r")
+    for name, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items():
+        found = FACTOR.fullmatch(name)
+        shape = shapes.get(f"{found['matrix']}.weight") if found else None
+        if found is None or len(entry["shape"]) != 2:
+            continue
+        rank, channels = entry["shape"] if found["factor"] == "A" else reversed(entry["shape"])
+        if fixed is not None and rank != fixed:
+            raise CheckpointError(f"{adapter}: {name} is of rank {rank}, and {ADAPTER} says {fixed}; copy both again")
+        if shape is not None and len(shape) == 2 and channels not in shape:
+            raise CheckpointError(
+                f"{adapter}: {name} is of {channels} channels, and its base's matrix of {shape[0]} times {shape[1]}; the two do "
+                "not belong together: set checkpoint.base to the model that it was trained on"
+            )
 
 
 def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedModel:
@@ -102,7 +163,7 @@ def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedMo
     except CheckpointError:
         raise
     except Exception as error:  # each kind of adapter fails in its own way
-        raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {one_line(error)}") from error
+        raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {reason(error)}") from error
 
 
 def _require_placed(adapter: Path, loaded: Any) -> None:

@@ -42,14 +42,16 @@ def adopt(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress
     gguf = gguf_file(found)
     if gguf is not None:
         unpacked = convert_gguf(gguf, work, out, progress)
-        return Adopted(inspect_checkpoint(out, task=spec.task), unpacked=unpacked)
+        with named(out, str(gguf)):
+            return Adopted(inspect_checkpoint(out, task=spec.task), unpacked=unpacked)
     if has_adapter(found, spec):
         return _adopt_adapted(found, spec, work, out, progress)
     require_sane(Listing.of(found))
     folder, settled = settle(found, spec, work, progress)
     with named(folder, str(found)):
         info, unpacked = _adopt_folder(folder, spec, out, progress)
-    require_same_tokenizer(found, out, trust_remote_code=spec.trust_remote_code)
+    with named(out, str(found)):
+        require_same_tokenizer(found, out, trust_remote_code=spec.trust_remote_code)
     return Adopted(info, settled, unpacked)
 
 
@@ -87,7 +89,8 @@ def _adopt_folder(found: Path, spec: LoadSpec, out: Path, progress: Progress) ->
     if method_of(config) is not None:
         with saving(out):
             unpacked = unpack(found, config, weights, out, progress)
-        return inspect_checkpoint(out, task=spec.task), unpacked
+        with named(out, str(found)):
+            return inspect_checkpoint(out, task=spec.task), unpacked
     info = inspect_checkpoint(found, task=spec.task, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):
         _take((found / name).resolve(), out, name)

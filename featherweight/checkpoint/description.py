@@ -16,10 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.files import CONFIG, Listing, read_json
+from featherweight.checkpoint.inspection import built, quiet
 from featherweight.checkpoint.opening import GENERATION, generation_config
-from featherweight.errors import CheckpointError, one_line
+from featherweight.errors import CheckpointError, nearest, one_line
 from featherweight.model import architecture, facts
+from featherweight.model.architecture import medium_refusal
 from featherweight.model.facts import describe
 from featherweight.model.positions import rotary_kinds
 from featherweight.store.artifact import content_digest, file_sha256
@@ -39,7 +41,10 @@ def described(folder: Path, gguf: str | None = None, *, called: str | None = Non
     told = read(folder, gguf) if "torch" in sys.modules else _remembered(folder, gguf)
     if "error" in told:
         where = called or folder / (gguf or "config.json")
-        raise CheckpointError(f"{where} describes no model that transformers can build: {told['error']}")
+        if told.get("refused"):
+            raise CheckpointError(f"{where}: {told['error']}")
+        instead = "; give the folder that it was made from" if gguf else ""
+        raise CheckpointError(f"{where} describes no model that transformers can build: {told['error'].rstrip('.')}{instead}")
     return told
 
 
@@ -82,16 +87,31 @@ def read(folder: Path, gguf: str | None) -> dict[str, Any]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     named = {"gguf_file": gguf} if gguf else {}
+    if reason := None if gguf else _unknown_type(folder):
+        return {"error": reason}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
             generation = generation_config(folder, config, beside=gguf is None)
+        if reason := medium_refusal(config):
+            return {"error": reason, "refused": True}
         if unknown := rotary_kinds(config) - {*PLAIN_ROTATIONS, *ROPE_INIT_FUNCTIONS}:
             return {"error": f"it knows no rotary embeddings of the kind {min(unknown)!r} (rope_type)"}
         told = {"config": describe(config), "generation": generation.to_dict()}
         return json.loads(json.dumps(told, default=str))
     except Exception as error:  # a config can fail in as many ways as there are architectures
-        return {"error": one_line(error)}
+        return {"error": built(error, folder)}
+
+
+def _unknown_type(folder: Path) -> str | None:
+    """That transformers has no such model type, which it says in five lines."""
+    from transformers import CONFIG_MAPPING
+
+    told = read_json(Listing.of(folder), CONFIG).get("model_type")
+    if told is None or told in CONFIG_MAPPING:
+        return None
+    near = nearest(told, [*CONFIG_MAPPING])
+    return f"transformers {version('transformers')} knows no model type '{told}'{'; ' + near if near.startswith('did') else ''}"
 
 
 if __name__ == "__main__":

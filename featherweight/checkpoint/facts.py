@@ -7,12 +7,12 @@ is down, code of the checkpoint's own) is known at load.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter
+from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_fit
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
@@ -24,11 +24,12 @@ from featherweight.checkpoint.files import (
     check_length,
     find_weights,
     read_json,
+    require_indexed,
     require_tokenizer,
 )
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
-from featherweight.checkpoint.gguf_header import GgufHeader, read_gguf
-from featherweight.checkpoint.gguf_parts import parts_of
+from featherweight.checkpoint.gguf_header import GgufHeader
+from featherweight.checkpoint.gguf_parts import parts_of, whole_header
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
@@ -36,7 +37,6 @@ from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.model.quantized_weights import DESCRIPTION
@@ -156,14 +156,15 @@ def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ..
     size = sum(listing.sizes[name] for name in weights.files)
     if weights.pickled:
         return None, size
-    headers = (check_length(listing, name) for name in weights.files)
-    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}, size
+    headers = {name: check_length(listing, name) for name in weights.files}
+    require_indexed(listing.where, weights, headers)
+    return {name: tuple(entry["shape"]) for header in headers.values() for name, entry in header.items()}, size
 
 
 def _of_gguf(file: Path) -> CheckpointFacts:
     """The tensors keep llama.cpp's names. Integers stay where all of a model's matrices in the blocks are of one type of ours."""
     parts = parts_of(file)
-    header = _whole_header(parts)
+    header = whole_header(parts)
     told, generation = _described_by(header, str(parts[0]))
     shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in header.tensors.items()}
     kinds = {name: tensor.type for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
@@ -171,18 +172,6 @@ def _of_gguf(file: Path) -> CheckpointFacts:
     packed = any(kind not in FLOATS for kind in kinds.values())
     size = sum(part.stat().st_size for part in parts)
     return CheckpointFacts(told, generation, shapes, size, "gguf" if packed else None, grids)
-
-
-def _whole_header(parts: Sequence[Path]) -> GgufHeader:
-    """What the first part says of the model, and the tensors of all."""
-    headers = []
-    for part in parts:
-        listing = Listing.of(part.parent)
-        header = read_gguf(listing, part.name)
-        if listing.sizes[part.name] < header.end:
-            raise CheckpointError(f"{part} is truncated: {listing.sizes[part.name]} of {header.end} bytes")
-        headers.append(header)
-    return GgufHeader(headers[0].settings, {name: tensor for header in headers for name, tensor in header.tensors.items()})
 
 
 def _described_by(header: GgufHeader, called: str) -> tuple[Values, Values]:
@@ -201,4 +190,6 @@ def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     told = base_of(found, spec)
     adapter_weights(found, spec)
     plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
-    return replace(facts_for_any_task(spec.model_copy(update=plain)), quantized=None, grids=dict[str, Grid](), sparse=False)
+    facts = facts_for_any_task(spec.model_copy(update=plain))
+    require_fit(found, facts.shapes)
+    return replace(facts, quantized=None, grids=dict[str, Grid](), sparse=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import operator
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -77,6 +78,7 @@ _WITHOUT_CONFIG = {
 
 # safetensors itself refuses longer headers.
 _MAX_HEADER = 100_000_000
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MAX_JSON = 1 << 24
 _MAX_LIST = 1 << 28
 """Bytes of JSON: of settings, the largest seen have a few MB, and of what lists a vocabulary or the tensors of all shards."""
@@ -243,7 +245,9 @@ def find_weights(listing: Listing, *, allow_pickle: bool = False) -> Weights:
     if INDEX in listing.sizes:
         return _shards(listing, INDEX)
     if PICKLE not in listing.sizes and PICKLE_INDEX not in listing.sizes:
-        raise CheckpointError(f"{listing.where} holds no weights: expected {WEIGHTS}, or shards and {INDEX}")
+        raise CheckpointError(
+            f"{listing.where} holds no weights: expected {WEIGHTS}, or shards and {INDEX}{_found_instead(listing)}"
+        )
     if not allow_pickle:
         raise CheckpointError(
             f"{listing.where} holds its weights as a pickle ({PICKLE}), which can run code; ask for a safetensors copy, "
@@ -254,12 +258,36 @@ def find_weights(listing: Listing, *, allow_pickle: bool = False) -> Weights:
     return _shards(listing, PICKLE_INDEX, pickled=True)
 
 
+def _found_instead(listing: Listing) -> str:
+    """What lies there of other weights, and what to do about it."""
+    for ending, advice in _OTHER_WEIGHTS.items():
+        found = next((name for name in listing.sizes if name.endswith(ending) and "/" not in name), None)
+        if found:
+            return f"; {found} is {advice}"
+    return ""
+
+
+_OTHER_WEIGHTS = {
+    ".safetensors": f"none of these by its name: a shard wants {INDEX}, and a file of its own is to be called {WEIGHTS}",
+    **dict.fromkeys(
+        (".bin", ".pth", ".pt", ".ckpt"), "a pickle that transformers does not look for; save the model by save_pretrained"
+    ),
+    **dict.fromkeys((".h5", ".msgpack"), "of another framework; save the model by PyTorch's save_pretrained"),
+    ".onnx": "a graph, of which no checkpoint is made; give the folder that it was exported from",
+}
+"""By how a file's name ends: what it is instead of the weights that are looked for."""
+
+
 def _shards(listing: Listing, index: str, *, pickled: bool = False) -> Weights:
     mapping = read_json(listing, index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
         raise CheckpointError(f"{listing.where}/{index} has no weight_map of tensors to shards; copy it again")
     files = tuple(sorted(set(mapping.values())))
     missing = [name for name in files if name not in listing.sizes]
+    if missing and "/" in missing[0]:
+        raise CheckpointError(
+            f"{listing.where}: {index} names shard {missing[0]}, which does not lie right in the folder; put it there"
+        )
     if missing:
         raise CheckpointError(
             f"{listing.where}: {index} names shard {missing[0]}, which is missing "
@@ -291,11 +319,14 @@ def _parse(listing: Listing, name: str) -> Any:
     most = _MAX_LIST if name in (INDEX, PICKLE_INDEX) or is_companion(name, VOCABULARIES) else _MAX_JSON
     if listing.sizes[name] > most:
         raise CheckpointError(f"{listing.where}/{name} has {listing.sizes[name]:,} bytes; none is so large; copy it again")
+    content = listing.read(name, listing.sizes[name])
     try:
-        return json.loads(listing.read(name, listing.sizes[name]))
+        return json.loads(content.decode())  # as the libraries read it: UTF-8 alone, and no mark before it
     except (ValueError, RecursionError) as error:
         if _is_pointer(listing, name):
             raise _pointer(listing, name) from error
+        if content.startswith(_MARKS):
+            raise CheckpointError(f"{listing.where}/{name} begins with a byte order mark; save it as plain UTF-8") from error
         raise CheckpointError(f"{listing.where}/{name} is not JSON ({error}); copy it again") from error
 
 
@@ -305,6 +336,13 @@ def _is_pointer(listing: Listing, name: str) -> bool:
 
 def _pointer(listing: Listing, name: str) -> CheckpointError:
     return CheckpointError(f"{listing.where}/{name} is a pointer of Git LFS, not the file; run 'git lfs pull' there")
+
+
+def require_indexed(where: str, weights: Weights, names: Mapping[str, Container[str]]) -> None:
+    """Raise CheckpointError where a file lacks a tensor that the shard index puts there; `names` of the tensors in each file."""
+    for name, shard in (weights.index or {}).items():
+        if name not in names[shard]:
+            raise CheckpointError(f"{where}/{shard} lacks tensor {name}, which the shard index puts there; copy it again")
 
 
 def check_length(listing: Listing, name: str) -> dict[str, Any]:

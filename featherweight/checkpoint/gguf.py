@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import Listing, adapter_files, has_weights
-from featherweight.checkpoint.gguf_parts import join, only_model, parts_of
+from featherweight.checkpoint.gguf_parts import join, only_model, parts_of, whole_header
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
@@ -51,10 +51,7 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
     work: where the parts of a split model are joined. Weights of Q8_0 and Q4_0 keep their integers and scales, as a quantize
     stage leaves them. Returns `quantized_layers`, those, and `dequantized_layers`, those of other types; nothing for a float file.
     """
-    for part in parts_of(file):
-        with part.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise CheckpointError(f"{part} is not a GGUF file (its first bytes are not 'GGUF'); copy it again")
+    whole_header(parts_of(file))
     with _reading(file):
         whole = file if len(parts_of(file)) == 1 else join(parts_of(file), work / "whole.gguf")
         tokenizer = gguf_tokenizer(whole)

@@ -16,6 +16,7 @@ from featherweight.errors import CheckpointError
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
+_MAGIC = b"GGUF"
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
 ALIGNMENT = "general.alignment"
 TOKENS = "tokenizer.ggml.tokens"
@@ -62,7 +63,7 @@ class GgufHeader:
         kept = {key: value for key, value in self.settings.items() if key not in LISTS}
         said = b"".join(_text(key) + value for key, value in kept.items())
         said += b"".join(_text(name) + struct.pack("<IQIQ", 1, 1, 0, 0) for name in self.tensors)
-        content = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), len(kept)) + said
+        content = struct.pack("<4sIQQ", _MAGIC, 3, len(self.tensors), len(kept)) + said
         return content.ljust(_aligned(len(content), kept) + 4, b"\0")
 
 
@@ -75,6 +76,8 @@ def read_gguf(listing: Listing, name: str) -> GgufHeader:
     size, length = listing.sizes[name], _FIRST_READ
     while True:
         content = listing.read(name, min(length, size, _MAX_HEADER))
+        if content[:4] != _MAGIC:
+            raise CheckpointError(f"{listing.where}/{name} is not a GGUF file (its first bytes are not 'GGUF'); copy it again")
         try:
             return _Reader(content).header()
         except _CutShort:
@@ -92,9 +95,9 @@ class _Reader:
         self._content, self._at = content, 0
 
     def header(self) -> GgufHeader:
-        magic, version, tensors, settings = self._numbers("<4sIQQ")
-        if magic != b"GGUF":
-            raise ValueError("its first bytes are not 'GGUF'")
+        _, version, tensors, settings = self._numbers("<4sIQQ")
+        if version >= 1 << 16:
+            raise ValueError("its numbers are big-endian; convert the model again for this machine")
         if version not in (2, 3):
             raise ValueError(f"version {version}, of which 2 and 3 are known")
         told = {self._string(): self._value() for _ in range(settings)}

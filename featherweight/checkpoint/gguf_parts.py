@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.gguf_faults import require_model
 from featherweight.checkpoint.gguf_header import GgufHeader, read_gguf
 from featherweight.checkpoint.identity import Content
 from featherweight.errors import CheckpointError
@@ -75,6 +76,20 @@ def parts_of(file: Path) -> list[Path]:
     if missing and len(parts) > 1:
         raise CheckpointError(f"{file} is one of {len(parts)} parts, and {missing[0]} is missing; copy all of them")
     return parts
+
+
+def whole_header(parts: Sequence[Path]) -> GgufHeader:
+    """What the first part says of the model, and the tensors of all; raises CheckpointError for one cut short, or no model."""
+    headers = []
+    for part in parts:
+        listing = Listing.of(part.parent)
+        header = read_gguf(listing, part.name)
+        if listing.sizes[part.name] < header.end:
+            raise CheckpointError(f"{part} is truncated: {listing.sizes[part.name]} of {header.end} bytes; copy it again")
+        headers.append(header)
+    whole = GgufHeader(headers[0].settings, {name: tensor for header in headers for name, tensor in header.tensors.items()})
+    require_model(whole, str(parts[0]))
+    return whole
 
 
 def join(parts: Sequence[Path], out: Path) -> Path:

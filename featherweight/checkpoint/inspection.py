@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
-from featherweight.errors import CheckpointError, one_line
+from featherweight.errors import CheckpointError, one_line, reason
 from featherweight.model.architecture import class_by_type, family_of, head_class, head_refusal, task_of
 from featherweight.model.decoding import decoder_refusal, language_refusal
 from featherweight.spec import Task
@@ -136,9 +136,19 @@ def dry_load(
     except CheckpointError:
         raise
     except Exception as error:  # a config can fail in as many ways as there are architectures
-        raise CheckpointError(f"{folder / CONFIG} describes no model that transformers can build: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} describes no model that transformers can build: {built(error, folder)}"
+        ) from error
     check_loading(folder, model, info)
     return model
+
+
+def built(error: Exception, folder: Path) -> str:
+    """Why transformers builds nothing of config.json: of a name that it does not know, which it is of which entry."""
+    told = read_json(Listing.of(folder), CONFIG) if (folder / CONFIG).is_file() else {}
+    name = error.args[0] if isinstance(error, KeyError) and error.args else None
+    entry = next((key for key, value in told.items() if isinstance(name, str) and value == name), None)
+    return f"it knows no {entry} '{name}'" if entry else reason(error)
 
 
 def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
@@ -238,7 +248,7 @@ def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
     except Exception as error:  # each tokenizer family fails in its own way
-        raise CheckpointError(f"{folder}: the tokenizer does not load: {one_line(error)}") from error
+        raise CheckpointError(f"{folder}: the tokenizer does not load: {reason(error)}") from error
     if size == 0:
         raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
     if size > rows:

@@ -57,6 +57,8 @@ def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
 
 
 def _require_number(where: str, key: str, number: float, tensors: int | None) -> None:
+    if number != number:
+        raise CheckpointError(f"{where}: {key} is NaN; copy it again")
     if tensors is not None and _LAYERS.fullmatch(key) and number > tensors:
         raise CheckpointError(f"{where}: {key} is {number:.0f}, but the files hold {tensors} tensors; they do not belong together")
     if number > (LARGEST_ID if _TOKENS.fullmatch(key) else LARGEST):
@@ -88,10 +90,10 @@ def _require_plain(listing: Listing, header: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
-    """Every integer of a JSON tree with the key that it stands under."""
+    """Every integer of a JSON tree, and what is no number, with the key that it stands under."""
     if depth > DEEPEST:
         raise CheckpointError(f"{CONFIG} is nested more than {DEEPEST} deep; is it a transformers checkpoint?")
-    if isinstance(value, int) and not isinstance(value, bool):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value != value):
         yield key, value
     elif isinstance(value, dict):
         for name, one in value.items():

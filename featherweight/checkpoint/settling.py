@@ -26,7 +26,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import read_shapes, saving, stream_tensors
 from featherweight.checkpoint.unpacking import read_config
 from featherweight.errors import CheckpointError
-from featherweight.model.architecture import class_by_type
+from featherweight.model.architecture import class_by_type, medium_refusal
 from featherweight.model.names import reading
 from featherweight.progress import Progress
 
@@ -162,6 +162,8 @@ def _skeleton(folder: Path, spec: LoadSpec, weights: Weights) -> tuple[PreTraine
         head, note = head_changes(listing, config, read_shapes(listing, folder, weights))
         for name, value in head.items():
             setattr(config, name, value)
+        if reason := medium_refusal(config):
+            raise CheckpointError(f"{folder}: {reason}")
         made = model_class(config, folder, spec.trust_remote_code)
         return made._from_config(config), head, note
 

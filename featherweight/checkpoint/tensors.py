@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import Listing, Weights, check_length, find_weights
+from featherweight.checkpoint.files import Listing, Weights, check_length, find_weights, require_indexed
 from featherweight.errors import CheckpointError, ServiceError, one_line
 from featherweight.store.mapped import give_back, seal
 
@@ -20,16 +21,13 @@ _CHUNK = 1 << 24
 
 def read_shapes(listing: Listing, folder: Path, weights: Weights) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor, from the headers; checks each file's length and the shard index."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in weights.files:
         if not weights.pickled:
             check_length(listing, file)
-        found = _pickled_shapes(folder / file) if weights.pickled else _header_shapes(folder / file)
-        for name, shard in (weights.index or {}).items():
-            if shard == file and name not in found:
-                raise CheckpointError(f"{folder / file} lacks tensor {name}, which the shard index puts there; copy it again")
-        shapes |= found
-    return shapes
+        found[file] = _pickled_shapes(folder / file) if weights.pickled else _header_shapes(folder / file)
+    require_indexed(str(folder), weights, found)
+    return {name: shape for shapes in found.values() for name, shape in shapes.items()}
 
 
 def stored_type(folder: Path) -> str | None:
@@ -73,9 +71,17 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a pickle of plain tensors ({one_line(error)}); it was not loaded") from error
+        raise CheckpointError(f"{path} is not a pickle of plain tensors ({_unpickled(error)}); it was not loaded") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} must hold a mapping of names to tensors; it was not loaded")
+        other = (
+            next((key for key, one in state.items() if not isinstance(one, torch.Tensor)), None)
+            if isinstance(state, dict)
+            else None
+        )
+        under = f", and {other!r} is none" if other is not None else ""
+        raise CheckpointError(
+            f"{path} must hold a mapping of names to tensors{under}; it was not loaded: save the model's state_dict alone"
+        )
     return state
 
 
@@ -115,6 +121,14 @@ def _is_finite(tensor: Tensor) -> bool:
         if not torch.isfinite(torch.stack(torch.aminmax(wide))).all():
             return False
     return True
+
+
+def _unpickled(error: Exception) -> str:
+    """What torch found that is no tensor. Its own text advises to run whatever the file holds."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it wants {found[1]} to be run"
+    return one_line(error, 120) if str(error).strip() and "weights_only" not in str(error) else "it is empty, or cut short"
 
 
 @contextmanager

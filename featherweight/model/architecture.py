@@ -327,6 +327,24 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def medium_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model that transformers neither writes texts with nor reads them with is not taken, in one line; None of others."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds, family = getattr(config, "architectures", None) or [], family_of(config)
+    if (
+        family == "encoder"
+        or getattr(config, "auto_map", None)
+        or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+    ):
+        return None
+    decoders, both = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if config.model_type in (decoders if family == "causal" else both):
+        return None
+    named = f"a {config.model_type} model" + (f" ({kinds[0]})" if kinds else "")
+    return f"{named} is none that transformers reads or writes texts with alone; take a language model"
+
+
 _NOT_TAKEN = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
 

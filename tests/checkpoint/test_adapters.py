@@ -156,7 +156,34 @@ def test_a_pickled_adapter_is_refused_until_the_recipe_allows_it(base: Path, ada
 
 def test_an_adapter_for_another_model_is_refused_in_a_line(adapter: Path, tmp_path: Path, out: Path) -> None:
     other = family_checkpoint("llama", tmp_path / "other", hidden_size=64, head_dim=16)
-    assert "cannot be merged into its base" in refusal(adapter, out, base=str(other))
+    wrong = "channels, and its base's matrix of"
+    assert wrong in refusal(adapter, out, base=str(other))
+    with pytest.raises(CheckpointError, match=wrong):
+        read_facts(LoadSpec(source=str(adapter), base=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"peft_type": "MAGIC"}, "peft_type is 'MAGIC', which peft .* does not know; a LoRA's is LORA"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"r": "four"}, "r is 'four', and a LoRA's is a whole number above 0"),
+        ({"r": 0}, "r is 0"),
+        ({"lora_alpha": None}, "lora_alpha is None, and a LoRA's is a number"),
+        ({"r": 99}, r"is of rank \d+, and adapter_config\.json says 99"),
+        ({"base_model_name_or_path": "."}, "is named as its own base model; set checkpoint.base"),
+    ],
+)
+def test_settings_that_peft_stumbles_over_are_told_in_the_plan(
+    changes: dict[str, Any], reason: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "changed"))
+    monkeypatch.chdir(folder)
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | changes))
+    with pytest.raises(CheckpointError, match=reason) as error:
+        read_facts(LoadSpec(source=str(folder)))
+    assert "\n" not in str(error.value)
 
 
 def test_an_adapter_that_peft_would_leave_out_is_refused(adapter: Path, tmp_path: Path, out: Path) -> None:

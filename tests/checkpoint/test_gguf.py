@@ -186,6 +186,27 @@ def test_a_plan_knows_a_configuration_as_transformers_does(parts: int, tiny_chec
     assert len(read_gguf(Listing.of(tmp_path), files[0].name).sketch()) < 20_000
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("llama.rope.scaling.type", "yarn", r"scales its rotary embeddings \(llama\.rope\.scaling\.type is yarn\)"),
+        ("general.type", "mmproj", r"no model but a part beside one \(general\.type is mmproj\); name the model's file"),
+        ("llama.rope.scaling.type", "none", None),
+        ("general.type", "model", None),
+    ],
+)
+def test_what_transformers_takes_no_notice_of_is_told_in_the_plan(
+    key: str, value: str, reason: str | None, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """It would be served as another model than its author made."""
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says={key: value})
+    if reason is None:
+        assert read_facts(LoadSpec(source=str(file))).model_type == "llama"
+        return
+    with pytest.raises(CheckpointError, match=reason):
+        read_facts(LoadSpec(source=str(file)))
+
+
 def test_a_vocabulary_whose_size_is_not_told_is_the_tokenizers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint)
     size = read_facts(LoadSpec(source=str(file))).config.vocab_size

@@ -224,9 +224,7 @@ def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
     tensors = load_file(tmp_path / "source/model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"cannot be unpacked \(model\.layers\.1\.mlp\.up_proj\.scales is missing\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot be unpacked \(model\.layers\.1\.mlp\.up_proj\.scales is missing\)"):
         loaded(tmp_path / "source", tmp_path)
 
 

@@ -19,11 +19,13 @@ def write_gguf(
     add_bos: bool | None = True,
     parts: int = 1,
     space_prefix: bool | None = None,
+    says: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
 
     add_bos: what the file says of texts; None where it says nothing.
     kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
+    says: other settings, all text.
     space_prefix: instead of the checkpoint's tokenizer, one of SentencePiece's kind, and whether it begins texts with a space.
     """
     import gguf
@@ -51,6 +53,8 @@ def write_gguf(
         add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
+    for key, value in (says or {}).items():
+        writer.add_string(key, value)
     for number, one in enumerate(writers if parts > 1 else ()):
         one.add_uint16("split.no", number)
         one.add_uint16("split.count", parts)

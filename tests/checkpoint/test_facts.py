@@ -1,0 +1,105 @@
+"""What a folder alone tells is told in the plan, in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from featherweight.checkpoint.facts import read_facts
+from featherweight.checkpoint.files import INDEX, WEIGHTS
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.checkpoint.tensors import load_pickle
+from featherweight.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def told(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_facts(LoadSpec(source=str(folder)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def configured(**entries: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return change
+
+
+def renamed(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / name)
+
+    return change
+
+
+def marked(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+def in_shards(place: str, *more: str) -> Callable[[Path], None]:
+    """One shard, at `place`, and an index that has these tensors more."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        (folder / place).parent.mkdir(exist_ok=True)
+        save_file(tensors, folder / place, {"format": "pt"})
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys([*tensors, *more], place)}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (configured(model_type="llamas"), "knows no model type 'llamas'; did you mean 'llama'?"),
+        (configured(model_type="clip", architectures=["CLIPModel"]), "a clip model (CLIPModel) is none that transformers reads"),
+        (configured(model_type="whisper", architectures=["WhisperModel"], is_encoder_decoder=True), "a whisper model"),
+        (configured(dtype="auto"), "dtype is 'auto', and must be one of float32, float16"),
+        (configured(dtype={"": "float16"}), "dtype is {'': 'float16'}"),
+        (configured(rms_norm_eps=float("nan")), "rms_norm_eps is NaN"),
+        (marked, "begins with a byte order mark; save it as plain UTF-8"),
+        (renamed("weights.safetensors"), f"a file of its own is to be called {WEIGHTS}"),
+        (renamed("model-00001-of-00001.safetensors"), f"a shard wants {INDEX}"),
+        (renamed("consolidated.00.pth"), "consolidated.00.pth is a pickle"),
+        (renamed("tf_model.h5"), "tf_model.h5 is of another framework"),
+        (in_shards("below/one.safetensors"), "below/one.safetensors, which does not lie right in the folder"),
+        (in_shards("one.safetensors", "model.extra"), "lacks tensor model.extra, which the shard index puts there"),
+    ],
+)
+def test_folders(change: Callable[[Path], None], reason: str, folder: Path) -> None:
+    change(folder)
+    assert reason in told(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (torch.nn.Linear(2, 2), r"it wants torch\.nn\.modules\.linear\.Linear to be run\); it was not loaded$"),
+        (
+            {"state_dict": {"weight": torch.ones(2)}},
+            "and 'state_dict' is none; .*: save the model's state_dict alone",
+        ),
+        (None, "it is empty, or cut short"),
+    ],
+)
+def test_pickles_that_hold_something_else(content: object, reason: str, tmp_path: Path) -> None:
+    """torch's own text advises to run whatever the file holds."""
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"") if content is None else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=reason):
+        load_pickle(path)
