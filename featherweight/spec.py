@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -94,6 +96,28 @@ class ModelSize:
             widest=round(self.widest * channels),
             layers=round(self.layers * depth),
         )
+
+
+UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(text: str, named: str = "--budget") -> float:
+    """'10m', '90s', '1.5 h', '30d' or a number of seconds. Raises RecipeError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip())
+    if found is None or found[2] not in UNITS:
+        raise RecipeError(f"{named} {text}: give a time, such as 90s, 10m, 1h or 30d")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _seconds(value: Any) -> Any:
+    try:
+        return seconds_of(value, "the time") if isinstance(value, str) else value
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=10**9)]
+"""Seconds, or a time in words."""
 
 
 class Spec(BaseModel):

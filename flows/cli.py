@@ -496,8 +496,8 @@ def gc(
 ) -> None:
     """Tell what of the store may go, and what comes free: never what is deployed, decided about, in use, or a parent of those."""
     from featherweight.registry.retention import collect
+    from featherweight.spec import seconds_of
     from featherweight.system.user import user_name
-    from flows.composed import seconds_of
 
     _tell(collect(_workspace(workspace), seconds_of(older, "--older"), user_name(), remove=yes), as_json)
 

@@ -15,13 +15,13 @@ from featherweight.recipe.advice.expected import Asked
 from featherweight.recipe.advice.hardware import with_cards
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
+from featherweight.spec import seconds_of
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import describe
 from featherweight.text.sources import STDLIB
 from flows.advise import Described, advice_on
 
 RECIPES = (".yaml", ".yml")
-UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 FILE = "recipe.yaml"
 
 
@@ -37,14 +37,6 @@ class Wanted:
     max_loss: str = "1%"
     use: str = "one"
     machine: str = "this"
-
-
-def seconds_of(text: str, option: str = "--budget") -> float:
-    """'10m', '90s', '1.5 h', '30d' or a number of seconds. Raises RecipeError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip())
-    if found is None or found[2] not in UNITS:
-        raise RecipeError(f"{option} {text}: give a time, such as 90s, 10m, 1h or 30d")
-    return float(found[1]) * UNITS[found[2]]
 
 
 def text_named(text: str | None) -> str | None:

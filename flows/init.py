@@ -14,8 +14,9 @@ from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.recipe.advice.asking import facts_named, source_named
 from featherweight.recipe.advice.composing import Composed
 from featherweight.recipe.reading import load_recipe
+from featherweight.spec import seconds_of
 from flows.advise import share_of
-from flows.composed import Wanted, composed, machine_named, seconds_of, text_named, use_of
+from flows.composed import Wanted, composed, machine_named, text_named, use_of
 
 FLAGS = {"text": "--text", "use": "--for", "machine": "--machine", "max_loss": "--max-loss", "budget": "--budget"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from prefect.context import FlowRunContext
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import ESSENTIAL, Node, Plan, expand
 from featherweight.recipe.reading import load_recipe
-from featherweight.recipe.recipe import Engine, Recipe
+from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult
 from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.store.workspace import Workspace
@@ -25,6 +26,7 @@ from tasks.on_ray import Cluster, ray_cluster
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
 from tasks.run_node import run_node
+from tasks.searching import run_searched
 from tasks.side_by_side import run_nodes
 from tasks.stages import stage_named
 from tasks.summary import summarize, waiting_result
@@ -71,36 +73,45 @@ def _before_it_was_suspended(workspace: Workspace) -> OptimizationResult | None:
 
 def _run(recipe: Recipe, workspace: Workspace, progress: str | None, tags: dict[str, str] | None) -> OptimizationResult:
     """The optimization, with lines on standard error where nobody follows it by a file."""
-    plan = expand(recipe, facts=Facts.read(recipe))
+    facts = Facts.read(recipe)
+    plan = expand(recipe, facts=facts)
     if progress is not None:
-        return optimize(recipe, plan, workspace, ProgressChannel(Path(progress)), tags)
+        return optimize(recipe, plan, workspace, ProgressChannel(Path(progress)), tags, facts)
     view = PlainView()
     view.begin(plan)
     with shown(view, workspace.root) as channel:
-        return optimize(recipe, plan, workspace, channel, tags)
+        return optimize(recipe, plan, workspace, channel, tags, facts)
 
 
 def optimize(
-    recipe: Recipe, plan: Plan, workspace: Workspace, progress: ProgressChannel, tags: Mapping[str, str] | None = None
+    recipe: Recipe,
+    plan: Plan,
+    workspace: Workspace,
+    progress: ProgressChannel,
+    tags: Mapping[str, str] | None = None,
+    facts: Facts = Facts(),
 ) -> OptimizationResult:
-    """The body of the flow, on what its parameters name."""
+    """The body of the flow, on what its parameters name. facts: by which a search reckons how long a variant takes."""
     with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent, kept_workers():
-        result = summarize(recipe, plan, _run_where(recipe.engine, plan, parent), parent)
+        result = summarize(recipe, plan, _run_where(recipe, plan, parent, facts), parent)
     if result.winner is not None:
         progress.tell("say", f"winner: {result.winner}")
         progress.tell("say", result.registered)
     return result
 
 
-def _run_where(engine: Engine, plan: Plan, parent: ParentRun) -> Outcomes:
-    if engine == "local":
-        return run_plan(plan, parent)
-    with ray_cluster(parent) as cluster:
-        return run_plan(plan, parent, cluster)
+def _run_where(recipe: Recipe, plan: Plan, parent: ParentRun, facts: Facts) -> Outcomes:
+    with ray_cluster(parent) if recipe.engine == "ray" else nullcontext() as cluster:
+        if recipe.search is None:
+            return run_plan(plan, parent, cluster)
+        return run_searched(recipe, plan, facts, parent, lambda part, known: run_plan(part, parent, cluster, known))
 
 
-def run_plan(plan: Plan, parent: ParentRun, cluster: Cluster | None = None) -> Outcomes:
-    """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential."""
+def run_plan(plan: Plan, parent: ParentRun, cluster: Cluster | None = None, known: Outcomes | None = None) -> Outcomes:
+    """Run every node whose inputs are there; a failure costs the node's own variants only, unless it is essential.
+
+    known: the outcomes of nodes that ran before.
+    """
     body = cluster.run_stage if cluster else None
 
     def run(node: Node, outcomes: Outcomes) -> Outcome:
@@ -116,5 +127,5 @@ def run_plan(plan: Plan, parent: ParentRun, cluster: Cluster | None = None) -> O
         return outcome
 
     if cluster:  # which decides itself when it has room
-        return run_nodes(plan, run, [Place(None, 1)] * max(2, len(plan.nodes)), lambda node, places: 1)
-    return run_nodes(plan, run, places())
+        return run_nodes(plan, run, [Place(None, 1)] * max(2, len(plan.nodes)), lambda node, places: 1, known)
+    return run_nodes(plan, run, places(), None, known)

@@ -34,6 +34,9 @@ def plan_tree(shown: PlanForecast) -> Tree:
             out.add(f"{name}: {reason}", style="dim")
     for warning in shown.warnings:
         root.add(f"[yellow]warning[/yellow] {warning}")
+    if shown.budget is not None:
+        root.add(f"[bold]a search of {_clock(shown.budget)}[/bold]; all of it would take about {_clock(shown.seconds)}")
+        return root
     root.add(f"[bold]about {_clock(shown.seconds)}[/bold]; {_clock(shown.unshared_seconds)} if every variant paid for itself alone")
     return root
 

@@ -26,13 +26,15 @@ from tasks.stages import stage_named
 class PlanForecast:
     """A plan, the cost of its nodes, and what already looks wrong (a source that is not there).
 
-    memory: bytes that each node holds at once, about, by its id; empty where the size of the model is not known.
+    memory: bytes that each node holds at once, about, by its id; empty where the size of the model is not known. budget: seconds
+    within which the variants are searched; None where all of them run.
     """
 
     plan: Plan
     costs: dict[str, Cost]
     warnings: tuple[str, ...]
     memory: dict[str, float] = field(default_factory=dict)
+    budget: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -64,6 +66,7 @@ class PlanForecast:
             "ruled_out": dict(self.plan.ruled_out),
             "seconds": round(self.seconds, 1),
             "unshared_seconds": round(self.unshared_seconds, 1),
+            "budget_seconds": self.budget,
             "warnings": list(self.warnings),
         }
 
@@ -82,7 +85,8 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     costs = estimate(plan, measured, set(cached), size, students=students)
     memory = fit.needs(plan, size, students) if size.parameters else {}
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
-    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings), memory)
+    budget = recipe.search.budget if recipe.search else None
+    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings), memory, budget)
 
 
 def require_room(size: ModelSize, root: Path) -> None:

@@ -10,7 +10,9 @@ from featherweight.errors import ToolchainError, told
 from featherweight.recipe.plan import Node
 from featherweight.store.artifact import ArtifactRef
 
-Status = Literal["done", "cached", "failed", "skipped", "blocked"]
+Status = Literal["done", "cached", "failed", "skipped", "blocked", "passed-over"]
+PASSED_OVER: Status = "passed-over"
+"""Of what a search did not come to."""
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _winner(
         model=spec.model,
         variant=decision.winner,
         digest=served.digest,
-        served=inputs[served.node],
+        served=inputs[spec.nodes[decision.winner][0]],
         run_id=parent.run_id,
         metrics=measured.metrics,
         lineage=graph.to_json(),

@@ -28,17 +28,19 @@ Running = dict[Future[Outcome], tuple[str, list[Place]]]
 """The id of each node that runs, and the places that it has taken."""
 
 
-def run_nodes(plan: Plan, run: RunNode, places: Sequence[Place], room: Room | None = None) -> dict[str, Outcome]:
-    """The outcome of every node, in the plan's order: `run` is called once its inputs' outcomes are known.
+def run_nodes(
+    plan: Plan, run: RunNode, places: Sequence[Place], room: Room | None = None, known: Outcomes | None = None
+) -> dict[str, Outcome]:
+    """The outcome of every node, in the plan's order: `run` is called once its inputs' outcomes are known; `known` are others'.
 
     With a single place they run one after the other, here. What `run` raises ends the rest. room: how many of the places a node
     takes, on a machine those that it computes on or is to have to itself.
     """
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = dict(known or {})
     if len(places) == 1:
         for id, node in plan.nodes.items():
             outcomes[id] = run(node, outcomes)
-        return outcomes
+        return {id: outcomes[id] for id in plan.nodes}
     running: Running = {}
     stop = Event()
     with ThreadPoolExecutor(len(places)) as pool:

@@ -30,7 +30,7 @@ from featherweight.store.workspace import Workspace
 from featherweight.system.device import CPU, Device
 from featherweight.system.energy import EnergyMeter
 from tasks.decide import read_decision
-from tasks.outcome import Outcome, Outcomes
+from tasks.outcome import PASSED_OVER, Outcome, Outcomes
 from tasks.parent_run import ParentRun, connect
 
 REPORT, RESULT = "report.html", "result.json"
@@ -46,7 +46,7 @@ def _rows(plan: Plan, outcomes: Outcomes, decision: Decision, parent: ParentRun)
     for variant in plan.variants:
         outcome = outcomes[variant.measured]
         if outcome.ref is None:
-            status: Status = "skipped" if outcome.status == "skipped" else "failed"
+            status: Status = outcome.status if outcome.status in ("skipped", "passed-over") else "failed"
             yield VariantRow(
                 variant.name, variant.choices[-1], status, reason=outcome.reason, stages=tuple(plan.path(variant.measured))
             )
@@ -153,7 +153,7 @@ def _result(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -
         winner=decision.winner,
         variants=tuple(_rows(plan, outcomes, decision, parent)),
         constraints=recipe.constraints.bounds,
-        nodes=tuple(_node_row(node, outcomes[id]) for id, node in plan.nodes.items()),
+        nodes=tuple(_node_row(node, outcomes[id]) for id, node in plan.nodes.items() if outcomes[id].status != PASSED_OVER),
         gates=_gates(outcomes, parent),
         machine=_machine(plan.nodes[BASELINE].device or CPU) | {"stages computed on": plan.nodes[BASELINE].device or ""},
         versions=_versions(outcomes, parent),

@@ -28,6 +28,7 @@ NONE = "none"
 # Without these there is nothing to measure, nothing to measure against, or nothing to show for it.
 ESSENTIAL = (
     *("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate"),
+    "baseline/glance",
     *("decide", "register", "promote"),
 )
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -58,12 +59,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Variant:
-    """A path of the trie: the node that serves it, the node that measures it, and the names of its choices."""
+    """A path of the trie: the node that serves it, the node that measures it, and the names of its choices.
+
+    glanced: the node of a search's short look at it; empty where nothing is searched.
+    """
 
     name: str
     choices: tuple[str, ...]
     served: str
     measured: str
+    glanced: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     roots = {node.id: node for node in _roots(recipe, where, numbers)}
     nodes = dict(roots)
     size, students = facts.size(recipe), {name: one.size for name, one in facts.by_source.items()}
-    variants = [Variant(BASELINE, (BASELINE,), BASELINE, f"{BASELINE}/evaluate")]
+    variants = [_variant(recipe, BASELINE, (BASELINE,), BASELINE)]
     ruled_out: dict[str, str] = {}
     for choice in _choices(recipe):
         name = "/".join(part for part in choice if part != NONE)
@@ -112,12 +117,16 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
             ruled_out[name] = reason
             continue
         nodes.update({node.id: node for node in chain})
-        variants.append(Variant(name, choice, chain[-2].id, chain[-1].id))
+        variants.append(_variant(recipe, name, choice, chain[-1].inputs["served"]))
     if ruled_out and len(variants) == 1:
         name, reason = next(iter(ruled_out.items()))
         raise RecipeError(f"every combination is impossible; {name}: {reason}")
     nodes.update({node.id: node for node in _ending(recipe, nodes, variants)})
     return Plan(nodes, tuple(variants), ruled_out)
+
+
+def _variant(recipe: Recipe, name: str, choices: tuple[str, ...], served: str) -> Variant:
+    return Variant(name, choices, served, f"{served}/evaluate", f"{served}/glance" if recipe.search else "")
 
 
 def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine, where: Device, facts: Facts) -> str | None:
@@ -185,17 +194,7 @@ def _roots(recipe: Recipe, where: Device, numbers: ComputeType) -> list[Node]:
         root = Node("checkpoint", "load", recipe.checkpoint.source or "", checkpoint_source(recipe), device=CPU)
     plain = _served(recipe, ExportSpec.model_validate({"engine": BASELINE_ENGINE, "compute_type": numbers}))
     served = Node(BASELINE, "export", BASELINE_ENGINE, plain, _serving_inputs(root), device=where)
-    measured = Node(
-        f"{BASELINE}/evaluate",
-        "evaluate",
-        BASELINE,
-        recipe.workload,
-        _evaluation_inputs(served, None),
-        recipe.seed,
-        (BASELINE_ENGINE,),
-        where,
-    )
-    return [*text, gate, root, served, measured]
+    return [*text, gate, root, served, *_measurements(recipe, served, BASELINE, (BASELINE_ENGINE,))]
 
 
 def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
@@ -232,17 +231,28 @@ def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: st
     stage = "compile" if serve in stages.compile else "export"
     served = _serve(recipe)[serve]
     add(stage, serve, served, calibration="text/calibration")
-    measure = Node(
-        f"{path}/evaluate",
-        "evaluate",
-        serve,
-        recipe.workload,
-        _evaluation_inputs(nodes[-1], f"{BASELINE}/evaluate"),
-        recipe.seed,
-        (served.engine, BASELINE_ENGINE),
-        served.served_on(where),
-    )
-    return [*nodes, measure]
+    return [*nodes, *_measurements(recipe, nodes[-1], serve, (served.engine, BASELINE_ENGINE))]
+
+
+def _measurements(recipe: Recipe, served: Node, label: str, engines: tuple[str, ...]) -> list[Node]:
+    """Of what a node serves: a search's short look, and the whole, each beside the baseline's own."""
+    asked = {"evaluate": recipe.workload}
+    if recipe.search:
+        asked = {"glance": recipe.search.glance(recipe.workload, recipe.objective), **asked}
+    beside = {kind: None if served.id == BASELINE else f"{BASELINE}/{kind}" for kind in asked}
+    return [
+        Node(
+            f"{served.id}/{kind}",
+            "evaluate",
+            label,
+            spec,
+            _evaluation_inputs(served, beside[kind]),
+            recipe.seed,
+            engines,
+            served.device,
+        )
+        for kind, spec in asked.items()
+    ]
 
 
 def _ending(recipe: Recipe, nodes: Iterable[str], variants: Iterable[Variant]) -> list[Node]:

@@ -11,6 +11,7 @@ from featherweight.distillation.spec import DistillSpec
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec, unmeasured
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
+from featherweight.recipe.search.spec import SearchSpec, spread
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.spec import Name, Spec, Task
 from featherweight.system.device import Wanted
@@ -118,9 +119,10 @@ class Recipe(Spec):
     engine: what runs the stages: this machine, or a Ray cluster, that of RAY_ADDRESS or one that is started here.
     advice: of a recipe that was composed from advice, the new tokens per second that were expected of its variants at the
     objective's batch size, what was to win first. It plays no role in the run; the report holds it against what was measured.
+    search: look for the best of the variants within a budget, in place of measuring all.
     """
 
-    quiet = frozenset({"device", "engine", "advice"})
+    quiet = frozenset({"device", "engine", "advice", "search"})
 
     name: Name
     checkpoint: CheckpointSpec
@@ -134,8 +136,14 @@ class Recipe(Spec):
     constraints: ConstraintsSpec = ConstraintsSpec()
     objective: str = Field(default="speedup@1", pattern=r"^(speedup@\d+|ttft@\d+|size|quality)$")
     advice: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    search: SearchSpec | None = None
     promote: PromoteSpec
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_searched(cls, tree: Any) -> Any:
+        return spread(tree) if isinstance(tree, dict) and isinstance(tree.get("search"), dict) else tree
 
     @model_validator(mode="after")
     def _trains_what_it_wants(self) -> Recipe:

@@ -12,7 +12,7 @@ from featherweight.measure.goals import bound_shown
 from featherweight.report.lineage_picture import lineage_picture, winner_path
 from featherweight.report.pareto_chart import chart_points, engine_index, pareto_chart
 from featherweight.report.rendering import render_template
-from featherweight.report.result import OptimizationResult, VariantRow, ranked
+from featherweight.report.result import OptimizationResult, Status, VariantRow, ranked
 from featherweight.report.tables import columns
 
 
@@ -35,7 +35,8 @@ def _context(result: OptimizationResult) -> dict[str, Any]:
         "table": _table(result),
         "losers": [row for row in ranked(result) if row.status == "loser"],
         "unmeasured": [row for row in result.variants if row.status in ("failed", "skipped")],
-        "ruled_out": _by_reason(result),
+        "ruled_out": _by_reason(result, "ruled-out"),
+        "passed_over": _by_reason(result, "passed-over"),
         "lineage": lineage_picture(result),
         "won": winner_path(result.nodes, winner.stages if winner else ()),
         "facts": _facts(result),
@@ -88,11 +89,11 @@ def _sort_key(value: float) -> str:
     return repr(float(value)) if math.isfinite(value) else ""
 
 
-def _by_reason(result: OptimizationResult) -> dict[str, list[str]]:
-    """Names of the variants that were ruled out, under their reasons."""
+def _by_reason(result: OptimizationResult, status: Status) -> dict[str, list[str]]:
+    """Names of the variants with this fate, under their reasons."""
     found: dict[str, list[str]] = {}
     for row in result.variants:
-        if row.status == "ruled-out":
+        if row.status == status:
             found.setdefault(row.reason, []).append(row.name)
     return found
 

@@ -36,7 +36,7 @@ from featherweight.measure.goals import judged_batch, measured_batches, pareto_f
 from featherweight.measure.statistics import Estimate
 from featherweight.spec import HEADED, Task
 
-Status = Literal["winner", "loser", "baseline", "failed", "skipped", "ruled-out"]
+Status = Literal["winner", "loser", "baseline", "failed", "skipped", "passed-over", "ruled-out"]
 
 
 MEASURED = ("winner", "loser", "baseline")

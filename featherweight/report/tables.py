@@ -201,9 +201,10 @@ def terminal_table(result: OptimizationResult) -> Group:
 
 
 def _main_table(result: OptimizationResult, shown: list[Column]) -> Table:
-    ruled_out = sum(row.status == "ruled-out" for row in result.variants)
-    caption = f"{ruled_out} combinations ruled out before running" if ruled_out else None
-    table = _table(shown, visible(result.name), caption)
+    told = {"passed-over": "variants passed over by the search", "ruled-out": "combinations ruled out before running"}
+    counts = {words: sum(row.status == status for row in result.variants) for status, words in told.items()}
+    caption = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+    table = _table(shown, visible(result.name), caption or None)
     table.add_column("outcome", overflow="fold", min_width=12)
     for row in ranked(result):
         fate = row.status if row.status in STYLES else row.reason

@@ -16,9 +16,9 @@ from featherweight.errors import CheckpointError, RecipeError
 from featherweight.recipe.advice.asking import capability_of, facts_named, source_named
 from featherweight.recipe.advice.measured import measured_before
 from featherweight.report.result import OptimizationResult, VariantRow
+from featherweight.spec import seconds_of
 from flows.advise import share_of
 from flows.cli import app
-from flows.composed import seconds_of
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import GateError, IntegrityError
+from featherweight.measure.goals import Decision
 from featherweight.measure.spec import ConstraintsSpec
-from featherweight.recipe.recipe import PromoteSpec
+from featherweight.recipe.recipe import PromoteSpec, RegisterSpec
 from featherweight.registry.gate import GatesRefused, promotion_gate
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.promotion import Promotion, gated_transition
@@ -21,7 +22,7 @@ from featherweight.system.user import user_name
 from flows.by_hand import approve_by_hand
 from tasks.parent_run import ParentRun
 from tasks.promote import promote
-from tasks.register import FILE, Registration, register_winner
+from tasks.register import FILE, Registration, register, register_winner
 from tests.support.registering import METRICS, MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,25 @@ def version(number: str = "2", /, evaluation: str = "e1", checkpoint: str = "c1"
 
 def faster(**changes: float) -> dict[str, float]:
     return {"speedup_1": 9.0, "speedup_1_low": 8.6, "speedup_1_high": 9.4, **changes}
+
+
+def test_what_another_recipe_made_under_another_name_is_registered_under_this_ones(desk: Bench, tmp_path: Path) -> None:
+    theirs = desk.artifact("ct2", parents={"checkpoint": desk.origin[0][1].digest})
+    (tmp_path / "decided").mkdir()
+    (tmp_path / "out").mkdir()
+    decision = Decision("float32/ctranslate2", "the best", {}, ("float32/ctranslate2",))
+    (tmp_path / "decided" / "decision.json").write_text(json.dumps(dataclasses.asdict(decision)))
+    made = dict(zip(("checkpoint", "text/evaluation"), desk.origin, strict=True))
+    made |= {"ours": theirs, "ours/evaluate": desk.measurement("ct2", theirs[1].digest, METRICS)}
+    made["decide"] = desk.publish(tmp_path / "decided", "decide", "decide")
+    artifacts = {id: ref for id, (ref, _) in made.items()}
+    spec = RegisterSpec(
+        model=MODEL, recipe="name: test", constraints=FREE, objective="size", nodes={decision.winner: ("ours", "ours/evaluate")}
+    )
+    parent = ParentRun(Workspace(tmp_path, desk.registry.tracking_uri), desk.experiment, desk.run_id)
+    folders = {id: local_path(ref.uri) for id, ref in artifacts.items()}
+    register(spec, inputs=folders, artifacts=artifacts, parent=parent, out=tmp_path / "out")
+    assert Registration.read(tmp_path / "out").variant == decision.winner
 
 
 CHAMPION = version("1")

@@ -187,6 +187,21 @@ def test_what_a_recipe_asks_for_by_name_stands_in_a_table_of_its_own_that_fits_a
     assert below.count("25.0 % [20.0, 30.0]") == below.count("200 ms [190, 250]") == len(rows)
 
 
+def test_what_a_search_passed_over_is_counted_and_said_with_its_reason(tmp_path):
+    from rich.console import Console
+
+    why = "cannot win: speed 2.00x [1.90, 2.10] at batch 1 at a short look"
+    passed = [VariantRow(name, "torch", "passed-over", reason=why) for name in ("slow", "slower")]
+    result = sample(variants=(*sample().variants, *passed))
+    screen = io.StringIO()
+    Console(width=260, file=screen).print(terminal_table(result))
+    assert "2 variants passed over by the search, 2 combinations ruled out before running" in screen.getvalue()
+    render_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Passed over by the search" in page and why in page and "slow, slower" in page
+    assert {row.status for row in OptimizationResult.from_dict(result.to_dict()).measured} == {"winner", "loser", "baseline"}
+
+
 def test_markdown_table():
     lines = markdown_table(sample()).splitlines()
     assert lines[0].startswith("| variant | Δ bits/byte (95 % CI) | speed ×, batch 1 |")

@@ -1,0 +1,1 @@
+"""Searching among a recipe's variants within a budget of time."""

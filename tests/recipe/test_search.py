@@ -1,0 +1,188 @@
+"""Searching among variants: alternatives in bulk, what is done next, and a record that a kill leaves whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from featherweight.measure.goals import choose_winner
+from featherweight.measure.spec import BASELINE, ConstraintsSpec
+from featherweight.progress import Metrics
+from featherweight.recipe.plan import Plan, expand
+from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.search.policy import Goal, Pace, Search
+from featherweight.recipe.search.study import Study, Told
+
+SPACE = {
+    "quantize": {"method": ["rtn", "gptq"], "grid": ["int8", "int4-g32"], "head": ["int8", None]},
+    "export": [{"engine": "ctranslate2", "compute_type": ["float32", "int8"]}, {"engine": "torch-dynamic"}],
+}
+TREE: dict[str, Any] = {
+    "name": "searched",
+    "checkpoint": {"train": {}},
+    "data": {"source": "python-stdlib"},
+    "search": {"budget": "5m", "space": SPACE},
+    "promote": {"model": "searched"},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({**TREE, **changes})
+
+
+def test_a_space_is_spread_into_named_alternatives_and_survives_its_own_dump() -> None:
+    made = recipe(stages={"quantize": {"rtn-int8-int8": {"method": "rtn", "scale": "mse"}}})
+    assert list(made.stages.quantize) == [
+        *("rtn-int8-int8", "rtn-int8-no-head", "rtn-int4-g32-int8", "rtn-int4-g32-no-head"),
+        *("gptq-int8-int8", "gptq-int8-no-head", "gptq-int4-g32-int8", "gptq-int4-g32-no-head"),
+    ]
+    assert made.stages.quantize["rtn-int8-int8"].scale == "mse", "what stands there already stays"
+    assert (made.stages.quantize["gptq-int4-g32-no-head"].grid, made.stages.quantize["gptq-int4-g32-no-head"].head) == (
+        "int4-g32",
+        None,
+    )
+    assert list(made.stages.export) == ["ctranslate2-float32", "ctranslate2-int8", "torch-dynamic"]
+    assert made.search is not None and made.search.budget == 300
+    assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json")))) == made
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"budget": "soon"}, "give a time, such as 90s"),
+        ({"budget": "1m", "space": {"quantise": {}}}, "space.quantise"),
+        ({"budget": "1m", "space": {"quantize": [1]}}, "space.quantize"),
+        ({"budget": "1m", "space": {"quantize": {"metod": ["rtn"]}}}, "metod"),
+        ({"budget": 0}, "greater than 0"),
+    ],
+)
+def test_a_search_that_is_none_is_refused(search: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        recipe(search=search)
+    assert message.split(".")[-1] in str(caught.value)
+
+
+def test_the_plan_has_a_short_look_beside_every_measurement() -> None:
+    workload = {"batch_sizes": [1, 8], "rounds": 7, "changed_answers": {}, "lengths": [32]}
+    plan = expand(recipe(workload=workload, objective="speedup@8"))
+    looks = {one.glanced for one in plan.variants}
+    assert looks < plan.nodes.keys() and len(looks) == len(plan.variants) > 5
+    spec = plan.nodes["rtn-int8-int8/ctranslate2-int8/glance"].spec
+    assert (spec.batch_sizes, spec.windows, spec.rounds, spec.changed_answers) == ((8,), 16, 3, None)
+    inputs = plan.nodes["rtn-int8-int8/ctranslate2-int8/glance"].inputs
+    assert (
+        inputs["baseline_measurement"] == "baseline/glance" and "baseline_measurement" not in plan.nodes["baseline/glance"].inputs
+    )
+    assert not any(id.endswith("/glance") for id in expand(recipe(search=None, stages={"export": {"a": {"engine": "vllm"}}})).nodes)
+
+
+# What is done next
+
+
+PLAN = expand(recipe())
+NAMES = [one.name for one in PLAN.variants if one.name != BASELINE]
+GOAL = Goal(ConstraintsSpec(max_quality_loss=0.02), "speedup@1")
+
+
+def figures(speed: float, loss: float, spread: float) -> Metrics:
+    """A made-up measurement, and its intervals."""
+    return {
+        **{"speedup_1": speed, "speedup_1_low": speed * (1 - spread), "speedup_1_high": speed * (1 + spread)},
+        **{"quality_change": loss, "quality_change_low": loss - spread / 50, "quality_change_high": loss + spread / 50},
+    }
+
+
+def searched(truth: dict[str, tuple[float, float]], budget: float, pace: float = 1.0, plan: Plan = PLAN) -> tuple[Search, float]:
+    """A search to its end on variants whose figures are known, each node taking `pace` times its estimate; and its seconds."""
+    estimated = {
+        id: 2.0 if id.endswith("/glance") else 10.0 if node.stage == "evaluate" else 1.0 for id, node in plan.nodes.items()
+    }
+    stages = {id: node.stage for id, node in plan.nodes.items()}
+    search = Search(plan, GOAL, Pace(estimated, stages), budget, 3, lambda names: names[0])
+    search.measured[BASELINE] = figures(1.0, 0.0, 0.0)
+    search.done = {
+        id for one in plan.variants if one.name == BASELINE for id in (*plan.path(one.measured), *plan.path(one.glanced))
+    }
+    spent = 0.0
+    while step := search.next(spent):
+        for id in plan.path(step.node):
+            if id not in search.done:
+                spent += pace * estimated[id]
+                search.pace.learn(id, pace * estimated[id])
+                search.done.add(id)
+        known = truth.get(step.variant.name)
+        search.tell(step, figures(*known, 0.2 if step.kind == "glance" else 0.02) if known else None)
+    return search, spent
+
+
+truths = st.lists(st.none() | st.tuples(st.floats(0.5, 20), st.floats(0, 0.1)), min_size=len(NAMES), max_size=len(NAMES)).map(
+    lambda drawn: {name: one for name, one in zip(NAMES, drawn, strict=True) if one}
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(truths)
+def test_with_time_enough_the_search_finds_who_wins_among_all(truth: dict[str, tuple[float, float]]) -> None:
+    search, _ = searched(truth, 10**6)
+    everyone = {BASELINE: figures(1.0, 0.0, 0.0), **{name: figures(*one, 0.02) for name, one in truth.items()}}
+    best = choose_winner(GOAL.constraints, GOAL.objective, everyone).winner
+    assert choose_winner(GOAL.constraints, GOAL.objective, search.measured).winner == best
+    assert search.failed == set(NAMES) - truth.keys()
+    for name in set(truth) - search.measured.keys():
+        assert search.fate(name).startswith("cannot win: ")
+
+
+@settings(max_examples=40, deadline=None)
+@given(truths, st.floats(20, 200), st.floats(0.3, 3))
+def test_a_search_keeps_its_budget_once_it_knows_its_pace(
+    truth: dict[str, tuple[float, float]], budget: float, pace: float
+) -> None:
+    search, spent = searched(truth, budget, pace)
+    first = pace * (2 * 10.0 + 2 * 2.0 + 4.0)
+    assert spent <= max(budget, first) or len(search.glances) + len(search.failed) <= 2
+    if truth and budget > 30 * pace * len(NAMES):
+        assert search.measured.keys() > {BASELINE}
+
+
+def test_what_a_short_look_rules_out_is_said_with_its_numbers() -> None:
+    told = GOAL.cannot_win(figures(5.0, 0.08, 0.1), {})
+    assert told == "quality loss +8.00 % [+7.80, +8.20] at a short look, and +2.00 % is asked for"
+    leader = {BASELINE: figures(1.0, 0.0, 0.0), "quick": figures(10.0, 0.0, 0.02)}
+    told = GOAL.cannot_win(figures(5.0, 0.0, 0.1), leader)
+    assert told == "speed 5.00x [4.50, 5.50] at batch 1 at a short look, against speed 10.0x [9.80, 10.2] at batch 1 of quick"
+    assert GOAL.cannot_win(figures(9.5, 0.0, 0.1), leader) == ""
+
+
+# The record
+
+
+def study(path: Path, seed: int = 0) -> Study:
+    grids = ("int8", "int4-g32", "int4-g64", "int8-g32")
+    made = {f"{m}-{g}": {"quantize.method": m, "quantize.grid": g} for m in ("rtn", "gptq", "awq", "qat") for g in grids}
+    return Study(path, "study", seed, made)
+
+
+def walk(record: Study, steps: int) -> list[str]:
+    """Names that are tried one after another: of int4 all is fast, of qat nothing works."""
+    for _ in range(steps):
+        name = record.suggest([name for name in record.variants if name not in record.looked_at])
+        speed = 4.0 if "int4" in name else 1.0
+        broken = {"max_quality_loss": -0.1 if "gptq" in name else 0.5}
+        record.tell(Told(name) if "qat" in name else Told(name, (-speed, 0.01), broken), 1.5)
+    return record.looked_at
+
+
+def test_a_record_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = walk(study(tmp_path / "whole.journal"), 12)
+    walk(study(tmp_path / "cut.journal"), 5)
+    again = study(tmp_path / "cut.journal")
+    again.tell_measured(again.looked_at[0], 9.5)
+    assert again.seconds == 9.5 and again.measured == whole[:1]
+    assert walk(study(tmp_path / "cut.journal"), 7) == whole and len(set(whole)) == 12
+    assert walk(study(tmp_path / "other.journal", seed=1), 12) != whole
