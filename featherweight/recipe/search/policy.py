@@ -18,6 +18,8 @@ from featherweight.recipe.plan import Plan, Variant
 
 Kind = Literal["glance", "measure"]
 ENDING = ("decide", "register", "promote")
+RESERVED = 0.05
+"""The share of the budget that is left for the ending, at least."""
 UNSURE = 1.5
 """Times its estimate that a stage is given before one like it was seen, more where all took longer: the budget is to be kept."""
 
@@ -150,7 +152,8 @@ class Search:
 
     def _fits(self, step: Step, then: list[str]) -> bool:
         wanted = {*self._missing(step.node), *(id for name in then for id in self._missing(self.variants[name].measured))}
-        return self.pace.seconds({*wanted, *ENDING}) <= self.budget - self.spent
+        ending = max(self.pace.seconds(ENDING), RESERVED * self.budget)
+        return self.pace.seconds(wanted) + ending <= self.budget - self.spent
 
     def _affordable(self, steps: list[Step], free: bool = False) -> Step | None:
         return next((step for step in steps if free or self._fits(step, [])), None)
