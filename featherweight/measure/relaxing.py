@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.progress import Metrics
 
 ROOM = 0.02
-"""How much further than it must a bound is moved, as a share of the way."""
+"""How much further than it must a bound is moved, as a share of the way, or of itself where that is less."""
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,5 @@ def nearest(constraints: ConstraintsSpec, objective: str, variants: Mapping[str,
 
 def _beyond(value: float, bound: float) -> float:
     """A bound that a value keeps, a little wider, so that it does so as people read it."""
-    return value + ROOM * (value - bound)
+    way = value - bound
+    return value + math.copysign(ROOM * min(abs(way), abs(value) or math.inf), way)

@@ -26,6 +26,11 @@ def test_fewer_broken_constraints_come_first_and_a_speed_is_relaxed_downwards() 
     assert found.words.startswith("relax min_speedup to 1.9")
 
 
+def test_however_far_a_bound_is_away_what_is_asked_for_instead_is_near_what_was_found() -> None:
+    found = nearest(ConstraintsSpec(min_speedup=1000), "speedup@1", {"a": row(0, 15)})
+    assert found and 14 < found.bounds["min_speedup"] < 15
+
+
 def test_where_one_keeps_all_there_is_nothing_to_relax() -> None:
     assert nearest(ConstraintsSpec(max_quality_loss=0.01), "speedup@1", {"a": row(0.001, 9), "b": row(0.5, 3)}) is None
     assert nearest(ConstraintsSpec(max_quality_loss=0.01), "speedup@1", {"baseline": row(0.5, 3)}) is None

@@ -150,6 +150,15 @@ def test_a_search_keeps_its_budget_once_it_knows_its_pace(
         assert search.measured.keys() > {BASELINE}
 
 
+def test_where_nothing_may_win_what_comes_nearest_is_measured_all_the_same() -> None:
+    truth = {name: (5.0, 0.05 + index / 100) for index, name in enumerate(NAMES[1:])}
+    search, _ = searched(truth, 10**6)
+    assert search.measured.keys() == {BASELINE, NAMES[1]} and search.failed == {NAMES[0]}
+    assert search.fate(NAMES[-1]).startswith("cannot win: quality loss")
+    failing, _ = searched({}, 10**6)
+    assert failing.measured.keys() == {BASELINE} and failing.failed == set(NAMES)
+
+
 def test_what_a_short_look_rules_out_is_said_with_its_numbers() -> None:
     told = GOAL.cannot_win(figures(5.0, 0.08, 0.1), {})
     assert told == "quality loss +8.00 % [+7.80, +8.20] at a short look, and +2.00 % is asked for"

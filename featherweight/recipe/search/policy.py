@@ -46,12 +46,12 @@ class Goal:
             return f"{figure.text(found)} at a short look, against {figure.text(best)} of {leader}"
         return ""
 
-    def place(self, short: Metrics) -> tuple[int, float]:
-        """The less the better: constraints that it seems to break, then the objective."""
+    def place(self, short: Metrics) -> tuple[int, float, float]:
+        """The less the better: constraints that it seems to break, by how much, then the objective."""
         figure = Objective.of(self.objective, short).figure
         found = figure.read(short)
         seems_broken = [one for one in self.broken(short).values() if one > 0]
-        return len(seems_broken), figure.loss(found.value) if found else float("inf")
+        return len(seems_broken), sum(seems_broken), figure.loss(found.value) if found else float("inf")
 
     def values(self, short: Metrics) -> tuple[float, ...] | None:
         """What is to be small: the objective, and what decides among those that are level in it; None where one is not known."""
@@ -139,7 +139,15 @@ class Search:
             return self._affordable([Step("measure", self.variants[name]) for name in waiting], free=measured == 0)
         if step := self._look(waiting):
             return step
-        return self._affordable([Step("measure", self.variants[name]) for name in waiting])
+        if step := self._affordable([Step("measure", self.variants[name]) for name in waiting]):
+            return step
+        return self._nearest() if measured == 0 else None
+
+    def _nearest(self) -> Step | None:
+        """Where nothing that was looked at may win: what comes nearest, so that it is said what to relax."""
+        able = [name for name in self.glances if name not in self.failed]
+        name = min(able, key=lambda name: self.goal.place(self.glances[name]), default=None)
+        return Step("measure", self.variants[name]) if name else None
 
     def _look(self, waiting: list[str]) -> Step | None:
         """A variant to look at, where there is time for it, and to measure it or what waits for that."""
