@@ -153,9 +153,8 @@ class Search:
         """A variant to look at, where there is time for it, and to measure it or what waits for that."""
         tried = self.glances.keys() | self.measured.keys() | self.failed
         untried = sorted((name for name in self.variants if name not in tried), key=self._cost)
-        first = not self.glances
         able = [name for name in untried if self._fits(Step("glance", self.variants[name]), waiting[:1] or [name])]
-        chosen = able or untried[:1] if first else able
+        chosen = able if tried - {BASELINE} else able or untried[:1]
         return Step("glance", self.variants[self.suggest(chosen)]) if chosen else None
 
     def _fits(self, step: Step, then: list[str]) -> bool:
