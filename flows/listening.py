@@ -55,7 +55,8 @@ def answering(application: Any, listener: socket.socket) -> Iterator[None]:
     """An ASGI application in a thread of its own; at the end it answers what it was asked, and nothing more."""
     import uvicorn
 
-    told: Any = {"log_level": "critical", "access_log": False, "server_header": False, "lifespan": "off", "timeout_keep_alive": 30}
+    told: Any = {"log_level": "critical", "access_log": False, "server_header": False, "timeout_keep_alive": 30}
+    told |= {"lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(application, timeout_graceful_shutdown=int(DRAIN_S), **told))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
-from featherweight.registry.served_engine import ServedEngine
+from featherweight.registry.served_engine import ServedEngine, require_kinds
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.text.tokens import Frame
 
@@ -36,7 +37,7 @@ class Generator(ServedEngine):
         self,
         prompts: Sequence[str | Sequence[Message]],
         max_new_tokens: int | None = None,
-        stop_at_end: bool = True,
+        stop_at_end: bool | None = True,
         adapter: str | None = None,
     ) -> list[str]:
         """What follows each prompt: at most `max_new_tokens` tokens, up to a token that ends a text if `stop_at_end`.
@@ -49,13 +50,14 @@ class Generator(ServedEngine):
         starts the engine anew.
         """
         self._require_few(prompts)
+        require_kinds(max_new_tokens=(max_new_tokens, Integral), stop_at_end=(stop_at_end, bool), adapter=(adapter, str))
         self._require_adapter(adapter)
         encoded = [self._encode(prompt) for prompt in prompts]
         wanted = [self._room(ids, max_new_tokens) for ids in encoded]
         new: list[list[int]] = [[] for _ in encoded]
         with self._turn:
             for batch, count in self._batches(wanted):
-                answers = self._generate([encoded[index] for index in batch], count, stop_at_end, adapter)
+                answers = self._generate([encoded[index] for index in batch], count, stop_at_end is not False, adapter)
                 for index, answer in zip(batch, answers, strict=True):
                     new[index] = answer
         if self._family == "encoder":
@@ -79,7 +81,8 @@ class Generator(ServedEngine):
 
     def _require_adapter(self, name: str | None) -> None:
         if name is not None and name not in self._adapters:
-            raise DataError(f"no adapter '{name}' is served beside this model; it has {', '.join(self._adapters) or 'none'}")
+            named, known = one_line(name, 100), ", ".join(self._adapters) or "none"
+            raise DataError(f"no adapter '{named}' is served beside this model; it has {known}")
 
     def _room(self, ids: list[int], asked: int | None) -> int:
         """How many tokens to write behind a prompt; DataError where there is no room for one, or for as many as are asked for."""
@@ -153,6 +156,8 @@ def prompts_of(model_input: Any) -> list[Any]:
         return list(given) if isinstance(given, (list, tuple)) and "messages" not in model_input else [given]
     if not hasattr(model_input, "columns"):
         return list(model_input)
+    if not len(model_input.columns):
+        return []
     name = "messages" if "messages" in model_input.columns else model_input.columns[0]
     cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
     one_conversation = name == "messages" and all(isinstance(cell, Mapping) for cell in cells)

@@ -13,7 +13,7 @@ from featherweight.model.architecture import task_of
 from featherweight.model.heads import by_label
 from featherweight.model.positions import context_tokens
 from featherweight.registry.entities import entities
-from featherweight.registry.served_engine import ServedEngine
+from featherweight.registry.served_engine import ServedEngine, require_kinds
 from featherweight.text.examples import encoded, types_of
 
 Rows = list[list[float]]
@@ -32,7 +32,7 @@ class Labeller(ServedEngine):
         self.task = task_of(self.config)
         self._open()
 
-    def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool = True) -> Any:
+    def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool | None = True) -> Any:
         """An answer to each text, or pair of texts.
 
         feature-extraction: a vector, float32 [texts, width]. text-classification: `label` and `score` of the likeliest label, and
@@ -43,6 +43,7 @@ class Labeller(ServedEngine):
         Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
         """
         self._require_few(texts)
+        require_kinds(truncate=(truncate, bool), aggregate=(aggregate, bool))
         cut = self.task == "feature-extraction" if truncate is None else truncate
         told = [self._encode(one, cut) for one in texts]
         answers = self._outputs(told)
@@ -50,7 +51,8 @@ class Labeller(ServedEngine):
             return _vectors(answers)
         if self.task == "text-classification":
             return [scored(self.config, rows) for rows in answers]
-        return [entities(self.config, text, one, rows, aggregate) for text, one, rows in zip(texts, told, answers, strict=True)]
+        whole = aggregate is not False
+        return [entities(self.config, text, one, rows, whole) for text, one, rows in zip(texts, told, answers, strict=True)]
 
     def _encode(self, given: Any, cut: bool) -> Any:
         text, pair = _parts(given)
@@ -133,6 +135,8 @@ def texts_of(model_input: Any) -> list[Any]:
         return [{k: _plain(v) for k, v in one.items()} if isinstance(one, Mapping) else one for one in _plain(model_input)]
     if "text" in model_input.columns and "text_pair" in model_input.columns:
         return list(zip(model_input["text"].tolist(), model_input["text_pair"].tolist(), strict=True))
+    if not len(model_input.columns):
+        return []
     name = "text" if "text" in model_input.columns else model_input.columns[0]
     return [_plain(cell) for cell in model_input[name].tolist()]
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
-from featherweight.errors import DataError, StageError
+from featherweight.errors import DataError, StageError, one_line
 from featherweight.runtimes.client import Worker, open_worker
 from featherweight.store.served_folder import verified_tokens
 
@@ -20,6 +21,7 @@ MOST_AT_ONCE = 10_000
 """Texts of one request: those of others wait until they are answered."""
 MOST_CHARACTERS = 1_000_000
 """Of a text that is to be cut to what the model reads: a second of a tokenizer's time."""
+KINDS: dict[type, str] = {Integral: "a whole number", bool: "true or false", str: "a name"}
 
 
 class ServedEngine:
@@ -74,3 +76,10 @@ class ServedEngine:
         except StageError:
             self.close()
             raise
+
+
+def require_kinds(**given: tuple[object, type]) -> None:
+    """Raises DataError for a parameter that is not of its type; None is none. True is no whole number."""
+    for name, (value, kind) in given.items():
+        if value is not None and (not isinstance(value, kind) or (kind is Integral and isinstance(value, bool))):
+            raise DataError(f"{name} is {KINDS[kind]}, not {one_line(repr(value), 60)}")

@@ -80,7 +80,8 @@ def test_a_folder_holds_verified_files_and_starts_as_it_was_measured(desk: Bench
     assert told["start"] == artifact.file_sha256(out / "start")
     done = started(out, PORT="81")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 -m uvicorn mlflow.pyfunc") and done.stdout.endswith("--host 127.0.0.1 --port 81\n")
+    assert done.stdout.startswith("3 -m uvicorn --factory featherweight.registry.serving.scoring:application ")
+    assert done.stdout.endswith("--host 127.0.0.1 --port 81\n")
     assert [path.name for path in out.parent.iterdir()] == ["folder", "teller"]
 
     for place in ("model/artifacts/served/model.safetensors", "SHA256SUMS"):

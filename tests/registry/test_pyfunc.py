@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from mlflow.exceptions import MlflowException
 
 from featherweight.errors import DataError, StageError
-from featherweight.registry.generator import Generator
+from featherweight.registry.generator import Generator, prompts_of
 from featherweight.registry.lineage import build
+from featherweight.registry.serving.scoring import Strict
 from featherweight.store.artifact import Manifest
 from featherweight.store.served_folder import Serving
 from featherweight.system.processes import end_group, held_port
@@ -129,6 +131,11 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     params = {"max_new_tokens": NEW}
     assert model.predict(pandas.DataFrame({"prompt": PROMPTS}), params=params) == model.predict(PROMPTS, params=params)
     assert model.input_example == ["Once upon a time"]
+    strict = Strict(model)
+    assert strict.predict({"prompt": PROMPTS[0], "model": "x"}, params) == model.predict(PROMPTS[:1], params=params)
+    for data, told in ((PROMPTS, {"temperature": 0.7}), ({"prompt": PROMPTS[0], "temperature": 0.7}, params)):
+        with pytest.raises(MlflowException, match="no parameter 'temperature'; known: max_new_tokens, stop_at_end, adapter"):
+            strict.predict(data, told)
     (answer,) = model.predict(model.input_example)
     assert len(answer) > len(model.predict(model.input_example, params=params)[0])
     assert [(one.name, one.default) for one in model.metadata.signature.params] == [
@@ -136,7 +143,7 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
         ("stop_at_end", True),
         ("adapter", None),
     ]
-    del model
+    del model, strict
     gc.collect()
     assert not engine.is_running()
 
@@ -175,6 +182,31 @@ def test_prompts_that_do_not_fit_are_refused(generator: Generator, prompt: str, 
     with pytest.raises(DataError, match="this model is served with room for 64 tokens"):
         generator([prompt], new)
     assert generator(["light"], 4)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"max_new_tokens": "7"}, "max_new_tokens is a whole number, not '7'"),
+        ({"max_new_tokens": True}, "max_new_tokens is a whole number, not True"),
+        ({"max_new_tokens": [1] * 1000}, r"max_new_tokens is a whole number, not \[1, 1, .{0,60}$"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens is a whole number, not nan"),
+        ({"max_new_tokens": 10**30}, "room for 64 tokens"),
+        ({"stop_at_end": "false"}, "stop_at_end is true or false, not 'false'"),
+        ({"adapter": {"a": 1}}, "adapter is a name, not {'a': 1}"),
+        ({"adapter": "x" * 5000}, r"no adapter 'x{90,97}\.\.\.' is served"),
+    ],
+)
+def test_parameters_of_other_types_are_refused(generator: Generator, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        generator(["light"], **given)
+
+
+def test_no_columns_hold_no_prompts() -> None:
+    import pandas
+
+    assert prompts_of(pandas.DataFrame()) == prompts_of([]) == []
 
 
 @pytest.mark.engine

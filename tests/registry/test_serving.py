@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.registry.keys import Keys
@@ -27,6 +29,8 @@ from featherweight.registry.model_folder import CODE, SERVED
 from featherweight.registry.serving import backend, following, verified_copy
 from featherweight.registry.serving.following import Follower
 from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front
+from featherweight.registry.serving.reasons import reason
+from featherweight.registry.serving.scoring import Reasoned
 from featherweight.runtimes.interface import EngineServer
 from featherweight.store.workspace import local_path
 from flows.listening import answering, listening
@@ -39,7 +43,8 @@ __all__ = ["desk"]
 
 REQUESTS = int(os.environ.get("FEATHERWEIGHT_TEST_REQUESTS", "400"))
 """How many requests the swap is tried under at least; ask for 2000 to try harder."""
-STUB = Path(__file__).parents[1] / "support" / "stub_server.py"
+ROOT = Path(__file__).parents[2]
+STUB = ROOT / "tests" / "support" / "stub_server.py"
 MEASURED = METRICS | {"threads_1": 3.0}
 
 
@@ -219,7 +224,7 @@ def test_a_registry_that_is_away_or_cut_changes_nothing(desk: Bench, served: Ser
 
 def test_strangers_get_reasons_and_no_more(served: Served) -> None:
     wrong = served.ask(fail=True)
-    assert (wrong.status_code, wrong.json()) == (400, {"error_code": "BAD", "message": "wrong at .../lib/x.py"})
+    assert (wrong.status_code, wrong.json()) == (400, {"error_code": "BAD", "message": "wrong at ..."})
     assert httpx.get(f"{served.address}/docs").status_code == 404
     assert httpx.post(served.url, json={}, headers={"host": "evil.example"}).status_code == 421
     assert httpx.post(served.url, content=b"x" * (BODY_BYTES + 1)).status_code == 413
@@ -232,6 +237,76 @@ def test_strangers_get_reasons_and_no_more(served: Served) -> None:
             raw.sendall(broken)
     assert served.ask().json() == {"by": "1"}
     assert served.follower.active is not None and served.follower.active.drain(patience_s=120)  # its count ends after the answer
+
+
+HOST = b"host: 127.0.0.1\r\n"
+LENGTH = b"content-length: 2\r\n\r\n{}"
+RAW = {
+    b"POST /invocations?%zz%0d%0a#[]{}|\\^`\x7f\xff HTTP/1.1\r\n" + HOST + LENGTH: (200, 400),
+    b"POST /invocations?" + b"a" * 60_000 + b" HTTP/1.1\r\n" + HOST + LENGTH: (200, 400, 431),
+    b"POST /invocations HTTP/1.1\r\n" + HOST + b"content-type: \xe9\r\n" + LENGTH: (400, 415),
+    b"POST /invocations HTTP/1.1\r\n" + HOST + b"content-type: " + b"a" * 300 + b"\r\n" + LENGTH: (415,),
+    b"POST /invocations HTTP/1.1\r\n" + HOST + b"accept: \xff\r\n" + LENGTH: (200, 400),
+    b"POST /invocations HTTP/1.1\r\nhost: [\r\n" + LENGTH: (400, 421),
+    b"POST /invocations HTTP/1.1\r\nhost: 127.0.0.1/invocations?\r\n" + LENGTH: (400, 421),
+    b"POST /invocations HTTP/1.1\r\nhost: x@127.0.0.1\r\n" + LENGTH: (400, 421),
+    b"POST /../../etc/passwd HTTP/1.1\r\n" + HOST + LENGTH: (404,),
+    b"POST /invocations%0a\xff HTTP/1.1\r\n" + HOST + LENGTH: (400, 404),
+    b"DELETE /invocations HTTP/1.1\r\n" + HOST + LENGTH: (405,),
+}
+
+
+def test_no_request_is_lost_count_of_whatever_it_holds(served: Served) -> None:
+    """A request that could not be passed on was counted for ever, so that the former version never ended."""
+    for asked, statuses in RAW.items():
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.address).port), timeout=60) as raw:
+            raw.sendall(asked)
+            answer = raw.recv(2**16)
+        assert int(answer.split()[1]) in statuses and str(ROOT).encode() not in answer, (asked[:100], answer)
+    for told in ({"error_code": "a\nb: c", "message": [f"{sys.prefix}/x"]}, {"error_code": {"x": 1}}, "text", ["x"] * 5000):
+        wrong = served.ask(fail=told)
+        assert wrong.status_code == 400 and wrong.json()["error_code"] == "BAD_REQUEST" and len(wrong.text) < 500, wrong.text
+    assert served.ask().json() == {"by": "1"}
+    assert served.follower.active is not None and served.follower.active.drain(patience_s=120)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code", "why"),
+    [
+        (400, '{"error_code": "BAD_REQUEST", "message": "Failed to predict data \'x\'. \\nError: no"}', "BAD_REQUEST", "no"),
+        (400, '{"error_code": "X", "message": "no", "stack_trace": "Traceback"}', "X", "no"),
+        (422, '{"error": {"message": "too long", "type": "BadRequestError"}}', "BadRequestError", "too long"),
+        (404, '{"error": "none such"}', "BAD_REQUEST", "none such"),
+        (405, '{"detail": "Method Not Allowed"}', "BAD_REQUEST", "Method Not Allowed"),
+        (415, "takes text/csv, application/json, not a/b", "BAD_REQUEST", "takes text/csv, application/json, not a/b"),
+        (500, "no such file: '/usr/lib/x.py'", "BAD_REQUEST", "no such file: '...'"),
+        (400, '{"detail": ' + "[" * 100_000, "BAD_REQUEST", None),
+        (400, "", "BAD_REQUEST", "the request was refused"),
+    ],
+)
+def test_an_error_is_told_by_its_reason(status: int, said: str, code: str, why: str | None) -> None:
+    answer = reason(status, said.encode())
+    told = json.loads(bytes(answer.body))
+    assert (answer.status_code, told["error_code"]) == (status, code)
+    assert told["message"] == why or (why is None and len(told["message"]) <= 400)
+
+
+def test_what_a_scoring_server_cannot_read_is_refused_by_its_reason() -> None:
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/error":
+            await PlainTextResponse("Traceback (most recent call last)\n/usr/lib/x.py", 400)(scope, receive, send)
+        elif scope["path"] == "/raise":
+            await PlainTextResponse("Internal Server Error", 500)(scope, receive, send)
+            raise KeyError("columns")
+        else:
+            await PlainTextResponse(dict(scope["headers"])[b"content-type"])(scope, receive, send)
+
+    client = TestClient(Reasoned(read))
+    assert client.get("/").text == "application/json"
+    assert client.get("/", headers={"content-type": "text/csv"}).text == "text/csv"
+    assert client.get("/error").json() == {"error_code": "BAD_REQUEST", "message": "the request was refused"}
+    answer = client.get("/raise")
+    assert (answer.status_code, answer.json()["message"]) == (400, "the request cannot be read: KeyError: 'columns'")
 
 
 def test_a_token_is_asked_for(stubs: set[str]) -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers any POST with the name; to 'die' by ending the process, to 'fail' by an error with a trace and a path."""
+    """Answers any POST with the name; to 'die' by ending the process, to 'fail' by an error with a path, or by the one given."""
 
     protocol_version = "HTTP/1.1"
     name = sys.argv[2]
@@ -26,9 +26,10 @@ class Handler(BaseHTTPRequestHandler):
         if "die" in asked:
             os._exit(3)
         trace = {"error_code": "BAD", "message": f"wrong\n at {sys.prefix}/lib/x.py", "stack_trace": "Traceback"}
-        self._answer(400 if "fail" in asked else 200, trace if "fail" in asked else {"by": self.name})
+        told = trace if asked.get("fail") is True else asked.get("fail")
+        self._answer(400 if "fail" in asked else 200, told if "fail" in asked else {"by": self.name})
 
-    def _answer(self, status: int, body: dict[str, str]) -> None:
+    def _answer(self, status: int, body: object) -> None:
         text = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")

@@ -42,7 +42,10 @@ class Access:
 
     def own_origin(self, origin: str, host: str) -> bool:
         """Whether a form comes from a page of ours: browsers name the page's origin with whatever it posts."""
-        return urlsplit(origin) == urlsplit(f"http://{host}")
+        try:
+            return urlsplit(origin) == urlsplit(f"http://{host}")
+        except ValueError:  # half of an IPv6 address
+            return False
 
     def knows(self, cookies: Any) -> bool:
         """Whether a browser has come by the address with the token."""

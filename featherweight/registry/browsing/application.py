@@ -215,7 +215,7 @@ def _address(path: str, **query: str) -> str:
 
 
 async def _fields(asked: Request) -> dict[str, str] | None:
-    """The fields of a form, None for what is no form of ours: longer, of another type, or with a field twice."""
+    """The fields of a form, None for what is no form of ours: longer, of another type, of more fields, or with one twice."""
     if asked.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
         return None
     body = b""
@@ -223,5 +223,8 @@ async def _fields(asked: Request) -> dict[str, str] | None:
         body += part
         if len(body) > BODY_BYTES:
             return None
-    found = parse_qs(body.decode("utf-8", "replace"), max_num_fields=20)
+    try:
+        found = parse_qs(body.decode("utf-8", "replace"), max_num_fields=20)
+    except ValueError:
+        return None
     return {name: values[0] for name, values in found.items()} if all(len(values) == 1 for values in found.values()) else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import StageError, ToolchainError, one_line
+from featherweight.registry.serving.scoring import PROGRAM
 from featherweight.registry.serving.verified_copy import VerifiedCopy
 from featherweight.registry.smoke import NEW_TOKENS, TEXT, TEXT_TOKENS
 from featherweight.runtimes.catalog import RUNTIMES
@@ -138,7 +139,7 @@ def _scoring_server(copy: VerifiedCopy, limits: Limits, socket: Path) -> EngineS
     from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH, SERVING_MODEL_CONFIG
 
     config = {"threads": limits.threads, "max_tokens": limits.max_tokens, "max_batch": limits.max_batch}
-    program = ["-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--no-access-log", "--log-level", "warning"]
+    program = ["-m", "uvicorn", "--factory", PROGRAM, "--no-access-log", "--log-level", "warning"]
     return EngineServer(
         command=(sys.executable, *program, "--uds", str(socket)),
         environment={

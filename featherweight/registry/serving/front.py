@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-import sys
+import re
 import threading
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import one_line
 from featherweight.registry.serving.backend import ANSWER_S, Backend
+from featherweight.registry.serving.reasons import reason, refusal
 
 if TYPE_CHECKING:
     import httpx
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 BODY_BYTES = 32 * 2**20
 REASON_BYTES = 2**20
 IDLE_S = 2.0  # below the 5 s after which servers close a connection that idles: none is taken that is being closed
+BODY_S = 60.0
 VERSION_HEADER = "x-featherweight-version"
-ROOTS = tuple(
-    sorted({str(Path(root).resolve()) for root in (sys.prefix, sys.base_prefix, Path(__file__).parents[3])}, reverse=True)
-)
+METHODS = ("GET", "POST")
+HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
+CONTENT_TYPE = re.compile(r"[ -~]{0,200}")
 
 
 class Front:
@@ -69,27 +69,37 @@ class Front:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        path = request.url.path
-        if self._hosts and (request.url.hostname or "") not in self._hosts:
-            return _refusal(421, "BAD_REQUEST", "this server answers to the address that it was started with")
+        path = request.scope["path"]
+        if self._hosts and _host(request) not in self._hosts:
+            return refusal(421, "BAD_REQUEST", "this server answers to the address that it was started with")
         if path in ("/health", "/ping"):
             return self._health()
+        if request.method not in METHODS:
+            return refusal(405, "BAD_REQUEST", f"this server takes {' and '.join(METHODS)}")
         if self._token and not hmac.compare_digest(
             request.headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
         ):
-            return _refusal(401, "UNAUTHENTICATED", "give the token: Authorization: Bearer ...")
-        body = await _body(request)
+            return refusal(401, "UNAUTHENTICATED", "give the token: Authorization: Bearer ...")
+        if not CONTENT_TYPE.fullmatch(request.headers.get("content-type", "")):
+            return refusal(415, "BAD_REQUEST", "the content type is none; send application/json")
+        try:
+            body = await asyncio.wait_for(_body(request), BODY_S)
+        except TimeoutError:
+            return refusal(408, "BAD_REQUEST", f"the request did not come within {BODY_S:.0f} s")
         if body is None:
-            return _refusal(413, "BAD_REQUEST", f"a request holds at most {BODY_BYTES // 2**20} MiB")
+            return refusal(413, "BAD_REQUEST", f"a request holds at most {BODY_BYTES // 2**20} MiB")
+        return await self._asked(request, path, body)
+
+    async def _asked(self, request: Request, path: str, body: bytes) -> Response:
+        """What the active backend answers, where it serves the path."""
         backend = self._taken()
         if backend is None:
-            return _refusal(503, "TEMPORARILY_UNAVAILABLE", "the model is not loaded yet; try again in a moment")
+            return refusal(503, "TEMPORARILY_UNAVAILABLE", "the model is not loaded yet; try again in a moment")
         if path not in backend.server.paths:
             backend.release()
-            return _refusal(
-                404, "ENDPOINT_NOT_FOUND", f"nothing is served at {path[:100]}; paths: {', '.join(backend.server.paths)}"
-            )
-        return await self._passed_on(backend, request, body)
+            shown = one_line(path, 100)
+            return refusal(404, "ENDPOINT_NOT_FOUND", f"nothing is served at {shown}; paths: {', '.join(backend.server.paths)}")
+        return await self._passed_on(backend, request, path, body)
 
     def _taken(self) -> Backend | None:
         """The active backend, with one request more."""
@@ -108,29 +118,28 @@ class Front:
         told = {"model": version.model, "version": version.version, "variant": version.variant, "engine": version.tag("engine")}
         return JSONResponse({"status": "ready", **told, "note": self._note})
 
-    async def _passed_on(self, backend: Backend, request: Request, body: bytes) -> Response:
+    async def _passed_on(self, backend: Backend, request: Request, path: str, body: bytes) -> Response:
         """The backend's answer, piece by piece as it comes; what it says of an error in one line."""
         import httpx
 
         client = self._clients.get(backend) or self._clients.setdefault(backend, _client(backend))
-        kept = {name: value for name in ("content-type", "accept") if (value := request.headers.get(name))}
-        url = httpx.URL("http://backend", path=request.url.path, query=request.url.query.encode())
         try:
-            answer = await client.send(client.build_request(request.method, url, headers=kept, content=body), stream=True)
-            if answer.status_code >= 400:
-                reason = await _reason(answer, backend)
-                await answer.aclose()
-                backend.release()
-                return reason
+            kept = {"content-type": kind} if (kind := request.headers.get("content-type")) else {}
+            asked = client.build_request(request.method, f"http://backend{path}", headers=kept, content=body)
+            answer = await client.send(asked, stream=True)
+            if answer.status_code < 400:
+                return _passed(answer, backend)
+            told = await _reason(answer)
+            await answer.aclose()
         except httpx.HTTPError as error:
-            backend.release()
             late = isinstance(error, httpx.TimeoutException)
             why = f"no answer within {ANSWER_S:.0f} s" if late else "the engine ended while it answered; it is started anew"
-            return _refusal(504 if late else 502, "TEMPORARILY_UNAVAILABLE", why)
+            told = refusal(504 if late else 502, "TEMPORARILY_UNAVAILABLE", why)
         except BaseException:
             backend.release()
             raise
-        return _passed(answer, backend)
+        backend.release()
+        return told
 
 
 def _client(backend: Backend) -> httpx.AsyncClient:
@@ -169,36 +178,17 @@ async def _body(request: Request) -> bytes | None:
     return b"".join(parts)
 
 
-async def _reason(answer: httpx.Response, backend: Backend) -> Response:
-    """What a server says of an error: the reason in one line, without a trace, the request's own words at length, or a path."""
+async def _reason(answer: httpx.Response) -> Response:
+    """What a server says of an error, as far as it is no longer than a reason may be."""
     said = b""
     async for piece in answer.aiter_bytes():
         said += piece
         if len(said) > REASON_BYTES:
             break
-    code, text = _told(said)
-    for root in (str(backend.copy.folder.parent), *ROOTS):
-        text = text.replace(root, "...")
-    return _refusal(answer.status_code, code, text)
+    return reason(answer.status_code, said)
 
 
-def _told(said: bytes) -> tuple[str, str]:
-    """Code and reason in the body of an error of MLflow's server, or of one that speaks as OpenAI's."""
-    try:
-        body: Any = json.loads(said)
-    except ValueError:
-        body = said.decode(errors="replace")
-    if isinstance(body, dict):
-        body = body.get("error", body) if isinstance(body.get("error", body), dict) else {"message": body["error"]}
-        code = str(body.get("error_code") or body.get("type") or "BAD_REQUEST")
-        body = body.get("message") or body.get("detail") or "the request was refused"
-    else:
-        code = "BAD_REQUEST"
-    return code, one_line(str(body).partition("; its last words")[0].partition("Traceback (most recent")[0], 400)
-
-
-def _refusal(status: int, code: str, reason: str) -> Response:
-    from starlette.responses import JSONResponse
-
-    headers = {"retry-after": "5"} if status == 503 else None
-    return JSONResponse({"error_code": code, "message": reason}, status, headers)
+def _host(request: Request) -> str:
+    """The name or number in `Host`, '' for what is none."""
+    found = HOST.fullmatch(request.headers.get("host", ""))
+    return found[1] or found[2] if found else ""
