@@ -161,7 +161,7 @@ def _winner(
         recipe=spec.recipe,
         checkpoint=artifacts["checkpoint"].digest,
         evaluation=artifacts[EVALUATION].digest,
-        machine=graph.nodes[-1].machine.get("hardware", ""),
+        machine=graph.hardware,
         constraints=spec.constraints.model_dump(exclude_none=True),
         objective=spec.objective,
         threads=judged_threads(spec.objective, measured.metrics),

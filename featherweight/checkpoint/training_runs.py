@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -37,19 +37,25 @@ class Policy:
     def taken(self, arrivals: Iterable[Arrival]) -> list[Arrival]:
         """The arrivals that are taken, in their order."""
         arrivals = list(arrivals)
-        return [one for one in arrivals if self._takes(one, arrivals)]
+        best = _best(arrivals, self.metric) if self.metric else {}
+        return [one for one in arrivals if self._takes(one.source, best)]
 
-    def _takes(self, arrival: Arrival, among: Sequence[Arrival]) -> bool:
-        place = numbered(arrival.source)
+    def _takes(self, source: str, best: Mapping[str, str]) -> bool:
+        place = numbered(source)
         if place is None:
             return True
-        if self.metric is None:
-            return place[1] % self.every == 0
-        run = [other for other in among if (numbered(other.source) or ("",))[0] == place[0]]
-        figures = {other.source: figure for other in run if (figure := _figure(other, self.metric)) is not None}
-        best = (min if self.metric.endswith("loss") else max)(figures.values(), default=None)
-        # Of equals the first.
-        return best is not None and arrival.source == next(source for source, figure in figures.items() if figure == best)
+        return place[1] % self.every == 0 if self.metric is None else best.get(place[0]) == source
+
+
+def _best(arrivals: Iterable[Arrival], metric: str) -> dict[str, str]:
+    """The source of the best of each training run, the first of equals."""
+    runs: dict[str, dict[str, float]] = {}
+    for one in arrivals:
+        place = numbered(one.source)
+        if place is not None and (figure := _figure(one, metric)) is not None:
+            runs.setdefault(place[0], {})[one.source] = figure
+    choose = min if metric.endswith("loss") else max
+    return {run: choose(figures, key=figures.__getitem__) for run, figures in runs.items()}
 
 
 def numbered(source: str) -> tuple[str, int] | None:

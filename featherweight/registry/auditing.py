@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import Lineage, is_text_of, of_version, verify
 from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.registry.registry import Registry
-from featherweight.registry.versions import RegisteredModel, RegisteredVersion
+from featherweight.registry.versions import NAME, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import witnessed_fault
 
 State = Literal["ok", "altered", "missing", "foreign", "out of step"]
@@ -75,6 +76,10 @@ def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
 
 def _cells(seen: RegisteredModel) -> Iterator[Finding]:
     """Aliases, tags and stages that do not follow the history, or whose version is gone."""
+    named = seen.tags.get(NAME, "")
+    if named != seen.model and (named or any(ATTESTATION in one.tags for one in seen.versions.values())):
+        way = f"it says {named}: the model was renamed in MLflow, or this altered" if named else "it was removed"
+        yield Finding(seen.model, "", "tag name", "out of step" if named else "missing", way)
     standing = seen.history.standing
     for alias, number in (("champion", standing.champion), ("challenger", standing.challenger), ("previous", standing.previous)):
         if number and number not in seen.versions:
@@ -116,13 +121,15 @@ def _content(registry: Registry, seen: RegisteredModel, version: RegisteredVersi
             yield Finding(version.model, version.version, verdict.part, "foreign" if foreign else verdict.state, verdict.reason)
     if registry.location(version) != version.source:
         yield Finding(version.model, version.version, "tag location", "altered", "MLflow takes its files from elsewhere")
+    if version.shown not in (version.source, f"models:/{version.tag('model_id')}"):
+        yield Finding(version.model, version.version, "source", "altered", f"MLflow's page names {version.shown}")
     yield from _tags(registry, version, told)
     yield from _runs(registry, version, told)
 
 
 def _tags(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
     """Tags that tell otherwise than the lineage and the verified evaluation."""
-    known = {"recipe": told.graph.recipe, "run_id": told.graph.run_id}
+    known = {"recipe": told.graph.recipe, "run_id": told.graph.run_id, "machine": told.graph.hardware}
     if version.run_id != told.graph.run_id:
         yield Finding(version.model, version.version, "run", "altered", f"the lineage has {told.graph.run_id}")
     if (own := re.search(r"/(m-[0-9a-f]{32})/", f"{version.source}/")) and version.tag("model_id") != own[1]:
@@ -132,6 +139,8 @@ def _tags(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iter
         known |= {name: proven.tag(name) for name in PROVEN}
     except FeatherweightError as error:
         yield Finding(version.model, version.version, "evaluation", "missing", str(error))
+    with suppress(FeatherweightError):  # where the served files are not there, or not as they were, that is told of them
+        known["engine"] = registry.serving(version).engine
     if (packed := version.tag(PACKED)) and not is_text_of(unpacked(packed), version.tag("lineage")):  # older versions have none
         yield Finding(version.model, version.version, f"tag {PACKED}", "altered", "the lineage tells otherwise")
     for name, value in known.items():

@@ -127,6 +127,11 @@ class LineageGraph:
         """Digests of the texts that went in, by node."""
         return {node.id: node.digest for node in self.nodes if node.stage == "text"}
 
+    @property
+    def hardware(self) -> str:
+        """The machine of the last stage run, '' where it tells of none."""
+        return str(self.nodes[-1].machine.get("hardware", "")) if self.nodes else ""
+
     def parents(self, node: LineageNode) -> list[tuple[str, LineageNode]]:
         """(input name, parent) of a node; content-addressed, so an equal artifact is the same parent."""
         by_digest = {one.digest: one for one in reversed(self.nodes)}

@@ -28,6 +28,7 @@ from featherweight.registry.packed_text import packed
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
 from featherweight.store.mlflow_errors import MISSING, mlflow_explained
+from featherweight.store.served_folder import FILE as SERVING
 from featherweight.store.served_folder import Serving
 from featherweight.store.tracking import open_artifacts, open_client
 from featherweight.store.workspace import local_path
@@ -159,11 +160,19 @@ class Registry:
 
     def lineage_json(self, version: RegisteredVersion) -> str:
         """The `lineage.json` that was registered with a version."""
+        return self._text(version, LINEAGE)
+
+    def serving(self, version: RegisteredVersion) -> Serving:
+        """How a version's files say that they are served. Raises IntegrityError where they do not say it."""
+        return Serving.of(self._text(version, f"{SERVED}/{SERVING}"))
+
+    def _text(self, version: RegisteredVersion, name: str) -> str:
+        """One text among a version's files."""
         local = local_path(version.source)
         with self._service(), tempfile.TemporaryDirectory() as folder:
-            got = local / LINEAGE if local else Path(folder) / LINEAGE
+            got = local / name if local else Path(folder) / Path(name).name
             if local is None:  # what every artifact store defines; its public sister lists the folder first, which takes as long
-                self._artifacts(version.source)._download_file(LINEAGE, str(got))
+                self._artifacts(version.source)._download_file(name, str(got))
             if not got.is_file():  # a pipe would not end
                 raise IntegrityError(f"{got} is missing, or no plain file")
             return got.read_text(encoding="utf-8")

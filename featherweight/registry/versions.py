@@ -31,7 +31,7 @@ MARK = f"{TAG}history_head"
 class RegisteredVersion:
     """A registered version as the registry holds it.
 
-    source: where its files lie. new: whether the call that returned it registered it.
+    source: where its files lie. shown: what MLflow's page names as that. new: whether the call that returned it registered it.
     """
 
     model: str
@@ -42,6 +42,7 @@ class RegisteredVersion:
     source: str
     tags: Mapping[str, str]
     created_s: float
+    shown: str = ""
     new: bool = False
 
     @classmethod
@@ -56,6 +57,7 @@ class RegisteredVersion:
             source=found.tags.get(f"{TAG}location") or found.source or "",
             tags=dict(found.tags),
             created_s=found.creation_timestamp / 1000,
+            shown=found.source or "",
         )
 
     @property

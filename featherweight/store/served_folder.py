@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from featherweight.errors import IntegrityError, StageError
+from featherweight.errors import IntegrityError, StageError, one_line
 from featherweight.system.device import CPU, CUDA, Device
 
 FILE = "serving.json"
@@ -63,7 +63,15 @@ class Serving:
         path = folder / FILE
         if not path.is_file():
             raise IntegrityError(f"{folder} is not a served variant: it has no {FILE}")
-        return cls(**json.loads(path.read_text()))
+        return cls.of(path.read_text())
+
+    @classmethod
+    def of(cls, text: str) -> Serving:
+        """Read the file's text; raises IntegrityError where it is another's."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise IntegrityError(f"{FILE} does not say how a variant is served: {one_line(error, 200)}") from error
 
 
 def verified_tokens(served: Path) -> int:

@@ -229,7 +229,7 @@ def test_gguf_files_are_arrivals(s3_server, drop: Path, see, tiny_checkpoint: Pa
 
 
 def test_which_of_a_training_run_are_taken(drop: Path, see) -> None:
-    steps(drop, {500: 3.0, 1000: 1.5, 1500: 2.0})
+    steps(drop, {500: 3.0, 1000: 1.5, 1500: 1.5})  # of equals the first
     assert set(see(drop)) == {"one", "checkpoint-500", "checkpoint-1000", "checkpoint-1500"}
     assert set(see(drop, "every:1000")) == {"one", "checkpoint-1000"}
     assert set(see(drop, "best")) == {"one", "checkpoint-1000"}
@@ -305,7 +305,7 @@ def test_an_arrival_without_files_is_not_known(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_cannot_be_listed_costs_itself_only(drop: Path, see, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name beyond any file system, a count of no parts, a trainer's state of numbers, offsets of text, a closed folder."""
+    """A name beyond any file system, a count of no parts, a state of numbers, offsets of text, 20 GiB of JSON, a closed folder."""
     adapter = drop / "far"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a" * 100_000}))
@@ -317,6 +317,8 @@ def test_what_cannot_be_listed_costs_itself_only(drop: Path, see, monkeypatch: p
     shutil.copytree(drop / "one", drop / "offsets")
     header = b'{"a": {"data_offsets": ["0", 8], "shape": [2], "dtype": "F32"}}'
     (drop / "offsets" / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    shutil.copytree(drop / "one", drop / "huge")
+    os.truncate(drop / "huge" / "config.json", 20 * 2**30)
     (drop / "closed").mkdir()
     scan = os.scandir
 
@@ -329,5 +331,6 @@ def test_what_cannot_be_listed_costs_itself_only(drop: Path, see, monkeypatch: p
     seen = see(drop, "best")
     assert seen["one"].state == "ready" and "checkpoint-1" not in seen
     assert seen["far"].state == seen["closed"].state == "left out"
+    assert seen["huge"].reason.endswith("config.json has 21,474,836,480 bytes; none is so large; copy it again")
     assert "too long" in seen["far"].reason and "Permission denied" in seen["closed"].reason
     assert "GGUF" in seen["none-00000-of-00000.gguf"].reason and "safetensors header" in seen["offsets"].reason

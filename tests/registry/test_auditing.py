@@ -121,6 +121,24 @@ def tags(desk: Bench) -> Iterator[Tampering]:
             for one in ("0" * 64, version.tags[f"featherweight.{name}"])
         )
         yield Tampering(f"tag {name}", do, undo, "altered", words)
+    for name in ("engine", "machine"):
+        do, undo = (
+            lambda key=f"featherweight.{name}", v=one: client.set_model_version_tag(MODEL, "2", key, v)
+            for one in ("other", version.tags[f"featherweight.{name}"])
+        )
+        yield Tampering(f"tag {name}", do, undo, "altered", f"tag {name}")
+    named = lambda: client.set_registered_model_tag(MODEL, "featherweight.name", MODEL)  # noqa: E731
+    other = lambda: client.set_registered_model_tag(MODEL, "featherweight.name", "other")  # noqa: E731
+    yield Tampering("tag name", other, named, "out of step", "it says other")
+    gone = lambda: client.delete_registered_model_tag(MODEL, "featherweight.name")  # noqa: E731
+    yield Tampering("delete the tag name", gone, named, "missing", "tag name")
+
+    def sourced(place: str | None) -> None:
+        with sqlite3.connect(desk.root / "mlflow.db") as base:
+            base.execute("update model_versions set source = ? where name = ? and version = 2", [place, MODEL])
+
+    do, undo = (lambda v=one: sourced(v) for one in ("models:/m-" + "0" * 32, version.source))
+    yield Tampering("MLflow's source", do, undo, "altered", "MLflow's page names models:/m-0000")
     stage = (lambda v=one: client.set_model_version_tag(MODEL, "1", "featherweight.stage", v) for one in ("production", "archived"))
     yield Tampering("tag stage", *stage, "out of step", "stage tag of version 1")
     moved = (lambda v=one: client.transition_model_version_stage(MODEL, "1", v) for one in ("Production", "Archived"))
