@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from featherweight.errors import FeatherweightError
+from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.measure.goals import OBJECTIVE
 from featherweight.registry.attestation import ATTESTATION, attested
 from featherweight.registry.evidence import with_evidence
+from featherweight.registry.history import Entry
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import Lineage, is_text_of, of_version, verify
 from featherweight.registry.packed_text import PACKED, unpacked
-from featherweight.registry.registry import Registry
-from featherweight.registry.versions import NAME, RegisteredModel, RegisteredVersion
+from featherweight.registry.registry import DIGEST, Registry
+from featherweight.registry.versions import NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import witnessed_fault
+
+if TYPE_CHECKING:
+    from mlflow.entities import Dataset
 
 State = Literal["ok", "altered", "missing", "foreign", "out of step"]
 PROVEN = ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant")
@@ -61,17 +65,28 @@ def _history(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
 
 def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[Finding]:
     """Entries that no trusted key signed, from the first that one did."""
-    began, known = False, dict[str, int]()
+    began, own, known = False, False, dict[str, int]()
     for number, (text, signature) in registry.entry_signatures(seen.model).items():
         first = known.setdefault(text, number)
         if first != number:
             yield Finding(seen.model, "", f"entry {number}", "foreign", f"entry {first} once more")
+        own = own or _born(text) == seen.born
+        if own and _born(text) not in (seen.born, None):  # those of a deleted model of this name come first
+            yield Finding(seen.model, "", f"entry {number}", "foreign", "it is of another model")
         good = bool(signature) and keys.signed(text, signature)
         began = began or good
         if good or not keys.public or not (began or signature):
             continue
         state: State = "altered" if signature else "foreign"
         yield Finding(seen.model, "", f"entry {number}", state, "no trusted key signed it as it stands")
+
+
+def _born(text: str) -> int | None:
+    """When the model was created that an entry is of, None where it is not readable, which the history tells."""
+    try:
+        return Entry.from_json(text, 0).model
+    except IntegrityError:
+        return None
 
 
 def _cells(seen: RegisteredModel) -> Iterator[Finding]:
@@ -159,22 +174,43 @@ def _plain(name: str, value: str) -> Any:
 
 
 def _runs(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
-    """MLflow's runs and their figures, stage by stage, and those of the logged model."""
-    runs = {id: registry.run_metrics(id) for id in dict.fromkeys(node.run_id for node in told.graph.nodes)}
+    """MLflow's runs with their figures and data, stage by stage, and the logged model."""
+    known = {id: registry.run(id) for id in dict.fromkeys([*(node.run_id for node in told.graph.nodes), told.graph.run_id])}
     for node in told.graph.nodes:
-        shown = runs[node.run_id]
-        if shown is None:
+        run = known[node.run_id]
+        if run is None:
             yield Finding(version.model, version.version, f"run of {node.id}", "missing", "MLflow has it no more")
         else:
-            yield from _figures(version, f"run of {node.id}", node.metrics, shown)
-    shown = registry.model_metrics(version.tag("model_id"))
+            yield from _figures(version, f"run of {node.id}", node.metrics, run.data.metrics)
+    texts = {node.id: node.digest for node in told.graph.nodes if node.stage == "text"}
+    shown = [one.dataset for run in known.values() if run for one in run.inputs.dataset_inputs]
+    for name in dict.fromkeys(one.name for one in shown if one.name in texts and not _is_dataset_of(one, texts[one.name])):
+        yield Finding(version.model, version.version, f"data set {name}", "altered", "the lineage has another digest")
+    yield from _logged_model(registry, version, told)
+
+
+def _is_dataset_of(shown: Dataset, digest: str) -> bool:
+    """Whether MLflow's page names that text."""
+    try:
+        source = json.loads(shown.source)
+    except ValueError:
+        return False
+    return shown.digest == digest[:DIGEST] and isinstance(source, dict) and source.get("sha256") == digest
+
+
+def _logged_model(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
+    shown = registry.logged_model(version.tag("model_id"))
     if shown is None:
         yield Finding(version.model, version.version, "logged model", "missing", "MLflow has it no more")
-    else:
-        yield from _figures(version, "logged model", told.graph.metrics, shown)
+        return
+    yield from _figures(version, "logged model", told.graph.metrics, {one.key: one.value for one in shown.metrics or ()})
+    known = {"place": version.source, f"{TAG}digest": version.digest, f"{TAG}variant": told.graph.variant}
+    found = {"place": shown.artifact_location, **shown.tags}
+    if wrong := [name for name, value in known.items() if found.get(name, value) != value]:
+        yield Finding(version.model, version.version, "logged model", "altered", ", ".join(wrong))
 
 
-def _figures(version: RegisteredVersion, part: str, known: Any, shown: dict[str, float]) -> Iterator[Finding]:
+def _figures(version: RegisteredVersion, part: str, known: Mapping[str, float], shown: Mapping[str, float]) -> Iterator[Finding]:
     wrong = sorted(name for name, value in shown.items() if name in known and known[name] != value)
     if wrong:
         yield Finding(version.model, version.version, f"figures in the {part}", "altered", ", ".join(wrong))

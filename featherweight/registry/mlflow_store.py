@@ -216,10 +216,12 @@ def read_all(client: MlflowClient) -> list[RegisteredModel]:
 
 
 def served_models(client: MlflowClient) -> list[MlflowModel]:
-    """All registered models but those that hold histories."""
-    return [
-        one for one in all_pages(client.search_registered_models) if HISTORY_OF not in one.tags and not one.name.endswith(SUFFIX)
-    ]
+    """All registered models but those that hold histories, which we never name as served: no other tag hides one from audits."""
+    return [one for one in all_pages(client.search_registered_models) if NAME in one.tags or not _holds_history(one)]
+
+
+def _holds_history(model: MlflowModel) -> bool:
+    return HISTORY_OF in model.tags or model.name.endswith(SUFFIX)
 
 
 def refuse_renamed(client: MlflowClient, model: str) -> None:

@@ -36,9 +36,10 @@ from featherweight.system.servers import check_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, LoggedModel
+    from mlflow.entities import DatasetInput, LoggedModel, Run
 
 PING_S = 5.0
+TEXT_BYTES = 2**26  # a lineage is some kilobytes
 DIGEST = 36  # characters of a data set's digest that MLflow keeps
 VERSIONS_OF = "mlflow.modelVersions"
 T = TypeVar("T")
@@ -175,7 +176,12 @@ class Registry:
                 self._artifacts(version.source)._download_file(name, str(got))
             if not got.is_file():  # a pipe would not end
                 raise IntegrityError(f"{got} is missing, or no plain file")
-            return got.read_text(encoding="utf-8")
+            if got.stat().st_size > TEXT_BYTES:
+                raise IntegrityError(f"{got} was altered: it holds {got.stat().st_size / 2**20:,.0f} MiB")
+            try:
+                return got.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise IntegrityError(f"{got} was altered: it is no text") from error
 
     def download(self, uri: str, folder: Path) -> Path:
         """An artifact folder of a remote store, downloaded into `folder`."""
@@ -197,17 +203,16 @@ class Registry:
         with self._service():
             return str(self.client.get_model_version_download_uri(version.model, version.version))
 
-    def run_metrics(self, run_id: str) -> dict[str, float] | None:
-        """Last figures of a run, None where there is no such run any more."""
+    def run(self, run_id: str) -> Run | None:
+        """A run, None where MLflow has it no more."""
         with self._service():
             run = _unless_missing(lambda: self.client.get_run(run_id))
-        return None if run is None or run.info.lifecycle_stage == "deleted" else dict(run.data.metrics)
+        return None if run is None or run.info.lifecycle_stage == "deleted" else run
 
-    def model_metrics(self, model_id: str) -> dict[str, float] | None:
-        """Figures of a LoggedModel, None where there is none any more."""
+    def logged_model(self, model_id: str) -> LoggedModel | None:
+        """A LoggedModel, None where MLflow has it no more."""
         with self._service():
-            model = _unless_missing(lambda: self.client.get_logged_model(model_id))
-        return None if model is None else {metric.key: metric.value for metric in model.metrics or ()}
+            return _unless_missing(lambda: self.client.get_logged_model(model_id))
 
     def quarantine(self, model: str) -> list[int]:
         """Take unreadable history entries out, their text kept in a tag of the model; returns their numbers."""

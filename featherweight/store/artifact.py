@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,16 @@ class ArtifactRef(BaseModel):
 
 
 def file_sha256(path: Path) -> str:
-    """Streaming sha256 of a file. Raises IntegrityError for a pipe or a device, which might not end."""
-    with open(path, "rb", opener=_unless_it_waits) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise IntegrityError(f"{path} is no plain file")
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Streaming sha256 of a file. Raises IntegrityError for a pipe or a device, which might not end, and a link to no file."""
+    try:
+        with open(path, "rb", opener=_unless_it_waits) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise IntegrityError(f"{path} is no plain file")
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        if error.errno != errno.ENXIO and not Path(path).is_symlink():
+            raise
+        raise IntegrityError(f"{path} is no plain file ({error.strerror})") from error
 
 
 def _unless_it_waits(path: str, flags: int) -> int:
@@ -85,12 +92,22 @@ def _unless_it_waits(path: str, flags: int) -> int:
 
 
 def describe_files(folder: Path) -> dict[str, File]:
-    """sha256 and size of every file below `folder`, by relative name; the manifest itself is left out."""
-    names = sorted(str(Path(parent, name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names)
+    """sha256 and size of every file below `folder`, by relative name; the manifest itself is left out.
+
+    Raises IntegrityError for what is neither a file nor a folder, as a link to a folder is, which leads elsewhere or round.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in _below(folder))
     names = [name for name in names if name != MANIFEST]
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(lambda name: file_sha256(folder / name), names))
     return {n: File(sha256=s, size=(folder / n).stat().st_size) for n, s in zip(names, sums, strict=True)}
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All that is no folder."""
+    for parent, inside, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
+        yield from (path for path in (Path(parent, name) for name in inside) if path.is_symlink())
 
 
 def merkle_digest(files: dict[str, File]) -> str:

@@ -18,6 +18,7 @@ from featherweight.registry.auditing import Finding, audit_model
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.mlflow_store import ENTRY, SIGNED
+from featherweight.registry.registry import Measured
 from featherweight.store.workspace import Workspace, local_path
 from flows.audit import audit, audit_registry
 from flows.comparing import compared
@@ -47,7 +48,9 @@ def whole(desk: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench
     monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "keys"))
     Keys.here().make()
     for name in ("one", "two"):
-        version = desk.registry.register(desk.winner(name, model_id=desk.registry.log_variant(desk.run_id, name, METRICS)))
+        text = Measured(desk.run_id, "text/evaluation", desk.origin[1][1].digest, "a folder")
+        model_id = desk.registry.log_variant(desk.run_id, name, METRICS, measured=text)
+        version = desk.registry.register(desk.winner(name, model_id=model_id))
         desk.registry.transition(MODEL, version.version, "production", who="ada", why=f"{name} is good")
     desk.registry.client.log_metric(desk.run_id, "speedup_1", METRICS["speedup_1"])
     return desk
@@ -79,7 +82,14 @@ def files(desk: Bench) -> Iterator[Tampering]:
                 path.write_bytes(content)
 
             yield Tampering(f"{way} {name}", do, undo, "missing" if changed is None else "altered", words)
-    pipe, hidden = folder / "pipe", folder / ".git"
+    pipe, hidden, served = folder / "pipe", folder / ".git", folder / "artifacts" / "served"
+    loop, round_ = folder / "artifacts" / "loop", served / "round"
+    yield Tampering("add a link to a folder", lambda: loop.symlink_to(".."), loop.unlink, "altered", "model.sig")
+    yield Tampering("add links in a circle", lambda: round_.symlink_to("round"), round_.unlink, "altered", "round")
+    lineage, text = folder / "lineage.json", (folder / "lineage.json").read_bytes()
+    back = lambda: lineage.write_bytes(text)  # noqa: E731
+    yield Tampering("make the lineage huge", lambda: os.truncate(lineage, 2**36), back, "altered", "lineage.json was altered")
+    yield Tampering("make the lineage no text", lambda: lineage.write_bytes(b"\xff"), back, "altered", "it is no text")
     yield Tampering("add a pipe", lambda: os.mkfifo(pipe), pipe.unlink, "altered", "pipe")
     yield Tampering("add what git keeps", lambda: hidden.write_text("code"), hidden.unlink, "foreign", ".git")
     foreign = folder / "sitecustomize.py"
@@ -95,6 +105,8 @@ def artifacts(desk: Bench) -> Iterator[Tampering]:
         yield Tampering(
             f"remove {node.id}", lambda f=folder, a=away: f.rename(a), lambda f=folder, a=away: a.rename(f), "missing", node.id
         )
+        loop = folder / "loop"
+        yield Tampering(f"a link in {node.id}", lambda p=loop: p.symlink_to(".."), loop.unlink, "altered", "loop is no plain file")
         manifest = folder / "manifest.json"
         if node.stage != "evaluate":
             continue
@@ -185,7 +197,13 @@ def history(desk: Bench) -> Iterator[Tampering]:
     def again() -> None:
         client.create_model_version(SIDE, "featherweight:/history", tags=dict(client.get_model_version(SIDE, "1").tags))
 
-    yield Tampering("entry 1 once more", again, lambda: client.delete_model_version(SIDE, "3"), "foreign", "entry 1 once more")
+    def others() -> None:
+        entry = client.get_model_version(SIDE, "2").tags
+        born = json.dumps({**json.loads(entry[ENTRY]), "model": 7})
+        client.create_model_version(SIDE, "featherweight:/history", tags={ENTRY: born, SIGNED: Keys.here().sign(born)})
+
+    yield Tampering("an entry of another model", others, lambda: client.delete_model_version(SIDE, "3"), "foreign", "another model")
+    yield Tampering("entry 1 once more", again, lambda: client.delete_model_version(SIDE, "4"), "foreign", "entry 1 once more")
     stripped = client.get_model_version(SIDE, "2").tags[SIGNED]
     yield Tampering(
         "strip the signature of entry 2",
@@ -221,6 +239,23 @@ def figures(desk: Bench) -> Iterator[Tampering]:
                 "update logged_model_metrics set metric_value = ? where model_id = ? and metric_name = 'speedup_1'", [value, id]
             )
 
+    def fields(table: str, field: str, value: str, key: str) -> Callable[[], None]:
+        def write() -> None:
+            with sqlite3.connect(desk.root / "mlflow.db") as base:
+                base.execute(f"update {table} set {field} = ? where {key}", [value])
+
+        return write
+
+    with sqlite3.connect(desk.root / "mlflow.db") as base:
+        ((digest, source),) = base.execute("select digest, dataset_source from datasets").fetchall()
+        ((place,),) = base.execute("select artifact_location from logged_models where model_id = ?", [id]).fetchall()
+    for field, was in (("digest", digest), ("dataset_source", source)):
+        do, undo = (fields("datasets", field, one, "true") for one in ("{}", was))
+        yield Tampering(f"the {field} of a data set", do, undo, "altered", "data set text/evaluation")
+    do, undo = (fields("logged_models", "artifact_location", one, f"model_id = '{id}'") for one in ("elsewhere", place))
+    yield Tampering("a logged model's place", do, undo, "altered", "logged model place")
+    do, undo = (lambda v=one: client.set_logged_model_tags(id, {"featherweight.variant": v}) for one in ("other", "two"))
+    yield Tampering("a logged model's tag", do, undo, "altered", "logged model featherweight.variant")
     yield Tampering(
         "a logged model's metric", lambda: rewrite(999.0), lambda: rewrite(8.0), "altered", "figures in the logged model"
     )
@@ -264,6 +299,12 @@ def test_a_copied_and_a_hand_made_version_are_foreign(whole: Bench) -> None:
     found = {one.version: one.reason for one in wrong(whole) if one.state == "foreign" and one.part == "registration"}
     assert found["3"] == "the artifact of version 1 once more"
     assert any(one.version == "4" and one.part == "registration" for one in wrong(whole))
+
+
+def test_no_tag_hides_a_model_from_an_audit_of_all(whole: Bench) -> None:
+    whole.registry.client.set_registered_model_tag(MODEL, "featherweight.history_of", "another")
+    assert whole.registry.models() == [MODEL]
+    assert {one.model for one in audit_registry(Workspace.at(whole.root), "", False).findings} == {MODEL}
 
 
 def test_nothing_is_decided_on_a_history_that_was_seen_whole_and_is_not(whole: Bench) -> None:
