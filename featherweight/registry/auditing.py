@@ -183,7 +183,7 @@ def _runs(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iter
         else:
             yield from _figures(version, f"run of {node.id}", node.metrics, run.data.metrics)
     texts = {node.id: node.digest for node in told.graph.nodes if node.stage == "text"}
-    shown = [one.dataset for run in known.values() if run for one in run.inputs.dataset_inputs]
+    shown = [one.dataset for run in known.values() if run and run.inputs for one in run.inputs.dataset_inputs]
     for name in dict.fromkeys(one.name for one in shown if one.name in texts and not _is_dataset_of(one, texts[one.name])):
         yield Finding(version.model, version.version, f"data set {name}", "altered", "the lineage has another digest")
     yield from _logged_model(registry, version, told)

@@ -22,7 +22,8 @@ def application() -> Reasoned:
     from mlflow.pyfunc import scoring_server
 
     model = scoring_server.load_model_with_mlflow_config(os.environ[scoring_server._SERVER_MODEL_PATH])
-    return Reasoned(scoring_server.init(Strict(model)))
+    strict: Any = Strict(model)
+    return Reasoned(scoring_server.init(strict))
 
 
 class Strict:
