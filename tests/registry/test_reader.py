@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
-from featherweight.errors import Forbidden
+from featherweight.errors import Forbidden, GateError
+from featherweight.registry.browsing.access import Access
+from featherweight.registry.browsing.application import Page
+from featherweight.registry.out_of_band import look
 from featherweight.registry.promotion import gated_transition
 from featherweight.registry.registry import Registry
 from featherweight.registry.retention import collect
+from featherweight.registry.serving.following import named
 from featherweight.store.workspace import Workspace
 from flows.audit import audit, audit_registry
 from flows.comparing import compared, depending
 from flows.deploy import deploy
 from flows.history import history_of
 from flows.mcp_server import Reading
+from flows.ui import ByHand
+from tasks.summary import past_result
 from tests.support.mlflow_server import mlflow_server
 from tests.support.registering import MODEL, Bench, bench
 
@@ -69,11 +77,28 @@ def test_every_reader_is_answered_and_told_what_is_behind(moved: Bench, monkeypa
         words = {"audit": "alias champion  somebody set it to 2", "impact": f"out of step (`featherweight audit`): {MODEL}"}
         assert words.get(command, "alias champion went from 1 to 2") in text, (command, text)
     assert not collect(workspace, 0.0, "reader").removed
+    seen, left = look(Registry(workspace.tracking_uri), MODEL)  # as `serve` does, and `watch` before each optimization
+    assert named(seen, "champion").version == "1" and left is not None and left.why.endswith("not recorded: no right to write")
+    with pytest.raises(GateError, match="no finished optimization"):  # as `variants` does
+        past_result(workspace, "")
+    on_the_page(workspace)
     with pytest.raises(Forbidden, match="does not let this user do that"):
         audit_registry(workspace, MODEL, True)
     become(ADMIN, monkeypatch)
     assert moved.state() == before
     hide_history(moved, monkeypatch)
+
+
+def on_the_page(workspace: Workspace) -> None:
+    """`ui` shows all, and a decision is refused in one line."""
+    access = Access(4100)
+    page = Page(Registry(workspace.tracking_uri), ByHand(workspace), access, "here")
+    browser = TestClient(page.application(), "http://127.0.0.1:4100")
+    assert "one" in browser.get("/", params={"token": access.token}).text
+    shown = browser.get("/model", params={"name": MODEL})
+    told = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', shown.text))
+    form = {**told, "version": "2", "to": "staging", "why": "mine"}
+    assert "does not let this user do that" in browser.post("/promote", data=form, headers={"origin": str(browser.base_url)}).text
 
 
 def hide_history(moved: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
