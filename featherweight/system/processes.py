@@ -65,6 +65,25 @@ def end_group(leader: subprocess.Popen[bytes]) -> None:
     leader.wait()
 
 
+class GroupWatch:
+    """Kills the group of a process that leads one as soon as this process has ended, however that came about.
+
+    What `end_with_parent` tells the leader alone, its own children do not hear: an engine that the leader has only just started
+    would outlive both. A shell waits for the end of a pipe whose other end is here.
+    """
+
+    def __init__(self, leader: subprocess.Popen[bytes]) -> None:
+        self.leader = leader
+        command = ["sh", "-c", 'read -r _; kill -s KILL -- "-$1"', "sh", str(leader.pid)]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def end(self) -> None:
+        """End the group, politely first, and the watch with it."""
+        end_group(self.leader)
+        self._shell.kill()
+        self._shell.communicate()
+
+
 def end_children(pid: int) -> None:
     """Kill every descendant of a process, as far as they still run."""
     import psutil

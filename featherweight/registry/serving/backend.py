@@ -24,7 +24,7 @@ from featherweight.runtimes.client import environment
 from featherweight.runtimes.interface import EngineServer, Limits
 from featherweight.spec import HEADED
 from featherweight.system.device import CUDA, cuda_refusal
-from featherweight.system.processes import end_group, end_with_parent
+from featherweight.system.processes import GroupWatch, end_with_parent
 
 START_S, ANSWER_S = 900.0, 600.0
 PATHS = ("/invocations", "/version")
@@ -46,6 +46,7 @@ class Backend:
         try:
             self.server = engine_server(copy, self.socket)
             self.process = self._start()
+            self.watch = GroupWatch(self.process)
         except BaseException:
             shutil.rmtree(self._home, ignore_errors=True)
             raise
@@ -108,8 +109,7 @@ class Backend:
 
     def close(self) -> None:
         """End it, with the engine behind it."""
-        if self.alive:
-            end_group(self.process)
+        self.watch.end()
         shutil.rmtree(self._home, ignore_errors=True)
 
     def _said(self) -> str:

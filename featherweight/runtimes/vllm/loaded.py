@@ -16,7 +16,7 @@ from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettin
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.vllm.server import arguments, environment, program
 from featherweight.system.device import Device
-from featherweight.system.processes import end_group, end_with_parent, held_port, tree_peak_bytes
+from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
 
 if TYPE_CHECKING:
     import httpx
@@ -44,6 +44,7 @@ class VllmModel(LoadedModel):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         with held_port() as port:
             self.server = self._start(self._arguments(port), os.environ | environment(self.options, self.threads))
+            self.watch = GroupWatch(self.server)
             # Proxies of the environment are for the world outside; the server is on this machine.
             self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False)
             self._wait_until_ready()
@@ -98,7 +99,7 @@ class VllmModel(LoadedModel):
 
     def unload(self) -> None:
         if self.server is not None:
-            end_group(self.server)
+            self.watch.end()
             self.server = None
             self.client.close()
             self.log.close()
