@@ -1,9 +1,10 @@
 """What the orchestration costs, what shared prefixes save, and how far the winner is ahead of the baseline.
 
 Each of these runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints;
-`distill`, `recovery`, `ptq` and `qat` compare methods by the quality that they leave stories15M, over three seeds; `memory` is what
-stages hold of a model of 1.5 billion weights, and runs only where it is named: it wants 25 GB of disk.
-Usage: python -m benchmarks [tiny | prefixes | stories15m | distill | recovery | ptq | qat ...] or memory; all but it by default.
+`distill`, `recovery`, `ptq` and `qat` compare methods by the quality that they leave stories15M, over three seeds. Two run only
+where they are named: `memory` is what stages hold of a model of 1.5 billion weights, and wants 25 GB of disk; `scale` is how cost
+grows with variants, workers and versions.
+Usage: python -m benchmarks [tiny | prefixes | stories15m | distill | recovery | ptq | qat | memory | scale ...]
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def stories15m() -> Tree:
 
 def tiny(runs: int = 3) -> Tree:
     """Orchestration overhead where the stages are as small as they get, over several runs: the worst case."""
-    found = [overhead(optimize(ROOT / "tests" / "tiny.yaml", "--set", "variants=[{serve: ct2}]")) for _ in range(runs)]
+    found = [overhead(optimize(ROOT / "tests" / "support" / "tiny.yaml", "--set", "variants=[{serve: ct2}]")) for _ in range(runs)]
     ratios = [one["ratio"] for one in found]
     return {"runs": found, "median_ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
 
@@ -104,15 +105,15 @@ BENCHMARKS: dict[str, Callable[[], Tree]] = {
     "tiny": tiny,
     "prefixes": prefixes,
     "stories15m": stories15m,
-    **{name: _of_methods(name) for name in ("distill", "recovery", "ptq", "qat", "memory")},
+    **{name: _of_methods(name) for name in ("distill", "recovery", "ptq", "qat", "memory", "scale")},
 }
-LARGE = {"memory"}
+LARGE = {"memory", "scale"}
 
 
 def main() -> None:
     """Run the named benchmarks and keep their figures in `results/`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; all but memory where none is named")
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; all but memory and scale where none is named")
     for name in parser.parse_args().names or [one for one in BENCHMARKS if one not in LARGE]:
         found = BENCHMARKS[name]()
         told = {"benchmark": name, "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": _cpu(), **found}

@@ -191,12 +191,16 @@ def test_help_takes_less_than_a_second():
     assert min(seconds) < 1.0
 
 
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").rglob("*.md"))
+
+
 def readme_commands() -> list[list[str]]:
-    """Every command line of the ```sh blocks of the README and of the guide."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))) if path.exists()]
+    """Every command line of the ```sh blocks of the README and of the documentation, then those in their sentences and tables."""
+    texts = [path.read_text() for path in PAGES if path.exists()]
     blocks = [block for text in texts for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
+    lines += [line for text in texts for line in re.findall(r"`(featherweight [a-z][^`\n]*)`", text)]
+    words = (shlex.split(line.removeprefix("$ "), comments=True) for line in dict.fromkeys(lines))
     return [found for found in words if found]
 
 
