@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from featherweight.errors import IntegrityError
 from featherweight.measure.goals import choose_winner
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.progress import Metrics
@@ -195,3 +196,17 @@ def test_a_record_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert again.seconds == 9.5 and again.measured == whole[:1]
     assert walk(study(tmp_path / "cut.journal"), 7) == whole and len(set(whole)) == 12
     assert walk(study(tmp_path / "other.journal", seed=1), 12) != whole
+
+
+@pytest.mark.parametrize("left", [1, 60, -1])
+def test_half_a_line_at_the_end_of_a_record_is_cut_off_and_other_damage_is_said(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "cut.journal"
+    walk(study(path), 3)
+    whole = path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    path.write_bytes(whole[: -len(last)] + last[:left])
+    tried = walk(study(path), 2)
+    assert len(set(tried)) == 5 and study(path).looked_at == tried
+    path.write_bytes(whole.replace(b"}", b"", 1))
+    with pytest.raises(IntegrityError, match=r"cut\.journal is damaged .* move it away"):
+        _ = study(path).looked_at

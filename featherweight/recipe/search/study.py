@@ -68,6 +68,7 @@ class Study:
         from optuna.storages.journal import JournalFileBackend
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_a_line(self.path)
         try:
             with _quiet():
                 storage = JournalStorage(JournalFileBackend(str(self.path)))
@@ -147,6 +148,13 @@ def features(specs: Mapping[str, Mapping[str, Any] | None]) -> Features:
         for stage, keys in specs.items()
         for key, value in (keys or {"": "none"}).items()
     }
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """What a kill or a full disk left at the end of a journal: Optuna passes it over, and would write behind it."""
+    told = path.read_bytes() if path.exists() else b""
+    if told and not told.endswith(b"\n"):
+        path.write_bytes(told[: told.rfind(b"\n") + 1])
 
 
 @contextmanager
