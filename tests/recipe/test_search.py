@@ -53,6 +53,19 @@ def test_a_space_is_spread_into_named_alternatives_and_survives_its_own_dump() -
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json")))) == made
 
 
+def test_shares_lists_and_keys_of_their_own_have_names_too() -> None:
+    finetunes = [{"steps": 10}, {"steps": 20}]
+    space = {
+        "distill": {"layers": [2, [0, 2]]},
+        "prune": {"ratio": [0.1, 0.25], "finetune": finetunes},
+        "export": {"engine": "vllm"},
+    }
+    made = recipe(search={"budget": 60, "space": space}).stages
+    assert list(made.distill) == ["distill-2", "distill-0-2"] and made.distill["distill-0-2"].layers == (0, 2)
+    assert list(made.prune) == ["prune-0.1", "prune-0.25", "prune-0.1-2", "prune-0.25-2"]
+    assert made.prune["prune-0.25-2"].finetune.steps == 20 and list(made.export) == ["vllm"]
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [

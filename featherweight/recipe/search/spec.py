@@ -69,18 +69,22 @@ def named(stage: str, alternatives: list[Line]) -> dict[str, Line]:
     """Alternatives by names that are made of their values, such as 'gptq-int4-g32-int8'."""
     found: dict[str, Line] = {}
     for keys in alternatives:
-        words = "-".join(_word(key, value) for key, value in keys.items())
+        words = "-".join(filter(None, (_word(key, value) for key, value in keys.items())))
         plain = re.sub(r"[^a-z0-9.-]+", "-", words.lower()).strip("-.")
-        name = plain if plain[:1].isalpha() else f"{stage}-{plain}"
+        name = plain if plain[:1].isalpha() else f"{stage}-{plain}".strip("-")
         again = next((count for count in itertools.count(2) if f"{name}-{count}" not in found), 0)
         found[f"{name}-{again}" if name in found else name] = keys
     return found
 
 
 def _word(key: str, value: Any) -> str:
-    """What a name says of one key."""
+    """What a name says of one key; nothing of one that has keys of its own."""
     if value is None or value is False:
         return f"no-{key}"
-    if value is True or isinstance(value, dict | list | tuple):
+    if isinstance(value, dict):
+        return ""
+    if value is True:
         return key
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
