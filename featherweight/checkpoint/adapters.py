@@ -73,7 +73,7 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
     """Write to `out` the model in `base` with the adapter's weights added: float32, with the adapter's tokenizer if it has one."""
     weights = adapter_weights(adapter, spec)
     listing = Listing.of(base)
-    require_fit(adapter, read_shapes(listing, base, find_weights(listing)))
+    require_factors(adapter, read_shapes(listing, base, find_weights(listing)))
     progress.note(f"merging the adapter into {spec.base or 'its base'}")
     merged = _merged(load_model(base), adapter, weights)
     with saving(out):
@@ -125,7 +125,7 @@ def _kinds() -> tuple[str, ...]:
     return tuple(re.findall(r'^    \w+ = "(\w+)"', listed[0], re.M)) if listed else ()
 
 
-def require_fit(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
+def require_factors(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     """Refuse factors of a LoRA that are not of the matrices of its base, `shapes` by name, as far as both are told by headers."""
     listing = Listing.of(adapter)
     told = read_json(listing, ADAPTER)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from featherweight.system.environment import without_secrets
 from featherweight.system.processes import end_with_parent
 from featherweight.system.user import cache_folder
 
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 PLAIN_ROTATIONS = ("default", "mrope")
 """Kinds of rotary embeddings that are made without a function of their own."""
 
@@ -95,12 +98,26 @@ def read(folder: Path, gguf: str | None) -> dict[str, Any]:
             generation = generation_config(folder, config, beside=gguf is None)
         if reason := medium_refusal(config):
             return {"error": reason, "refused": True}
+        if reason := _unknown_activation(config):
+            return {"error": reason}
         if unknown := rotary_kinds(config) - {*PLAIN_ROTATIONS, *ROPE_INIT_FUNCTIONS}:
             return {"error": f"it knows no rotary embeddings of the kind {min(unknown)!r} (rope_type)"}
         told = {"config": describe(config), "generation": generation.to_dict()}
         return json.loads(json.dumps(told, default=str))
     except Exception as error:  # a config can fail in as many ways as there are architectures
         return {"error": built(error, folder)}
+
+
+def _unknown_activation(config: Any) -> str | None:
+    """That transformers has no function of a name that the configuration gives; its own table is in a module that imports torch."""
+    source = Path(str(getattr(find_spec("transformers"), "origin", ""))).with_name("activations.py").read_text()
+    table = re.search(r"^ACT2CLS = \{(.*?)^\}", source, re.M | re.S)
+    known = re.findall(r'^    "(\w+)":', table[1], re.M) if table else []
+    for key in ACTIVATIONS if known else ():
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name not in known:
+            return f"it knows no {key} '{name}'"
+    return None
 
 
 def _unknown_type(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_fit
+from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
@@ -27,6 +27,7 @@ from featherweight.checkpoint.files import (
     require_indexed,
     require_tokenizer,
 )
+from featherweight.checkpoint.fit import require_fit
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
 from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import parts_of, whole_header
@@ -136,6 +137,7 @@ def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing,
     method = method_of(told)
     shapes, size = _shapes(listing, weights)
     if shapes is not None and method is None:
+        require_fit(listing.where, Values(answer["config"]), shapes)
         answer["config"]["values"].update(head_changes(listing, Values(answer["config"]), shapes)[0])
     return CheckpointFacts(
         Values(answer["config"]),
@@ -191,5 +193,5 @@ def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     adapter_weights(found, spec)
     plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
     facts = facts_for_any_task(spec.model_copy(update=plain))
-    require_fit(found, facts.shapes)
+    require_factors(found, facts.shapes)
     return replace(facts, quantized=None, grids=dict[str, Grid](), sparse=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,37 @@ def test_pickles_that_hold_something_else(content: object, reason: str, tmp_path
     path.write_bytes(b"") if content is None else torch.save(content, path)
     with pytest.raises(CheckpointError, match=reason):
         load_pickle(path)
+
+
+def without(*endings: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
+        save_file(kept, folder / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (configured(vocab_size=100), r"embed_tokens\.weight has shape \[\d+, 64\], but config\.json asks for \[100, 64\]"),
+        (configured(intermediate_size=100), r"(down|gate|up)_proj\.weight has shape .*, but config\.json asks for \["),
+        (configured(num_key_value_heads=4), r"[kv]_proj\.weight has shape \[32, 64\], but config\.json asks for \[64, 64\]"),
+        (configured(num_hidden_layers=3), r"tensor input_layernorm\.weight of layer 2 is missing \(and 8 more of this layer\)"),
+        (configured(num_hidden_layers=1), "its tensors are of 2 layers, but config.json asks for 1"),
+        (without("layers.1.mlp.up_proj.weight"), r"tensor mlp\.up_proj\.weight of layer 1 is missing; copy it again"),
+        (configured(hidden_act="superlu"), "it knows no hidden_act 'superlu'"),
+    ],
+)
+def test_tensors_that_config_json_does_not_ask_for(change: Callable[[Path], None], reason: str, folder: Path) -> None:
+    """They were told once the weights had been brought here."""
+    change(folder)
+    assert re.search(reason, told(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.model.", "base_model.model.model."])
+def test_tensors_of_other_names_are_known_by_their_places(prefix: str, folder: Path) -> None:
+    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    assert read_facts(LoadSpec(source=str(folder))).model_type == "llama"

@@ -1,0 +1,71 @@
+"""Whether the tensors of a file are those that config.json asks for, told by headers alone for decoders built as a Llama is.
+
+Of others loading tells, which builds the model: this costs no import of torch, so that the plan can ask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from featherweight.checkpoint.files import CONFIG
+from featherweight.errors import CheckpointError
+from featherweight.model.architecture import GATED_DECODERS
+
+Shape = tuple[int, ...]
+IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.weight|\w+_layernorm\.weight)$")
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
+ROWS = "embed_tokens.weight"
+WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many."""
+    wanted, count = _asked(config), getattr(config, "num_hidden_layers", 0)
+    if not wanted:
+        return
+    found: dict[int, set[str]] = {}
+    for stored, shape in shapes.items():
+        name = WRAPPED.sub("", stored)
+        place = IN_LAYER.search(name)
+        asked = wanted.get(place[2] if place else ROWS if EMBEDDING.search(name) else "")
+        if asked is not None and shape != asked:
+            raise CheckpointError(
+                f"{where}: tensor {stored} has shape {list(shape)}, but {CONFIG} asks for {list(asked)}; "
+                "weights and config.json do not belong together"
+            )
+        if place:
+            found.setdefault(int(place[1]), set()).add(place[2])
+    _require_layers(where, found, count, wanted.keys() - {ROWS})
+
+
+def _require_layers(where: str, found: Mapping[int, set[str]], count: int, wanted: set[str]) -> None:
+    if not found:  # named otherwise, which loading settles
+        return
+    beyond = max(found)
+    if beyond >= count:
+        raise CheckpointError(
+            f"{where}: its tensors are of {beyond + 1} layers, but {CONFIG} asks for {count}; "
+            "weights and config.json do not belong together"
+        )
+    for layer in range(count):
+        missing = sorted(wanted - found.get(layer, set()))
+        if missing:
+            more = f" (and {len(missing) - 1} more of this layer)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{where}: tensor {missing[0]} of layer {layer} is missing{more}; copy it again")
+
+
+def _asked(config: Any) -> dict[str, Shape]:
+    """The shapes of an embedding and of the matrices of each layer; nothing where they are not those of a Llama."""
+    sizes: list[Any] = [getattr(config, name, None) for name in SIZES]
+    if config.model_type not in GATED_DECODERS or not all(type(size) is int and size > 0 for size in sizes):
+        return {}
+    hidden, inner, vocabulary, _, heads, pairs = sizes
+    width = getattr(config, "head_dim", None) or hidden // heads
+    asked: dict[str, Shape] = {ROWS: (vocabulary, hidden)}
+    asked |= {f"self_attn.{name}_proj.weight": (pairs * width, hidden) for name in ("k", "v")}
+    asked |= {"self_attn.q_proj.weight": (heads * width, hidden), "self_attn.o_proj.weight": (hidden, heads * width)}
+    asked |= {f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")} | {"mlp.down_proj.weight": (hidden, inner)}
+    return asked | {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
