@@ -36,14 +36,16 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> None:
                 f"{where}: tensor {stored} has shape {list(shape)}, but {CONFIG} asks for {list(asked)}; "
                 "weights and config.json do not belong together"
             )
-        if place:
+        if place and asked is not None:
             found.setdefault(int(place[1]), set()).add(place[2])
-    _require_layers(where, found, count, wanted.keys() - {ROWS})
+    _require_layers(where, found, count)
 
 
-def _require_layers(where: str, found: Mapping[int, set[str]], count: int, wanted: set[str]) -> None:
+def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:
+    """What is there of one layer is there of all."""
     if not found:  # named otherwise, which loading settles
         return
+    wanted = set[str]().union(*found.values())
     beyond = max(found)
     if beyond >= count:
         raise CheckpointError(

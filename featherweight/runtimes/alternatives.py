@@ -41,9 +41,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _others(engine: str) -> Iterator[str]:
-    """The engines that can be started here."""
+    """The engines that can be written for and started here."""
     known = [*(name for name in FIRST if name in RUNTIMES), *(name for name in RUNTIMES if name not in FIRST)]
-    return (name for name in known if name != engine and RUNTIMES[name].missing() is None)
+    return (name for name in known if name != engine and RUNTIMES[name].unwritable() is None)
 
 
 def _ways(engine: str, asked: ServingSpec) -> Iterator[ServingSpec]:

@@ -89,8 +89,8 @@ def test_an_adapter_is_its_base_and_somebody_elses_integers_stay(checkpoint: Pat
     assert facts_named(str(adapter)).parameters == 64 * 64 + 4 * 96 * 64
     packed = tmp_path / "gptq"
     packed.mkdir()
-    for name in ("tokenizer.json", "model.safetensors"):
-        (packed / name).write_bytes((checkpoint / name).read_bytes())
+    (packed / "tokenizer.json").write_text("{}")
+    safetensors(packed / "model.safetensors", {f"model.layers.{i}.mlp.up_proj.qweight": (8, 96) for i in (0, 1)})
     (packed / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": GPTQ}))
     kept = facts_named(str(packed)).kept_grids
     assert kept is not None and kept[0].name == "int4-g128"

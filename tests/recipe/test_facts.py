@@ -160,6 +160,7 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
     """What config.json leaves out, renames or derives is known: Qwen 2's window, of the upper layers alone."""
     config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4}
     config |= {"num_attention_heads": 4, "use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
+    config |= {"intermediate_size": 96}
     shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (96, 64) for layer in range(4)}
     folder = write_folder(tmp_path / "qwen", config, shapes | {"model.norm.weight": (64, 64)})
     asked = (
