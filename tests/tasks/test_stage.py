@@ -158,6 +158,18 @@ def test_a_second_run_recomputes_nothing_and_a_changed_spec_does(parent: ParentR
     assert len(CALLS) == 3
 
 
+def test_the_server_is_asked_for_room_only_for_what_runs(parent: ParentRun) -> None:
+    """It is, once for each tag of a task."""
+
+    def tags(each: Stage) -> set[str]:
+        key = each.key(node(), {})
+        return set(run_node_module._task(each, node(), key, parent.workspace, run_stage).tags)
+
+    assert (tags(copy), tags(acting)) == ({"copy"}, {"act"})
+    run(parent, (copy, node()))
+    assert (tags(copy), tags(acting)) == (set(), {"act"})
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [(PruneSpec.of(), "structured param_first"), (PruneSpec.of(method="depth"), "depth"),
