@@ -133,8 +133,8 @@ class Reference:
         if broken is not None or not _kept(differences, bound):
             start, worst = broken or (0, values)
             late = f" from token {start} on" if start else ""
-            right = max(start, self._right_up_to(by_window, bound))
-            advice = f"; it is right up to {right} tokens (workload.max_tokens)" if right else ""
+            right = start or self._right_up_to(by_window, bound)
+            advice = f"; it is right up to {right} tokens (workload.max_tokens)" if 0 < right < self.longest else ""
             raise ParityError(
                 f"{name} does not compute what its PyTorch source computes{late}: "
                 f"{bound.statistic} |difference| of log-probabilities {worst[bound.statistic]:.4g} nats over "

@@ -17,6 +17,7 @@ from featherweight.runtimes.parity import (
     load_reference,
 )
 from featherweight.store.served_folder import Serving
+from featherweight.text.tokens import Window
 from tasks.compile import compile
 from tasks.export import export
 from tests.conftest import STORY, _tokenizer
@@ -121,3 +122,14 @@ def test_bounds_follow_what_the_engine_does_with_activations(monkeypatch):
         monkeypatch.setattr(runtime, "cpu_features", lambda features=features: features)
         assert bound_of(Serving("ctranslate2", options=int8, grid="int8")) == bound
         assert bound_of(Serving("ctranslate2", options=int8, grid="int8-reduced")) == INT8_ACTIVATIONS
+
+
+def test_a_stretch_that_is_off_is_not_called_right():
+    """By the mean over whole windows all was right up to their very end, which was refused."""
+    window, positions = Window(list(range(128)), 128), list(range(127))
+    reference = Reference([window], [[0.0] * 127], [positions], [0, 64])
+    found = [[0.05 if position < 64 else 0.2 for position in positions]]
+    with pytest.raises(ParityError, match=r"from token 64 on: .*; it is right up to 64 tokens"):
+        reference.hold(found, Bound("mean", 0.15), "engine")
+    with pytest.raises(ParityError, match=r"up to 128$"):
+        reference.hold([[0.2 if position < 64 else 0.05 for position in positions]], Bound("mean", 0.15), "engine")
