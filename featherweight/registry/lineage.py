@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,7 +98,7 @@ class LineageGraph:
             fields = json.loads(text)
             if fields["version"] > VERSION:
                 raise IntegrityError(f"lineage of version {fields['version']}; this Featherweight reads up to {VERSION}")
-            TypeAdapter(cls).validate_json(text, strict=True)  # which would make floats of whole numbers: its result is not used
+            _adapter().validate_json(text, strict=True)  # which would make floats of whole numbers: its result is not used
             fields["nodes"] = tuple(LineageNode(**node) for node in fields["nodes"])
             return cls(**fields)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -136,6 +137,12 @@ class LineageGraph:
         """(input name, parent) of a node; content-addressed, so an equal artifact is the same parent."""
         by_digest = {one.digest: one for one in reversed(self.nodes)}
         return [(name, by_digest[digest]) for name, digest in node.parents.items() if digest in by_digest]
+
+
+@cache
+def _adapter() -> TypeAdapter[LineageGraph]:
+    """What judges a stored graph: made once, since that takes longer than to judge one."""
+    return TypeAdapter(LineageGraph)
 
 
 @dataclass(frozen=True)
