@@ -148,7 +148,7 @@ def loaded(case: Case, folders: Folders) -> Outcome:
 def quantized(_: Case, folders: Folders) -> Outcome:
     """The quantize stage: every weight within half a step of its own grid, and hardly any in float, or the stage says so."""
     for grids in HELD.values():
-        shutil.rmtree(folders.quantized(grids), ignore_errors=True)  # `_give` makes them of this checkpoint
+        _clear(folders.quantized(grids))  # `_give` makes them of this checkpoint
     told = Notes()
     _quantize(folders, ROUNDED, told)
     if (off := _steps_off(folders)) > 0.5 + 1e-3:
@@ -193,13 +193,18 @@ def _quantize(folders: Folders, grids: Rounded, progress: Progress = Progress())
     from tasks.quantize import quantize
 
     out = folders.quantized(grids)
-    shutil.rmtree(out, ignore_errors=True)
-    out.with_suffix(".reference").unlink(missing_ok=True)
+    _clear(out)
     out.mkdir()
     spec = QuantizeSpec.of(method="rtn", grid=grids[0], head=grids[1], samples=2, sequence=32)
     text = {"text": folders.text, "calibration": folders.text}
     quantize(spec, checkpoint=folders.checkpoint, **text, out=out, progress=progress)
     keep(_reference(load_reference(out), out, folders.text), out)
+
+
+def _clear(out: Path) -> None:
+    """Delete a quantized checkpoint, and what is to be compared with it."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.with_suffix(".reference").unlink(missing_ok=True)
 
 
 def planned(case: Case, folders: Folders, columns: list[str]) -> dict[str, dict[str, Any] | None]:

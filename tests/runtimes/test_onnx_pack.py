@@ -88,6 +88,39 @@ def test_integers_are_what_is_computed_with(rounded: Any, tmp_path: Path, activa
         assert 0 < numpy.abs(found - wanted).mean() < 0.02 * numpy.abs(wanted).mean()
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("turned", [0, 1], ids=["columns first", "rows first"])
+@pytest.mark.parametrize("activations", ["blocks", "dynamic"])
+def test_a_gemm_is_a_product_of_integers_and_a_sum(rounded: Any, tmp_path: Path, activations: Any, turned: int) -> None:
+    (embedding, query), (_, exact), rows = rounded
+    bias = numpy.linspace(-1, 1, len(query), dtype=numpy.float32)
+    held = {"query": query if turned else query.T.copy(), "bias": bias}
+    node = helper.make_node("Gemm", ["hidden", "query", "bias"], ["queries"], name="queries", transB=turned)
+    hidden, queries = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 32]) for name in ("hidden", "queries"))
+    weights = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    made = helper.make_model(
+        helper.make_graph([node], "flat", [hidden], [queries], weights), ir_version=10, opset_imports=[helper.make_opsetid("", 18)]
+    )
+    model, given = onnx_ir.from_proto(made), embedding[:5]
+    pack.pack_graph(model, rows, pack.Products(activations))
+    onnx_ir.save(model, tmp_path / "packed.onnx")
+    assert "Gemm" not in {node.op_type for node in model.graph}
+    pack.in_float(tmp_path / "packed.onnx", tmp_path / "exact.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "exact.onnx"), providers=["CPUExecutionProvider"])
+    numpy.testing.assert_allclose(session.run(None, {"hidden": given})[0], given @ exact.numpy().T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}])
+def test_a_gemm_that_computes_more_stays(rounded: Any, told: dict[str, Any]) -> None:
+    (_, query), _, rows = rounded
+    node = helper.make_node("Gemm", ["hidden", "query"], ["queries"], name="queries", transB=1, **told)
+    hidden, queries = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("hidden", "queries"))
+    made = helper.make_model(helper.make_graph([node], "flat", [hidden], [queries], [numpy_helper.from_array(query, "query")]))
+    model = onnx_ir.from_proto(made)
+    pack.pack_graph(model, rows)
+    assert [node.op_type for node in model.graph] == ["Gemm"]
+
+
 def test_what_two_graphs_hold_lies_once(rounded: Any, tmp_path: Path) -> None:
     floats, _, _ = rounded
     models = {"first.onnx": graph(*floats), "second.onnx": graph(*floats)}

@@ -1,8 +1,8 @@
 """Packing quantized weights into graphs of ONNX Runtime, without a second rounding.
 
-A graph is built in float32 first, by GenAI's model builder or by Optimum. Then every MatMul whose weight is quantized becomes
-a MatMulNBits that holds the very integers and scales of the checkpoint, and the embedding becomes a GatherBlockQuantized that
-shares the output head's storage where the two are tied.
+A graph is built in float32 first, by GenAI's model builder or by Optimum. Then every MatMul, or Gemm, whose weight is quantized
+becomes a MatMulNBits that holds the very integers and scales of the checkpoint, and the embedding becomes a GatherBlockQuantized
+that shares the output head's storage where the two are tied.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def pack_graph(model: ir.Model, rows: QuantizedRows, how: Products = Products())
     for node in nodes:
         if node.op_type == "MatMul":
             packer.replace_matmul(node)
+        elif node.op_type == "Gemm":
+            packer.replace_gemm(node)
     _drop_unused(graph)
 
 
@@ -149,22 +151,39 @@ class _Packer:
         self.packed: dict[tuple[Any, ...], tuple[ir.Value, ir.Value]] = {}
 
     def replace_matmul(self, node: ir.Node) -> None:
-        """MatMul with a constant [columns, rows] on its right becomes a product of integers.
+        """MatMul with a constant [columns, rows] on its right becomes a product of integers."""
+        if nodes := self._product(node, transposed=True):
+            self._swap(node, *nodes)
+
+    def replace_gemm(self, node: ir.Node) -> None:
+        """Gemm with a constant on its right, as of a Conv1D or of rows that lie flat, becomes a product of integers and a sum.
+
+        One that scales its terms, or turns its left side, stays as it is.
+        """
+        import onnx_ir
+
+        told = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, **{name: one.value for name, one in node.attributes.items()}}
+        if (told["transA"], told["alpha"], told["beta"]) != (0, 1.0, 1.0):
+            return
+        if nodes := self._product(node, transposed=not told["transB"]):
+            sums = [onnx_ir.node("Add", [nodes[-1].outputs[0], term], name=f"{node.name}/Add") for term in node.inputs[2:] if term]
+            self._swap(node, *nodes, *sums)
+
+    def _product(self, node: ir.Node, *, transposed: bool) -> list[ir.Node]:
+        """What multiplies by the integers of a node's constant, which is [rows, columns] or `transposed`; nothing for another.
 
         By blocks whatever is asked for: an output head that is the embedding as well, and what has no range where they are fixed.
         """
         weight = node.inputs[1]
-        matrix = self._find(_constant(weight, transposed=True))
+        matrix = self._find(_constant(weight, transposed=transposed))
         if matrix is None or weight is None:
-            return
+            return []
         by, fixed = self.how.activations, [self.how.ranges.get(name.removesuffix(".weight")) for name in matrix.names]
         if by == "blocks" or _key(matrix) in self.packed or (by == "static" and None in fixed):
-            self._swap(node, self._by_blocks(node, weight, matrix))
-        elif by == "dynamic":
-            inputs = [node.inputs[0], *self._columns(weight, matrix)]
-            self._swap(node, self._contrib("DynamicQuantizeMatMul", inputs, node))
-        else:
-            self._swap(node, *self._by_fixed_range(node, self._columns(weight, matrix), fixed[0]))
+            return [self._by_blocks(node, weight, matrix)]
+        if by == "dynamic":
+            return [self._contrib("DynamicQuantizeMatMul", [node.inputs[0], *self._columns(weight, matrix)], node)]
+        return list(self._by_fixed_range(node, self._columns(weight, matrix), fixed[0]))
 
     def _by_blocks(self, node: ir.Node, weight: ir.Value, matrix: Packable) -> ir.Node:
         (rows, columns), attributes = matrix.shape, _layout(matrix)
