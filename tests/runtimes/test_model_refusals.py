@@ -105,11 +105,17 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
             "no ffn_hidden_size but four times its width, not 192",
         ),
         ({"model_type": "falcon", "ffn_hidden_size": 512}, "", ""),
+        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "norms without weights of their own", ""),
+        ({"model_type": "deepseek_v3"}, "", "topk_method: noaux_tc; say so in its config.json"),
+        ({"model_type": "deepseek_v3", "topk_method": "noaux_tc"}, "", ""),
         ({"model_type": "stablelm", "qk_layernorm": True}, "norms of queries and keys", "vLLM's stablelm knows no qk_layernorm"),
-        (
-            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512},
-            "",
-            "vLLM's qwen2 has a sliding window in all layers or in none",
+        *(
+            (
+                {"model_type": kind, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512},
+                "",
+                f"vLLM's {kind} has a sliding window in all layers or in none",
+            )
+            for kind in ("qwen2", "qwen3")
         ),
         ({"model_type": "bloom", "apply_residual_connection_post_layernorm": True}, "residuals that begin behind the norms", ""),
     ],

@@ -147,6 +147,7 @@ _UNSCALED = ("scale_attn_weights", False, "attention that is not scaled by the w
 OVERLOOKED: dict[str, tuple[tuple[str, bool, str], ...]] = {
     "gpt2": (("scale_attn_by_inverse_layer_idx", True, "attention that is scaled by the number of the layer"), _UNSCALED),
     "gpt_bigcode": (("multi_query", False, "keys and values for every head"), _UNSCALED),
+    "opt": (("layer_norm_elementwise_affine", False, "norms without weights of their own"),),
     "bloom": (("apply_residual_connection_post_layernorm", True, "residuals that begin behind the norms"),),
 }
 """By model type: what its loaders take no notice of, and the value that makes it something else."""

@@ -25,8 +25,12 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
         return f"vLLM's {kind} knows no {other}; take another engine"
     if kind == "falcon" and getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size):
         return f"vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine"
-    if kind == "qwen2" and len(set(getattr(config, "layer_types", None) or ())) > 1:
-        return "vLLM's qwen2 has a sliding window in all layers or in none; take another engine"
+    if kind in ("qwen2", "qwen3") and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
+    if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
+        return (
+            "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
+        )
     return _longrope_refusal(kind, config, tokens)
 
 
