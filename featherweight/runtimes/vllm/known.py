@@ -28,9 +28,7 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
     if kind in ("qwen2", "qwen3") and len(set(getattr(config, "layer_types", None) or ())) > 1:
         return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
     if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
-        return (
-            "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
-        )
+        return "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
     return _longrope_refusal(kind, config, tokens)
 
 
