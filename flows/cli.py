@@ -302,7 +302,7 @@ def impact(
     as_json: JsonOpt = False,
 ) -> None:
     """Show which registered versions go back to a checkpoint, a text or a library, those that are deployed first."""
-    from flows.comparing import depending
+    from flows.impact import depending
 
     _tell(depending(_workspace(workspace), checkpoint, data, library), as_json)
 

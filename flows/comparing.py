@@ -1,12 +1,10 @@
-"""Two versions side by side, and what depends on a checkpoint, on data or on a library."""
+"""Two versions side by side."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from featherweight.errors import RecipeError
 from featherweight.registry.comparing import VersionComparison, compare
-from featherweight.registry.impact import Impact, Kind, impact
 from featherweight.registry.out_of_band import out_of_step
 from featherweight.registry.registry import Registry
 from featherweight.registry.versions import parse_reference
@@ -23,14 +21,3 @@ def compared(workspace: Workspace, a: str, b: str) -> VersionComparison:
     others = seen if beside == model else registry.model(beside)
     notes = dict.fromkeys(filter(None, map(out_of_step, (seen, others))))
     return replace(compare(registry, seen.pick(version), others.pick(other)), notes=tuple(notes))
-
-
-def depending(workspace: Workspace, checkpoint: str, data: str, library: str) -> Impact:
-    """What depends on the one of the three that is given. Raises RecipeError for none, or more."""
-    asked: dict[Kind, str] = {"checkpoint": checkpoint, "data": data, "library": library}
-    given = [(kind, wanted) for kind, wanted in asked.items() if wanted]
-    if len(given) != 1:
-        raise RecipeError("give one of --checkpoint, --data and --library")
-    registry = Registry(workspace.tracking_uri)
-    registry.check()
-    return impact(registry, *given[0])

@@ -14,7 +14,8 @@ from featherweight.registry.lineage import build
 from featherweight.registry.packed_text import PACKED, packed
 from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace, local_path
-from flows.comparing import compared, depending
+from flows.comparing import compared
+from flows.impact import depending
 from tests.support.registering import MODEL, Bench, bench
 
 pytestmark = pytest.mark.slow

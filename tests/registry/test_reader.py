@@ -20,9 +20,10 @@ from featherweight.registry.retention import collect
 from featherweight.registry.serving.following import named
 from featherweight.store.workspace import Workspace
 from flows.audit import audit, audit_registry
-from flows.comparing import compared, depending
+from flows.comparing import compared
 from flows.deploy import deploy
 from flows.history import history_of
+from flows.impact import depending
 from flows.mcp_server import Reading
 from flows.ui import ByHand
 from tasks.summary import past_result
