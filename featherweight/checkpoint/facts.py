@@ -31,6 +31,7 @@ from featherweight.checkpoint.fit import require_fit
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
 from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import parts_of, whole_header
+from featherweight.checkpoint.gguf_rotary import rotary_scaling
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
@@ -167,7 +168,7 @@ def _of_gguf(file: Path) -> CheckpointFacts:
     """The tensors keep llama.cpp's names. Integers stay where all of a model's matrices in the blocks are of one type of ours."""
     parts = parts_of(file)
     header = whole_header(parts)
-    told, generation = _described_by(header, str(parts[0]))
+    told, generation = _described_by(header, str(parts[0]), rotary_scaling(parts, header))
     shapes = {name: tuple(reversed(tensor.shape)) for name, tensor in header.tensors.items()}
     kinds = {name: tensor.type for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
     grids = {name: GRIDS[GRID_OF[kind]] for name, kind in kinds.items() if kind in GRID_OF and keeps_integers(kinds)}
@@ -176,12 +177,17 @@ def _of_gguf(file: Path) -> CheckpointFacts:
     return CheckpointFacts(told, generation, shapes, size, "gguf" if packed else None, grids)
 
 
-def _described_by(header: GgufHeader, called: str) -> tuple[Values, Values]:
-    """Configuration and generation settings. transformers would count a vocabulary piece by piece, which takes it a minute."""
+def _described_by(header: GgufHeader, called: str, scaling: Mapping[str, Any]) -> tuple[Values, Values]:
+    """Configuration and generation settings. transformers would count a vocabulary piece by piece, which takes it a minute.
+
+    scaling: of the rotary embeddings.
+    """
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "model.gguf").write_bytes(header.sketch())
         answer = described(Path(place), "model.gguf", called=called)
     config = answer["config"]
+    if scaling:
+        config["values"]["rope_parameters"] |= scaling
     if header.pieces is not None and not any(key.endswith(".vocab_size") for key in header.settings):
         config["values"][config["names"].get("vocab_size", "vocab_size")] = header.pieces
     return Values(config), Values({"values": answer["generation"], "names": {}})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import Listing, adapter_files, has_weights
 from featherweight.checkpoint.gguf_parts import join, only_model, parts_of, whole_header
+from featherweight.checkpoint.gguf_rotary import rotary_scaling
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
@@ -51,15 +52,19 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
     work: where the parts of a split model are joined. Weights of Q8_0 and Q4_0 keep their integers and scales, as a quantize
     stage leaves them. Returns `quantized_layers`, those, and `dequantized_layers`, those of other types; nothing for a float file.
     """
-    whole_header(parts_of(file))
+    parts = parts_of(file)
+    scaling = rotary_scaling(parts, whole_header(parts))
     with _reading(file):
-        whole = file if len(parts_of(file)) == 1 else join(parts_of(file), work / "whole.gguf")
+        whole = file if len(parts) == 1 else join(parts, work / "whole.gguf")
         tokenizer = gguf_tokenizer(whole)
     save_tokenizer(tokenizer, out, called=str(file))  # before the weights, which take minutes
     progress.note(f"dequantizing {file.name}")
     with _reading(file):
         model, info = _read(whole)
         quantized, types = _integers(whole, model)
+    if scaling:
+        model.config.rope_parameters |= scaling
+        progress.note(f"rotary embeddings are scaled ({scaling['rope_type']}, {scaling['factor']:g} times), as the file says")
     check_loading(file, model, info)
     with saving(out), quiet():
         model.save_pretrained(out, max_shard_size="5GB")

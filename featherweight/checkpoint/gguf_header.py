@@ -18,7 +18,8 @@ _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _MAGIC = b"GGUF"
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
-ALIGNMENT = "general.alignment"
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
 TOKENS = "tokenizer.ggml.tokens"
 LISTS = (TOKENS, *(f"tokenizer.ggml.{name}" for name in ("scores", "token_type", "merges")))
 """What has an entry for each of a tokenizer's pieces."""
@@ -57,6 +58,17 @@ class GgufHeader:
     def pieces(self) -> int | None:
         """How many pieces its tokenizer has; None where it has no tokenizer."""
         return int.from_bytes(self.settings[TOKENS][8:16], "little") if TOKENS in self.settings else None
+
+    def text(self, key: str) -> str | None:
+        """A setting that is text; None where it is not there, or something else."""
+        value = self.settings.get(key, b"")
+        return value[12:].decode("utf-8", "replace") if int.from_bytes(value[:4], "little") == _STRING and value else None
+
+    def number(self, key: str) -> float | None:
+        """A setting that is a number; None where it is not there, or something else."""
+        value = self.settings.get(key, b"")
+        layout = _NUMBERS.get(int.from_bytes(value[:4], "little")) if value else None
+        return float(struct.unpack(f"<{layout}", value[4:])[0]) if layout else None
 
     def sketch(self) -> bytes:
         """A file with all that this header says of the model but for the tokenizer's lists, and one number for each tensor."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.facts import kept_refusal, read_facts
@@ -190,6 +192,7 @@ def test_a_plan_knows_a_configuration_as_transformers_does(parts: int, tiny_chec
     ("key", "value", "reason"),
     [
         ("llama.rope.scaling.type", "yarn", r"scales its rotary embeddings \(llama\.rope\.scaling\.type is yarn\)"),
+        ("llama.rope.scaling.type", "longrope", r"scales its rotary embeddings \(llama\.rope\.scaling\.type is longrope\)"),
         ("general.type", "mmproj", r"no model but a part beside one \(general\.type is mmproj\); name the model's file"),
         ("llama.rope.scaling.type", "none", None),
         ("general.type", "model", None),
@@ -212,3 +215,65 @@ def test_a_vocabulary_whose_size_is_not_told_is_the_tokenizers(tiny_checkpoint: 
     size = read_facts(LoadSpec(source=str(file))).config.vocab_size
     file.write_bytes(file.read_bytes().replace(b"llama.vocab_size", b"llama.vocab_sizf"))
     assert read_facts(LoadSpec(source=str(file))).config.vocab_size == size
+
+
+SCALED = "llama.rope.scaling."
+FIRST, HEAD_WIDTH = "original_max_position_embeddings", 16
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, FIRST: 64}
+SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "yarn": (
+        {f"{SCALED}type": "yarn", f"{SCALED}factor": 4.0, f"{SCALED}original_context_length": 64},
+        {"rope_type": "yarn", "factor": 4.0, FIRST: 64},
+    ),
+    "llama3": ({}, LLAMA3),
+}
+"""What a file says, and what it is in transformers' words."""
+
+
+def llama3_factors(model: PreTrainedModel) -> list[float]:
+    """Of each frequency, as llama.cpp's converter writes them: by what transformers divides it."""
+    plain = [10_000.0 ** (-at / HEAD_WIDTH) for at in range(0, HEAD_WIDTH, 2)]
+    rotary: Any = model.get_decoder().rotary_emb
+    return [one / scaled for one, scaled in zip(plain, rotary.inv_freq.tolist(), strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scaled_rotary_embeddings_are_those_of_the_file(
+    kind: str, parts: int, tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
+    says, wanted = SCALINGS[kind]
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    config.rope_parameters |= wanted
+    right = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, config=config, dtype=torch.float32).eval()
+    factors = llama3_factors(right) if kind == "llama3" else None
+    files = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, parts=parts, says=says, factors=factors)
+    planned = read_facts(LoadSpec(source=str(files[0]))).config.rope_parameters
+    told = Notes()
+    taken(files[0], out, told)
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert {key: planned[key] for key in wanted} == {key: found.config.rope_parameters[key] for key in wanted} == wanted
+    assert any(f"rotary embeddings are scaled ({kind}, " in note for note in told.notes)
+    ids = torch.arange(3, 3 + 120).remainder(config.vocab_size)[None]
+    with torch.no_grad():
+        assert (right(ids).logits - found(ids).logits).abs().max() < 1e-5
+        assert (AutoModelForCausalLM.from_pretrained(tiny_checkpoint)(ids).logits - found(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("says", "factors"),
+    [
+        ({}, [1.0, 1.5, 9.0, *(8.0 for _ in range(5))]),
+        ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0}, [1.0, *(8.0 for _ in range(7))]),
+        ({f"{SCALED}type": "yarn", f"{SCALED}factor": 4.0}, None),
+        ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0, f"{SCALED}attn_factor": 1.2}, None),
+    ],
+)
+def test_a_scaling_that_is_not_known_is_refused(
+    says: dict[str, Any], factors: list[float] | None, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says=says, factors=factors)
+    with pytest.raises(CheckpointError, match="scales its rotary embeddings"):
+        read_facts(LoadSpec(source=str(file)))

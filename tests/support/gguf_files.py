@@ -19,16 +19,18 @@ def write_gguf(
     add_bos: bool | None = True,
     parts: int = 1,
     space_prefix: bool | None = None,
-    says: Mapping[str, str] | None = None,
+    says: Mapping[str, str | int | float] | None = None,
+    factors: list[float] | None = None,
 ) -> list[Path]:
     """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
 
     add_bos: what the file says of texts; None where it says nothing.
     kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
-    says: other settings, all text.
+    says: other settings. factors: of the frequencies of rotary embeddings, as Llama 3.1's file has them.
     space_prefix: instead of the checkpoint's tokenizer, one of SentencePiece's kind, and whether it begins texts with a space.
     """
     import gguf
+    import numpy
     from safetensors.torch import load_file
 
     config = json.loads((checkpoint / "config.json").read_text())
@@ -54,7 +56,8 @@ def write_gguf(
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
     for key, value in (says or {}).items():
-        writer.add_string(key, value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
     for number, one in enumerate(writers if parts > 1 else ()):
         one.add_uint16("split.no", number)
         one.add_uint16("split.count", parts)
@@ -68,6 +71,8 @@ def write_gguf(
         kept = getattr(gguf.GGMLQuantizationType, kind)
         array = array if kind == "F32" else packed(array, kept)
         writers[place % parts].add_tensor(str(mapping.get_name(name, try_suffixes=(".weight",))), array, raw_dtype=kept)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", numpy.array(factors, dtype=numpy.float32))
     for one in writers:
         one.write_header_to_file()
         one.write_kv_data_to_file()
