@@ -10,9 +10,11 @@ import re
 from typing import Any
 
 HIDDEN = "***"
+ALIASED = ("models", ":/")
+"""How MLflow's names of registered models begin, in which an alias stands behind the `@`."""
 _QUOTES = "\"'`<>"
-# An address ends at a space, and at a quote unless the text goes on behind it as a password would.
-_ADDRESS = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]{{0,40}})://((?:[^\s{_QUOTES}]|[{_QUOTES}](?=[^\s{_QUOTES},:;.)\]}}]))+)")
+# An address ends at a space, and at a quote unless the text goes on behind it as a password would. A path takes one of its slashes.
+_ADDRESS = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]{{1,40}})(://?)((?:[^\s{_QUOTES}]|[{_QUOTES}](?=[^\s{_QUOTES},:;.)\]}}]))+)")
 _SECRET = r"passw(?:or)?d|passphrase|pwd|secret|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key"
 _PARAMETER = re.compile(rf"(?i)([?&;][\w.-]*(?:{_SECRET}|token|signature|credential|sig))=[^&\s{_QUOTES}]+")
 _SETTING = re.compile(rf"(?i)(?<![\w.?&;-])([\w.-]*(?:{_SECRET}|(?-i:TOKEN)))=('[^']*'|\"[^\"]*\"|[^\s,;&{_QUOTES}]+)")
@@ -40,11 +42,13 @@ def masked_tree(value: Any) -> Any:
 
 def _without_user(match: re.Match[str]) -> str:
     """One address. A password that nobody escaped may hold `/`, `?` and `@` itself, so that its end is the last `@`."""
-    scheme, rest = match.groups()
+    scheme, slashes, rest = match.groups()
     first = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if (scheme, slashes) == ALIASED:
+        return match.group()
     if "@" in rest and ("@" in first or _is_cut_password(scheme, first)):
         rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
-    return f"{scheme}://{rest}"
+    return f"{scheme}{slashes}{rest}"
 
 
 def _is_cut_password(scheme: str, first: str) -> bool:

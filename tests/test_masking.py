@@ -31,6 +31,8 @@ ADDRESSES = {
     "http://host:4200/api?api_key=hunter2": "http://host:4200/api?api_key=***",
     "https://s3.example/b/k?X-Amz-Signature=hunter2&X-Amz-Date=1": "https://s3.example/b/k?X-Amz-Signature=***&X-Amz-Date=1",
     "s3://key:hunter2@bucket/prefix": "s3://***@bucket/prefix",
+    "https:/ada:hunter2@tracking.example": "https:/***@tracking.example",
+    "/recipes/s3:/key:hunter2@bucket/recipe.yaml": "/recipes/s3:/***@bucket/recipe.yaml",
 }
 TEXTS = [
     "cannot reach 'postgresql://ada:hunter2@db/mlflow', see \"https://ada:hunter2@host/x\"",
@@ -42,6 +44,7 @@ TEXTS = [
 HARMLESS = [
     "sqlite:////home of ada/a@b/mlflow.db",
     "file:///data/a@b/c",
+    "file:/data/a@b/c and C:/users/a@b",
     "s3://bucket/a@b/prefix",
     "hf:org/name@revision and models:/stories@champion",
     "http://127.0.0.1:5000/#/models/stories@champion",
