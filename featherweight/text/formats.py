@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TextIO
 
+from featherweight.errors import DataError
 from featherweight.text.documents import Document
 from featherweight.text.opening import COMPRESSED_ENDINGS, HEAD, is_parquet, open_text, require_characters
 from featherweight.text.records import is_table, read_json, read_parquet, read_table
@@ -14,6 +15,7 @@ from featherweight.text.spec import DataSpec, Format
 
 _KEY = r"\{\s*(\"(\\.|[^\"\\])*\"\s*:|\})"
 _JSON = re.compile(rf"\s*({_KEY}|\[\s*({_KEY}|\"(\\.|[^\"\\])*\"\s*[,\]]))")
+_MARKUP = re.compile(r"\s*<(?:!doctype\s+html\b|html[\s>]|(?P<xml>\?xml\s))", re.IGNORECASE)
 _ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -24,13 +26,19 @@ def read_file(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
 
 
 def format_of(name: str, path: Path, data: DataSpec) -> Format:
-    """Parquet by its magic bytes; JSON by its first value and a table by its columns, or by the file's name; else prose."""
+    """Parquet by its magic bytes; JSON by its first value and a table by its columns, or by the file's name; else prose.
+
+    Raises DataError for HTML and XML, whose tags nobody means to be learnt who does not say so.
+    """
     if is_parquet(name, path):
         return "parquet"
     with open_text(name, path) as stream:
         start = stream.read(HEAD)
     if _JSON.match(start):
         return "json"
+    if markup := _MARKUP.match(start):
+        kind = "XML" if markup["xml"] else "HTML"
+        raise DataError(f"{name} is {kind}, whose tags would be read as text; take the text out of it, or say data.format: text")
     named = _ENDINGS.get(_ending(name))
     return named or ("csv" if is_table(start, name, data.field) else "text")
 

@@ -102,6 +102,11 @@ def test_prose_stays_prose_and_takes_one_kind_of_line_end(tmp_path: Path) -> Non
     assert read(tmp_path / "json.txt", LINES, format="text", separator="###") == [LINES.strip("\n")]
 
 
+def test_markup_is_text_where_the_recipe_says_so_or_where_it_does_not_begin_with_it(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.html", "<html><p>a", format="text") == ["<html><p>a"]
+    assert read(tmp_path / "b.txt", "<htmlish> is <no> tag") == ["<htmlish> is <no> tag"]
+
+
 def test_json_keeps_the_line_ends_that_it_spells(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", json.dumps({"text": "one\r\ntwo"}) + "\r\n") == ["one\r\ntwo"]
 
@@ -168,6 +173,9 @@ def archive(make: Callable[..., object]) -> bytes:
         ("a.jsonl", LINES + '{"text": "cut \\ud83d off"}\n', r"a.jsonl line 4: 'text' holds \\ud83d, half of a surrogate pair"),
         ("a.jsonl", "[" * 100_000, r"a.jsonl line 1 is not JSON: .*recursion"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", r"a.jsonl line 1 is not JSON: .*4300 digits"),
+        ("a.txt", "\n<!DOCTYPE html>\n<p>a", r"a.txt is HTML, whose tags would be read as text; .* say data.format: text"),
+        ("a.htm", "<html lang='en'>", r"a.htm is HTML, whose tags would be read as text"),
+        ("a.txt", "<?xml version='1.0'?><a/>", r"a.txt is XML, whose tags would be read as text"),
         ("a.txt", archive(zipfile.ZipFile), r"a.txt is a zip archive or an Office document, not text"),
         ("a.txt", archive(tarfile.open), r"a.txt is a tar archive, not text"),
         ("a.txt", b"\x89PNG\r\n\x1a\n" + b"\0" * 9, r"a.txt is a PNG image, not text"),
