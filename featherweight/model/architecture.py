@@ -335,6 +335,7 @@ def medium_refusal(config: PreTrainedConfig) -> str | None:
     if (
         family == "encoder"
         or getattr(config, "auto_map", None)
+        or head_refusal(config)  # which says more
         or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     ):
         return None
