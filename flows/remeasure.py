@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.errors import IntegrityError, told
+from featherweight.errors import IntegrityError
 from featherweight.measure.measurement import Comparison
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
 from featherweight.progress import Progress
@@ -28,7 +28,7 @@ from featherweight.text.documents import write_documents
 from featherweight.text.sources import read_source
 from featherweight.text.spec import DataSpec
 from tasks.evaluate import evaluate
-from tasks.parent_run import ambient, connect
+from tasks.parent_run import ambient, connect, ended
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -129,13 +129,8 @@ def _recorded(workspace: Workspace, known: Evidence, text: str) -> Iterator[tupl
     }
     experiment = workspace.experiment(client, str(known.graph.recipe_tree["name"]))
     run_id = client.create_run(experiment, run_name=f"remeasure {version.model}/{version.version}", tags=tags).info.run_id
-    try:
+    with ended(client, run_id):
         yield client, run_id
-    except BaseException as error:
-        client.set_tag(run_id, "featherweight.error", told(error))
-        client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
 
 
 def _log(client: MlflowClient, run_id: str, found: Remeasurement, measured: Path) -> None:

@@ -79,8 +79,15 @@ def _parent_run(
     run_id = run.info.run_id
     client.log_text(run_id, recipe_text(recipe), "recipe.yaml")
     client.log_text(run_id, json.dumps(_described(plan), indent=1), "plan.json")
-    try:
+    with ended(client, run_id):
         yield run_id, tags
+
+
+@contextmanager
+def ended(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """The run of what is called inside, which ends with that: finished, failed or killed, and then with what stopped it."""
+    try:
+        yield
     except BaseException as error:
         client.set_tag(run_id, "featherweight.error", told(error))
         client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
