@@ -279,4 +279,4 @@ def _bounded(name: str, estimate: Estimate) -> dict[str, float]:
 def _named(speed: Speed, at: str) -> dict[str, float]:
     """The figures of a speed, `at` behind each name."""
     figures = {f"{key}_{at}": value for key, value in speed.figures.items()}
-    return figures | _bounded(f"ttft_s_{at}", bootstrap_median(speed.rounds_ttft_s, seed=speed.prompt_tokens))
+    return figures | _bounded(f"ttft_s_{at}", bootstrap_median(speed.by_round(speed.ttft_s), seed=speed.prompt_tokens))

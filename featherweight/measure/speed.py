@@ -46,15 +46,16 @@ class Speed:
     @property
     def rounds_s(self) -> list[float]:
         """One latency per round: the median of its generations."""
-        return self._by_round(self.total_s)
+        return [median(times) for times in self.by_round(self.total_s)]
 
     @property
     def rounds_ttft_s(self) -> list[float]:
         """One time to first token per round."""
-        return self._by_round(self.ttft_s)
+        return [median(times) for times in self.by_round(self.ttft_s)]
 
-    def _by_round(self, times: tuple[float, ...]) -> list[float]:
-        return [median(times[start : start + self.repeats]) for start in range(0, len(times), self.repeats)]
+    def by_round(self, times: tuple[float, ...]) -> list[tuple[float, ...]]:
+        """`total_s` or `ttft_s`, in rounds of `repeats`."""
+        return [times[start : start + self.repeats] for start in range(0, len(times), self.repeats)]
 
     def latency_s(self, share: float) -> float:
         """The quantile `share` of the latency of one whole generation."""

@@ -79,10 +79,15 @@ def bootstrap_median_ratio(
 
 
 def bootstrap_median(
-    values: Sequence[float], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
+    rounds: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Estimate:
-    """Median of the values. Interval as `bootstrap_ratio`."""
-    return bootstrap_median_ratio(values, [1.0] * len(values), resamples=resamples, confidence=confidence, seed=seed)
+    """Median of all values. Interval as `bootstrap_ratio`; the equally long rounds are drawn whole, as what disturbs one value
+    disturbs its neighbours."""
+    import numpy
+
+    values = numpy.asarray(rounds, dtype=float)
+    drawn = numpy.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    return _estimate(float(numpy.median(values)), numpy.median(values[drawn].reshape(resamples, -1), axis=1), confidence)
 
 
 def bootstrap_score_difference(

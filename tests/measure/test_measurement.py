@@ -15,6 +15,7 @@ from featherweight.measure.measurement import FILE, Comparison, Measurement, Qua
 from featherweight.measure.speed import Speed, quantile
 from featherweight.measure.statistics import (
     bootstrap_difference,
+    bootstrap_median,
     bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_score_difference,
@@ -218,6 +219,26 @@ def test_other_lengths_of_prompts_and_the_energy_have_figures_of_their_own():
     assert "joules_per_token_1" not in metrics, "nothing was read there"
     with pytest.raises(StageError, match="timed at different lengths"):
         Comparison(side(0.1), measurement()).metrics()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.lists(st.lists(positive, min_size=4, max_size=4), min_size=1, max_size=9))
+def test_what_ends_with_its_first_token_takes_no_longer_to_it_than_in_all(repeats, rounds):
+    """An encoder's figures, however many generations a round holds."""
+    times = [value for one in rounds for value in one[:repeats]]
+    figures = Comparison(one := replace(measurement(batches=(1,)), speeds=(speed(times, times, repeats=repeats),)), one).metrics()
+    assert figures["ttft_s_1"] == pytest.approx(figures["p50_latency_s_1"])
+    assert figures["ttft_s_1_low"] <= figures["ttft_s_1"] <= figures["ttft_s_1_high"]
+
+
+def test_the_interval_of_a_median_covers_as_often_as_it_promises_where_a_round_disturbs_all_that_it_holds():
+    draw = numpy.random.default_rng(5)
+    hits = 0
+    for trial in range(200):
+        rounds = draw.normal(10.0, 1.0, (31, 1)) + draw.normal(0.0, 0.1, (31, 5))
+        estimate = bootstrap_median(rounds.tolist(), seed=trial, resamples=500)
+        hits += estimate.low <= 10.0 <= estimate.high
+    assert 0.88 <= hits / 200 <= 0.99
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,7 +16,6 @@ from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.onnx import pack
 from featherweight.runtimes.onnx_genai.write import build_decoder
 from featherweight.runtimes.packing import Packable
@@ -171,16 +170,3 @@ def test_torch_compile_serves_the_checkpoints_own_files(checkpoints, text, tmp_p
     metrics = compile(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_ino == (checkpoints["llama"] / "model.safetensors").stat().st_ino
     assert metrics["parity_max_abs"] <= metrics["parity_bound"]
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "models/stories15M").exists(), reason="no stories15M beside the repository")
-def test_int4_of_a_real_model_is_faster_than_float32(tmp_path, text):
-    for precision in ("float32", "int4"):
-        (tmp_path / precision).mkdir()
-        compile(genai(precision), checkpoint=SHARED / "models/stories15M", calibration=text, out=tmp_path / precision)
-    with open_worker(tmp_path / "float32", threads=1) as plain, open_worker(tmp_path / "int4", threads=1) as packed:
-        rounds = [[worker.time([[1] * 16], 48).total_s for worker in (plain, packed)] for _ in range(6)]
-    seconds = [min(times) for times in zip(*rounds, strict=True)]
-    assert seconds[1] < seconds[0] / 1.5, "the best of six, in turns, so that a busy machine hits both"

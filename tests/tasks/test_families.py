@@ -183,7 +183,7 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
     metrics = evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=out)
     counted = 10 if kind == "t5" else 8
     assert metrics["tokens_per_s_2"] == pytest.approx(2 * counted / metrics["p50_latency_s_2"])
-    assert 0 < metrics["ttft_s_2"] <= metrics["p50_latency_s_2"]
+    assert 0 < metrics["ttft_s_2"] <= metrics["p50_latency_s_2"] * (1 + 1e-9), "the last bit is that of two ways to halve"
     assert metrics["bits_per_byte"] > 0 and metrics["windows"] == 4
     if kind == "t5":
         model, tokenizer = load_reference(checkpoint("t5")), load_tokenizer(checkpoint("t5"))
