@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, read_json
-from featherweight.checkpoint.inspection import built, quiet
+from featherweight.checkpoint.inspection import built, config_refusal, quiet
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.errors import CheckpointError, nearest, one_line
 from featherweight.model import architecture, facts
-from featherweight.model.architecture import medium_refusal
+from featherweight.model.architecture import head_refusal, medium_refusal
 from featherweight.model.facts import describe
 from featherweight.model.positions import rotary_kinds
 from featherweight.store.artifact import content_digest, file_sha256
@@ -96,7 +96,7 @@ def read(folder: Path, gguf: str | None) -> dict[str, Any]:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
             generation = generation_config(folder, config, beside=gguf is None)
-        if reason := medium_refusal(config):
+        if reason := medium_refusal(config) or (None if head_refusal(config) else config_refusal(config)):
             return {"error": reason, "refused": True}
         if reason := _unknown_activation(config):
             return {"error": reason}

@@ -18,7 +18,7 @@ from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
 from featherweight.model.architecture import class_by_type, family_of, head_class, head_refusal, task_of
-from featherweight.model.decoding import decoder_refusal, language_refusal
+from featherweight.model.decoding import decoder_refusal, language_refusal, windows_refusal
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
@@ -99,12 +99,18 @@ def require_described(listing: Listing, trust_remote_code: bool) -> None:
             )
 
 
-def _require_alike(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse what is wider in some layers than in others by its very configuration, as Gemma 4: nothing here asks each layer."""
+def config_refusal(config: PreTrainedConfig) -> str | None:
+    """Why no model of this configuration is taken, whatever the weights are, in one line; None where one is."""
+    return _layers_refusal(config) or windows_refusal(config) or decoder_refusal(config) or language_refusal(config)
+
+
+def _layers_refusal(config: PreTrainedConfig) -> str | None:
+    """That some layers are wider than others by the very configuration, as Gemma 4's: nothing here asks each layer."""
     told = getattr(config.get_text_config(), "_heterogeneity_spec", None)
-    if told is not None:
-        names = ", ".join(sorted(told.per_layer_attributes))
-        raise CheckpointError(f"{folder}: the layers of a {config.model_type} model differ in {names}, which is not taken here yet")
+    if told is None:
+        return None
+    names = ", ".join(sorted(told.per_layer_attributes))
+    return f"the layers of a {config.model_type} model differ in {names}, which is not taken here yet; take another"
 
 
 def dry_load(
@@ -122,8 +128,7 @@ def dry_load(
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             require_task(folder, config, task)
-            _require_alike(folder, config)
-            if reason := decoder_refusal(config) or language_refusal(config):
+            if reason := config_refusal(config):
                 raise CheckpointError(f"{folder}: {reason}")
             model, info = model_class(config, folder, trust_remote_code).from_pretrained(
                 None,

@@ -57,6 +57,22 @@ def language_refusal(config: PreTrainedConfig) -> str | None:
     return f"config.json names no default_language, without which an xmod model reads nothing; it has {', '.join(config.languages)}"
 
 
+WINDOWS = {
+    "sliding_attention": ("sliding_window", "use_sliding_window: false makes it nothing"),
+    "chunked_attention": ("attention_chunk_size", "it is null or left out"),
+}
+"""By kind of layer: how far back it sees, and why a configuration may not say it."""
+
+
+def windows_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot be taken of which some layers see back as far as nothing says: transformers fails at its first text."""
+    config = config.get_text_config()
+    for kind, (key, why) in WINDOWS.items():
+        if kind in (getattr(config, "layer_types", None) or ()) and getattr(config, key, 0) is None:
+            return f"config.json has layers of {kind} and no {key} ({why}); take layer_types out of it, or say {key}"
+    return None
+
+
 def cache_name(model: Any) -> str | None:
     """By which name `model` takes what it has read; None of those that keep nothing (GPT, XLM)."""
     known = inspect.signature(model.forward).parameters

@@ -61,3 +61,10 @@ def test_rotary_embeddings_that_transformers_cannot_make_are_told_with_the_descr
         (tmp_path / "config.json").write_text(json.dumps(told | {"rope_parameters": rotary}))
         errors.append(description.read(tmp_path, None).get("error"))
     assert errors == ["it knows no rotary embeddings of the kind 'fancy' (rope_type)", None]
+
+
+def test_layers_that_differ_by_the_configuration_are_refused_with_the_description(tmp_path: Path) -> None:
+    told = {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    answer = description.read(tmp_path, None)
+    assert answer["refused"] and "the layers of a gemma4_text model differ in head_dim" in answer["error"]

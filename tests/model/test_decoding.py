@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from featherweight.model.decoding import CACHES, WITHOUT_KEYS_AND_VALUES, Reading, cache_name, decoder_refusal, language_refusal
+from featherweight.model.decoding import (
+    CACHES,
+    WITHOUT_KEYS_AND_VALUES,
+    Reading,
+    cache_name,
+    decoder_refusal,
+    language_refusal,
+    windows_refusal,
+)
 
 SMALL = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}
@@ -74,3 +82,17 @@ def test_a_model_of_many_languages_has_to_say_which_it_reads() -> None:
     )
     assert "names no default_language" in str(language_refusal(silent)) and "en_XX, de_DE" in str(language_refusal(silent))
     assert language_refusal(told) is language_refusal(AutoConfig.for_model("bert")) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 32}, "layers of sliding_attention and no sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 32}, None),
+    ],
+)
+def test_layers_with_a_window_need_its_width(told: dict[str, Any], reason: str | None) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    found = windows_refusal(AutoConfig.for_model("qwen2", num_hidden_layers=2, layer_types=kinds, **told))
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)

@@ -36,8 +36,17 @@ def refusal(engine: str, **told: Any) -> str:
             "one kind of rotary embeddings",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, r"rotary embeddings \(yarn\)"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "multiple of 16 rotary channels in each head, these have 8 of 32"),
-        ({"partial_rotary_factor": 0.5}, ""),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ""),
+        ({"model_type": "mistral", "rope_parameters": {"rope_type": "llama3"}}, r"rotary embeddings \(llama3\)"),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "dynamic"}}, r"rotary embeddings \(dynamic\)"),
+        ({"model_type": "hunyuan_v1_dense", "rope_parameters": {"rope_type": "dynamic"}}, "wants the alpha"),
+        ({"model_type": "hunyuan_v1_dense", "rope_parameters": {"rope_type": "dynamic", "alpha": 9.0}}, ""),
+        (
+            {"model_type": "phi", "rope_parameters": {"partial_rotary_factor": 0.25}},
+            "multiple of 16 rotary channels in each head, these have 8 of 32",
+        ),
+        ({"model_type": "phi", "partial_rotary_factor": 0.5}, ""),
+        ({"partial_rotary_factor": 0.5}, "rotates 16 of 32 channels as config.json says, and transformers all channels of a llama"),
         ({"model_type": "phi3", "original_max_position_embeddings": 4096}, "two context lengths differ"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "no layers of linear attention"),
         ({"clip_qkv": 8.0}, "overlooks what llama does to queries and keys"),
@@ -71,6 +80,23 @@ def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dic
 def test_what_the_graphs_of_optimum_leave_out_is_refused(told: dict[str, Any], reason: str) -> None:
     assert reason in refusal("onnxruntime", **told)
     assert not refusal("onnxruntime", model_type=told["model_type"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "scaled"),
+    [
+        ("phi3", {"rope_type": "longrope", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 256}, "longrope"),
+        ("phi3", {"rope_type": "longrope", "original_max_position_embeddings": 256}, ""),
+        ("phi", {"rope_type": "yarn", "partial_rotary_factor": 0.5}, "yarn"),
+        ("phi", {"rope_type": "yarn", "partial_rotary_factor": 0.5, "attention_factor": 1.0}, ""),
+        ("phi", {"rope_type": "linear", "partial_rotary_factor": 0.5}, ""),
+        ("falcon", {"rope_type": "yarn"}, "yarn"),
+        ("llama", {"rope_type": "yarn"}, ""),
+    ],
+)
+def test_ctranslate2_scales_whole_heads_where_rotary_embeddings_scale_a_part(kind: str, told: dict[str, Any], scaled: str) -> None:
+    found = refusal("ctranslate2", model_type=kind, rope_parameters=told)
+    assert f"this {kind}'s rotary embeddings ({scaled}) scale what they rotate" in found if scaled else not found
 
 
 @pytest.mark.parametrize("kind", ["layoutlm", "qwen3_moe", "trocr"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from featherweight.model.architecture import attention_cap
-from featherweight.model.positions import rotary_switch, sliding_window
+from featherweight.model.positions import head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
 from featherweight.runtimes.ctranslate2 import cublas
@@ -161,10 +161,21 @@ def _function_refusal(model: Candidate) -> str | None:
         return f"CTranslate2 does not compute {kind}'s soft caps of logits ({capped:g}); take another engine"
     if getattr(config, "qk_layernorm", False):
         return f"CTranslate2 does not compute {kind}'s norms of queries and keys; take another engine"
+    if scaled := _scaled_rotations(model):
+        what = f"this {kind}'s rotary embeddings ({scaled}) scale what they rotate"
+        return f"CTranslate2 scales whole heads, and {what}; take another engine"
     for key, value, what in OVERLOOKED.get(kind, ()):
         if getattr(config, key, None) is value:
             return f"CTranslate2 does not compute {what}, which this {kind} has ({key}); take another engine"
     return activation_refusal("CTranslate2", config, kind, ONE_ACTIVATION)
+
+
+def _scaled_rotations(model: Candidate) -> str | None:
+    """The kind of rotary embeddings that scale the channels that they rotate, where those are not what attention's scale is of."""
+    config, told = model.config, getattr(model.config, "rope_parameters", None) or {}
+    kinds = rotary_kinds(config) & {"yarn", "longrope"}
+    in_part = rotated_channels(config) != head_width(config) or model.facts.model_type == "falcon"
+    return min(kinds) if kinds and in_part and told.get("attention_factor") != 1 else None
 
 
 def _length_refusal(model: Candidate) -> str | None:

@@ -135,17 +135,30 @@ def _unknown_refusal(config: Any) -> str | None:
     return f"onnxruntime-genai's model builder does not know {named}; take another engine"
 
 
+ROTARY: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("llama", "nemotron", "smollm3"), frozenset({"default", "dynamic", "llama3"})),
+    "hunyuan_v1_dense": frozenset({"default", "dynamic"}),
+}
+"""The kinds of rotary embeddings that its builder makes of a model type; of the others the plain kind alone."""
+ROTATED_IN_PART = ("nemotron", "phi", "phi3", "phimoe")
+"""Model types whose share of rotated channels transformers takes from the configuration; the builder does so for all."""
+
+
 def _rotary_refusal(model: Candidate) -> str | None:
     """Rotary embeddings that its builder computes otherwise, leaves out without a word, or has no place for."""
     kind, width = model.facts.model_type, head_width(model.config)
-    scaled, rotated = rotary_kinds(model.config) & {"linear", "yarn", "longrope"}, rotated_channels(model.config)
+    scaled, rotated = rotary_kinds(model.config) - ROTARY.get(kind, {"default"}), rotated_channels(model.config)
     reason = ""
     if scaled:
         reason = f"cannot take this {kind}'s rotary embeddings ({min(scaled)})"
+    elif kind == "hunyuan_v1_dense" and "dynamic" in rotary_kinds(model.config) and not model.config.rope_parameters.get("alpha"):
+        reason = f"wants the alpha of a {kind}'s rotary embeddings (dynamic), and this one has none"
     elif rotates_by_layer(model.config):
         reason = f"takes one kind of rotary embeddings for all layers, and {kind} has several"
     elif kind == "phi3" and model.config.max_position_embeddings != model.config.original_max_position_embeddings:
         reason = "takes a phi3 for one with longrope where its two context lengths differ, and this one has none"
+    elif rotated != width and kind not in ROTATED_IN_PART:
+        reason = f"rotates {rotated} of {width} channels as config.json says, and transformers all channels of a {kind}"
     elif rotated and rotated != width and rotated % ROTATED_MULTIPLE:
         reason = f"wants a multiple of {ROTATED_MULTIPLE} rotary channels in each head, these have {rotated} of {width}"
     return f"onnxruntime-genai's model builder {reason}; take another engine" if reason else None
