@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from featherweight.store.artifact import content_digest
+from featherweight.system.syntax import syntax_of
 
 OURS = frozenset({"featherweight", "tasks"})
 INERT = frozenset(
@@ -116,7 +117,7 @@ def read_module(name: str) -> Module | None:
     if path is None:
         return None
     module = Module(name, path.name == "__init__.py")
-    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+    for statement in syntax_of(path.read_text(encoding="utf-8")).body:
         _enter(module, statement)
     return module
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from featherweight.model.positions import head_width
 from featherweight.system.machine import describe
+from featherweight.system.syntax import syntax_of
 from featherweight.system.toolchains import holds_text, text_of
 
 ATTENTION, REGISTRY = "vllm/v1/attention/backends/cpu_attn.py", "vllm/model_executor/models/registry.py"
@@ -63,7 +64,7 @@ def _scan_refusal(config: Any) -> str | None:
 @cache
 def widths() -> tuple[int, ...]:
     """Of the heads that its attention has kernels for, ascending; none where nobody says."""
-    functions = (node for node in ast.walk(ast.parse(text_of("vllm", ATTENTION))) if isinstance(node, ast.FunctionDef))
+    functions = (node for node in ast.walk(syntax_of(text_of("vllm", ATTENTION))) if isinstance(node, ast.FunctionDef))
     asked = (function for function in functions if function.name == "get_supported_head_sizes")
     said = (one.value for function in asked for one in function.body if isinstance(one, ast.Return))
     return tuple(sorted({width for value in said if isinstance(value, ast.List) for width in ast.literal_eval(value)}))
@@ -72,7 +73,7 @@ def widths() -> tuple[int, ...]:
 @cache
 def modules_by_architecture() -> dict[str, str]:
     """Which of its modules serves an architecture; none where its toolchain is not installed."""
-    tables = (node for node in ast.parse(text_of("vllm", REGISTRY)).body if isinstance(node, ast.Assign | ast.AnnAssign))
+    tables = (node for node in syntax_of(text_of("vllm", REGISTRY)).body if isinstance(node, ast.Assign | ast.AnnAssign))
     return dict(pair for node in tables if _name(node) in TABLES for pair in _entries(node.value))
 
 
