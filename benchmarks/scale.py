@@ -3,8 +3,11 @@
 CPU seconds of a command and all that it starts, its server too, so that what else the machine does counts little; wall seconds
 beside them. A made Llama of 0.4 million weights, each variant pruned by another share and served by CTranslate2: stages as small as
 they get, so that what is left is what a variant costs whatever it is of. `python -m benchmarks.scale variants 4 16`, `workers 1 2`,
-`models FOLDER TEXT`, `registry 100 1000` run a part alone, `paper` reckons 70 billion weights; as a benchmark it runs all that
-needs no folder.
+`models FOLDER TEXT`, `registry 100 1000`, `ray 16 600` run a part alone, `paper` reckons 70 billion weights; as a benchmark it runs
+all that needs no folder and no quiet machine.
+
+`ray VARIANTS STEPS` compares two nodes of Ray, here of one processor each, with one after the other on one thread: variants that
+are finetuned for so many steps, since a measurement has its machine, which is one here, to itself.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from featherweight.store.artifact import content_digest
 
 COMMAND = [sys.executable, "-m", "flows.cli"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +58,8 @@ WORKLOAD = {
     "window_tokens": 64,
     "threads": [1],
 }
+ALWAYS_THE_SAME = ("train", "prune", "finetune", "export")
+"""Stages whose files hold no measured time."""
 Tree = dict[str, Any]
 
 
@@ -81,11 +90,11 @@ def recipe(variants: int, checkpoint: Tree, text: str = "python-stdlib") -> Tree
     }
 
 
-def run(tree: Tree, folder: Path, side_by_side: int = 1) -> Tree:
-    """One run of a recipe: seconds of the wall and of processors, and how its stages ended."""
+def run(tree: Tree, folder: Path, side_by_side: int = 1, **told: str) -> Tree:
+    """One run of a recipe: seconds of the wall and of processors, and how its stages ended. told: in the environment."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
-    environment = {**os.environ, "FEATHERWEIGHT_SIDE_BY_SIDE": str(side_by_side)}
+    environment = {**os.environ, "FEATHERWEIGHT_SIDE_BY_SIDE": str(side_by_side), **told}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     command = [
         *COMMAND,
@@ -115,6 +124,9 @@ def run(tree: Tree, folder: Path, side_by_side: int = 1) -> Tree:
         "nodes": len(told["nodes"]),
         "computed": len(computed),
         "workspace_mb": round(size / 1e6, 1),
+        "measuring_s": round(sum(node["seconds"] for node in computed if node["stage"] == "evaluate"), 1),
+        "other_stages_s": round(sum(node["seconds"] for node in computed if node["stage"] != "evaluate"), 1),
+        "made": content_digest([[node["id"], node["digest"]] for node in computed if node["stage"] in ALWAYS_THE_SAME]),
     }
 
 
@@ -138,6 +150,39 @@ def workers(counts: list[int], of: int = 4) -> Tree:
         with tempfile.TemporaryDirectory() as folder:
             found[str(count)] = run(recipe(of, {"train": MADE}), Path(folder), count)
     return found
+
+
+def ray(count: int, steps: int, rounds: int = 2) -> Tree:
+    """So many variants one after the other and on two nodes of Ray, each with one thread, in turns."""
+    finetune = {"steps": steps, "batch": 8, "sequence": 128}
+    tree = recipe(count, {"train": MADE})
+    tree["stages"]["prune"] = {name: {**spec, "finetune": finetune} for name, spec in tree["stages"]["prune"].items()}
+    found: dict[str, list[Tree]] = {"local": [], "two_nodes": []}
+    with _two_nodes() as address:
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                found["local"].append(run(tree, Path(folder), OMP_NUM_THREADS="1"))
+            with tempfile.TemporaryDirectory() as folder:
+                here = {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": address}
+                found["two_nodes"].append(run(tree | {"engine": "ray"}, Path(folder), **here))
+    local, nodes = (min(one["wall_s"] for one in found[name]) for name in ("local", "two_nodes"))
+    same = len({one["made"] for runs in found.values() for one in runs}) == 1
+    return {**found, "ratio_of_the_best": round(nodes / local, 3), "same_digests": same}
+
+
+@contextmanager
+def _two_nodes() -> Iterator[str]:
+    """The address of two raylets of one processor each; who asks hangs on a third, which has none."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    nodes = Cluster()
+    try:
+        for processors in (0, 1, 1):
+            nodes.add_node(num_cpus=processors, include_dashboard=False)
+        yield nodes.address
+    finally:
+        nodes.shutdown()
 
 
 def models(folder: Path, text: str) -> Tree:
@@ -272,6 +317,8 @@ if __name__ == "__main__":
     parts = {"variants": variants, "workers": workers, "registry": registry}
     if part == "paper":
         found = paper()
+    elif part == "ray":
+        found = ray(*map(int, words))
     else:
         found = models(Path(words[0]), words[1]) if part == "models" else parts[part]([int(word) for word in words])
     print(json.dumps(found, indent=1))

@@ -20,6 +20,7 @@ from typing import Any
 
 from featherweight.errors import ServiceError, StageError, ToolchainError, Unreachable
 from featherweight.recipe.plan import Node
+from featherweight.runtimes.kept_worker import keep_workers
 from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace, local_path
@@ -163,7 +164,8 @@ def _describe(token: Path | None) -> dict[str, str]:
 
 
 def _run_there(stage: Stage, node: Node, inputs: Mapping[str, Mapping[str, Any]], parent: ParentRun, key: str) -> dict[str, Any]:
-    """What a process of the cluster does for a stage; several nodes of a cluster may be one machine."""
+    """What a process of the cluster, which runs many, does for a stage; several nodes of a cluster may be one machine."""
+    keep_workers()
     Workspace.at(parent.workspace.root)
     with locked_file(Path(tempfile.gettempdir()) / f"featherweight-{os.getuid()}.lock", shared=not node.engines):
         return run_stage(stage, node, inputs, parent, key)

@@ -1,8 +1,9 @@
 """A worker that outlives the stage that opened it: the baseline's, beside which every variant of a run is measured.
 
 Starting one costs seconds of imports, which tell nothing new: what a fresh process shows (load time, peak memory, quality) is
-known from the first. Whoever runs the stages says how long one may live (`kept_workers`); where nobody does, as in a stage that
-was sent to another process, it ends with the stage. Between two stages it waits for its next call and computes nothing.
+known from the first. Whoever runs the stages says how long one may live (`kept_workers`, `keep_workers`); where nobody does, as
+in a stage that was sent to a process of its own, it ends with the stage. Between two stages it waits for its next call and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ def kept_workers() -> Iterator[None]:
     finally:
         _kept.reset(token)
         kept.take(None)
+
+
+def keep_workers() -> None:
+    """The same until this process ends, at the end of whose input a worker ends too: for one that runs stages for others."""
+    if _kept.get() is None:
+        _kept.set(Kept())
 
 
 @contextmanager

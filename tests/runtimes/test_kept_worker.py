@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextvars import copy_context
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 
 from featherweight.progress import Progress
 from featherweight.runtimes import kept_worker as module
-from featherweight.runtimes.kept_worker import kept_cpu_s, kept_worker, kept_workers
+from featherweight.runtimes.kept_worker import keep_workers, kept_cpu_s, kept_worker, kept_workers
 from featherweight.store.served_folder import Serving
 
 pytestmark = pytest.mark.engine
@@ -46,6 +47,20 @@ def test_it_is_lent_to_who_asks_for_the_same_until_the_run_ends(served: Path) ->
         assert other != first and not psutil.pid_exists(first), "a process for other lengths, and one at a time"
         raise KeyboardInterrupt
     assert not psutil.pid_exists(other) and kept_cpu_s() == 0
+
+
+def test_who_runs_stages_for_others_keeps_it_from_stage_to_stage(served: Path) -> None:
+    def two_stages() -> int:
+        keep_workers()
+        first = use(served)
+        keep_workers()
+        assert use(served) == first
+        kept = module._kept.get()
+        assert kept and kept.worker
+        kept.worker.close()
+        return first
+
+    assert not psutil.pid_exists(copy_context().run(two_stages))
 
 
 def test_one_that_died_or_failed_is_started_anew_and_so_is_one_whose_start_is_measured(served: Path) -> None:
