@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from contextvars import ContextVar
+from gc import freeze
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, RecipeError, StageError, one_line
+from featherweight.errors import FeatherweightError, GateError, RecipeError, StageError, one_line
 from featherweight.masking import masked
 from featherweight.system import mlflow_import
 from featherweight.visible import in_lines, visible
 from flows.progress_view import view_for
-from flows.terminal import console, spare_surrogates
+from flows.terminal import at_once, console, spare_surrogates
 
 EXIT_CODES = """Exit codes: 0 done · 1 unexpected failure · 2 recipe or command line · 3 checkpoint · 4 data · 5 stage or parity ·
 6 server, store or disk · 7 toolchain missing · 8 refused by a gate, or no variant keeps the constraints · 9 damaged artifact ·
 130 stopped by Ctrl-C (the same command resumes)"""
 
-READERS = ("audit", "compare", "history", "impact", "lineage", "variants")
+READERS = ("audit", "compare", "history", "impact", "lineage", "plan", "variants")
 """Commands that ask MLflow's client, and nothing else of MLflow."""
 
 app = typer.Typer(
@@ -73,6 +76,7 @@ def init(
     workspace: WorkspaceOpt = HERE,
 ) -> None:
     """Write a recipe with its reasons as comments: asks six questions, or none where the checkpoint is given."""
+    at_once(f"looking at {checkpoint or 'this machine'}")
     from flows.composed import Wanted
     from flows.init import answers, asker, next_step, write_recipe
 
@@ -100,6 +104,7 @@ def optimize(
     Stop it at any moment; the same command resumes and recomputes no finished stage. Given a checkpoint, it composes the recipe
     from what `advise` says, writes it to the workspace, and runs it.
     """
+    at_once(f"reading {recipe}")
     from flows.composed import Wanted, written
     from flows.launch import launch
     from tasks.summary import require_winner
@@ -146,6 +151,7 @@ def plan(
 
     Given a checkpoint, it is the plan of the recipe that `optimize` would compose.
     """
+    at_once(f"reading {recipe}")
     from flows.composed import Wanted, recipe_for
     from flows.plan_view import plan_tree
     from tasks.forecast import forecast
@@ -177,6 +183,7 @@ def advise(
     as_json: JsonOpt = False,
 ) -> None:
     """Say which engine and which grid suit a checkpoint, a machine and a workload, with what is to be expected. Runs nothing."""
+    at_once(f"looking at {checkpoint}")
     from featherweight.recipe.advice.expected import Asked
     from flows.advise import Described, advice_on, advice_view
 
@@ -200,7 +207,7 @@ def variants(
     from featherweight.report.tables import markdown_table, terminal_table
     from tasks.summary import past_result
 
-    result = past_result(_workspace(workspace), run)
+    result = past_result(_workspace(workspace, "finished optimization"), run)
     if as_json:
         _print_json(result.to_dict())
     elif markdown:
@@ -227,7 +234,7 @@ def lineage(
     from flows.audit import audit
     from flows.standards import write_standards
 
-    found = audit(_workspace(workspace), model, verify, page)
+    found = audit(_registered_in(workspace, model), model, verify, page)
     for line in write_standards(found.lineage, bom, card, openlineage, licence):
         typer.echo(visible(line), err=True)
     _tell(found, as_json)
@@ -244,7 +251,7 @@ def compare(
     """Show two registered versions side by side: verified figures, quality window by window, recipes, lineages."""
     from flows.comparing import compared
 
-    _tell(compared(_workspace(workspace), a, b), as_json)
+    _tell(compared(_registered_in(workspace, a), a, b), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
@@ -259,7 +266,7 @@ def reproduce(
     from flows.reproduce import reproduce as again
 
     place = into or Path("reproduced") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
-    found = again(_workspace(workspace), model, place, view_for(quiet))
+    found = again(_registered_in(workspace, model), model, place, view_for(quiet))
     _tell(found, as_json)
     found.raise_if_wrong()
 
@@ -283,7 +290,7 @@ def remeasure(
     from flows.remeasure import rebuilt
     from flows.remeasure import remeasure as again
 
-    place = _workspace(workspace)
+    place = _registered_in(workspace, model)
     found = again(place, model, text)
     if rebuild and found.rebuild_may_win:
         from flows.launch import launch
@@ -317,7 +324,7 @@ def history(
     """Show who moved which version where, when and why, with the gates that judged, and what came second."""
     from flows.history import history_of
 
-    _tell(history_of(_workspace(workspace), model, repair), as_json)
+    _tell(history_of(_registered_in(workspace, model), model, repair), as_json)
 
 
 @app.command(name="audit", epilog=EXIT_CODES, rich_help_panel=LOOK)
@@ -362,7 +369,7 @@ def promote(
     """Move a version to a stage, if the gate against the present champion lets it pass."""
     from flows.by_hand import promote_by_hand
 
-    _tell(promote_by_hand(_workspace(workspace), model, to, why, force, smoke), as_json)
+    _tell(promote_by_hand(_registered_in(workspace, model), model, to, why, force, smoke), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=DECIDE)
@@ -377,7 +384,7 @@ def approve(
     """Approve a version that waits in staging (promote.approval: required): it is promoted through its other gates."""
     from flows.by_hand import approve_by_hand
 
-    _tell(approve_by_hand(_workspace(workspace), model, why, refuse, smoke), as_json)
+    _tell(approve_by_hand(_registered_in(workspace, model), model, why, refuse, smoke), as_json)
 
 
 @app.command(rich_help_panel=DECIDE)
@@ -387,7 +394,7 @@ def rollback(
     """Make the previous champion the champion again."""
     from flows.by_hand import roll_back_by_hand
 
-    _tell(roll_back_by_hand(_workspace(workspace), model, why), as_json)
+    _tell(roll_back_by_hand(_registered_in(workspace, model), model, why), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -406,7 +413,7 @@ def serve(
     """
     from flows.serve import serve as serve_version
 
-    serve_version(_workspace(workspace), model, host, port, every, as_json)
+    serve_version(_registered_in(workspace, model), model, host, port, every, as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -450,6 +457,7 @@ def watch(
     quiet: QuietOpt = False,
 ) -> None:
     """Optimize every complete new checkpoint at SOURCE, once each by its content, however many watch and whoever is killed."""
+    at_once(f"looking at {source or workspace}")
     from flows.watch_schedule import arrivals_status, look_once, parameters_of, serve_watch
     from tasks.claims import Patience
 
@@ -484,7 +492,7 @@ def deploy(
     from flows.deploy import deploy as write
 
     place = out or Path("deployed") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
-    _tell(write(_workspace(workspace), model, to, place, image, storage), as_json)
+    _tell(write(_registered_in(workspace, model), model, to, place, image, storage), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -516,6 +524,7 @@ def doctor(
     install: Annotated[str, typer.Option(metavar="NAME", help="Install this toolchain, and look at nothing.")] = "",
 ) -> None:
     """Say what this machine has, which toolchains are ready, what is missing and how to get it."""
+    at_once("looking at this machine" if not install else f"installing {install}")
     from featherweight.runtimes.doctor import diagnose, install_toolchain, render
 
     if install:
@@ -568,6 +577,7 @@ def _options(
 def main() -> None:
     """The program: a command line that has its process to itself."""
     spare_surrogates()
+    atexit.register(freeze)  # else the interpreter takes most of a second to look through all that is about to go
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in READERS:
         mlflow_import.for_reading()
     run()
@@ -601,13 +611,25 @@ def _json_of_failure(line: str, code: object) -> None:
         _print_json({"error": line, "exit_code": code})
 
 
-def _workspace(root: Path) -> Any:
-    """The workspace in `root`, its environment configured before MLflow or Prefect is imported."""
+def _workspace(root: Path, sought: str = "") -> Any:
+    """The workspace in `root`, its environment configured before MLflow or Prefect is imported.
+
+    Raises GateError where something is sought in a folder that nothing was optimized in: a look makes no workspace.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if sought and not server and not (root / "mlflow.db").exists():
+        raise GateError(f"no {sought} in {root}, where nothing was optimized yet; run `featherweight optimize RECIPE` first")
+    at_once(f"asking {masked(server)}" if server else f"reading {root}")
     from featherweight.store.workspace import Workspace
     from featherweight.system.environment import configure
 
     configure(root)
     return Workspace.at(root)
+
+
+def _registered_in(root: Path, model: str) -> Any:
+    """The workspace in `root` that a registered model is looked for in. Raises GateError as `_workspace`."""
+    return _workspace(root, f"registered model '{re.split('[/@]', model.removeprefix('models:/'))[0]}'")
 
 
 def _place_report(source: Path | None, wanted: Path) -> str:

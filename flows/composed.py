@@ -8,18 +8,20 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featherweight.errors import DataError, RecipeError
-from featherweight.recipe.advice.composing import Composed, compose
-from featherweight.recipe.advice.expected import Asked
-from featherweight.recipe.advice.hardware import with_cards
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.spec import seconds_of
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import describe
 from featherweight.text.sources import STDLIB
-from flows.advise import Described, advice_on
+
+if TYPE_CHECKING:
+    from featherweight.recipe.advice.composing import Composed
+    from featherweight.recipe.advice.expected import Asked
+    from flows.advise import Described
 
 RECIPES = (".yaml", ".yml")
 FILE = "recipe.yaml"
@@ -51,6 +53,8 @@ def text_named(text: str | None) -> str | None:
 
 def use_of(text: str) -> Asked:
     """'one', 'users:16' or 'batch:8' as a workload. Raises RecipeError."""
+    from featherweight.recipe.advice.expected import Asked
+
     found = re.fullmatch(r"one|(users|batch):([1-9]\d{0,4})", text.strip())
     if found is None:
         raise RecipeError(f"--for {text}: give one, users:N or batch:N, such as users:16")
@@ -59,6 +63,9 @@ def use_of(text: str) -> Asked:
 
 def machine_named(text: str) -> Described:
     """'this', 'cpu', or GPUs such as 'L4' and '2xH100', which count as those of another machine. Raises RecipeError."""
+    from featherweight.recipe.advice.hardware import with_cards
+    from flows.advise import Described
+
     if text in ("this", CPU):
         return Described(device="auto" if text == "this" else CPU)
     with_cards(describe(), text)
@@ -72,6 +79,9 @@ def is_recipe(argument: str) -> bool:
 
 def composed(argument: str, wanted: Wanted, workspace: Path) -> Composed:
     """The recipe for a checkpoint. Raises CheckpointError, DataError, RecipeError."""
+    from featherweight.recipe.advice.composing import compose
+    from flows.advise import advice_on
+
     text = text_named(wanted.text)
     advice = advice_on(argument, machine_named(wanted.machine), use_of(wanted.use), wanted.max_loss, None, workspace)
     return compose(advice, seconds_of(wanted.budget), text)

@@ -19,6 +19,15 @@ def spare_surrogates() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def at_once(line: str) -> None:
+    """Say on a terminal what is being done, before the libraries for it are imported.
+
+    Not where no one looks on: there a refusal is the one line on standard error.
+    """
+    if sys.stderr.isatty() and not {"--json", "--quiet", "-q"} & set(sys.argv):
+        print(visible(line), file=sys.stderr, flush=True)
+
+
 def console(*, stderr: bool = False, width: int | None = None) -> Console:
     """A rich console to whose cells and lines a control character is a text."""
     from rich.console import Console

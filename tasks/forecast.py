@@ -80,7 +80,8 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     plan, size = expand(recipe, facts=facts), facts.size(recipe)
     require_room(size, root)
     cached, warnings = _cached(plan, root) if (root / "prefect").exists() else ({}, ())
-    measured = _measured(recipe, plan, root) if (root / "mlflow.db").exists() else {}
+    due = any(id not in cached and not stage_named(node.stage).acts for id, node in plan.nodes.items())
+    measured = _measured(recipe, plan, root) if due and (root / "mlflow.db").exists() else {}
     students = {name: known.size for name, known in facts.by_source.items()}
     costs = estimate(plan, measured, set(cached), size, students=students)
     memory = fit.needs(plan, size, students) if size.parameters else {}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError, Unreachable
@@ -11,6 +15,7 @@ from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, content_digest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.workspace import Workspace
+from featherweight.system.environment import QUIET
 from tasks.claim_runs import require_own_run
 from tasks.nested_run import execute
 from tasks.outcome import Outcome
@@ -24,6 +29,8 @@ Body = Callable[..., dict[str, Any]]
 """What a stage's Prefect task does: `run_stage`, here or on another machine."""
 WAITS_S = (2, 10, 30, 60, 90, 120)
 """The waits before each further try of a stage: five minutes in all, which a server takes that is started anew."""
+SETTINGS = {Path("prefect.toml"): b"", Path("pyproject.toml"): b"tool.prefect", Path(".env"): b"PREFECT_"}
+"""Where Prefect looks for settings, beside its home and the environment, and what stands there where it finds any."""
 
 
 def run_node(stage: Stage, node: Node, inputs: Mapping[str, Outcome], parent: ParentRun, body: Body | None = None) -> Outcome:
@@ -92,13 +99,25 @@ def _slot(key: str, workspace: Workspace) -> str:
 
 def cached_ref(key: str, workspace: Workspace) -> ArtifactRef | None:
     """The reference that Prefect's result store holds under a key."""
-    from prefect.results import ResultStore
-
     try:
+        folder = None if "prefect" in sys.modules else _results_of_prefect()
+        if folder is not None:
+            record = json.loads((folder / _slot(key, workspace)).read_bytes())
+            return ArtifactRef.model_validate_json(record["result"])
+        from prefect.results import ResultStore
+
         store = ResultStore(result_storage=_result_storage())
         return ArtifactRef.model_validate(store.read(_slot(key, workspace)).result)
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return None
+
+
+def _results_of_prefect() -> Path | None:
+    """The folder where Prefect keeps results, known without importing it; None where it is told anything that may change that."""
+    home = Path(os.environ.get("PREFECT_HOME", ""))
+    told = {name for name in os.environ if name.startswith("PREFECT_")} - {*QUIET, "PREFECT_HOME"}
+    spoken = any(file.is_file() and word in file.read_bytes() for file, word in {home / "profiles.toml": b"", **SETTINGS}.items())
+    return None if told or spoken or not home.name else home / "storage"
 
 
 def _result_storage() -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.pruning.catalog import PRUNERS
@@ -25,6 +24,8 @@ from featherweight.runtimes.catalog import BASELINE, RUNTIMES
 from featherweight.runtimes.probes import NEW_TOKENS, SHORT_TOKENS, SHORT_WINDOWS
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import ModelSize, Spec
+from featherweight.system.kept import keep, kept
+from featherweight.system.machine import boot_id, hardware_fingerprint
 
 # Seconds that a stage takes beside its arithmetic: imports, conversion, starting engines (seen on two AVX2 cores).
 FIXED_S = {
@@ -50,6 +51,7 @@ REACHED = 0.35
 """The share of a large matrix product's speed that a model's forward and backward reach."""
 UNPACK_S = 2.5e-7
 """Seconds for each weight of a GGUF file or another quantized checkpoint (seen on SmolLM2-135M)."""
+SPEEDS = "speeds-of-this-machine"
 COMPARED_TOKENS = 16 * 128
 """Tokens on which what a stage made is compared with what it was given."""
 
@@ -85,9 +87,18 @@ class Work:
         return arithmetic + self.files / FILES_BYTES_S + self.waiting
 
 
-@cache
 def machine_speeds() -> Speeds:
-    """Of this machine when it has nothing else to do, in a third of a second: the best of many short passes of one core.
+    """Of this machine when it has nothing else to do: what this user's processes found since it started, else measured now."""
+    state = [hardware_fingerprint(), boot_id()]
+    known = kept(SPEEDS, state)
+    if known is None:
+        known = asdict(_measured_speeds())
+        keep(SPEEDS, state, known)
+    return Speeds(**known)
+
+
+def _measured_speeds() -> Speeds:
+    """In a third of a second, the best of many short passes of one core.
 
     In the thread's own time, in which what another process takes away does not count.
     """

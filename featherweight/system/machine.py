@@ -76,6 +76,12 @@ def hardware_fingerprint() -> str:
     return describe().fingerprint
 
 
+def boot_id() -> str:
+    """Another one each time that the machine starts; empty where the system tells none."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else ""
+
+
 @lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
     """The relevant features of this CPU, by their Linux names; empty where the system does not tell."""

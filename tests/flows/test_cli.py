@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -120,10 +121,27 @@ def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "run `featherweight optimize" in refused(call("variants", cwd=tmp_path), 8)
-    assert "no registered model 'ghost'" in refused(command_here("lineage", "ghost", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(command_here("lineage", "models:/ghost@champion", cwd=tmp_path), 8)
     assert "no registered model 'ghost'" in refused(command_here("promote", "ghost/1", cwd=tmp_path), 8)
     assert "no registered model 'ghost'" in refused(command_here("rollback", "ghost", cwd=tmp_path), 8)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".featherweight").mkdir()
+    (tmp_path / ".featherweight" / "mlflow.db").write_bytes(empty_store())
+    assert "no registered model 'ghost'" in refused(command_here("lineage", "ghost", cwd=tmp_path), 8)
+    assert "no registered model 'ghost'" in refused(command_here("promote", "ghost/1", cwd=tmp_path), 8)
     assert "unknown stage 'moon'" in refused(command_here("promote", "ghost/1", "--to", "moon", cwd=tmp_path), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "lines"), [((), ["reading absent.yaml"]), (("--json",), [])])
+def test_a_terminal_is_told_at_once_what_is_being_done(tmp_path: Path, flags: tuple[str, ...], lines: list[str]) -> None:
+    ours, theirs = pty.openpty()
+    command = [str(Path(sys.executable).with_name("featherweight")), "plan", "absent.yaml", *flags]
+    assert subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs, timeout=600).returncode == 2
+    told = os.read(ours, 10_000).decode().splitlines()
+    assert told[:-1] == lines and told[-1].startswith("featherweight: cannot read recipe absent.yaml")
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.slow

@@ -219,6 +219,27 @@ def test_plan_knows_what_is_cached(done: Path) -> None:
     assert [node["id"] for node in shown["nodes"]][-3:] == ["decide", "register", "promote"]
 
 
+LIGHT_PLAN = """
+import sys
+from flows import cli
+sys.argv = ["featherweight", "plan", sys.argv[1], "--json"]
+try:
+    cli.main()
+finally:
+    print(*{"mlflow", "numpy", "prefect", "torch"} & sys.modules.keys(), file=sys.stderr)
+"""
+
+
+def test_what_is_cached_is_known_without_prefect_and_mlflow(done: Path) -> None:
+    """Prefect's results are read as Prefect itself reads them, here in the test's process."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
+    command = [sys.executable, "-c", LIGHT_PLAN, str(RECIPE)]
+    seen = subprocess.run(command, cwd=done, env=environment, capture_output=True, text=True, timeout=300)
+    theirs = json.loads(command_here("plan", str(RECIPE), "--json", cwd=done).stdout)
+    assert (seen.returncode, seen.stderr.strip()) == (0, "")
+    assert [node["basis"] for node in json.loads(seen.stdout)["nodes"]] == [node["basis"] for node in theirs["nodes"]]
+
+
 def test_mlflow_holds_the_runs_the_variants_and_the_report(done: Path, result: dict) -> None:
     client = Workspace.at(done / ".featherweight").client()
     run = client.get_run(result["runs"]["mlflow"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,7 +230,9 @@ def test_a_baseline_too_large_for_float32_is_served_as_the_checkpoint_is_stored(
     assert any("the baseline is served in bfloat16" in line for line in warned) == (served == "bfloat16")
 
 
-def test_speeds_are_those_of_some_machine() -> None:
+def test_speeds_are_those_of_some_machine_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = machine_speeds()
+    assert machine_speeds() == found
     assert 1e9 < found.flops < 1e15
     assert 1e8 < found.bandwidth < 1e13
