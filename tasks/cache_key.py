@@ -12,6 +12,7 @@ from featherweight.recipe.plan import Node
 from featherweight.store.artifact import content_digest
 from featherweight.system import toolchains
 from featherweight.system.kept import keep, kept
+from featherweight.system.toolchains import ALL_PACKAGES
 from tasks.code_slice import OURS, slice_of, state_of_files
 
 DIGESTS = "digests-of-code"
@@ -58,10 +59,20 @@ def made_by(function: Callable[..., Any], node: Node) -> dict[str, Any]:
 
 def _part(reference: str) -> list[Any]:
     """The code of a part, the versions of its libraries, what its toolchains hold."""
-    part = _load(reference)
-    names = {name for kind in ("toolchain", "writes_with") if (name := getattr(part, kind, None))}
-    installed = [name for toolchain in sorted(names) for name in toolchains.distributions(toolchain)]
+    installed = [name for toolchain in _toolchains(_load(reference)) for name in toolchains.distributions(toolchain)]
     return [code_digest(reference), library_versions(_libraries(reference)), installed]
+
+
+def toolchain_versions(node: Node) -> dict[str, str]:
+    """What the toolchains of a node's engines hold: versions by 'TOOLCHAIN/DISTRIBUTION', and digits for all packages of each."""
+    parts = [_load(reference) for reference in node.parts]
+    asked = [(name, one) for part in parts for name in _toolchains(part) for one in (*part.toolchain_libraries, ALL_PACKAGES)]
+    found = {f"{name}/{library}": toolchains.version_of(name, library) for name, library in asked}
+    return {name: version for name, version in found.items() if version != "absent"}
+
+
+def _toolchains(part: Any) -> list[str]:
+    return sorted({name for kind in ("toolchain", "writes_with") if (name := getattr(part, kind, None))})
 
 
 def libraries_of(node: Node) -> tuple[str, ...]:

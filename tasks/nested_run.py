@@ -24,7 +24,7 @@ from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, 
 from featherweight.system.device import CUDA, place_in_use, using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from featherweight.training.launch import run_in_processes
-from tasks.cache_key import hardware, libraries_of, library_versions
+from tasks.cache_key import hardware, libraries_of, library_versions, toolchain_versions
 from tasks.live_progress import LiveProgress
 from tasks.openlineage import told_to_openlineage
 from tasks.parent_run import ParentRun, ambient
@@ -120,7 +120,7 @@ def _manifest(
         seed=node.seed,
         parents={name: ref.digest for name, ref in inputs.items()},
         metrics=metrics,
-        environment=library_versions((*stage.libraries, *libraries_of(node))),
+        environment=library_versions((*stage.libraries, *libraries_of(node))) | toolchain_versions(node),
         machine=_machine() | ({"device": node.device} if node.device else {}),
         started=started,
         finished=_now(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from featherweight.errors import IntegrityError, ToolchainError, one_line
 from featherweight.registry.lineage import Lineage, LineageGraph, LineageNode
+from featherweight.system.toolchains import ALL_PACKAGES
 
 SPEC = "1.6"
 APPROACH = {"type": "self-supervised"}
@@ -104,8 +105,8 @@ def _dataset(node: LineageNode) -> dict[str, Any]:
 
 def _libraries(graph: LineageGraph) -> Iterator[dict[str, Any]]:
     """Every library that shaped a stage's result, with its licence where the same version is installed here."""
-    found = sorted({(name, version) for node in graph.nodes for name, version in node.environment.items() if version != "absent"})
-    for name, version in found:
+    told = {(name.rpartition("/")[2], version) for node in graph.nodes for name, version in node.environment.items()}
+    for name, version in sorted((name, version) for name, version in told if version != "absent" and name != ALL_PACKAGES):
         purl = f"pkg:pypi/{name.lower().replace('_', '-')}@{version.replace('+', '%2B')}"
         component: dict[str, Any] = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
         licence = _installed_licence(name, version)

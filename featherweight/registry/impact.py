@@ -116,6 +116,6 @@ def _libraries(graph: LineageGraph, wanted: str) -> Iterator[str]:
     """The versions of a library that shaped its stage runs."""
     name, _, version = wanted.partition("==")
     for node in graph.nodes:
-        installed = node.environment.get(name)
-        if installed is not None and version in ("", installed):
-            yield f"{name} {installed}"
+        for library, installed in node.environment.items():
+            if name in (library, library.rpartition("/")[2]) and version in ("", installed):
+                yield f"{library} {installed}"

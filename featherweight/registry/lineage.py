@@ -25,6 +25,7 @@ from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import local_path
+from featherweight.system import toolchains
 from featherweight.system.shipped import in_checkout
 from featherweight.visible import in_lines
 
@@ -258,6 +259,9 @@ def otherwise(graph: LineageGraph) -> dict[str, str]:
 
 
 def _installed(name: str) -> str:
+    toolchain, _, library = name.rpartition("/")
+    if toolchain:
+        return toolchains.version_of(toolchain, library)
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

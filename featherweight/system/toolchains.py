@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from featherweight.system.shipped import environments, in_checkout, shipped
 ROOT = Path(__file__).resolve().parents[2]
 LOCATION = "FEATHERWEIGHT_TOOLCHAINS"
 REMEDY = "run `make setup`"
+ALL_PACKAGES = "all packages"
 ON_DEMAND = ("openvino", "optimum", "tvm")
 """Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
@@ -88,6 +91,15 @@ def join(name: str) -> None:
 def distributions(name: str) -> tuple[str, ...]:
     """Every distribution that a toolchain holds, as its folder `NAME-VERSION.dist-info`; none where it is not installed."""
     return tuple(sorted({path.name for folder in _packages(name) for path in folder.glob("*.dist-info")}))
+
+
+def version_of(name: str, library: str) -> str:
+    """Of a distribution that a toolchain holds, 'absent' where it does not; of ALL_PACKAGES digits that tell sets of them apart."""
+    held = distributions(name)
+    if library == ALL_PACKAGES:
+        return hashlib.sha256("\n".join(held).encode()).hexdigest()[:8] if held else "absent"
+    found = (folder.removesuffix(".dist-info").rpartition("-") for folder in held)
+    return next((version for known, _, version in found if re.sub("[-_.]+", "-", known).lower() == library), "absent")
 
 
 def text_of(name: str, file: str) -> str:

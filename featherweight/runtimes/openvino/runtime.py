@@ -53,6 +53,7 @@ class Openvino(Runtime[OpenvinoSpec]):
     loads_with = "featherweight.runtimes.openvino.loaded:OpenvinoModel"
     libraries = ("torch", "transformers")
     toolchain = "openvino"
+    toolchain_libraries = ("openvino", "openvino-genai", "torch", "transformers")
     writing_s = 30
     weight_s = 1e-7
 

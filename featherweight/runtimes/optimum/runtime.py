@@ -58,6 +58,7 @@ class Optimum(Runtime[OptimumSpec]):
     libraries = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "torch", "transformers")
     requirements = ("onnxruntime",)
     writes_with = "optimum"
+    toolchain_libraries = ("optimum", "optimum-onnx", "onnxruntime", "torch", "transformers")
     writing_s = 40
     weight_s = 1e-7
     devices = (CPU, CUDA)

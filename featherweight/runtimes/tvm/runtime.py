@@ -45,6 +45,7 @@ class Tvm(Runtime[TvmSpec]):
     libraries = ("torch", "transformers")
     requirements = ("torch",)
     toolchain = "tvm"
+    toolchain_libraries = ("apache-tvm",)
     writing_s = 40
     weight_s = 1e-7
 

