@@ -16,6 +16,7 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.spec import seconds_of
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import describe
+from featherweight.system.shipped import shipped
 from featherweight.text.sources import STDLIB
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ def is_recipe(argument: str) -> bool:
     return Path(argument).suffix in RECIPES
 
 
+def recipe_file(argument: str) -> Path:
+    """A recipe's path; one that Featherweight brings along goes by its name, such as recipes/demo.yaml, in any folder."""
+    path = Path(argument)
+    ours = shipped(argument)
+    return ours if path.parent == Path("recipes") and not path.exists() and ours.exists() else path
+
+
 def composed(argument: str, wanted: Wanted, workspace: Path) -> Composed:
     """The recipe for a checkpoint. Raises CheckpointError, DataError, RecipeError."""
     from featherweight.recipe.advice.composing import compose
@@ -90,7 +98,7 @@ def composed(argument: str, wanted: Wanted, workspace: Path) -> Composed:
 def written(argument: str, wanted: Wanted, workspace: Path, quiet: bool = False) -> Path:
     """The recipe's path; of a checkpoint, one that is written to the workspace, and the command that runs it again is told."""
     if is_recipe(argument):
-        return Path(argument)
+        return recipe_file(argument)
     made = composed(argument, wanted, workspace)
     path = made.write(workspace / FILE)
     if not quiet:
@@ -103,7 +111,7 @@ def written(argument: str, wanted: Wanted, workspace: Path, quiet: bool = False)
 def recipe_for(argument: str, overrides: tuple[str, ...], wanted: Wanted, workspace: Path, told: bool = True) -> Recipe:
     """The recipe itself, with its overrides; nothing is left behind."""
     if is_recipe(argument):
-        return load_recipe(Path(argument), overrides)
+        return load_recipe(recipe_file(argument), overrides)
     made = composed(argument, wanted, workspace)
     if told:
         _tell(made)

@@ -122,7 +122,7 @@ def vllm(deployment: Deployment, image: str, storage: str) -> Manifest:
         "metadata": {"name": name, "labels": metadata["labels"]},
         "spec": {"selector": selector, "ports": [port]},
     }
-    text = _dumped(deployment, workload) + "---\n" + yaml.safe_dump(service, sort_keys=False)
+    text = _dumped(deployment, workload) + "---\n" + yaml.dump(service, Dumper=_Plain, sort_keys=False)
     return Manifest("vllm.yaml", text, "kubectl apply --filename vllm.yaml")
 
 
@@ -203,4 +203,11 @@ def _name(deployment: Deployment) -> str:
 def _dumped(deployment: Deployment, tree: dict[str, Any]) -> str:
     head = f"# {deployment.reference}: {deployment.variant} on {deployment.engine}, {deployment.threads} threads as measured.\n"
     room = "# Memory is the measured peak and that of the server around it, with a quarter more.\n"
-    return head + room + yaml.safe_dump(tree, sort_keys=False, width=1000)
+    return head + room + yaml.dump(tree, Dumper=_Plain, sort_keys=False, width=1000)
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes what stands in two places twice: a reader need not know YAML's anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
