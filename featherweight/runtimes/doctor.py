@@ -107,7 +107,7 @@ def _engines(here: machine.Machine) -> Iterator[Check]:
     for name in RUNTIMES:
         runtime = RUNTIMES[name]
         if reason := runtime.unwritable():
-            yield Check(f"engine {name}", "missing", f"its variants fail: {reason}")
+            yield Check(f"engine {name}", "missing", f"its variants are skipped: {reason}")
         elif note := runtime.machine_note(here):
             yield Check(f"engine {name}", "warn", *note)
         elif reason := runtime.device_refusal(runtime.spec.model_validate({"engine": name}), where, here):

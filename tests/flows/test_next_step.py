@@ -33,7 +33,7 @@ def optimization(desk: Bench, status: str, **tags: str) -> None:
 def test_a_folder_without_a_recipe_and_one_with(tmp_path: Path) -> None:
     workspace = tmp_path / ".featherweight"
     (tmp_path / "other.yaml").write_text("name: x\nservices: {}\n")
-    assert commands(look(tmp_path, workspace)) == ["featherweight init"]
+    assert commands(look(tmp_path, workspace)) == ["featherweight init", "featherweight demo"]
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "a.yaml").write_text(RECIPE)
     assert commands(look(tmp_path, workspace))[0] == "featherweight plan recipes/a.yaml"
