@@ -17,16 +17,16 @@ from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.onnx import pack
+from featherweight.runtimes.onnx_genai import patches, stretches
 from featherweight.runtimes.onnx_genai.write import build_decoder
 from featherweight.runtimes.packing import Packable
+from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.store.served_folder import Serving
 from tasks.compile import compile
 from tests.conftest import _tokenizer
 from tests.support import serving_models as models
 from tests.support.serving_models import serving_spec
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def genai(precision: str = "float32") -> CompileSpec:
@@ -161,6 +161,18 @@ def test_the_graph_names_the_builders_version_and_no_repositorys_commit(checkpoi
     build_decoder(checkpoints["llama"], tmp_path)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert model.producer_version == version("onnxruntime-genai")
+
+
+def test_weights_that_are_written_a_stretch_at_a_time_are_those_of_the_builder(checkpoints, tmp_path, monkeypatch):
+    build_decoder(checkpoints["llama"], tmp_path / "builder")
+    monkeypatch.setattr(patches, "SMALL", 0)
+    monkeypatch.setattr(stretches, "BYTES", 1024)
+    for kind in (torch.float32, torch.bfloat16):
+        build_decoder(checkpoints["llama"], tmp_path / str(kind), model=load_reference(checkpoints["llama"]).to(kind))
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "torch.float32" / file).read_bytes() == (tmp_path / "builder" / file).read_bytes()
+    ours, theirs = (np.fromfile(tmp_path / kind / "model.onnx.data", np.float32) for kind in ("torch.bfloat16", "builder"))
+    assert np.allclose(ours, theirs, rtol=2**-8, atol=1e-2) and not np.array_equal(ours, theirs)
 
 
 @pytest.mark.engine

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from typing import TYPE_CHECKING, Any
+
+from featherweight.store.mapped import SMALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,16 +22,28 @@ OLMO_EPSILON = 1e-5
 def weights_of(model: PreTrainedModel | None) -> Iterator[None]:
     """It loads all weights once more, in the type that they are stored in, and adds Gemma's 1 to the norms in bfloat16.
 
-    It gets them of `model`, where one is given: in float32, or from their files.
+    It gets them of `model`, where one is given: in float32, or from their files, and writes them a stretch at a time.
     """
     base = sys.modules["builders.base"].Model
-    load = base.load_weights
+    load, initializer = base.load_weights, base.make_initializer
     if model is not None:
         base.load_weights = lambda *_: model
+        base.make_initializer = partialmethod(_make_initializer, initializer)
     try:
         yield
     finally:
-        base.load_weights = load
+        base.load_weights, base.make_initializer = load, initializer
+
+
+def _make_initializer(builder: Any, as_it_was: Callable[..., None], tensor: Any, name: str, **options: Any) -> None:
+    from torch import Tensor
+
+    as_it_was(builder, tensor, name, **options)
+    whole = builder.values[name].const_value
+    if isinstance(tensor, Tensor) and tensor.nbytes >= SMALL and whole.dtype == whole.dtype.FLOAT:
+        from featherweight.runtimes.onnx_genai.stretches import InStretches
+
+        builder.values[name].const_value = InStretches(tensor, name)
 
 
 def without_commit() -> None:
