@@ -136,6 +136,15 @@ def judged_batch(objective: str, metrics: Iterable[str]) -> int:
     return int(named) if kind == "speedup" else next(iter(measured_batches(metrics)), 1)
 
 
+def judged_speed(objective: str, metrics: Iterable[str]) -> tuple[Figure, str]:
+    """The speed beside the baseline that the objective is about, and the metric that holds the spread of the baseline's rounds."""
+    kind, _, named = objective.partition("@")
+    if kind == "ttft":
+        return prompt_speed(int(named)), f"noise_prompt_{named}"
+    batch_size = judged_batch(objective, metrics)
+    return speed(batch_size), f"noise_{batch_size}"
+
+
 def judged_threads(objective: str, metrics: Metrics) -> int:
     """The number of threads that was best at what the objective is judged at."""
     kind, _, named = objective.partition("@")
@@ -158,11 +167,8 @@ class Objective:
     @classmethod
     def of(cls, name: str, metrics: Metrics) -> Objective:
         """The objective of that name for a variant with these metrics."""
-        kind, _, named = name.partition("@")
-        batch_speed = speed(judged_batch(name, metrics))
-        if kind == "quality":
-            return cls(QUALITY, batch_speed)
-        return cls(SIZE if kind == "size" else prompt_speed(int(named)) if kind == "ttft" else batch_speed, QUALITY)
+        judged, _ = judged_speed(name, metrics)
+        return cls(QUALITY, judged) if name == "quality" else cls(SIZE if name == "size" else judged, QUALITY)
 
 
 @dataclass(frozen=True)

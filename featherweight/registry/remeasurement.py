@@ -9,14 +9,14 @@ from typing import Any
 from featherweight.errors import GateError
 from featherweight.measure import goals
 from featherweight.measure.figures import percent, with_interval
-from featherweight.measure.goals import BITS_PER_BYTE, CONSTRAINTS, PEAK_MEMORY, QUALITY, SIZE, Figure
+from featherweight.measure.goals import BITS_PER_BYTE, PEAK_MEMORY, QUALITY, SIZE, Figure, bounded
 from featherweight.measure.measurement import Comparison, Quality
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate, bootstrap_ratio
 from featherweight.visible import in_lines
 
-OF_THE_MACHINE = frozenset({"min_speedup", "max_p95_latency_s", "max_peak_memory_bytes"})
-"""Constraints that another machine breaks or keeps by itself."""
+ANYWHERE = frozenset({"max_quality_loss", "max_size_bytes", "max_changed_answers", "max_accuracy_loss", "max_reference_loss"})
+"""Constraints that no other machine breaks or keeps by itself, as it does those of time and of memory."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Then:
 
     def _speed(self, now: Comparison) -> Iterator[Drift]:
         """Slower beside the checkpoint than when registered, by more than the rounds of either measurement spread."""
-        batch = goals.judged_batch(self.objective, now.metrics())
-        figure = goals.speed(batch)
-        was, is_now = figure.read(self.comparison.metrics()), figure.read(now.metrics())
-        noise = max(side.baseline.speed(batch).noise for side in (self.comparison, now))
+        then, again = self.comparison.metrics(), now.metrics()
+        figure, noise_key = goals.judged_speed(self.objective, again)
+        was, is_now = figure.read(then), figure.read(again)
+        noise = max(then.get(noise_key, 0.0), again.get(noise_key, 0.0))
         if was and is_now and is_now.high < was.low * (1 - noise):
             yield Drift("speed", f"{figure.text(is_now)}, {with_interval(was, figure.show)} when registered")
 
@@ -84,10 +84,10 @@ class Then:
         """Constraints that are surely broken: not kept even by the good bound of the interval."""
         metrics = now.metrics()
         batch = goals.judged_batch(self.objective, metrics)
-        for name, bound in self.constraints.model_dump(exclude_none=True).items():
-            figure = CONSTRAINTS[name](batch)
+        for name, bound in self.constraints.bounds.items():
+            figure = bounded(name, batch)
             estimate = figure.read(metrics)
-            if estimate and (same_machine or name not in OF_THE_MACHINE) and not figure.keeps(figure.best(estimate), bound):
+            if estimate and (same_machine or name in ANYWHERE) and not figure.keeps(figure.best(estimate), bound):
                 yield Drift(name, f"{figure.text(estimate)}, {figure.show(bound)} allowed")
 
 
@@ -135,8 +135,8 @@ class Remeasurement:
         return in_lines([*lines, *([after] if after else [])])
 
     def _figures(self) -> Iterator[str]:
-        batches = goals.measured_batches(self.now)
-        for figure in (QUALITY, BITS_PER_BYTE, *map(goals.speed, batches), SIZE, PEAK_MEMORY):
+        speeds = [*map(goals.speed, goals.measured_batches(self.now)), *map(goals.prompt_speed, goals.timed_prompts(self.now))]
+        for figure in (QUALITY, BITS_PER_BYTE, *speeds, SIZE, PEAK_MEMORY):
             was, is_now = figure.read(self.then), figure.read(self.now)
             if was and is_now:
                 yield f"{figure.name + figure.at:<20}  then {_shown(figure, was)}, now {_shown(figure, is_now)}"

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from featherweight.errors import GateError
+from featherweight.measure.goals import CONSTRAINTS
 from featherweight.measure.measurement import Comparison, Quality
 from featherweight.measure.spec import ConstraintsSpec
-from featherweight.registry.remeasurement import Drift, Remeasurement, Then
+from featherweight.measure.speed import Speed
+from featherweight.registry.remeasurement import ANYWHERE, Drift, Remeasurement, Then
 from tests.support.comparisons import comparison, measurement
 
 NOISE = [0.3, -0.2, 0.1, -0.4, 0.2, 0.0, -0.1, 0.4, -0.3, 0.0]
@@ -71,6 +73,28 @@ def test_a_slower_engine_has_on_the_same_machine_alone() -> None:
     assert drifted(slow).keys() == {"speed"}
     assert drifted(slow, min_speedup=1.5).keys() == {"speed", "min_speedup"}
     assert drifted(replace(slow, machine="elsewhere"), min_speedup=1.5) == {}
+
+
+def test_a_later_first_token_has_on_the_same_machine_alone() -> None:
+    """By the objective, and by bounds of one length of prompts and of others, of the same machine too."""
+
+    def timed(first_s: float, machine: str = "here") -> Comparison:
+        theirs = replace(measurement(), lengths=(Speed(1, 1, 512, 16, (2.0,) * 3, (1.0,) * 3),))
+        ours = replace(registered().variant, lengths=(Speed(1, 1, 512, 16, (2.0,) * 3, (first_s,) * 3),))
+        return replace(registered(), baseline=theirs, variant=ours, machine=machine)
+
+    bounds = ConstraintsSpec(max_ttft_s={512: 0.5}, max_p99_latency_s=0.1, max_startup_s=0.1)
+    then = Then(timed(0.2), bounds, "ttft@512", fresh=False)
+    found = {one.what: one.reason for one in then.drifts(timed(0.8))}
+    assert found.keys() == {"speed", "max_ttft_s.512", "max_p99_latency_s", "max_startup_s"}
+    assert found["speed"].startswith("first token 1.25x") and "5.00x" in found["speed"]
+    assert then.drifts(timed(0.8, "elsewhere")) == ()
+
+
+def test_what_another_machine_may_break_is_decided_for_each_constraint() -> None:
+    units = {name: figure(1).show(1.0) for name, figure in CONSTRAINTS.items()}
+    times = {name for name, shown in units.items() if shown.endswith((" s", " ms", "x")) or name == "max_peak_memory_bytes"}
+    assert units.keys() - times == ANYWHERE
 
 
 def test_speed_within_the_spread_of_the_rounds_has_not() -> None:
