@@ -20,6 +20,7 @@ import uuid
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -394,8 +395,47 @@ def test_compose_holds_no_secret():
 
 
 def test_the_image_copies_what_exists():
-    copied = re.findall(r"^COPY (.+) \S+$", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
     assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def test_the_image_runs_as_a_user_without_rights_and_takes_from_stages_that_exist():
+    text = (INFRA / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    names = {name for _, name in stages}
+    assert {"worker", "vllm-worker"} <= names and set(re.findall(r"--from=(\S+)", text)) <= names
+    assert [base for base, _ in stages if base not in names] == ["python:3.11-slim-bookworm"]
+    user = re.findall(r"^USER (\d+):\d+$", text, re.MULTILINE)
+    assert user == ["10001"] and text.index("USER 10001") > text.rindex("\nRUN ")
+
+
+def filled(tree: Any, values: dict[str, Any]) -> Any:
+    """A template with its variables' values, as Prefect fills it."""
+    if isinstance(tree, dict):
+        return {name: filled(one, values) for name, one in tree.items()}
+    if isinstance(tree, list):
+        return [filled(one, values) for one in tree]
+    found = re.fullmatch(r"{{ (\w+) }}", tree) if isinstance(tree, str) else None
+    return (
+        values[found[1]]
+        if found
+        else re.sub(r"{{ (\w+) }}", lambda at: str(values[at[1]]), tree)
+        if isinstance(tree, str)
+        else tree
+    )
+
+
+def test_a_job_is_one_that_kubernetes_takes() -> None:
+    import kubernetes_validate
+
+    template = json.loads((INFRA / "kubernetes" / "job-template.json").read_text())
+    told = {name: one.get("default") for name, one in template["variables"]["properties"].items()}
+    told |= {"name": "x", "command": ["prefect", "flow-run", "execute"], "labels": {"a": "b"}, "env": [{"name": "A", "value": "b"}]}
+    manifest = filled(
+        template["job_configuration"]["job_manifest"], told | {"node_selector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}
+    )
+    kubernetes_validate.validate(manifest, "1.37", strict=True)
+    assert manifest["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
 
 
 def test_kubernetes_template_uses_the_variables_it_declares():
@@ -415,4 +455,8 @@ def test_compose_and_kubernetes_take_the_teams_files() -> None:
     vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
     schema = Draft202012Validator(json.loads(vendored.read_text()))
     assert not list(schema.iter_errors(yaml.safe_load((INFRA / "compose.yaml").read_text())))
-    kubernetes_validate.validate(yaml.safe_load((INFRA / "kubernetes" / "workspace.yaml").read_text()), "1.37", strict=True)
+    files = [INFRA / "kubernetes" / f"{name}.yaml" for name in ("workspace", "network-policy", "mlflow")]
+    manifests = [one for file in files for one in yaml.safe_load_all(file.read_text())]
+    assert len(manifests) == 5
+    for one in manifests:
+        kubernetes_validate.validate(one, "1.37", strict=True)
