@@ -66,7 +66,7 @@ def _run_all(
     waiting = dict(plan.nodes)
     while waiting or running:
         ready = [node for node in waiting.values() if all(origin in outcomes for origin in node.inputs.values())]
-        for node in ready:
+        for node in _in_turn(ready, [plan.nodes[id] for id, _ in running.values()]):
             wanted = room(node, places)
             if wanted > len(free):
                 break  # nothing overtakes a node that waits for more room
@@ -79,6 +79,15 @@ def _run_all(
             id, taken = running.pop(future)
             outcomes[id] = future.result()
             free += taken
+
+
+def _in_turn(ready: list[Node], running: list[Node]) -> list[Node]:
+    """What may begin: a measurement, which nothing goes on from but the decision, once no other stage is left.
+
+    It has its machine to itself: begun earlier, it would wait for those that run there, with what it has taken idle.
+    """
+    others = [node for node in ready if not node.engines]
+    return others or ([] if any(_computes(node) and not node.engines for node in running) else ready)
 
 
 def _run_at(run: RunNode, stop: Event, place: Place | None, node: Node, outcomes: Outcomes) -> Outcome:

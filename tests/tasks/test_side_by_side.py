@@ -65,6 +65,24 @@ def test_on_a_cpu_two_exports_overlap_and_measurements_are_alone() -> None:
     assert seen.where["load"] is None and seen.where["a"] == Place(None, 2)
 
 
+def test_no_measurement_begins_while_another_stage_may() -> None:
+    """One that had begun would wait for its machine with what it has taken idle."""
+    order: list[str] = []
+
+    def run(node: Node, outcomes: Outcomes) -> Outcome:
+        order.append(node.id)
+        return Outcome(node.id, "done", {})
+
+    nodes = plan(CPU).nodes
+    nodes["b"] = Node("b", "export", "", Spec(), {"checkpoint": "b+finetune"}, device=CPU)
+    nodes["b+finetune"] = Node("b+finetune", "finetune", "", Spec(), {"checkpoint": "b/prune"}, device=CPU)
+    nodes["b/prune"] = Node("b/prune", "prune", "", Spec(), {"checkpoint": "load"}, device=CPU)
+    for places in [Place(None, 2)] * 2, [Place("0", 2), Place("1", 2)]:
+        order.clear()
+        run_nodes(Plan(nodes, (), {}), run, places, lambda node, places: 1)
+        assert {*order[-3:-1]} == {"a/evaluate", "b/evaluate"} and order[-1] == "decide"
+
+
 def test_on_gpus_each_stage_and_each_measurement_has_one_to_itself() -> None:
     seen = Seen("a", "b", "a/evaluate", "b/evaluate")
     run_nodes(plan(CUDA), seen, [Place("0", 2), Place("1", 2)])
