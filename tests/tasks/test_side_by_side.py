@@ -77,9 +77,9 @@ def test_no_measurement_begins_while_another_stage_may() -> None:
     nodes["b"] = Node("b", "export", "", Spec(), {"checkpoint": "b+finetune"}, device=CPU)
     nodes["b+finetune"] = Node("b+finetune", "finetune", "", Spec(), {"checkpoint": "b/prune"}, device=CPU)
     nodes["b/prune"] = Node("b/prune", "prune", "", Spec(), {"checkpoint": "load"}, device=CPU)
-    for places in [Place(None, 2)] * 2, [Place("0", 2), Place("1", 2)]:
+    for several in [Place(None, 2)] * 2, [Place("0", 2), Place("1", 2)]:
         order.clear()
-        run_nodes(Plan(nodes, (), {}), run, places, lambda node, places: 1)
+        run_nodes(Plan(nodes, (), {}), run, several, lambda node, of: 1)
         assert {*order[-3:-1]} == {"a/evaluate", "b/evaluate"} and order[-1] == "decide"
 
 
