@@ -160,8 +160,12 @@ def prompts_of(model_input: Any) -> list[Any]:
         return []
     name = "messages" if "messages" in model_input.columns else model_input.columns[0]
     cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
-    one_conversation = name == "messages" and all(isinstance(cell, Mapping) for cell in cells)
-    return [cells] if one_conversation else cells
+    if name == "messages":
+        if any(isinstance(cell, str) for cell in cells):
+            raise DataError("messages are conversations, lists of messages; a text stands under 'prompt'")
+        return [cells] if all(isinstance(cell, Mapping) for cell in cells) else cells
+    several = len(cells) == 1 and isinstance(cells[0], list) and all(isinstance(one, str) for one in cells[0])
+    return cells[0] if several and name == "prompt" else cells  # several prompts of one request, as OpenAI's API takes them
 
 
 def _said(messages: Sequence[Message]) -> list[str]:

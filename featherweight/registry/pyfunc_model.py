@@ -16,6 +16,7 @@ from featherweight.errors import DataError, FeatherweightError, one_line
 from featherweight.registry.answering import Answering, inputs_of, open_answering
 from featherweight.registry.attestation import require_signed
 from featherweight.registry.keys import Keys
+from featherweight.registry.serving.scoring import guard
 
 
 class Refusal(MlflowException):
@@ -46,12 +47,13 @@ class ServedVariant(PythonModel):
         self._generators: weakref.WeakKeyDictionary[PythonModelContext, Answering] = weakref.WeakKeyDictionary()
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Start the engine, where keys are trusted here on files that one of them signed.
+        """Start the engine, where keys are trusted here on files that one of them signed, and read a server's requests with it.
 
         model_config: threads, max_tokens (prompt and new ones), max_batch.
         """
         served, config = Path(context.artifacts["served"]), context.model_config or {}
         require_signed(served.parents[1], Keys.here())
+        guard()
         generator = open_answering(served, **config)
         weakref.finalize(context, generator.close)
         self._generators[context] = generator

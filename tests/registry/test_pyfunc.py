@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -15,12 +16,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from mlflow.exceptions import MlflowException
+from starlette.testclient import TestClient
 
 from featherweight.errors import DataError, StageError
 from featherweight.registry.generator import Generator, prompts_of
 from featherweight.registry.lineage import build
-from featherweight.registry.serving.scoring import Strict
+from featherweight.registry.serving.scoring import CSV, JSON, PARQUET, Strict
 from featherweight.store.artifact import Manifest
 from featherweight.store.served_folder import Serving
 from featherweight.system.processes import end_group, held_port
@@ -134,7 +135,7 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     strict = Strict(model)
     assert strict.predict({"prompt": PROMPTS[0], "model": "x"}, params) == model.predict(PROMPTS[:1], params=params)
     for data, told in ((PROMPTS, {"temperature": 0.7}), ({"prompt": PROMPTS[0], "temperature": 0.7}, params)):
-        with pytest.raises(MlflowException, match="no parameter 'temperature'; known: max_new_tokens, stop_at_end, adapter"):
+        with pytest.raises(DataError, match="no parameter 'temperature'; known: max_new_tokens, stop_at_end, adapter"):
             strict.predict(data, told)
     (answer,) = model.predict(model.input_example)
     assert len(answer) > len(model.predict(model.input_example, params=params)[0])
@@ -146,6 +147,67 @@ def test_data_frames_and_defaults_work_and_the_engine_ends_with_its_model(torch_
     del model, strict
     gc.collect()
     assert not engine.is_running()
+
+
+FRAME = {"columns": ["id", "prompt"], "data": [["7", PROMPTS[0]]]}
+RIGHT: list[tuple[bytes, str | None]] = [
+    *(
+        (json.dumps({**form, "params": {"max_new_tokens": NEW}}).encode(), JSON)
+        for form in (
+            {"inputs": PROMPTS[:1]},
+            {"instances": PROMPTS[:1]},
+            {"dataframe_split": FRAME},
+            {"dataframe_records": [{"id": 7, "prompt": PROMPTS[0]}]},
+        )
+    ),
+    (json.dumps({"model": "x", "prompt": PROMPTS[0], "max_new_tokens": NEW}).encode(), None),
+    (json.dumps({"prompt": PROMPTS[:1], "max_new_tokens": NEW}).encode(), "Application/JSON; charset=UTF-8"),
+    (f"prompt\n{PROMPTS[0]}\n".encode(), CSV),
+    (f",prompt\n0,{PROMPTS[0]}\n".encode(), CSV),
+]
+WRONG: list[tuple[bytes, str, str]] = [
+    (b"", JSON, "the request is no JSON"),
+    (b"PAR1" * 30, PARQUET, "the request cannot be read: Arrow"),
+    (b"{}", "a/b", "only supports the following content types"),
+    (b'{"inputs": ["a"]}', f"{JSON}; charset=latin-1", "only supports UTF-8"),
+    *(
+        (json.dumps(form).encode(), JSON, why)
+        for form, why in (
+            ({"inputs": [["a", "b"], ["c"]]}, "a prompt is a text, or a conversation"),
+            ({"inputs": [{"role": "user", "content": "a"}]}, "none of 2 columns is called as texts are"),
+            ({"inputs": {"prompt": "a"}}, "Failed to parse input data"),
+            ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "messages and prompt both hold texts"),
+            ({"messages": "a"}, "messages are conversations"),
+            ({"prompt": "a", "temperature": 1}, "no parameter 'temperature'; known"),
+            ({"inputs": ["a"], "params": {"max_new_token": 1}}, "no parameter 'max_new_token'; did you mean 'max_new_tokens'"),
+            ({"inputs": ["a"], "params": {"max_new_tokens": "x"}}, "Failed to validate type and shape for 'max_new_tokens'"),
+            ({"inputs": ["a"], "params": [1]}, "arameters"),
+            ({"dataframe_split": {"data": 1}}, "not a valid dataframe representation"),
+        )
+    ),
+]
+
+
+@pytest.mark.engine
+def test_mlflows_scoring_server_of_our_model_tells_reasons(
+    torch_model: str, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.pyfunc import scoring_server
+
+    monkeypatch.setattr(scoring_server, "invocations", scoring_server.invocations)  # put back afterwards
+    model = load(torch_model)
+    client = TestClient(scoring_server.init(model), raise_server_exceptions=False)
+    for data, kind in RIGHT:
+        answer = client.post("/invocations", content=data, headers={"content-type": kind} if kind else {})
+        assert answer.status_code == 200, (data, answer.text)
+        found = answer.json()
+        new = NEW if kind != CSV else None
+        expected = model.predict(PROMPTS[:1], params={"max_new_tokens": new} if new else None)
+        assert (found if isinstance(found, list) else found["predictions"]) == expected, data
+    for data, kind, why in WRONG:
+        answer = client.post("/invocations", content=data, headers={"content-type": kind})
+        assert answer.status_code in (400, 415) and why in answer.json()["message"], (data, answer.text)
+        assert answer.json().keys() == {"error_code", "message"} and "site-packages" not in answer.text, answer.text
 
 
 def test_model_says_what_it_needs(desk: Bench, torch_model: str) -> None:

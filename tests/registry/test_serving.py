@@ -19,8 +19,6 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.responses import PlainTextResponse
-from starlette.testclient import TestClient
 
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.registry.keys import Keys
@@ -30,7 +28,6 @@ from featherweight.registry.serving import backend, following, verified_copy
 from featherweight.registry.serving.following import Follower
 from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front
 from featherweight.registry.serving.reasons import reason
-from featherweight.registry.serving.scoring import Reasoned
 from featherweight.runtimes.interface import EngineServer
 from featherweight.store.workspace import local_path
 from flows.listening import answering, listening
@@ -289,24 +286,6 @@ def test_an_error_is_told_by_its_reason(status: int, said: str, code: str, why: 
     told = json.loads(bytes(answer.body))
     assert (answer.status_code, told["error_code"]) == (status, code)
     assert told["message"] == why or (why is None and len(told["message"]) <= 400)
-
-
-def test_what_a_scoring_server_cannot_read_is_refused_by_its_reason() -> None:
-    async def read(scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/error":
-            await PlainTextResponse("Traceback (most recent call last)\n/usr/lib/x.py", 400)(scope, receive, send)
-        elif scope["path"] == "/raise":
-            await PlainTextResponse("Internal Server Error", 500)(scope, receive, send)
-            raise KeyError("columns")
-        else:
-            await PlainTextResponse(dict(scope["headers"])[b"content-type"])(scope, receive, send)
-
-    client = TestClient(Reasoned(read))
-    assert client.get("/").text == "application/json"
-    assert client.get("/", headers={"content-type": "text/csv"}).text == "text/csv"
-    assert client.get("/error").json() == {"error_code": "BAD_REQUEST", "message": "the request was refused"}
-    answer = client.get("/raise")
-    assert (answer.status_code, answer.json()["message"]) == (400, "the request cannot be read: KeyError: 'columns'")
 
 
 def test_a_token_is_asked_for(stubs: set[str]) -> None:

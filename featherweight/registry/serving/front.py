@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import one_line
 from featherweight.registry.serving.backend import ANSWER_S, Backend
 from featherweight.registry.serving.reasons import reason, refusal
+from featherweight.registry.serving.scoring import BODY_BYTES
 
 if TYPE_CHECKING:
     import httpx
     from starlette.requests import Request
     from starlette.responses import Response
 
-BODY_BYTES = 32 * 2**20
 REASON_BYTES = 2**20
 IDLE_S = 2.0  # below the 5 s after which servers close a connection that idles: none is taken that is being closed
 BODY_S = 60.0
