@@ -204,9 +204,10 @@ class RegisteredModel:
         """Every cell as a history makes it. No alias can name a version that was deleted."""
         held = _aliases(history.standing)
         wanted = {Cell("alias", one): held.get(one) for one in OURS if one not in held or held[one] in self.versions}
-        for version in self.versions:
+        for version, one in self.versions.items():
             stage = history.stage(version)
-            wanted[Cell("tag", version)] = stage
+            if stage != "none" or one.digest or one.tag("stage"):  # of what others made, no tag says none as well
+                wanted[Cell("tag", version)] = stage
             if self.stages is not None:
                 wanted[Cell("stage", version)] = stage.capitalize()
         return wanted | ({Cell("mark", ""): mark(history.entries[-1])} if history.entries else {})

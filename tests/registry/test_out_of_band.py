@@ -161,3 +161,17 @@ def test_a_killed_writer_and_a_model_of_others_moved_nothing(desk: Bench) -> Non
     found = patient_look(desk.registry, "fresh", settle_s=0)[1]
     assert found is not None
     assert (found.why, client.get_registered_model("fresh").aliases) == ("alias champion went from nothing to 1; undone", {})
+
+
+def test_versions_that_others_made_are_not_written_to_one_by_one(desk: Bench) -> None:
+    """A decision about a model of a thousand of them took a request for each; a stage that they are given is still undone."""
+    promoted(desk, "")
+    client = desk.registry.client
+    for _ in range(3):
+        client.create_model_version(MODEL, "s3://elsewhere/x")
+    assert desk.registry.model(MODEL).behind() == []
+    desk.registry.transition(MODEL, "3", "production", who="ada", why="faster")
+    assert [client.get_model_version(MODEL, str(number)).tags for number in (4, 5, 6)] == [{}] * 3
+    client.set_model_version_tag(MODEL, "5", "featherweight.stage", "production")
+    assert getattr(look(desk), "why", "") == "the stage tag of version 5 went from none to production; undone"
+    assert client.get_model_version(MODEL, "5").tags == {"featherweight.stage": "none"}
