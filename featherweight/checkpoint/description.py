@@ -95,17 +95,27 @@ def read(folder: Path, gguf: str | None) -> dict[str, Any]:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
-            generation = generation_config(folder, config, beside=gguf is None)
         if reason := medium_refusal(config) or (None if head_refusal(config) else config_refusal(config)):
             return {"error": reason, "refused": True}
         if reason := _unknown_activation(config):
             return {"error": reason}
         if unknown := rotary_kinds(config) - {*PLAIN_ROTATIONS, *ROPE_INIT_FUNCTIONS}:
             return {"error": f"it knows no rotary embeddings of the kind {min(unknown)!r} (rope_type)"}
-        told = {"config": describe(config), "generation": generation.to_dict()}
+        told = {"config": describe(config), "generation": _generation(folder, config, beside=gguf is None)}
         return json.loads(json.dumps(told, default=str))
+    except CheckpointError as error:
+        return {"error": one_line(error), "refused": True}
     except Exception as error:  # a config can fail in as many ways as there are architectures
         return {"error": built(error, folder)}
+
+
+def _generation(folder: Path, config: Any, *, beside: bool) -> dict[str, Any]:
+    """The generation settings; raises CheckpointError for some that transformers takes no text by."""
+    try:
+        with quiet():
+            return dict(generation_config(folder, config, beside=beside).to_dict())
+    except Exception as error:  # it checks them in as many ways as there are settings
+        raise CheckpointError(f"transformers takes no settings such as those of {GENERATION}: {one_line(error)}") from error
 
 
 def _unknown_activation(config: Any) -> str | None:

@@ -36,6 +36,9 @@ def _rules(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[t
     yield from dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), _known(config.get("vocab_size"))).items()
     yield from _LENGTHS.items()
     yield from _PENALTIES.items()
+    yield from _TOGETHER.items() if (settings.get("num_beams") or 1) != 1 else ()
+    if settings.get("prompt_lookup_num_tokens") is not None:
+        yield "assistant_ensemble_weight", (lambda value: value is None, "no number beside prompt_lookup_num_tokens")
     if settings.get("do_sample"):
         yield from _SAMPLING.items()
 
@@ -78,6 +81,7 @@ _TOKENS: dict[str, Rule] = {
     "begin_suppress_tokens": (_ids, "a list of ids"),
     "bad_words_ids": (_words, "lists of ids, one at least"),
     "stop_strings": (bool, "a text, or a list of some"),
+    "pad_token_id": (_whole, "an id"),
 }
 _LENGTHS: dict[str, Rule] = {
     **dict.fromkeys(
@@ -89,6 +93,8 @@ _LENGTHS: dict[str, Rule] = {
 _PENALTIES: dict[str, Rule] = dict.fromkeys(
     ("repetition_penalty", "encoder_repetition_penalty"), (_penalty, "a number above 0 with a decimal point")
 )
+_TOGETHER: dict[str, Rule] = {"low_memory": (lambda value: value is False, "false beside num_beams")}
+"""Of a search of several texts at once."""
 _SAMPLING: dict[str, Rule] = {
     "temperature": (_penalty, "a number above 0 with a decimal point (do_sample: false is greedy)"),
     "top_k": (lambda value: _whole(value) and value >= 0, "a whole number, 0 for all tokens"),

@@ -19,7 +19,7 @@ NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty"), 1),
     "early_stopping": False,
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p"), 0.0),
-    "do_sample": False,
+    **{"do_sample": False, "penalty_alpha": 0.0},
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
@@ -40,10 +40,25 @@ EVERYTHING = (
     }
 )
 """What transformers itself follows of what changes a text."""
-_OTHERS = (
+FOLLOWED_BY_NONE = (
     *("guidance_scale", "num_beam_groups", "stop_strings", "watermarking_config", "penalty_alpha", "dola_layers"),
-    *("token_healing", "constraints", "force_words_ids", "cache_implementation"),
+    *("token_healing", "constraints", "force_words_ids", "cache_implementation", "max_time"),
 )
+"""What changes a text, and is refused for every engine."""
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "pad_token_id"), "settled when it is loaded, or of padding alone"),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size", "use_mtp", "speculation_type"), "guessing ahead"),
+    **dict.fromkeys(("assistant_early_exit", "assistant_confidence_threshold", "assistant_lookbehind"), "guessing ahead"),
+    **dict.fromkeys(("num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind"), "guessing ahead"),
+    **dict.fromkeys(("assistant_ensemble_weight", "is_assistant"), "of a second model, and here is none"),
+    **dict.fromkeys(("use_cache", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"), "where keys are kept"),
+    **dict.fromkeys(("compile_config", "disable_compile", "continuous_batching_config"), "how it is run"),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "output_scores"), "what else comes back"),
+    **dict.fromkeys(("num_return_sequences", "return_dict_in_generate"), "here one text for each prompt comes back"),
+    "transformers_version": "who wrote it",
+    "diversity_penalty": "of groups of beams, which are refused",
+}
+"""What the same text comes of whatever it says, and why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ class GenerationSettings:
     @classmethod
     def of(cls, config: Any) -> GenerationSettings:
         """Of transformers' own object; what says nothing new is left out."""
-        given = {name: getattr(config, name, None) for name in sorted(EVERYTHING.union(_OTHERS))}
+        given = {name: getattr(config, name, None) for name in sorted(EVERYTHING.union(FOLLOWED_BY_NONE))}
         silent = set() if given["do_sample"] else set(SAMPLING)
         silent |= set() if (given["num_beams"] or 1) > 1 else set(BEAMS)
         silent |= set() if given["cache_implementation"] == "quantized" else {"cache_implementation"}
@@ -93,9 +108,10 @@ class GenerationSettings:
         if not missing:
             return None
         them = "them" if len(missing) > 1 else "it"
+        elsewhere = "" if set(missing).intersection(FOLLOWED_BY_NONE) else "take another engine, or "
         return (
             f"{engine} cannot write as the checkpoint's {GENERATION} asks: it does not follow {', '.join(missing)}; "
-            f"take another engine, or take {them} out of that file"
+            f"{elsewhere}take {them} out of that file"
         )
 
     def cut(self, tokens: list[int], new_tokens: int) -> list[int]:

@@ -68,3 +68,9 @@ def test_layers_that_differ_by_the_configuration_are_refused_with_the_descriptio
     (tmp_path / "config.json").write_text(json.dumps(told))
     answer = description.read(tmp_path, None)
     assert answer["refused"] and "the layers of a gemma4_text model differ in head_dim" in answer["error"]
+
+
+def test_settings_that_transformers_refuses_are_told_by_their_own_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_return_sequences": 2}))
+    assert "such as those of generation_config.json: Greedy methods" in description.read(tmp_path, None)["error"]

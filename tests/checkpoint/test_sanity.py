@@ -47,6 +47,7 @@ def rewritten(path: Path, *keys: str, value: Any) -> None:
         ("generation_config.json", ["bad_words_ids"], [[-1]], "bad_words_ids"),
         ("generation_config.json", ["stop_strings"], [], "stop_strings"),
         ("generation_config.json", ["num_beams"], 0, "num_beams is 0"),
+        ("generation_config.json", ["pad_token_id"], [0], r"pad_token_id is \[0\]"),
         ("tokenizer.json", ["model", "vocab", "far"], 10**9, "tokenizer.json has the token id 1000000000"),
         ("tokenizer.json", ["added_tokens"], [{"id": 10**9, "content": "far"}], "tokenizer.json has the token id 1000000000"),
     ],
@@ -68,6 +69,13 @@ def test_what_plays_no_role_may_be_what_it_likes(folder: Path) -> None:
     path.write_text(json.dumps(told | {"do_sample": True}))
     with pytest.raises(CheckpointError, match=r"temperature is 0, .* \(do_sample: false is greedy\)"):
         require_sane(Listing.of(folder))
+    alone = {"low_memory": True, "assistant_ensemble_weight": 0.5}
+    path.write_text(json.dumps(alone))
+    require_sane(Listing.of(folder))
+    for told, wrong in (({"num_beams": 2}, "low_memory is True"), ({"prompt_lookup_num_tokens": 2}, "ensemble_weight is 0.5")):
+        path.write_text(json.dumps(alone | told))
+        with pytest.raises(CheckpointError, match=wrong):
+            require_sane(Listing.of(folder))
     path.unlink()
     rewritten(folder / "config.json", "num_beams", value=0)
     with pytest.raises(CheckpointError, match=r"config.json: num_beams is 0"):

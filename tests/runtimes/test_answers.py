@@ -11,7 +11,7 @@ import pytest
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.generation_settings import EVERYTHING, GenerationSettings, processors
+from featherweight.runtimes.generation_settings import EVERYTHING, FOLLOWED_BY_NONE, WITHOUT_EFFECT, GenerationSettings, processors
 from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
@@ -48,6 +48,17 @@ def engines(checkpoint: Path) -> dict[str, LoadedModel]:
     serving = {name: Serving.read(folder) for name, folder in folders.items()}
     loaded = {name: RUNTIMES[name].loaded_model() for name in ENGINES}
     return {name: loaded[name](folders[name], serving[name], Limits(1, 128, 4)) for name in ENGINES}
+
+
+def test_each_setting_of_transformers_is_followed_refused_or_without_effect() -> None:
+    """A version of transformers with settings that nobody has decided on fails here."""
+    from transformers import GenerationConfig
+
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert sorted(known - EVERYTHING - {*FOLLOWED_BY_NONE, *WITHOUT_EFFECT}) == []
+    assert not EVERYTHING & {*FOLLOWED_BY_NONE} and not WITHOUT_EFFECT.keys() & EVERYTHING.union(FOLLOWED_BY_NONE)
+    told = GenerationSettings.of(GenerationConfig(max_time=2.0, penalty_alpha=0.0))
+    assert "does not follow max_time; take it out of that file" in str(told.refusal(EVERYTHING, "torch"))
 
 
 def test_settings_that_an_engine_does_not_follow_are_refused_before_it_is_written(checkpoint: Path, tmp_path: Path) -> None:
@@ -138,6 +149,9 @@ def test_a_text_for_each_prompt_comes_back_whatever_else_the_checkpoint_asks_for
     values, twice = GenerationSettings.read(folder).values, [prompts[0], prompts[0], prompts[1]]
     found = RUNTIMES["torch"].loaded_model()(folder, Serving.read(folder), Limits(1, 128, 4)).answer(twice, NEW, values)
     assert found == [written(model, prompt, eos_token_id=None, num_beams=2) for prompt in twice]
+    (folder / "generation_config.json").write_text(json.dumps({"assistant_early_exit": 1}))
+    found = RUNTIMES["torch"].loaded_model()(folder, Serving.read(folder), Limits(1, 128, 4)).answer(twice, NEW, {})
+    assert found == [written(model, prompt, eos_token_id=None) for prompt in twice]
     (folder / "generation_config.json").write_text(json.dumps({"cache_implementation": "quantized"}))
     assert "does not follow cache_implementation" in str(GenerationSettings.read(folder).refusal(EVERYTHING, "torch"))
 

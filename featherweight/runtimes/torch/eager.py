@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 ONE_TEXT = {"num_return_sequences": 1, "return_dict_in_generate": False} | dict.fromkeys(
-    ("prompt_lookup_num_tokens", "speculation_type", "use_mtp", "cache_implementation", "max_time")
+    ("prompt_lookup_num_tokens", "speculation_type", "use_mtp", "assistant_early_exit", "cache_implementation")
 )
 """What of a checkpoint's settings is about how many texts come back, in what form and how fast: here a text for each prompt.
 
