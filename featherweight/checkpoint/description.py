@@ -8,16 +8,14 @@ is kept in the user's cache, by the files and the versions that it depends on: a
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.asking import asked
 from featherweight.checkpoint.files import CONFIG, Listing, read_json
 from featherweight.checkpoint.inspection import built, config_refusal, quiet
 from featherweight.checkpoint.opening import GENERATION, generation_config
@@ -27,9 +25,6 @@ from featherweight.model.architecture import head_refusal, medium_refusal
 from featherweight.model.facts import describe
 from featherweight.model.positions import rotary_kinds
 from featherweight.store.artifact import content_digest, file_sha256
-from featherweight.system.environment import without_secrets
-from featherweight.system.processes import end_with_parent
-from featherweight.system.user import cache_folder
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 PLAIN_ROTATIONS = ("default", "mrope")
@@ -53,19 +48,7 @@ def described(folder: Path, gguf: str | None = None, *, called: str | None = Non
 
 def _remembered(folder: Path, gguf: str | None) -> dict[str, Any]:
     """The answer of before, or another process's, which is kept if it is one."""
-    kept = cache_folder() / "descriptions" / f"{_key(folder, gguf)}.json"
-    with suppress(OSError, ValueError):  # nobody asked before, or was stopped while writing
-        return dict(json.loads(kept.read_text()))
-    asked = [sys.executable, "-m", __name__, str(folder), *([gguf] if gguf else [])]
-    surroundings: Any = {"env": without_secrets(), "preexec_fn": end_with_parent()}
-    told = _answer(subprocess.run(asked, capture_output=True, text=True, check=False, **surroundings))
-    if "error" not in told:
-        with suppress(OSError):  # a home that cannot be written to costs the time again, no more
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            written = kept.with_suffix(f".{os.getpid()}")
-            written.write_text(json.dumps(told))
-            written.replace(kept)
-    return told
+    return asked(__name__, [str(folder), *([gguf] if gguf else [])], _key(folder, gguf))
 
 
 def _key(folder: Path, gguf: str | None) -> str:
@@ -74,14 +57,6 @@ def _key(folder: Path, gguf: str | None) -> str:
     files = [gguf, *(path.read_bytes().hex() if path.is_file() else None for path in named)]
     code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__, architecture.__file__)]
     return content_digest([files, code, version("transformers")])
-
-
-def _answer(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    try:
-        told = json.loads(answer.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        return {"error": one_line(answer.stderr[-300:])}
-    return told if isinstance(told, dict) else {"error": one_line(answer.stdout)}
 
 
 def read(folder: Path, gguf: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors
 from featherweight.checkpoint.description import described
+from featherweight.checkpoint.dry_run import require_loadable
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
     CONFIG,
@@ -108,7 +109,7 @@ def _of_folder(folder: Path, spec: LoadSpec) -> CheckpointFacts:
     told = _require_plain(listing, spec)
     weights = find_weights(listing, allow_pickle=spec.allow_pickle)
     require_tokenizer(listing)
-    return _facts(described(folder), told, listing, weights)
+    return _facts(described(folder), folder, told, listing, weights)
 
 
 def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
@@ -121,7 +122,8 @@ def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
     with tempfile.TemporaryDirectory() as place:
         for name in {CONFIG, GENERATION} & listing.sizes.keys():
             (Path(place) / name).write_bytes(listing.read(name, listing.sizes[name]))
-        return _facts(described(Path(place), called=f"{listing.where}/{CONFIG}"), told, listing, weights)
+        answer = described(Path(place), called=f"{listing.where}/{CONFIG}")
+        return _facts(answer, Path(place), told, listing, weights)
 
 
 def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
@@ -134,12 +136,15 @@ def _require_plain(listing: Listing, spec: LoadSpec) -> Mapping[str, Any]:
     return told
 
 
-def _facts(answer: Mapping[str, Any], told: Mapping[str, Any], listing: Listing, weights: Weights) -> CheckpointFacts:
+def _facts(answer: Mapping[str, Any], folder: Path, told: Mapping[str, Any], listing: Listing, weights: Weights) -> CheckpointFacts:
+    """folder: has config.json."""
     method = method_of(told)
     shapes, size = _shapes(listing, weights)
     if shapes is not None and method is None:
-        require_fit(listing.where, Values(answer["config"]), shapes)
-        answer["config"]["values"].update(head_changes(listing, Values(answer["config"]), shapes)[0])
+        head = head_changes(listing, Values(answer["config"]), shapes)[0]
+        if not require_fit(listing.where, Values(answer["config"]), shapes):
+            require_loadable(listing.where, folder, head, shapes)
+        answer["config"]["values"].update(head)
     return CheckpointFacts(
         Values(answer["config"]),
         Values({"values": answer["generation"], "names": {}}),

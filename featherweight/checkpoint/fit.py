@@ -1,6 +1,6 @@
 """Whether the tensors of a file are those that config.json asks for, told by headers alone for decoders built as a Llama is.
 
-Of others loading tells, which builds the model: this costs no import of torch, so that the plan can ask.
+Of others dry_run.py tells, which builds the model: this costs no import of torch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> None:
-    """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many."""
+def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
+    """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many.
+
+    Returns whether it could tell.
+    """
     wanted, count = _asked(config), getattr(config, "num_hidden_layers", 0)
     if not wanted:
-        return
+        return False
     found: dict[int, set[str]] = {}
     for stored, shape in shapes.items():
         name = WRAPPED.sub("", stored)
@@ -39,6 +42,7 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> None:
         if place and asked is not None:
             found.setdefault(int(place[1]), set()).add(place[2])
     _require_layers(where, found, count)
+    return bool(found)
 
 
 def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:

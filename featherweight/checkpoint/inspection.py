@@ -7,6 +7,7 @@ torch's meta device; values are read tensor by tensor.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.|^v_head\.")
 _CONSTANTS = re.compile(
     r"(^|\.)((attn|attention)\.bias|masked_bias|causal_mask|inv_freq|position_ids|token_type_ids|version|_float_tensor)$"
 )
+_EXPERT = re.compile(r"(?P<layer>.*\bexperts\.)(?P<number>\d+)(?P<part>\..+)")
 # Heads that a file holds beside the base model that embeddings are made with.
 _HEADS = re.compile(r"^(cls|lm_head|mlm|vocab_\w+|generator_\w+|discriminator_predictions|classifier|qa_outputs|predictions)\.")
 
@@ -121,7 +123,6 @@ def dry_load(
     Raises CheckpointError where the model is for another task, or a tensor is missing, unexpected or mis-shaped; tied weights
     need be there once only.
     """
-    import torch
     from transformers import AutoConfig
 
     try:
@@ -130,14 +131,7 @@ def dry_load(
             require_task(folder, config, task)
             if reason := config_refusal(config):
                 raise CheckpointError(f"{folder}: {reason}")
-            model, info = model_class(config, folder, trust_remote_code).from_pretrained(
-                None,
-                config=config,
-                state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            model, info = load_dry(folder, model_class(config, folder, trust_remote_code), config, shapes)
     except CheckpointError:
         raise
     except Exception as error:  # a config can fail in as many ways as there are architectures
@@ -146,6 +140,41 @@ def dry_load(
         ) from error
     check_loading(folder, model, info)
     return model
+
+
+def load_dry(folder: Path, made: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of the class `made` on the meta device, and transformers' own info on loading tensors with these shapes into it.
+
+    Raises CheckpointError for an expert that lacks a tensor which others have, or has another shape: they are stored one by one.
+    """
+    import torch
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = made.from_pretrained(None, config=config, state_dict=tensors, **options)
+    except RuntimeError as error:
+        if (odd := odd_expert(shapes)) is None:
+            raise
+        raise CheckpointError(f"{folder}: {odd}; copy it again") from error
+    return model, info
+
+
+def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What an expert lacks, or has in another shape, of what most of a layer's experts have; None where all are alike."""
+    layers: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    numbers: dict[str, set[str]] = {}
+    for name, shape in shapes.items():
+        if place := _EXPERT.match(name):
+            layers.setdefault((place["layer"], place["part"]), {})[place["number"]] = shape
+            numbers.setdefault(place["layer"], set()).add(place["number"])
+    for (layer, part), found in layers.items():
+        usual = Counter(found.values()).most_common(1)[0][0]
+        for number in sorted(numbers[layer], key=int):
+            if found.get(number) != usual:
+                what = "is missing" if number not in found else f"has shape {list(found[number])}, the others' {list(usual)}"
+                return f"tensor {layer}{number}{part} {what}"
+    return None
 
 
 def built(error: Exception, folder: Path) -> str:

@@ -78,14 +78,7 @@ class Stored:
     def of(cls, folder: Path, weights: Weights, model: PreTrainedModel) -> Stored:
         """As `model` reads the tensors of `folder`, wrappers' names and a missing prefix of the base model allowed for."""
         names = list(read_shapes(Listing.of(folder), folder, weights))
-        plain = _unwrapped(names, model)
-        missing = _tops(model.base_model) - _tops(model)
-        prefix = f"{model.base_model_prefix}."
-        reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
-        if model.base_model is model and prefix != ".":  # saved with a head that is not read
-            reads = {name: one.removeprefix(prefix) for name, one in reads.items()}
-        first = _first_names(model, set(reads.values()))
-        found = cls(folder, weights, {name: first.get(one, one) for name, one in reads.items()})
+        found = cls(folder, weights, names_read(names, model))
         return replace(found, values=found._overwritten(model))
 
     @property
@@ -111,6 +104,18 @@ class Stored:
         mine = {held(self.reads[name]): (name, tensor) for name, tensor in self.tensors() if held(self.reads[name]) in names}
         changed = as_loaded(model, {name: tensor for name, (_, tensor) in mine.items()})
         return {mine[name][0]: tensor for name, tensor in changed.items()}
+
+
+def names_read(names: list[str], model: PreTrainedModel) -> dict[str, str]:
+    """Stored name -> the one that `model` reads it under, wrappers' names and a missing prefix of the base model allowed for."""
+    plain = _unwrapped(names, model)
+    missing = _tops(model.base_model) - _tops(model)
+    prefix = f"{model.base_model_prefix}."
+    reads = {name: prefix + one if one.partition(".")[0] in missing else one for name, one in plain.items()}
+    if model.base_model is model and prefix != ".":  # saved with a head that is not read
+        reads = {name: one.removeprefix(prefix) for name, one in reads.items()}
+    first = _first_names(model, set(reads.values()))
+    return {name: first.get(one, one) for name, one in reads.items()}
 
 
 def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple[Path, dict[str, float]]:
