@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from featherweight.errors import StageError
@@ -264,10 +265,14 @@ def encoder_classes(config: PreTrainedConfig) -> tuple[str | None, str | None]:
     told = getattr(config, "encoder_classes", None)
     if told is not None:  # described where transformers is at hand
         return tuple(told)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    auto = auto_names()
+    base: Any = auto.MODEL_MAPPING_NAMES.get(config.model_type)
+    return (base[0] if isinstance(base, tuple) else base), auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
 
-    base: Any = MODEL_MAPPING_NAMES.get(config.model_type)
-    return (base[0] if isinstance(base, tuple) else base), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
+
+def auto_names() -> Any:
+    """transformers' own module of the names of its classes, which `from transformers.models.auto import` has not without torch."""
+    return import_module("transformers.models.auto.modeling_auto")
 
 
 def class_by_type(config: PreTrainedConfig) -> str | None:
@@ -275,19 +280,15 @@ def class_by_type(config: PreTrainedConfig) -> str | None:
 
     None where it names one, where there is none for the type, and for what is no decoder: that is opened by its task.
     """
-    from transformers.models.auto import modeling_auto as auto
-
     named = [kind for kind in getattr(config, "architectures", None) or [] if _has_class(kind)]
     if named or family_of(config) != "causal":
         return None
-    return auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    return auto_names().MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
 def _has_class(name: str) -> bool:
     """Whether transformers has a model of that name."""
-    from transformers.models.auto import modeling_auto as auto
-
-    mappings = (made for kind, made in vars(auto).items() if kind.endswith("_MAPPING_NAMES"))
+    mappings = (made for kind, made in vars(auto_names()).items() if kind.endswith("_MAPPING_NAMES"))
     return any(name == one or (isinstance(one, tuple | list) and name in one) for made in mappings for one in made.values())
 
 
@@ -329,8 +330,6 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
 
 def medium_refusal(config: PreTrainedConfig) -> str | None:
     """Why a model that transformers neither writes texts with nor reads them with is not taken, in one line; None of others."""
-    from transformers.models.auto import modeling_auto as auto
-
     kinds, family = getattr(config, "architectures", None) or [], family_of(config)
     if (
         family == "encoder"
@@ -339,6 +338,7 @@ def medium_refusal(config: PreTrainedConfig) -> str | None:
         or any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     ):
         return None
+    auto = auto_names()
     decoders, both = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     if config.model_type in (decoders if family == "causal" else both):
         return None

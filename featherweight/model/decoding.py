@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from featherweight.model.architecture import family_of
+from featherweight.model.architecture import auto_names, family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,7 @@ def decoder_refusal(config: PreTrainedConfig) -> str | None:
 
 def _encoder_refusal(config: PreTrainedConfig) -> str | None:
     """That it is one of those that are encoders unless they are told to be decoders."""
-    from transformers.models.auto import modeling_auto as auto
-
+    auto = auto_names()
     encoders = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"} - set(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     if getattr(config, "is_decoder", None) is not False or config.model_type not in encoders:
         return None

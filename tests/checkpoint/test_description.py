@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,31 @@ def test_settings_that_transformers_refuses_are_told_by_their_own_file(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"num_return_sequences": 2}))
     assert "such as those of generation_config.json: Greedy methods" in description.read(tmp_path, None)["error"]
+
+
+ASKED = """
+import json, sys
+from pathlib import Path
+sys.modules["torch"] = None
+from featherweight.checkpoint.description import read
+print(json.dumps([read(Path(folder), None).get("error") for folder in sys.argv[1:]]))
+"""
+
+
+def test_without_torch_every_kind_of_model_is_described(tmp_path: Path) -> None:
+    told = {
+        "unnamed": {"model_type": "gemma2"},
+        "causal": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+        "encoder": {"model_type": "bert", "architectures": ["BertForMaskedLM"], "is_decoder": False},
+        "both": {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
+        "refused": {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]},
+    }
+    for name, config in told.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for order in (list(told), list(reversed(told))):
+        command = [sys.executable, "-c", ASKED, *(str(tmp_path / name) for name in order)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        errors = dict(zip(order, json.loads(answer.stdout.splitlines()[-1]), strict=True))
+        assert [name for name, error in errors.items() if error] == ["refused"]
+        assert "reads the texts that follow" in errors["refused"]
