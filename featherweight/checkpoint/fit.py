@@ -6,7 +6,7 @@ Of others dry_run.py tells, which builds the model: this costs no import of torc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG
@@ -14,22 +14,25 @@ from featherweight.errors import CheckpointError
 from featherweight.model.architecture import GATED_DECODERS
 
 Shape = tuple[int, ...]
-IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.weight|\w+_layernorm\.weight)$")
+IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.(?:weight|bias)|\w+_layernorm\.weight)$")
+BESIDE = re.compile(r"(?:^|\.)(?:norm\.weight|rotary_emb\.inv_freq)$")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
 ROWS = "embed_tokens.weight"
 WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many.
 
-    Returns whether it could tell.
+    Returns whether it could tell: there is nothing under another name.
     """
     wanted, count = _asked(config), getattr(config, "num_hidden_layers", 0)
     if not wanted:
         return False
     found: dict[int, set[str]] = {}
+    unknown = False
     for stored, shape in shapes.items():
         name = WRAPPED.sub("", stored)
         place = IN_LAYER.search(name)
@@ -41,15 +44,14 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
             )
         if place and asked is not None:
             found.setdefault(int(place[1]), set()).add(place[2])
-    _require_layers(where, found, count)
-    return bool(found)
+        unknown |= asked is None and not BESIDE.search(name)
+    if found and not unknown:
+        _require_layers(where, found, count, wanted.keys() - {ROWS})
+    return bool(found) and not unknown
 
 
-def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:
-    """What is there of one layer is there of all."""
-    if not found:  # named otherwise, which loading settles
-        return
-    wanted = set[str]().union(*found.values())
+def _require_layers(where: str, found: Mapping[int, set[str]], count: int, wanted: Set[str]) -> None:
+    """All of each layer is there, and no layer beyond."""
     beyond = max(found)
     if beyond >= count:
         raise CheckpointError(
@@ -74,4 +76,14 @@ def _asked(config: Any) -> dict[str, Shape]:
     asked |= {f"self_attn.{name}_proj.weight": (pairs * width, hidden) for name in ("k", "v")}
     asked |= {"self_attn.q_proj.weight": (heads * width, hidden), "self_attn.o_proj.weight": (hidden, heads * width)}
     asked |= {f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")} | {"mlp.down_proj.weight": (hidden, inner)}
+    asked |= {f"{name[:-6]}bias": (shape[0],) for name, shape in asked.items() if name.partition(".")[0] in _biased(config, name)}
+    if config.model_type == "qwen3":
+        asked |= {f"self_attn.{name}_norm.weight": (width,) for name in ("q", "k")}
     return asked | {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+
+
+def _biased(config: Any, name: str) -> tuple[str, ...]:
+    """The parts of a layer whose matrix of that name has a bias."""
+    if config.model_type == "qwen2":
+        return () if name.endswith("o_proj.weight") else ("self_attn",)
+    return tuple(part for part, key in BIASES.items() if getattr(config, key, False))

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMS = {
-    "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
-    "awq": ("version", ("gemm",)),
-    "compressed-tensors": ("format", ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
-    "fp8": ("fmt", ("e4m3",)),
+    "gptq": (("checkpoint_format", "format"), ("gptq", "gptq_v2")),
+    "awq": (("version", "format", "checkpoint_format"), ("gemm",)),
+    "compressed-tensors": (("format",), ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
+    "fp8": (("fmt",), ("e4m3",)),
 }
-"""The key of the settings that tells a method's layout, and the layouts that are read."""
+"""The keys of the settings that tell a method's layout, the first that is there, and the layouts that are read."""
 BESIDE = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|shape|zero_point|g_idx)|(input|output|[qkv])_(scale|zero_point))$"
 )
@@ -90,6 +90,7 @@ class Found:
         return {name: grid for name, layer in fitting.items() if (grid := chosen[_kind(layer)]) is not None}
 
 
+WORDS = "int32"
 Kind = tuple[str, int, int | None]
 """'int' or 'float', bits, and the group that shares a scale (None: a row), as `Grid` has them."""
 
@@ -150,13 +151,19 @@ def require_readable(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: bitsandbytes packs weights for its CUDA kernels, which unpack them; {instead}")
     if method not in READERS:
         raise CheckpointError(f"{where}: the weights are quantized already ({method}); known: {', '.join(READERS)}; {instead}")
-    told, known = FORMS[method]
-    form = settings.get(told)
-    if form is not None and str(form).lower() not in known:
+    known = FORMS[method][1]
+    told, form = form_of(method, settings)
+    if form is not None and form not in known:
         listed = ", ".join(known)
         raise CheckpointError(f"{where}: {method} weights in the {told} '{form}' are not read here; known: {listed}; {instead}")
     if reason := SETTINGS_REFUSALS.get(method, lambda _: None)(settings):
         raise CheckpointError(f"{where}: {reason}; {instead}")
+
+
+def form_of(method: str, settings: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The key that tells a method's layout, and the layout; None where nothing tells it."""
+    told = next((key for key in FORMS[method][0] if settings.get(key) is not None), "")
+    return told, str(settings[told]).lower() if told else None
 
 
 def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
@@ -166,6 +173,8 @@ def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
     for key, value in told.items():
         if not isinstance(value, int) or isinstance(value, bool):
             return f"{key} of quantization_config is {value!r}, and must be a whole number"
+    if (packed := settings.get("pack_dtype") or WORDS) != WORDS:
+        return f"{method} weights that are packed into {packed} are not read here, into {WORDS} they are"
     if bits not in ((4,) if method == "awq" else (2, 4, 8)):
         return f"{method} weights of {bits} bits are not read here"
     by_module = settings.get("dynamic") or {}
@@ -178,6 +187,10 @@ def _groups_refusal(settings: Mapping[str, Any]) -> str | None:
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         return "quantization_config has no config_groups, which say how compressed-tensors packed the weights"
+    if settings.get("transform_config"):
+        return "compressed-tensors weights that activations are to be rotated for (transform_config) are not read here"
+    if ((sparse := settings.get("sparsity_config") or {}).get("format") or "dense") != "dense":
+        return f"compressed-tensors weights whose zeros are left out (sparsity_config: {sparse['format']}) are not read here"
     wrong = next((name for name, group in groups.items() if not _is_group(group)), None)
     return f"config_groups.{wrong} of quantization_config is none that compressed-tensors writes" if wrong else None
 
@@ -236,7 +249,7 @@ def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     bits, found = settings.get("bits", 4), Found()
-    lead = 0 if str(settings.get("checkpoint_format") or "gptq").lower() == "gptq_v2" else 1
+    lead = 0 if form_of("gptq", settings)[1] == "gptq_v2" else 1
     for module in _modules(tensors, ".qweight"):
         scales = tensors[f"{module}.scales"].T.float().contiguous()
         packed = tensors[f"{module}.qweight"]
@@ -245,10 +258,17 @@ def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
         if settings.get("desc_act") and f"{module}.g_idx" not in tensors:
             raise KeyError(f"{module}.g_idx")
         groups = torch.Size([scales.shape[1], scales.shape[0]])
-        zeros = (unpack_from_int32(tensors[f"{module}.qzeros"], bits, groups) + lead).T.contiguous()
+        points = tensors[f"{module}.qzeros"] + lead * _ones(bits)
+        zeros = unpack_from_int32(points, bits, groups).T.contiguous()
         group = _group(settings, q)
         found.layers[f"{module}.weight"] = _whole(Layer(bits, q, scales, group, zeros, tensors.get(f"{module}.g_idx")), module)
     return found
+
+
+def _ones(bits: int) -> int:
+    """A word with 1 in each of its numbers: added to words of them it carries into the next number where one was less than zero,
+    as gptqmodel does, which took it off so."""
+    return sum(1 << place for place in range(0, 32, bits))
 
 
 def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:

@@ -15,6 +15,7 @@ LARGEST_ID = 10_000_000
 """Tokenizers make room for every id up to the largest; the largest vocabulary that was seen has a million."""
 LARGEST = 10_000_000_000
 TYPES = ("float32", "float16", "bfloat16", "float64")
+TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 DEEPEST = 64
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
@@ -31,11 +32,11 @@ def require_sane(listing: Listing) -> None:
     header = _header(listing)
     tensors = None if header is None else len(header)
     told = read_json(listing, CONFIG)
+    _require_plain(listing, header or {})
     if method_of(told) is not None:
         require_readable(told, listing.where)
     if header is not None:
         require_packed(told, header, listing.where)
-    _require_plain(listing, header or {})
     _require_type(listing, told)
     require_followable(listing)
     for name in (CONFIG, "generation_config.json"):
@@ -81,12 +82,22 @@ def _require_plain(listing: Listing, header: Mapping[str, Any]) -> None:
             f"{listing.where} was saved with an adapter in it ({apart}); call merge_and_unload() on the model and save that, "
             "or give the adapter's own folder"
         )
-    narrow = next((name for name, entry in header.items() if str(entry.get("dtype")).startswith("F8")), None)
-    if narrow and method_of(read_json(listing, CONFIG)) is None:
+    told = read_json(listing, CONFIG)
+    if isinstance(told.get("quantization"), dict) and any(name.endswith(".biases") for name in header):
+        raise CheckpointError(f"{listing.where}: MLX packed the weights, which is not read here; give the float checkpoint")
+    narrow = next((name for name, entry in header.items() if _narrow(name, entry)), None)
+    if narrow and method_of(told) is None:
+        kind = TYPE_NAMES.get(str(header[narrow]["dtype"]), "integers")
         raise CheckpointError(
-            f"{listing.where}: {narrow} is in float8, and {CONFIG} has no quantization_config that says its scale; "
+            f"{listing.where}: {narrow} is in {kind}, and {CONFIG} has no quantization_config that says its scale; "
             "give the float checkpoint"
         )
+
+
+def _narrow(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a tensor holds a matrix in numbers that need a scale."""
+    kind, shape = str(entry.get("dtype")), entry.get("shape") or ()
+    return kind.startswith("F8") or (kind[0] in "IU" and name.endswith(".weight") and len(shape) > 1)
 
 
 def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:

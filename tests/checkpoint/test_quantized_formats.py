@@ -56,7 +56,9 @@ def words(values: np.ndarray, order: tuple[int, ...] | None = None, bits: int = 
 
 def gptq(q: np.ndarray, zeros: np.ndarray, bits: int, lead: int) -> dict[str, np.ndarray]:
     """AutoGPTQ: columns run down the words of `qweight`, rows along those of `qzeros`; zero points are stored less `lead`."""
-    return {"qweight": words(q, bits=bits).T, "qzeros": words((zeros.T - lead) % 2**bits, bits=bits)}
+    ones = np.uint32(lead * sum(1 << place for place in range(0, 32, bits)))
+    points = (words(zeros.T, bits=bits).view(np.uint32) - ones).view(np.int32)  # word by word, as gptqmodel's conversion does it
+    return {"qweight": words(q, bits=bits).T, "qzeros": points}
 
 
 def awq(q: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
@@ -73,7 +75,7 @@ def make(source: Path, out: Path, method: str, *, bits: int = 4, asymmetric: boo
         rows, columns = tensors.pop(name).shape
         groups = columns // GROUP
         q = random.integers(0, 2**bits, (rows, columns))
-        zeros = random.integers(1, 2**bits, (rows, groups)) if asymmetric else np.full((rows, groups), 2 ** (bits - 1))
+        zeros = random.integers(0, 2**bits, (rows, groups)) if asymmetric else np.full((rows, groups), 2 ** (bits - 1))
         scales = (random.random((rows, groups)) * 0.02 / 2**bits * 8 + 0.001).astype(np.float16)
         index = random.permutation(columns) // GROUP if act_order else np.arange(columns) // GROUP
         packed = awq(q, zeros) if method == "awq" else gptq(q, zeros, bits, lead) | {"g_idx": index.astype(np.int32)}
@@ -84,7 +86,7 @@ def make(source: Path, out: Path, method: str, *, bits: int = 4, asymmetric: boo
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     settings: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": GROUP}
     settings |= {"version": "gemm", "zero_point": asymmetric} if method == "awq" else {"desc_act": act_order, "sym": not asymmetric}
-    settings |= {"checkpoint_format": "gptq_v2"} if method == "gptq" and lead == 0 else {}
+    settings |= {"format": "gptq_v2"} if method == "gptq" and lead == 0 else {}
     describe(out, settings)
     return truth
 
@@ -100,6 +102,7 @@ def loaded(source: Path, tmp_path: Path, progress: Progress = Progress()) -> tup
     return out, dict(load(LoadSpec(source=str(source)), out=out, progress=progress))
 
 
+GROUPS = {"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}
 CASES = {
     "gptq": ("gptq", {}, "int4-g32"),
     "gptq-v2": ("gptq", {"lead": 0}, "int4-g32"),
@@ -156,7 +159,10 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
     [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes packs weights for its CUDA kernels"),
      ({"quant_method": "aqlm"}, r"quantized already \(aqlm\); known: gptq, awq, compressed-tensors"),
      ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not read here; known: gemm"),
+     ({"quant_method": "awq", "format": "gemv"}, "format 'gemv' are not read here; known: gemm"),
      ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' are not read"),
+     ({"quant_method": "gptq", "format": "gptq_p"}, "the format 'gptq_p' are not read"),
+     ({"quant_method": "gptq", "pack_dtype": "int16"}, "packed into int16 are not read here"),
      ({"quant_method": "gptq", "bits": 3}, "gptq weights of 3 bits"),
      ({"quant_method": "gptq", "bits": "4"}, "bits of quantization_config is '4', and must be a whole number"),
      ({"quant_method": "awq", "group_size": None}, "group_size of quantization_config is None"),
@@ -166,6 +172,9 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
      ({"quant_method": None}, "names no quant_method"), ({"load_in_8bit": True}, "bitsandbytes packs weights"),
      ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "no config_groups"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": "four"}}}}, "config_groups.g of"),
+     ({"quant_method": "compressed-tensors", "config_groups": GROUPS, "transform_config": {"config_groups": {}}}, "rotated for"),
+     ({"quant_method": "compressed-tensors", "config_groups": GROUPS, "sparsity_config": {"format": "sparse-24-bitmask"}},
+      "sparsity_config: sparse-24-bitmask"),
      ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}, "known: pack-quantized")],
 )  # fmt: skip
 def test_what_is_not_read_is_refused_in_one_line(settings, reason, tiny_checkpoint, tmp_path):

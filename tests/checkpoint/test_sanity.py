@@ -88,12 +88,16 @@ def test_what_plays_no_role_may_be_what_it_likes(folder: Path) -> None:
         ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "float32", r"adapter in it .*merge_and_unload\(\)"),
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "float32", "saved with an adapter in it"),
         ("model.layers.0.self_attn.q_proj.weight", "float8_e4m3fn", "is in float8, and config.json has no quantization_config"),
+        ("model.layers.0.self_attn.q_proj.weight", "int8", "is in integers, and config.json has no quantization_config"),
+        ("model.layers.0.self_attn.q_proj.biases", "float16", "MLX packed the weights, which is not read here"),
     ],
 )
 def test_tensors_that_are_no_weights_yet(folder: Path, name: str, dtype: str, message: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    if name.endswith("biases"):
+        rewritten(folder / "config.json", "quantization", value={"group_size": 64, "bits": 4})
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: torch.ones(4, 4).to(getattr(torch, dtype))}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
