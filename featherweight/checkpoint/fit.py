@@ -6,7 +6,7 @@ Of others dry_run.py tells, which builds the model: this costs no import of torc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG
@@ -46,12 +46,13 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
             found.setdefault(int(place[1]), set()).add(place[2])
         unknown |= asked is None and not BESIDE.search(name)
     if found and not unknown:
-        _require_layers(where, found, count, wanted.keys() - {ROWS})
+        _require_layers(where, found, count)
     return bool(found) and not unknown
 
 
-def _require_layers(where: str, found: Mapping[int, set[str]], count: int, wanted: Set[str]) -> None:
-    """All of each layer is there, and no layer beyond."""
+def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:
+    """What is there of one layer is there of all."""
+    wanted = set[str]().union(*found.values())
     beyond = max(found)
     if beyond >= count:
         raise CheckpointError(
