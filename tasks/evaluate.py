@@ -13,7 +13,7 @@ from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.bytes_read import bytes_read
-from featherweight.runtimes.measuring import MeasuredVariant, take_turns
+from featherweight.runtimes.measuring import MeasuredVariant, ask_in_turns, take_turns
 from featherweight.runtimes.workload import Workload
 from featherweight.store.served_folder import Serving, same_files
 from featherweight.system.device import CUDA
@@ -53,9 +53,12 @@ def evaluate(
         variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone)
         other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
         pairs = [take_turns(variant, other, shape, progress) for shape in variant.shapes]
-        measured = variant.measurement([ours for ours, _ in pairs], other)
+        asked = ask_in_turns(variant, other, spec.requests, progress) if spec.requests else []
+        measured = variant.measurement([ours for ours, _ in pairs], other, tuple(ours for ours, _ in asked))
         measured = replace(measured, roofline=_roofline(served, measured, progress))
-        reference = measured if other is variant else other.measurement([theirs for _, theirs in pairs])
+        reference = measured
+        if other is not variant:
+            reference = other.measurement([theirs for _, theirs in pairs], loads=tuple(theirs for _, theirs in asked))
     comparison = Comparison(measured, reference, hardware_fingerprint())
     comparison.write(out)
     return comparison.metrics()

@@ -2,7 +2,7 @@
 
 The decide stage and the promotion gate both judge here, so that neither accepts what the other refuses. Speed and latency are
 judged at the batch size that the objective names ('speedup@8'); the others name none and take the smallest measured. 'ttft@512' is
-the time to the first token of a prompt of so many tokens.
+the time to the first token of a prompt of so many tokens. What requests wait that come at a rate is judged at every rate.
 """
 
 from __future__ import annotations
@@ -97,6 +97,22 @@ def prompt_speed(tokens: int) -> Figure:
     return Figure(key, "first token", times, more=True, interval=True, at=f" sooner behind {tokens} tokens")
 
 
+def waited(key: str, name: str) -> Callable[[str], Figure]:
+    """What requests wait by its key without the rate, of which the figure is made; of an empty one at every rate."""
+
+    def figure(rate: str) -> Figure:
+        at = f" at {rate} requests a second" if rate else " at every rate of requests"
+        return Figure(f"{key}_rate_{rate}" if rate else f"{key}_requests", name, milliseconds, interval=True, at=at)
+
+    return figure
+
+
+REQUESTS: Mapping[str, Callable[[str], Figure]] = {
+    "max_p95_request_s": waited("p95_latency_s", "p95 latency"),
+    "max_p99_request_s": waited("p99_latency_s", "p99 latency"),
+    "max_p99_request_ttft_s": waited("p99_ttft_s", "p99 time to first token"),
+}
+"""The figure that each key of ConstraintsSpec bounds that is about `workload.requests`, at a rate."""
 CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_quality_loss": lambda _: QUALITY,
     "min_speedup": speed,
@@ -110,14 +126,19 @@ CONSTRAINTS: Mapping[str, Callable[[int], Figure]] = {
     "max_changed_answers": lambda _: CHANGED_ANSWERS,
     "max_accuracy_loss": lambda _: ACCURACY_LOSS,
     "max_reference_loss": lambda _: REFERENCE_LOSS,
+    "max_p95_request_s": lambda _: REQUESTS["max_p95_request_s"](""),
+    "max_p99_request_s": lambda _: REQUESTS["max_p99_request_s"](""),
+    "max_p99_request_ttft_s": lambda _: REQUESTS["max_p99_request_ttft_s"](""),
 }
 """The figure that each key of ConstraintsSpec bounds, at a batch size."""
 
 
 def bounded(constraint: str, batch_size: int) -> Figure:
     """The figure that a name of ConstraintsSpec.bounds is about."""
-    name, _, prompt = constraint.partition(".")
-    return prompt_ttft(int(prompt)) if prompt else CONSTRAINTS[name](batch_size)
+    name, _, at = constraint.partition(".")
+    if at:
+        return REQUESTS[name](at) if name in REQUESTS else prompt_ttft(int(at))
+    return CONSTRAINTS[name](batch_size)
 
 
 def measured_batches(metrics: Iterable[str]) -> list[int]:
@@ -128,6 +149,12 @@ def measured_batches(metrics: Iterable[str]) -> list[int]:
 def timed_prompts(metrics: Iterable[str]) -> list[int]:
     """The lengths of prompts that a time to the first token was measured at, the shortest first, by the names of the metrics."""
     return sorted({int(found[1]) for key in metrics if (found := re.fullmatch(r"ttft_s_prompt_(\d+)", key))})
+
+
+def request_rates(metrics: Iterable[str]) -> list[str]:
+    """The rates that requests came at, the lowest first, by the names of the metrics."""
+    found = {found[1] for key in metrics if (found := re.fullmatch(r"done_rate_([\d.e+-]+)", key))}
+    return sorted(found, key=float)
 
 
 def judged_batch(objective: str, metrics: Iterable[str]) -> int:
@@ -146,9 +173,10 @@ def judged_speed(objective: str, metrics: Iterable[str]) -> tuple[Figure, str]:
 
 
 def judged_threads(objective: str, metrics: Metrics) -> int:
-    """The number of threads that was best at what the objective is judged at."""
+    """The number of threads to serve with: that under requests at a rate, else the best at what the objective is judged at."""
     kind, _, named = objective.partition("@")
     at = f"prompt_{named}" if kind == "ttft" else judged_batch(objective, metrics)
+    at = "requests" if "threads_requests" in metrics else at
     return int(metrics.get(f"threads_{at}", 1))
 
 
@@ -202,6 +230,8 @@ def _verdict(name: str, figure: Figure, bound: float, metrics: Metrics) -> Verdi
 
 def not_measured(figure: Figure) -> str:
     """Why a figure cannot be judged."""
+    if "_rate_" in figure.key or figure.key.endswith("_requests"):
+        return f"{figure.name}{figure.at} is not known: too few requests were answered"
     return f"{figure.key} was not measured" + (" with its confidence interval" if figure.interval else "")
 
 

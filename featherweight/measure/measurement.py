@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.load import Load, worst
 from featherweight.measure.references import score
 from featherweight.measure.roofline import Roofline
 from featherweight.measure.spec import ReferenceMetric
@@ -77,7 +78,7 @@ class Measurement:
     that it served from. attention: the kernels that PyTorch takes, by pass. answers: its greedy texts, where they were asked for.
     hits: of each benchmark 1.0 for an example that it answered rightly, 0.0 for another. written: its texts that were held against
     references. matches: of each metric of references what adds up to it (references.py), for each of those texts.
-    lengths: its speed at other lengths of prompts, one request at a time.
+    lengths: its speed at other lengths of prompts, one request at a time. loads: under requests that come at a rate.
     """
 
     engine: str
@@ -96,6 +97,7 @@ class Measurement:
     written: tuple[str, ...] = ()
     matches: Mapping[ReferenceMetric, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     lengths: tuple[Speed, ...] = ()
+    loads: tuple[Load, ...] = ()
 
     @property
     def timed(self) -> dict[Shape, Speed]:
@@ -123,11 +125,12 @@ class Measurement:
         quality = Quality(**told)
         roofline = Roofline(**tree["roofline"]) if tree.get("roofline") else None
         speeds, lengths = (tuple(map(Speed.from_json, tree.get(key, ()))) for key in ("speeds", "lengths"))
+        loads = tuple(map(Load.from_json, tree.get("loads", ())))
         texts = {key: tuple(tree.get(key, ())) for key in ("answers", "written")}
         hits = {name: tuple(one) for name, one in tree.get("hits", {}).items()}
         matches = {name: tuple(map(tuple, rows)) for name, rows in tree.get("matches", {}).items()}
         parts = {"quality": quality, "speeds": speeds, "lengths": lengths, "roofline": roofline, "hits": hits, "matches": matches}
-        return cls(**{**tree, **parts, **texts})
+        return cls(**{**tree, **parts, **texts, "loads": loads})
 
 
 @dataclass(frozen=True)
@@ -218,8 +221,25 @@ class Comparison:
             figures[f"noise_{at}"] = theirs.noise
         return figures
 
+    def _loads(self) -> dict[str, float]:
+        """Of each rate of requests, by `_rate_N`, and the longest waits at any, by `_requests`; what has no end is left out."""
+        figures: dict[str, float] = {}
+        loads, theirs = self.variant.loads, self.baseline.loads
+        if [(load.rate, len(load.requests)) for load in loads] != [(load.rate, len(load.requests)) for load in theirs]:
+            raise StageError("the variant and the baseline were asked at different rates; evaluate both anew")
+        for load in loads:
+            for name, estimate in load.estimates.items():
+                figures |= _bounded(f"{name}_{load.at}", estimate)
+            figures[f"tokens_per_s_{load.at}"] = load.tokens_per_s
+        for name in loads[0].estimates if loads else ():
+            if name != "done":
+                figures |= _bounded(f"{name}_requests", worst([load.estimates[name] for load in loads]))
+        figures |= {"threads_requests": loads[0].threads} if loads else {}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
     def metrics(self) -> dict[str, float]:
-        """Everything as flat figures: N in a name is a batch size, behind `prompt_` the tokens of a prompt.
+        """Everything as flat figures: N in a name is a batch size, behind `prompt_` the tokens of a prompt, behind `rate_` requests
+        a second.
 
         `_low` and `_high` bound a 95 % confidence interval.
         """
@@ -236,7 +256,7 @@ class Comparison:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
             figures |= _named(variant.speed(batch_size), str(batch_size))
             figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
-        figures |= self._lengths()
+        figures |= self._lengths() | self._loads()
         if variant.roofline and 1 in self.batch_sizes:
             figures["roofline_1"] = variant.roofline.share(variant.speed(1).tokens_per_s)
             figures |= asdict(variant.roofline)

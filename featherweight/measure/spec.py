@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from featherweight.measure.load import rate_name
 from featherweight.measure.speed import Shape
-from featherweight.measure.statistics import examples_to_show, trials_to_show
+from featherweight.measure.statistics import examples_to_show, trials_to_show, values_to_show
 from featherweight.spec import Positive, SequenceLength, Share, Spec
 from featherweight.store.served_folder import SERVED_TOKENS
 
@@ -60,6 +62,40 @@ class LengthSpec(Spec):
         return {"prompt_tokens": value} if isinstance(value, int) else value
 
 
+Rate = Annotated[float, Field(gt=0, le=10**5)]
+Wait = Annotated[float, Field(gt=0, le=10**5)]
+
+
+def _several(value: Any) -> Any:
+    """One number or several."""
+    return [value] if isinstance(value, int | float) else value
+
+
+class RequestsSpec(Spec):
+    """Requests that come when they come (Poisson), `rate` a second on average, for about `seconds`; at several rates one after
+    the other.
+
+    rounds: into so many parts they are split, by turns with the baseline. patience_s: one whose answer is not begun by then is
+    given up. Prompts are of half to all of the workload's `prompt_tokens`, answers of all of its `new_tokens`.
+    """
+
+    rate: Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(_several)]
+    seconds: Wait = 30
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3
+    patience_s: Wait = 30
+
+    @model_validator(mode="after")
+    def _distinct_rates(self) -> RequestsSpec:
+        named = [rate_name(rate) for rate in self.rate]
+        if twice := next((name for name in named if named.count(name) > 1), None):
+            raise ValueError(f"rate: {twice.removeprefix('rate_')} stands twice; its figures are named by the rate")
+        return self
+
+    def count(self, rate: float) -> int:
+        """How many requests come at a rate in a round."""
+        return math.ceil(rate * self.seconds / self.rounds)
+
+
 class WorkloadSpec(Spec):
     """What is measured: generation from `prompt_tokens` to `new_tokens`, and perplexity over `windows` windows of text.
 
@@ -72,9 +108,10 @@ class WorkloadSpec(Spec):
     changed_answers: compare the texts that it writes with the original's; not by default.
     benchmarks: tasks whose accuracy is measured, by name. references: hold what a seq2seq model writes against `data.target`.
     lengths: other lengths of prompts, such as [512, 2048], for each of which the time to the first token is measured.
+    requests: how long requests wait that come at a rate, with as many answered together as the largest of `batch_sizes`.
     """
 
-    quiet = frozenset({"changed_answers", "benchmarks", "references", "lengths"})
+    quiet = frozenset({"changed_answers", "benchmarks", "references", "lengths", "requests"})
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
@@ -88,6 +125,7 @@ class WorkloadSpec(Spec):
     benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], BenchmarkSpec] = Field(default={})
     references: ReferencesSpec | None = None
     lengths: tuple[LengthSpec, ...] = ()
+    requests: RequestsSpec | None = None
 
     @model_validator(mode="after")
     def _distinct_lengths(self) -> WorkloadSpec:
@@ -141,6 +179,8 @@ class WorkloadSpec(Spec):
 
 
 Seconds = Annotated[float, Field(gt=0)]
+REQUEST_QUANTILES = {"max_p95_request_s": 0.95, "max_p99_request_s": 0.99, "max_p99_request_ttft_s": 0.99}
+"""The quantile that each bound of what requests wait is about."""
 
 
 class ConstraintsSpec(Spec):
@@ -150,12 +190,15 @@ class ConstraintsSpec(Spec):
     max_changed_answers: a share of 1, of what `workload.changed_answers` asks for. max_accuracy_loss: a difference of shares, in
     each of `workload.benchmarks`. max_reference_loss: in points of 100, in each metric of `workload.references`. max_ttft_s: time
     to the first token, or that at several of `workload.lengths`, such as {512: 0.2, 2048: 1.0}. max_startup_s: until it can serve.
+    max_p95_request_s, max_p99_request_s, max_p99_request_ttft_s: what requests of `workload.requests` wait, at every rate, or at
+    some, such as {4: 1.5}.
     """
 
     quiet = frozenset(
         {
             *("max_changed_answers", "max_accuracy_loss", "max_reference_loss"),
             *("max_p99_latency_s", "max_ttft_s", "max_inter_token_s", "max_startup_s"),
+            *("max_p95_request_s", "max_p99_request_s", "max_p99_request_ttft_s"),
         }
     )
 
@@ -171,19 +214,27 @@ class ConstraintsSpec(Spec):
     max_ttft_s: Seconds | dict[Positive, Seconds] | None = None
     max_inter_token_s: Seconds | None = None
     max_startup_s: Seconds | None = None
+    max_p95_request_s: Seconds | dict[Rate, Seconds] | None = None
+    max_p99_request_s: Seconds | dict[Rate, Seconds] | None = None
+    max_p99_request_ttft_s: Seconds | dict[Rate, Seconds] | None = None
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Those that are set, by name; of one that is set for several lengths each, as 'max_ttft_s.512'."""
+        """Those that are set, by name; of one that is set for several lengths or rates each, as 'max_ttft_s.512'."""
         flat: dict[str, float] = {}
         for name, bound in self.model_dump(exclude_none=True).items():
-            flat |= {f"{name}.{at}": one for at, one in bound.items()} if isinstance(bound, dict) else {name: bound}
+            flat |= {f"{name}.{_plain(at)}": one for at, one in bound.items()} if isinstance(bound, dict) else {name: bound}
         return flat
+
+
+def _plain(at: float) -> str:
+    """A length or a rate as names of figures have it."""
+    return str(at) if isinstance(at, int) else f"{at:g}"
 
 
 def unmeasured(constraints: ConstraintsSpec, objective: str, workload: WorkloadSpec) -> str | None:
     """Why a bound could never be kept, or the objective be told: nothing measures it, or too little; None where all can."""
-    if reason := _untimed(constraints, objective, workload):
+    if reason := _untimed(constraints, objective, workload) or _too_few_requests(constraints, workload.requests):
         return reason
     if reason := _too_few_examples(constraints.max_accuracy_loss, workload.benchmarks):
         return reason
@@ -228,6 +279,27 @@ def _untimed(constraints: ConstraintsSpec, objective: str, workload: WorkloadSpe
     wanted = {f"constraints.max_ttft_s.{prompt}": prompt for prompt in bounds} | ({objective: int(named)} if kind == "ttft" else {})
     timed = [one.prompt_tokens for one in workload.lengths]
     return next((f"{what} wants {prompt} among workload.lengths" for what, prompt in wanted.items() if prompt not in timed), None)
+
+
+def _too_few_requests(constraints: ConstraintsSpec, asked: RequestsSpec | None) -> str | None:
+    """A wait that no request shows, or too few of them."""
+    bounds = {name: getattr(constraints, name) for name in REQUEST_QUANTILES}
+    for name, bound in bounds.items():
+        if bound is None:
+            continue
+        if asked is None:
+            return f"constraints.{name} wants workload.requests, such as {{rate: 4, seconds: 100}}"
+        rates = tuple(bound) if isinstance(bound, dict) else asked.rate
+        if other := next((rate for rate in rates if rate_name(rate) not in map(rate_name, asked.rate)), None):
+            return f"constraints.{name} wants {other:g} among the rates of workload.requests"
+        needed = values_to_show(REQUEST_QUANTILES[name])
+        if (fewest := min(map(asked.count, rates)) * asked.rounds) < needed:
+            seconds = math.ceil(needed / min(rates))
+            return (
+                f"constraints.{name} takes at least {needed} requests to show, and workload.requests has {fewest} at the rate "
+                f"{min(rates):g}; set workload.requests.seconds to {seconds}"
+            )
+    return None
 
 
 class DecideSpec(Spec):

@@ -1,11 +1,12 @@
 """Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded; of shares, Wilson's (1927)
-and, of their differences, Agresti and Min's (2005).
+and, of their differences, Agresti and Min's (2005); of far quantiles, those of the order statistics.
 
 A bootstrap of answers that are all alike has an interval without width, however few they are; a share's has not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -136,6 +137,27 @@ def paired_share_difference(a: Sequence[float], b: Sequence[float], *, confidenc
     spread = _deviations(confidence) * sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / trials)) / trials
     value = (sum(a) - sum(b)) / len(a)
     return Estimate(value, min(value, middle - spread), max(value, middle + spread))
+
+
+def quantile_estimate(values: Sequence[float], share: float, *, confidence: float = CONFIDENCE) -> Estimate:
+    """The smallest value that a `share` of `values` does not exceed, with the interval of the order statistics.
+
+    Nothing is supposed of how they are spread but that they are independent (Conover, Practical Nonparametric Statistics, 3.2):
+    the bounds are values again, and infinite below or above where there are too few of them. Raises StageError for none.
+    """
+    from scipy.stats import binom
+
+    if not values:
+        raise StageError("a quantile of nothing cannot be told")
+    ordered = [-math.inf, *sorted(values), math.inf]
+    tail = (1 - confidence) / 2
+    low, high = int(binom.ppf(tail, len(values), share)), int(binom.isf(tail, len(values), share)) + 1
+    return Estimate(ordered[max(1, ceil(round(share * len(values), 9)))], ordered[low], ordered[high])
+
+
+def values_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:
+    """How many values it takes until the interval of `quantile_estimate` ends above (0 to 1, both excluded)."""
+    return ceil(math.log((1 - confidence) / 2) / math.log(share))
 
 
 def trials_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:

@@ -211,6 +211,8 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
         steps += -(-texts // max(spec.batch_sizes)) * new_tokens
     tokens += sum(one.prompt_tokens + one.new_tokens for one in spec.lengths) * generations
     steps += sum(one.new_tokens for one in spec.lengths) * generations
+    came_s = len(spec.requests.rate) * spec.requests.seconds * len(sides) if spec.requests else 0.0
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
-    return Work(_forward(sides[0], spec.windows * spec.window_tokens) + generated, memory=steps * weights, files=weights)
+    scored = _forward(sides[0], spec.windows * spec.window_tokens)
+    return Work(scored + generated, memory=steps * weights, files=weights, waiting=came_s)

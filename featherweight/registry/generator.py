@@ -20,7 +20,8 @@ DEFAULT_NEW_TOKENS = 64
 
 class Generator(ServedEngine):
     """A served folder's engine and tokenizer, which answer as transformers' `generate` does with the folder's own
-    generation_config.json (greedy, where that does not ask for sampling). Safe to call from several threads, which take turns.
+    generation_config.json (greedy, where that does not ask for sampling). Safe to call from several threads, whose texts are
+    written together as far as the engine can.
 
     max_tokens: room for a prompt and its new tokens; by default as many as were verified. Raises StageError for more.
     """
@@ -55,11 +56,10 @@ class Generator(ServedEngine):
         encoded = [self._encode(prompt) for prompt in prompts]
         wanted = [self._room(ids, max_new_tokens) for ids in encoded]
         new: list[list[int]] = [[] for _ in encoded]
-        with self._turn:
-            for batch, count in self._batches(wanted):
-                answers = self._generate([encoded[index] for index in batch], count, stop_at_end is not False, adapter)
-                for index, answer in zip(batch, answers, strict=True):
-                    new[index] = answer
+        for batch, count in self._batches(wanted):
+            answers = self._generate([encoded[index] for index in batch], count, stop_at_end is not False, adapter)
+            for index, answer in zip(batch, answers, strict=True):
+                new[index] = answer
         if self._family == "encoder":
             return [self._filled(str(prompt), ids, row) for prompt, ids, row in zip(prompts, encoded, new, strict=True)]
         return [self._decode(ids, tokens) for ids, tokens in zip(encoded, new, strict=True)]
@@ -73,11 +73,9 @@ class Generator(ServedEngine):
 
     def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool, adapter: str | None) -> list[list[int]]:
         with self._running() as worker:
-            if self._adapters:
-                worker.adapt(adapter)
-            if stop_at_end and self._family != "encoder":
-                return worker.answer(prompts, new_tokens, self._settings.values)
-            return worker.generate(prompts, new_tokens)
+            if self._family == "encoder":
+                return worker.generate(prompts, new_tokens)
+            return worker.answer(prompts, new_tokens, self._settings.values if stop_at_end else {}, adapter)
 
     def _require_adapter(self, name: str | None) -> None:
         if name is not None and name not in self._adapters:

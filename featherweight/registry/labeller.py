@@ -72,7 +72,7 @@ class Labeller(ServedEngine):
     def _outputs(self, told: list[Any]) -> list[Rows]:
         if not told:
             return []
-        with self._turn, self._running() as worker:
+        with self._running() as worker:
             return worker.outputs([list(one["input_ids"]) for one in told], [types_of(one) for one in told])
 
 

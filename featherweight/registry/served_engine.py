@@ -27,7 +27,7 @@ KINDS: dict[type, str] = {Integral: "a whole number", bool: "true or false", str
 class ServedEngine:
     """The engine's process, the tokenizer, and the limits that it is opened for.
 
-    max_tokens: the longest sequence; by default as many tokens as were verified. Whoever calls holds `_turn`.
+    max_tokens: the longest sequence; by default as many tokens as were verified.
     """
 
     def __init__(self, served: Path, threads: int, max_tokens: int | None, max_batch: int) -> None:
@@ -36,14 +36,19 @@ class ServedEngine:
         self._tokenizer: Any = load_tokenizer(served)
         # Four times, for what a tokenizer takes out of a text before it cuts it.
         self._most_characters = self.max_tokens * 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
-        self._turn = threading.Lock()
+        self._starting = threading.Lock()
         self._worker: Worker | None = None
 
     def close(self) -> None:
         """Stop the engine."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        self._close(self._worker)
+
+    def _close(self, worker: Worker | None) -> None:
+        """Stop one that may have been stopped, or followed by another, since it was asked."""
+        with self._starting:
+            if worker is not None and self._worker is worker:
+                self._worker = None
+                worker.close()
 
     def _require_few(self, asked: Sequence[Any]) -> None:
         """Raises DataError for more texts than are answered at once."""
@@ -63,9 +68,10 @@ class ServedEngine:
 
     def _open(self) -> Worker:
         """The running engine; starts it where there is none."""
-        if self._worker is None:
-            self._worker = open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
-        return self._worker
+        with self._starting:
+            if self._worker is None:
+                self._worker = open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
+            return self._worker
 
     @contextmanager
     def _running(self) -> Iterator[Worker]:
@@ -74,7 +80,7 @@ class ServedEngine:
         try:
             yield worker
         except StageError:
-            self.close()
+            self._close(worker)
             raise
 
 

@@ -13,6 +13,8 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
   tokens, latency of a whole generation; `startup_s`: until it can serve;
 - the same of one request with a prompt of N tokens, as `ttft_s_prompt_N` ...; `ttft_speedup_prompt_N` with bounds: how many times
   sooner than the baseline its first token comes;
+- `pQ_latency_s_rate_R`, `pQ_ttft_s_rate_R` with bounds, `done_rate_R`, `tokens_per_s_rate_R`: what requests that come at R a second
+  wait, the share that is answered; the longest at any rate ends in `_requests`; what has no end is left out;
 - `joules_per_token_N`: energy of the whole machine, where it is readable;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featherweight.measure.figures import mebibytes, percent, times, with_interval
-from featherweight.measure.goals import judged_batch, measured_batches, pareto_front, timed_prompts
+from featherweight.measure.goals import judged_batch, measured_batches, pareto_front, request_rates, timed_prompts
 from featherweight.measure.statistics import Estimate
 from featherweight.spec import HEADED, Task
 
@@ -162,6 +164,11 @@ class OptimizationResult:
     def prompt_lengths(self) -> list[int]:
         """Other lengths of prompts that were timed."""
         return timed_prompts(self._metric_names())
+
+    @property
+    def request_rates(self) -> list[str]:
+        """The rates that requests came at, as the names of the figures have them."""
+        return request_rates(self._metric_names())
 
     def _metric_names(self) -> Iterator[str]:
         return chain.from_iterable(row.metrics for row in self.variants)

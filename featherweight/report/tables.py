@@ -97,6 +97,8 @@ def columns(result: OptimizationResult) -> list[Column]:
         ]
     for tokens in result.prompt_lengths:
         found += _long_prompts(tokens)
+    for often in result.request_rates:
+        found += _requests(often)
     found += [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
         _metric("peak memory", "of the serving process, where its weights lie", "peak_memory_bytes", mebibytes, brief=True),
@@ -120,6 +122,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         Column(
             "attention", "PyTorch's kernels for the prompt, and for a step", lambda row: row.attention or MISSING, lambda _: 0.0
         ),
+        _metric("threads, requests", "of the engine under them, and when it is served", "threads_requests", plain),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
@@ -155,6 +158,21 @@ def _long_prompts(tokens: int) -> list[Column]:
         _metric(f"p99, {at}", "99th percentile of the latency of such a request", f"p99_latency_s_{key}", milliseconds),
         _metric(f"between tokens, {at}", "behind such a prompt, after the first", f"inter_token_s_{key}", milliseconds),
         _metric(f"J/token, {at}", JOULES, f"joules_per_token_{key}", plain),
+    ]
+
+
+def _requests(often: str) -> list[Column]:
+    """Requests that come at a rate."""
+    at, key, waited = f"{often}/s", f"rate_{often}", "of requests from their coming to their answers"
+    return [
+        _bounded(f"p50, {at}", f"median {waited} (95 % CI)", f"p50_latency_s_{key}", milliseconds),
+        _bounded(f"p95, {at}", f"95th percentile {waited} (95 % CI)", f"p95_latency_s_{key}", milliseconds),
+        _bounded(f"p99, {at}", f"99th percentile {waited} (95 % CI, where they are enough)", f"p99_latency_s_{key}", milliseconds),
+        _bounded(f"TTFT p95, {at}", "95th percentile of their time to first token (95 % CI)", f"p95_ttft_s_{key}", milliseconds),
+        _bounded(f"answered, {at}", "share of the requests that were answered (95 % CI)", f"done_{key}", share),
+        _metric(f"TTFT p50, {at}", "median of their time to first token", f"p50_ttft_s_{key}", milliseconds),
+        _metric(f"TTFT p99, {at}", "99th percentile of their time to first token", f"p99_ttft_s_{key}", milliseconds),
+        _metric(f"tokens/s, {at}", "new tokens per second of all that was answered", f"tokens_per_s_{key}", rate),
     ]
 
 

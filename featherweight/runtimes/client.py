@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -15,7 +17,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving, require_verified, verified_tokens
 from featherweight.system import device
-from featherweight.system.child_process import ChildProcess, error_of
+from featherweight.system.child_process import ChildProcess, Message, error_of
 from featherweight.system.device import CUDA, Device, cuda_refusal
 from featherweight.system.environment import without_secrets
 from featherweight.text.tokens import Window
@@ -38,6 +40,7 @@ def open_worker(served: Path, threads: int, max_tokens: int | None = None, max_b
 class Worker:
     """A running engine, closed by `close()` or at the end of a `with`. `startup_s` is the time until it was ready.
 
+    Several threads may call at once: texts that they ask for (`answer`) are written together, other calls take turns.
     device: where the engine says that it serves from.
     """
 
@@ -53,8 +56,10 @@ class Worker:
         began = monotonic()
         command = [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)]
         self._child = ChildProcess(command, environment(threads))
+        self._numbers, self._turn, self._reading = count(), threading.Condition(), False
+        self._replies: dict[int, Message] = {}
         try:
-            self.device: Device = self._receive(START_TIMEOUT_S, "starting")
+            self.device: Device = self._result(self._receive(START_TIMEOUT_S, "starting"), "starting")
             if self.device != serving.device:
                 raise StageError(f"{self.engine} serves from {self.device}, and was to serve from {serving.device}")
         except BaseException:
@@ -89,15 +94,24 @@ class Worker:
         """Greedy continuations of exactly `new_tokens` tokens; the end-of-text token stops none. See LoadedModel.generate."""
         return self._generation(prompts, new_tokens).tokens
 
-    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
-        """What follows each prompt, as a checkpoint's generation settings ask for it. See LoadedModel.answer."""
+    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any], adapter: str | None = None) -> Tokens:
+        """What follows each prompt, as a checkpoint's generation settings ask for it. See LoadedModel.answer and adapt."""
         self._require_room(prompts, new_tokens)
-        tokens: Tokens = self._call("answer", prompts, new_tokens, settings)
+        tokens: Tokens = self._call("answer", prompts, new_tokens, settings, adapter)
         return tokens
+
+    def under_load(
+        self, prompts: Tokens, new_tokens: int, times_s: Sequence[float], patience_s: float
+    ) -> list[tuple[float | None, float | None]]:
+        """When each prompt, asked for at its time, had its first token, and when its last. See LoadedModel.under_load."""
+        self._require_room(prompts, new_tokens, at_once=1)
+        longest_s = max(times_s, default=0.0) + patience_s + CALL_TIMEOUT_S
+        found = self._call("under_load", prompts, new_tokens, times_s, patience_s, timeout_s=longest_s)
+        return [(first, last) for first, last in found]
 
     def adapt(self, name: str | None) -> None:
         """Answer from now on with the adapter of that name, None for the model alone. See LoadedModel.adapt."""
-        self._call("adapt", name)
+        self._call("take_adapter", name)
 
     def time(self, prompts: Tokens, new_tokens: int) -> Timing:
         """Time one generation of a batch."""
@@ -131,30 +145,54 @@ class Worker:
         reply = self._call("generate", prompts, new_tokens)
         return Generation(reply["tokens"], Timing(**reply["timing"]))
 
-    def _require_room(self, prompts: Tokens, new_tokens: int) -> None:
-        wanted = max(len(ids) for ids in prompts) + new_tokens
-        if wanted > self.max_tokens or len(prompts) > self.max_batch:
+    def _require_room(self, prompts: Tokens, new_tokens: int, at_once: int | None = None) -> None:
+        wanted, together = max(len(ids) for ids in prompts) + new_tokens, at_once or len(prompts)
+        if wanted > self.max_tokens or together > self.max_batch:
             raise StageError(
-                f"the worker was opened for {self.max_batch} sequences of {self.max_tokens} tokens, "
-                f"not for {len(prompts)} of {wanted}"
+                f"the worker was opened for {self.max_batch} sequences of {self.max_tokens} tokens, not for {together} of {wanted}"
             )
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        try:
-            self._child.send({"name": name, "arguments": arguments})
-        except BrokenPipeError as error:
-            raise self._died(name) from error
-        return self._receive(CALL_TIMEOUT_S, name)
+    def _call(self, name: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        with self._turn:
+            number = next(self._numbers)
+            try:
+                self._child.send({"id": number, "name": name, "arguments": arguments})
+            except BrokenPipeError as error:
+                raise self._died(name) from error
+        return self._result(self._reply(number, timeout_s, name), name)
 
-    def _receive(self, timeout_s: float, doing: str) -> Any:
-        """The result of the next reply; whatever else comes instead of it becomes one clear error."""
+    def _reply(self, number: int, timeout_s: float, doing: str) -> Message:
+        """The reply to a call. One of the threads that wait for one reads for all of them."""
+        with self._turn:
+            while number not in self._replies:
+                if self._reading:
+                    self._turn.wait()
+                    continue
+                self._reading = True
+                self._turn.release()
+                try:
+                    reply = self._receive(timeout_s, doing)
+                finally:
+                    self._turn.acquire()
+                    self._reading = False
+                    self._turn.notify_all()
+                self._replies[reply["id"]] = reply
+            return self._replies.pop(number)
+
+    def _receive(self, timeout_s: float, doing: str) -> Message:
+        """The next reply; what comes instead of one becomes one clear error."""
         try:
             reply = self._child.receive(timeout_s)
         except TimeoutError as error:
             self._child.kill()
             raise StageError(f"{self.engine} hung while {_doing(doing)}: {error}; {self._child.tail()}") from error
+        except ValueError as error:  # another thread has closed it
+            raise self._died(doing) from error
         if reply is None:
             raise self._died(doing)
+        return reply
+
+    def _result(self, reply: Message, doing: str) -> Any:
         if "error" in reply:
             raise error_of(reply["error"], f"{self.engine} failed while {_doing(doing)}: ")
         return reply["result"]

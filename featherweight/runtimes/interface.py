@@ -22,6 +22,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.gpu_memory import GpuMemory
+from featherweight.runtimes.line import Ask, Line, Schedule
 from featherweight.runtimes.refusals import devices_refusal
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
@@ -251,6 +252,7 @@ class LoadedModel(ABC):
 
     follows: ClassVar[frozenset[str]] = LENGTHS
     gpu_memory: GpuMemory | None = None
+    adapter: str | None = None
 
     def __init__(self, served: Path, serving: Serving, limits: Limits) -> None:
         self.served = served
@@ -311,6 +313,52 @@ class LoadedModel(ABC):
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """The same, with what is written behind an end still there. By default a greedy text, in which nothing is an end."""
         return self.generate(prompts, new_tokens).tokens
+
+    def converse(self, line: Line) -> None:
+        """Answer those that wait in `line` until nobody does.
+
+        Here batch after batch: the first, and whoever is alike and waits as well, `limits.max_batch` at most. An engine that lets
+        a text join those that it is writing says so by a method of its own.
+        """
+        while first := line.next(wait=True):
+            batch = [first]
+            while len(batch) < self.limits.max_batch and (other := line.next(first.alike)):
+                batch.append(other)
+            try:
+                self._answer_batch(batch, line)
+            except Exception as error:
+                line.failed(batch, error)
+
+    def _answer_batch(self, batch: list[Ask], line: Line) -> None:
+        first, prompts, began = batch[0], [ask.prompt for ask in batch], line.now
+        self.take_adapter(first.adapter)
+        if first.settings:
+            tokens = self.answer(prompts, first.new_tokens, dict(first.settings))
+            line.begun(batch, line.now)
+        else:
+            generation = self.generate(prompts, first.new_tokens)
+            tokens = generation.tokens
+            line.begun(batch, began + generation.timing.ttft_s)
+        for ask, row in zip(batch, tokens, strict=True):
+            line.done(ask, row)
+
+    def under_load(
+        self, prompts: Tokens, new_tokens: int, times_s: list[float], patience_s: float
+    ) -> list[tuple[float | None, float | None]]:
+        """Ask for a greedy text behind each prompt at its time, whatever is still being answered; see Schedule.times.
+
+        patience_s: so long an answer may take to begin.
+        """
+        asks = [Ask(prompt, new_tokens, until=at + patience_s) for prompt, at in zip(prompts, times_s, strict=True)]
+        line = Schedule(asks, times_s)
+        self.converse(line)
+        return line.times
+
+    def take_adapter(self, name: str | None) -> None:
+        """`adapt`, where another one computes."""
+        if name != self.adapter:
+            self.adapt(name)
+            self.adapter = name
 
     def adapt(self, name: str | None) -> None:
         """Compute from now on with the adapter of that name beside the model (checkpoint/kept_adapters.py); None for the model."""

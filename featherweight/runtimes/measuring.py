@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,8 +12,10 @@ from typing import Any
 
 from featherweight.errors import StageError
 from featherweight.measure.agreement import embedding_quality, label_quality
+from featherweight.measure.load import Load, Request, arrivals
 from featherweight.measure.measurement import Measurement, Quality
 from featherweight.measure.references import matches
+from featherweight.measure.spec import RequestsSpec
 from featherweight.measure.speed import Shape, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
 from featherweight.progress import Progress
@@ -135,6 +137,19 @@ class MeasuredVariant:
             tuple(turn.energy_j for turn in turns if turn.energy_j is not None),
         )
 
+    @property
+    def fullest(self) -> Shape:
+        """What is timed of the most texts at once: requests that come by themselves are answered at its number of threads."""
+        return max(self.workload.spec.batches, key=lambda shape: shape.batch_size)
+
+    def asked(self, rate: float, turn: int) -> tuple[Request, ...]:
+        """What a round's requests waited. The same of every variant, and their times too."""
+        spec, prompts = self.workload.spec, self.workload.asked(rate, turn)
+        assert spec.requests is not None
+        came = arrivals(rate, len(prompts), seed=turn)
+        times = self.worker.under_load(prompts, spec.new_tokens, came, spec.requests.patience_s)
+        return tuple(Request(at, first, last) for at, (first, last) in zip(came, times, strict=True))
+
     def live(self, shape: Shape, turns: list[Turn]) -> dict[str, float]:
         """What is told while rounds go on."""
         speed = self.speed(shape, turns)
@@ -142,7 +157,7 @@ class MeasuredVariant:
             return {f"tokens_per_s_{shape.batch_size}": speed.tokens_per_s}
         return {f"ttft_s_prompt_{shape.prompt_tokens}": speed.median_ttft_s}
 
-    def measurement(self, timed: list[Speed], original: MeasuredVariant | None = None) -> Measurement:
+    def measurement(self, timed: list[Speed], original: MeasuredVariant | None = None, loads: tuple[Load, ...] = ()) -> Measurement:
         """Everything about it. Memory is read before the windows are scored, which serving never does.
 
         timed: at each batch size, then at each other length of prompts. original: the baseline that answers by vectors or labels
@@ -151,7 +166,8 @@ class MeasuredVariant:
         batches = len(self.workload.spec.batch_sizes)
         speeds, lengths = tuple(timed[:batches]), tuple(timed[batches:])
         if self.known:
-            return replace(self.known, speeds=speeds, lengths=lengths, size_bytes=served_bytes(self.served), roofline=None)
+            anew = replace(self.known, speeds=speeds, lengths=lengths, loads=loads)
+            return replace(anew, size_bytes=served_bytes(self.served), roofline=None)
         host, worker = self.worker.peak_memory_bytes(), self.worker
         on_cpu = worker.device == CPU
         told, tensors = (None, None) if on_cpu else (worker.peak_gpu_memory_bytes(), worker.peak_tensor_bytes())
@@ -168,6 +184,7 @@ class MeasuredVariant:
             attention=self._attention(),
             hits=self._hits(),
             lengths=lengths,
+            loads=loads,
             **self._texts(),
         )
 
@@ -241,13 +258,38 @@ def _same_questions(known: Measurement, workload: Workload) -> bool:
 
 
 def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, shape: Shape, progress: Progress) -> tuple[Speed, Speed]:
-    """Timed rounds, one of each side by turns, so that what slows the machine slows both; who begins alternates too."""
-    sides = [variant] if baseline is variant else [variant, baseline]
-    turns: dict[MeasuredVariant, list[Turn]] = {side: [] for side in sides}
-    for side in sides:
+    """Timed rounds by turns: how quickly each side answers."""
+    turns: dict[MeasuredVariant, list[Turn]] = {variant: [], baseline: []}
+    for side in turns:
         side.prepare(shape)
-    for turn in range(variant.workload.spec.rounds):
-        for side in sides if turn % 2 == 0 else reversed(sides):
+    rounds = variant.workload.spec.rounds
+    for turn in range(rounds):
+        for side in _order(turns, turn):
             turns[side].append(side.turn(shape))
-        progress.step(turn + 1, variant.workload.spec.rounds, **variant.live(shape, turns[variant]))
+        progress.step(turn + 1, rounds, **variant.live(shape, turns[variant]))
     return variant.speed(shape, turns[variant]), baseline.speed(shape, turns[baseline])
+
+
+def ask_in_turns(
+    variant: MeasuredVariant, baseline: MeasuredVariant, requests: RequestsSpec, progress: Progress
+) -> list[tuple[Load, Load]]:
+    """Requests at each rate by turns: what those of each side wait."""
+    sides = list(dict.fromkeys((variant, baseline)))
+    new_tokens, found = variant.workload.spec.new_tokens, []
+    for side in sides:
+        side.prepare(side.fullest)
+    for rate in requests.rate:
+        rounds: dict[MeasuredVariant, list[tuple[Request, ...]]] = {side: [] for side in sides}
+        progress.note(f"{rate:g} requests a second")
+        for turn in range(requests.rounds):
+            for side in _order(sides, turn):
+                rounds[side].append(side.asked(rate, turn))
+            progress.step(turn + 1, requests.rounds)
+        loads = {side: Load(rate, side.threads(side.fullest), new_tokens, tuple(told)) for side, told in rounds.items()}
+        found.append((loads[variant], loads[baseline]))
+    return found
+
+
+def _order(sides: Collection[MeasuredVariant], turn: int) -> list[MeasuredVariant]:
+    """One of each side by turns, so that what slows the machine slows both; who begins alternates too."""
+    return list(sides) if turn % 2 == 0 else list(sides)[::-1]

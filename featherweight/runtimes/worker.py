@@ -1,5 +1,6 @@
-"""The worker's process: one engine, answering calls over stdin and stdout.
+"""The worker's process: one engine, answering calls over stdin and stdout, each reply with its call's number.
 
+Texts that are asked for while others are written wait in one line with them (line.py), whoever asks; other calls wait their turn.
 Whatever the libraries print to stdout goes to stderr. The process ends when stdin does, or when its parent is gone.
 """
 
@@ -9,15 +10,20 @@ import argparse
 import os
 import select
 import threading
+import time
 import traceback
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.gpu_memory import GpuMemory
 from featherweight.runtimes.interface import Limits, LoadedModel
+from featherweight.runtimes.line import Ask, Line
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import Channel, Message, Messages, failure
 from featherweight.system.device import CPU
@@ -37,8 +43,16 @@ def main() -> None:
     reply, engine = _load(options.served, limits)
     calls.engine = engine
     _send(replies, reply)
-    while engine is not None:
-        _send(replies, _answer(engine, calls.messages.get()))
+    call = calls.messages.get() if engine else None
+    while engine and call:
+        if call["name"] == "answer":
+            line = Calling(call, calls.messages, replies)
+            _converse(engine, line)
+            call = line.next_call
+        else:
+            _send(replies, {"id": call["id"], **_answer(engine, call)})
+            call = None
+        call = call or calls.messages.get()
 
 
 def _send(replies: Channel, reply: Message) -> None:
@@ -77,6 +91,77 @@ class Calls:
             end_children(os.getpid())
         finally:
             os._exit(0)
+
+
+class Calling(Line):
+    """The texts of a call, and of those that come while they are being written. next_call: one for something else, after which
+    nobody joins any more.
+    """
+
+    def __init__(self, call: Message, messages: SimpleQueue[Message], replies: Channel) -> None:
+        super().__init__()
+        self.next_call: Message | None = None
+        self._messages, self._replies = messages, replies
+        self._places: dict[Ask, tuple[int, int]] = {}
+        self._answers: dict[int, list[list[int] | None]] = {}
+        self._take(call)
+
+    def _take(self, call: Message) -> None:
+        prompts, *others = call["arguments"]
+        self._answers[call["id"]] = [None] * len(prompts)
+        asks = [Ask(prompt, *others) for prompt in prompts]
+        self._places |= {ask: (call["id"], place) for place, ask in enumerate(asks)}
+        self.waiting.extend(asks)
+
+    @property
+    def now(self) -> float:
+        return time.monotonic()
+
+    def come(self, wait: bool) -> Sequence[Ask]:
+        """They are put into the line at once; nobody is waited for."""
+        with suppress(Empty):
+            while self.next_call is None:
+                call = self._messages.get_nowait()
+                if call["name"] == "answer":
+                    self._take(call)
+                else:
+                    self.next_call = call
+        return ()
+
+    def begun(self, asks: Iterable[Ask], at: float) -> None:
+        """Nobody is told before a text is whole."""
+
+    def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
+        number, place = self._places.pop(ask)
+        if number not in self._answers:  # another text of its call has failed
+            return
+        self._answers[number][place] = tokens
+        if None not in self._answers[number]:
+            _send(self._replies, {"id": number, "result": self._answers.pop(number)})
+
+    def failed(self, asks: Iterable[Ask], error: Exception) -> None:
+        """Nothing of their calls is answered any more."""
+        numbers = {self._places[ask][0] for ask in asks} & self._answers.keys()
+        self.waiting = deque(ask for ask in self.waiting if self._places[ask][0] not in numbers)
+        reply = _failure(error)
+        for number in numbers:
+            del self._answers[number]
+            _send(self._replies, {"id": number, **reply})
+
+    def given_up(self, ask: Ask) -> None:
+        self.done(ask, [])
+
+    def all_failed(self, error: Exception) -> None:
+        """So it is with whoever has no answer yet."""
+        self.failed(list(self._places), error)
+
+
+def _converse(engine: LoadedModel, line: Calling) -> None:
+    try:
+        work = partial(engine.converse, line)
+        engine.gpu_memory.around(work) if engine.gpu_memory else work()
+    except Exception as error:
+        line.all_failed(error)
 
 
 def _load(served: Path, limits: Limits) -> tuple[Message, LoadedModel | None]:

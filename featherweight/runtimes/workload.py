@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, cycle, islice
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import RecipeError, StageError
@@ -142,6 +143,13 @@ class Workload:
             prompts.append(list(islice(ids, length)))
         return prompts
 
+    def asked(self, rate: float, turn: int) -> list[list[int]]:
+        """The prompts of one round's requests: beginnings of the text, of half to all of `prompt_tokens`."""
+        assert self.spec.requests is not None
+        most, draw = self.spec.prompt_tokens, Random(turn)
+        prompts = self.prompts(Shape(self.spec.requests.count(rate), most, self.spec.new_tokens))
+        return [ids[: draw.randint(-(-most // 2), most)] for ids in prompts]
+
 
 def _questions(
     spec: WorkloadSpec, folder: Path, config: PreTrainedConfig, evaluation: Path
@@ -163,6 +171,8 @@ def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
     if spec.changed_answers and family_of(facts.config) == "encoder":
         task = task_of(facts.config)
         return f"workload.changed_answers: a model for {task} writes no text whose change could be counted; leave it out"
+    if spec.requests and family_of(facts.config) == "encoder":
+        return "workload.requests: they are asked of models that write texts, and an encoder answers at once; leave them out"
     if spec.benchmarks and family_of(facts.config) != "causal":
         return "workload.benchmarks: they are asked of models that go on from a text (text-generation); leave them out"
     return _context_refusal(spec, family_of(facts.config), context_tokens(facts.config))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from featherweight.errors import GateError
 from featherweight.measure import goals
 from featherweight.measure.goals import choose_winner, judge, judged_batch
+from featherweight.measure.load import Load, Request
 from featherweight.measure.measurement import Comparison
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.speed import Speed
@@ -127,6 +128,34 @@ def test_a_long_prompts_first_token_may_be_bounded_and_be_the_objective():
     metrics = variants["quick"].metrics()
     assert [goals.judged_threads(one, metrics) for one in ("ttft@512", "speedup@8")] == [2, 1]
     assert judged_batch("ttft@512", metrics) == 1
+
+
+def asked(wait_s: float, unanswered: int = 0, nll: float = 100.0) -> Comparison:
+    """A variant whose requests, 400 of them at each of two rates, wait so long, at the second twice as long."""
+    waits = [wait_s] * (400 - unanswered) + [None] * unanswered
+    loads = []
+    for rate, longer in ((2.5, 1), (5.0, 2)):
+        requests = [Request(0.0, wait and 0.1 * longer, wait and wait * longer) for wait in waits]
+        loads.append(Load(rate, 3, 16, (tuple(requests),)))
+    sides = (replace(measurement(nll=score), loads=tuple(loads)) for score in (nll, 100.0))
+    return Comparison(*sides)
+
+
+def test_what_requests_wait_may_be_bounded_at_every_rate_or_at_some():
+    variants = {"quick": asked(0.5), "slow": asked(1.5), "full": asked(0.5, unanswered=10)}
+    decision = decide(ConstraintsSpec(max_p99_request_s=2.0), "size", variants)
+    assert decision.winner == "quick"
+    assert decision.reasons["slow"] == "p99 latency 3000 ms at every rate of requests, allowed 2000 ms"
+    assert decision.reasons["full"] == "p99 latency at every rate of requests is not known: too few requests were answered"
+    decision = decide(ConstraintsSpec(max_p95_request_s={2.5: 1.0}, max_p99_request_ttft_s={5: 0.05}), "size", variants)
+    assert decision.winner is None
+    assert "p95 latency 1500 ms at 2.5 requests a second, allowed 1000 ms" in decision.reasons["slow"]
+    assert "p99 time to first token 200 ms at 5 requests a second, allowed 50.0 ms" in decision.reasons["quick"]
+    assert "p95" not in decision.reasons["full"], "of 400 requests ten are fewer than one in twenty"
+    metrics = variants["quick"].metrics()
+    assert goals.request_rates(metrics) == ["2.5", "5"]
+    assert goals.judged_threads("speedup@1", metrics) == 3, "served as it was asked"
+    assert goals.bound_shown("max_p99_request_s.2.5", 0.3) == "300 ms"
 
 
 def test_nobody_wins_among_none():

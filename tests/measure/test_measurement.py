@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
+from featherweight.measure.load import Load, Request, arrivals
 from featherweight.measure.measurement import FILE, Comparison, Measurement, Quality
 from featherweight.measure.speed import Speed, quantile
 from featherweight.measure.statistics import (
@@ -21,8 +22,10 @@ from featherweight.measure.statistics import (
     bootstrap_score_difference,
     examples_to_show,
     paired_share_difference,
+    quantile_estimate,
     share_of,
     trials_to_show,
+    values_to_show,
 )
 from tests.support.comparisons import comparison, measurement, speed
 
@@ -221,6 +224,70 @@ def test_other_lengths_of_prompts_and_the_energy_have_figures_of_their_own():
         Comparison(side(0.1), measurement()).metrics()
 
 
+def load(waits_s: list[float | None], rate: float = 4.0) -> Load:
+    """Two rounds of requests that came a second after each other, and began to be answered after half of what they waited."""
+    requests = [
+        Request(float(at), None if wait is None else at + wait / 2, None if wait is None else at + wait)
+        for at, wait in enumerate(waits_s)
+    ]
+    middle = len(requests) // 2
+    return Load(rate, 2, 16, (tuple(requests[:middle]), tuple(requests[middle:])))
+
+
+def test_requests_at_a_rate_have_figures_of_their_own():
+    waits = [1.0 + one / 128 for one in range(400)]
+    ours = replace(measurement(), loads=(load(waits), load([2.0] * 400, 8.0)))
+    theirs = replace(measurement(), loads=(load([9.0] * 400), load([9.0] * 400, 8.0)))
+    metrics = Comparison(ours, theirs).metrics()
+    assert metrics["p50_latency_s_rate_4"] == waits[199] and metrics["p99_latency_s_rate_4"] == waits[395]
+    assert metrics["p95_ttft_s_rate_4"] == pytest.approx(waits[379] / 2)
+    assert metrics["p95_latency_s_requests"] == waits[379] and metrics["p50_latency_s_requests"] == waits[199]
+    assert metrics["p50_latency_s_rate_8"] == 2.0
+    assert metrics["done_rate_4"] == 1.0 and metrics["threads_requests"] == 2
+    spans = (199 + waits[199]) + (199 + waits[399])
+    assert metrics["tokens_per_s_rate_4"] == pytest.approx(400 * 16 / spans)
+    assert not any("request" in key or "rate_" in key for key in comparison().metrics())
+    with pytest.raises(StageError, match="asked at different rates"):
+        Comparison(ours, measurement()).metrics()
+
+
+def test_who_is_never_answered_has_waited_for_ever_and_no_figure_hides_it():
+    one = load([1.0] * 388 + [None] * 12)
+    metrics = Comparison(replace(measurement(), loads=(one,)), replace(measurement(), loads=(one,))).metrics()
+    assert metrics["done_rate_4"] == 0.97
+    assert metrics["p95_latency_s_rate_4"] == 1.0 and "p99_latency_s_rate_4" not in metrics
+    assert "p99_ttft_s_requests" not in metrics and all(map(math.isfinite, metrics.values()))
+    assert one.tokens_per_s == pytest.approx(388 * 16 / (200 + 188))
+
+
+def test_requests_come_as_poisson_has_it_and_the_same_each_time():
+    came = arrivals(5.0, 4000, seed=1)
+    gaps = numpy.diff((0.0, *came))
+    assert came == arrivals(5.0, 4000, seed=1) != arrivals(5.0, 4000, seed=2)
+    assert (gaps > 0).all() and gaps.mean() == pytest.approx(1 / 5, rel=0.05) and gaps.std() == pytest.approx(1 / 5, rel=0.05)
+    counts = numpy.histogram(came, bins=numpy.arange(0, int(came[-1])))[0]
+    assert counts.var() / counts.mean() == pytest.approx(1.0, abs=0.15), "of a Poisson process the counts' variance is their mean"
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 6), (0.95, 72), (0.99, 368)])
+def test_so_many_values_show_a_quantile_and_one_less_does_not(share, most):
+    assert values_to_show(share) == most
+    assert quantile_estimate([1.0] * most, share).high == 1.0
+    assert quantile_estimate([1.0] * (most - 1), share).high == math.inf
+
+
+def test_the_interval_of_a_quantile_is_the_order_statistics_and_covers_as_often_as_it_promises():
+    found = quantile_estimate([float(value) for value in range(1, 101)], 0.5)
+    assert (found.value, found.low, found.high) == (50.0, 40.0, 61.0), "the ranks of the tables, for 100 values"
+    draw, hits = numpy.random.default_rng(6), 0
+    for _ in range(300):
+        one = quantile_estimate(draw.exponential(1.0, 200).tolist(), 0.95)
+        hits += one.low <= -math.log(0.05) <= one.high
+    assert hits / 300 >= 0.93
+    with pytest.raises(StageError, match="a quantile of nothing"):
+        quantile_estimate([], 0.5)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4), st.lists(st.lists(positive, min_size=4, max_size=4), min_size=1, max_size=9))
 def test_what_ends_with_its_first_token_takes_no_longer_to_it_than_in_all(repeats, rounds):
@@ -248,7 +315,8 @@ def test_a_measurement_survives_json(tmp_path_factory, latency_s, nll, size):
     variant = measurement(latency_s, nll, size)
     variant = replace(variant, speeds=(replace(variant.speeds[0], probe={1: (0.5,), 2: (0.25, 0.26)}, warmup_s=2.0),))
     variant = replace(variant, lengths=(replace(variant.speeds[0], prompt_tokens=512, energy_j=(1.0, 2.0)),))
-    written = Comparison(variant, replace(measurement(batches=(1,)), lengths=variant.lengths), "fingerprint")
+    variant = replace(variant, loads=(load([latency_s, None, 1.0, 2.0]),))
+    written = Comparison(variant, replace(measurement(batches=(1,)), lengths=variant.lengths, loads=variant.loads), "fingerprint")
     written.write(folder)
     assert Comparison.read(folder) == written
 

@@ -76,6 +76,16 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"objective": "ttft@512"}, "ttft@512 wants 512 among workload.lengths"),
         ({"constraints": {"max_ttft_s": {512: 0.1}}}, "constraints.max_ttft_s.512 wants 512 among workload.lengths"),
         ({"workload": {"lengths": [512, {"prompt_tokens": 512, "new_tokens": 9}]}}, "lengths: 512 tokens stand twice"),
+        ({"constraints": {"max_p95_request_s": 1}}, "max_p95_request_s wants workload.requests, such as {rate: 4"),
+        (
+            {"constraints": {"max_p99_request_s": {2.5: 1}}, "workload": {"requests": {"rate": [1, 4], "seconds": 400}}},
+            "constraints.max_p99_request_s wants 2.5 among the rates of workload.requests",
+        ),
+        (
+            {"constraints": {"max_p99_request_s": {4: 1}}, "workload": {"requests": {"rate": [1, 4], "seconds": 90}}},
+            "takes at least 368 requests to show, and workload.requests has 360 at the rate 4; set workload.requests.seconds to 92",
+        ),
+        ({"workload": {"requests": {"rate": [4, 4.0]}}}, "rate: 4 stands twice"),
         ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
         (
             {"constraints": {"max_changed_answers": 0.01}, "workload": {"changed_answers": {}}},

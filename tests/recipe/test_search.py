@@ -83,7 +83,7 @@ def test_a_search_that_is_none_is_refused(search: dict[str, Any], message: str) 
 
 
 def test_the_plan_has_a_short_look_beside_every_measurement() -> None:
-    workload = {"batch_sizes": [1, 8], "rounds": 7, "changed_answers": {}, "lengths": [32]}
+    workload = {"batch_sizes": [1, 8], "rounds": 7, "changed_answers": {}, "lengths": [32], "requests": {"rate": 4}}
     plan = expand(recipe(workload=workload, objective="speedup@8"))
     looks = {one.glanced for one in plan.variants}
     assert looks < plan.nodes.keys() and len(looks) == len(plan.variants) > 5

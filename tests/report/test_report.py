@@ -178,12 +178,15 @@ def test_what_a_recipe_asks_for_by_name_stands_in_a_table_of_its_own_that_fits_a
     from rich.console import Console
 
     asked = {f"ttft_s_prompt_512{end}": value for end, value in (("", 0.2), ("_low", 0.19), ("_high", 0.25))}
+    asked |= {f"p95_latency_s_rate_2.5{end}": value for end, value in (("", 0.3), ("_low", 0.29), ("_high", 0.31))}
+    asked |= {f"done_rate_2.5{end}": 1.0 for end in ("", "_low", "_high")}
     asked |= {f"changed_answers{end}": value for end, value in (("", 0.25), ("_low", 0.2), ("_high", 0.3))}
     rows = tuple(replace(row, metrics={**row.metrics, **asked}) for row in sample().measured)
     screen = io.StringIO()
     Console(width=160, file=screen).print(terminal_table(sample(variants=rows)))
     main, _, below = screen.getvalue().partition("TTFT")
     assert "winner" in main and "200 ms [190, 250]" not in main
+    assert "p95\n2.5/s" not in main and below.count("300 ms [290, 310]") == len(rows)
     assert below.count("25.0 % [20.0, 30.0]") == below.count("200 ms [190, 250]") == len(rows)
 
 

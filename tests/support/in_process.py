@@ -41,11 +41,12 @@ class InProcess:
     def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
         return self.model.outputs(ids, types)
 
-    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
+    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any], adapter: str | None = None) -> Tokens:
+        self.model.take_adapter(adapter)
         return self.model.answer(prompts, new_tokens, settings)
 
     def adapt(self, name: str | None) -> None:
-        self.model.adapt(name)
+        self.model.take_adapter(name)
 
     def close(self) -> None:
         self.model.unload()

@@ -175,10 +175,10 @@ def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_sta
 
 
 @pytest.mark.engine
-def test_long_prompts_are_timed_in_turns_too(baseline, ctranslate2, text, tmp_path):
-    spec = WorkloadSpec(
-        **SPEC.model_dump() | {"windows": 2, "batch_sizes": (1,), "rounds": 2, "lengths": [100], "changed_answers": None}
-    )
+def test_long_prompts_are_timed_in_turns_too_and_requests_that_come_at_a_rate(baseline, ctranslate2, text, tmp_path):
+    requests = {"rate": [50, 100], "seconds": 0.1, "rounds": 2, "patience_s": 600}
+    less = {"windows": 2, "batch_sizes": (1,), "rounds": 2, "lengths": [100], "requests": requests, "changed_answers": None}
+    spec = WorkloadSpec(**SPEC.model_dump() | less)
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     for folder in (alone, beside):
         folder.mkdir()
@@ -188,7 +188,13 @@ def test_long_prompts_are_timed_in_turns_too(baseline, ctranslate2, text, tmp_pa
     for side in (comparison.variant, comparison.baseline):
         (long,) = side.lengths
         assert (long.batch_size, long.prompt_tokens, long.new_tokens, len(long.rounds_ttft_s)) == (1, 100, 16, 2)
+        assert [(load.rate, [len(requests) for requests in load.rounds]) for load in side.loads] == [(50, [3, 3]), (100, [5, 5])]
+        assert all(one.came_s <= one.first_s <= one.answered_s for load in side.loads for one in load.requests)
     assert metrics["ttft_s_prompt_100"] < metrics["p50_latency_s_prompt_100"] <= metrics["p99_latency_s_prompt_100"]
+    assert [one.came_s for one in comparison.variant.loads[1].requests] == [
+        one.came_s for one in comparison.baseline.loads[1].requests
+    ]
+    assert metrics["done_rate_100"] == 1.0 and metrics["p50_latency_s_rate_50"] > 0 and metrics["threads_requests"] == 1
     assert comparison.baseline.startup_s == Comparison.read(alone).variant.startup_s, "known from before"
 
 

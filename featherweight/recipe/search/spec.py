@@ -40,7 +40,7 @@ class SearchSpec(Spec):
         """The workload of a short look: nothing that is asked in texts, and the batch size alone by which is judged."""
         batch = judged_batch(objective, [f"speedup_{size}" for size in workload.batch_sizes])
         less = {"windows": min(self.windows, workload.windows), "rounds": min(self.rounds, workload.rounds)}
-        dropped: Line = {"changed_answers": None, "benchmarks": {}, "references": None}
+        dropped: Line = {"changed_answers": None, "benchmarks": {}, "references": None, "requests": None}
         return workload.model_copy(update={**less, **dropped, "batch_sizes": (batch,)})
 
 

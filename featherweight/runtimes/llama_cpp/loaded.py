@@ -15,6 +15,7 @@ from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
+from featherweight.runtimes.line import Ask, Line
 from featherweight.runtimes.llama_cpp import library
 from featherweight.runtimes.llama_cpp.adapter_files import FILE as ADAPTER_FILE
 
@@ -29,14 +30,21 @@ AT_ONCE = 512
 """Tokens that go through the layers together; llama.cpp's own default."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
-    """A sequence being written: its index among the prompts, all its tokens, and how many of them were computed."""
+    """A sequence being written, up to an end or to `new_tokens` new ones: all its tokens, and how many of them were computed."""
 
-    index: int
     tokens: list[int]
+    new_tokens: int
+    choose: Choose
+    ends: frozenset[int] = frozenset()
     computed: int = 0
     written: list[int] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing follows."""
+        return bool(self.written) and (self.written[-1] in self.ends or len(self.written) == self.new_tokens)
 
 
 Choose = Callable[[Place, "ndarray"], int]
@@ -122,37 +130,63 @@ class LlamaCppModel(LoadedModel):
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         began, first, waiting = perf_counter(), 0.0, len(prompts)
-        tokens: Tokens = [[] for _ in prompts]
-        for place in self._written(prompts, new_tokens, frozenset(), _likeliest):
-            tokens[place.index] = place.written
+        places = [Place(list(prompt), new_tokens, _likeliest) for prompt in prompts]
+        for place in self._written(_one_by_one(places)):
             waiting -= len(place.written) == 1
             first = first or (0.0 if waiting else perf_counter() - began)
-        return Generation(tokens, Timing(first, perf_counter() - began))
+        return Generation([place.written for place in places], Timing(first, perf_counter() - began))
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """A text that has come to its end makes room for the next at once."""
-        choose = _likeliest if set(settings.values) <= LENGTHS else _choosing(settings)
-        tokens: Tokens = [[] for _ in prompts]
-        for place in self._written(prompts, new_tokens, frozenset(settings.ends), choose):
-            tokens[place.index] = place.written
-        return tokens
+        places = [_place(prompt, new_tokens, settings) for prompt in prompts]
+        for _ in self._written(_one_by_one(places)):
+            pass
+        return [place.written for place in places]
 
-    def _written(self, prompts: Tokens, new_tokens: int, ends: frozenset[int], choose: Choose) -> Iterator[Place]:
-        """Each place as often as it has another token, until its end or `new_tokens`."""
-        waiting = deque(Place(index, list(prompt)) for index, prompt in enumerate(prompts))
+    def converse(self, line: Line) -> None:
+        """A text joins those that are being written as soon as there is a place, at any length; only another adapter waits."""
+        asked: dict[Place, Ask] = {}
+
+        def more(idle: bool) -> Place | None:
+            ask = line.next(lambda ask: idle or ask.adapter == self.adapter, wait=idle, overtaking=False)
+            if ask is None:
+                return None
+            wanted = GenerationSettings(dict(ask.settings))
+            if reason := wanted.refusal(self.follows, type(self).__name__):
+                line.failed([ask], StageError(reason))
+                return more(idle)
+            self.take_adapter(ask.adapter)
+            place = _place(ask.prompt, ask.new_tokens, wanted)
+            asked[place] = ask
+            return place
+
+        for place in self._written(more):
+            ask = asked[place]
+            if len(place.written) == 1:
+                line.begun([ask], line.now)
+            if place.whole:
+                line.done(ask, GenerationSettings(dict(ask.settings)).cut(place.written, ask.new_tokens))
+                del asked[place]
+
+    def _written(self, more: Callable[[bool], Place | None]) -> Iterator[Place]:
+        """Each place as often as it has another token, until it is whole. more: the next one, where there is one; told whether
+        there are no others."""
         active: dict[int, Place] = {}
-        while waiting or active:
-            for slot in range(self.limits.max_batch):
-                if slot not in active and waiting:
-                    self._forget(slot)
-                    active[slot] = waiting.popleft()
+        while True:
+            for slot in (slot for slot in range(self.limits.max_batch) if slot not in active):
+                if (place := more(not active)) is None:
+                    break
+                self._forget(slot)
+                active[slot] = place
+            if not active:
+                return
             for slot, logits in self._step(active):
                 place = active[slot]
-                token = choose(place, logits)
+                token = place.choose(place, logits)
                 place.tokens.append(token)
                 place.written.append(token)
                 yield place
-                if token in ends or len(place.written) == new_tokens:
+                if place.whole:
                     del active[slot]
 
     def _step(self, active: dict[int, Place]) -> Iterator[tuple[int, ndarray]]:
@@ -187,21 +221,32 @@ class LlamaCppModel(LoadedModel):
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), slot, -1, -1)
 
 
+def _one_by_one(places: list[Place]) -> Callable[[bool], Place | None]:
+    """Hands out each in turn, then none."""
+    waiting = deque(places)
+    return lambda idle: waiting.popleft() if waiting else None
+
+
+def _place(prompt: list[int], new_tokens: int, settings: GenerationSettings) -> Place:
+    """One that is written as settings ask for it."""
+    choose = _likeliest if set(settings.values) <= LENGTHS else _choosing(settings)
+    return Place(list(prompt), new_tokens, choose, frozenset(settings.ends))
+
+
 def _likeliest(place: Place, logits: ndarray) -> int:
     return int(logits.argmax())
 
 
 def _choosing(settings: GenerationSettings) -> Choose:
-    """By transformers' own processors; those of a prompt's length are made once."""
-    made: dict[int, Any] = {}
+    """By transformers' own processors, which are made once a text."""
+    made: list[Any] = []
 
     def choose(place: Place, logits: ndarray) -> int:
         import torch
 
-        prompt = len(place.tokens) - len(place.written)
-        if prompt not in made:
-            made[prompt] = processors(settings, prompt)
-        scores = made[prompt](torch.tensor([place.tokens]), torch.from_numpy(logits.copy())[None])
+        if not made:
+            made.append(processors(settings, len(place.tokens) - len(place.written)))
+        scores = made[0](torch.tensor([place.tokens]), torch.from_numpy(logits.copy())[None])
         return int(torch.multinomial(scores.softmax(-1), 1) if settings.values.get("do_sample") else scores.argmax())
 
     return choose

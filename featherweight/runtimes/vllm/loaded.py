@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import tempfile
-from dataclasses import replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
+from featherweight.runtimes.line import Ask, Line
 from featherweight.runtimes.vllm.server import arguments, environment, program
 from featherweight.system.device import Device
 from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
@@ -22,11 +25,24 @@ if TYPE_CHECKING:
     import httpx
 
 START_TIMEOUT_S = 600.0
+MOST_OPEN = 1000
+"""Requests that its server is asked at once; it answers `max_batch` of them together, and has the others wait."""
+LOOK_S = 0.001
+"""How often the line is looked at while answers are being written."""
 # What ends a Python traceback, bare or behind the prefix of vLLM's logger.
 _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 # Errors that only say that another one came before.
 _ECHOES = ("EngineDeadError", "See root cause above")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The tokens of a text, and when its first and its last were there."""
+
+    tokens: list[int]
+    first_s: float
+    last_s: float
 
 
 class VllmModel(LoadedModel):
@@ -46,7 +62,8 @@ class VllmModel(LoadedModel):
             self.server = self._start(self._arguments(port), os.environ | environment(self.options, self.threads))
             self.watch = GroupWatch(self.server)
             # Proxies of the environment are for the world outside; the server is on this machine.
-            self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False)
+            many = httpx.Limits(max_connections=MOST_OPEN)
+            self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None, trust_env=False, limits=many)
             self._wait_until_ready()
 
     def _start(self, told: list[str], surroundings: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -153,8 +170,17 @@ class VllmModel(LoadedModel):
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """One request for all, in which the server stops each text at its end."""
+        body = self._body(prompts, new_tokens, settings)
+        choices = self._checked(self.client.post("/v1/completions", json=body)).json()["choices"]
+        tokens: Tokens = [[] for _ in prompts]
+        for choice in choices:
+            tokens[choice["index"]] = list(choice["token_ids"])
+        return tokens
+
+    def _body(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> dict[str, Any]:
+        """What its server is asked."""
         values, sampled = settings.values, settings.values.get("do_sample", False)
-        body = {
+        return {
             "model": "served",
             "prompt": prompts,
             "max_tokens": new_tokens,
@@ -167,15 +193,52 @@ class VllmModel(LoadedModel):
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        choices = self._checked(self.client.post("/v1/completions", json=body)).json()["choices"]
-        tokens: Tokens = [[] for _ in prompts]
-        for choice in choices:
-            tokens[choice["index"]] = list(choice["token_ids"])
-        return tokens
+
+    def converse(self, line: Line) -> None:
+        """Each text is a request of its own, and the server lets it join those that it is writing."""
+        running: dict[Future[Answered | None], Ask] = {}
+        with ThreadPoolExecutor(MOST_OPEN) as pool:
+            while (ask := line.next(wait=not running)) or running:
+                if ask:
+                    running[pool.submit(self._stream, ask, line)] = ask
+                for answer in wait(running, 0.0 if ask else LOOK_S, FIRST_COMPLETED).done:
+                    _tell(line, running.pop(answer), answer)
+
+    def _stream(self, ask: Ask, line: Line) -> Answered | None:
+        """The text of a request, and when it began and ended by the line's clock; None where it did not begin in time."""
+        import httpx
+
+        wanted, first = GenerationSettings(dict(ask.settings)), None
+        if reason := wanted.refusal(self.follows, type(self).__name__):
+            raise StageError(reason)
+        body = self._body([ask.prompt], ask.new_tokens, wanted) | {"stream": True}
+        patience = httpx.Timeout(None, read=max(LOOK_S, ask.until - line.now) if ask.until < math.inf else None)
+        tokens: list[int] = []
+        try:
+            with self.client.stream("POST", "/v1/completions", json=body, timeout=patience) as response:
+                for choice in _choices(self._checked(response)):
+                    first = line.now if first is None else first
+                    tokens += choice["token_ids"]
+        except httpx.ReadTimeout:
+            return None
+        last = line.now
+        return Answered(wanted.cut(tokens, ask.new_tokens), last if first is None else first, last)
 
     def peak_memory_bytes(self) -> int:
         """Sum over the server's processes; pages that they share are counted in each."""
         return 0 if self.server is None else tree_peak_bytes(self.server.pid)
+
+
+def _tell(line: Line, ask: Ask, answer: Future[Answered | None]) -> None:
+    """The line of what became of a request."""
+    error = answer.exception()
+    if isinstance(error, Exception):
+        line.failed([ask], error)
+    elif found := answer.result():
+        line.begun([ask], found.first_s)
+        line.done(ask, found.tokens, found.last_s)
+    else:
+        line.given_up(ask)
 
 
 def _choices(response: httpx.Response) -> Any:
