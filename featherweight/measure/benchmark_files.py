@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,10 @@ from featherweight.measure.spec import BenchmarkSpec, WorkloadSpec
 from featherweight.store.artifact import file_sha256
 
 HARNESS = "lm_eval"
+WRITTEN = "generate_until"
+"""The kind of the harness's tasks that have texts written."""
+TOKEN_BYTES = 4
+"""About so many bytes of a text are a token."""
 
 
 class Harness:
@@ -27,7 +32,7 @@ def fingerprint(spec: WorkloadSpec) -> str | None:
     if not spec.benchmarks:
         return None
     require(spec)
-    files = [name for one in spec.benchmarks.values() for name in (one.file, one.labels) if name]
+    files = [name for one in spec.benchmarks.values() for name in one.files]
     digests = [file_sha256(Path(name)) for name in files]
     return json.dumps([HARNESS, version(HARNESS), *digests])
 
@@ -38,11 +43,12 @@ def require(spec: WorkloadSpec) -> None:
         raise ToolchainError("workload.benchmarks: lm-evaluation-harness is not installed; pip install 'featherweight[benchmarks]'")
     for name, one in spec.benchmarks.items():
         task_file(one.task or name)
-        for file in filter(None, (one.file, one.labels)):
+        for file in one.files:
             if not Path(file).is_file():
                 raise DataError(f"workload.benchmarks.{name}: there is no file {file}")
 
 
+@cache
 def task_file(task: str) -> Path:
     """Where the harness says what a task is; looked for in its files, since its own index of all takes seconds of imports."""
     found = find_spec(HARNESS)
@@ -54,11 +60,35 @@ def task_file(task: str) -> Path:
     raise RecipeError(f"workload.benchmarks: lm-evaluation-harness has no task {task}; 'lm_eval ls tasks' lists them")
 
 
+def writes(name: str, spec: BenchmarkSpec) -> bool:
+    """Whether a benchmark has texts written; by the task's own file, False where that does not say."""
+    try:
+        text = task_file(spec.task or name).read_text(encoding="utf-8", errors="replace")
+    except RecipeError:
+        return False
+    return re.search(rf"^output_type: *{WRITTEN} *$", text, re.MULTILINE) is not None
+
+
+def amount(spec: BenchmarkSpec) -> tuple[int, float]:
+    """How many examples there are, none where the file is missing; and about how many tokens each has with what stands in front."""
+    examples, size = _lines(spec.file)
+    _, front = _lines(spec.examples) if spec.examples else (0, 0.0)
+    return min(examples, spec.limit or examples), (size + (spec.shots or 0) * front) / TOKEN_BYTES
+
+
+def _lines(name: str) -> tuple[int, float]:
+    """How many lines a file has that are not empty, and the mean of their bytes."""
+    try:
+        lines = [line for line in Path(name).read_bytes().splitlines() if line.strip()]
+    except OSError:
+        return 0, 0.0
+    return len(lines), sum(map(len, lines)) / max(1, len(lines))
+
+
 def documents(spec: BenchmarkSpec) -> list[dict[str, Any]]:
     """The benchmark's examples: a JSON object each line, `label` from the file of labels. Raises DataError for anything else."""
     try:
-        lines = Path(spec.file).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = _objects(spec.file)
         if spec.labels:
             labels = [int(line) for line in Path(spec.labels).read_text().split()]
             rows = [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
@@ -67,3 +97,18 @@ def documents(spec: BenchmarkSpec) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{spec.file} holds no example")
     return rows[: spec.limit]
+
+
+def shots(spec: BenchmarkSpec) -> list[dict[str, Any]]:
+    """Those that may stand in front of a prompt. Raises DataError where the file holds too few, or anything else."""
+    try:
+        rows = _objects(spec.examples) if spec.examples else []
+    except (OSError, ValueError) as error:
+        raise DataError(f"{spec.examples}: no examples of a JSON object a line: {error}") from error
+    if len(rows) < (spec.shots or 0):
+        raise DataError(f"{spec.examples} holds {len(rows)} examples, and {spec.shots} are to stand in front of each prompt")
+    return rows
+
+
+def _objects(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -41,13 +41,31 @@ class BenchmarkSpec(Spec):
     """A task of lm-evaluation-harness (`task`, by default the benchmark's own name) on local data: its prompts, choices and metric.
 
     file: a JSON object each line, as the task's own data set has them. labels: a file of the right answers, a number each line.
-    limit: only the first so many.
+    limit: only the first so many. examples: a file as `file`, of which so many `shots` stand in front of each prompt.
+    new_tokens: of a task that has texts written, the most of each. filter: of one that reads its answer in several ways, which.
     """
+
+    quiet = frozenset({"examples", "shots", "new_tokens", "filter"})
 
     task: str | None = None
     file: str
     labels: str | None = None
     limit: Positive | None = None
+    examples: str | None = None
+    shots: Positive | None = None
+    new_tokens: Positive = 256
+    filter: str | None = None
+
+    @model_validator(mode="after")
+    def _examples_and_shots(self) -> BenchmarkSpec:
+        if (self.examples is None) != (self.shots is None):
+            raise ValueError("examples, a file, and shots, how many of them stand in front of a prompt, go together")
+        return self
+
+    @property
+    def files(self) -> list[str]:
+        """All that it reads."""
+        return [name for name in (self.file, self.labels, self.examples) if name]
 
 
 class LengthSpec(Spec):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from featherweight.measure import benchmark_files
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.pruning.catalog import PRUNERS
 from featherweight.pruning.spec import PruneSpec
@@ -52,6 +53,8 @@ REACHED = 0.35
 UNPACK_S = 2.5e-7
 """Seconds for each weight of a GGUF file or another quantized checkpoint (seen on SmolLM2-135M)."""
 SPEEDS = "speeds-of-this-machine"
+CHOICES = 2
+"""As many, at least, a benchmark's example has whose answers are scored."""
 COMPARED_TOKENS = 16 * 128
 """Tokens on which what a stage made is compared with what it was given."""
 
@@ -214,5 +217,18 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
     came_s = len(spec.requests.rate) * spec.requests.seconds * len(sides) if spec.requests else 0.0
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
-    scored = _forward(sides[0], spec.windows * spec.window_tokens)
-    return Work(scored + generated, memory=steps * weights, files=weights, waiting=came_s)
+    asked_tokens, asked_steps = _benchmarks(spec)
+    scored = _forward(sides[0], spec.windows * spec.window_tokens + asked_tokens)
+    read = steps * weights + asked_steps * FLOAT_BYTES * sides[0].parameters
+    return Work(scored + generated, memory=read, files=weights, waiting=came_s)
+
+
+def _benchmarks(spec: WorkloadSpec) -> tuple[float, float]:
+    """(tokens that are read, steps of writing) of its benchmarks, each example's text once for each of `CHOICES`."""
+    read = steps = 0.0
+    for name, one in spec.benchmarks.items():
+        examples, tokens = benchmark_files.amount(one)
+        written = one.new_tokens if benchmark_files.writes(name, one) else 0
+        read += examples * ((tokens + written) if written else CHOICES * tokens)
+        steps += examples * written
+    return read, steps

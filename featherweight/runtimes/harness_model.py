@@ -69,4 +69,34 @@ class HarnessModel(TemplateLM):
         raise StageError("a benchmark that scores whole texts is not run; bits per byte are measured by themselves")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        raise StageError("a benchmark that has texts written is not run; take one of several choices, or of likelihoods")
+        """Greedy texts up to the end token or the first of the task's own words, cut as the harness's own HFLM cuts them."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+        told = [normalize_gen_kwargs(request.args[1]) for request in requests]
+        if any(one.get("do_sample") for one in told):
+            raise StageError("a benchmark that has texts drawn by chance is not run; take one that has them written greedily")
+        prompts = [
+            self._room(self.tok_encode(request.args[0]), one["max_gen_toks"]) for request, one in zip(requests, told, strict=True)
+        ]
+        written, eos = self._texts(prompts, [one["max_gen_toks"] for one in told]), self.tokenizer.decode([self.eot_token_id])
+        return [
+            postprocess_generated_text(text, handle_stop_sequences(one["until"], eos=eos), None)
+            for text, one in zip(written, told, strict=True)
+        ]
+
+    def _room(self, prompt: list[int], new_tokens: int) -> list[int]:
+        """The end of a prompt, where the whole leaves no room."""
+        if new_tokens >= self.worker.max_tokens:
+            raise StageError(f"a benchmark has {new_tokens} tokens written, and {self.worker.max_tokens} are served at most")
+        return prompt[-(self.worker.max_tokens - new_tokens) :]
+
+    def _texts(self, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
+        """Those of like lengths go together."""
+        found, ends = [""] * len(prompts), {"eos_token_id": self.eot_token_id}
+        order = sorted(range(len(prompts)), key=lambda index: (new_tokens[index], len(prompts[index])))
+        for start in range(0, len(order), self.worker.max_batch):
+            batch = order[start : start + self.worker.max_batch]
+            rows = self.worker.answer([prompts[index] for index in batch], new_tokens[batch[-1]], ends)
+            for index, row in zip(batch, rows, strict=True):
+                found[index] = str(self.tokenizer.decode(row[: new_tokens[index]], skip_special_tokens=True))
+        return found

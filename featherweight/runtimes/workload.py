@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import RecipeError, StageError
+from featherweight.measure.benchmark_files import writes
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.measure.speed import Shape
 from featherweight.model.architecture import Family, family_of, task_of
@@ -175,7 +176,21 @@ def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
         return "workload.requests: they are asked of models that write texts, and an encoder answers at once; leave them out"
     if spec.benchmarks and family_of(facts.config) != "causal":
         return "workload.benchmarks: they are asked of models that go on from a text (text-generation); leave them out"
-    return _context_refusal(spec, family_of(facts.config), context_tokens(facts.config))
+    context = context_tokens(facts.config)
+    return _context_refusal(spec, family_of(facts.config), context) or _written_refusal(spec, context)
+
+
+def _written_refusal(spec: WorkloadSpec, context: int) -> str | None:
+    """Why a benchmark has longer texts written than are served with a prompt before them."""
+    served = min(spec.served_tokens, context)
+    for name, one in spec.benchmarks.items():
+        if one.new_tokens >= served and writes(name, one):
+            way = "raise workload.max_tokens, or lower" if served < context else "lower"
+            return (
+                f"workload.benchmarks.{name} has {one.new_tokens} tokens written behind each prompt, and {served} are served in "
+                f"all; {way} its new_tokens"
+            )
+    return None
 
 
 def _context_refusal(spec: WorkloadSpec, family: Family, context: int) -> str | None:
