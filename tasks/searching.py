@@ -59,6 +59,7 @@ class _Work:
     def repeat(self) -> None:
         """What is known before the first step of now."""
         self.search.done |= self.outcomes.keys()
+        self._learn(self.outcomes)
         self.search.measured[BASELINE] = self.outcomes[f"{BASELINE}/evaluate"].artifact.metrics
         variants = self.search.variants
         steps = [Step("glance", variants[name]) for name in self.study.looked_at]
@@ -81,15 +82,19 @@ class _Work:
         missing = [id for id in self.plan.path(step.node) if id not in self.outcomes]
         begun = time.monotonic()
         made = self.run(_part(self.plan, missing), self.outcomes)
-        took = {id: one.artifact.seconds for id, one in made.items() if one.status == "done"}
-        around = (time.monotonic() - begun) / sum(took.values()) if took else 1.0
-        for id, seconds in took.items():
-            self.search.pace.learn(id, seconds * around)
+        self._learn(made, time.monotonic() - begun)
         self.outcomes |= made
         self.search.done |= made.keys()
         ref = self.outcomes[step.node].ref
         self.search.tell(step, ref.metrics if ref else None)
         return ref.metrics if ref else None
+
+    def _learn(self, made: Mapping[str, Outcome], whole_s: float | None = None) -> None:
+        """How long nodes took that were computed now. whole_s: what went by meanwhile, around them too."""
+        took = {id: one.artifact.seconds for id, one in made.items() if one.status == "done"}
+        around = whole_s / sum(took.values()) if took and whole_s else 1.0
+        for id, seconds in took.items():
+            self.search.pace.learn(id, seconds * around)
 
     def _note(self) -> None:
         """How far it is, beside the run in MLflow."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -112,8 +114,13 @@ def figures(speed: float, loss: float, spread: float) -> Metrics:
     }
 
 
-def searched(truth: dict[str, tuple[float, float]], budget: float, pace: float = 1.0, plan: Plan = PLAN) -> tuple[Search, float]:
-    """A search to its end on variants whose figures are known, each node taking `pace` times its estimate; and its seconds."""
+def searched(
+    truth: dict[str, tuple[float, float]], budget: float, pace: float | Callable[[float], float] = 1.0, plan: Plan = PLAN
+) -> tuple[Search, float]:
+    """A search to its end on variants whose figures are known, each node taking `pace` times its estimate; and its seconds.
+
+    pace: a number, or what is drawn of it after so many seconds.
+    """
     estimated = {
         id: 2.0 if id.endswith("/glance") else 10.0 if node.stage == "evaluate" else 1.0 for id, node in plan.nodes.items()
     }
@@ -127,8 +134,9 @@ def searched(truth: dict[str, tuple[float, float]], budget: float, pace: float =
     while step := search.next(spent):
         for id in plan.path(step.node):
             if id not in search.done:
-                spent += pace * estimated[id]
-                search.pace.learn(id, pace * estimated[id])
+                took = estimated[id] * (pace(spent) if callable(pace) else pace)
+                spent += took
+                search.pace.learn(id, took)
                 search.done.add(id)
         known = truth.get(step.variant.name)
         search.tell(step, figures(*known, 0.2 if step.kind == "glance" else 0.02) if known else None)
@@ -162,6 +170,28 @@ def test_a_search_keeps_its_budget_once_it_knows_its_pace(
     assert spent <= max(budget, first) + 1e-9
     if truth and budget > 30 * pace * len(NAMES):
         assert search.measured.keys() > {BASELINE}
+
+
+def test_a_machine_that_grows_slower_while_one_searches_costs_the_budget_little() -> None:
+    """Each node takes 0.7 to 2 times its estimate by chance, and half as long again towards the end."""
+    budget, over = 120.0, []
+    truth = {name: (1.0 + index, index / 1000) for index, name in enumerate(NAMES)}
+    for seed in range(60):
+        draw = Random(seed)
+        _, spent = searched(truth, budget, lambda so_far, draw=draw: draw.lognormvariate(0.26, 0.3) * (1 + so_far / budget / 2))
+        over.append(spent / budget)
+    assert sorted(over)[-3] <= 1.0 and max(over) <= 1.06
+    assert sum(over) / len(over) > 0.7, "and the budget is used"
+
+
+def test_what_took_longest_of_the_last_few_is_expected_of_the_next() -> None:
+    pace = Pace({id: 10.0 for id in "abcdef"}, {**dict.fromkeys("abcde", "export"), "f": "evaluate"})
+    assert pace.seconds("a") == 15.0
+    for id, took in zip("abc", (20.0, 5.0, 8.0), strict=True):
+        pace.learn(id, took)
+    assert pace.seconds("d") == 20.0 and pace.seconds("f") == 15.0
+    pace.learn("d", 6.0)
+    assert pace.seconds("e") == pytest.approx(9.75), "the first was long ago: the mean of all, which none of the last exceeds"
 
 
 def test_where_nothing_may_win_what_comes_nearest_is_measured_all_the_same() -> None:

@@ -24,6 +24,10 @@ UNSURE = 1.5
 """Times its estimate that a stage is given before one like it was seen, more where all took longer: the budget is to be kept."""
 
 
+LATEST = 3
+"""So many of a stage's nodes say how slow the machine is now."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """What is to be kept, and what is to be best."""
@@ -84,27 +88,36 @@ class Step:
 
 @dataclass
 class Pace:
-    """Seconds that nodes took against what was estimated, by stage."""
+    """Seconds that nodes took against what was estimated, by stage, the latest last.
+
+    What comes next is given the longest of the last few of its stage, and not less than their mean: a machine that has other work
+    grows slower while one looks, and half of all takes longer than a mean.
+    """
 
     estimated: Mapping[str, float]
     stages: Mapping[str, str]
-    seen: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def learn(self, node: str, seconds: float) -> None:
-        """What a node took."""
-        took, thought = self.seen.get(self.stages[node], (0.0, 0.0))
-        self.seen[self.stages[node]] = took + seconds, thought + self.estimated[node]
+        """What a node took; nothing is learnt of one that was thought to take no time."""
+        if self.estimated[node] > 0:
+            self.seen.setdefault(self.stages[node], []).append((seconds, self.estimated[node]))
 
     def seconds(self, nodes: Collection[str]) -> float:
-        """What these will take."""
+        """What these will take, with bad luck."""
         return sum(self.estimated[node] * self._factor(self.stages[node]) for node in nodes)
 
     def _factor(self, stage: str) -> float:
-        took, thought = self.seen.get(stage, (0.0, 0.0))
-        if thought > 0:
-            return took / thought
-        took, thought = (sum(one) for one in zip(*self.seen.values(), strict=True)) if self.seen else (0.0, 0.0)
-        return max(UNSURE, took / thought) if thought > 0 else UNSURE
+        if known := self.seen.get(stage):
+            return max(_mean(known), *(took / thought for took, thought in known[-LATEST:]))
+        every = [one for ones in self.seen.values() for one in ones]
+        return max(UNSURE, _mean(every)) if every else UNSURE
+
+
+def _mean(seen: list[tuple[float, float]]) -> float:
+    """How many times its estimate all together took."""
+    took, thought = (sum(one) for one in zip(*seen, strict=True))
+    return took / thought
 
 
 @dataclass
