@@ -30,6 +30,7 @@ from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import HEADED
+from featherweight.store.mapped import give_back_heap
 from featherweight.store.served_folder import SERVED_TOKENS, Serving
 from featherweight.system.device import CPU, CUDA, Device, cuda_refusal, current, seen_from
 from featherweight.system.machine import describe
@@ -189,6 +190,7 @@ class Source:
         self.__dict__.pop("model", None)
         self.__dict__.pop("_mapped", None)
         self.quantized = self.change = None
+        give_back_heap()
 
 
 def write_served(

@@ -1,8 +1,12 @@
-"""Memory-mapped files that are only read: their pages are given back at once, and not only when the system wants their room."""
+"""Memory that is given back at once: pages of mapped files that are only read, and what the heap has free.
+
+The system would take the former when it wants their room; glibc keeps the latter for the next allocations of this process.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import sys
 import tempfile
@@ -39,6 +43,14 @@ def give_back(tensor: Tensor | numpy.ndarray) -> None:
     found = _mapping(first)
     if found and found.of_a_file and not found.writable and last <= found.end:
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+def give_back_heap() -> None:
+    """Let go of what the heap has free, before another process wants the room. Nothing happens without glibc."""
+    gc.collect()
+    trim = getattr(_libc(), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def spilled(tensor: Tensor, folder: Path | None) -> Tensor:

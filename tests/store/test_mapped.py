@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from featherweight.store.mapped import SMALL, give_back, seal, spilled
+from featherweight.store.mapped import SMALL, give_back, give_back_heap, seal, spilled
 
 
 def in_files() -> int:
@@ -57,3 +58,17 @@ def test_a_spilled_tensor_lies_in_a_file_without_a_name(dtype: torch.dtype, tmp_
     assert torch.equal(found.float(), tensor.T.float())
     assert spilled(tensor, None) is tensor
     assert spilled(tensor[:5], tmp_path).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
+def test_what_the_heap_has_free_is_given_back() -> None:
+    blocks = [bytearray(b"x") * 50_000 for _ in range(3000)]
+    last = blocks[-1]  # what lies behind the others is not given back by itself
+    blocks.clear()
+    held = anonymous_kib()
+    give_back_heap()
+    assert held - anonymous_kib() > 50_000 and len(last) == 50_000
+
+
+def anonymous_kib() -> int:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
