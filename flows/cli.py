@@ -204,10 +204,11 @@ def variants(
     as_json: JsonOpt = False,
 ) -> None:
     """Show the table of a finished optimization."""
+    place = _workspace(workspace, "finished optimization")
     from featherweight.report.tables import markdown_table, terminal_table
     from tasks.summary import past_result
 
-    result = past_result(_workspace(workspace, "finished optimization"), run)
+    result = past_result(place, run)
     if as_json:
         _print_json(result.to_dict())
     elif markdown:
@@ -231,10 +232,11 @@ def lineage(
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a registered version is made of: checkpoint, data, recipe, code, machine, every stage and number."""
+    place = _registered_in(workspace, model)
     from flows.audit import audit
     from flows.standards import write_standards
 
-    found = audit(_registered_in(workspace, model), model, verify, page)
+    found = audit(place, model, verify, page)
     for line in write_standards(found.lineage, bom, card, openlineage, licence):
         typer.echo(visible(line), err=True)
     _tell(found, as_json)
@@ -249,9 +251,10 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Show two registered versions side by side: verified figures, quality window by window, recipes, lineages."""
+    place = _registered_in(workspace, a)
     from flows.comparing import compared
 
-    _tell(compared(_registered_in(workspace, a), a, b), as_json)
+    _tell(compared(place, a, b), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
@@ -263,10 +266,11 @@ def reproduce(
     quiet: QuietOpt = False,
 ) -> None:
     """Make a registered version once more from its lineage, in a workspace of its own; exit 9 where a stage makes other bytes."""
+    store = _registered_in(workspace, model)
     from flows.reproduce import reproduce as again
 
     place = into or Path("reproduced") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
-    found = again(_registered_in(workspace, model), model, place, view_for(quiet))
+    found = again(store, model, place, view_for(quiet))
     _tell(found, as_json)
     found.raise_if_wrong()
 
@@ -287,10 +291,10 @@ def remeasure(
     It has drifted where its quality, its speed on the same machine or a constraint is worse than when it was registered, beyond the
     noise, or where the checkpoint itself predicts the fresh text worse. MLflow keeps each re-measurement.
     """
+    place = _registered_in(workspace, model)
     from flows.remeasure import rebuilt
     from flows.remeasure import remeasure as again
 
-    place = _registered_in(workspace, model)
     found = again(place, model, text)
     if rebuild and found.rebuild_may_win:
         from flows.launch import launch
@@ -309,9 +313,10 @@ def impact(
     as_json: JsonOpt = False,
 ) -> None:
     """Show which registered versions go back to a checkpoint, a text or a library, those that are deployed first."""
+    place = _workspace(workspace)
     from flows.impact import depending
 
-    _tell(depending(_workspace(workspace), checkpoint, data, library), as_json)
+    _tell(depending(place, checkpoint, data, library), as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -322,9 +327,10 @@ def history(
     as_json: JsonOpt = False,
 ) -> None:
     """Show who moved which version where, when and why, with the gates that judged, and what came second."""
+    place = _registered_in(workspace, model)
     from flows.history import history_of
 
-    _tell(history_of(_registered_in(workspace, model), model, repair), as_json)
+    _tell(history_of(place, model, repair), as_json)
 
 
 @app.command(name="audit", epilog=EXIT_CODES, rich_help_panel=LOOK)
@@ -337,11 +343,12 @@ def audit_models(
     as_json: JsonOpt = False,
 ) -> None:
     """Hold everything that is stored of a model against what was signed, decided and measured; exit 9 where anything differs."""
-    from flows.audit import audit_registry
-
     if bool(model) == every:
         raise RecipeError("audit a model by its name, or --all")
-    found = audit_registry(_workspace(workspace), model, repair, page)
+    place = _workspace(workspace)
+    from flows.audit import audit_registry
+
+    found = audit_registry(place, model, repair, page)
     _tell(found, as_json)
     found.raise_if_wrong()
 
@@ -367,9 +374,10 @@ def promote(
     as_json: JsonOpt = False,
 ) -> None:
     """Move a version to a stage, if the gate against the present champion lets it pass."""
+    place = _registered_in(workspace, model)
     from flows.by_hand import promote_by_hand
 
-    _tell(promote_by_hand(_registered_in(workspace, model), model, to, why, force, smoke), as_json)
+    _tell(promote_by_hand(place, model, to, why, force, smoke), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=DECIDE)
@@ -382,9 +390,10 @@ def approve(
     as_json: JsonOpt = False,
 ) -> None:
     """Approve a version that waits in staging (promote.approval: required): it is promoted through its other gates."""
+    place = _registered_in(workspace, model)
     from flows.by_hand import approve_by_hand
 
-    _tell(approve_by_hand(_registered_in(workspace, model), model, why, refuse, smoke), as_json)
+    _tell(approve_by_hand(place, model, why, refuse, smoke), as_json)
 
 
 @app.command(rich_help_panel=DECIDE)
@@ -392,9 +401,10 @@ def rollback(
     model: ModelArg, why: WhyOpt = "rolled back by hand", workspace: WorkspaceOpt = HERE, as_json: JsonOpt = False
 ) -> None:
     """Make the previous champion the champion again."""
+    place = _registered_in(workspace, model)
     from flows.by_hand import roll_back_by_hand
 
-    _tell(roll_back_by_hand(_registered_in(workspace, model), model, why), as_json)
+    _tell(roll_back_by_hand(place, model, why), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -411,9 +421,10 @@ def serve(
     On the engine's own server where it has one (vLLM's, as OpenAI's), else MLflow's (/invocations). Set
     FEATHERWEIGHT_SERVE_TOKEN to ask for it as a bearer token.
     """
+    place = _registered_in(workspace, model)
     from flows.serve import serve as serve_version
 
-    serve_version(_registered_in(workspace, model), model, host, port, every, as_json)
+    serve_version(place, model, host, port, every, as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -429,9 +440,10 @@ def guard(
 
     Within seconds where the MLflow server sends webhooks, which it is asked for here, else at the next look.
     """
+    place = _workspace(workspace)
     from flows.guard import guard as guard_registry
 
-    guard_registry(_workspace(workspace), host, port, url, every, as_json)
+    guard_registry(place, host, port, url, every, as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=BEGIN)
@@ -489,10 +501,11 @@ def deploy(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a verified version as a platform takes it, with its measured settings; its files are checked again as it starts."""
+    store = _registered_in(workspace, model)
     from flows.deploy import deploy as write
 
     place = out or Path("deployed") / model.removeprefix("models:/").replace("/", "-").replace("@", "-")
-    _tell(write(_registered_in(workspace, model), model, to, place, image, storage), as_json)
+    _tell(write(store, model, to, place, image, storage), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
@@ -503,11 +516,12 @@ def gc(
     as_json: JsonOpt = False,
 ) -> None:
     """Tell what of the store may go, and what comes free: never what is deployed, decided about, in use, or a parent of those."""
+    place = _workspace(workspace)
     from featherweight.registry.retention import collect
     from featherweight.spec import seconds_of
     from featherweight.system.user import user_name
 
-    _tell(collect(_workspace(workspace), seconds_of(older, "--older"), user_name(), remove=yes), as_json)
+    _tell(collect(place, seconds_of(older, "--older"), user_name(), remove=yes), as_json)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=RUN)
