@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,6 +40,13 @@ SHARED = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d
 """What peft holds once for all layers, so that no layer misses its own."""
 LORA = "LORA"
 FACTOR = re.compile(r"base_model\.model\.(?P<matrix>.+)\.lora_(?P<factor>[AB])\.weight")
+NEVER_MERGED = {
+    "layer_replication": "repeats layers of its base",
+    "alora_invocation_tokens": "takes effect behind certain tokens alone (aLoRA)",
+}
+"""Settings of a LoRA that no weights of its base stand for."""
+BESIDE = r"(?!weight$|base_layer\.|modules_to_save\.|token_adapter\.)"
+"""What an adapter's file says of a module that it has not trained two factors for."""
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
 """peft's kinds that put something before a text, or beside attention, and change no weight."""
 
@@ -114,6 +122,10 @@ def _require_settings(adapter: Path, told: Mapping[str, Any]) -> None:
         value = told.get(key, 1)
         if not isinstance(value, kinds) or isinstance(value, bool) or (key == "r" and value < 1):
             raise CheckpointError(f"{where}: {key} is {value!r}, and a LoRA's is {wanted}; copy it again")
+    if never := next((key for key in NEVER_MERGED if told.get(key)), None):
+        raise CheckpointError(
+            f"{where}: the adapter {NEVER_MERGED[never]} ({never}), and so cannot be merged; train a plain LoRA, or give the base"
+        )
 
 
 @cache
@@ -125,6 +137,30 @@ def _kinds() -> tuple[str, ...]:
     return tuple(re.findall(r'^    \w+ = "(\w+)"', listed[0], re.M)) if listed else ()
 
 
+@dataclass(frozen=True)
+class Factor:
+    """One of the two that a LoRA adds the product of to the weight named `matrix`; the first is applied to the layer's inputs."""
+
+    matrix: str
+    first: bool
+    rank: int
+    channels: int
+
+
+def factors(listing: Listing) -> dict[str, Factor | None]:
+    """What each tensor of an adapter's safetensors is, by its name; None for what is no factor of two dimensions."""
+    return {name: _factor(name, entry["shape"]) for name, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items()}
+
+
+def _factor(name: str, shape: list[int]) -> Factor | None:
+    found = FACTOR.fullmatch(name)
+    if found is None or len(shape) != 2:
+        return None
+    first = found["factor"] == "A"
+    rank, channels = shape if first else reversed(shape)
+    return Factor(f"{found['matrix']}.weight", first, rank, channels)
+
+
 def require_factors(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     """Refuse factors of a LoRA that are not of the matrices of its base, `shapes` by name, as far as both are told by headers."""
     listing = Listing.of(adapter)
@@ -133,18 +169,16 @@ def require_factors(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None)
         return
     several = told.get("rank_pattern") or told.get("target_parameters")  # of those one factor is as wide as all experts' together
     fixed = None if several else told.get("r")
-    for name, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items():
-        found = FACTOR.fullmatch(name)
-        shape = shapes.get(f"{found['matrix']}.weight") if found else None
-        if found is None or len(entry["shape"]) != 2:
+    for name, factor in factors(listing).items():
+        if factor is None:
             continue
-        rank, channels = entry["shape"] if found["factor"] == "A" else reversed(entry["shape"])
-        if fixed is not None and rank != fixed:
-            raise CheckpointError(f"{adapter}: {name} is of rank {rank}, and {ADAPTER} says {fixed}; copy both again")
-        if shape is not None and len(shape) == 2 and channels not in shape:
+        shape = shapes.get(factor.matrix)
+        if fixed is not None and factor.rank != fixed:
+            raise CheckpointError(f"{adapter}: {name} is of rank {factor.rank}, and {ADAPTER} says {fixed}; copy both again")
+        if shape is not None and len(shape) == 2 and factor.channels not in shape:
             raise CheckpointError(
-                f"{adapter}: {name} is of {channels} channels, and its base's matrix of {shape[0]} times {shape[1]}; the two do "
-                "not belong together: set checkpoint.base to the model that it was trained on"
+                f"{adapter}: {name} is of {factor.channels} channels, and its base's matrix of {shape[0]} times {shape[1]}; they "
+                "do not belong together: set checkpoint.base to the model that it was trained on"
             )
 
 
@@ -155,15 +189,55 @@ def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedMo
     embedding: Any = model.get_input_embeddings()
     if rows is not None and rows != embedding.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
+    untied = _untie(model, adapter, weights)
     try:
         with quiet():
             adapted: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
             _require_placed(adapter, adapted.load_adapter(str(adapter), "default", local_files_only=True))
-            return adapted.merge_and_unload(safe_merge=True)
+            merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except CheckpointError:
         raise
     except Exception as error:  # each kind of adapter fails in its own way
         raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {reason(error)}") from error
+    if untied:
+        merged.config.tie_word_embeddings = False
+    return merged
+
+
+def _untie(model: PreTrainedModel, adapter: Path, weights: str) -> bool:
+    """Whether the head has got a matrix of its own, because the adapter has trained it, or the embedding that it is.
+
+    peft adds to each what was learned for it alone; merged into a matrix that both are it would change the other too.
+    """
+    import torch
+
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    places = [name for name, module in model.named_modules() if module in (embedding, head)]
+    trained = re.compile(rf"\.({'|'.join(map(re.escape, places))})\.{BESIDE}")
+    if not any(trained.search(name) for name in _names(adapter / weights)):
+        return False
+    if model.config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{adapter}: the adapter has trained the embedding or the head alone, which are one matrix of this "
+            f"{model.config.model_type}; train it on other layers"
+        )
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return True
+
+
+def _names(path: Path) -> list[str]:
+    """Of the tensors of an adapter."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        import torch
+
+        return list(torch.load(path, map_location="meta", weights_only=True))
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def _require_placed(adapter: Path, loaded: Any) -> None:
@@ -186,7 +260,7 @@ def _rows(path: Path) -> int | None:
     if path.suffix != ".safetensors":
         return None
     with safe_open(path, framework="pt") as file:
-        found = [name for name in file.keys() if name.endswith(EMBEDDING)]  # noqa: SIM118 (not a dict)
+        found = [name for name in _names(path) if name.endswith(EMBEDDING)]
         return int(file.get_slice(found[0]).get_shape()[0]) if found else None
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.adapters import factors
 from featherweight.checkpoint.fetching import WORK, look_at, source_of
 from featherweight.checkpoint.files import (
     ADAPTER,
@@ -15,7 +16,6 @@ from featherweight.checkpoint.files import (
     Listing,
     adapter_files,
     copy,
-    read_header,
     read_json,
 )
 from featherweight.checkpoint.inspection import quiet
@@ -40,7 +40,6 @@ BEYOND = (
     "arrow_config",
 )
 """Settings of peft that make of an adapter more than two factors beside linear layers."""
-PREFIX, FACTORS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -101,16 +100,14 @@ def _beyond(told: Mapping[str, Any]) -> str | None:
 
 def _require_fit(name: str, listing: Listing, shapes: Shapes) -> None:
     """Raises CheckpointError unless each factor belongs to a matrix of the checkpoint, and has its rows or columns."""
-    for tensor, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items():
-        factor = next((suffix for suffix in FACTORS if tensor.endswith(suffix)), None)
-        matrix = f"{tensor.removeprefix(PREFIX).removesuffix(factor)}.weight" if factor else ""
-        shape = shapes.get(matrix)
+    for tensor, factor in factors(listing).items():
+        shape = shapes.get(factor.matrix) if factor else None
         if factor is None or shape is None or len(shape) != 2:
             raise CheckpointError(f"checkpoint.adapters.{name}: {tensor} belongs to no matrix of the checkpoint; {MERGE}")
-        own, wanted = (entry["shape"][1], shape[1]) if factor == FACTORS[0] else (entry["shape"][0], shape[0])
-        if own != wanted:
+        wanted = shape[1] if factor.first else shape[0]
+        if factor.channels != wanted:
             raise CheckpointError(
-                f"checkpoint.adapters.{name}: {tensor} is of {own} channels and {matrix} of {wanted}; "
+                f"checkpoint.adapters.{name}: {tensor} is of {factor.channels} channels and {factor.matrix} of {wanted}; "
                 "it was trained on another base"
             )
 

@@ -216,3 +216,32 @@ def test_the_fingerprint_knows_adapter_and_base(base: Path, adapter: Path, tmp_p
     told = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps(told | {"lora_alpha": 99}))
     assert source_fingerprint(LoadSpec(source=str(changed), base=str(one))) not in found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]},
+     {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, {"target_modules": ["q_proj"]}],
+    ids=["embedding", "head", "both as one", "neither"],
+)  # fmt: skip
+def test_what_was_learned_for_the_embedding_or_the_head_alone_changes_no_other_matrix(
+    options: dict[str, Any], tmp_path: Path, out: Path
+) -> None:
+    tied = family_checkpoint("llama", tmp_path / "tied", tie_word_embeddings=True)
+    adapter = lora_folder(tied, tmp_path / "lora", **options)
+    taken(adapter, out)
+    assert (logits(out) - right(tied, adapter)).abs().max() < 1e-4
+    assert (logits(out) - logits(tied)).abs().max() > 1e-3
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is ("q_proj" in options["target_modules"])
+
+
+@pytest.mark.parametrize("setting", [{"layer_replication": [[0, 2], [0, 2]]}, {"alora_invocation_tokens": [3]}])
+def test_what_no_weights_of_the_base_stand_for_is_told_in_the_plan(
+    setting: dict[str, Any], adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "never"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    for ask in (lambda: read_facts(LoadSpec(source=str(folder))), lambda: taken(folder, out)):
+        with pytest.raises(CheckpointError, match=rf"\({next(iter(setting))}\), and so cannot be merged"):
+            ask()

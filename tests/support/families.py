@@ -119,7 +119,7 @@ def lora_folder(base: Path, folder: Path, seed: int = 1, **options: Any) -> Path
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options)
         model = get_peft_model(load_reference(base), config)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(folder)
