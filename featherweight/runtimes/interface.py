@@ -22,7 +22,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.gpu_memory import GpuMemory
-from featherweight.runtimes.line import Ask, Line, Schedule
+from featherweight.runtimes.line import Ask, Line, Schedule, Written
 from featherweight.runtimes.refusals import devices_refusal
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import Task
@@ -320,27 +320,29 @@ class LoadedModel(ABC):
         Here batch after batch: the first, and whoever is alike and waits as well, `limits.max_batch` at most. An engine that lets
         a text join those that it is writing says so by a method of its own.
         """
-        while first := line.next(wait=True):
-            batch = [first]
-            while len(batch) < self.limits.max_batch and (other := line.next(first.alike)):
-                batch.append(other)
+        while batch := self.next_batch(line, wait=True):
             try:
-                self._answer_batch(batch, line)
+                self.write_batch(batch, line).tell(line, batch)
             except Exception as error:
                 line.failed(batch, error)
 
-    def _answer_batch(self, batch: list[Ask], line: Line) -> None:
+    def next_batch(self, line: Line, wait: bool) -> list[Ask]:
+        """The first that waits, and those that are like it; empty where nobody does. wait: see Line.next."""
+        first = line.next(wait=wait)
+        batch = [first] if first else []
+        while first and len(batch) < self.limits.max_batch and (other := line.next(first.alike)):
+            batch.append(other)
+        return batch
+
+    def write_batch(self, batch: list[Ask], line: Line) -> Written:
+        """What such a batch is answered with."""
         first, prompts, began = batch[0], [ask.prompt for ask in batch], line.now
         self.take_adapter(first.adapter)
         if first.settings:
             tokens = self.answer(prompts, first.new_tokens, dict(first.settings))
-            line.begun(batch, line.now)
-        else:
-            generation = self.generate(prompts, first.new_tokens)
-            tokens = generation.tokens
-            line.begun(batch, began + generation.timing.ttft_s)
-        for ask, row in zip(batch, tokens, strict=True):
-            line.done(ask, row)
+            return Written(tokens, line.now, line.now)
+        generation = self.generate(prompts, first.new_tokens)
+        return Written(generation.tokens, began + generation.timing.ttft_s, line.now)
 
     def under_load(
         self, prompts: Tokens, new_tokens: int, times_s: list[float], patience_s: float

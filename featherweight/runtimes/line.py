@@ -7,8 +7,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
+
+LOOK_S = 0.001
+"""How often the line is looked at while there is room for more than is being written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,48 @@ class Line(ABC):
         for ask in [one for one in self.waiting if self.now > one.until]:
             self.waiting.remove(ask)
             self.given_up(ask)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The texts of a batch; and by the line's clock, when all had their first tokens, and their last."""
+
+    tokens: list[list[int]]
+    first_s: float
+    last_s: float
+
+    def tell(self, line: Line, batch: Sequence[Ask]) -> None:
+        """Say so to the line in which the batch has waited."""
+        line.begun(batch, self.first_s)
+        for ask, row in zip(batch, self.tokens, strict=True):
+            line.done(ask, row, self.last_s)
+
+
+def side_by_side(line: Line, most: int, take: Callable[[bool], list[Ask]], write: Callable[[list[Ask]], Written | None]) -> None:
+    """Up to `most` batches at once, each in a thread of its own, until nobody waits any more.
+
+    take: the next batch, none where nobody is there; told whether to wait for one. write: None where it was not begun in time.
+    """
+    running: dict[Future[Written | None], list[Ask]] = {}
+    with ThreadPoolExecutor(most) as pool:
+        while True:
+            while len(running) < most and (batch := take(not running)):
+                running[pool.submit(write, batch)] = batch
+            if not running:
+                return
+            for one in wait(running, LOOK_S if len(running) < most else None, FIRST_COMPLETED).done:
+                _settle(line, running.pop(one), one)
+
+
+def _settle(line: Line, batch: list[Ask], written: Future[Written | None]) -> None:
+    error = written.exception()
+    if isinstance(error, Exception):
+        line.failed(batch, error)
+    elif texts := written.result():
+        texts.tell(line, batch)
+    else:
+        for ask in batch:
+            line.given_up(ask)
 
 
 class Schedule(Line):

@@ -6,6 +6,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Semaphore
 
 import pytest
 
@@ -13,9 +14,10 @@ from featherweight.measure.load import arrivals
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Generation, Limits, LoadedModel, Timing, Tokens
-from featherweight.runtimes.line import Ask, Schedule
+from featherweight.runtimes.line import Ask, Schedule, Written, side_by_side
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import write_served
+from featherweight.store.served_folder import Serving
 from tests.support.families import write_pairs
 
 
@@ -103,17 +105,44 @@ def test_others_wait_behind_the_first_where_nobody_may_overtake() -> None:
     assert line.next(short.alike) is short
 
 
+def test_batches_side_by_side_are_no_more_than_there_are_workers_and_each_is_told_of_or_has_failed() -> None:
+    gate = Semaphore(2)
+    line = Schedule([Ask([length], 1) for length in range(6)], [0.0] * 6)
+
+    def write(batch: list[Ask]) -> Written | None:
+        assert gate.acquire(blocking=False), "a third at once"
+        try:
+            if batch[0].prompt == [4]:
+                return None
+            return Written([[batch[0].prompt[0]]], 1.0 + batch[0].prompt[0], 2.0 + batch[0].prompt[0])
+        finally:
+            gate.release()
+
+    def take(idle: bool) -> list[Ask]:
+        ask = line.next(wait=idle)
+        return [ask] if ask else []
+
+    side_by_side(line, 2, take, write)
+    assert line.times == [(1.0 + n, 2.0 + n) if n != 4 else (None, None) for n in range(6)]
+    failing = Schedule([Ask([1], 1)], [0.0])
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(failing, 2, lambda idle: [ask] if (ask := failing.next(wait=idle)) else [], lambda batch: 1 // 0)
+
+
 # Real engines
 
 
-@pytest.fixture(scope="module", params=["ctranslate2", "llama.cpp"])
+@pytest.fixture(scope="module", params=[("ctranslate2", {}), ("ctranslate2", {"workers": 2}), ("llama.cpp", {})], ids=str)
 def served(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model on an engine that answers batch after batch, and on one where a text joins others."""
-    if missing := RUNTIMES[request.param].missing():
+    """A tiny model on an engine that answers batch after batch, with one worker and with two, and where a text joins others."""
+    engine, keys = request.param
+    if missing := RUNTIMES[engine].missing():
         pytest.skip(missing)
     folder = tmp_path_factory.mktemp("asked")
     text = write_pairs(tmp_path_factory.mktemp("text"))
-    write_served(ExportSpec.of(engine=request.param, max_tokens=64), checkpoint=tiny_checkpoint, calibration=text, out=folder)
+    spec = ExportSpec.of(engine=engine, max_tokens=64, **keys)
+    write_served(spec, checkpoint=tiny_checkpoint, calibration=text, out=folder)
+    assert Serving.read(folder).options.get("workers") == ("2" if keys else None)
     return folder
 
 
@@ -131,4 +160,5 @@ def test_an_engine_answers_who_asks_at_set_times_and_from_several_threads_as_it_
         assert all(
             first is not None and last is not None and at <= first <= last for at, (first, last) in zip(came, times, strict=True)
         )
-        assert worker.generate([prompts[0]], 8) == [alone[0]], "other calls are answered as before"
+        equal = [prompt[:3] for prompt in prompts[:3]]
+        assert worker.generate(equal, 8) == [worker.generate([one], 8)[0] for one in equal], "other calls are answered as before"

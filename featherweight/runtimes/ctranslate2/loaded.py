@@ -1,8 +1,10 @@
-"""CTranslate2's generator or translator: one worker (inter_threads), `threads` OpenMP threads inside it."""
+"""CTranslate2's generator or translator: one worker (inter_threads) or several, `threads` OpenMP threads inside each."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +13,7 @@ from featherweight.runtimes.ctranslate2.encoder import HEAD, Encoder
 from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
+from featherweight.runtimes.line import Line, side_by_side
 from featherweight.system.device import CPU, CUDA, Device
 
 SHARED = "shared_vocabulary.json"
@@ -23,7 +26,7 @@ PATIENCE = 4
 class CTranslate2Model(LoadedModel):
     """A converted folder (model.bin, config.json, vocabularies). A seq2seq model has a vocabulary of sources and one of targets.
 
-    options: `compute_type` (float32); `first_token`, the id that every target begins with, if any.
+    options: `compute_type` (float32); `first_token`, the id that every target begins with, if any; `workers`, 1.
     """
 
     follows = FOLLOWED
@@ -47,10 +50,27 @@ class CTranslate2Model(LoadedModel):
         self.generator: Any = kind(
             str(self.weights),
             device=self.device,
-            inter_threads=1,
+            inter_threads=self.workers,
             intra_threads=self.threads,
             compute_type=compute_type,
         )
+
+    @property
+    def workers(self) -> int:
+        """So many batches it writes at once."""
+        return int(self.options.get("workers", "1"))
+
+    def converse(self, line: Line) -> None:
+        """Batches side by side, where there are several workers."""
+        if self.workers == 1:
+            super().converse(line)
+        else:
+            side_by_side(
+                line,
+                self.workers,
+                lambda idle: self.next_batch(line, wait=idle),
+                lambda batch: self.write_batch(batch, line),
+            )
 
     def served_on(self) -> Device:
         engine = self.encoder.encoder if self.encoder else self.generator
@@ -94,6 +114,17 @@ class CTranslate2Model(LoadedModel):
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         if self.encoder:
             return self.encoder.time(prompts)
+        if self.workers == 1 or len(prompts) == 1:
+            return self._generate(prompts, new_tokens)
+        began, share = perf_counter(), -(-len(prompts) // self.workers)
+        parts = [prompts[start : start + share] for start in range(0, len(prompts), share)]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            found = list(pool.map(lambda part: self._generate(part, new_tokens), parts))
+        first = max(one.timing.ttft_s for one in found)
+        return Generation(list(chain.from_iterable(one.tokens for one in found)), Timing(first, perf_counter() - began))
+
+    def _generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        """By one of its workers."""
         waiting, first, began = set(range(len(prompts))), 0.0, perf_counter()
 
         def seen(step: Any) -> bool:

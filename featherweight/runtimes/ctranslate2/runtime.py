@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from featherweight.model.architecture import attention_cap
+from pydantic import Field
+
+from featherweight.model.architecture import attention_cap, family_of
 from featherweight.model.positions import head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
@@ -49,11 +51,15 @@ class CTranslate2Spec(ExportSpec):
     weights and computes in float32, a quarter of the size at nearly no loss (CTranslate2's own type of that name is the same as
     its int8 on a CPU, so it is not offered). On CUDA also int8_float16 and int8_bfloat16, which are its own, bfloat16 and float16.
     reduce_range: 7 bits; 'auto' means where it is served from a CPU that has no VNNI. int8 only.
+    workers: so many batches are written at once, each with as many threads; a batch alone is split among them.
     """
+
+    quiet = ExportSpec.quiet | {"workers"}
 
     engine: Literal["ctranslate2"]
     compute_type: ComputeType = "float32"
     reduce_range: bool | Literal["auto"] = "auto"
+    workers: int = Field(1, ge=1, le=256)
 
 
 class CTranslate2(Runtime[CTranslate2Spec]):
@@ -120,6 +126,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
         if known and model.facts.config_class not in known:
             return f"CTranslate2's converter does not know {model.facts.model_type} models; take another engine"
+        if spec.workers > 1 and family_of(model.config) == "encoder":
+            return "workers: they write texts side by side, and an encoder answers at once; leave them out"
         return vectors_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:

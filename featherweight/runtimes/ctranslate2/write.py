@@ -68,6 +68,8 @@ def _options(spec: CTranslate2Spec, model: PreTrainedModel) -> dict[str, str]:
     options = {"compute_type": "float32" if spec.compute_type == "int8_float32" else str(spec.compute_type)}
     if model.config.is_encoder_decoder and len(prefix := decoder_prefix(model)) > 1:
         options["first_token"] = str(prefix[1])
+    if spec.workers > 1:
+        options["workers"] = str(spec.workers)
     return options
 
 

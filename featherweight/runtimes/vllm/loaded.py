@@ -8,15 +8,14 @@ import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
-from featherweight.runtimes.line import Ask, Line
+from featherweight.runtimes.line import LOOK_S, Ask, Line, Written, side_by_side
 from featherweight.runtimes.vllm.server import arguments, environment, program
 from featherweight.system.device import Device
 from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
@@ -27,22 +26,11 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 600.0
 MOST_OPEN = 1000
 """Requests that its server is asked at once; it answers `max_batch` of them together, and has the others wait."""
-LOOK_S = 0.001
-"""How often the line is looked at while answers are being written."""
 # What ends a Python traceback, bare or behind the prefix of vLLM's logger.
 _ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 # Errors that only say that another one came before.
 _ECHOES = ("EngineDeadError", "See root cause above")
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The tokens of a text, and when its first and its last were there."""
-
-    tokens: list[int]
-    first_s: float
-    last_s: float
 
 
 class VllmModel(LoadedModel):
@@ -196,16 +184,15 @@ class VllmModel(LoadedModel):
 
     def converse(self, line: Line) -> None:
         """Each text is a request of its own, and the server lets it join those that it is writing."""
-        running: dict[Future[Answered | None], Ask] = {}
-        with ThreadPoolExecutor(MOST_OPEN) as pool:
-            while (ask := line.next(wait=not running)) or running:
-                if ask:
-                    running[pool.submit(self._stream, ask, line)] = ask
-                for answer in wait(running, 0.0 if ask else LOOK_S, FIRST_COMPLETED).done:
-                    _tell(line, running.pop(answer), answer)
 
-    def _stream(self, ask: Ask, line: Line) -> Answered | None:
-        """The text of a request, and when it began and ended by the line's clock; None where it did not begin in time."""
+        def take(idle: bool) -> list[Ask]:
+            ask = line.next(wait=idle)
+            return [ask] if ask else []
+
+        side_by_side(line, MOST_OPEN, take, lambda batch: self._stream(batch[0], line))
+
+    def _stream(self, ask: Ask, line: Line) -> Written | None:
+        """The text of a request; None where it did not begin in time."""
         import httpx
 
         wanted, first = GenerationSettings(dict(ask.settings)), None
@@ -222,23 +209,11 @@ class VllmModel(LoadedModel):
         except httpx.ReadTimeout:
             return None
         last = line.now
-        return Answered(wanted.cut(tokens, ask.new_tokens), last if first is None else first, last)
+        return Written([wanted.cut(tokens, ask.new_tokens)], last if first is None else first, last)
 
     def peak_memory_bytes(self) -> int:
         """Sum over the server's processes; pages that they share are counted in each."""
         return 0 if self.server is None else tree_peak_bytes(self.server.pid)
-
-
-def _tell(line: Line, ask: Ask, answer: Future[Answered | None]) -> None:
-    """The line of what became of a request."""
-    error = answer.exception()
-    if isinstance(error, Exception):
-        line.failed([ask], error)
-    elif found := answer.result():
-        line.begun([ask], found.first_s)
-        line.done(ask, found.tokens, found.last_s)
-    else:
-        line.given_up(ask)
 
 
 def _choices(response: httpx.Response) -> Any:
