@@ -100,4 +100,4 @@ class ExportSpec(ServingSpec):
 
     stage = "export"
 
-    kv_cache: Literal["fp8"] | None = None
+    kv_cache: Literal["fp8", "q8_0"] | None = None

@@ -111,7 +111,6 @@ def test_a_written_file_is_read_back_as_the_same_integers(
         ({"precision": "int8"}, Grids(GRIDS["int8"]), "hold int8-g32 and int4-g32, not int8"),
         ({"precision": "int4"}, Grids(GRIDS["int8-g32"]), "on a 8-bit grid, and precision int4 would round them again"),
         ({"precision": "float16"}, Grids(GRIDS["int8-g32"]), "float16 would store rounded weights at full size"),
-        ({"precision": "int8", "kv_cache": "fp8"}, Grids(), "keeps keys and values in float"),
         ({"precision": "q4_k"}, Grids(GRIDS["int4-g32"]), "would round weights on int4-g32 again; take int8 or int4"),
         ({"precision": "q4_k"}, Grids(), None),
         ({"precision": "int4"}, Grids(GRIDS["int4-g32"], GRIDS["int8-g32"], GRIDS["int8-g32"]), None),
@@ -186,6 +185,38 @@ def test_every_family_computes_what_pytorch_computes(
     assert metrics["parity_mean_abs"] < metrics["parity_bound"]
     assert ("parity_weights_max_abs" in metrics) == (precision in ("int8", "int4", "q4_k"))
     assert "AVX" in Serving.read(out).options["built_with"] or "NEON" in Serving.read(out).options["built_with"]
+
+
+@served
+@pytest.mark.engine
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_keys_and_values_in_8_bits_are_judged_by_the_gate_and_the_weights_beside_them_to_the_last_bit(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "open_worker", InProcess)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": None}
+    checkpoint = family_checkpoint("llama", tmp_path / "checkpoint", intermediate_size=64, **sizes)
+    text, served_by = write_pairs(tmp_path / "text"), {}
+    for cache in (None, "q8_0"):
+        out = tmp_path / str(cache)
+        out.mkdir()
+        asked = spec(precision=precision, max_tokens=96, kv_cache=cache)
+        metrics = write_served(asked, checkpoint=checkpoint, calibration=text, out=out)
+        served_by[cache] = out
+    assert Serving.read(out).options["kv_cache"] == "q8_0" and ENGINE.bound(Serving.read(out)) != EXACT
+    assert metrics["parity_weights_max_abs"] < EXACT.value and metrics["parity_mean_abs"] < metrics["parity_bound"]
+    window = [[1, *range(30, 80)]]
+    with InProcess(served_by[None]) as plain, InProcess(served_by["q8_0"]) as rounded:
+        assert plain.model.logprobs(window) != rounded.model.logprobs(window), "scores are read from the cache that serves"
+        assert len(rounded.generate(window, 5)[0]) == 5
+
+
+@pytest.mark.slow
+def test_a_cache_in_8_bits_wants_heads_of_whole_blocks(tmp_path: Path) -> None:
+    checkpoint = family_checkpoint("llama", tmp_path / "checkpoint", intermediate_size=64)
+    tmp_path.joinpath("out").mkdir()
+    with pytest.raises(RecipeError, match="q8_0 holds whole blocks of 32, and these heads are 8 wide; leave it out"):
+        write_served(spec(kv_cache="q8_0"), checkpoint=checkpoint, calibration=tmp_path, out=tmp_path / "out")
 
 
 @served

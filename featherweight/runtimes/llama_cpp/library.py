@@ -18,9 +18,9 @@ from featherweight.errors import ToolchainError
 MODULE = "xllamacpp"
 TESTED = "2026.10.11549"
 """The version whose header the structs below follow."""
-FLOAT32, FLOAT16 = 0, 1
+FLOAT32, FLOAT16, Q8_0 = 0, 1, 8
 """ggml's numbers of the types that keys and values are kept in."""
-UNFUSED = 0
+UNFUSED, FUSED = 0, 1
 """LLAMA_FLASH_ATTN_TYPE_DISABLED."""
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 

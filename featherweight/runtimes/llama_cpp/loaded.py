@@ -52,7 +52,7 @@ Choose = Callable[[Place, "ndarray"], int]
 
 
 class LlamaCppModel(LoadedModel):
-    """One GGUF file. options: `dtype`, what keys and values are kept in. Threads are switched in place."""
+    """One GGUF file. options: `dtype`, what keys and values are kept in, or `kv_cache`, q8_0. Threads are switched in place."""
 
     follows = PROCESSED
 
@@ -95,7 +95,10 @@ class LlamaCppModel(LoadedModel):
         told.n_batch = told.n_ubatch = self._at_once
         told.n_outputs_max = told.n_outputs_max_per_seq = max(ROWS, self.limits.max_batch)
         told.n_threads = told.n_threads_batch = self.threads
-        if self.options.get("dtype") == "float32":
+        if "kv_cache" in self.options:
+            told.type_k = told.type_v = library.Q8_0
+            told.flash_attn_type = library.FUSED  # no other reads rounded values
+        elif self.options.get("dtype") == "float32":
             told.type_k = told.type_v = library.FLOAT32
             told.flash_attn_type = library.UNFUSED  # the fused kernel rounds to float16 on its way
         return told

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.model.positions import head_width
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT, INT8_ACTIVATIONS, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.llama_cpp import architectures, library
 from featherweight.runtimes.llama_cpp.blocks import KIND_OF
 from featherweight.runtimes.llama_cpp.own_kinds import OWN
-from featherweight.runtimes.refusals import cache_refusal, float_of_rounded_refusal
+from featherweight.runtimes.refusals import float_of_rounded_refusal
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
@@ -35,11 +36,13 @@ FASTER = ("avx512_vnni", "avx_vnni")
 class LlamaCppSpec(ExportSpec):
     """precision: what the file's matrices are; int8 is Q8_0 and int4 Q4_0, whose activations are rounded to int8 at run time.
     They round here only where no quantize stage chose the weights (embedding and head to int8). q4_k to iq4_nl are llama.cpp's own
-    kinds, to which its own quantizer rounds float weights (embedding and head to Q6_K).
+    kinds, to which its own quantizer rounds float weights (embedding and head to Q6_K). kv_cache: q8_0 keeps keys and values in
+    8 bits, a scale for each 32 of them: half of the cache's memory.
     """
 
     engine: Literal["llama.cpp"]
     precision: Literal["float32", "float16", "int8", "int4", "q4_k", "q5_k", "q6_k", "iq4_nl"] = "float32"
+    kv_cache: Literal["q8_0"] | None = None
 
 
 class LlamaCpp(Runtime[LlamaCppSpec]):
@@ -63,7 +66,8 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
     def check(self, spec: LlamaCppSpec, source: Source, served: Path) -> Metrics:
         from featherweight.runtimes.llama_cpp.write import check_weights
 
-        reference, rounded = source.reference(), source.quantized is not None or spec.precision in OWN
+        rounded = source.quantized is not None or spec.precision in OWN or spec.kv_cache is not None
+        reference = source.reference()
         source.release()
         weights = check_weights(reference, served) if rounded else {}
         return {**weights, **reference.check(served)}
@@ -72,7 +76,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         """Rounded weights have activations rounded per block: 0.33 nats at most, 0.059 on average (stories15M); float16 0.014 at
         most, float32 0.00005, and with ggml's table of GELU 0.0022 (Gemma).
         """
-        if serving.grid is not None or "rounded" in serving.options:
+        if serving.grid is not None or "rounded" in serving.options or "kv_cache" in serving.options:
             return INT8_ACTIVATIONS
         return sixteen_bits(serving.options.get("dtype", "")) or (APPROXIMATED if "gelu" in serving.options else EXACT)
 
@@ -91,8 +95,6 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return None if task == "text-generation" else "it is written for decoders only; take another engine"
 
     def grid_refusal(self, grids: Grids, spec: LlamaCppSpec) -> str | None:
-        if reason := cache_refusal(self.name, spec):
-            return reason
         body = grids.body
         if body is None:
             return None
@@ -111,7 +113,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return None
 
     def model_refusal(self, spec: LlamaCppSpec, model: Candidate) -> str | None:
-        reason = architectures.refusal(model)
+        reason = architectures.refusal(model) or _cache_refusal(spec, model)
         return reason or (architectures.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
 
     def missing(self) -> str | None:
@@ -132,6 +134,13 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
             else "; its file's own tokenizer cuts some texts otherwise: hand it ids"
         )
         return f"llama.cpp built with {serving.options['built_with']}{own}" if "built_with" in serving.options else None
+
+
+def _cache_refusal(spec: LlamaCppSpec, model: Candidate) -> str | None:
+    width = head_width(model.config) or 0
+    if spec.kv_cache is None or width % architectures.BLOCK == 0:
+        return None
+    return f"kv_cache: q8_0 holds whole blocks of {architectures.BLOCK}, and these heads are {width} wide; leave it out"
 
 
 LLAMA_CPP = LlamaCpp()

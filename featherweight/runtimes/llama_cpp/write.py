@@ -71,6 +71,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
     options |= {"gelu": "table"} if GELU in ARCHITECTURES[model.config.model_type].activations else {}
+    options |= {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
 
 

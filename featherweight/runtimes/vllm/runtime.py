@@ -50,6 +50,7 @@ class VllmSpec(ExportSpec):
 
     engine: Literal["vllm"]
     compute_type: ComputeType = "float32"
+    kv_cache: Literal["fp8"] | None = None
     tensor_parallel_size: int = Field(1, ge=1)
 
 
