@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import GateError, IntegrityError
 from featherweight.measure.spec import BASELINE
 from featherweight.registry.lineage import LineageGraph, from_registry, otherwise
 from featherweight.registry.registry import Registry
@@ -99,8 +99,12 @@ def reproduce(workspace: Workspace, reference: str, into: Path, view: View) -> R
 
 
 def recipe_of(graph: LineageGraph) -> dict[str, Any]:
-    """The recipe of a lineage, narrowed to the variant that it is of, and promoting nothing."""
-    tree: dict[str, Any] = yaml.safe_load(graph.recipe)
+    """The recipe of a lineage, narrowed to the variant that it is of, and promoting nothing. Raises GateError where it has none."""
+    tree = dict(graph.recipe_tree)
+    if not isinstance(tree.get("promote"), dict):
+        raise GateError(
+            "the lineage holds no recipe that optimizes and promotes; only what `featherweight optimize` registered is made anew"
+        )
     tree["promote"] = {**tree["promote"], "stage": "none"}
     if graph.variant == BASELINE:
         return tree

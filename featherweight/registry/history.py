@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from featherweight.errors import GateError, IntegrityError
@@ -24,6 +25,8 @@ StageName = Literal["none", "staging", "production", "archived"]
 Action = Literal["transition", "displaced", "rollback", "repair", "out of band"]
 Rule = Literal["undo", "keep", "tell"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+WORDS = ("id", "before", "when", "who", "why", "action", "earlier", "mends", "rule")
+"""The parts of an entry that are texts."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ class Entry:
             fields["gates"] = tuple(GateResult(**gate) for gate in fields["gates"])
             fields["found"] = tuple((kind, name, value) for kind, name, value in fields.get("found", ()))
             after = fields["after"]
+            _require_kinds(fields, after)
             fields["after"] = Standing(after["champion"], after["challenger"], tuple(map(str, after["line"])))
             return cls(**fields | {"number": number, "follows": int(fields["follows"]), "model": int(fields["model"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -280,6 +284,24 @@ def _stages(earlier: Sequence[Transition], counted: Sequence[Entry]) -> dict[str
     """The stage that each version that ever moved went to last."""
     stages = {one.version: one.target for one in earlier}
     return stages | {move.version: move.target for entry in counted for move in entry.moves}
+
+
+def _require_kinds(fields: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raises TypeError where an entry's parts are of other types than were written: whoever reads on would stumble over them."""
+    moved = [text for move in fields["moves"] for text in astuple(move)]
+    judged = [text for gate in fields["gates"] for text in (gate.gate, gate.reason)]
+    moved_by_hand = [text for kind, name, _ in fields["found"] for text in (kind, name)]
+    words = [fields.get(name, "") for name in WORDS]
+    texts = [*words, after["champion"], after["challenger"], *moved, *judged, *moved_by_hand]
+    figures = [figure for gate in fields["gates"] for figure in (gate.value, gate.bound)]
+    cells = [value for _, _, value in fields["found"]]
+    kinds: tuple[tuple[list[Any], tuple[type, ...]], ...] = (
+        (texts, (str,)),
+        (figures, (int, float, NoneType)),
+        (cells, (str, NoneType)),
+    )
+    if not isinstance(after["line"], list) or not all(isinstance(one, kind) for values, kind in kinds for one in values):
+        raise TypeError("a part is of another type")
 
 
 def _parsed(stored: Mapping[int, str]) -> tuple[dict[int, Entry], list[str]]:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from featherweight.errors import GateError, IntegrityError, ServiceError
+from featherweight.errors import GateError, IntegrityError, ServiceError, one_line
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import ATTESTATION, sign_folder, statement
 from featherweight.registry.commit import Decide, commit, complete
@@ -184,10 +184,13 @@ class Registry:
                 raise IntegrityError(f"{got} was altered: it is no text") from error
 
     def download(self, uri: str, folder: Path) -> Path:
-        """An artifact folder of a remote store, downloaded into `folder`."""
+        """An artifact folder of a remote store, downloaded into `folder`. Raises ServiceError where no store answers at `uri`."""
         folder.mkdir(parents=True, exist_ok=True)
-        with self._service():
-            return Path(self._artifacts(uri).download_artifacts("", str(folder)))
+        try:
+            with self._service():
+                return Path(self._artifacts(uri).download_artifacts("", str(folder)))
+        except ValueError as error:  # MLflow's reading of an address that is none of a store
+            raise ServiceError(f"no artifacts can be read at {uri}: {one_line(error, 200)}") from error
 
     def model_folder(self, version: RegisteredVersion, folder: Path) -> Path:
         """All files of a version: where they lie on a local store, else downloaded into `folder`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import GateError, IntegrityError
 from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe, recipe_text
 from featherweight.recipe.recipe import Recipe
@@ -56,3 +57,9 @@ def test_each_node_is_equal_or_named(tmp_path, changed: str, said: str) -> None:
             found.raise_if_wrong()
     else:
         found.raise_if_wrong()
+
+
+@pytest.mark.parametrize("recipe", ["", "name: hand-made", "- a"])
+def test_what_no_recipe_made_is_not_made_anew(recipe: str) -> None:
+    with pytest.raises(GateError, match="the lineage holds no recipe"):
+        recipe_of(replace(graph(), recipe=recipe))

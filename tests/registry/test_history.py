@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry import tag_history
 from featherweight.registry.commit import Cell, placed
-from featherweight.registry.history import GateResult, Transition
+from featherweight.registry.history import Entry, GateResult, Transition
 from featherweight.registry.mlflow_store import ENTRY, MlflowStore, set_once
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.versions import MARK, TAG, RegisteredModel
@@ -320,3 +320,27 @@ def test_old_entries_that_were_altered_or_removed_are_found(desk: Bench) -> None
     client.set_registered_model_tag(MODEL, keys[0], "{}")
     assert any("is not readable" in fault for fault in desk.registry.history(MODEL).faults)
     assert desk.registry.rollback(MODEL, "ada", "one that cannot be read stops nothing").version == "3"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"when": 7},
+        {"who": None},
+        {"mends": 7},
+        {"left": 0, "rule": 3},
+        {"after": {"champion": ["1"], "challenger": "", "line": ["1"]}},
+        {"after": {"champion": "1", "challenger": "", "line": "12"}},
+        {"moves": [{"version": 1, "digest": "d", "source": "none", "target": "production"}]},
+        {"gates": [{"gate": "g", "passed": True, "reason": "r", "value": "x"}]},
+        {"found": [["alias", "champion", 3]]},
+    ],
+)
+def test_an_entry_whose_parts_are_of_other_types_is_not_readable(changed: dict[str, object]) -> None:
+    move = {"version": "1", "digest": "d", "source": "none", "target": "production"}
+    after = {"champion": "1", "challenger": "", "line": ["1"]}
+    told = {"id": "i", "model": 1, "follows": 0, "before": "", "when": "2026", "who": "a", "why": "b", "action": "transition"}
+    whole: dict[str, object] = {**told, "moves": [move], "after": after, "gates": []}
+    assert Entry.from_json(json.dumps(whole), 1).after.champion == "1"
+    with pytest.raises(IntegrityError, match="history entry 1 is not readable"):
+        Entry.from_json(json.dumps(whole | changed), 1)
