@@ -13,6 +13,7 @@ from featherweight.errors import RecipeError, StageError
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import EVERYTHING, FOLLOWED_BY_NONE, WITHOUT_EFFECT, GenerationSettings, processors
 from featherweight.runtimes.interface import Limits, LoadedModel
+from featherweight.runtimes.line import Ask, Schedule
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from tests.support import serving_models, tokenizers
@@ -207,6 +208,18 @@ def test_settings_of_a_config_without_a_file_of_their_own(tmp_path: Path) -> Non
     assert GenerationSettings.read(tmp_path).values == {"num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 40}
 
 
+class Heard(Schedule):
+    """A line that keeps what is answered."""
+
+    def __init__(self, asks: list[Ask], times_s: list[float]) -> None:
+        super().__init__(asks, times_s)
+        self.asks, self.texts = asks, dict[Ask, list[int]]()
+
+    def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
+        super().done(ask, tokens, at)
+        self.texts[ask] = tokens
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
@@ -226,5 +239,9 @@ def test_vllm_answers_as_transformers_does(tmp_path: Path) -> None:
             right = [expected(model, prompt, ends, **options) for prompt in prompts]
             assert engine.answer(prompts, NEW, {"eos_token_id": ends, **options}) == right
         assert engine.generate(prompts, NEW).tokens == plain
+        heard = Heard([Ask(prompt, NEW, {"eos_token_id": ends}) for prompt in prompts], [0.0, *(0.01 for _ in prompts[1:])])
+        engine.converse(heard)
+        assert [heard.texts[ask] for ask in heard.asks] == [expected(model, prompt, ends) for prompt in prompts]
+        assert all(first is not None and last is not None and first <= last for first, last in heard.times)
     finally:
         engine.unload()

@@ -205,6 +205,8 @@ class VllmModel(LoadedModel):
             with self.client.stream("POST", "/v1/completions", json=body, timeout=patience) as response:
                 for choice in _choices(self._checked(response)):
                     first = line.now if first is None else first
+                    if first > ask.until:  # what is read no more the server writes no more
+                        return None
                     tokens += choice["token_ids"]
         except httpx.ReadTimeout:
             return None
