@@ -44,6 +44,19 @@ def as_loaded(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str,
     return {name: tensor for name, tensor in once.items() if not torch.equal(tensor, stored[name])}
 
 
+def write_as_loaded(model: PreTrainedModel) -> None:
+    """Let the weights of `model`, which training may have changed, be what transformers makes of them when it loads them."""
+    import torch
+
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    names = overwritten(bare)
+    state = model.state_dict(keep_vars=True)
+    changed = as_loaded(bare, {name: tensor.detach() for name, tensor in state.items() if name in names})
+    for name, tensor in changed.items():
+        state[name].data.copy_(tensor)
+
+
 def _initialized(model: PreTrainedModel, stored: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     import torch
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.files import CONFIG, INDEX, Listing, companions, copy, find_weights, link, needed_files
 from featherweight.checkpoint.opening import GENERATION, generation_config
+from featherweight.checkpoint.overwritten import write_as_loaded
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.checkpoint.tokenizer import require_same_tokenizer
 from featherweight.store.tensor_file import Kind, write_tensors
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) -> None:
     """Write `model` to `out` as safetensors, with the companions of the folder `source`, and the generation settings that it has.
 
+    What transformers writes into weights when it loads them is written into those of `model` first (see overwritten.py).
     Raises CheckpointError where their tokenizer is not that of `source` any more.
     """
     from transformers import GenerationConfig
 
+    write_as_loaded(model)
     # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(out, max_shard_size="5GB")

@@ -16,6 +16,11 @@ from featherweight.text.spec import DataSpec, Format
 _KEY = r"\{\s*(\"(\\.|[^\"\\])*\"\s*:|\})"
 _JSON = re.compile(rf"\s*({_KEY}|\[\s*({_KEY}|\"(\\.|[^\"\\])*\"\s*[,\]]))")
 _MARKUP = re.compile(r"\s*<(?:!doctype\s+html\b|html[\s>]|(?P<xml>\?xml\s))", re.IGNORECASE)
+_FRONT = re.compile(
+    r"(?P<fence>---|\+\+\+)[ \t]*\n(?:[ \t]*(?:#.*)?\n)*(?P<key>[\w-]+[ \t]*[:=]).*\n(?:.*\n)*?(?P=fence)[ \t]*(?:\n|\Z)"
+)
+"""What a page of a site begins with: keys of YAML or TOML between two lines of marks."""
+_SETTINGS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
 _ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -28,7 +33,7 @@ def read_file(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
 def format_of(name: str, path: Path, data: DataSpec) -> Format:
     """Parquet by its magic bytes; JSON by its first value and a table by its columns, or by the file's name; else prose.
 
-    Raises DataError for HTML and XML, whose tags nobody means to be learnt who does not say so.
+    Raises DataError for HTML, XML, YAML and TOML, whose tags and keys nobody means to be learnt who does not say so.
     """
     if is_parquet(name, path):
         return "parquet"
@@ -39,6 +44,9 @@ def format_of(name: str, path: Path, data: DataSpec) -> Format:
     if markup := _MARKUP.match(start):
         kind = "XML" if markup["xml"] else "HTML"
         raise DataError(f"{name} is {kind}, whose tags would be read as text; take the text out of it, or say data.format: text")
+    if settings := "front matter" if _FRONT.match(start) else _SETTINGS.get(_ending(name)):
+        what = "begins with front matter" if settings == "front matter" else f"is {settings}"
+        raise DataError(f"{name} {what}, whose keys would be read as text; take the text out of it, or say data.format: text")
     named = _ENDINGS.get(_ending(name))
     return named or ("csv" if is_table(start, name, data.field) else "text")
 

@@ -307,6 +307,17 @@ def test_weights_that_are_as_transformers_has_them_are_left_alone(tmp_path: Path
     assert (out / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
+def test_a_row_that_training_has_filled_again_is_saved_as_transformers_will_have_it(tmp_path: Path, out: Path) -> None:
+    """With a head that is the embedding every row learns, that of the padding token too."""
+    source = youtu(tmp_path / "source")
+    model = load_reference(source)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 3.0
+    save_model(model, out, source)
+    assert not load_file(out / WEIGHTS)["model.embed_tokens.weight"][0].any()
+    assert torch.equal(model(IDS).logits, logits(out))
+
+
 def test_weights_that_would_be_others_each_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", vocab_size=40)
     monkeypatch.setattr(type(model.model), "_init_weights", _random_norms)
