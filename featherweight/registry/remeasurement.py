@@ -81,13 +81,17 @@ class Then:
             yield Drift("speed", f"{figure.text(is_now)}, {with_interval(was, figure.show)} when registered")
 
     def _broken(self, now: Comparison, same_machine: bool) -> Iterator[Drift]:
-        """Constraints that are surely broken: not kept even by the good bound of the interval."""
-        metrics = now.metrics()
+        """Constraints that are surely broken: not kept even by the good bound of the interval, or known then and not any more."""
+        then, metrics = self.comparison.metrics(), now.metrics()
         batch = goals.judged_batch(self.objective, metrics)
         for name, bound in self.constraints.bounds.items():
             figure = bounded(name, batch)
-            estimate = figure.read(metrics)
-            if estimate and (same_machine or name in ANYWHERE) and not figure.keeps(figure.best(estimate), bound):
+            was, estimate = figure.read(then), figure.read(metrics)
+            if not same_machine and name.partition(".")[0] not in ANYWHERE:
+                continue
+            if estimate is None and was is not None:
+                yield Drift(name, goals.not_measured(figure))
+            elif estimate and not figure.keeps(figure.best(estimate), bound):
                 yield Drift(name, f"{figure.text(estimate)}, {figure.show(bound)} allowed")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from featherweight.errors import GateError
 from featherweight.measure.goals import CONSTRAINTS
+from featherweight.measure.load import Load, Request
 from featherweight.measure.measurement import Comparison, Quality
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.speed import Speed
@@ -95,6 +96,20 @@ def test_what_another_machine_may_break_is_decided_for_each_constraint() -> None
     units = {name: figure(1).show(1.0) for name, figure in CONSTRAINTS.items()}
     times = {name for name, shown in units.items() if shown.endswith((" s", " ms", "x")) or name == "max_peak_memory_bytes"}
     assert units.keys() - times == ANYWHERE
+
+
+def test_requests_that_nobody_answers_any_more_have() -> None:
+    def asked(answered: bool) -> Comparison:
+        waited = tuple(Request(float(at), at + 0.1, at + 0.2) if answered else Request(float(at), None, None) for at in range(400))
+        loads = (Load(1.0, 1, 8, (waited,)),)
+        sides = {side: replace(getattr(registered(), side), loads=loads) for side in ("variant", "baseline")}
+        return replace(registered(), **sides)
+
+    bounds = ConstraintsSpec(max_p99_request_s=1.0)
+    (drift,) = Then(asked(True), bounds, "speedup@1", fresh=False).drifts(asked(False))
+    assert drift.what == "max_p99_request_s" and "too few requests were answered" in drift.reason
+    assert Then(asked(True), bounds, "speedup@1", fresh=False).drifts(asked(True)) == ()
+    assert Then(asked(False), bounds, "speedup@1", fresh=False).drifts(asked(False)) == (), "it was so when it was registered"
 
 
 def test_speed_within_the_spread_of_the_rounds_has_not() -> None:
