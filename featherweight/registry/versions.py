@@ -56,7 +56,7 @@ class RegisteredVersion:
             run_id=found.run_id or "",
             source=found.tags.get(f"{TAG}location") or found.source or "",
             tags=dict(found.tags),
-            created_s=found.creation_timestamp / 1000,
+            created_s=(found.creation_timestamp or 0) / 1000,  # whoever writes to its database can take the time away
             shown=found.source or "",
         )
 
@@ -111,13 +111,13 @@ class RegisteredModel:
         shown = {alias: str(number) for alias, number in holder.aliases.items()}
         earlier, faults = tag_history.read(holder.tags)
         before = tag_history.standing(earlier, shown) if earlier else Standing()
-        told = fold(stored, holder.creation_timestamp, earlier, before)
+        told = fold(stored, holder.creation_timestamp or 0, earlier, before)
         told = replace(told, faults=(*faults, *told.faults, *_cut(told, holder.tags.get(MARK, ""))))
         aliases = {alias: number for alias, number in shown.items() if alias not in OURS} | _named(told.standing)
         ordered = sorted(found, key=lambda one: int(one.version))
         versions = {str(one.version): RegisteredVersion.of(one, aliases, told.stage(str(one.version))) for one in ordered}
         stages = {str(one.version): str(one.current_stage) for one in ordered} if has_stages else None
-        return cls(holder.name, holder.creation_timestamp, dict(holder.tags), shown, versions, stages, told)
+        return cls(holder.name, holder.creation_timestamp or 0, dict(holder.tags), shown, versions, stages, told)
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.entities.model_registry import ModelVersion
 
 from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.registry import registry
@@ -309,3 +310,8 @@ def test_everything_works_through_a_server(server: str, tmp_path: Path) -> None:
     assert desk.registry.history(MODEL).faults == ()
     with pytest.raises(GateError, match="no registered model 'nobody'"):
         desk.registry.get("nobody", "champion")
+
+
+def test_a_version_whose_time_was_taken_out_of_the_database_is_read() -> None:
+    found = registry.RegisteredVersion.of(ModelVersion("m", 1, creation_timestamp=None), {})
+    assert (found.version, found.created_s) == ("1", 0)
