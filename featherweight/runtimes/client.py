@@ -152,14 +152,14 @@ class Worker:
                 f"the worker was opened for {self.max_batch} sequences of {self.max_tokens} tokens, not for {together} of {wanted}"
             )
 
-    def _call(self, name: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def _call(self, name: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         with self._turn:
             number = next(self._numbers)
             try:
                 self._child.send({"id": number, "name": name, "arguments": arguments})
             except BrokenPipeError as error:
                 raise self._died(name) from error
-        return self._result(self._reply(number, timeout_s, name), name)
+        return self._result(self._reply(number, timeout_s or CALL_TIMEOUT_S, name), name)
 
     def _reply(self, number: int, timeout_s: float, doing: str) -> Message:
         """The reply to a call. One of the threads that wait for one reads for all of them."""
