@@ -75,7 +75,8 @@ class GroupWatch:
     def __init__(self, leader: subprocess.Popen[bytes]) -> None:
         self.leader = leader
         command = ["sh", "-c", 'read -r _; kill -s KILL -- "-$1"', "sh", str(leader.pid)]
-        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        bare = {"PATH": os.environ.get("PATH", os.defpath)}  # it has no use for what is secret in ours
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, env=bare)
 
     def end(self) -> None:
         """End the group, politely first, and the watch with it."""
