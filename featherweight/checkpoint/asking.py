@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from featherweight.errors import one_line
 from featherweight.system.environment import without_secrets
+from featherweight.system.kept import keep, kept
 from featherweight.system.processes import end_with_parent
-from featherweight.system.user import cache_folder
 
 
 def asked(module: str, arguments: Sequence[str], key: str, given: str = "") -> dict[str, Any]:
@@ -22,18 +20,14 @@ def asked(module: str, arguments: Sequence[str], key: str, given: str = "") -> d
 
     An answer with an `error` is not kept.
     """
-    kept = cache_folder() / "descriptions" / f"{key}.json"
-    with suppress(OSError, ValueError):  # nobody asked before, or was stopped while writing
-        return dict(json.loads(kept.read_text()))
+    place = f"descriptions/{key}"
+    if (known := kept(place, key)) is not None:
+        return dict(known)
     surroundings: Any = {"env": without_secrets(), "preexec_fn": end_with_parent(), "input": given}
     command = [sys.executable, "-m", module, *arguments]
     told = _answer(subprocess.run(command, capture_output=True, text=True, check=False, **surroundings))
     if "error" not in told:
-        with suppress(OSError):  # a home that cannot be written to costs the time again, no more
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            written = kept.with_suffix(f".{os.getpid()}")
-            written.write_text(json.dumps(told))
-            written.replace(kept)
+        keep(place, key, told)
     return told
 
 
