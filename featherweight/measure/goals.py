@@ -231,7 +231,8 @@ def _verdict(name: str, figure: Figure, bound: float, metrics: Metrics) -> Verdi
 def not_measured(figure: Figure) -> str:
     """Why a figure cannot be judged."""
     if "_rate_" in figure.key or figure.key.endswith("_requests"):
-        return f"{figure.name}{figure.at} is not known: too few requests were answered"
+        why = "too few requests were answered, or they waited for each other; set workload.requests.seconds higher"
+        return f"{figure.name}{figure.at} is not known: {why}"
     return f"{figure.key} was not measured" + (" with its confidence interval" if figure.interval else "")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from random import Random
 from typing import Any
 
-from featherweight.measure.statistics import Estimate, quantile_estimate, share_of
+from featherweight.measure.statistics import Estimate, correlation_time, quantile_estimate, share_of
 
 QUANTILES = (0.5, 0.95, 0.99)
 
@@ -66,8 +67,10 @@ class Load:
 
     @property
     def done(self) -> Estimate:
-        """The share of the requests that were answered."""
-        return share_of(sum(one.answered_s is not None for one in self.requests), len(self.requests))
+        """The share of the requests that were answered; those that wait in one line are given up together."""
+        answered = [[float(one.answered_s is not None) for one in requests] for requests in self.rounds]
+        together = correlation_time(answered)
+        return share_of(sum(map(sum, answered)) / together, len(self.requests) / together)
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,12 +79,12 @@ class Load:
         spans = (max(one.answered_s or 0.0 for one in ones) - ones[0].came_s for ones in answered if ones)
         return sum(map(len, answered)) * self.new_tokens / (sum(spans) or math.inf)
 
-    @property
+    @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Its figures with their intervals; those of waiting may be infinite."""
         found = {"done": self.done}
         for kind in ("latency_s", "ttft_s"):
-            waits = [getattr(one, kind) for one in self.requests]
+            waits = [[getattr(one, kind) for one in requests] for requests in self.rounds]
             found |= {f"p{round(100 * share)}_{kind}": quantile_estimate(waits, share) for share in QUANTILES}
         return found
 

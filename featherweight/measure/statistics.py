@@ -1,5 +1,6 @@
 """Estimates with confidence intervals: the bootstrap (Efron 1979, percentile intervals), seeded; of shares, Wilson's (1927)
-and, of their differences, Agresti and Min's (2005); of far quantiles, those of the order statistics.
+and, of their differences, Agresti and Min's (2005); of far quantiles, those of the order statistics, of as many values as would
+say as much if they knew nothing of each other.
 
 A bootstrap of answers that are all alike has an interval without width, however few they are; a share's has not.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -114,8 +116,11 @@ def bootstrap_score_difference(
     return _estimate(score(first.sum(0).tolist()) - score(second.sum(0).tolist()), differences, confidence)
 
 
-def share_of(hits: int, trials: int, *, confidence: float = CONFIDENCE) -> Estimate:
-    """hits / trials with Wilson's score interval. Raises StageError for no trials."""
+def share_of(hits: float, trials: float, *, confidence: float = CONFIDENCE) -> Estimate:
+    """hits / trials with Wilson's score interval. Raises StageError for no trials.
+
+    Both may be fractions, of trials that are not independent: see `correlation_time`.
+    """
     if not trials:
         raise StageError("a share of nothing cannot be told")
     value, z = hits / trials, _deviations(confidence)
@@ -139,24 +144,53 @@ def paired_share_difference(a: Sequence[float], b: Sequence[float], *, confidenc
     return Estimate(value, min(value, middle - spread), max(value, middle + spread))
 
 
-def quantile_estimate(values: Sequence[float], share: float, *, confidence: float = CONFIDENCE) -> Estimate:
-    """The smallest value that a `share` of `values` does not exceed, with the interval of the order statistics.
+def quantile_estimate(runs: Sequence[Sequence[float]], share: float, *, confidence: float = CONFIDENCE) -> Estimate:
+    """The smallest value that a `share` of all values does not exceed, with the interval of the order statistics.
 
-    Nothing is supposed of how they are spread but that they are independent (Conover, Practical Nonparametric Statistics, 3.2):
-    the bounds are values again, and infinite below or above where there are too few of them. Raises StageError for none.
+    runs: series in the order of time, whose values may be infinite. Nothing is supposed of how they are spread (Conover, Practical
+    Nonparametric Statistics, 3.2). What waits in one line waits together, so of `correlation_time` neighbours one counts:
+    the longer one of that of the ranks and that of being above the quantile. The bounds are values again, and infinite below or
+    above where there are too few of them. Raises StageError for none.
     """
-    from scipy.stats import binom
+    from scipy.stats import binom, rankdata
 
-    if not values:
+    ordered = sorted(chain.from_iterable(runs))
+    if not ordered:
         raise StageError("a quantile of nothing cannot be told")
-    ordered = [-math.inf, *sorted(values), math.inf]
-    tail = (1 - confidence) / 2
-    low, high = int(binom.ppf(tail, len(values), share)), int(binom.isf(tail, len(values), share)) + 1
-    return Estimate(ordered[max(1, ceil(round(share * len(values), 9)))], ordered[low], ordered[high])
+    count = len(ordered)
+    value = ordered[max(1, ceil(round(share * count, 9))) - 1]
+    ranks = iter(rankdata(list(chain.from_iterable(runs))).tolist())
+    above = [[float(one > value) for one in run] for run in runs]
+    together = max(correlation_time(above), correlation_time([[next(ranks) for _ in run] for run in runs]))
+    independent, tail = max(1, int(count / together)), (1 - confidence) / 2
+    low, high = int(binom.ppf(tail, independent, share)), int(binom.isf(tail, independent, share)) + 1
+    first = ordered[low * count // independent - 1] if low else -math.inf
+    last = ordered[min(count, ceil(high * count / independent)) - 1] if high <= independent else math.inf
+    return Estimate(value, first, last)
+
+
+def correlation_time(runs: Sequence[Sequence[float]]) -> float:
+    """Of how many neighbours in a series as many as one say something new: 1 + 2 * the sum of the autocorrelations, at least 1.
+
+    Summed while two neighbouring lags together are positive, and never growing: Geyer (1992), Practical Markov Chain Monte Carlo,
+    3.3. runs: series of one process, each in the order of time; their mean is one.
+    """
+    import numpy
+
+    mean = numpy.concatenate([numpy.asarray(run, dtype=float) for run in runs]).mean()
+    series = [numpy.asarray(run, dtype=float) - mean for run in runs]
+    total = sum(float(one @ one) for one in series)
+    time, least = -1.0, math.inf
+    for lag in range(0, max(map(len, series)) - 1, 2) if total else ():
+        pair = sum(float(one[: len(one) - k] @ one[k:]) for one in series for k in (lag, lag + 1) if k < len(one)) / total
+        if (least := min(least, pair)) <= 0:
+            break
+        time += 2 * least
+    return max(1.0, time)
 
 
 def values_to_show(share: float, *, confidence: float = CONFIDENCE) -> int:
-    """How many values it takes until the interval of `quantile_estimate` ends above (0 to 1, both excluded)."""
+    """How many independent values it takes until the interval of `quantile_estimate` ends above (0 to 1, both excluded)."""
     return ceil(math.log((1 - confidence) / 2) / math.log(share))
 
 

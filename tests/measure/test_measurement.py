@@ -20,6 +20,7 @@ from featherweight.measure.statistics import (
     bootstrap_median_ratio,
     bootstrap_ratio,
     bootstrap_score_difference,
+    correlation_time,
     examples_to_show,
     paired_share_difference,
     quantile_estimate,
@@ -272,20 +273,60 @@ def test_requests_come_as_poisson_has_it_and_the_same_each_time():
 @pytest.mark.parametrize(("share", "most"), [(0.5, 6), (0.95, 72), (0.99, 368)])
 def test_so_many_values_show_a_quantile_and_one_less_does_not(share, most):
     assert values_to_show(share) == most
-    assert quantile_estimate([1.0] * most, share).high == 1.0
-    assert quantile_estimate([1.0] * (most - 1), share).high == math.inf
+    assert quantile_estimate([[1.0] * most], share).high == 1.0
+    assert quantile_estimate([[1.0] * (most - 1)], share).high == math.inf
 
 
 def test_the_interval_of_a_quantile_is_the_order_statistics_and_covers_as_often_as_it_promises():
-    found = quantile_estimate([float(value) for value in range(1, 101)], 0.5)
-    assert (found.value, found.low, found.high) == (50.0, 40.0, 61.0), "the ranks of the tables, for 100 values"
     draw, hits = numpy.random.default_rng(6), 0
+    found = quantile_estimate([[float(value) for value in range(1, 101)]], 0.5)
+    assert found.value == 50.0 and (found.low, found.high) == (-math.inf, math.inf), "a hundred in a row say as much as one"
+    mixed = quantile_estimate([[float(value)] for value in range(1, 101)], 0.5)
+    assert (mixed.value, mixed.low, mixed.high) == (50.0, 40.0, 61.0), "the ranks of the tables, for 100 values"
     for _ in range(300):
-        one = quantile_estimate(draw.exponential(1.0, 200).tolist(), 0.95)
+        one = quantile_estimate([draw.exponential(1.0, 200).tolist()], 0.95)
         hits += one.low <= -math.log(0.05) <= one.high
     assert hits / 300 >= 0.93
     with pytest.raises(StageError, match="a quantile of nothing"):
         quantile_estimate([], 0.5)
+
+
+def queue(draw: numpy.random.Generator, requests: int, busy: float) -> list[float]:
+    """What each waits in one line whose server is busy that share of the time (Lindley 1952); each takes a second or so."""
+    waits, wait = [], 0.0
+    for gap, took in zip(draw.exponential(1 / busy, requests), draw.uniform(0.8, 1.2, requests), strict=True):
+        wait = max(0.0, wait - gap) + took
+        waits.append(wait)
+    return waits
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95, 0.99])
+def test_what_waits_together_has_an_interval_as_wide_as_it_is_unsure(share):
+    """The plain order statistics hold the true quantile in 24 to 44 of 100 runs of this queue."""
+    draw = numpy.random.default_rng(3)
+    truth = numpy.quantile([wait for _ in range(1000) for wait in queue(draw, 240, 0.8)], share)
+    found = [quantile_estimate([queue(draw, 240, 0.8) for _ in range(4)], share) for _ in range(60)]
+    assert sum(one.low <= truth <= one.high for one in found) / len(found) >= 0.88
+
+
+def test_of_a_process_that_remembers_as_many_count_as_its_formula_says():
+    """AR(1): 1 + 2 * the sum of a ** k is (1 + a) / (1 - a)."""
+    draw, runs = numpy.random.default_rng(4), []
+    for _ in range(4):
+        run = [0.0]
+        for noise in draw.normal(size=5000):
+            run.append(0.8 * run[-1] + noise)
+        runs.append(run)
+    assert correlation_time(runs) == pytest.approx(9.0, rel=0.15)
+    assert 1.0 <= correlation_time([draw.normal(size=5000)]) < 1.3
+    assert correlation_time([[1.0] * 9, [1.0]]) == 1.0
+
+
+def test_requests_that_are_given_up_together_say_little_of_the_share():
+    apart = load(([1.0] * 9 + [None]) * 40)
+    together = load([1.0] * 180 + [None] * 20 + [1.0] * 180 + [None] * 20)
+    assert apart.done.value == pytest.approx(0.9) == together.done.value
+    assert together.done.high - together.done.low > 2 * (apart.done.high - apart.done.low)
 
 
 @settings(deadline=None)

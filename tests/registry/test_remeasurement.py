@@ -100,7 +100,8 @@ def test_what_another_machine_may_break_is_decided_for_each_constraint() -> None
 
 def test_requests_that_nobody_answers_any_more_have() -> None:
     def asked(answered: bool) -> Comparison:
-        waited = tuple(Request(float(at), at + 0.1, at + 0.2) if answered else Request(float(at), None, None) for at in range(400))
+        times = [(at + 0.125, at + 0.25) if answered else (None, None) for at in range(400)]
+        waited = tuple(Request(float(at), *both) for at, both in enumerate(times))
         loads = (Load(1.0, 1, 8, (waited,)),)
         sides = {side: replace(getattr(registered(), side), loads=loads) for side in ("variant", "baseline")}
         return replace(registered(), **sides)
