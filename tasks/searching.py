@@ -149,7 +149,8 @@ def _study(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) ->
     goal = [recipe.constraints.model_dump(mode="json"), recipe.objective, recipe.seed]
     name = content_digest([keys, goal, outcomes[f"{BASELINE}/glance"].artifact.digest])
     made = {one.name: _features(recipe, one) for one in plan.variants if one.name != BASELINE}
-    return Study(parent.workspace.root / "search" / f"{recipe.name}.journal", name, recipe.seed, made)
+    advised = tuple(made) if recipe.advice else ()  # a composed recipe's variants stand in the order of their worth
+    return Study(parent.workspace.root / "search" / f"{recipe.name}.journal", name, recipe.seed, made, advised=advised)
 
 
 def _features(recipe: Recipe, variant: Variant) -> Features:

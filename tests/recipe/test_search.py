@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -239,6 +240,14 @@ def test_a_record_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert again.seconds == 9.5 and again.measured == whole[:1]
     assert walk(study(tmp_path / "cut.journal"), 7) == whole and len(set(whole)) == 12
     assert walk(study(tmp_path / "other.journal", seed=1), 12) != whole
+
+
+def test_what_is_advised_is_tried_first_until_the_record_says_where_to_look(tmp_path: Path) -> None:
+    made = study(tmp_path / "advised.journal")
+    advised = tuple(sorted(made.variants))
+    found = walk(replace(made, advised=advised), 12)
+    assert found[:8] == list(advised[:8]) and found[8:] != list(advised[8:12]) and len(set(found)) == 12
+    assert replace(study(tmp_path / "some.journal"), advised=advised[:1]).suggest(list(advised[1:])) == advised[1]
 
 
 @pytest.mark.parametrize("left", [1, 60, -1])

@@ -1,13 +1,13 @@
-"""A recipe from advice: what is worth trying of it within a budget, as YAML whose comments carry the reasons.
+"""A recipe from advice: what is worth trying of it, as YAML whose comments carry the reasons, searched within a budget.
 
 The first to run is what can be served soonest: the recommended engine on weights rounded to nearest. Then follow the other engines
-and grids by their expected speed, then other ways to the best grids. What the budget does not allow is left out, and said.
+and grids by their expected speed, then other ways to the best grids; `featherweight.recipe.search` goes on until the budget ends.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Composed:
-    """The recipe, its text with the reasons, seconds that the plan is expected to take, and what was left out with the reason."""
+    """The recipe, its text with the reasons, seconds that all of it is expected to take, and what was left out with the reason."""
 
     recipe: Recipe
     text: str
@@ -95,7 +95,7 @@ class Composed:
 def compose(
     advice: Advice, budget_s: float, text: str | None = None, seconds: Callable[[Plan], Mapping[str, float]] | None = None
 ) -> Composed:
-    """The recipe of what is worth trying within `budget_s`. text: a file, a folder or another source of text.
+    """The recipe of what is worth trying, to be searched within `budget_s`. text: a file, a folder or another source of text.
 
     seconds: of each node of a plan, by default as it is estimated for this machine. Raises RecipeError where nothing serves.
     """
@@ -103,12 +103,15 @@ def compose(
     if not tries:
         raise RecipeError(f"no recipe can be made of the advice: {advice.headline}")
     question = advice.question
-    every = Recipe.model_validate(_tree(question, tries, text))
-    plan = expand(every, question.machine, Facts({question.source: question.facts}))
-    costs = (seconds or (lambda plan: _estimated(plan, question)))(plan)
-    chosen, left_out, took = within_budget(tries, plan, costs, budget_s)
-    tree = _tree(question, chosen, text)
-    return Composed(Recipe.model_validate(tree), _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
+    facts = Facts({question.source: question.facts})
+    plan = expand(Recipe.model_validate(_tree(question, tries, text, budget_s)), question.machine, facts)
+    able = {variant.name for variant in plan.variants}
+    chosen = [one for one in tries if one.name in able] or tries[:1]
+    left_out = {one.name: plan.ruled_out.get(one.name, "ruled out") for one in tries if one.name not in able}
+    tree = _tree(question, chosen, text, budget_s)
+    recipe = Recipe.model_validate(tree)
+    took = sum((seconds or (lambda plan: _estimated(plan, question)))(expand(recipe, question.machine, facts)).values())
+    return Composed(recipe, _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
 
 
 def _estimated(plan: Plan, question: Question) -> dict[str, float]:
@@ -168,29 +171,7 @@ def _cheapest(question: Question, row: Row) -> QuantizeSpec | None:
     return next((known[name] for name in QUANTIZERS if name in known), row.quantize)
 
 
-def within_budget(
-    tries: Iterable[Try], plan: Plan, costs: Mapping[str, float], budget_s: float
-) -> tuple[list[Try], dict[str, str], float]:
-    """Those that the budget allows, the first one in any case; the others with what each would add; and seconds of all."""
-    paths = {variant.name: set(plan.path(variant.measured)) for variant in plan.variants}
-    shared = plan.nodes.keys() - set().union(*(paths[name] for name in paths if name != "baseline"))
-    taken = set(shared) | paths["baseline"]
-    chosen: list[Try] = []
-    left_out: dict[str, str] = {}
-    for one in tries:
-        if one.name not in paths:
-            left_out[one.name] = plan.ruled_out.get(one.name, "ruled out")
-            continue
-        more, so_far = (sum(costs[id] for id in ids) for ids in (paths[one.name] - taken, taken))
-        if chosen and so_far + more > budget_s:
-            left_out[one.name] = f"would add about {more:.0f} s, beyond the budget; {one.why}"
-            continue
-        chosen.append(one)
-        taken |= paths[one.name]
-    return chosen, left_out, sum(costs[id] for id in taken)
-
-
-def _tree(question: Question, tries: list[Try], text: str | None) -> dict[str, Any]:
+def _tree(question: Question, tries: list[Try], text: str | None, budget_s: float) -> dict[str, Any]:
     """The recipe, without comments."""
     stages: dict[str, dict[str, Any]] = {"quantize": {}, "compile": {}, "export": {}}
     for one in tries:
@@ -207,6 +188,7 @@ def _tree(question: Question, tries: list[Try], text: str | None) -> dict[str, A
         "data": _data(text),
         "stages": {stage: made for stage, made in stages.items() if made},
         "variants": [_line(one) for one in tries],
+        "search": {"budget": f"{budget_s:.0f}s"},
         "workload": _workload(question),
         **({} if question.max_loss is None else {"constraints": {"max_quality_loss": question.max_loss}}),
         "objective": f"speedup@{question.asked.sequences}",
@@ -269,7 +251,7 @@ def _written(
         advice.headline,
         f"CTranslate2 or vLLM: {advice.ruling.line}",
     ]
-    head += [*advice.notes, f"About {took:.0f} s, of a budget of {budget_s:.0f} s."]
+    head += [*advice.notes, f"All of it would take about {took:.0f} s; it ends after {budget_s:.0f} s with the best found by then."]
     head += [f"Left out: {name}: {reason}" for name, reason in left_out.items()]
     sections = {key: _dumped({key: value}) for key, value in tree.items()}
     if text is None:

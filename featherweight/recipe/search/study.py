@@ -43,13 +43,14 @@ class Told:
 
 @dataclass(frozen=True)
 class Study:
-    """A study of the journal `path`, of variants with these features."""
+    """A study of the journal `path`, of variants with these features. advised: what is tried first, in that order."""
 
     path: Path
     name: str
     seed: int
     variants: Mapping[str, Features]
     objectives: int = 2
+    advised: Sequence[str] = ()
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -96,10 +97,16 @@ class Study:
         return float(self.record.user_attrs.get(SECONDS, 0.0))
 
     def suggest(self, untried: Sequence[str]) -> str:
-        """The one among these that is most like what the sampler would try; the first where it knows nothing yet."""
+        """The one among these that is most like what the sampler would try; the first where nothing is known yet.
+
+        Until so many are on record that they say where to look, what is advised comes first.
+        """
         import optuna
 
         trials = self.record.get_trials(deepcopy=False)
+        advised = [name for name in self.advised if name in untried]
+        if advised and len(trials) < RANDOM_FIRST:
+            return advised[0]
         if not trials or not self.distributions:
             return untried[0]
         sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_FIRST, seed=self.seed + len(trials))
