@@ -58,9 +58,8 @@ class _Work:
 
     def repeat(self) -> None:
         """What is known before the first step of now."""
-        self.search.done |= self.outcomes.keys()
         self._learn(self.outcomes)
-        self.search.measured[BASELINE] = self.outcomes[f"{BASELINE}/evaluate"].artifact.metrics
+        self._take(self.outcomes)
         variants = self.search.variants
         steps = [Step("glance", variants[name]) for name in self.study.looked_at]
         for step in (*steps, *(Step("measure", variants[name]) for name in self.study.measured)):
@@ -70,6 +69,8 @@ class _Work:
         """Step after step, until the search has no other."""
         while step := self.search.next(self.spent()):
             metrics = self._do(step)
+            if metrics:
+                self.parent.progress.tell("say", self.search.goal.told(step, metrics))
             if step.kind == "measure":
                 self.study.tell_measured(step.variant.name, self.spent())
             else:
@@ -83,11 +84,16 @@ class _Work:
         begun = time.monotonic()
         made = self.run(_part(self.plan, missing), self.outcomes)
         self._learn(made, time.monotonic() - begun)
-        self.outcomes |= made
-        self.search.done |= made.keys()
+        self._take(made)
         ref = self.outcomes[step.node].ref
         self.search.tell(step, ref.metrics if ref else None)
         return ref.metrics if ref else None
+
+    def _take(self, made: Outcomes) -> None:
+        self.outcomes |= made
+        self.search.done |= made.keys()
+        if whole := self.outcomes.get(f"{BASELINE}/evaluate"):
+            self.search.measured[BASELINE] = whole.artifact.metrics
 
     def _learn(self, made: Mapping[str, Outcome], whole_s: float | None = None) -> None:
         """How long nodes took that were computed now. whole_s: what went by meanwhile, around them too."""
@@ -108,6 +114,8 @@ class _Work:
 
     def end(self) -> Outcomes:
         """Say of the rest why it was passed over; then decide, register, promote."""
+        if f"{BASELINE}/evaluate" not in self.outcomes:  # nothing that was looked at could be served
+            self._take(self.run(_part(self.plan, {f"{BASELINE}/evaluate"}), self.outcomes))
         for variant in self.search.variants.values():
             if variant.measured not in self.outcomes:
                 self.outcomes[variant.measured] = self._passed_over(variant)
@@ -138,9 +146,12 @@ def _part(plan: Plan, ids: Iterable[str]) -> Plan:
 
 
 def _shared(plan: Plan) -> set[str]:
-    """What is run in any case: the text, its gate, the checkpoint, the baseline and its measurements."""
+    """What is run in any case before a variant is looked at: the text, its gate, the checkpoint, a short look at the baseline.
+
+    The baseline is measured as a whole beside the first variant that is.
+    """
     baseline = next(one for one in plan.variants if one.name == BASELINE)
-    return {*plan.path(baseline.measured), *plan.path(baseline.glanced), *plan.path("gate")}
+    return {*plan.path(baseline.glanced), *plan.path("gate")}
 
 
 def _study(recipe: Recipe, plan: Plan, outcomes: Outcomes, parent: ParentRun) -> Study:

@@ -20,7 +20,7 @@ from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.progress import Metrics
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe
-from featherweight.recipe.search.policy import Goal, Pace, Search
+from featherweight.recipe.search.policy import Goal, Pace, Search, Step
 from featherweight.recipe.search.study import Study, Told
 
 SPACE = {
@@ -211,6 +211,12 @@ def test_what_a_short_look_rules_out_is_said_with_its_numbers() -> None:
     told = GOAL.cannot_win(figures(5.0, 0.0, 0.1), leader)
     assert told == "speed 5.00x [4.50, 5.50] at batch 1 at a short look, against speed 10.0x [9.80, 10.2] at batch 1 of quick"
     assert GOAL.cannot_win(figures(9.5, 0.0, 0.1), leader) == ""
+
+
+def test_what_came_of_a_step_is_told_in_a_line() -> None:
+    one = next(one for one in PLAN.variants if one.name == NAMES[0])
+    told = GOAL.told(Step("glance", one), figures(5.0, 0.0, 0.1))
+    assert told == f"{NAMES[0]}, a short look: speed 5.00x [4.50, 5.50] at batch 1, quality loss +0.00 % [−0.20, +0.20]"
 
 
 # The record

@@ -118,3 +118,18 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(parent: Callable[[], Par
     looks = [id for id in stopped.ran if id.endswith("/glance")]
     assert [id for id in resumed.ran if id.endswith("/glance")][: len(looks)] == looks
     assert all(whole[one.measured].status in ("done", "passed-over") for one in PLAN.variants)
+
+
+def test_the_first_look_comes_before_the_baseline_is_measured_which_is_measured_in_any_case(
+    parent: Callable[[], ParentRun],
+) -> None:
+    search(parent(), usual := Engine())
+    looks = [id for id in usual.ran if id.endswith("/glance")]
+    assert looks[0] == f"{BASELINE}/glance" and usual.ran.index(looks[1]) < usual.ran.index(f"{BASELINE}/evaluate")
+    useless = Engine(fails="rtn-int8/ctranslate2-int8")
+    only = Recipe.model_validate(
+        {**RECIPE.model_dump(mode="json"), "variants": [{"quantize": "rtn-int8", "serve": "ctranslate2-int8"}]}
+    )
+    outcomes = dict(run_searched(only, expand(only), Facts(), parent(), useless))
+    assert outcomes[f"{BASELINE}/evaluate"].status == "done" and outcomes["decide"].status == "done"
+    assert useless.ran.index(f"{BASELINE}/evaluate") < useless.ran.index("decide")

@@ -57,6 +57,13 @@ class Goal:
         seems_broken = [one for one in self.broken(short).values() if one > 0]
         return len(seems_broken), sum(seems_broken), figure.loss(found.value) if found else float("inf")
 
+    def told(self, step: Step, metrics: Metrics) -> str:
+        """A line on what came of a step: what is to be best in it, and what decides among those that are level."""
+        wanted = Objective.of(self.objective, metrics)
+        read = [(figure, figure.read(metrics)) for figure in (wanted.figure, wanted.tie)]
+        figures = ", ".join(figure.text(found) for figure, found in read if found)
+        return f"{step.variant.name}, {'a short look' if step.kind == 'glance' else 'measured'}: {figures}"
+
     def values(self, short: Metrics) -> tuple[float, ...] | None:
         """What is to be small: the objective, and what decides among those that are level in it; None where one is not known."""
         wanted = Objective.of(self.objective, short)
