@@ -319,10 +319,11 @@ def _about_zero(halves: Tensor) -> Tensor:
 def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     from compressed_tensors.quantization import QuantizationConfig
 
-    schemes: Any = QuantizationConfig.model_validate(dict(settings)).config_groups.values()
+    groups: Any = QuantizationConfig.model_validate(dict(settings)).config_groups.values()
+    schemes = {target: scheme for scheme in groups for target in scheme.targets}
     found = Found()
     for module in _modules(tensors, ".weight_scale"):
-        scheme = next((scheme for scheme in schemes if _targets(scheme.targets, module)), None)
+        scheme = schemes.get(_target(schemes, module))
         if scheme is None:
             raise KeyError(f"no config group has {module} as a target")
         name, args = f"{module}.weight", scheme.weights
@@ -333,10 +334,12 @@ def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> F
     return found
 
 
-def _targets(targets: list[str], module: str) -> bool:
+def _target(targets: Iterable[str], module: str) -> str:
+    """The target that says how a module is packed: its name before a pattern before its class, as the library has it."""
     from compressed_tensors.utils.match import match_name
 
-    return any(target == "Linear" or match_name(module, target) for target in targets)
+    by_name = sorted(targets, key=lambda target: (target.startswith("re:"), target))
+    return next((target for target in by_name if match_name(module, target)), "Linear")
 
 
 def _layer(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:

@@ -282,6 +282,22 @@ def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, 
     assert found is None or all(torch.equal(found.dequantize(name), expected[name]) for name in found.q)
 
 
+@pytest.mark.slow
+def test_a_module_that_a_pattern_names_is_read_by_its_own_group_and_not_by_that_of_its_class(tiny_checkpoint, tmp_path):
+    groups = {
+        "group_0": scheme(4, "int", "group", False),
+        "group_1": scheme(8, "int", "channel", False) | {"targets": ["re:.*down_proj$"]},
+    }
+    written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", {"config_groups": groups})
+    out, _ = loaded(tmp_path / "source", tmp_path)
+    found, weights = QuantizedWeights.read(out), load_file(tiny_checkpoint / "model.safetensors")
+    assert found is not None
+    for name, grid in found.grids.items():
+        assert grid.bits == (8 if "down_proj" in name else 4), name
+        rounded = (found.dequantize(name) - weights[name].float()).abs().max() / weights[name].float().abs().max()
+        assert rounded < (0.01 if "down_proj" in name else 0.15), name
+
+
 FP8: dict[str, dict[str, Any]] = {
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC", "targets": "Linear"},
     "one scale": {"config_groups": {"group_0": scheme(8, "float", "tensor", True)}},
