@@ -21,6 +21,7 @@ _FRONT = re.compile(
 )
 """What a page of a site begins with: keys of YAML or TOML between two lines of marks."""
 _SETTINGS = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
+_TAGS = {".html": "HTML", ".htm": "HTML", ".xhtml": "HTML", ".xml": "XML", ".svg": "XML"}
 _ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -41,14 +42,20 @@ def format_of(name: str, path: Path, data: DataSpec) -> Format:
         start = stream.read(HEAD)
     if _JSON.match(start):
         return "json"
-    if markup := _MARKUP.match(start):
-        kind = "XML" if markup["xml"] else "HTML"
+    if kind := _markup(name, start):
         raise DataError(f"{name} is {kind}, whose tags would be read as text; take the text out of it, or say data.format: text")
     if settings := "front matter" if _FRONT.match(start) else _SETTINGS.get(_ending(name)):
         what = "begins with front matter" if settings == "front matter" else f"is {settings}"
         raise DataError(f"{name} {what}, whose keys would be read as text; take the text out of it, or say data.format: text")
     named = _ENDINGS.get(_ending(name))
     return named or ("csv" if is_table(start, name, data.field) else "text")
+
+
+def _markup(name: str, start: str) -> str | None:
+    """HTML or XML, by how it begins; or by its name, where it begins with any tag."""
+    if begun := _MARKUP.match(start):
+        return "XML" if begun["xml"] else "HTML"
+    return _TAGS.get(_ending(name)) if start.lstrip().startswith("<") else None
 
 
 def _ending(name: str) -> str:

@@ -20,6 +20,7 @@ from featherweight.text.spec import DataSpec
 DELIMITERS = ",\t;|"
 _SHOWN, _SHOWN_CHARACTERS = 8, 40
 _SPACE = re.compile(r"[ \t\n\r]*")
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The longest thing that a cut-off end of the text can spoil before json says so: a \\uXXXX pair.
 _LOOK_AHEAD = 12
@@ -77,6 +78,11 @@ class Record:
 
     def without_text(self, key: str, option: str, what: str = "text") -> DataError:
         """What to say where there is no text, or label, under `key`: what is there instead, or what keys there are."""
+        if _is_conversation(self.value) or (isinstance(self.value, Mapping) and _is_conversation(self.value.get(key))):
+            return DataError(
+                f"{self.name} {self.where} holds messages of a conversation, and no text; write each conversation as one "
+                "text, as the model's chat template does (tokenizer.apply_chat_template with tokenize=False)"
+            )
         if not isinstance(self.value, Mapping):
             found = f"it is {_kind(self.value)}"
         elif key in self.value:
@@ -84,6 +90,12 @@ class Record:
         else:
             found = f"found: {listed(self.value)}"
         return DataError(f"{self.name} {self.where} has no {what} under '{key}' ({found}); set data.{option}, or leave it out")
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether it is a message as OpenAI's API or ShareGPT has them, or a list of some."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Mapping) and any(keys <= first.keys() for keys in _MESSAGE_KEYS)
 
 
 def listed(names: Iterable[object]) -> str:

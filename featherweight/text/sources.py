@@ -118,12 +118,13 @@ def _joined(pieces: Iterator[str]) -> Iterator[str]:
 def _paragraphs(content: str) -> Iterator[str]:
     """Paragraphs with the blank lines that follow them; one that is too long for a chunk, cut at a line end or a space."""
     for match in _PARAGRAPH.finditer(content):
-        paragraph = match.group()
-        while len(paragraph) > _CHUNK[1]:
-            cut = max(paragraph.rfind("\n", 0, _CHUNK[1]), 0) or max(paragraph.rfind(" ", 0, _CHUNK[1]), 0) or _CHUNK[1] - 1
-            yield paragraph[: cut + 1]
-            paragraph = paragraph[cut + 1 :]
-        yield paragraph
+        start, end = match.span()
+        while end - start > _CHUNK[1]:
+            places = (content.rfind(mark, start + 1, start + _CHUNK[1]) for mark in "\n ")
+            cut = next((place for place in places if place >= 0), start + _CHUNK[1] - 1)
+            yield content[start : cut + 1]
+            start = cut + 1
+        yield content[start:end]
 
 
 @contextmanager

@@ -122,6 +122,15 @@ def test_chunks_respect_lines_without_blank_ones(tmp_path):
     assert lines == [prose(n, 10) for n in range(200)]
 
 
+def test_a_line_without_end_is_cut_at_spaces_or_where_it_must_be(tmp_path):
+    line = " ".join(map(str, range(2000))) + "".join(map(str, range(2000)))
+    (tmp_path / "line.txt").write_text(line)
+    documents = read_source(str(tmp_path / "line.txt"), DataSpec(source="-")).documents
+    assert all(len(document.text) <= 4000 for document in documents)
+    assert "".join(document.text for document in documents) == line
+    assert documents[0].text.endswith(" ")
+
+
 def test_separator(tmp_path):
     (tmp_path / "stories.txt").write_text("\n<|end|>\n".join(prose(n) for n in range(9)))
     documents = read_source(str(tmp_path / "stories.txt"), DataSpec(source="-", separator="<|end|>")).documents
