@@ -93,8 +93,9 @@ class RegistryAudit:
     def raise_if_wrong(self) -> None:
         """Raise IntegrityError where anything is not ok."""
         if self.wrong:
-            first = self.wrong[0]
-            raise IntegrityError(f"{len(self.wrong)} findings, first {_where(first)}: {first.part} is {first.state}")
+            first, more = self.wrong[0], len(self.wrong) - 1
+            others = f", and {more} more finding{'s' if more > 1 else ''}" if more else ""
+            raise IntegrityError(f"{_where(first)}: {first.part} is {first.state}{others}")
 
 
 def _where(finding: Finding) -> str:

@@ -15,7 +15,7 @@ from featherweight.registry.attestation import ATTESTATION, attested
 from featherweight.registry.evidence import with_evidence
 from featherweight.registry.history import Entry
 from featherweight.registry.keys import Keys
-from featherweight.registry.lineage import Lineage, is_text_of, of_version, verify
+from featherweight.registry.lineage import SIGNATURE, Lineage, is_text_of, of_version, verify
 from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.registry.registry import DIGEST, Registry
 from featherweight.registry.versions import NAME, TAG, RegisteredModel, RegisteredVersion
@@ -49,7 +49,9 @@ def audit_model(registry: Registry, name: str, keys: Keys | None = None) -> list
     seen = registry.model(name)
     findings = [*_history(registry, seen, keys), *_entries(registry, seen, keys), *_cells(seen)]
     for version in seen.versions.values():
-        findings += [*_origin(seen, version, keys), *_content(registry, seen, version)]
+        content = list(_content(registry, seen, version))
+        signed = any((one.part, one.state) == (SIGNATURE, "ok") for one in content)
+        findings += [*_origin(seen, version, keys, signed), *content]
     return findings
 
 
@@ -105,8 +107,8 @@ def _cells(seen: RegisteredModel) -> Iterator[Finding]:
         yield Finding(seen.model, "", cell.told, "out of step", f"{by}the history has it at {value or 'nothing'}")
 
 
-def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys) -> Iterator[Finding]:
-    """Whether a version was registered by somebody who is trusted here."""
+def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys, files_signed: bool) -> Iterator[Finding]:
+    """Whether a version was registered by somebody who is trusted here, who signed its files in the same breath."""
     twin = next((one for one in seen.versions.values() if one.digest == version.digest), version)
     signed = [int(one.version) for one in seen.versions.values() if attested(one, seen.born, keys)]
     told = (seen.model, version.version, "registration")
@@ -116,6 +118,8 @@ def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys) -> It
         yield Finding(*told, "ok", "" if keys.public else "no key is trusted here")
     elif ATTESTATION in version.tags:
         yield Finding(*told, "altered", "it is not what was attested of it")
+    elif files_signed:
+        yield Finding(*told, "missing", "its files are signed, and what attested the version was removed")
     elif signed and int(version.version) > min(signed):
         yield Finding(*told, "foreign", "no trusted key attests it")
     else:

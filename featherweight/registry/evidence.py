@@ -48,7 +48,7 @@ def evidence(registry: Registry, version: RegisteredVersion, files: bool = False
             if graph.served != version.digest:
                 raise IntegrityError("its lineage is of another artifact than the registered one")
             if files:
-                _verify_files(registry, version)
+                verify_files(registry, version)
             node, folder = held.enter_context(_evaluation_folder(registry, graph))
             told = {"metrics": json.dumps(read_metrics(folder)), **_goals(graph.recipe_tree)}
         except FeatherweightError as error:
@@ -66,7 +66,8 @@ def with_evidence(registry: Registry, version: RegisteredVersion, files: bool = 
         return found.version
 
 
-def _verify_files(registry: Registry, version: RegisteredVersion) -> None:
+def verify_files(registry: Registry, version: RegisteredVersion) -> None:
+    """Raise IntegrityError where files of a version are not as registered: of all where keys are trusted, else of the served."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry.model_folder(version, Path(scratch))
         require_signed(folder, Keys.here())

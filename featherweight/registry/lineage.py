@@ -21,6 +21,7 @@ from featherweight.errors import FeatherweightError, IntegrityError, one_line
 from featherweight.registry.attestation import folder_faults
 from featherweight.registry.history import Transition
 from featherweight.registry.keys import Keys
+from featherweight.registry.model_folder import SERVED
 from featherweight.registry.packed_text import PACKED, unpacked
 from featherweight.store import artifact
 from featherweight.store.artifact import ArtifactRef, Manifest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from featherweight.registry.versions import RegisteredModel, RegisteredVersion
 
 State = Literal["ok", "missing", "altered"]
+SIGNATURE = "signature"
 VERSION = 2
 TOLD = ("stage", "spec", "parents", "metrics", "seed", "environment", "machine", "started", "finished")
 
@@ -323,10 +325,8 @@ def verify(lineage: Lineage, registry: Registry, seen: RegisteredModel | None = 
     """
     seen = seen or registry.model(lineage.model)
     version = seen.pick(lineage.version)
-    registered = "registered files"
     with tempfile.TemporaryDirectory() as scratch:
-        verdicts = [_judge(registered, lineage.digest, lambda: registry.served_folder(version, Path(scratch)))]
-        verdicts += signed_files(version, registry)
+        verdicts = _registered_files(version, registry, Path(scratch) / "registered")
         if lineage.graph.served != lineage.digest:
             verdicts.append(Verdict("served digest", "altered", "the registered digest is not the lineage's"))
         for number, node in enumerate(lineage.graph.nodes):
@@ -336,18 +336,23 @@ def verify(lineage: Lineage, registry: Registry, seen: RegisteredModel | None = 
     return [*verdicts, *(Verdict("history", "altered", fault) for fault in faults)] + ([] if faults else [Verdict("history", "ok")])
 
 
-def signed_files(version: RegisteredVersion, registry: Registry) -> list[Verdict]:
-    """Each file of the registered folder that is not what was signed; nothing where no key is trusted here."""
-    keys = Keys.here()
+def _registered_files(version: RegisteredVersion, registry: Registry, scratch: Path) -> list[Verdict]:
+    """The served files against their digest; where a key is trusted here, all of the registered folder, which is fetched once."""
+    part, keys = "registered files", Keys.here()
     if not keys.public:
-        return []
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            faults = folder_faults(registry.model_folder(version, Path(scratch)), keys)
-        except FeatherweightError as error:
-            return [Verdict("signature", "missing", str(error))]
+        return [_judge(part, version.digest, lambda: registry.served_folder(version, scratch))]
+    try:
+        folder = registry.model_folder(version, scratch)
+    except FeatherweightError as error:
+        return [Verdict(part, "missing", str(error))]
+    return [_judge(part, version.digest, lambda: folder / SERVED), *_signed_files(folder, keys)]
+
+
+def _signed_files(folder: Path, keys: Keys) -> list[Verdict]:
+    """Each file of a registered folder that is not what was signed."""
+    faults = folder_faults(folder, keys)
     if not faults:
-        return [Verdict("signature", "ok")]
+        return [Verdict(SIGNATURE, "ok")]
     return [Verdict(f"file {name}", "missing" if why.startswith("missing") else "altered", why) for name, why in faults.items()]
 
 

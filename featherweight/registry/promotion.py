@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from featherweight.errors import FeatherweightError, IntegrityError
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.registry.decisions import APPROVAL
+from featherweight.registry.evidence import verify_files
 from featherweight.registry.gate import GatesRefused, judged
 from featherweight.registry.history import GateResult, Rule, StageName
+from featherweight.registry.lineage import read_graph
 from featherweight.registry.out_of_band import look
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.smoke import SMOKE, smoked
@@ -89,9 +92,9 @@ def gated_transition(
     seen, _ = look(registry, model)
     candidate, champion = seen.pick(version), seen.holder(CHAMPION)
     if candidate.stage == to:
-        return Promotion.of(candidate, False, f"version {candidate.version} is in {to} already")
+        return _stays(registry, candidate, f"version {candidate.version} is in {to} already")
     if to == "production" and champion is not None and champion.digest == candidate.digest:
-        return Promotion.of(champion, False, f"version {champion.version}, the champion, is the same artifact")
+        return _stays(registry, champion, f"version {champion.version}, the champion, is the same artifact")
     gates: list[GateResult] = []
     try:
         if to == "production":
@@ -105,6 +108,18 @@ def gated_transition(
     if smoke and to == "production":
         gates.append(smoked(registry, moved, who))
     return Promotion.of(moved, True, why, tuple(gates))
+
+
+def _stays(registry: Registry, version: RegisteredVersion, reason: str) -> Promotion:
+    """Nothing to do. Raises IntegrityError for a champion that is not what was registered: it is served."""
+    try:
+        if version.stage == "production":
+            read_graph(registry, version)
+            verify_files(registry, version)
+    except FeatherweightError as error:
+        way = f"`featherweight audit {version.model}` names what differs; restore it, roll back, or promote another"
+        raise IntegrityError(f"{reason}, but not what was registered: {error}; {way}") from error
+    return Promotion.of(version, False, reason)
 
 
 def staged_for_approval(

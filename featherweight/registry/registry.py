@@ -227,6 +227,7 @@ class Registry:
         local = local_path(version.source)
         if local is not None:
             return local / SERVED
+        folder.mkdir(parents=True, exist_ok=True)
         with self._service():
             return Path(self._artifacts(version.source).download_artifacts(SERVED, str(folder)))
 

@@ -16,6 +16,7 @@ MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND", "N
 _NO_SERVER = ("API request to", "Max retries exceeded", "Connection refused", "Connection aborted", "Read timed out")
 _ANSWERED = re.compile(r"API request to endpoint .* failed with error code 4(?!08|29)")
 _NO_DATABASE = ("could not connect", "connection to server", "Connection refused", "server closed the connection", "starting up")
+_LOST_FILE = re.compile(r"downloading one or more artifacts from (\S+):\s+##### File (.+?) #####\s+(.+)")
 NO_RIGHT = "PERMISSION_DENIED"
 REFUSED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")
 
@@ -83,6 +84,8 @@ def _is_missing(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """The error in a few words; of a database's only what the database said, not the statement and where to read on."""
     said = getattr(error, "orig", None) or error
+    if lost := _LOST_FILE.search(str(said)):
+        return one_line(f"'{lost[2]}' of {lost[1]} could not be fetched: {lost[3]}", 300)
     return one_line(str(said).partition("\n")[0] or type(error).__name__, 300)
 
 
@@ -96,4 +99,6 @@ def _verdict(error: Exception, reason: str) -> str:
         return f"has no space left on the disk ({reason}); free some, run it again"
     if type(error).__module__.startswith("boto"):
         return f"cannot reach its artifacts ({reason}); check MLFLOW_S3_ENDPOINT_URL and the AWS credentials"
+    if _LOST_FILE.search(str(error)):
+        return f"has a file that its artifact store does not give: {reason}"
     return f"failed: {reason}; check that it runs and MLFLOW_TRACKING_URI"

@@ -133,6 +133,11 @@ def tags(desk: Bench) -> Iterator[Tampering]:
             for one in ("0" * 64, version.tags[f"featherweight.{name}"])
         )
         yield Tampering(f"tag {name}", do, undo, "altered", words)
+    for number, key in (("1", "featherweight.attestation"), ("2", "featherweight.attestation")):
+        attested = client.get_model_version(MODEL, number).tags[key]
+        gone = lambda n=number, k=key: client.delete_model_version_tag(MODEL, n, k)  # noqa: E731
+        back = lambda n=number, k=key, v=attested: client.set_model_version_tag(MODEL, n, k, v)  # noqa: E731
+        yield Tampering(f"delete the attestation of {number}", gone, back, "missing", "what attested the version was removed")
     for name in ("engine", "machine"):
         do, undo = (
             lambda key=f"featherweight.{name}", v=one: client.set_model_version_tag(MODEL, "2", key, v)

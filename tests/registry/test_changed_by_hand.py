@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from featherweight.errors import CheckpointError, Forbidden, GateError, ServiceError, Unreachable
 from featherweight.registry.promotion import gated_transition
 from featherweight.store.mlflow_errors import mlflow_explained
+from featherweight.store.tracking import open_artifacts
 from featherweight.store.workspace import Workspace
 from tests.support.registering import MODEL, Bench, desk, empty_store
 
@@ -114,6 +117,42 @@ def test_errors_of_mlflow_are_one_line_and_those_of_others_pass(desk: Bench) -> 
         1 / 0  # noqa: B018
     with pytest.raises(FileNotFoundError), mlflow_explained(uri):
         Path("absent").read_text()
+
+
+def test_a_file_that_a_store_lists_and_does_not_give_is_named() -> None:
+    """As MLflow's repositories of artifacts tell of it, in several lines."""
+    from mlflow.exceptions import MlflowException
+
+    said = (
+        "The following failures occurred while downloading one or more artifacts from s3://b/m:\n##### File served/x.bin #####\n500"
+    )
+    line = r"^MLflow at http://mlflow has a file that its artifact store does not give: 'served/x.bin' of s3://b/m .*: 500$"
+    with pytest.raises(ServiceError, match=line), mlflow_explained("http://mlflow"):
+        raise MlflowException(said)
+
+
+def test_such_a_file_is_asked_for_twice_at_each_try_of_mlflow(tmp_path: Path) -> None:
+    """Its server sends clients to the store itself, where MLflow's own way is six times in a minute, and that three times."""
+    from mlflow.utils.request_utils import download_chunk
+
+    asked: list[str] = []
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    open_artifacts(tmp_path.as_uri(), f"sqlite:///{tmp_path}/mlflow.db")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x.bin"
+        with pytest.raises(Exception, match="500"):
+            download_chunk(range_start=0, range_end=9, headers={}, download_path=str(tmp_path / "x.bin"), http_uri=url)
+        server.shutdown()
+    assert asked == ["/x.bin"] * 2
 
 
 @pytest.mark.parametrize(

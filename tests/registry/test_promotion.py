@@ -14,6 +14,7 @@ from featherweight.measure.goals import Decision
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.recipe.recipe import PromoteSpec, RegisterSpec
 from featherweight.registry.gate import GatesRefused, promotion_gate
+from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph
 from featherweight.registry.promotion import Promotion, gated_transition
 from featherweight.registry.registry import RegisteredVersion
@@ -233,6 +234,24 @@ def test_same_artifact_as_the_champion_is_nothing_to_do(desk: Bench) -> None:
     again = gated_transition(desk.registry, MODEL, register_winner(desk.registry, winner).version, who="ada", why="again")
     assert (again.changed, again.reason) == (False, "version 1 is in production already")
     assert desk.state() == before
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_champion_that_was_altered_does_not_just_stay(desk: Bench, tmp_path: Path, monkeypatch, keys: bool) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "keys"))
+    if keys:
+        Keys.here().make()
+    version = register_winner(desk.registry, desk.winner())
+    gated_transition(desk.registry, MODEL, "1", who="ada", why="first")
+    weights = Path(str(local_path(version.source))) / "artifacts" / "served" / "model.safetensors"
+    weights.unlink()
+    weights.write_bytes(b"other weights")
+    before = desk.state()
+    for force in (False, True):
+        with pytest.raises(IntegrityError, match=r"version 1 is in production already, but not what was registered: .*altered"):
+            gated_transition(desk.registry, MODEL, "1", who="ada", why="again", force=force)
+    assert desk.state() == before
+    assert gated_transition(desk.registry, MODEL, "1", "archived", who="ada", why="it was altered").changed
 
 
 def test_staging_needs_no_gate(desk: Bench) -> None:
