@@ -25,7 +25,7 @@ from featherweight.runtimes import answer_parity, parity
 from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.runtimes.generation_settings import BEAMS, GenerationSettings
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.parity import Reference, continuation, load_reference
 from featherweight.runtimes.writing import Source, refuse
@@ -335,10 +335,14 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _answers_otherwise(reference: Reference, checkpoint: Path, out: Path) -> str | None:
-    """Why the served answers are not the engine's own texts, cut where the checkpoint's settings end them; None where they are."""
+    """Why the served answers are not the engine's own texts, cut where the checkpoint's settings end them; None where they are.
+
+    Without the beams of the settings: the engine's own texts are greedy.
+    """
     settings, engine = GenerationSettings.read(checkpoint), opened(out)
+    asked = {name: value for name, value in settings.values.items() if name not in BEAMS}
     for one in reference.continuations:
-        written, answer = engine.generate([one.prompt], NEW)[0], engine.answer([one.prompt], NEW, settings.values)[0]
+        written, answer = engine.generate([one.prompt], NEW)[0], engine.answer([one.prompt], NEW, asked)[0]
         wanted = settings.cut(written, NEW)
         if answer != wanted:
             return f"it answers {len(one.prompt)} tokens with {len(answer)} tokens where its text ends after {len(wanted)}"

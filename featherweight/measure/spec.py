@@ -197,6 +197,8 @@ class WorkloadSpec(Spec):
 
 
 Seconds = Annotated[float, Field(gt=0)]
+NEIGHBOURS = 2
+"""Of so many requests that come after each other one says something new, where a line is short now and then."""
 REQUEST_QUANTILES = {"max_p95_request_s": 0.95, "max_p99_request_s": 0.99, "max_p99_request_ttft_s": 0.99}
 """The quantile that each bound of what requests wait is about."""
 
@@ -310,11 +312,11 @@ def _too_few_requests(constraints: ConstraintsSpec, asked: RequestsSpec | None) 
         rates = tuple(bound) if isinstance(bound, dict) else asked.rate
         if other := next((rate for rate in rates if rate_name(rate) not in map(rate_name, asked.rate)), None):
             return f"constraints.{name} wants {other:g} among the rates of workload.requests"
-        needed = values_to_show(REQUEST_QUANTILES[name])
+        needed = NEIGHBOURS * values_to_show(REQUEST_QUANTILES[name])
         if (fewest := min(map(asked.count, rates)) * asked.rounds) < needed:
             seconds = math.ceil(needed / min(rates))
             return (
-                f"constraints.{name} takes at least {needed} requests to show, and workload.requests has {fewest} at the rate "
+                f"constraints.{name} takes about {needed} requests to show, and workload.requests has {fewest} at the rate "
                 f"{min(rates):g}; set workload.requests.seconds to {seconds}"
             )
     return None

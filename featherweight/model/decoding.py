@@ -79,20 +79,31 @@ def cache_name(model: Any) -> str | None:
 
 
 class Reading:
-    """Texts of one length that are read step by step. A model that keeps nothing is given them whole each time."""
+    """Texts of one length that are read step by step. A model that keeps nothing is given them whole each time.
+
+    Who takes positions is told them, as transformers' `generate` does: some (Bamba) count anew from zero at each step.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.name = model, cache_name(model)
+        self.placed = "position_ids" in inspect.signature(model.forward).parameters
         self.kept: Any = None  # each model makes the one that it understands
+        self.read = 0
 
     def next(self, ids: Tensor) -> Tensor:
         """Read on by `ids` [batch, tokens]; returns the logits of what follows, [batch, vocabulary]."""
         if self.name is None:
             return self._whole(ids)
-        output = self.model(ids, **{self.name: self.kept}, use_cache=True, logits_to_keep=1)
+        output = self.model(ids, **{self.name: self.kept}, **self._positions(ids), use_cache=True, logits_to_keep=1)
         self.kept = output[self.name]
         last: Tensor = output.logits[:, -1]
         return last
+
+    def _positions(self, ids: Tensor) -> dict[str, Tensor]:
+        import torch
+
+        first, self.read = self.read, self.read + ids.shape[1]
+        return {"position_ids": torch.arange(first, self.read, device=ids.device).unsqueeze(0)} if self.placed else {}
 
     def _whole(self, ids: Tensor) -> Tensor:
         import torch

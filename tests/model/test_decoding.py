@@ -29,6 +29,9 @@ KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "mamba2": ("cache_params", {
         "chunk_size": 8,
         "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 2}),
+    "bamba": ("past_key_values", {  # whose own forward counts positions anew at each step
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "attn_layer_indices": [1], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}),
     "openai-gpt": (None, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
 }  # fmt: skip
 

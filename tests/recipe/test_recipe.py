@@ -83,7 +83,7 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ),
         (
             {"constraints": {"max_p99_request_s": {4: 1}}, "workload": {"requests": {"rate": [1, 4], "seconds": 90}}},
-            "takes at least 368 requests to show, and workload.requests has 360 at the rate 4; set workload.requests.seconds to 92",
+            "takes about 736 requests to show, and workload.requests has 360 at the rate 4; set workload.requests.seconds to 184",
         ),
         ({"workload": {"requests": {"rate": [4, 4.0]}}}, "rate: 4 stands twice"),
         ({"constraints": {"max_changed_answers": 0.1}}, "wants workload.changed_answers, such as"),
