@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import FeatherweightError, IntegrityError
-from featherweight.registry.auditing import Finding, audit_model
+from featherweight.registry.auditing import UNCHECKED, Finding, audit_model
 from featherweight.registry.commit import Cell
 from featherweight.registry.lineage import Lineage, Verdict, of_version, verify
 from featherweight.registry.lineage_page import write_lineage_page
@@ -83,7 +83,13 @@ class RegistryAudit:
         order = ("altered", "missing", "foreign", "out of step")
         rows = sorted(self.wrong, key=lambda one: (order.index(one.state), one.model, one.version))
         lines = [f"{row.state:<12}{_where(row)}: {row.part}{f'  {row.reason}' if row.reason else ''}" for row in rows]
-        return in_lines([*self.repaired, *lines, f"{len(self.findings) - len(rows)} ok, {len(rows)} not"])
+        unchecked = sum(one.reason == UNCHECKED for one in self.findings)
+        held = (
+            [f"signatures of {unchecked} versions not looked at: no key is trusted here (`featherweight keys`)"]
+            if unchecked
+            else []
+        )
+        return in_lines([*self.repaired, *lines, *held, f"{len(self.findings) - len(rows)} ok, {len(rows)} not"])
 
     @property
     def wrong(self) -> list[Finding]:

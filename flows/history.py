@@ -66,7 +66,9 @@ def history_of(workspace: Workspace, reference: str, repair: bool = False) -> To
     registry = Registry(workspace.tracking_uri)
     registry.check()
     model, _ = parse_reference(reference, "champion")
-    if repair:
-        registry.repair(model, user_name())
     seen, moved = look(registry, model) if repair else (registry.model(model), None)
+    if repair:  # after the look: what was moved is recorded before anything follows the history, and of a cut one after it
+        registry.repair(model, user_name())
+        seen, later = look(registry, model)
+        moved = moved or later
     return ToldHistory(model, seen.history, out_of_step(seen), moved)

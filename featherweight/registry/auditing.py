@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Dataset
 
 State = Literal["ok", "altered", "missing", "foreign", "out of step"]
+UNCHECKED = "signed, but no key is trusted here"
 PROVEN = ("metrics", "constraints", "objective", "evaluation", "checkpoint", "variant")
 
 
@@ -115,7 +116,7 @@ def _origin(seen: RegisteredModel, version: RegisteredVersion, keys: Keys, files
     if twin.version != version.version:
         yield Finding(*told, "foreign", f"the artifact of version {twin.version} once more")
     elif not keys.public or int(version.version) in signed:
-        yield Finding(*told, "ok", "" if keys.public else "no key is trusted here")
+        yield Finding(*told, "ok", "" if keys.public else UNCHECKED if ATTESTATION in version.tags else "no key is trusted here")
     elif ATTESTATION in version.tags:
         yield Finding(*told, "altered", "it is not what was attested of it")
     elif files_signed:

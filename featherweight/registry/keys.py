@@ -32,7 +32,10 @@ class Keys:
 
     @property
     def public(self) -> list[Path]:
-        """All keys that are trusted, one's own first."""
+        """All keys that are trusted, one's own first. Raises IntegrityError where that was taken from beside its private one."""
+        if self.private and not (self.folder / PUBLIC).is_file():
+            way = f"openssl ec -in {self.private} -pubout -out {self.folder / PUBLIC}"
+            raise IntegrityError(f"{self.folder / PUBLIC} is missing, without which one's own signatures are not trusted: {way}")
         own = [self.folder / PUBLIC] if (self.folder / PUBLIC).is_file() else []
         return [*own, *sorted((self.folder / TRUSTED).glob("*.pem"))]
 
@@ -56,13 +59,17 @@ class Keys:
 
     def sign(self, text: str) -> str:
         """Signature of a text in base64, '' without a private key."""
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         if self.private is None:
             return ""
-        key = load_pem_private_key(self.private.read_bytes(), None)
+        try:
+            key = load_pem_private_key(self.private.read_bytes(), None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it wants a password
+            raise IntegrityError(f"{self.private} is no readable key without a password: restore it, nothing was signed") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise IntegrityError(f"{self.private} is no key for ECDSA")
         return base64.b64encode(key.sign(text.encode(), ec.ECDSA(hashes.SHA256()))).decode()

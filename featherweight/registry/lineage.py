@@ -182,7 +182,8 @@ class Verdict:
 
 def source_of(spec: Mapping[str, Any]) -> str:
     """The source that a stage's spec names: its own, or that of its data."""
-    return str(spec.get("source") or (spec.get("data") or {}).get("source") or "")
+    data = spec.get("data")
+    return str(spec.get("source") or (data.get("source") if isinstance(data, Mapping) else "") or "")
 
 
 def build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from featherweight.errors import IntegrityError
 from featherweight.registry import shared_witness
 from featherweight.registry.history import History
 from featherweight.registry.keys import Keys
@@ -52,4 +53,13 @@ def witnessed_fault(born: int, history: History, keys: Keys) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """Marks by model. Raises IntegrityError where something else lies there: what was seen is not known then."""
+    if not path.exists():
+        return {}
+    try:
+        seen = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        seen = None
+    if not isinstance(seen, dict) or not all(isinstance(mark, str) for mark in seen.values()):
+        raise IntegrityError(f"{path} was altered: restore it, or remove it, and what was seen from here is not missed any more")
+    return seen

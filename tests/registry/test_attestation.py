@@ -14,11 +14,13 @@ from featherweight.registry.attestation import attested, folder_faults, require_
 from featherweight.registry.auditing import audit_model
 from featherweight.registry.commit import placed
 from featherweight.registry.gate import GatesRefused
+from featherweight.registry.history import History
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import from_registry, verify
 from featherweight.registry.mlflow_store import ENTRY, SIGNED, SOURCE, SUFFIX
 from featherweight.registry.out_of_band import look
 from featherweight.registry.promotion import gated_transition
+from featherweight.registry.witness import seen_from_here
 from featherweight.store.workspace import Workspace, local_path
 from flows.audit import audit_registry
 from tests.support.registering import MODEL, Bench, desk
@@ -45,6 +47,28 @@ def test_a_key_pair_is_its_owners_alone_and_never_replaced(keys: Keys) -> None:
     assert not keys.signed("Entry", signature)
     assert not keys.signed("entry", "no base64!")
     assert not keys.signed("entry", "")
+
+
+def test_keys_that_are_none_or_were_torn_apart_are_told_in_a_line(keys: Keys) -> None:
+    whole = (keys.folder / "private.pem").read_bytes()
+    for garbage in (b"", b"\xff\x00", (keys.folder / "public.pem").read_bytes()):
+        (keys.folder / "private.pem").write_bytes(garbage)
+        with pytest.raises(IntegrityError, match=r"private\.pem is no readable key"):
+            keys.sign("entry")
+    (keys.folder / "private.pem").write_bytes(whole)
+    (keys.folder / "public.pem").unlink()
+    with pytest.raises(
+        IntegrityError, match=r"public\.pem is missing, without which one's own signatures are not trusted: openssl"
+    ):
+        keys.signed("entry", "")
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\x00", b"[" * 100_000, b"[]", b"7", b"null", b'{"1": 7}', b'{"1": ["2"]}', None])
+def test_a_witness_that_is_none_is_told_in_a_line(keys: Keys, text: bytes | None) -> None:
+    path = keys.folder / "witness.json"
+    path.mkdir() if text is None else path.write_bytes(text)
+    with pytest.raises(IntegrityError, match=r"witness\.json was altered: restore it, or remove it"):
+        seen_from_here(1, History(), keys)
 
 
 def test_another_key_is_trusted_once_it_lies_there(keys: Keys, tmp_path: Path) -> None:

@@ -306,6 +306,13 @@ def test_a_copied_and_a_hand_made_version_are_foreign(whole: Bench) -> None:
     assert any(one.version == "4" and one.part == "registration" for one in wrong(whole))
 
 
+def test_who_trusts_no_key_is_told_that_signatures_were_not_looked_at(whole: Bench, tmp_path: Path, monkeypatch) -> None:
+    assert "signatures" not in audit_registry(Workspace.at(whole.root), MODEL, False).to_text()
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "none"))
+    told = audit_registry(Workspace.at(whole.root), MODEL, False).to_text()
+    assert "signatures of 2 versions not looked at: no key is trusted here" in told
+
+
 def test_no_tag_hides_a_model_from_an_audit_of_all(whole: Bench) -> None:
     whole.registry.client.set_registered_model_tag(MODEL, "featherweight.history_of", "another")
     assert whole.registry.models() == [MODEL]

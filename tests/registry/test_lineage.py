@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import GateError, IntegrityError
-from featherweight.registry.lineage import LineageGraph, LineageNode, build, code_commit, from_registry, verify
+from featherweight.registry.lineage import LineageGraph, LineageNode, build, code_commit, from_registry, source_of, verify
 from featherweight.registry.mlflow_store import ENTRY
 from featherweight.store.artifact import ArtifactRef, Manifest
 from featherweight.store.workspace import Workspace, local_path
@@ -232,6 +232,11 @@ def test_altered_lineage_is_not_believed(desk: Bench) -> None:
     (stored / "lineage.json").write_text((stored / "lineage.json").read_text().replace("AVX2", "AVX9"))
     with pytest.raises(IntegrityError, match=r"lineage\.json of models:/little-llama/1 was altered"):
         from_registry(desk.registry, MODEL, "1")
+
+
+def test_a_source_is_a_text_of_the_spec_or_of_its_data() -> None:
+    told = [{"source": "a"}, {"data": {"source": "b"}}, {"data": "c"}, {"data": None}, {}]
+    assert [source_of(one) for one in told] == ["a", "b", "", "", ""]
 
 
 def test_unknown_references_are_refused(desk: Bench) -> None:

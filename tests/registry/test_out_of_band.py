@@ -41,6 +41,15 @@ def promoted(desk: Bench, rule: str) -> None:
     gated_transition(desk.registry, MODEL, "1", who="ada", why="first", rule=rule)  # type: ignore[arg-type]
 
 
+def test_a_history_that_is_repaired_tells_what_was_moved(desk: Bench) -> None:
+    promoted(desk, "")
+    desk.registry.client.set_registered_model_alias(MODEL, "champion", "2")
+    assert history_of(Workspace.at(desk.root), MODEL).moved is None
+    told = history_of(Workspace.at(desk.root), MODEL, repair=True)
+    assert "out of band, entry 2: alias champion went from 1 to 2; undone" in told.to_text()
+    assert (told.history.entries[-1].action, aliases(desk)["champion"]) == ("out of band", 1)
+
+
 def test_what_was_moved_is_undone_and_recorded_once_with_the_gate(desk: Bench) -> None:
     promoted(desk, "")
     client, whole = desk.registry.client, {"champion": 1, "production": 1}
