@@ -24,8 +24,9 @@ def load(spec: LoadSpec, *, out: Path, seed: int = 0, progress: Progress = Progr
 
     a Hugging Face folder or a GGUF file (or a folder with one), `s3://bucket/prefix`, `hf:org/name@revision`,
     `models:/name@alias`, `models:/name/version`. All that is taken is a copy of its own; shards stay shards. The model must be
-    one for `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors, FP8) keep their integers where a grid
-    holds them, as a quantize stage leaves them, and else become float; metrics `quantized_layers` and `dequantized_layers`.
+    one for `spec.task`. Weights that are quantized already (GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes) keep their integers
+    where a grid holds them, as a quantize stage leaves them, and else become float; metrics `quantized_layers` and
+    `dequantized_layers`.
     Names that transformers reads though they lack the model's prefix, or have that of torch.compile or DistributedDataParallel,
     and a config that contradicts the files about a tied head, are settled by what the files hold; metrics `renamed_tensors` and
     `head_settled`. Weights that transformers writes into when it loads them are what it computes with; metric

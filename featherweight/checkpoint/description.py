@@ -18,7 +18,7 @@ from typing import Any
 from featherweight.checkpoint.asking import asked
 from featherweight.checkpoint.files import CONFIG, Listing, read_json
 from featherweight.checkpoint.inspection import built, config_refusal, quiet
-from featherweight.checkpoint.opening import GENERATION, generation_config
+from featherweight.checkpoint.opening import GENERATION, generation_config, starting_token
 from featherweight.errors import CheckpointError, nearest, one_line
 from featherweight.model import architecture, facts
 from featherweight.model.architecture import head_refusal, medium_refusal
@@ -88,9 +88,13 @@ def _generation(folder: Path, config: Any, *, beside: bool) -> dict[str, Any]:
     """The generation settings; raises CheckpointError for some that transformers takes no text by."""
     try:
         with quiet():
-            return dict(generation_config(folder, config, beside=beside).to_dict())
+            told = generation_config(folder, config, beside=beside)
+            settings = dict(told.to_dict())
     except Exception as error:  # it checks them in as many ways as there are settings
         raise CheckpointError(f"transformers takes no settings such as those of {GENERATION}: {one_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False) and not head_refusal(config):
+        starting_token(told)
+    return settings
 
 
 def _unknown_activation(config: Any) -> str | None:

@@ -59,6 +59,17 @@ def generation_config(folder: Path, config: PreTrainedConfig | None = None, *, b
     return GenerationConfig.from_model_config(config or load_config(folder))
 
 
+def starting_token(told: GenerationConfig) -> int:
+    """The token that `generate` begins targets with; raises CheckpointError where there is none, or one for each of a batch."""
+    start = told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id
+    only = start[0] if isinstance(start, list) and len(start) == 1 else start
+    if isinstance(only, int):
+        return only
+    none = "nothing names the token that its texts begin with"
+    found = none if only is None else f"decoder_start_token_id is {only!r}, not one token"
+    raise CheckpointError(f"{found}, so that transformers' generate fails; put decoder_start_token_id into {GENERATION}")
+
+
 def skeleton(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint folder, its weights without memory and values."""
     import torch

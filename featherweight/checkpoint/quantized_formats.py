@@ -1,109 +1,42 @@
-"""Checkpoints that others have quantized: GPTQ, AWQ and compressed-tensors, read as integers (or float8), scales and zero points.
+"""Checkpoints that others have quantized, read as integers (or float8), scales and zero points, or as floats.
 
 GPTQ (AutoGPTQ, GPTQModel): `qweight` int32 [columns * bits / 32, rows], `qzeros` int32 [groups, rows * bits / 32], `scales`
 [groups, rows] and `g_idx` [columns], the group of each column; the first format stores zero points less one, 'gptq_v2' does not.
 AWQ (AutoAWQ, version gemm): the same three with rows packed in the order 0 2 4 6 1 3 5 7. compressed-tensors (llm-compressor):
 `weight_packed`, or `weight` in int8 or float8, with `weight_scale`; read by that library. fp8 (DeepSeek, Qwen): `weight` in float8
-with `weight_scale_inv`, a scale for each block.
+with `weight_scale_inv`, a scale for each block or one for all. bitsandbytes: bitsandbytes_weights.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint import bitsandbytes_weights
+from featherweight.checkpoint.packed_layers import Found, Layer, grid_of
 from featherweight.errors import CheckpointError, one_line
-from featherweight.grid import GRIDS, Grid
+from featherweight.grid import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMS = {
+BITSANDBYTES, UNNAMED = bitsandbytes_weights.METHOD, "no quant_method"
+"""What is meant by its flags alone, and what is told where nothing says how weights are packed."""
+FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gptq": (("checkpoint_format", "format"), ("gptq", "gptq_v2")),
     "awq": (("version", "format", "checkpoint_format"), ("gemm",)),
     "compressed-tensors": (("format",), ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
     "fp8": (("fmt",), ("e4m3",)),
+    BITSANDBYTES: ((), ()),
 }
 """The keys of the settings that tell a method's layout, the first that is there, and the layouts that are read."""
 BESIDE = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|shape|zero_point|g_idx)|(input|output|[qkv])_(scale|zero_point))$"
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|shape|zero_point|g_idx)"
+    r"|(input|output|activation|[qkv])_(scale|zero_point)"
+    rf"|{bitsandbytes_weights.BESIDE})$"
 )
 """Tensors that stand for a weight or a rounding at run time, and have no place in a float model."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight matrix: `q` int8 or float8 [rows, columns] about zero, `scales` float32 and `zeros` of q's type, [rows, groups].
-
-    group: columns per scale; where `index` (int64 [columns]) is given it names each column's group instead.
-    """
-
-    bits: int
-    q: Tensor
-    scales: Tensor
-    group: int
-    zeros: Tensor | None = None
-    index: Tensor | None = None
-
-    def columns_group(self) -> Tensor:
-        """The group of each column, int64 [columns]."""
-        import torch
-
-        return torch.arange(self.q.shape[1]) // self.group if self.index is None else self.index.long()
-
-    def obstacle(self) -> str | None:
-        """Why no grid holds it: 'zero points' that are not zero, or columns in an 'act-order'; None where one may."""
-        if self.zeros is not None and bool(self.zeros.any()):
-            return "zero points"
-        if self.index is not None and not self.index.long().equal(Layer.columns_group(_in_order(self))):
-            return "act-order"
-        return None
-
-    def weight(self) -> Tensor:
-        """The float32 weight [rows, columns]. Exact: numbers of 8 bits times scales of 16 fit into a float32."""
-        group = self.columns_group()
-        q = self.q.float() if self.zeros is None else self.q.float() - self.zeros.float()[:, group]
-        return q * self.scales[:, group]
-
-
-def _in_order(layer: Layer) -> Layer:
-    return Layer(layer.bits, layer.q, layer.scales, layer.group)
-
-
-@dataclass
-class Found:
-    """Parameters of a quantized checkpoint by name: layers, and weights of scales that no layer has (FP8 in blocks), as floats."""
-
-    layers: dict[str, Layer] = field(default_factory=dict)
-    floats: dict[str, Tensor] = field(default_factory=dict)
-
-    def grids(self) -> dict[str, Grid]:
-        """The grid of every layer that lies on one; layers of the same bits and groups share it, as engines fuse some."""
-        extremes: dict[Kind, tuple[float, float]] = {}
-        fitting = {name: layer for name, layer in self.layers.items() if layer.obstacle() is None}
-        for layer in fitting.values():
-            low, high = extremes.get(_kind(layer), (0, 0))
-            extremes[_kind(layer)] = (min(low, layer.q.float().min().item()), max(high, layer.q.float().max().item()))
-        chosen = {kind: _grid(kind, *span) for kind, span in extremes.items()}
-        return {name: grid for name, layer in fitting.items() if (grid := chosen[_kind(layer)]) is not None}
-
-
-WORDS = "int32"
-Kind = tuple[str, int, int | None]
-"""'int' or 'float', bits, and the group that shares a scale (None: a row), as `Grid` has them."""
-
-
-def _kind(layer: Layer) -> Kind:
-    kind = "float" if layer.q.is_floating_point() else "int"
-    return kind, layer.bits, None if layer.scales.shape[1] == 1 else layer.group
-
-
-def _grid(kind: Kind, low: float, high: float) -> Grid | None:
-    """The first grid that holds such numbers."""
-    grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == kind)
-    return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
@@ -116,14 +49,12 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(told) if told is not None else BITSANDBYTES if by_flag else UNNAMED
 
 
-BITSANDBYTES, UNNAMED = "bitsandbytes", "no quant_method"
-"""What is meant by its flags alone, and what is told where nothing says how weights are packed."""
-
-
 def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     """The grid that the weights keep by what the settings say, before any is read; None where they become floats, or do not say."""
     if method == "fp8":
         return None
+    if method == BITSANDBYTES:
+        return grid_of(("int", 8, None), -127, 127) if bitsandbytes_weights.bits_of(settings) == 8 else None
     if method == "compressed-tensors":
         groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
         told = groups[0] if groups else {}
@@ -138,7 +69,7 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
         bits, kind, size = settings.get("bits", 4), "int", settings.get("group_size", 128)
     bits = int(bits or 0)
     low, high = {8: (-128, 127), 4: (-8, 7)}.get(bits, (0, 0))
-    return _grid((str(kind), bits, size if size and size > 0 else None), low, high) if symmetric and high else None
+    return grid_of((str(kind), bits, size if size and size > 0 else None), low, high) if symmetric and high else None
 
 
 def require_readable(config: Mapping[str, Any], where: str) -> None:
@@ -147,8 +78,6 @@ def require_readable(config: Mapping[str, Any], where: str) -> None:
     instead = "give the float checkpoint"
     if method == UNNAMED:
         raise CheckpointError(f"{where}: quantization_config names no quant_method; take it out if the weights are floats")
-    if method == BITSANDBYTES:
-        raise CheckpointError(f"{where}: bitsandbytes packs weights for its CUDA kernels, which unpack them; {instead}")
     if method not in READERS:
         raise CheckpointError(f"{where}: the weights are quantized already ({method}); known: {', '.join(READERS)}; {instead}")
     known = FORMS[method][1]
@@ -166,6 +95,9 @@ def form_of(method: str, settings: Mapping[str, Any]) -> tuple[str, str | None]:
     return told, str(settings[told]).lower() if told else None
 
 
+GPTQ_BITS = (2, 3, 4, 8)
+
+
 def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
     """Why weights that are packed as the settings of GPTQ or AWQ say are not read; None where they are."""
     method, bits = settings["quant_method"], settings.get("bits", 4)
@@ -173,13 +105,12 @@ def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
     for key, value in told.items():
         if not isinstance(value, int) or isinstance(value, bool):
             return f"{key} of quantization_config is {value!r}, and must be a whole number"
-    if (packed := settings.get("pack_dtype") or WORDS) != WORDS:
-        return f"{method} weights that are packed into {packed} are not read here, into {WORDS} they are"
-    if bits not in ((4,) if method == "awq" else (2, 4, 8)):
-        return f"{method} weights of {bits} bits are not read here"
-    by_module = settings.get("dynamic") or {}
-    other = next((name for name in by_module if not str(name).startswith("-:")), None)
-    return f"{method} weights that are packed otherwise in some modules (dynamic: {other}) are not read here" if other else None
+    if (packed := settings.get("pack_dtype") or "int32") != "int32":
+        return f"{method} weights that are packed into {packed} are not read here, into int32 they are"
+    by_module = (settings.get("dynamic") or {}) if method == "gptq" else {}
+    every = [bits, *(told.get("bits", bits) for name, told in by_module.items() if not name.startswith("-:"))]
+    odd = next((one for one in every if one not in ((4,) if method == "awq" else GPTQ_BITS)), None)
+    return None if odd is None else f"{method} weights of {odd} bits are not read here"
 
 
 def _groups_refusal(settings: Mapping[str, Any]) -> str | None:
@@ -201,11 +132,18 @@ def _is_group(group: Any) -> bool:
 
 
 def _blocks_refusal(settings: Mapping[str, Any]) -> str | None:
-    """The same for float8 with a scale a block."""
+    """The same for float8 with a scale a block, or one a matrix."""
     size = settings.get("weight_block_size")
+    if size is None and "weight_block_size" in settings:
+        return None
     if isinstance(size, list) and len(size) == 2 and all(isinstance(one, int) and one > 0 for one in size):
         return None
     return f"fp8 weights are read here in blocks, and weight_block_size is {size!r}"
+
+
+def _flags_refusal(settings: Mapping[str, Any]) -> str | None:
+    """The same for bitsandbytes."""
+    return None if bitsandbytes_weights.bits_of(settings) else "quantization_config says neither load_in_4bit nor load_in_8bit"
 
 
 SETTINGS_REFUSALS: Mapping[str | None, Callable[[Mapping[str, Any]], str | None]] = {
@@ -213,9 +151,16 @@ SETTINGS_REFUSALS: Mapping[str | None, Callable[[Mapping[str, Any]], str | None]
     "awq": _packed_refusal,
     "compressed-tensors": _groups_refusal,
     "fp8": _blocks_refusal,
+    BITSANDBYTES: _flags_refusal,
 }
 """What else of the settings must be as a method writes them."""
-PARTS = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_scale", "fp8": ".weight_scale_inv"}
+PARTS: dict[str | None, tuple[str, ...]] = {
+    "gptq": (".qweight",),
+    "awq": (".qweight",),
+    "compressed-tensors": (".weight_scale",),
+    "fp8": (".weight_scale_inv",),
+    BITSANDBYTES: bitsandbytes_weights.PARTS,
+}
 """What the name of one tensor of each packed weight ends in."""
 
 
@@ -224,7 +169,7 @@ def require_packed(config: Mapping[str, Any], names: Iterable[str], where: str) 
     method, given = method_of(config), list(names)
     if method is not None and not any(name.endswith(PARTS[method]) for name in given):
         raise CheckpointError(
-            f"{where}: config.json says that the weights are packed ({method}), and no tensor is (*{PARTS[method]}); "
+            f"{where}: config.json says that the weights are packed ({method}), and no tensor is (*{PARTS[method][0]}); "
             "take quantization_config out of it if the weights are floats"
         )
     packed = next((name for name in given if method is None and name.endswith((".qweight", ".weight_packed"))), None)
@@ -245,30 +190,56 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
 
 
 def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    bits, found = settings.get("bits", 4), Found()
-    lead = 0 if form_of("gptq", settings)[1] == "gptq_v2" else 1
+    found = Found()
+    first = form_of("gptq", settings)[1] != "gptq_v2"
     for module in _modules(tensors, ".qweight"):
+        told = {**settings, **_override(settings, module)}
+        bits = told.get("bits", 4)
         scales = tensors[f"{module}.scales"].T.float().contiguous()
-        packed = tensors[f"{module}.qweight"]
-        shape = torch.Size([packed.shape[0] * 32 // bits, packed.shape[1]])
-        q = unpack_from_int32(packed, bits, shape, packed_dim=0).T.contiguous()
-        if settings.get("desc_act") and f"{module}.g_idx" not in tensors:
+        q = _numbers(tensors[f"{module}.qweight"], bits).T.contiguous()
+        if told.get("desc_act") and f"{module}.g_idx" not in tensors:
             raise KeyError(f"{module}.g_idx")
-        groups = torch.Size([scales.shape[1], scales.shape[0]])
-        points = tensors[f"{module}.qzeros"] + lead * _ones(bits)
-        zeros = unpack_from_int32(points, bits, groups).T.contiguous()
-        group = _group(settings, q)
-        found.layers[f"{module}.weight"] = _whole(Layer(bits, q, scales, group, zeros, tensors.get(f"{module}.g_idx")), module)
+        zeros = _zero_points(tensors[f"{module}.qzeros"], bits, first)
+        layer = Layer(bits, q, scales, _group(told, q), zeros, tensors.get(f"{module}.g_idx"))
+        found.layers[f"{module}.weight"] = _whole(layer, module)
     return found
 
 
-def _ones(bits: int) -> int:
-    """A word with 1 in each of its numbers: added to words of them it carries into the next number where one was less than zero,
-    as gptqmodel does, which took it off so."""
-    return sum(1 << place for place in range(0, 32, bits))
+def _override(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """What `dynamic` says otherwise of a module: the first pattern that its name begins with, as gptqmodel takes it."""
+    for pattern, told in (settings.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
+            return {} if pattern.startswith("-:") else told
+    return {}
+
+
+def _zero_points(words: Tensor, bits: int, first: bool) -> Tensor:
+    """[rows, groups] about zero, of words [groups, rows * bits / 32]; the `first` format has them less one.
+
+    Where numbers fill a word, 1 is added to words: it carries into the next number where one was less than zero, as in gptqmodel,
+    which took it off so.
+    """
+    if 32 % bits:
+        points = _numbers(words.T, bits)
+        half = 1 << bits - 1
+        return (points + half + first) % (2 * half) - half
+    return _numbers((words + first * sum(1 << place for place in range(0, 32, bits))).T, bits)
+
+
+def _numbers(words: Tensor, bits: int) -> Tensor:
+    """int32 [n, m], of whose bits the numbers take one after another down the words -> int8 about zero, [n * 32 / bits, m]."""
+    import torch
+
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    runs = words.reshape(-1, bits, words.shape[1])
+    rows = []
+    for place in range(0, 32 * bits, bits):
+        word, shift = divmod(place, 32)
+        number = runs[:, word] >> shift
+        if shift + bits > 32:
+            number = number | runs[:, word + 1] << 32 - shift
+        rows.append(((number & (1 << bits) - 1) - (1 << bits - 1)).to(torch.int8))
+    return torch.stack(rows, dim=1).reshape(-1, words.shape[1])
 
 
 def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
@@ -294,21 +265,30 @@ def _whole(layer: Layer, module: str) -> Layer:
 
 
 def _fp8(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
-    """float8 [rows, columns] times the scale of its block, [blocks of rows, blocks of columns].
+    """float8 [rows, columns] times the scale of its block, [blocks of rows, blocks of columns], or of all of it.
 
     Where blocks do not divide a matrix transformers takes smaller ones than the format says, so that such are not read.
     """
-    found, (high, wide) = Found(), settings["weight_block_size"]
+    found, size = Found(), settings.get("weight_block_size")
     for module in _modules(tensors, ".weight_scale_inv"):
-        weight, scales = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale_inv"].float()
-        rows, columns = weight.shape
+        weight, scales = tensors[f"{module}.weight"], _multiples(tensors[f"{module}.weight_scale_inv"])
+        if not weight.is_floating_point():
+            raise ValueError(f"{module}.weight has scales of float8, and is {weight.dtype}")
+        (rows, columns), (high, wide) = weight.shape, size or weight.shape
         high_here, wide_here = min(high, rows), min(wide, columns)
-        if tuple(scales.shape) != (rows / high_here, columns / wide_here):
+        if (tuple(scales.shape) if size else (scales.numel(), 1)) != (rows / high_here, columns / wide_here):
             told = f"{module} of {rows} times {columns} has scales {list(scales.shape)}"
             raise ValueError(f"{told}, which blocks of {high} times {wide} that divide it do not have")
-        spread = scales.repeat_interleave(high_here, 0).repeat_interleave(wide_here, 1)
+        spread = scales.repeat_interleave(high_here, 0).repeat_interleave(wide_here, 1) if size else scales
         found.floats[f"{module}.weight"] = weight.float() * spread
     return found
+
+
+def _multiples(scales: Tensor) -> Tensor:
+    """Scales in float32; bytes are exponents of 2 (E8M0), as MXFP8 stores them."""
+    import torch
+
+    return (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
 
 
 def _about_zero(halves: Tensor) -> Tensor:
@@ -384,4 +364,5 @@ READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Found]] =
     "awq": _awq,
     "compressed-tensors": _compressed,
     "fp8": _fp8,
+    BITSANDBYTES: bitsandbytes_weights.read,
 }

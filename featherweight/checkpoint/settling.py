@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import is_base, model_class, quiet
-from featherweight.checkpoint.opening import generation_config
+from featherweight.checkpoint.opening import generation_config, starting_token
 from featherweight.checkpoint.overwritten import as_loaded, overwritten
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.spec import LoadSpec
@@ -196,10 +196,8 @@ def _decoder_start(folder: Path, config: Any) -> dict[str, int]:
     """The token that `generate` begins targets with, where config.json says another or none: by that all others go."""
     if not config.is_encoder_decoder:
         return {}
-    told = generation_config(folder, config)
-    start = told.bos_token_id if told.decoder_start_token_id is None else told.decoder_start_token_id
-    differs = isinstance(start, int) and start != getattr(config, "decoder_start_token_id", None)
-    return {"decoder_start_token_id": start} if differs else {}
+    start = starting_token(generation_config(folder, config))
+    return {"decoder_start_token_id": start} if start != getattr(config, "decoder_start_token_id", None) else {}
 
 
 def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint import quantized_formats
 from featherweight.checkpoint.files import CONFIG, INDEX, Listing, Weights, copy, needed_files
 from featherweight.checkpoint.opening import skeleton
-from featherweight.checkpoint.quantized_formats import BESIDE, Found
+from featherweight.checkpoint.packed_layers import Found
+from featherweight.checkpoint.quantized_formats import BESIDE
 from featherweight.checkpoint.tensors import stream_tensors
 from featherweight.model.matrices import heads
 from featherweight.model.quantized_weights import QuantizedWeights
@@ -59,7 +60,7 @@ def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path,
 
 def _reasons(found: Found, lost: list[str]) -> str:
     reasons = (
-        found.layers[name].obstacle() or "no grid of that width" if name in found.layers else "FP8 in blocks" for name in lost
+        found.layers[name].obstacle() or "no grid of that width" if name in found.layers else "scales of blocks" for name in lost
     )
     return ", ".join(f"{reason} ({count})" for reason, count in sorted(Counter(reasons).items()))
 

@@ -86,12 +86,20 @@ print(json.dumps([read(Path(folder), None).get("error") for folder in sys.argv[1
 """
 
 
+@pytest.mark.parametrize("told", [{}, {"decoder_start_token_id": [2, 3]}])
+def test_a_translator_whose_texts_have_no_beginning_is_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="so that transformers' generate fails; put decoder_start_token_id into"):
+        description.described(tmp_path)
+
+
 def test_without_torch_every_kind_of_model_is_described(tmp_path: Path) -> None:
     told = {
         "unnamed": {"model_type": "gemma2"},
         "causal": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
         "encoder": {"model_type": "bert", "architectures": ["BertForMaskedLM"], "is_decoder": False},
-        "both": {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
+        "both": {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "decoder_start_token_id": 2},
         "refused": {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"]},
     }
     for name, config in told.items():

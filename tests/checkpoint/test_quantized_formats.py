@@ -54,8 +54,16 @@ def words(values: np.ndarray, order: tuple[int, ...] | None = None, bits: int = 
     return packed.astype(np.uint32).view(np.int32)
 
 
+def stream(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned integers [n, m] -> int32 [n, m * bits / 32], their bits one after another; of 3 bits some lie in two words."""
+    single = (values[:, :, None] >> np.arange(bits) & 1).reshape(len(values), -1, 32)
+    return (single.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32).view(np.int32)
+
+
 def gptq(q: np.ndarray, zeros: np.ndarray, bits: int, lead: int) -> dict[str, np.ndarray]:
     """AutoGPTQ: columns run down the words of `qweight`, rows along those of `qzeros`; zero points are stored less `lead`."""
+    if bits == 3:
+        return {"qweight": stream(q, bits).T, "qzeros": stream((zeros.T - lead) % 8, bits)}
     ones = np.uint32(lead * sum(1 << place for place in range(0, 32, bits)))
     points = (words(zeros.T, bits=bits).view(np.uint32) - ones).view(np.int32)  # word by word, as gptqmodel's conversion does it
     return {"qweight": words(q, bits=bits).T, "qzeros": points}
@@ -66,14 +74,27 @@ def awq(q: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
     return {"qweight": words(q.T, AWQ_ORDER), "qzeros": words(zeros.T, AWQ_ORDER)}
 
 
-def make(source: Path, out: Path, method: str, *, bits: int = 4, asymmetric: bool = False, act_order: bool = False, lead: int = 1):
-    """A checkpoint in one of the layouts; returns (unsigned q, zeros, scales, group of each column) by parameter, in numpy."""
+def make(
+    source: Path,
+    out: Path,
+    method: str,
+    *,
+    bits: int = 4,
+    asymmetric: bool = False,
+    act_order: bool = False,
+    lead: int = 1,
+    down: int | None = None,
+) -> dict[str, Any]:
+    """A checkpoint in one of the layouts; returns (unsigned q, zeros, scales, group of each column) by parameter, in numpy.
+
+    down: the bits of the layers called down_proj, where they are others.
+    """
     shutil.copytree(source, out)
     tensors, truth = load_file(source / "model.safetensors"), {}
-    random = np.random.default_rng(0)
+    random, usual = np.random.default_rng(0), bits
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         rows, columns = tensors.pop(name).shape
-        groups = columns // GROUP
+        groups, bits = columns // GROUP, down if down and "down_proj" in name else usual
         q = random.integers(0, 2**bits, (rows, columns))
         zeros = random.integers(0, 2**bits, (rows, groups)) if asymmetric else np.full((rows, groups), 2 ** (bits - 1))
         scales = (random.random((rows, groups)) * 0.02 / 2**bits * 8 + 0.001).astype(np.float16)
@@ -84,9 +105,10 @@ def make(source: Path, out: Path, method: str, *, bits: int = 4, asymmetric: boo
         tensors |= {f"{module}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in packed.items()}
         truth[name] = (q, zeros, scales, index)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    settings: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": GROUP}
+    settings: dict[str, Any] = {"quant_method": method, "bits": usual, "group_size": GROUP}
     settings |= {"version": "gemm", "zero_point": asymmetric} if method == "awq" else {"desc_act": act_order, "sym": not asymmetric}
     settings |= {"format": "gptq_v2"} if method == "gptq" and lead == 0 else {}
+    settings |= {"dynamic": {"-:.*lm_head": {}, r"+:.*\.down_": {"bits": down}, r".*\.(down|none)": {"bits": 3}}} if down else {}
     describe(out, settings)
     return truth
 
@@ -111,6 +133,8 @@ CASES = {
     "gptq-zero-points": ("gptq", {"asymmetric": True}, None),
     "gptq-act-order": ("gptq", {"act_order": True}, None),
     "gptq-2-bits": ("gptq", {"bits": 2}, None),
+    "gptq-3-bits": ("gptq", {"bits": 3, "asymmetric": True}, None),
+    "gptq-v2-3-bits": ("gptq", {"bits": 3, "lead": 0}, None),
     "awq-zero-points": ("awq", {"asymmetric": True}, None),
 }
 
@@ -137,6 +161,17 @@ def test_every_integer_scale_and_zero_point_is_read(method, options, grid, tiny_
         assert torch.equal(found.dequantize(name), state[name])
 
 
+def test_layers_that_gptqmodel_packs_otherwise_are_read_by_their_own_bits(tiny_checkpoint, tmp_path):
+    truth = make(tiny_checkpoint, tmp_path / "source", "gptq", down=8)
+    out, metrics = loaded(tmp_path / "source", tmp_path)
+    state, found = load_model(out).state_dict(), QuantizedWeights.read(out)
+    assert found is not None and metrics["quantized_layers"] == len(truth)
+    for name, (q, zeros, scales, index) in truth.items():
+        assert found.grids[name].name == ("int8-g32" if "down_proj" in name else "int4-g32")
+        expected = (q - zeros[:, index]) * scales.astype(np.float64)[:, index]
+        np.testing.assert_array_equal(state[name].numpy(), expected.astype(np.float32))
+
+
 def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding(tiny_checkpoint, tmp_path):
     make(tiny_checkpoint, tmp_path / "source", "gptq")
     out, _ = loaded(tmp_path / "source", tmp_path)
@@ -156,20 +191,21 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes packs weights for its CUDA kernels"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"packed \(bitsandbytes\), and no tensor is \(\*\.SCB"),
+     ({"quant_method": "bitsandbytes", "format": "pack_8bit"}, "says neither load_in_4bit nor load_in_8bit"),
      ({"quant_method": "aqlm"}, r"quantized already \(aqlm\); known: gptq, awq, compressed-tensors"),
      ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not read here; known: gemm"),
      ({"quant_method": "awq", "format": "gemv"}, "format 'gemv' are not read here; known: gemm"),
      ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' are not read"),
      ({"quant_method": "gptq", "format": "gptq_p"}, "the format 'gptq_p' are not read"),
      ({"quant_method": "gptq", "pack_dtype": "int16"}, "packed into int16 are not read here"),
-     ({"quant_method": "gptq", "bits": 3}, "gptq weights of 3 bits"),
+     ({"quant_method": "gptq", "bits": 5}, "gptq weights of 5 bits"),
      ({"quant_method": "gptq", "bits": "4"}, "bits of quantization_config is '4', and must be a whole number"),
      ({"quant_method": "awq", "group_size": None}, "group_size of quantization_config is None"),
-     ({"quant_method": "gptq", "dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}}, r"dynamic: \+:\.\*down\.\*"),
+     ({"quant_method": "gptq", "dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 6}}}, "gptq weights of 6 bits"),
      ({"quant_method": "gptq", "bits": 4}, r"packed \(gptq\), and no tensor is .* take quantization_config out"),
      ({"quant_method": "fp8"}, "weight_block_size is None"), ({}, "names no quant_method"), ("gptq", "names no quant_method"),
-     ({"quant_method": None}, "names no quant_method"), ({"load_in_8bit": True}, "bitsandbytes packs weights"),
+     ({"quant_method": None}, "names no quant_method"), ({"load_in_8bit": True}, r"packed \(bitsandbytes\), and no tensor is"),
      ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "no config_groups"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": "four"}}}}, "config_groups.g of"),
      ({"quant_method": "compressed-tensors", "config_groups": GROUPS, "transform_config": {"config_groups": {}}}, "rotated for"),
@@ -211,21 +247,78 @@ def test_settings_of_other_weights_are_told(settings, dropped, reason, tiny_chec
         loaded(tmp_path / "source", tmp_path)
 
 
-def test_float8_in_blocks_is_what_transformers_reads(tiny_checkpoint, tmp_path):
-    """As DeepSeek and Qwen publish it; without a GPU transformers makes floats of it, too."""
+@pytest.mark.parametrize("form", ["blocks", "bytes", "whole"])
+def test_float8_is_what_transformers_reads(form, tiny_checkpoint, tmp_path):
+    """As DeepSeek and Qwen, MXFP8 and Mistral publish it; without a GPU transformers makes floats of it, too."""
     source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         rows, columns = tensors[name].shape
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.rand(-(-rows // 32), -(-columns // 32)) + 0.5
+        scales = torch.rand(()) + 0.5 if form == "whole" else torch.rand(-(-rows // 32), -(-columns // 32)) + 0.5
+        tensors[f"{name}_scale_inv"] = (scales * 8 + 120).to(torch.uint8) if form == "bytes" else scales
+        tensors |= {f"{name.removesuffix('.weight')}.activation_scale": torch.rand(())} if form == "whole" else {}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "fmt": "e4m3", "activation_scheme": "dynamic"}
-    describe(source, fp8 | {"modules_to_not_convert": ["lm_head"]})
+    fp8 = {"quant_method": "fp8", "weight_block_size": None if form == "whole" else [32, 32], "fmt": "e4m3"}
+    describe(source, fp8 | {"modules_to_not_convert": ["lm_head"], "activation_scheme": "static" if form == "whole" else "dynamic"})
+    assert read_facts(LoadSpec(source=str(source))).quantized == "fp8"
     out, metrics = loaded(source, tmp_path)
     assert (metrics["quantized_layers"], metrics["dequantized_layers"]) == (0, 14)
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in load_model(out).state_dict().items())
+
+
+def bitsandbytes_4bit(weight: torch.Tensor, twice: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight in NF4 as bitsandbytes lays it out, its scales quantized once more where `twice`, and what it stands for."""
+    count, dice = weight.numel(), torch.Generator().manual_seed(weight.numel())
+    places = torch.randint(0, 16, (count,), generator=dice)
+    map_, outer_map = torch.linspace(-1, 1, 16) ** 3, torch.linspace(-1, 1, 256)
+    told: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    scales = torch.rand(-(-count // 64), generator=dice) + 0.5
+    parts = {"": (places[::2] << 4 | places[1::2]).to(torch.uint8)[:, None], ".absmax": scales, ".quant_map": map_}
+    if twice:
+        absmax = torch.randint(0, 256, scales.shape, generator=dice).to(torch.uint8)
+        outer = torch.rand(-(-len(scales) // 256), generator=dice) + 0.5
+        told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        parts |= {".absmax": absmax, ".nested_absmax": outer, ".nested_quant_map": outer_map}
+        scales = outer_map[absmax.long()] * outer.repeat_interleave(256)[: len(scales)] + 0.25
+    parts[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+    return parts, (map_[places] * scales.repeat_interleave(64)[:count]).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_bitsandbytes_of_4_bits_become_the_floats_that_they_stand_for(twice, tiny_checkpoint, tmp_path):
+    source, truth = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source")), {}
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        parts, truth[name] = bitsandbytes_4bit(tensors.pop(name), twice)
+        tensors |= {f"{name}{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    describe(source, {"quant_method": "bitsandbytes", "_load_in_4bit": True, "bnb_4bit_use_double_quant": twice})
+    assert read_facts(LoadSpec(source=str(source))).quantized == "bitsandbytes"
+    out, metrics = loaded(source, tmp_path)
+    assert (metrics["quantized_layers"], metrics["dequantized_layers"]) == (0, len(truth))
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == load_file(tiny_checkpoint / "model.safetensors").keys()
+    assert all(torch.equal(found[name], weight) for name, weight in truth.items())
+
+
+def test_bitsandbytes_of_8_bits_keep_their_integers(tiny_checkpoint, tmp_path):
+    source, truth = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source")), {}
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight, module = tensors[name], name.removesuffix(".weight")
+        largest = weight.abs().amax(1).float()
+        truth[name] = (weight.float() * 127 / largest[:, None]).round()
+        tensors |= {name: truth[name].to(torch.int8), f"{module}.SCB": largest, f"{module}.weight_format": torch.tensor(0).byte()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    describe(source, {"load_in_8bit": True, "llm_int8_threshold": 6.0})
+    out, metrics = loaded(source, tmp_path)
+    kept = QuantizedWeights.read(out)
+    assert metrics["quantized_layers"] == len(truth) and kept is not None and kept.grid == "int8"
+    for name, q in truth.items():
+        assert torch.equal(kept.q[name].float(), q)
+        assert torch.allclose(kept.dequantize(name), q * tensors[f"{name.removesuffix('.weight')}.SCB"][:, None] / 127)
 
 
 def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):

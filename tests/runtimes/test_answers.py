@@ -170,6 +170,18 @@ def test_penalties_see_the_prompt(engines: dict[str, LoadedModel], model: Any, e
         assert engines[engine].answer([prompt], NEW, options) == [written(model, prompt, eos_token_id=None, **options)]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("prompt", [[7], [7, 9]])
+def test_a_forced_first_token_is_written_behind_one_token_alone(
+    engines: dict[str, LoadedModel], model: Any, engine: str, prompt: list[int]
+) -> None:
+    """A language of translators; a decoder takes it where its prompt is no longer than a start token."""
+    for end, least in ((301, 0), (301, 6), (300, 0)):
+        options = {"forced_bos_token_id": 300, **({"min_new_tokens": least} if least else {})}
+        right = expected(model, prompt, [end], **options)
+        assert engines[engine].answer([prompt, prompt], NEW, {"eos_token_id": [end], **options}) == [right, right]
+
+
 def test_a_text_with_the_padding_token_is_read_whole(engines: dict[str, LoadedModel], model: Any) -> None:
     """GenAI masks its padding token wherever it stands; another one takes its place."""
     genai = engines["onnxruntime-genai"]

@@ -142,13 +142,31 @@ class CTranslate2Model(LoadedModel):
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """By CTranslate2's own options; a shortest length counts the prompt, so that prompts go by their length."""
         write = self._translate if self.seq2seq else self._continue
+        # The forced end takes the last place in each of the texts that are weighed against each other.
+        weighed = {"forced_eos_token_id", "num_beams"} <= set(settings.values)
+        new_tokens = max(1, new_tokens - weighed)
         tokens: Tokens = [[] for _ in prompts]
         for batch in by_length(prompts, self.limits.max_batch):
             some = [prompts[index] for index in batch]
             options = self._options(settings, 0 if self.seq2seq else len(some[0]), new_tokens)
-            for index, row in zip(batch, write(some, new_tokens, options), strict=True):
+            forced = self._forced(settings, some[0])
+            rows = self._forced_on(forced, some, new_tokens, options) if forced else write(some, new_tokens, options)
+            for index, row in zip(batch, rows, strict=True):
                 tokens[index] = row
         return tokens
+
+    def _forced(self, settings: GenerationSettings, prompt: list[int]) -> list[int]:
+        """What a decoder's text begins with behind a prompt of one token, as transformers takes forced_bos_token_id."""
+        token = settings.values.get("forced_bos_token_id")
+        return [] if self.seq2seq or token is None or len(prompt) > 1 else [int(token)]
+
+    def _forced_on(self, forced: list[int], prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
+        """The forced tokens, and what follows them unless they end the text."""
+        if new_tokens <= len(forced) or forced[-1] in options["end_token"]:
+            return [list(forced) for _ in prompts]
+        options |= {"min_length": max(0, options["min_length"] - len(forced))}
+        rows = self._continue([prompt + forced for prompt in prompts], new_tokens - len(forced), options)
+        return [forced + row for row in rows]
 
     def _options(self, settings: GenerationSettings, prompt: int, new_tokens: int) -> dict[str, Any]:
         values = settings.values

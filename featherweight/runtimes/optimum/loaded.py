@@ -121,7 +121,7 @@ class OptimumModel(LoadedModel):
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
         """Greedy text where only its end is asked for, else each token chosen by transformers' own processors of logits."""
-        if set(settings.values) <= LENGTHS | {"forced_bos_token_id"}:
+        if set(settings.values) <= LENGTHS | ({"forced_bos_token_id"} if self.family == "seq2seq" else set()):
             return self.generate(prompts, new_tokens).tokens
         return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
 

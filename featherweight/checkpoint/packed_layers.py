@@ -1,0 +1,83 @@
+"""What a quantized checkpoint's weights are once they are read: integers (or float8), scales and zero points, or floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from featherweight.grid import GRIDS, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight matrix: `q` int8 or float8 [rows, columns] about zero, `scales` float32 and `zeros` of q's type, [rows, groups].
+
+    group: columns per scale; where `index` (int64 [columns]) is given it names each column's group instead.
+    """
+
+    bits: int
+    q: Tensor
+    scales: Tensor
+    group: int
+    zeros: Tensor | None = None
+    index: Tensor | None = None
+
+    def columns_group(self) -> Tensor:
+        """The group of each column, int64 [columns]."""
+        import torch
+
+        return torch.arange(self.q.shape[1]) // self.group if self.index is None else self.index.long()
+
+    def obstacle(self) -> str | None:
+        """Why no grid holds it: 'zero points' that are not zero, or columns in an 'act-order'; None where one may."""
+        if self.zeros is not None and bool(self.zeros.any()):
+            return "zero points"
+        if self.index is not None and not self.index.long().equal(Layer.columns_group(_in_order(self))):
+            return "act-order"
+        return None
+
+    def weight(self) -> Tensor:
+        """The float32 weight [rows, columns]. Exact: numbers of 8 bits times scales of 16 fit into a float32."""
+        group = self.columns_group()
+        q = self.q.float() if self.zeros is None else self.q.float() - self.zeros.float()[:, group]
+        return q * self.scales[:, group]
+
+
+def _in_order(layer: Layer) -> Layer:
+    return Layer(layer.bits, layer.q, layer.scales, layer.group)
+
+
+@dataclass
+class Found:
+    """Parameters of a quantized checkpoint by name: layers, and weights of scales that no layer has (FP8 in blocks), as floats."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+
+    def grids(self) -> dict[str, Grid]:
+        """The grid of every layer that lies on one; layers of the same bits and groups share it, as engines fuse some."""
+        extremes: dict[Kind, tuple[float, float]] = {}
+        fitting = {name: layer for name, layer in self.layers.items() if layer.obstacle() is None}
+        for layer in fitting.values():
+            low, high = extremes.get(_kind(layer), (0, 0))
+            extremes[_kind(layer)] = (min(low, layer.q.float().min().item()), max(high, layer.q.float().max().item()))
+        chosen = {kind: grid_of(kind, *span) for kind, span in extremes.items()}
+        return {name: grid for name, layer in fitting.items() if (grid := chosen[_kind(layer)]) is not None}
+
+
+Kind = tuple[str, int, int | None]
+"""'int' or 'float', bits, and the group that shares a scale (None: a row), as `Grid` has them."""
+
+
+def _kind(layer: Layer) -> Kind:
+    kind = "float" if layer.q.is_floating_point() else "int"
+    return kind, layer.bits, None if layer.scales.shape[1] == 1 else layer.group
+
+
+def grid_of(kind: Kind, low: float, high: float) -> Grid | None:
+    """The first grid that holds such numbers."""
+    grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == kind)
+    return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
