@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import files
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.torch.quantized_runtime import READ_TYPES, READ_WEIGHTS
 from featherweight.runtimes.vllm.known import left_out_refusal
 
 USUAL = {
@@ -197,3 +199,12 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
     config = Values({"class": "", "values": {"max_position_embeddings": 400, "rope_parameters": rope}, "names": {}})
     found = left_out_refusal("phi3", config, tokens) or ""
     assert re.search(reason, found) if reason else not found
+
+
+@pytest.mark.parametrize("kind", [*READ_WEIGHTS, *READ_TYPES])
+def test_layers_whose_weights_transformers_reads_itself_are_not_packed(kind: str) -> None:
+    where = f"transformers/models/{kind}/modeling_{kind}.py"
+    source = next(file for file in files("transformers") or () if file.as_posix() == where).locate().read_text()
+    assert re.search(r"self\.\w+\.weight\b|\(nn\.Linear\):", source)
+    assert "reads the weights" in refusal("torch-dynamic", model_type=kind)
+    assert bool(refusal("torchao-int8", model_type=kind)) == (kind in READ_WEIGHTS)

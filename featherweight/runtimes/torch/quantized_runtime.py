@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 READ_HEADS = ("mobilebert",)
 """Model types of transformers that read the weights of their head, in place of calling it."""
+READ_WEIGHTS = ("mamba", "falcon_mamba", "jamba", "deepseek_v4")
+"""The same of their layers' weights, which nothing that is packed has as numbers."""
+READ_TYPES = ("mamba2", "xlstm", "axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")
+"""Those that ask a layer for the type of its weights, of which torch's own packed layers know nothing."""
 
 
 class QuantizedTorchSpec(ExportSpec):
@@ -101,6 +105,8 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
             )
         if self.format.vocabulary and kind in READ_HEADS:
             return f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take another engine"
+        if kind in READ_WEIGHTS or (self.name == "torch-dynamic" and kind in READ_TYPES):
+            return f"transformers reads the weights of a {kind} model's layers itself, and {self.name}'s are packed; take another"
         return experts_refusal(model.facts)
 
 
