@@ -105,7 +105,7 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
             )
         if self.format.vocabulary and kind in READ_HEADS:
             return f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take another engine"
-        if kind in READ_WEIGHTS or (self.name == "torch-dynamic" and kind in READ_TYPES):
+        if kind in READ_WEIGHTS or (self.name in ("torch-dynamic", "torch-static") and kind in READ_TYPES):
             return f"transformers reads the weights of a {kind} model's layers itself, and {self.name}'s are packed; take another"
         return experts_refusal(model.facts)
 
