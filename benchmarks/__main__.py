@@ -1,10 +1,10 @@
 """What the orchestration costs, what shared prefixes save, and how far the winner is ahead of the baseline.
 
 Each of these runs `featherweight optimize` on a recipe in an empty workspace and reads the result that it prints;
-`distill`, `recovery`, `ptq` and `qat` compare methods by the quality that they leave stories15M, over three seeds. Two run only
+`distill`, `recovery`, `ptq` and `qat` compare methods by the quality that they leave stories15M, over three seeds. Three run only
 where they are named: `memory` is what stages hold of a model of 1.5 billion weights, and wants 25 GB of disk; `scale` is how cost
-grows with variants, workers and versions.
-Usage: python -m benchmarks [tiny | prefixes | stories15m | distill | recovery | ptq | qat | memory | scale ...]
+grows with variants, workers and versions; `peers` is what other tools make of the same checkpoint, and installs them.
+Usage: python -m benchmarks [tiny | prefixes | stories15m | distill | recovery | ptq | qat | memory | scale | peers ...]
 """
 
 from __future__ import annotations
@@ -105,15 +105,17 @@ BENCHMARKS: dict[str, Callable[[], Tree]] = {
     "tiny": tiny,
     "prefixes": prefixes,
     "stories15m": stories15m,
-    **{name: _of_methods(name) for name in ("distill", "recovery", "ptq", "qat", "memory", "scale")},
+    **{name: _of_methods(name) for name in ("distill", "recovery", "ptq", "qat", "memory", "scale", "peers")},
 }
-LARGE = {"memory", "scale"}
+LARGE = {"memory", "scale", "peers"}
 
 
 def main() -> None:
     """Run the named benchmarks and keep their figures in `results/`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which; all but memory and scale where none is named")
+    parser.add_argument(
+        "names", nargs="*", choices=[*BENCHMARKS, []], help="which; all but memory, scale and peers where none is named"
+    )
     for name in parser.parse_args().names or [one for one in BENCHMARKS if one not in LARGE]:
         found = BENCHMARKS[name]()
         told = {"benchmark": name, "when": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": _cpu(), **found}
