@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from featherweight.checkpoint.gguf_header import GgufHeader
+import re
+
+from featherweight.checkpoint.gguf_header import ARCHITECTURE, GgufHeader
 from featherweight.errors import CheckpointError
 
 KIND, TOKENIZER = "general.type", "tokenizer.ggml.model"
 MODEL = "model"
+CUTTERS = ("llama", "gpt2", "t5")
+"""llama.cpp's names of what transformers builds tokenizers of: SentencePiece's merges, byte-level BPE, unigrams."""
+BLOCK = re.compile(r"\bblk\.(\d+)\.")
+
+
+def readable(kind: int) -> bool:
+    """Whether a tensor of ggml's type of that number can be made floats of."""
+    import numpy
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    found = GGMLQuantizationType(kind)
+    try:
+        dequantize(numpy.zeros(GGML_QUANT_SIZES[found][1], dtype=numpy.uint8), found)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def require_model(header: GgufHeader, where: str) -> None:
-    """Raise CheckpointError for a file that is no language model, or has no tokenizer."""
+    """Raise CheckpointError for a file that is no language model, has no tokenizer, or numbers that nothing here reads."""
     kind = header.text(KIND) or MODEL
     if kind != MODEL:
         raise CheckpointError(f"{where} is no model but a part beside one ({KIND} is {kind}); name the model's file")
@@ -20,3 +39,23 @@ def require_model(header: GgufHeader, where: str) -> None:
         raise CheckpointError(
             f"{where} has no tokenizer ({TOKENIZER}); convert the model again, with its tokenizer's files beside it"
         )
+    if (cutter := header.text(TOKENIZER)) not in CUTTERS:
+        raise CheckpointError(
+            f"{where} has a tokenizer of the kind {cutter!r}, and known are {', '.join(CUTTERS)}; "
+            "give the folder that it was made from"
+        )
+    _require_blocks(header, where)
+    kinds = {tensor.kind: name for name, tensor in header.tensors.items()}
+    if odd := next((kind for kind in kinds if not readable(kind)), None):
+        raise CheckpointError(
+            f"{where}: {kinds[odd]} is of the type {header.tensors[kinds[odd]].type}, which gguf makes no floats of; "
+            "quantize the model again, to another type, or give the folder that it was made from"
+        )
+
+
+def _require_blocks(header: GgufHeader, where: str) -> None:
+    """Refuse blocks beyond those that the file counts: transformers leaves them out without a word."""
+    key = f"{header.text(ARCHITECTURE)}.block_count"
+    told, last = header.number(key), max((int(found[1]) for name in header.tensors if (found := BLOCK.search(name))), default=-1)
+    if told is not None and last >= told:
+        raise CheckpointError(f"{where} has the block {last}, and {key} is {told:g}; convert the model again")

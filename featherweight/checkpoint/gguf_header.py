@@ -173,5 +173,7 @@ def _aligned(at: int, settings: Mapping[str, bytes]) -> int:
 def _placed(kind: int, shape: tuple[int, ...], begin: int) -> GgufTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    if kind not in list(GGMLQuantizationType):
+        raise ValueError(f"a tensor of type {kind}, which a fork of llama.cpp writes; quantize the model again with llama.cpp")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     return GgufTensor(kind, shape, begin, begin + math.prod(shape) // block * size)

@@ -29,6 +29,8 @@ SETTINGS = {
 }
 """By kind: the settings that it has to have, and transformers' names of them."""
 BESIDE = ("type", "finetuned")
+LOUDER = "rope.scaling.attn_factor"
+"""What llama.cpp multiplies queries and keys with, whatever else is said."""
 LOW, HIGH = 1.0, 4.0
 """Of Llama 3.1 and all after it: how many waves fit into the first context where stretching is whole, and where there is none."""
 FIRST_CONTEXTS = tuple(2**power for power in range(5, 21))
@@ -54,20 +56,36 @@ def rotary_scaling(parts: Sequence[Path], header: GgufHeader) -> dict[str, Any]:
 
 def _said(header: GgufHeader, architecture: str) -> str | None:
     """The setting or the tensor by which they are scaled."""
-    key = f"{architecture}.rope.scaling.type"
-    told = header.text(key) or UNSCALED
-    return f"{key} is {told}" if told != UNSCALED else next((name for name in FACTORS if name in header.tensors), None)
+    kind, louder = _kind(header, architecture), f"{architecture}.{LOUDER}"
+    if kind != UNSCALED:
+        return f"{architecture}.rope.scaling.type is {kind}"
+    if header.number(louder) not in (None, 1):
+        return louder
+    return next((name for name in FACTORS if name in header.tensors), None)
+
+
+def _kind(header: GgufHeader, architecture: str) -> str:
+    """The kind of scaling; linear where a file names none and has a factor, as llama.cpp takes it."""
+    told = header.text(f"{architecture}.rope.scaling.type")
+    return ("linear" if _factor(header, architecture) else UNSCALED) if told is None else told
+
+
+def _factor(header: GgufHeader, architecture: str) -> float | None:
+    """Under the name of today, or of files of 2023; None where it is 1, or 0, which stands for none."""
+    found = (header.number(f"{architecture}.rope.{name}") for name in ("scaling.factor", "scale_linear"))
+    return next((factor for factor in found if factor not in (None, 0, 1)), None)
 
 
 def _by_settings(header: GgufHeader, architecture: str) -> dict[str, Any] | None:
     """Of a kind whose settings are all there, and no others, nor factors beside them."""
     start = f"{architecture}.rope.scaling."
-    kind = header.text(f"{start}type") or UNSCALED
+    kind = _kind(header, architecture)
     wanted = SETTINGS.get(kind, {})
     there = {key.removeprefix(start) for key in header.settings if key.startswith(start)} - {*BESIDE}
+    there |= {"factor"} if _factor(header, architecture) else set()
     if not wanted or there != set(wanted) or any(name in header.tensors for name in FACTORS):
         return None
-    told = {name: header.number(f"{start}{key}") for key, name in wanted.items()}
+    told = {name: header.number(f"{start}{key}") for key, name in wanted.items()} | {"factor": _factor(header, architecture)}
     whole = {name: int(value) if name != "factor" else value for name, value in told.items() if value is not None}
     return {"rope_type": kind, **whole} if len(whole) == len(wanted) else None
 
@@ -76,7 +94,7 @@ def _by_factors(parts: Sequence[Path], header: GgufHeader, architecture: str) ->
     """Llama 3's scaling that has these very factors."""
     factors, theta = list(_factors(parts)), header.number(f"{architecture}.rope.freq_base") or 10_000.0
     width = header.number(f"{architecture}.rope.dimension_count")
-    if not factors or (header.text(f"{architecture}.rope.scaling.type") or UNSCALED) != UNSCALED or width != 2 * len(factors):
+    if not factors or _kind(header, architecture) != UNSCALED or width != 2 * len(factors):
         return None
     stretch, waves = max(factors), [2 * math.pi * theta ** (2 * at / width) for at in range(len(factors))]
     for first in FIRST_CONTEXTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from featherweight.checkpoint.description import described
 from featherweight.checkpoint.facts import kept_refusal, read_facts
 from featherweight.checkpoint.fetching import source_fingerprint
 from featherweight.checkpoint.files import WEIGHTS, Listing
-from featherweight.checkpoint.gguf_header import read_gguf
+from featherweight.checkpoint.gguf_faults import readable, require_model
+from featherweight.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf
 from featherweight.checkpoint.gguf_parts import join, names_of_parts, only_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tokenizer import load_tokenizer
@@ -151,6 +153,41 @@ def where(matrix: str) -> str:
 
 
 @pytest.mark.slow
+def text(value: str) -> bytes:
+    """A setting as a file holds it."""
+    return struct.pack("<IQ", 8, len(value)) + value.encode()
+
+
+def test_blocks_that_are_not_counted_and_tokenizers_of_other_kinds_are_refused() -> None:
+    said = {"general.architecture": text("llama"), "tokenizer.ggml.model": text("gpt2")}
+    tensors = {f"blk.{n}.ffn_up.weight": GgufTensor(0, (4,), 0, 16) for n in range(3)}
+    require_model(GgufHeader(said | {"llama.block_count": struct.pack("<II", 4, 3)}, tensors), "m.gguf")
+    with pytest.raises(CheckpointError, match=r"m\.gguf has the block 2, and llama\.block_count is 2; convert the model again"):
+        require_model(GgufHeader(said | {"llama.block_count": struct.pack("<II", 4, 2)}, tensors), "m.gguf")
+    with pytest.raises(CheckpointError, match=r"a tokenizer of the kind 'rwkv', and known are llama, gpt2, t5"):
+        require_model(GgufHeader(said | {"tokenizer.ggml.model": text("rwkv")}, tensors), "m.gguf")
+
+
+def test_types_that_nothing_makes_floats_of_are_refused_by_their_tensor() -> None:
+    from gguf import GGMLQuantizationType as Type
+
+    assert [readable(kind) for kind in (Type.F32, Type.IQ1_M, Type.MXFP4, Type.Q8_1, Type.I16)] == [True, True, True, False, False]
+    tensors = {"a.weight": GgufTensor(Type.F16, (4,), 0, 8), "b.weight": GgufTensor(Type.Q8_K, (256,), 8, 300)}
+    header = GgufHeader({"tokenizer.ggml.model": text("gpt2")}, tensors)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: b\.weight is of the type Q8_K, which gguf makes no floats of"):
+        require_model(header, "m.gguf")
+
+
+def test_a_type_of_a_fork_of_llama_cpp_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint)
+    named = b"output_norm.weight" + struct.pack("<IQ", 1, 64)
+    content = file.read_bytes()
+    assert named in content
+    file.write_bytes(content.replace(named + struct.pack("<I", 0), named + struct.pack("<I", 139)))
+    with pytest.raises(CheckpointError, match=r"a tensor of type 139, which a fork of llama\.cpp writes; quantize the model again"):
+        read_facts(LoadSpec(source=str(file)))
+
+
 def test_a_float_file_is_not_quantized(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny_checkpoint, kinds={"": "F16"})
     assert "quantized_layers" not in taken(tmp_path / "m.gguf", out)
@@ -222,6 +259,8 @@ FIRST, HEAD_WIDTH = "original_max_position_embeddings", 16
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, FIRST: 64}
 SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "linear, of no kind": ({f"{SCALED}factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "linear, of 2023": ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
     "yarn": (
         {f"{SCALED}type": "yarn", f"{SCALED}factor": 4.0, f"{SCALED}original_context_length": 64},
         {"rope_type": "yarn", "factor": 4.0, FIRST: 64},
@@ -255,7 +294,7 @@ def test_scaled_rotary_embeddings_are_those_of_the_file(
     taken(files[0], out, told)
     found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     assert {key: planned[key] for key in wanted} == {key: found.config.rope_parameters[key] for key in wanted} == wanted
-    assert any(f"rotary embeddings are scaled ({kind}, " in note for note in told.notes)
+    assert any(f"rotary embeddings are scaled ({wanted['rope_type']}, " in note for note in told.notes)
     ids = torch.arange(3, 3 + 120).remainder(config.vocab_size)[None]
     with torch.no_grad():
         assert (right(ids).logits - found(ids).logits).abs().max() < 1e-5
@@ -269,6 +308,7 @@ def test_scaled_rotary_embeddings_are_those_of_the_file(
         ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0}, [1.0, *(8.0 for _ in range(7))]),
         ({f"{SCALED}type": "yarn", f"{SCALED}factor": 4.0}, None),
         ({f"{SCALED}type": "linear", f"{SCALED}factor": 4.0, f"{SCALED}attn_factor": 1.2}, None),
+        ({f"{SCALED}attn_factor": 1.2}, None),
     ],
 )
 def test_a_scaling_that_is_not_known_is_refused(
