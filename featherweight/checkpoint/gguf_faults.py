@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 from featherweight.checkpoint.gguf_header import ARCHITECTURE, GgufHeader
+from featherweight.checkpoint.gguf_words import cuts_of
 from featherweight.errors import CheckpointError
 
 KIND, TOKENIZER = "general.type", "tokenizer.ggml.model"
 MODEL = "model"
-CUTTERS = ("llama", "gpt2", "t5")
+WORDS, BYTES = "tokenizer.ggml.pre", "gpt2"
+CUTTERS = ("llama", BYTES, "t5")
 """llama.cpp's names of what transformers builds tokenizers of: SentencePiece's merges, byte-level BPE, unigrams."""
 BLOCK = re.compile(r"\bblk\.(\d+)\.")
 
@@ -43,6 +45,12 @@ def require_model(header: GgufHeader, where: str) -> None:
         raise CheckpointError(
             f"{where} has a tokenizer of the kind {cutter!r}, and known are {', '.join(CUTTERS)}; "
             "give the folder that it was made from"
+        )
+    cut = header.text(WORDS)
+    if cutter == BYTES and cut is not None and cuts_of(cut) is None:
+        raise CheckpointError(
+            f"{where} cuts texts into words as '{cut}' does ({WORDS}), which neither transformers nor anything here knows: "
+            "it would read other tokens than it was trained on; give the folder that it was made from"
         )
     _require_blocks(header, where)
     kinds = {tensor.kind: name for name, tensor in header.tensors.items()}

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.gguf_words import cut_as_named
 from featherweight.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-SENTENCEPIECE = "llama"
+SENTENCEPIECE, BYTES = "llama", "gpt2"
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """ggml's token types (llama.h's llama_token_type) that are cut out of a text before anything is merged."""
 NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -36,6 +37,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     if told.get("model") == SENTENCEPIECE:
         return _sentencepiece(ASSUMED | told)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    if told.get("model") == BYTES:
+        cut_as_named(tokenizer.backend_tokenizer, str(told.get("pre")))
     _set_special_tokens(tokenizer, told)
     return tokenizer
 
