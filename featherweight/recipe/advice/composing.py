@@ -26,6 +26,7 @@ from featherweight.recipe.cost import estimate
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe
+from featherweight.recipe.search.policy import UNSURE
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import HEADED
 from featherweight.text.sources import STDLIB
@@ -95,7 +96,8 @@ class Composed:
 def compose(
     advice: Advice, budget_s: float, text: str | None = None, seconds: Callable[[Plan], Mapping[str, float]] | None = None
 ) -> Composed:
-    """The recipe of what is worth trying, to be searched within `budget_s`. text: a file, a folder or another source of text.
+    """The recipe of what is worth trying; searched, where all of it may take longer than `budget_s`. text: a file, a folder or
+    another source of text.
 
     seconds: of each node of a plan, by default as it is estimated for this machine. Raises RecipeError where nothing serves.
     """
@@ -104,14 +106,13 @@ def compose(
         raise RecipeError(f"no recipe can be made of the advice: {advice.headline}")
     question = advice.question
     facts = Facts({question.source: question.facts})
-    plan = expand(Recipe.model_validate(_tree(question, tries, text, budget_s)), question.machine, facts)
+    plan = expand(Recipe.model_validate(_tree(question, tries, text)), question.machine, facts)
     able = {variant.name for variant in plan.variants}
     chosen = [one for one in tries if one.name in able] or tries[:1]
     left_out = {one.name: plan.ruled_out.get(one.name, "ruled out") for one in tries if one.name not in able}
-    tree = _tree(question, chosen, text, budget_s)
-    recipe = Recipe.model_validate(tree)
-    took = sum((seconds or (lambda plan: _estimated(plan, question)))(expand(recipe, question.machine, facts)).values())
-    return Composed(recipe, _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
+    took = sum((seconds or (lambda plan: _estimated(plan, question)))(plan).values())
+    tree = _tree(question, chosen, text, None if UNSURE * took <= budget_s else budget_s)
+    return Composed(Recipe.model_validate(tree), _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
 
 
 def _estimated(plan: Plan, question: Question) -> dict[str, float]:
@@ -171,8 +172,8 @@ def _cheapest(question: Question, row: Row) -> QuantizeSpec | None:
     return next((known[name] for name in QUANTIZERS if name in known), row.quantize)
 
 
-def _tree(question: Question, tries: list[Try], text: str | None, budget_s: float) -> dict[str, Any]:
-    """The recipe, without comments."""
+def _tree(question: Question, tries: list[Try], text: str | None, budget_s: float | None = None) -> dict[str, Any]:
+    """The recipe, without comments. budget_s: within which it is searched; None where all of it is measured."""
     stages: dict[str, dict[str, Any]] = {"quantize": {}, "compile": {}, "export": {}}
     for one in tries:
         if one.quantize is not None:
@@ -188,7 +189,7 @@ def _tree(question: Question, tries: list[Try], text: str | None, budget_s: floa
         "data": _data(text),
         "stages": {stage: made for stage, made in stages.items() if made},
         "variants": [_line(one) for one in tries],
-        "search": {"budget": f"{budget_s:.0f}s"},
+        **({} if budget_s is None else {"search": {"budget": f"{budget_s:.0f}s"}}),
         "workload": _workload(question),
         **({} if question.max_loss is None else {"constraints": {"max_quality_loss": question.max_loss}}),
         "objective": f"speedup@{question.asked.sequences}",
@@ -251,7 +252,8 @@ def _written(
         advice.headline,
         f"CTranslate2 or vLLM: {advice.ruling.line}",
     ]
-    head += [*advice.notes, f"All of it would take about {took:.0f} s; it ends after {budget_s:.0f} s with the best found by then."]
+    ends = f"; it ends after {budget_s:.0f} s with the best found by then" if "search" in tree else ""
+    head += [*advice.notes, f"All of it would take about {took:.0f} s{ends}."]
     head += [f"Left out: {name}: {reason}" for name, reason in left_out.items()]
     sections = {key: _dumped({key: value}) for key, value in tree.items()}
     if text is None:
