@@ -179,8 +179,8 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names no model_type"),
         ({"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}, "wants code of its own"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes packs weights"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 3}}, "of 3 bits are not read here"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}, r"quantized already \(aqlm\)"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 5}}, "of 5 bits are not read here"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_by_the_plan(config: dict[str, Any], reason: str, tmp_path: Path) -> None:
