@@ -64,6 +64,15 @@ def _history(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[
         yield Finding(seen.model, "", "history", "missing" if gone else "altered", fault)
     if not faults:
         yield Finding(seen.model, "", "history", "ok", f"{len(seen.history.entries)} entries")
+    if not seen.history.entries:
+        return
+    kept_in = registry.history_model(seen.model)
+    if kept_in is None:
+        yield Finding(
+            seen.model, "", "history", "missing", "the registered model of its entries was removed: nothing can be decided"
+        )
+    elif NAME in kept_in.tags:
+        yield Finding(seen.model, "", "history", "altered", f"{kept_in.name}, which holds its entries, is tagged as a served model")
 
 
 def _entries(registry: Registry, seen: RegisteredModel, keys: Keys) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from featherweight.store.artifact import content_digest
 
 ENTRY_LIMIT = 5000  # characters that a tag holds on PostgreSQL under every MLflow that we know
 WHY_LIMIT = 1000
+GAP = 1000
 LINE_LIMIT = 50  # champions that a rollback can go back to
 
 StageName = Literal["none", "staging", "production", "archived"]
@@ -306,16 +307,22 @@ def _require_kinds(fields: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 def _parsed(stored: Mapping[int, str]) -> tuple[dict[int, Entry], list[str]]:
     """The readable entries by number, in order, and what is said of the others."""
-    found, faults = {}, []
-    for number in range(1, max(stored, default=0) + 1):
+    found, faults, last = {}, [], 0
+    for number in sorted(stored):
+        faults += _deleted(last + 1, number)
+        last = number
         try:
-            if number in stored:
-                found[number] = Entry.from_json(stored[number], number)
-            else:
-                faults.append(f"history entry {number} was deleted")
+            found[number] = Entry.from_json(stored[number], number)
         except IntegrityError as error:
             faults.append(str(error))
     return found, faults
+
+
+def _deleted(first: int, end: int) -> list[str]:
+    """What is said of the numbers from `first` to before `end`: each by itself, unless a row was given some huge one."""
+    if end - first > GAP:
+        return [f"history entries {first} to {end - 1} were deleted"]
+    return [f"history entry {number} was deleted" for number in range(first, end)]
 
 
 def _chained(entry: Entry, counted: Sequence[Entry], earlier: Sequence[Transition]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import Forbidden, GateError, IntegrityError, one_line
@@ -48,13 +49,25 @@ class MlflowStore:
     def read(self) -> RegisteredModel:
         """The model as it stands. Raises GateError, naming the known ones, where there is none."""
         holder = self._holder()
-        found = list(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'"))
+        found = list(_sound(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'")))
         return _model(holder, found, _readable_entries(self.client, holder, self._history, list(self._entries())), self._has_stages)
 
     def signatures(self) -> dict[int, tuple[str, str]]:
         """Text and signature ('' where there is none) of each stored entry, by number."""
         self._holder()
         return _signed(self._entries())
+
+    def kept_in(self) -> MlflowModel | None:
+        """The registered model that holds the entries, None where there is none (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        self._holder()
+        try:
+            return self.client.get_registered_model(self._history)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
     def quarantine(self) -> list[int]:
         """Delete the versions whose entry cannot be read, or decides though no trusted key signed it; returns their numbers.
@@ -71,7 +84,7 @@ class MlflowStore:
 
     def _entries(self) -> Iterator[ModelVersion]:
         query = {"filter_string": f"name = '{self._history}'", "order_by": ["version_number ASC"]}  # what is appended comes last
-        return all_pages(self.client.search_model_versions, **query)
+        return _sound(all_pages(self.client.search_model_versions, **query))
 
     def append(self, entry: Entry) -> None:
         """Create the version that holds the entry; the model of versions first, where there is none yet."""
@@ -135,6 +148,15 @@ class MlflowStore:
         about = f"The history of '{self.model}', kept by Featherweight: one version an entry. Nothing to serve; do not edit."
         create_model(self.client, self._history, {HISTORY_OF: self.model}, about)
         set_once(self.client.set_registered_model_tag, self.model, HISTORY, self._history)
+
+
+def _sound(found: Iterable[ModelVersion]) -> Iterator[ModelVersion]:
+    """Versions as they were found. Raises IntegrityError at one that MLflow would not have written: by hand, into its database."""
+    for one in found:
+        if not str(one.version).isdecimal() or not isinstance(one.creation_timestamp, int | NoneType):
+            told = f"version {one.version!r}, created at {one.creation_timestamp!r}"
+            raise IntegrityError(f"a version of '{one.name}' was altered in MLflow's database: {told}; restore it from a backup")
+        yield one
 
 
 def _readable_entries(client: MlflowClient, holder: MlflowModel, history: str, entries: list[ModelVersion]) -> list[ModelVersion]:
@@ -207,7 +229,7 @@ def set_once(write: Callable[..., object], *arguments: object) -> None:
 def read_all(client: MlflowClient) -> list[RegisteredModel]:
     """All registered models, those that hold histories beside those that they are of."""
     versions: dict[str, list[ModelVersion]] = {}
-    for one in all_pages(client.search_model_versions):
+    for one in _sound(all_pages(client.search_model_versions)):
         versions.setdefault(one.name, []).append(one)
     holders = served_models(client)
     names = {one.name: one.tags.get(HISTORY) or f"{one.name}{SUFFIX}" for one in holders}

@@ -37,6 +37,7 @@ from featherweight.system.servers import check_url
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, LoggedModel, Run
+    from mlflow.entities.model_registry import RegisteredModel as MlflowModel
 
 PING_S = 5.0
 TEXT_BYTES = 2**26  # a lineage is some kilobytes
@@ -200,6 +201,11 @@ class Registry:
         """Text and signature of each stored history entry, by number."""
         with self._service():
             return MlflowStore(self.client, model).signatures()
+
+    def history_model(self, model: str) -> MlflowModel | None:
+        """The registered model that holds the history of one, None where there is none (any more)."""
+        with self._service():
+            return MlflowStore(self.client, model).kept_in()
 
     def location(self, version: RegisteredVersion) -> str:
         """Where MLflow itself takes a version's files from."""

@@ -179,6 +179,13 @@ def aliases(desk: Bench) -> Iterator[Tampering]:
 def history(desk: Bench) -> Iterator[Tampering]:
     client = desk.registry.client
 
+    def rows(statement: str, *values: str) -> Callable[[], None]:
+        def write() -> None:
+            with sqlite3.connect(desk.root / "mlflow.db") as base:
+                base.execute(statement, values)
+
+        return write
+
     def undelete(number: str) -> None:
         with sqlite3.connect(desk.root / "mlflow.db") as base:
             base.execute("update model_versions set current_stage = 'None' where name = ? and version = ?", [SIDE, int(number)])
@@ -217,6 +224,11 @@ def history(desk: Bench) -> Iterator[Tampering]:
         "foreign",
         "entry 2",
     )
+    gone = lambda: client.delete_registered_model_tag(SIDE, "featherweight.name")  # noqa: E731
+    served = lambda: client.set_registered_model_tag(SIDE, "featherweight.name", SIDE)  # noqa: E731
+    yield Tampering("serve the history", served, gone, "altered", "tagged as a served model")
+    renamed = (rows("update registered_models set name = ? where name = ?", *one) for one in (("x", SIDE), (SIDE, "x")))
+    yield Tampering("tear the history from its model", *renamed, "missing", "nothing can be decided")
     mark = client.get_registered_model(MODEL).tags["featherweight.history_head"]
 
     def cut() -> None:
@@ -311,6 +323,20 @@ def test_who_trusts_no_key_is_told_that_signatures_were_not_looked_at(whole: Ben
     monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "none"))
     told = audit_registry(Workspace.at(whole.root), MODEL, False).to_text()
     assert "signatures of 2 versions not looked at: no key is trusted here" in told
+
+
+def test_a_row_that_mlflow_would_not_write_is_told_in_a_line(whole: Bench) -> None:
+    place = "rowid = (select max(rowid) from model_versions where name = ?)"
+    for field, value in (("version", "abc"), ("version", 9e300), ("creation_time", "abc"), ("creation_time", -1.5)):
+        with sqlite3.connect(whole.root / "mlflow.db") as base:
+            ((was,),) = base.execute(f"select {field} from model_versions where {place}", [MODEL]).fetchall()
+            base.execute(f"update model_versions set {field} = ? where {place}", [value, MODEL])
+        for ask in (lambda: audit_model(whole.registry, MODEL), whole.registry.all_models):
+            with pytest.raises(IntegrityError, match="a version of 'little-llama' was altered in MLflow's database: version "):
+                ask()
+        with sqlite3.connect(whole.root / "mlflow.db") as base:
+            base.execute(f"update model_versions set {field} = ? where {place}", [was, MODEL])
+    assert wrong(whole) == []
 
 
 def test_no_tag_hides_a_model_from_an_audit_of_all(whole: Bench) -> None:

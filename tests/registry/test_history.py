@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from featherweight.errors import GateError, IntegrityError
 from featherweight.registry import tag_history
 from featherweight.registry.commit import Cell, placed
-from featherweight.registry.history import Entry, GateResult, Transition
+from featherweight.registry.history import Entry, GateResult, Transition, fold
 from featherweight.registry.mlflow_store import ENTRY, MlflowStore, set_once
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.versions import MARK, TAG, RegisteredModel
@@ -48,6 +48,14 @@ def shown(desk: Bench) -> RegisteredModel:
     model = desk.registry.model(MODEL)
     assert model.behind() == []
     return model
+
+
+def test_an_entry_of_a_huge_number_does_not_make_a_look_endless() -> None:
+    """MLflow numbers them one by one; who writes into its database may not."""
+    told = fold({2: "no entry", 2**62: "none either"}, 1)
+    assert told.faults[0] == "history entry 1 was deleted"
+    assert told.faults[2] == f"history entries 3 to {2**62 - 1} were deleted"
+    assert (len(told.faults), told.entries) == (4, ())
 
 
 def test_history_is_only_appended_and_is_no_model_to_serve(desk: Bench) -> None:
