@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import bitsandbytes_weights
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 BITSANDBYTES, UNNAMED = bitsandbytes_weights.METHOD, "no quant_method"
 """What is meant by its flags alone, and what is told where nothing says how weights are packed."""
+AUTO_ROUND = "auto-round"
+PACKED_BY_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+"""Intel's AutoRound packs as others do, and says so."""
 FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gptq": (("checkpoint_format", "format"), ("gptq", "gptq_v2")),
     "awq": (("version", "format", "checkpoint_format"), ("gemm",)),
@@ -45,6 +49,8 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     if settings is None:
         return None
     told = settings.get("quant_method") if isinstance(settings, dict) else None
+    if told == AUTO_ROUND:
+        return PACKED_BY_AUTO_ROUND.get(str(settings.get("packing_format")), AUTO_ROUND)
     by_flag = isinstance(settings, dict) and (settings.get("load_in_8bit") or settings.get("load_in_4bit"))
     return str(told) if told is not None else BITSANDBYTES if by_flag else UNNAMED
 
@@ -64,7 +70,7 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
         symmetric = (
             settings.get("sym", False) and not settings.get("desc_act")
             if method == "gptq"
-            else not settings.get("zero_point", True)
+            else not settings.get("zero_point", not settings.get("sym", False))
         )
         bits, kind, size = settings.get("bits", 4), "int", settings.get("group_size", 128)
     bits = int(bits or 0)
@@ -98,9 +104,9 @@ def form_of(method: str, settings: Mapping[str, Any]) -> tuple[str, str | None]:
 GPTQ_BITS = (2, 3, 4, 8)
 
 
-def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
+def _packed_refusal(method: str, settings: Mapping[str, Any]) -> str | None:
     """Why weights that are packed as the settings of GPTQ or AWQ say are not read; None where they are."""
-    method, bits = settings["quant_method"], settings.get("bits", 4)
+    bits = settings.get("bits", 4)
     told = {key: settings[key] for key in ("bits", "group_size") if key in settings}
     for key, value in told.items():
         if not isinstance(value, int) or isinstance(value, bool):
@@ -110,7 +116,16 @@ def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
     by_module = (settings.get("dynamic") or {}) if method == "gptq" else {}
     every = [bits, *(told.get("bits", bits) for name, told in by_module.items() if not name.startswith("-:"))]
     odd = next((one for one in every if one not in ((4,) if method == "awq" else GPTQ_BITS)), None)
-    return None if odd is None else f"{method} weights of {odd} bits are not read here"
+    return _other_layer(settings) if odd is None else f"{method} weights of {odd} bits are not read here"
+
+
+def _other_layer(settings: Mapping[str, Any]) -> str | None:
+    """That AutoRound packed some layer otherwise than the others; one of 16 bits is a float."""
+    usual = {"bits": settings.get("bits"), "group_size": settings.get("group_size"), "sym": settings.get("sym")}
+    for name, told in (settings.get("extra_config") or {}).items():
+        if told.get("bits", 0) < 16 and {**usual, **told} | usual != {**usual, **told}:
+            return f"weights that AutoRound packed otherwise in some layers (extra_config: {name}) are not read here"
+    return None
 
 
 def _groups_refusal(settings: Mapping[str, Any]) -> str | None:
@@ -147,8 +162,8 @@ def _flags_refusal(settings: Mapping[str, Any]) -> str | None:
 
 
 SETTINGS_REFUSALS: Mapping[str | None, Callable[[Mapping[str, Any]], str | None]] = {
-    "gptq": _packed_refusal,
-    "awq": _packed_refusal,
+    "gptq": partial(_packed_refusal, "gptq"),
+    "awq": partial(_packed_refusal, "awq"),
     "compressed-tensors": _groups_refusal,
     "fp8": _blocks_refusal,
     BITSANDBYTES: _flags_refusal,

@@ -172,6 +172,20 @@ def test_layers_that_gptqmodel_packs_otherwise_are_read_by_their_own_bits(tiny_c
         np.testing.assert_array_equal(state[name].numpy(), expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_autoround_says_whose_layout_it_packs(method, tiny_checkpoint, tmp_path):
+    make(tiny_checkpoint, tmp_path / "source", method)
+    plain, _ = loaded(tmp_path / "source", tmp_path)
+    (tmp_path / "loaded").rename(tmp_path / "plain")
+    said = {"quant_method": "auto-round", "packing_format": f"auto_round:auto_{method}", "bits": 4, "group_size": GROUP}
+    describe(tmp_path / "source", said | {"sym": True} | {"extra_config": {"lm_head": {"bits": 16}}})
+    facts = read_facts(LoadSpec(source=str(tmp_path / "source")))
+    out, metrics = loaded(tmp_path / "source", tmp_path)
+    assert facts.quantized == method and metrics["quantized_layers"] == 14 and plain == out
+    found, right = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "plain"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+
+
 def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding(tiny_checkpoint, tmp_path):
     make(tiny_checkpoint, tmp_path / "source", "gptq")
     out, _ = loaded(tmp_path / "source", tmp_path)
@@ -194,6 +208,9 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
     [({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"packed \(bitsandbytes\), and no tensor is \(\*\.SCB"),
      ({"quant_method": "bitsandbytes", "format": "pack_8bit"}, "says neither load_in_4bit nor load_in_8bit"),
      ({"quant_method": "aqlm"}, r"quantized already \(aqlm\); known: gptq, awq, compressed-tensors"),
+     ({"quant_method": "auto-round", "packing_format": "auto_round"}, r"quantized already \(auto-round\)"),
+     ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4,
+       "extra_config": {"a": {"bits": 16}, "lm_head": {"bits": 8}}}, r"in some layers \(extra_config: lm_head\)"),
      ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' are not read here; known: gemm"),
      ({"quant_method": "awq", "format": "gemv"}, "format 'gemv' are not read here; known: gemm"),
      ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' are not read"),
