@@ -55,7 +55,7 @@ class RegisteredVersion:
             aliases=tuple(sorted(alias for alias, number in aliases.items() if number == str(found.version))),
             run_id=found.run_id or "",
             source=found.tags.get(f"{TAG}location") or found.source or "",
-            tags=dict(found.tags),
+            tags=_texts(found.tags),
             created_s=(found.creation_timestamp or 0) / 1000,  # whoever writes to its database can take the time away
             shown=found.source or "",
         )
@@ -109,15 +109,16 @@ class RegisteredModel:
     ) -> RegisteredModel:
         """What MLflow holds of a model: itself, its versions, and the stored entries of its history by number."""
         shown = {alias: str(number) for alias, number in holder.aliases.items()}
-        earlier, faults = tag_history.read(holder.tags)
+        tags = _texts(holder.tags)
+        earlier, faults = tag_history.read(tags)
         before = tag_history.standing(earlier, shown) if earlier else Standing()
         told = fold(stored, holder.creation_timestamp or 0, earlier, before)
-        told = replace(told, faults=(*faults, *told.faults, *_cut(told, holder.tags.get(MARK, ""))))
+        told = replace(told, faults=(*faults, *told.faults, *_cut(told, tags.get(MARK, ""))))
         aliases = {alias: number for alias, number in shown.items() if alias not in OURS} | _named(told.standing)
         ordered = sorted(found, key=lambda one: int(one.version))
         versions = {str(one.version): RegisteredVersion.of(one, aliases, told.stage(str(one.version))) for one in ordered}
         stages = {str(one.version): str(one.current_stage) for one in ordered} if has_stages else None
-        return cls(holder.name, holder.creation_timestamp or 0, dict(holder.tags), shown, versions, stages, told)
+        return cls(holder.name, holder.creation_timestamp or 0, tags, shown, versions, stages, told)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -250,6 +251,11 @@ class RegisteredModel:
         numbers = " and ".join(sorted({one.partition(":")[0] for one in marks}))
         entry = self.told("repair", who, f"entry {numbers} was removed or altered: what is left counts")
         return replace(entry, mends=" ".join(marks)) if marks else None
+
+
+def _texts(tags: Mapping[str, str | None]) -> dict[str, str]:
+    """Tags as they were read: '' for one whose text was taken out of MLflow's database."""
+    return {name: value or "" for name, value in tags.items()}
 
 
 def mark(entry: Entry) -> str:

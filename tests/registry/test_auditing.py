@@ -337,6 +337,13 @@ def test_a_row_that_mlflow_would_not_write_is_told_in_a_line(whole: Bench) -> No
         with sqlite3.connect(whole.root / "mlflow.db") as base:
             base.execute(f"update model_versions set {field} = ? where {place}", [was, MODEL])
     assert wrong(whole) == []
+    with sqlite3.connect(whole.root / "mlflow.db") as base:
+        base.execute("update model_version_tags set value = null where name = ? and version = 2", [MODEL])
+    assert {"registration", "lineage.json"} <= {one.part for one in wrong(whole) if one.version == "2"}
+    with sqlite3.connect(whole.root / "mlflow.db") as base:
+        base.execute("update model_version_tags set value = null where name = ?", [SIDE])
+        base.execute("update registered_model_tags set value = null where name = ?", [MODEL])
+    assert "history entry 1 is not readable; it was altered outside Featherweight" in {one.reason for one in wrong(whole)}
 
 
 def test_no_tag_hides_a_model_from_an_audit_of_all(whole: Bench) -> None:
