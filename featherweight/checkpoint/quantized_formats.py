@@ -78,6 +78,13 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     return grid_of((str(kind), bits, size if size and size > 0 else None), low, high) if symmetric and high else None
 
 
+def rounded_when_run(settings: Mapping[str, Any]) -> list[str]:
+    """What compressed-tensors' settings have whoever runs the model round besides its weights."""
+    groups = settings.get("config_groups") or {}
+    activations = any(group.get("input_activations") for group in groups.values())
+    return ["activations"] * activations + ["keys and values"] * bool(settings.get("kv_cache_scheme"))
+
+
 def require_readable(config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for a format that is not read here, before any weight is."""
     method, settings = method_of(config), config["quantization_config"]

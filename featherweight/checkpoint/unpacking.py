@@ -54,6 +54,8 @@ def unpack(folder: Path, config: Mapping[str, Any], weights: Weights, out: Path,
         QuantizedWeights(grids, q, scales, method, heads(skeleton(out))).write(out)
     if lost:
         progress.note(f"{len(lost)} of {len(lost) + len(grids)} layers become float: {_reasons(found, lost)}")
+    if rounded := quantized_formats.rounded_when_run(config["quantization_config"]):
+        progress.note(f"{' and '.join(rounded)} are to be rounded when the model runs: here an engine does that, or nobody does")
     _take_rest(folder, weights, out)
     return {"quantized_layers": float(len(grids)), "dequantized_layers": float(len(lost))}
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.opening import load_model
+from featherweight.checkpoint.quantized_formats import rounded_when_run
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS
@@ -382,7 +383,10 @@ def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, 
     from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
 
     written_by_llm_compressor(tiny_checkpoint, tmp_path / "source", {"config_groups": {"group_0": described}})
-    out, metrics = loaded(tmp_path / "source", tmp_path)
+    notes = Notes()
+    out, metrics = loaded(tmp_path / "source", tmp_path, notes)
+    said = any(note.startswith("activations are to be rounded when the model runs") for note in notes.texts)
+    assert said == (described.get("input_activations") is not None)
     reader = CompressedTensorsDequantizer(str(tmp_path / "source"), ["re:.*embed.*", "re:.*norm.*"], dtype=torch.float32)
     expected = reader.process(load_file(tmp_path / "source/model.safetensors"))
     state, found = load_file(out / "model.safetensors"), QuantizedWeights.read(out)
@@ -390,6 +394,16 @@ def test_compressed_tensors_are_read_as_the_library_reads_them(described, grid, 
     assert (found and found.grid) == grid
     assert metrics["quantized_layers" if grid else "dequantized_layers"] == 14
     assert found is None or all(torch.equal(found.dequantize(name), expected[name]) for name in found.q)
+
+
+def test_what_is_to_be_rounded_when_the_model_runs_is_said(tiny_checkpoint, tmp_path):
+    described, notes = scheme(8, "int", "channel", activations=True), Notes()
+    recipe = {"config_groups": {"group_0": described}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    assert rounded_when_run(recipe) == ["activations", "keys and values"]
+    assert rounded_when_run({"config_groups": {"group_0": {**described, "input_activations": None}}}) == []
+    make(tiny_checkpoint, tmp_path / "source", "gptq")
+    loaded(tmp_path / "source", tmp_path, notes)
+    assert not any("are to be rounded" in note for note in notes.texts)
 
 
 @pytest.mark.slow
