@@ -31,6 +31,9 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     wanted, count = _asked(config), getattr(config, "num_hidden_layers", 0)
     if not wanted:
         return False
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and not -config.vocab_size <= pad < config.vocab_size:
+        raise CheckpointError(f"{where}/{CONFIG}: pad_token_id is {pad}, and {beyond_vocabulary(config.vocab_size)}")
     found: dict[int, set[str]] = {}
     unknown = False
     for stored, shape in shapes.items():
@@ -48,6 +51,11 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     if found and not unknown:
         _require_layers(where, found, count)
     return bool(found) and not unknown
+
+
+def beyond_vocabulary(size: int) -> str:
+    """What is wrong with a padding token, which transformers stops at in words of torch's."""
+    return f"the vocabulary has {size} tokens; say one of them there, or null"
 
 
 def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
+from featherweight.checkpoint.fit import beyond_vocabulary
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
@@ -182,6 +183,8 @@ def built(error: Exception, folder: Path) -> str:
     told = read_json(Listing.of(folder), CONFIG) if (folder / CONFIG).is_file() else {}
     name = error.args[0] if isinstance(error, KeyError) and error.args else None
     entry = next((key for key, value in told.items() if isinstance(name, str) and value == name), None)
+    if "Padding_idx" in str(error):
+        return f"pad_token_id is {told.get('pad_token_id')}, and {beyond_vocabulary(told.get('vocab_size', 0))}"
     return f"it knows no {entry} '{name}'" if entry else reason(error)
 
 
