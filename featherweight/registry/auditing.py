@@ -190,6 +190,8 @@ def _plain(name: str, value: str) -> Any:
 def _runs(registry: Registry, version: RegisteredVersion, told: Lineage) -> Iterator[Finding]:
     """MLflow's runs with their figures and data, stage by stage, and the logged model."""
     known = {id: registry.run(id) for id in dict.fromkeys([*(node.run_id for node in told.graph.nodes), told.graph.run_id])}
+    if known[told.graph.run_id] is None:
+        yield Finding(version.model, version.version, "run of the optimization", "missing", "MLflow has it no more")
     for node in told.graph.nodes:
         run = known[node.run_id]
         if run is None:

@@ -40,11 +40,14 @@ class Keys:
         return [*own, *sorted((self.folder / TRUSTED).glob("*.pem"))]
 
     def make(self) -> Path:
-        """Make a key pair (ECDSA, P-256) for its owner's eyes; returns the public key. Raises GateError where one is there."""
+        """Make a key pair (ECDSA, P-256) for its owner's eyes; returns the public key. Raises GateError where either is there."""
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
 
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (self.folder / PUBLIC).exists() and not (self.folder / PRIVATE).exists():
+            way = f"move it into {self.folder / TRUSTED} first, so that what it vouches for stays trusted"
+            raise GateError(f"{self.folder / PUBLIC} is there already, without its private key; {way}")
         key = ec.generate_private_key(ec.SECP256R1())
         plain = serialization.NoEncryption()
         private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)

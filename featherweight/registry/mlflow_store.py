@@ -45,12 +45,15 @@ class MlflowStore:
         self.client, self.model = client, model
         self._has_stages = True
         self._history = ""
+        self._signed = False
 
     def read(self) -> RegisteredModel:
         """The model as it stands. Raises GateError, naming the known ones, where there is none."""
         holder = self._holder()
         found = list(_sound(all_pages(self.client.search_model_versions, filter_string=f"name = '{holder.name}'")))
-        return _model(holder, found, _readable_entries(self.client, holder, self._history, list(self._entries())), self._has_stages)
+        entries = _readable_entries(self.client, holder, self._history, list(self._entries()))
+        self._signed = any(one.tags.get(SIGNED) for one in entries)
+        return _model(holder, found, entries, self._has_stages)
 
     def signatures(self) -> dict[int, tuple[str, str]]:
         """Text and signature ('' where there is none) of each stored entry, by number."""
@@ -87,11 +90,19 @@ class MlflowStore:
         return _sound(all_pages(self.client.search_model_versions, **query))
 
     def append(self, entry: Entry) -> None:
-        """Create the version that holds the entry; the model of versions first, where there is none yet."""
+        """Create the version that holds the entry; the model of versions first, where there is none yet.
+
+        Raises Forbidden where the last look showed signed entries and this user has no key: nobody who trusts one would believe it.
+        """
         from mlflow.exceptions import MlflowException
 
         text = entry.to_json()
         signature = Keys.here().sign(text)
+        if self._signed and not signature:
+            way = "`featherweight keys init`, and let the others trust its public key"
+            raise Forbidden(
+                f"entries of '{self.model}' are signed; one of this user, who has no key, would stop whoever trusts keys: {way}"
+            )
         tags, told = {ENTRY: text, **({SIGNED: signature} if signature else {})}, f"{entry.when[:19]}Z: {entry.told()}"
         try:
             if not entry.follows:

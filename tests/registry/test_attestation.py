@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.errors import GateError, IntegrityError
+from featherweight.errors import Forbidden, GateError, IntegrityError
 from featherweight.registry.attestation import attested, folder_faults, require_signed
 from featherweight.registry.auditing import audit_model
 from featherweight.registry.commit import placed
@@ -61,6 +61,22 @@ def test_keys_that_are_none_or_were_torn_apart_are_told_in_a_line(keys: Keys) ->
         IntegrityError, match=r"public\.pem is missing, without which one's own signatures are not trusted: openssl"
     ):
         keys.signed("entry", "")
+
+
+def test_who_has_no_key_decides_nothing_where_entries_are_signed(desk: Bench, keys: Keys, tmp_path: Path) -> None:
+    """Told success, they would stop the model for all who trust keys."""
+    for name in ("one", "two"):
+        desk.registry.register(desk.winner(name))
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="good")
+    before = desk.state()
+    private = (keys.folder / "private.pem").rename(tmp_path / "away.pem")
+    with pytest.raises(Forbidden, match=r"entries of 'little-llama' are signed; one of this user, who has no key"):
+        desk.registry.transition(MODEL, "2", "production", who="eve", why="better")
+    with pytest.raises(GateError, match=r"public\.pem is there already, without its private key; move it into"):
+        keys.make()
+    assert desk.state() == before
+    private.rename(keys.folder / "private.pem")
+    assert desk.registry.transition(MODEL, "2", "production", who="ada", why="better").stage == "production"
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\x00", b"[" * 100_000, b"[]", b"7", b"null", b'{"1": 7}', b'{"1": ["2"]}', None])
