@@ -242,10 +242,12 @@ def _figures(peer: Peer, taken: dict[int, list[dict[str, Any]]] | None, base: di
         ratio = bootstrap_median_ratio(theirs, seconds, seed=batch)
         found[f"speedup_{batch}"] = [round(one, 3) for one in (ratio.value, ratio.low, ratio.high)]
         found[f"tokens_per_s_{batch}"] = round(batch * NEW / statistics.median(seconds), 1)
-    pairs = [
-        pair for mine, eager in zip(taken[1], base[1], strict=True) for pair in zip(mine["tokens"], eager["tokens"], strict=True)
-    ]
-    found["same_tokens"] = round(statistics.mean(_same(*pair) for pair in pairs), 3)
+    texts = [text for batch in BATCHES for row in taken[batch] for text in row["tokens"]]
+    if odd := [text for text in texts if (text if isinstance(text, int) else len(text)) != NEW]:
+        raise SystemExit(f"{peer.name} wrote a text of another length than {NEW} tokens: {odd[0]}")
+    if not isinstance(texts[0], int):
+        theirs = [text for batch in BATCHES for row in base[batch] for text in row["tokens"]]
+        found["same_tokens"] = round(statistics.mean(map(_same, texts, theirs)), 3)
     return found
 
 
