@@ -37,7 +37,7 @@ from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
-from featherweight.checkpoint.quantized_formats import method_of
+from featherweight.checkpoint.quantized_formats import grid_told, method_of
 from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.grid import GRIDS, Grid
@@ -151,9 +151,16 @@ def _facts(answer: Mapping[str, Any], folder: Path, told: Mapping[str, Any], lis
         shapes if method is None else None,
         size,
         method,
+        _grids_told(method, told.get("quantization_config")),
         sparse=SPARSITY in listing.sizes,
         tokenizer=_tokenizer(listing),
     )
+
+
+def _grids_told(method: str | None, settings: Any) -> dict[str, Grid]:
+    """The grid of the matrices in the blocks by the settings of a checkpoint that others quantized, as loading finds it."""
+    grid = None if method is None else grid_told(method, settings)
+    return {} if grid is None else {"model.layers.0.body.weight": grid}
 
 
 def _shapes(listing: Listing, weights: Weights) -> tuple[dict[str, tuple[int, ...]] | None, int]:

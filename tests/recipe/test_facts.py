@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.facts import facts_for_any_task
+from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CONV1D, CheckpointFacts, Values
@@ -220,3 +222,15 @@ def test_a_llama_that_is_trained_from_nothing_is_judged_by_its_spec() -> None:
     odd = Recipe.model_validate(asked | {"checkpoint": {"train": keys | {"kv_heads": 3}}})
     with pytest.raises(RecipeError, match="heads 4 must be a multiple of kv_heads 3"):
         expand(odd, MACHINE)
+
+
+def test_engines_are_held_to_the_grid_that_a_packed_checkpoint_came_with(tmp_path: Path) -> None:
+    packed = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    tensors = {f"model.layers.{layer}.mlp.up_proj.qweight": (8, 96) for layer in (0, 1)}
+    folder = write_folder(tmp_path / "packed", LLAMA | {"quantization_config": packed}, tensors)
+    known = facts_for_any_task(LoadSpec(source=str(folder)))
+    assert "CTranslate2 packs int8 and float only" in str(
+        ruled_out(known, recipe({"engine": "ctranslate2", "compute_type": "int8"}))
+    )
+    assert "leave the quantize stage out" in str(ruled_out(known, recipe({"engine": "torchao-int4"}, quantize={})))
+    assert ruled_out(known, recipe({"engine": "torchao-int4"})) is None

@@ -8,7 +8,6 @@ from pathlib import Path
 from featherweight.checkpoint.facts import KnownAtLoad, facts_for_any_task
 from featherweight.checkpoint.fetching import SOURCES
 from featherweight.checkpoint.inspection import require_task
-from featherweight.checkpoint.quantized_formats import grid_told
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, RecipeError, one_line
 from featherweight.model.facts import CheckpointFacts
@@ -42,14 +41,7 @@ def facts_named(source: str, task: Task | None = None) -> CheckpointFacts:
         raise CheckpointError(f"{source}: what it holds is known once it is loaded: {one_line(reason)}") from reason
     if task is not None:
         require_task(source, facts.config, task)
-    return _with_grid(facts)
-
-
-def _with_grid(facts: CheckpointFacts) -> CheckpointFacts:
-    """Those of a checkpoint that others quantized, on the grid that its settings name, as loading it will find."""
-    settings = getattr(facts.config, "quantization_config", None)
-    grid = grid_told(str(facts.quantized), settings) if settings and facts.quantized and not facts.grids else None
-    return facts if grid is None else replace(facts, grids={"model.layers.0.body.weight": grid})
+    return facts
 
 
 def machine_asked(
