@@ -90,7 +90,7 @@ def _signed(public: Path, text: str, signature: str) -> bool:
 
     try:
         key = load_pem_public_key(public.read_bytes())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise IntegrityError(f"{public} is no readable key: restore it, or remove it and trust it no more") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IntegrityError(f"{public} is no public key for ECDSA")

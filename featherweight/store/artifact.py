@@ -74,12 +74,17 @@ class ArtifactRef(BaseModel):
 
 
 def file_sha256(path: Path) -> str:
-    """Streaming sha256 of a file. Raises IntegrityError for a pipe or a device, which might not end, and a link to no file."""
+    """Streaming sha256 of a file.
+
+    Raises IntegrityError for a pipe or a device, which might not end, a link to no file, and what this user may not read.
+    """
     try:
         with open(path, "rb", opener=_unless_it_waits) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise IntegrityError(f"{path} is no plain file")
             return hashlib.file_digest(stream, "sha256").hexdigest()
+    except PermissionError as error:
+        raise IntegrityError(f"{path} cannot be read by this user ({error.strerror})") from error
     except OSError as error:
         if error.errno != errno.ENXIO and not Path(path).is_symlink():
             raise

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.store.artifact import Manifest, describe_files, merkle_digest
+from featherweight.errors import IntegrityError
+from featherweight.store.artifact import Manifest, describe_files, file_sha256, merkle_digest
 from featherweight.store.workspace import ARTIFACT, Workspace, local_path
 from tests.support.registering import empty_store
 
@@ -123,3 +124,15 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(workspace: Workspace, monk
         workspace.publish(client, run.info.run_id, folder)
     assert list(place.iterdir()) == []
     assert folder.is_dir()
+
+
+def test_a_file_that_this_user_may_not_read_is_told(tmp_path: Path) -> None:
+    path, user = tmp_path / "weights", os.geteuid()
+    path.write_bytes(b"1")
+    path.chmod(0)
+    try:
+        os.seteuid(user or 65534)  # root may read everything
+        with pytest.raises(IntegrityError, match="weights cannot be read by this user"):
+            file_sha256(path)
+    finally:
+        os.seteuid(user)
