@@ -201,6 +201,25 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
     assert re.search(reason, found) if reason else not found
 
 
+@pytest.mark.parametrize(
+    ("kind", "told", "reason"),
+    [
+        ("lfm2", {}, "wants block_dim"),
+        ("lfm2", {"block_dim": 64}, ""),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 64}}, "beta_fast and beta_slow"),
+        (
+            "gpt_oss",
+            {"rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64, "rope_type": "yarn"}},
+            "",
+        ),
+        ("codegen", {}, "no module for codegen"),
+    ],
+)
+def test_what_vllm_ends_with_an_error_at_is_refused(kind: str, told: dict[str, Any], reason: str) -> None:
+    found = left_out_refusal(kind, Values({"class": "", "values": told, "names": {}}), 64) or ""
+    assert reason in found if reason else not found
+
+
 @pytest.mark.parametrize("kind", [*READ_WEIGHTS, *READ_TYPES])
 def test_layers_whose_weights_transformers_reads_itself_are_not_packed(kind: str) -> None:
     where = f"transformers/models/{kind}/modeling_{kind}.py"

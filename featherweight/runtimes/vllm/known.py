@@ -17,12 +17,21 @@ LEFT_OUT = {
 """What a module knows nothing of, or asserts to be off."""
 
 
+WANTED = {"lfm2": ("block_dim",), "gpt_oss": ("beta_fast", "beta_slow", "original_max_position_embeddings")}
+"""What a module ends with an error without, in config.json or in its rope_parameters; transformers does without."""
+
+
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
     """Why a model of type `kind` is not served as transformers computes it, over texts of up to `tokens`; None where it is."""
     if reason := activation_refusal("vLLM", config, kind, ONE_ACTIVATION):
         return reason
     if other := next((key for key in LEFT_OUT.get(kind, ()) if getattr(config, key, False)), None):
         return f"vLLM's {kind} knows no {other}; take another engine"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if missing := [key for key in WANTED.get(kind, ()) if rotary.get(key, getattr(config, key, None)) is None]:
+        return f"vLLM's {kind} wants {' and '.join(missing)} in config.json; say it there, or take another engine"
+    if kind == "codegen":
+        return "vLLM has no module for codegen models; take another engine"
     if kind == "falcon" and getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size):
         return f"vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine"
     if kind in ("qwen2", "qwen3") and len(set(getattr(config, "layer_types", None) or ())) > 1:
