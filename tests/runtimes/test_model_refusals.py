@@ -212,7 +212,6 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
             {"rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64, "rope_type": "yarn"}},
             "",
         ),
-        ("codegen", {}, "no module for codegen"),
     ],
 )
 def test_what_vllm_ends_with_an_error_at_is_refused(kind: str, told: dict[str, Any], reason: str) -> None:

@@ -88,3 +88,15 @@ def test_int8_of_a_cpu_without_amx_is_not_started_on_one_with_it(tmp_path: Path,
     for kind in ("float32", "float16"):
         with pytest.raises(StageError, match=f"written for a CPU without AMX or a GPU, in {kind}"):
             server.arguments(tmp_path, tmp_path, {"dtype": kind, "compute_type": "int8"}, Limits(1, 128, 1))
+
+
+def test_a_model_that_no_module_serves_is_refused(packages: Path) -> None:
+    asked = {"model_type": "mpt", "architectures": ["MptForCausalLM"]}
+    assert refusal(**asked) is None, "nothing is known of what transformers says of it"
+    modeling = packages / "transformers" / "models" / "mpt" / "modeling_mpt.py"
+    modeling.parent.mkdir(parents=True)
+    modeling.write_text("class MptForCausalLM: ...")
+    assert refusal(**asked) == "vLLM has no module for mpt models; take another engine"
+    modeling.write_text("class MptForCausalLM:\n    _supports_attention_backend = True")
+    assert refusal(**asked) is None, "vLLM runs transformers' own module"
+    assert refusal(architectures=["LlamaForCausalLM"]) is None

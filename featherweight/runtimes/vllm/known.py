@@ -30,8 +30,6 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
     rotary = getattr(config, "rope_parameters", None) or {}
     if missing := [key for key in WANTED.get(kind, ()) if rotary.get(key, getattr(config, key, None)) is None]:
         return f"vLLM's {kind} wants {' and '.join(missing)} in config.json; say it there, or take another engine"
-    if kind == "codegen":
-        return "vLLM has no module for codegen models; take another engine"
     if kind == "falcon" and getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size):
         return f"vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine"
     if kind in ("qwen2", "qwen3") and len(set(getattr(config, "layer_types", None) or ())) > 1:

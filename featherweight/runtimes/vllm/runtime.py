@@ -144,7 +144,10 @@ class Vllm(Runtime[VllmSpec]):
                 f"vLLM's fp8 cache wants heads of a multiple of {CACHE_HEADS} on a CPU, and these are {width} wide; "
                 "leave kv_cache out"
             )
-        if reason := left_out_refusal(model.facts.model_type, model.config.get_text_config(), model.max_tokens):
+        kind = model.facts.model_type
+        if reason := left_out_refusal(kind, model.config.get_text_config(), model.max_tokens):
+            return reason
+        if reason := on_cpus.unknown_refusal(kind, model.config):
             return reason
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
