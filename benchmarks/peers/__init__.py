@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -143,6 +144,7 @@ class Side:
         self.process = subprocess.Popen(
             [str(python), str(HERE / "clients.py"), peer.kind, str(peer.folder), *numbers],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=_environment(),
+            start_new_session=True,
         )  # fmt: skip
         self._answer()
 
@@ -160,8 +162,8 @@ class Side:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """End it."""
-        self.process.kill()
+        """End it and what it has started, such as vLLM's engine."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -178,7 +180,7 @@ def _started(peer: Peer, model: Path) -> Side | None:
             side.write(_prompts(model, batch, 0), NEW)
         return side
     except (OSError, subprocess.CalledProcessError) as error:
-        peer.notes["reason"] = one_line(error, 300)
+        peer.notes["reason"] = one_line(str(error).replace(f"{ROOT}/", ""), 300)
         return None
 
 
@@ -207,8 +209,8 @@ def _made(peer: Peer, python: Path) -> Path:
         log = PLACE / f"{_slug(peer.name)}.made.log"
         with log.open("w") as file:
             done = subprocess.run([str(python), *peer.made_by, str(out)], stdout=file, stderr=file, env=_environment(), cwd=PLACE)
-        if done.returncode or not out.is_dir():
-            raise OSError(f"its command failed with exit code {done.returncode}: {_last(log)}")
+        if done.returncode or not any(out.glob("*")):
+            raise OSError(f"its command wrote nothing, with exit code {done.returncode}: {_last(log)}")
         (out / "made.txt").write_text(" ".join(peer.made_by))
     configs = [*out.glob("genai_config.json"), *out.glob("*/genai_config.json")]
     return configs[0].parent if configs else out
