@@ -154,12 +154,12 @@ def quantile_estimate(runs: Sequence[Sequence[float]], share: float, *, confiden
     """
     from scipy.stats import binom, rankdata
 
-    ordered = sorted(chain.from_iterable(runs))
-    if not ordered:
+    values = list(chain.from_iterable(runs))
+    if not values:
         raise StageError("a quantile of nothing cannot be told")
-    count = len(ordered)
+    ordered, count = sorted(values), len(values)
     value = ordered[max(1, ceil(round(share * count, 9))) - 1]
-    ranks = iter(rankdata(list(chain.from_iterable(runs))).tolist())
+    ranks = iter(rankdata(values).tolist())
     above = [[float(one > value) for one in run] for run in runs]
     together = max(correlation_time(above), correlation_time([[next(ranks) for _ in run] for run in runs]))
     independent, tail = max(1, int(count / together)), (1 - confidence) / 2

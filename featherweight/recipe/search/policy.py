@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featherweight.measure.goals import Objective, bounded, choose_winner, judged_batch
+from featherweight.measure.goals import Figure, Objective, bounded, choose_winner, judged_batch
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
+from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
 from featherweight.recipe.plan import Plan, Variant
 
@@ -59,16 +60,18 @@ class Goal:
 
     def told(self, step: Step, metrics: Metrics) -> str:
         """A line on what came of a step: what is to be best in it, and what decides among those that are level."""
-        wanted = Objective.of(self.objective, metrics)
-        read = [(figure, figure.read(metrics)) for figure in (wanted.figure, wanted.tie)]
-        figures = ", ".join(figure.text(found) for figure, found in read if found)
+        figures = ", ".join(figure.text(found) for figure, found in self._wanted(metrics) if found)
         return f"{step.variant.name}, {'a short look' if step.kind == 'glance' else 'measured'}: {figures}"
 
     def values(self, short: Metrics) -> tuple[float, ...] | None:
         """What is to be small: the objective, and what decides among those that are level in it; None where one is not known."""
-        wanted = Objective.of(self.objective, short)
-        read = [(figure, figure.read(short)) for figure in (wanted.figure, wanted.tie)]
+        read = self._wanted(short)
         return tuple(figure.loss(found.value) for figure, found in read if found) if all(found for _, found in read) else None
+
+    def _wanted(self, metrics: Metrics) -> list[tuple[Figure, Estimate | None]]:
+        """What is to be best, and what decides among those that are level in it, as far as they are known."""
+        wanted = Objective.of(self.objective, metrics)
+        return [(figure, figure.read(metrics)) for figure in (wanted.figure, wanted.tie)]
 
     def broken(self, short: Metrics) -> dict[str, float]:
         """By how much of the bound each constraint that was looked at seems to be broken; zero or less where it is kept."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from featherweight.model.positions import rotary_switch
 from featherweight.runtimes.refusals import SILU, activation_refusal
+from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
+from featherweight.system.toolchains import text_of
 
 ONE_ACTIVATION = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), SILU)
 """The activations of model types whose modules end with an error at any other."""
@@ -19,6 +21,22 @@ LEFT_OUT = {
 
 WANTED = {"lfm2": ("block_dim",), "gpt_oss": ("beta_fast", "beta_slow", "original_max_position_embeddings")}
 """What a module ends with an error without, in config.json or in its rope_parameters; transformers does without."""
+
+
+BACKEND = "_supports_attention_backend = True"
+"""What a model of transformers says of itself that vLLM runs without a module of its own."""
+
+
+def unknown_refusal(kind: str, config: Any) -> str | None:
+    """Why no module serves a model of type `kind`, neither vLLM's own nor transformers'; None where one does.
+
+    Nothing is refused where vLLM's toolchain is not installed.
+    """
+    known, named = modules_by_architecture(), getattr(config, "architectures", None) or ()
+    if not known or not named or any(name in known for name in named):
+        return None
+    source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
+    return None if not source or BACKEND in source else f"vLLM has no module for {kind} models; take another engine"
 
 
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What vLLM computes, and what on CPUs, by what its own files say: to import it takes ten seconds.
+"""What vLLM computes on CPUs, by what its own files say: to import it takes ten seconds.
 
 Nothing is refused where its toolchain is not installed, or says it otherwise.
 """
@@ -25,22 +25,9 @@ MIXER, SCAN, KERNELS = "mamba.mamba_mixer import", "selective_scan_fwd", "vllm/_
 OTHERS = "take another engine"
 
 
-BACKEND = "_supports_attention_backend = True"
-"""What a model of transformers says of itself that vLLM runs without a module of its own."""
-
-
 def refusal(config: Any) -> str | None:
     """Why a model is not served from a CPU; None where it is."""
     return _heads_refusal(config) or _scan_refusal(config)
-
-
-def unknown_refusal(kind: str, config: Any) -> str | None:
-    """Why no module serves a model of type `kind`, neither vLLM's own nor transformers'; None where one does."""
-    known, named = modules_by_architecture(), getattr(config, "architectures", None) or ()
-    if not known or not named or any(name in known for name in named):
-        return None
-    source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
-    return None if not source or BACKEND in source else f"vLLM has no module for {kind} models; {OTHERS}"
 
 
 def wants_bfloat16(compute_type: str) -> bool:
