@@ -81,6 +81,12 @@ def speed(batch_size: int) -> Figure:
     return Figure(f"speedup_{batch_size}", "speed", times, more=True, interval=True, at=f" at batch {batch_size}")
 
 
+def against_plain(batch_size: int) -> Figure:
+    """How many times faster than the same variant without speculation."""
+    key = f"speculation_speedup_{batch_size}"
+    return Figure(key, "speed against the same without speculation", times, more=True, interval=True, at=f" at batch {batch_size}")
+
+
 def timed(key: str, name: str, interval: bool = False) -> Callable[[int], Figure]:
     """A time by its key without the batch size, of which the figure is made."""
     return lambda batch: Figure(f"{key}_{batch}", name, milliseconds, interval=interval, at=f" at batch {batch}")
@@ -219,6 +225,22 @@ def judge(constraints: ConstraintsSpec, objective: str, metrics: Metrics) -> lis
     return [_verdict(name, bounded(name, batch_size), bound, metrics) for name, bound in constraints.bounds.items()]
 
 
+def speculation_verdicts(objective: str, metrics: Metrics) -> list[Verdict]:
+    """Of a variant with speculation: it is surely no slower than without where the objective judges, and surely slower at none
+    of the other batch sizes."""
+    judged, verdicts = judged_batch(objective, metrics), []
+    for batch in measured_batches(metrics):
+        figure = against_plain(batch)
+        estimate = figure.read(metrics)
+        if estimate is None:
+            continue
+        value = figure.worst(estimate) if batch == judged else figure.best(estimate)
+        wanted = "surely no less than" if batch == judged else "not surely less than"
+        reason = f"{figure.text(estimate)}, wanted {wanted} {figure.show(1.0)}"
+        verdicts.append(Verdict(f"speculation@{batch}", figure.keeps(value, 1.0), reason, value, 1.0))
+    return verdicts
+
+
 def _verdict(name: str, figure: Figure, bound: float, metrics: Metrics) -> Verdict:
     estimate = figure.read(metrics)
     if estimate is None:
@@ -281,10 +303,11 @@ def choose_winner(constraints: ConstraintsSpec, objective: str, variants: Mappin
 
 
 def _refusals(constraints: ConstraintsSpec, objective: str, metrics: Metrics) -> list[str]:
-    """Why a variant may not win: constraints that are not surely kept, figures of the objective that were not measured."""
+    """Why a variant may not win: broken constraints, speculation that slows it, figures that were not measured."""
     wanted = Objective.of(objective, metrics)
     missing = [not_measured(figure) for figure in (wanted.figure, wanted.tie) if figure.read(metrics) is None]
-    return list(dict.fromkeys([*(one.reason for one in judge(constraints, objective, metrics) if not one.kept), *missing]))
+    judged = [*judge(constraints, objective, metrics), *speculation_verdicts(objective, metrics)]
+    return list(dict.fromkeys([*(one.reason for one in judged if not one.kept), *missing]))
 
 
 @dataclass(frozen=True)

@@ -134,12 +134,32 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """A variant with speculation, without it: its speeds by turns with it, at each batch size. tokens_per_pass: so many
+    are written in a pass over a text with it, by batch size; empty where the engine does not tell.
+    """
+
+    speeds: tuple[Speed, ...]
+    tokens_per_pass: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Plain:
+        """The inverse of `dataclasses.asdict` and a trip through JSON."""
+        written = {int(batch): float(tokens) for batch, tokens in tree["tokens_per_pass"].items()}
+        return cls(tuple(map(Speed.from_json, tree["speeds"])), written)
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """A variant beside the baseline that ran in turns with it: round i of one is paired with round i of the other."""
+    """A variant beside the baseline that ran in turns with it: round i of one is paired with round i of the other.
+
+    plain: what a variant with speculation is without it.
+    """
 
     variant: Measurement
     baseline: Measurement
     machine: str = ""
+    plain: Plain | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -209,6 +229,16 @@ class Comparison:
             figures["references"] = len(self.variant.written)
         return figures
 
+    def _speculation(self) -> dict[str, float]:
+        """What speculation gains, by `speculation_speedup_N`, and `tokens_per_pass_N`."""
+        figures: dict[str, float] = {}
+        for plain in self.plain.speeds if self.plain else ():
+            batch = plain.batch_size
+            faster = bootstrap_median_ratio(plain.rounds_s, self.variant.speed(batch).rounds_s, seed=batch)
+            figures |= _bounded(f"speculation_speedup_{batch}", faster)
+        told = self.plain.tokens_per_pass if self.plain else {}
+        return figures | {f"tokens_per_pass_{batch}": tokens for batch, tokens in told.items()}
+
     def _lengths(self) -> dict[str, float]:
         """Of each other length of prompts, by `_prompt_N`."""
         figures: dict[str, float] = {}
@@ -256,7 +286,7 @@ class Comparison:
             figures |= _bounded(f"speedup_{batch_size}", self.speedup(batch_size))
             figures |= _named(variant.speed(batch_size), str(batch_size))
             figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
-        figures |= self._lengths() | self._loads()
+        figures |= self._speculation() | self._lengths() | self._loads()
         if variant.roofline and 1 in self.batch_sizes:
             figures["roofline_1"] = variant.roofline.share(variant.speed(1).tokens_per_s)
             figures |= asdict(variant.roofline)
@@ -273,7 +303,8 @@ class Comparison:
         try:
             tree = json.loads((folder / FILE).read_text())
             variant, baseline = (Measurement.from_json(tree[side]) for side in ("variant", "baseline"))
-            return cls(variant, baseline, tree["machine"])
+            plain = Plain.from_json(tree["plain"]) if tree.get("plain") else None
+            return cls(variant, baseline, tree["machine"], plain)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder / FILE} is no measurement ({error}); evaluate the variant anew") from error
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from featherweight.measure.goals import bound_shown, judge
+from featherweight.measure.goals import bound_shown, judge, speculation_verdicts
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.progress import Metrics
 
@@ -33,7 +33,8 @@ def nearest(constraints: ConstraintsSpec, objective: str, variants: Mapping[str,
     found: list[tuple[int, float, str, dict[str, float]]] = []
     for name, metrics in variants.items():
         broken = [one for one in judge(constraints, objective, metrics) if not one.kept]
-        if name == BASELINE or any(one.value is None for one in broken):
+        slowed = any(not one.kept for one in speculation_verdicts(objective, metrics))
+        if name == BASELINE or slowed or any(one.value is None for one in broken):
             continue
         if not broken:
             return None

@@ -177,7 +177,8 @@ def _work(node: Node, given: Mapping[str, ModelSize]) -> Work:
     if isinstance(spec, ServingSpec):
         return _writing(spec, size)
     if isinstance(spec, WorkloadSpec):
-        return _measuring(spec, [given[id] for id in dict.fromkeys((node.inputs["served"], node.inputs["baseline"]))])
+        sides = [given[id] for id in dict.fromkeys((node.inputs["served"], node.inputs["baseline"]))]
+        return _measuring(spec, [*sides, *[size] * (len(node.engines) - 2)])
     if isinstance(spec, SensitivitySpec):
         return Work(spec.operations(size), files=weights)
     if isinstance(spec, QuantizeSpec):

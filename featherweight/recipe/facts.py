@@ -51,8 +51,8 @@ class Facts:
 def trained(spec: TrainSpec) -> CheckpointFacts:
     """Those of the Llama that a recipe trains from nothing."""
     kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_encoder_decoder": False, "pad_token_id": None}
-    biases = {"attention_bias": False, "mlp_bias": False}
-    return CheckpointFacts(Values({"class": "LlamaConfig", "values": kind | biases | spec.llama, "names": {}}))
+    inside = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    return CheckpointFacts(Values({"class": "LlamaConfig", "values": kind | inside | spec.llama, "names": {}}))
 
 
 def sources(recipe: Recipe) -> list[LoadSpec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -15,6 +15,7 @@ from featherweight.recipe.memory import memory_obstacle
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe, RegisterSpec, VariantsSpec
 from featherweight.recipe.refusals import Chosen, baseline_type, memory_refusal
+from featherweight.recipe.speculating import NONE, Choice, beside_refusal, draft_of, name_of
 from featherweight.runtimes.catalog import BASELINE as BASELINE_ENGINE
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.spec import ComputeType, ExportSpec, ServingSpec
@@ -24,7 +25,6 @@ from featherweight.system.device import CPU, Device, resolve
 from featherweight.system.machine import Machine, describe
 from featherweight.text.spec import GateSpec, TextSpec
 
-NONE = "none"
 # Without these there is nothing to measure, nothing to measure against, or nothing to show for it.
 ESSENTIAL = (
     *("text/train", "text/calibration", "text/evaluation", "gate", "checkpoint", "baseline", "baseline/evaluate"),
@@ -38,8 +38,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class Node:
     """One run of one stage. `id` is its path in the trie; `inputs` maps the stage's input names to node ids.
 
-    engines: those that it measures; what serves is written by that of its spec. device: where it computes, or what it measures is
-    served; None where it computes nothing.
+    engines: those that it measures, side by side; what serves is written by that of its spec. device: where it computes, or what it
+    measures is served; None where it computes nothing.
     """
 
     id: str
@@ -98,21 +98,24 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
     where = resolve(recipe.device, machine)
     if recipe.checkpoint.train and (reason := recipe.checkpoint.train.refusal()):
         raise RecipeError(reason)
-    known = facts.of(recipe)
-    numbers = baseline_type(known, machine.memory_bytes)
-    if known and (reason := workload_refusal(recipe.workload, known) or memory_refusal(known.size, machine.memory_bytes, numbers)):
+    told = facts.of(recipe)
+    numbers = baseline_type(told, machine.memory_bytes)
+    if told and (reason := workload_refusal(recipe.workload, told) or memory_refusal(told.size, machine.memory_bytes, numbers)):
         raise RecipeError(reason)
     roots = {node.id: node for node in _roots(recipe, where, numbers)}
     nodes = dict(roots)
     size, students = facts.size(recipe), {name: one.size for name, one in facts.by_source.items()}
     variants = [_variant(recipe, BASELINE, (BASELINE,), BASELINE)]
     ruled_out: dict[str, str] = {}
-    for choice in _choices(recipe):
-        name = "/".join(part for part in choice if part != NONE)
-        if reason := _obstacle(recipe, choice, machine, where, facts):
+    known = {choice: _chosen(recipe, choice, machine, where, facts) for choice in _choices(recipe)}
+    for choice, chosen in known.items():
+        name = name_of(choice)
+        if reason := chosen.obstacle() or beside_refusal(choice, known, known.__getitem__):
             ruled_out[name] = reason
             continue
-        chain = _chain(recipe, where, *choice)
+        draft = draft_of(chosen, known)
+        drafted = [node for node in _chain(recipe, where, *draft) if not node.engines] if draft else []
+        chain = [*drafted, *_chain(recipe, where, *choice, draft=draft)]
         if reason := memory_obstacle(chain, roots, size, students, machine.memory_bytes):
             ruled_out[name] = reason
             continue
@@ -129,8 +132,8 @@ def _variant(recipe: Recipe, name: str, choices: tuple[str, ...], served: str) -
     return Variant(name, choices, served, f"{served}/evaluate", f"{served}/glance" if recipe.search else "")
 
 
-def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machine, where: Device, facts: Facts) -> str | None:
-    """Why a (distill, prune, quantize, serve) cannot or should not be run on `machine`, `where` it is; None where it can."""
+def _chosen(recipe: Recipe, choice: Choice, machine: Machine, where: Device, facts: Facts) -> Chosen:
+    """What a variant would be made by, on `machine`, `where` it is."""
     distill, prune, quantize, serve = choice
     stages = recipe.stages
     distilled, pruned = stages.distill.get(distill), stages.prune.get(prune)
@@ -138,7 +141,7 @@ def _obstacle(recipe: Recipe, choice: tuple[str, str, str, str], machine: Machin
     quantized, served = stages.quantize.get(quantize), _serve(recipe)[serve]
     known = facts.of(recipe)
     adapters = tuple(recipe.checkpoint.adapters)
-    return Chosen(recipe.task, distilled, pruned, quantized, served, machine, where, known, student, adapters).obstacle()
+    return Chosen(recipe.task, distilled, pruned, quantized, served, machine, where, known, student, adapters)
 
 
 def _serve(recipe: Recipe) -> dict[str, ServingSpec]:
@@ -156,11 +159,11 @@ def _served(recipe: Recipe, spec: ServingSpec) -> ServingSpec:
     return spec.model_copy(update={"max_tokens": max(wanted, recipe.workload.measured_tokens)})
 
 
-def _choices(recipe: Recipe) -> Iterable[tuple[str, str, str, str]]:
+def _choices(recipe: Recipe) -> Collection[Choice]:
     """Every wanted (distill, prune, quantize, serve), in order and once."""
     stages = recipe.stages
     every = VariantsSpec(distill=(NONE, "*"), prune=(NONE, "*"), quantize=(NONE, "*"))
-    seen: dict[tuple[str, str, str, str], None] = {}
+    seen: dict[Choice, None] = {}
     for line in (every,) if recipe.variants is None else recipe.variants:
         product = itertools.product(
             _pick("distill", line.distill, stages.distill),
@@ -197,8 +200,13 @@ def _roots(recipe: Recipe, where: Device, numbers: ComputeType) -> list[Node]:
     return [*text, gate, root, served, *_measurements(recipe, served, BASELINE, (BASELINE_ENGINE,))]
 
 
-def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: str, serve: str) -> list[Node]:
-    """The nodes of one variant below the checkpoint; equal prefixes of two variants give equal ids."""
+def _chain(
+    recipe: Recipe, where: Device, distill: str, prune: str, quantize: str, serve: str, draft: Choice | None = None
+) -> list[Node]:
+    """The nodes of one variant below the checkpoint; equal prefixes of two variants give equal ids.
+
+    draft: the variant that drafts for it, which is served by a node of its name.
+    """
     stages, nodes, path, parent = recipe.stages, [], "", "checkpoint"
 
     def add(stage: str, label: str, spec: Spec, **inputs: str) -> None:
@@ -230,8 +238,9 @@ def _chain(recipe: Recipe, where: Device, distill: str, prune: str, quantize: st
     path = _join(path.removesuffix("+finetune"), serve)
     stage = "compile" if serve in stages.compile else "export"
     served = _serve(recipe)[serve]
-    add(stage, serve, served, calibration="text/calibration")
-    return [*nodes, *_measurements(recipe, nodes[-1], serve, (served.engine, BASELINE_ENGINE))]
+    add(stage, serve, served, calibration="text/calibration", **({"draft": name_of(draft)} if draft else {}))
+    beside = (served.engine, BASELINE_ENGINE) if served.speculation else (BASELINE_ENGINE,)
+    return [*nodes, *_measurements(recipe, nodes[-1], serve, (served.engine, *beside))]
 
 
 def _measurements(recipe: Recipe, served: Node, label: str, engines: tuple[str, ...]) -> list[Node]:

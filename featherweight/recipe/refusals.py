@@ -235,6 +235,11 @@ def _sharding_refusal(chosen: Chosen) -> str | None:
     return None
 
 
+def _speculation_refusal(chosen: Chosen) -> str | None:
+    reason = RUNTIMES[chosen.serve.engine].speculation_refusal(chosen.serve)
+    return reason and f"speculation + {chosen.serve.engine}: {reason}"
+
+
 def _grids_refusal(chosen: Chosen) -> str | None:
     """What the engine says of the grids; those that the checkpoint came with where nothing quantizes it."""
     kept = chosen.pruned.kept_grids if chosen.pruned and chosen.quantize is None else None
@@ -259,6 +264,7 @@ def _model_refusal(chosen: Chosen) -> str | None:
 
 REFUSALS: tuple[Callable[[Chosen], str | None], ...] = (
     lambda chosen: task_refusal(chosen.task, chosen.serve),
+    _speculation_refusal,
     _adapters_refusal,
     _distill_refusal,
     lambda chosen: chosen.prune.refusal(chosen.parent(chosen.distilled)) if chosen.prune else None,

@@ -34,14 +34,14 @@ def promotion_gate(
 ) -> list[GateResult]:
     """Judge a candidate by its recipe's constraints and against the present champion.
 
-    It has to keep every constraint with its confidence bound; its bits per byte must not be worse than the champion's, beyond
-    max_quality_loss where that is set; its objective must not be worse, both beyond the confidence intervals; and it
-    has to be better in at least one of quality, speed and size. constraints, objective: those of the candidate's
-    recipe if not given. Raises GatesRefused, with the reasons, if any gate refuses.
+    It has to keep every constraint with its confidence bound, and to be no slower by speculation; its bits per byte
+    must not be worse than the champion's, beyond max_quality_loss where that is set; its objective must not be worse, both
+    beyond the confidence intervals; and it has to be better in at least one of quality, speed and size. constraints, objective:
+    those of the candidate's recipe if not given. Raises GatesRefused, with the reasons, if any gate refuses.
     """
     bounds = _registered_constraints(candidate) if constraints is None else constraints
     objective = objective or candidate.tag("objective") or goals.OBJECTIVE
-    judged = goals.judge(bounds, objective, candidate.metrics)
+    judged = [*goals.judge(bounds, objective, candidate.metrics), *goals.speculation_verdicts(objective, candidate.metrics)]
     gates = [GateResult(one.constraint, one.kept, one.reason, one.value, one.bound) for one in judged]
     if champion is None:
         gates.append(GateResult("champion", True, "there is no champion to compare with"))

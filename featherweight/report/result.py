@@ -15,6 +15,8 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
   sooner than the baseline its first token comes;
 - `pQ_latency_s_rate_R`, `pQ_ttft_s_rate_R` with bounds, `done_rate_R`, `tokens_per_s_rate_R`: what requests that come at R a second
   wait, the share that is answered; the longest at any rate ends in `_requests`; what has no end is left out;
+- `speculation_speedup_N` with bounds, `tokens_per_pass_N`: of a variant with speculation its throughput over that of the same
+  without, and what it writes in a pass over a text;
 - `joules_per_token_N`: energy of the whole machine, where it is readable;
 - `size_bytes`, `peak_memory_bytes`, `parity`: weights on disk, the engine process's peak, and the largest difference of
   log-probabilities between the served variant and its PyTorch source;

@@ -58,6 +58,7 @@ SCORED: Mapping[Task, str] = {
 """What the quality of a model for each task is about."""
 
 
+SPECULATION = "tokens/s over those of the same without speculation, whose texts are the same"
 JOULES = "energy of the whole machine for each new token"
 CHANGED = "share of greedy texts that are not the original's, letter for letter"
 NEAR = {
@@ -94,6 +95,8 @@ def columns(result: OptimizationResult) -> list[Column]:
             _metric(f"p99, {at}", "99th percentile of the latency", f"p99_latency_s_{batch}", milliseconds),
             _metric(f"between tokens, {at}", "of one sequence, after the first", f"inter_token_s_{batch}", milliseconds),
             _metric(f"J/token, {at}", JOULES, f"joules_per_token_{batch}", plain),
+            _bounded(f"speculation ×, {at} (95 % CI)", SPECULATION, f"speculation_speedup_{batch}", times),
+            _metric(f"tokens a pass, {at}", "over a text, with what was drafted", f"tokens_per_pass_{batch}", plain),
         ]
     for tokens in result.prompt_lengths:
         found += _long_prompts(tokens)

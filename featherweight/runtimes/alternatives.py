@@ -49,7 +49,7 @@ def _others(engine: str) -> Iterator[str]:
 def _ways(engine: str, asked: ServingSpec) -> Iterator[ServingSpec]:
     """How an engine may be told to serve what another was asked to: in the same numbers if it knows them, by default, in others."""
     kind: Any = RUNTIMES[engine].spec
-    told = {"engine": engine, "max_tokens": asked.max_tokens, "device": asked.device}
+    told = {"engine": engine, "max_tokens": asked.max_tokens, "device": asked.device, "speculation": asked.speculation}
     for key in (key for key in NUMBERS if key in kind.model_fields):
         same = next((getattr(asked, name) for name in NUMBERS if hasattr(asked, name)), None)
         for value in dict.fromkeys((same, kind.model_fields[key].default, *get_args(kind.model_fields[key].annotation))):

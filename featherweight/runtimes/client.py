@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from featherweight.errors import StageError, ToolchainError
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Generation, Timing, Tokens
+from featherweight.runtimes.interface import Acceptance, Generation, Timing, Tokens
 from featherweight.store.served_folder import Serving, require_verified, verified_tokens
 from featherweight.system import device
 from featherweight.system.child_process import ChildProcess, Message, error_of
@@ -122,6 +122,11 @@ class Worker:
         if threads != self.threads:
             self._call("set_threads", threads)
             self.threads = threads
+
+    def acceptance(self) -> Acceptance | None:
+        """See LoadedModel.acceptance."""
+        found = self._call("acceptance")
+        return Acceptance(**found) if found else None
 
     def attention(self) -> dict[str, str]:
         """See LoadedModel.attention."""

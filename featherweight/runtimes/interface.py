@@ -108,6 +108,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """It writes matrix by matrix what `Source.model` reads from files, so that a large model need not fit in memory."""
     devices: tuple[Device, ...] = (CPU,)
     """Where it can serve from."""
+    speculates: tuple[str, ...] = ()
+    """The methods of speculation (runtimes/speculation.py) that it writes by."""
 
     @abstractmethod
     def write(self, spec: SpecOf, source: Source, out: Path) -> None:
@@ -156,6 +158,14 @@ class Runtime(ABC, Generic[SpecOf]):
     def adapters_refusal(self, spec: SpecOf) -> str | None:
         """Why it serves no adapters beside a model (see LoadedModel.adapt), in one line; None where it does."""
         return "it serves one model, with no adapters beside it; take another engine, or merge one: its folder is the source"
+
+    def speculation_refusal(self, spec: SpecOf) -> str | None:
+        """Why it drafts no tokens as `spec` asks it to; None where it does, or is not asked."""
+        asked = spec.speculation
+        if asked is None or asked.method in self.speculates:
+            return None
+        does = f"speculates by {', '.join(self.speculates)} here" if self.speculates else "writes one token a pass here"
+        return f"{self.name} {does}, and not by {asked.method}; take another engine, or leave it out"
 
     def model_refusal(self, spec: SpecOf, model: Candidate) -> str | None:
         """Why it does not serve this very checkpoint, once it is known; None where it does, or where only writing will tell.
@@ -234,6 +244,14 @@ class Timing:
 
     ttft_s: float
     total_s: float
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How an engine has fared with drafted tokens: in so many passes over a text it has written so many tokens."""
+
+    passes: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -355,6 +373,10 @@ class LoadedModel(ABC):
         line = Schedule(asks, times_s)
         self.converse(line)
         return line.times
+
+    def acceptance(self) -> Acceptance | None:
+        """How it has fared with drafted tokens so far; None where it has none, or does not tell."""
+        return None
 
     def take_adapter(self, name: str | None) -> None:
         """`adapt`, where another one computes."""

@@ -150,6 +150,17 @@ class MeasuredVariant:
         times = self.worker.under_load(prompts, spec.new_tokens, came, spec.requests.patience_s)
         return tuple(Request(at, first, last) for at, (first, last) in zip(came, times, strict=True))
 
+    def timed_texts(self) -> tuple[list[list[int]], dict[int, float]]:
+        """What it writes where it is timed, and by batch size so many tokens a pass over a text, where it drafts and tells."""
+        texts, written = list[list[int]](), dict[int, float]()
+        for shape in self.shapes:
+            before = self.worker.acceptance()
+            texts += self.worker.generate(self.workload.prompts(shape), self.workload.new_tokens(shape))
+            after = self.worker.acceptance()
+            if before and after and shape in self.workload.spec.batches:
+                written[shape.batch_size] = (after.written - before.written) / (after.passes - before.passes)
+        return texts, written
+
     def live(self, shape: Shape, turns: list[Turn]) -> dict[str, float]:
         """What is told while rounds go on."""
         speed = self.speed(shape, turns)
@@ -257,17 +268,18 @@ def _same_questions(known: Measurement, workload: Workload) -> bool:
     return compared and known.hits.keys() == spec.benchmarks.keys() and known.matches.keys() == metrics
 
 
-def take_turns(variant: MeasuredVariant, baseline: MeasuredVariant, shape: Shape, progress: Progress) -> tuple[Speed, Speed]:
-    """Timed rounds by turns: how quickly each side answers."""
-    turns: dict[MeasuredVariant, list[Turn]] = {variant: [], baseline: []}
+def take_turns(sides: Collection[MeasuredVariant], shape: Shape, progress: Progress) -> list[Speed]:
+    """Timed rounds by turns: how quickly each side answers. What is told while they go on is of the first."""
+    turns: dict[MeasuredVariant, list[Turn]] = {side: [] for side in sides}
     for side in turns:
         side.prepare(shape)
-    rounds = variant.workload.spec.rounds
+    first = next(iter(turns))
+    rounds = first.workload.spec.rounds
     for turn in range(rounds):
         for side in _order(turns, turn):
             turns[side].append(side.turn(shape))
-        progress.step(turn + 1, rounds, **variant.live(shape, turns[variant]))
-    return variant.speed(shape, turns[variant]), baseline.speed(shape, turns[baseline])
+        progress.step(turn + 1, rounds, **first.live(shape, turns[first]))
+    return [side.speed(shape, turns[side]) for side in sides]
 
 
 def ask_in_turns(

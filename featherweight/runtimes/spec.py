@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, field_validator
 
 from featherweight.errors import RecipeError, nearest
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.speculation import Speculation
 from featherweight.spec import NamedSpec, SequenceLength
 from featherweight.store.served_folder import SERVED_TOKENS
 from featherweight.system.device import Device, Wanted
@@ -40,16 +41,18 @@ class ServingSpec(NamedSpec):
     """An alternative of the last stage; its engine's own spec has the keys that this engine reads.
 
     max_tokens: the longest sequence that it is verified for and offered, within the model's context; the plan takes the workload's.
-    device: where it is served, by default where the recipe says for all.
+    device: where it is served, by default where the recipe says for all. speculation: draft the next tokens and check them in one
+    pass; the text is that of the same without it.
     """
 
     named_by = "engine"
-    quiet = frozenset({"device"})
+    quiet = frozenset({"device", "speculation"})
     stage: ClassVar[Stage]
 
     engine: str
     max_tokens: SequenceLength = SERVED_TOKENS
     device: Wanted = "auto"
+    speculation: Speculation | None = None
 
     @classmethod
     def kind(cls, name: str | None) -> type[Self] | None:
@@ -65,6 +68,11 @@ class ServingSpec(NamedSpec):
     def served_on(self, where: Device) -> Device:
         """The device that it is served from, where a recipe says `where` for all."""
         return where if self.device == "auto" else self.device
+
+    @property
+    def without_speculation(self) -> Self:
+        """The same, token by token."""
+        return self.model_copy(update={"speculation": None})
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -26,7 +26,9 @@ from featherweight.runtimes.alternatives import advised
 from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.candidate import Candidate, rows_of, served_tokens
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
+from featherweight.runtimes.drafts import keep_draft
 from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.lossless import check_lossless
 from featherweight.runtimes.parity import Reference, load_reference
 from featherweight.runtimes.spec import ServingSpec
 from featherweight.spec import HEADED
@@ -194,10 +196,18 @@ class Source:
 
 
 def write_served(
-    spec: ServingSpec, *, checkpoint: Path, calibration: Path, out: Path, seed: int = 0, progress: Progress = Progress()
+    spec: ServingSpec,
+    *,
+    checkpoint: Path,
+    calibration: Path,
+    out: Path,
+    draft: Path | None = None,
+    seed: int = 0,
+    progress: Progress = Progress(),
 ) -> Metrics:
     """Write to `out` what `spec.engine` serves, compare it with PyTorch, and record the length up to which it holds.
 
+    draft: the served folder of the smaller model that drafts for it, if one does; it becomes part of what is served.
     Raises RecipeError for weights that the engine does not hold, ToolchainError where this machine has no kernel for them,
     StageError for an unknown architecture, ParityError where the engine does not compute what PyTorch computes.
     """
@@ -211,9 +221,14 @@ def write_served(
         source.quantized.seal()
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
-    Serving.read(out).on(where).write(out)
+    if draft:
+        keep_draft(draft, out)
+    served = Serving.read(out).on(where)
+    replace(served, options=served.options | (spec.speculation.options if spec.speculation else {})).write(out)
     by_adapter = source.adapted_references()
     metrics = {**runtime.check(spec, source, out), **_check_adapters(by_adapter, out)}
+    if spec.speculation:
+        check_lossless(out, source)
     replace(Serving.read(out), max_tokens=source.max_tokens, context=source.context).write(out)
     return metrics
 
@@ -251,6 +266,8 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
     grids = Grids(GRIDS[body] if body else None, GRIDS[head] if head else None)
     if reason := runtime.grid_refusal(grids, spec):
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
+    if reason := runtime.speculation_refusal(spec):
+        raise RecipeError(f"speculation + {spec.engine}: {reason}")
     if kept_adapters(source.checkpoint) and (reason := runtime.adapters_refusal(spec)):
         raise RecipeError(f"checkpoint.adapters + {spec.engine}: {reason}")
     if reason := runtime.machine_refusal(spec, seen_from(source.device, describe())):

@@ -14,7 +14,8 @@ from featherweight.errors import GateError
 from featherweight.measure import goals
 from featherweight.measure.goals import choose_winner, judge, judged_batch
 from featherweight.measure.load import Load, Request
-from featherweight.measure.measurement import Comparison
+from featherweight.measure.measurement import Comparison, Plain
+from featherweight.measure.relaxing import nearest
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.speed import Speed
 from featherweight.registry.gate import promotion_gate
@@ -105,6 +106,48 @@ def test_the_objective_may_be_size_or_quality_or_another_batch_size():
     variants = {"small": small, "good": good, "fast": fast}
     winners = {o: decide(ConstraintsSpec(), o, variants).winner for o in ("size", "quality", "speedup@8", "speedup@1")}
     assert winners == {"size": "small", "quality": "good", "speedup@8": "fast", "speedup@1": "small"}
+
+
+def speculating(latency_s: float, gain: float, at_eight: float = 1.0, spread: float = 0.0) -> Comparison:
+    """A variant with speculation, so many times faster than without at batch 1 and 8."""
+    steps = (-1, -0.5, 0, 0.5, 1)
+    plain = speed([latency_s * gain * (1 + spread * step) for step in steps]), speed([latency_s * at_eight] * 5, batch_size=8)
+    speeds = speed([latency_s * (1 - spread * step) for step in steps]), speed([latency_s] * 5, batch_size=8)
+    return Comparison(
+        replace(measurement(latency_s), speeds=speeds),
+        measurement(batches=(1, 8)),
+        plain=Plain(plain, {1: 2.5}),
+    )
+
+
+def test_speculation_wins_only_where_it_is_surely_no_slower_than_none(tmp_path):
+    variants = {
+        "ngram": speculating(0.2, 1.3),
+        "unsure": speculating(0.1, 1.01, spread=0.2),
+        "slower": speculating(0.1, 0.8),
+        "slower@8": speculating(0.1, 2.0, at_eight=0.9),
+        "plain": comparison(latency_s=0.26),
+    }
+    variants["ngram"].write(tmp_path)
+    assert Comparison.read(tmp_path) == variants["ngram"]
+    metrics = variants["ngram"].metrics()
+    assert metrics["speculation_speedup_1_low"] == pytest.approx(1.3) and metrics["tokens_per_pass_1"] == 2.5
+    decision = decide(ConstraintsSpec(), "speedup@1", variants)
+    assert decision.winner == "ngram"
+    told = "speed against the same without speculation"
+    assert decision.reasons["slower"] == f"{told} 0.80x at batch 1, wanted surely no less than 1.00x"
+    assert decision.reasons["slower@8"] == f"{told} 0.90x at batch 8, wanted not surely less than 1.00x"
+    assert decision.reasons["unsure"].startswith(f"{told} 1.01x") and "at batch 1" in decision.reasons["unsure"]
+    assert decide(ConstraintsSpec(), "speedup@8", {"a": variants["slower@8"], "plain": variants["plain"]}).winner == "plain"
+
+
+def test_a_variant_that_speculation_slows_is_not_promoted_and_not_what_to_relax_for():
+    metrics = speculating(0.1, 0.8).metrics()
+    tags = {"featherweight.metrics": json.dumps(metrics), "featherweight.variant": "ngram"}
+    version = RegisteredVersion("m", "1", "none", (), "run", "", tags, 0.0)
+    with pytest.raises(GateError, match=r"speculation@1: speed against the same without speculation 0.80x"):
+        promotion_gate(version, None, ConstraintsSpec())
+    assert nearest(ConstraintsSpec(min_speedup=99.0), "speedup@1", {"ngram": metrics}) is None
 
 
 def long_prompts(ttft_s: float, nll: float = 100.0) -> Comparison:

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import RecipeError
-from featherweight.recipe.cost import estimate
+from featherweight.recipe.cost import Speeds, estimate
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe, VariantsSpec
+from featherweight.spec import ModelSize
 from featherweight.system.machine import Machine
 
 STAGES: dict[str, Any] = {
@@ -196,3 +197,50 @@ def test_a_plan_can_be_made_for_another_machine(features: set[str], left: list[s
     recipe, _ = plan_of([{"serve": "vllm"}], STAGES | {"export": STAGES["export"] | exports})
     wanted = recipe.model_copy(update={"variants": (VariantsSpec(serve=("w4", "w8")),)})
     assert [variant.name for variant in expand(wanted, other).variants] == left
+
+
+NGRAM = {"engine": "llama.cpp", "speculation": {"method": "ngram"}}
+
+
+def test_speculation_is_tried_beside_the_same_without_it() -> None:
+    plain, half = {"engine": "llama.cpp"}, {**NGRAM, "precision": "float16"}
+    _, plan = plan_of(stages={"export": {"ngram": NGRAM, "plain": plain, "ngram16": half}})
+    assert [variant.name for variant in plan.variants] == ["baseline", "ngram", "plain"]
+    assert plan.ruled_out["ngram16"].startswith("speculation: the same without it is no variant of this recipe")
+    assert plan.nodes["ngram/evaluate"].engines == ("llama.cpp", "llama.cpp", "torch")
+    assert plan.nodes["plain/evaluate"].engines == ("llama.cpp", "torch")
+    costs = estimate(plan, {}, set(), ModelSize(10**8), Speeds(1e11, 1e10))
+    assert costs["ngram/evaluate"].seconds > costs["plain/evaluate"].seconds
+
+
+def drafted(draft: str = "half/f16") -> Plan:
+    plain = {"engine": "llama.cpp"}
+    guess = {**plain, "speculation": {"method": "draft", "draft": draft}}
+    export = {"guess": guess, "plain": plain, "f16": {**plain, "precision": "float16"}, "ct2": {"engine": "ctranslate2"}}
+    lines = [{"serve": ["guess", "plain"]}, {"distill": "half", "serve": ["f16", "ct2"]}]
+    return plan_of(lines, {"distill": {"half": {"layers": 2}}, "export": export})[1]
+
+
+def test_a_draft_is_another_variant_that_is_made_first() -> None:
+    plan = drafted()
+    assert plan.nodes["guess"].inputs["draft"] == "half/f16" and not plan.ruled_out
+    order = list(plan.nodes)
+    assert order.index("half/f16") < order.index("guess") and {"half", "half/f16"} <= set(plan.path("guess/evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("draft", "told"),
+    [
+        ("half/f15", "'half/f15' is no variant of this recipe; did you mean 'half/f16'"),
+        ("half/ct2", "half/ct2 is served by ctranslate2, and drafts for llama.cpp come of llama.cpp"),
+        ("guess", "guess has speculation itself; name one that has none"),
+    ],
+)
+def test_what_is_no_draft_is_refused(draft: str, told: str) -> None:
+    assert told in drafted(draft).ruled_out["guess"]
+
+
+def test_an_engine_without_speculation_names_those_that_have_it() -> None:
+    spec = {"engine": "ctranslate2", "speculation": "ngram"}
+    _, plan = plan_of(stages={"export": {"ct2": {"engine": "ctranslate2"}, "guess": spec}})
+    assert "speculation + ctranslate2: ctranslate2 writes one token a pass here, and not by ngram; take " in plan.ruled_out["guess"]

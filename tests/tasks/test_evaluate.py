@@ -6,10 +6,12 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import IntegrityError, RecipeError, StageError
 from featherweight.measure.measurement import FILE, Comparison
@@ -17,6 +19,10 @@ from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Progress
 from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.runtimes.kept_worker import kept_workers
+from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
+from featherweight.runtimes.llama_cpp.write import write_file
+from featherweight.runtimes.speculation import SpeculationSpec
+from featherweight.runtimes.writing import load_reference
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import token_windows
@@ -220,3 +226,23 @@ def test_what_was_not_served_or_not_measured_is_named(baseline, text, tmp_path):
         evaluate(SPEC, served=text, baseline=baseline, evaluation=text, out=tmp_path)
     with pytest.raises(IntegrityError, match=r"measurement\.json is no measurement"):
         evaluate(SPEC, served=baseline, baseline=baseline, evaluation=text, out=tmp_path, baseline_measurement=text)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+def test_a_variant_with_speculation_is_measured_beside_itself_without(tiny_checkpoint, baseline, text, tmp_path):
+    served, out = tmp_path / "served", tmp_path / "out"
+    served.mkdir()
+    out.mkdir()
+    model = load_reference(tiny_checkpoint)
+    write_file(served / "model.gguf", model, {}, Vocabulary(tiny_checkpoint, model.config.vocab_size), "float32")
+    copy_tokenizer(tiny_checkpoint, served)
+    options = {"dtype": "float32", **SpeculationSpec(method="ngram", ngram_size=2).options}
+    Serving("llama.cpp", options=options).write(served)
+    spec = SPEC.model_copy(update={"changed_answers": None, "batch_sizes": (2,), "rounds": 2, "windows": 2})
+    metrics = evaluate(spec, served=served, baseline=baseline, evaluation=text, out=out)
+    comparison = Comparison.read(out)
+    assert comparison.plain and [one.batch_size for one in comparison.plain.speeds] == [2]
+    assert {"speculation_speedup_2", "speculation_speedup_2_low"} <= metrics.keys() and metrics["tokens_per_pass_2"] >= 1
+    assert comparison.variant.roofline is None, "a pass reads the weights for several tokens"

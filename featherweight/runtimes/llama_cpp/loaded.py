@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
-from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
+from featherweight.runtimes.interface import Acceptance, Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.line import Ask, Line
 from featherweight.runtimes.llama_cpp import library
 from featherweight.runtimes.llama_cpp.adapter_files import FILE as ADAPTER_FILE
+from featherweight.runtimes.llama_cpp.draft import AT_ONCE, Draft, Entry
+from featherweight.runtimes.speculation import DRAFT, Repetitions, next_draft_tokens, speculation_of
+from featherweight.store.served_folder import Serving
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -26,13 +29,15 @@ ROWS = 64
 """Positions whose logits are computed at once where all are wanted: of more, the logits would take more than the weights."""
 PADDED = 256
 """llama.cpp keeps room for sequences of multiples of this."""
-AT_ONCE = 512
-"""Tokens that go through the layers together; llama.cpp's own default."""
 
 
 @dataclass(eq=False)
 class Place:
-    """A sequence being written, up to an end or to `new_tokens` new ones: all its tokens, and how many of them were computed."""
+    """A sequence being written, up to an end or to `new_tokens` new ones: all its tokens, and how many of them were computed.
+
+    drafted: tokens that are computed behind its own in this pass; draft_tokens: how many at most. repetitions: what they are
+    drafted by.
+    """
 
     tokens: list[int]
     new_tokens: int
@@ -40,11 +45,20 @@ class Place:
     ends: frozenset[int] = frozenset()
     computed: int = 0
     written: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    draft_tokens: int = 1
+    repetitions: Repetitions | None = None
 
     @property
     def whole(self) -> bool:
         """Whether nothing follows."""
         return bool(self.written) and (self.written[-1] in self.ends or len(self.written) == self.new_tokens)
+
+    @property
+    def draftable(self) -> int:
+        """So many tokens may be drafted now: none before all of its own but the last are computed, and none for the last."""
+        ready = len(self.tokens) == self.computed + 1
+        return min(self.draft_tokens, self.new_tokens - len(self.written) - 1) if ready else 0
 
 
 Choose = Callable[[Place, "ndarray"], int]
@@ -52,12 +66,18 @@ Choose = Callable[[Place, "ndarray"], int]
 
 
 class LlamaCppModel(LoadedModel):
-    """One GGUF file. options: `dtype`, what keys and values are kept in, or `kv_cache`, q8_0. Threads are switched in place."""
+    """One GGUF file. options: `dtype`, what keys and values are kept in, or `kv_cache`, q8_0; `speculation`. Threads are switched
+    in place.
+    """
 
     follows = PROCESSED
+    passes = written = 0
+    draft: Draft | None = None
 
     def load(self) -> None:
-        self.api = library.library()
+        self.api, self.speculation = library.library(), speculation_of(self.options)
+        if self.speculation and self.speculation.method == "draft":
+            self.draft = Draft(LlamaCppModel(self.weights / DRAFT, Serving.read(self.weights / DRAFT), self.limits))
         files = sorted(self.weights.glob("*.gguf"))
         self.model = library.load_model(files[0]) if files else 0
         if not self.model:
@@ -85,15 +105,20 @@ class LlamaCppModel(LoadedModel):
             raise StageError(f"llama.cpp could not take adapter {name} (llama_set_adapters_lora returned {status})")
 
     @property
+    def _steps(self) -> int:
+        """The most tokens of a pass in which every text that is being written goes on by one, with what is drafted behind it."""
+        return self.limits.max_batch * (1 + (self.speculation.tokens if self.speculation else 0))
+
+    @property
     def _at_once(self) -> int:
-        return max(AT_ONCE, self.limits.max_batch)
+        return max(AT_ONCE, self._steps)
 
     def _parameters(self) -> library.ContextParameters:
         room = -(-self.limits.max_tokens // PADDED) * PADDED
         told = self.api.llama_context_default_params()
         told.n_ctx, told.n_seq_max = room * self.limits.max_batch, self.limits.max_batch
         told.n_batch = told.n_ubatch = self._at_once
-        told.n_outputs_max = told.n_outputs_max_per_seq = max(ROWS, self.limits.max_batch)
+        told.n_outputs_max = told.n_outputs_max_per_seq = max(ROWS, self._steps)
         told.n_threads = told.n_threads_batch = self.threads
         if "kv_cache" in self.options:
             told.type_k = told.type_v = library.Q8_0
@@ -106,8 +131,12 @@ class LlamaCppModel(LoadedModel):
     def set_threads(self, threads: int) -> None:
         self.threads = threads
         self.api.llama_set_n_threads(self.context, threads, threads)
+        if self.draft:
+            self.draft.model.set_threads(threads)
 
     def unload(self) -> None:
+        if self.draft:
+            self.draft.model.unload()
         with suppress(AttributeError):  # of what failed to load
             self.api.llama_batch_free(self.batch)
             self.api.llama_free(self.context)
@@ -121,10 +150,10 @@ class LlamaCppModel(LoadedModel):
         import numpy
 
         scores: list[float] = []
-        self._forget(0)
+        self.forget(0)
         for start in range(0, len(window) - 1, ROWS):
             ids = window[start : min(start + ROWS, len(window) - 1)]
-            logits = self._decode([(token, start + place, 0, True) for place, token in enumerate(ids)])
+            logits = self.decode([(token, start + place, 0, True) for place, token in enumerate(ids)])
             top = logits.max(1)
             total = numpy.exp(logits - top[:, None]).sum(1, dtype=numpy.float64)
             chosen = logits[range(len(ids)), window[start + 1 : start + 1 + len(ids)]]
@@ -179,34 +208,70 @@ class LlamaCppModel(LoadedModel):
             for slot in (slot for slot in range(self.limits.max_batch) if slot not in active):
                 if (place := more(not active)) is None:
                     break
-                self._forget(slot)
+                self.forget(slot)
                 active[slot] = place
             if not active:
                 return
+            self._draft_all(active)
             for slot, logits in self._step(active):
-                place = active[slot]
-                token = place.choose(place, logits)
-                place.tokens.append(token)
-                place.written.append(token)
-                yield place
-                if place.whole:
+                yield from self._go_on(active[slot], slot, logits)
+                if active[slot].whole:
                     del active[slot]
 
+    def _go_on(self, place: Place, slot: int, logits: ndarray) -> Iterator[Place]:
+        """The place, as often as it has another token: one behind its last, and one behind each draft that it accepts."""
+        drafted, accepted = place.drafted, 0
+        for row in logits:
+            token = place.choose(place, row)
+            place.tokens.append(token)
+            place.written.append(token)
+            yield place
+            if place.whole or accepted == len(drafted) or token != drafted[accepted]:
+                break
+            accepted += 1
+        place.computed += accepted
+        self.passes, self.written = self.passes + 1, self.written + accepted + 1
+        if self.speculation and drafted:
+            self.forget(slot, place.computed)
+            place.draft_tokens = next_draft_tokens(self.speculation, accepted)
+
+    def _draft_all(self, active: dict[int, Place]) -> None:
+        """What is drafted behind each text's last token."""
+        if self.speculation is None:
+            return
+        for place in active.values():
+            place.drafted = []
+        asked = {slot: (place.tokens, most) for slot, place in active.items() if (most := place.draftable) > 0}
+        if self.draft:
+            for slot, drafted in self.draft.propose(asked).items():
+                active[slot].drafted = drafted
+            return
+        for slot, (tokens, most) in asked.items():
+            place = active[slot]
+            place.repetitions = place.repetitions or Repetitions(self.speculation.ngram_size)
+            place.drafted = place.repetitions.after(tokens, most)
+
     def _step(self, active: dict[int, Place]) -> Iterator[tuple[int, ndarray]]:
-        """One pass over what is not computed yet, as much as fits; (slot, logits) of those that are up to their last token."""
-        entries, ready, room = [], [], self._at_once
+        """One pass over what is not computed yet, as much as fits, and what is drafted; (slot, logits) of those that are up to
+        their last token: of that token, and of each that is drafted behind it."""
+        entries, ready, room = list[Entry](), list[tuple[int, int]](), self._at_once
         for slot, place in active.items():
             end = min(len(place.tokens), place.computed + room)
-            room -= end - place.computed
             last = end == len(place.tokens) and end > place.computed
-            entries += [(place.tokens[at], at, slot, last and at == end - 1) for at in range(place.computed, end)]
-            place.computed = end
-            ready += [slot] if last else []
-        logits = self._decode(entries)
-        yield from zip(ready, logits, strict=True)
+            place.drafted = place.drafted[: room - (end - place.computed)]
+            unread = [*place.tokens[place.computed : end], *place.drafted]
+            wanted = 1 + len(place.drafted) if last else 0
+            first = len(unread) - wanted
+            entries += [(token, place.computed + at, slot, at >= first) for at, token in enumerate(unread)]
+            room, place.computed = room - len(unread), end
+            ready += [(slot, wanted)] if last else []
+        logits, start = self.decode(entries), 0
+        for slot, count in ready:
+            yield slot, logits[start : start + count]
+            start += count
 
-    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> ndarray:
-        """(token, position, slot, whether its logits are wanted) of each -> float32 [wanted, vocabulary], valid until the next."""
+    def decode(self, entries: list[Entry]) -> ndarray:
+        """The logits that are wanted: float32 [wanted, vocabulary], valid until the next call."""
         import numpy
 
         batch, wanted = self.batch, sum(entry[3] for entry in entries)
@@ -220,8 +285,13 @@ class LlamaCppModel(LoadedModel):
             return numpy.empty((0, self.vocabulary), numpy.float32)
         return numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (wanted, self.vocabulary))
 
-    def _forget(self, slot: int) -> None:
-        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), slot, -1, -1)
+    def forget(self, slot: int, start: int = -1) -> None:
+        """What was computed of a slot, from position `start` on, by default all."""
+        if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), slot, start, -1):
+            raise StageError("llama.cpp cannot take back drafted tokens that this model has read; leave speculation out")
+
+    def acceptance(self) -> Acceptance | None:
+        return Acceptance(self.passes, self.written) if self.speculation else None
 
 
 def _one_by_one(places: list[Place]) -> Callable[[bool], Place | None]:
