@@ -86,7 +86,21 @@ def test_it_is_refused_when_it_is_written_too(tiny_checkpoint: Path, tmp_path: P
         write_served(asked, checkpoint=tiny_checkpoint, calibration=tmp_path, out=tmp_path)
 
 
-def test_each_engine_says_what_it_wants_for_it() -> None:
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, "it is OpenVINO GenAI that drafts tokens; say batching: continuous"),
+        ({"batching": "continuous", "precision": "int4"}, "OpenVINO writes another text where several tokens pass at once"),
+        ({"batching": "continuous", "precision": "int4", "activations": "float"}, None),
+        ({"batching": "continuous"}, None),
+    ],
+)
+def test_openvino_says_what_it_wants_for_it(keys: dict[str, str], told: str | None) -> None:
+    reason = RUNTIMES["openvino"].speculation_refusal(CompileSpec.of(engine="openvino", speculation="ngram", **keys))
+    assert reason is None if told is None else told in str(reason)
+
+
+def test_vllm_drafts_by_no_model_here() -> None:
     drafted = ExportSpec.of(engine="vllm", speculation={"method": "draft", "draft": "half"})
     assert "vllm speculates by ngram here, and not by draft" in str(RUNTIMES["vllm"].speculation_refusal(drafted))
 

@@ -17,6 +17,7 @@ from featherweight.runtimes.build_process import other_python
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.runtimes.openvino import serve
+from featherweight.runtimes.speculation import speculation_of
 from featherweight.spec import HEADED
 from featherweight.system.child_process import ChildProcess
 from featherweight.system.processes import peak_bytes
@@ -37,7 +38,7 @@ GROUP = "32"
 
 
 class OpenvinoModel(LoadedModel):
-    """One graph. options: `activations`, float or int8; `batching`, static or continuous.
+    """One graph. options: `activations`, float or int8; `batching`, static or continuous; `speculation`.
 
     Another number of threads compiles it anew.
     """
@@ -53,6 +54,8 @@ class OpenvinoModel(LoadedModel):
         self.continuous = self.options.get("batching") == CONTINUOUS
         if self.continuous:
             command += ["--at-once", str(self.limits.max_batch), "--tokens", str(self.limits.max_tokens)]
+        if asked := speculation_of(self.options):
+            command += ["--draft-tokens", str(asked.tokens), "--ngram-size", str(asked.ngram_size)]
         self.child = ChildProcess(command, other_python(), dies_with_parent=True)
         self._answer("loading")
 

@@ -54,6 +54,7 @@ class Openvino(Runtime[OpenvinoSpec]):
     libraries = ("torch", "transformers")
     toolchain = "openvino"
     toolchain_libraries = ("openvino", "openvino-genai", "torch", "transformers")
+    speculates = ("ngram",)
     writing_s = 30
     weight_s = 1e-7
 
@@ -101,6 +102,14 @@ class Openvino(Runtime[OpenvinoSpec]):
         if BITS[spec.precision] != body.bits:
             return f"the weights are on a {body.bits}-bit grid, and precision {spec.precision} would round them again"
         return None
+
+    def speculation_refusal(self, spec: OpenvinoSpec) -> str | None:
+        """Rounded to int8, a token's activations depend on how many others pass with it (OpenVINO 2026.4: other texts)."""
+        if spec.speculation and spec.batching == "static":
+            return "it is OpenVINO GenAI that drafts tokens; say batching: continuous"
+        if spec.speculation and spec.precision != "float32" and spec.activations == "int8":
+            return "with activations in int8 OpenVINO writes another text where several tokens pass at once; say activations: float"
+        return super().speculation_refusal(spec)
 
     def model_refusal(self, spec: OpenvinoSpec, model: Candidate) -> str | None:
         """Rotary embeddings that a trace freezes; rows that groups do not divide, of which OpenVINO knows no shorter last one."""

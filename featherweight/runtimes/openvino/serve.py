@@ -30,12 +30,15 @@ def main() -> int:
     parser.add_argument("properties", type=json.loads, help="of the CPU plugin, as a JSON object")
     parser.add_argument("--at-once", type=int, help="write texts by OpenVINO GenAI's scheduler, so many at once")
     parser.add_argument("--tokens", type=int, default=0, help="the longest of them, with its prompt")
+    parser.add_argument("--draft-tokens", type=int, default=0, help="so many of their next tokens are drafted at once")
+    parser.add_argument("--ngram-size", type=int, default=0, help="of the last tokens that have stood before")
     options = parser.parse_args()
     say = speaker()
     try:
         served = Served(options.graph, options.properties)
         if options.at_once:
-            served = Continuous(options.graph, options.properties, options.at_once, options.tokens)
+            room = options.at_once, options.tokens, options.draft_tokens, options.ngram_size
+            served = Continuous(options.graph, options.properties, *room)
         served.ready()
     except Exception as error:
         say(error=told(error))
@@ -172,12 +175,16 @@ class Served:
 class Continuous(Served):
     """The same, its texts written by OpenVINO GenAI: pages of keys and values, and a text that ends makes room for the next.
 
-    Scores come from the graph itself, which is loaded once one is asked for.
+    Scores come from the graph itself, which is loaded once one is asked for. draft_tokens: so many next tokens are drafted at once,
+    those that followed the last `ngram_size` or fewer where they stood before.
     """
 
-    def __init__(self, graph: Path, properties: Mapping[str, Any], at_once: int, tokens: int) -> None:
+    def __init__(
+        self, graph: Path, properties: Mapping[str, Any], at_once: int, tokens: int, draft_tokens: int = 0, ngram_size: int = 0
+    ) -> None:
         super().__init__(graph, properties)
-        self.at_once, self.pages = at_once, at_once * (tokens // PAGE + 2)
+        self.draft_tokens, self.ngram_size = draft_tokens, ngram_size
+        self.at_once, self.pages = at_once, at_once * (tokens // PAGE + 3)
 
     def ready(self) -> None:
         self.pipeline  # noqa: B018 - made when it is first asked for
@@ -191,7 +198,8 @@ class Continuous(Served):
         schedule.max_num_seqs, schedule.num_kv_blocks = self.at_once, self.pages
         # With it the second round of a measurement would skip the prompts that the first has read.
         schedule.enable_prefix_caching = False
-        return openvino_genai.ContinuousBatchingPipeline(self.graph.parent, schedule, "CPU", self.properties)
+        told = self.properties | ({"prompt_lookup": True} if self.draft_tokens else {})
+        return openvino_genai.ContinuousBatchingPipeline(self.graph.parent, schedule, "CPU", told)
 
     def write(self, prompts: list[list[int]], new_tokens: int, ends: list[int]) -> dict[str, Any]:
         """Greedy, after prompts of any lengths, to an end or to `new_tokens`; the seconds until each text had its first."""
@@ -201,6 +209,8 @@ class Continuous(Served):
 
         asked = openvino_genai.GenerationConfig()
         asked.max_new_tokens, asked.do_sample, asked.ignore_eos, asked.stop_token_ids = new_tokens, False, not ends, set(ends)
+        if self.draft_tokens:
+            asked.num_assistant_tokens, asked.max_ngram_size = self.draft_tokens, self.ngram_size
         began, first = perf_counter(), 0.0
         texts = [
             self.pipeline.add_request(at, openvino.Tensor(numpy.array([ids], dtype=numpy.int64)), asked)
