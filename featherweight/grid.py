@@ -102,22 +102,24 @@ class Grid:
         held = (near.view(torch.int16) + short).view(torch.float16).float()  # one bit more is the next larger magnitude
         return torch.where(held.isfinite(), held, scales)
 
-    def mse_scales(self, weight: Tensor) -> Tensor:
+    def mse_scales(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
         """Scales of least squared rounding error, float32 [rows, groups].
 
         A search around `scales`, of either sign where it matters: clipping the few largest weights of a group can cost
-        less than the coarser steps that would hold them.
+        less than the coarser steps that would hold them. importance: what the errors of each column weigh, [columns].
         """
         import torch
 
         grouped = self._grouped(weight.float())
+        weighs = None if importance is None else self._grouped(importance[None].to(grouped))
         start = self.scales(weight)
         best, least = start, torch.full_like(start, torch.inf)
         signs = (1, -1) if self.qmin < -self.qmax else (1,)
         for factor in [sign * step / 40 for sign in signs for step in range(24, 47)]:
             scales = self._held(start * factor)
             rounded = self.round(grouped / scales.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
-            error = rounded.sub_(grouped).square_().sum(dim=-1)
+            error = rounded.sub_(grouped).square_()
+            error = (error if weighs is None else error.mul_(weighs)).sum(dim=-1)
             best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
         return best
 

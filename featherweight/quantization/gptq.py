@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from featherweight.quantization.interface import (
     round_to_nearest,
     start_scales,
 )
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.quantization.spec import IMATRIX, QuantizeSpec
 from featherweight.store.mapped import spilled
 
 if TYPE_CHECKING:
@@ -117,16 +118,20 @@ def _modifier_class() -> Any:
         _grids: dict[str, Grid] = PrivateAttr()
         _progress: Progress = PrivateAttr()
         _room: Path | None = PrivateAttr()
+        _importance: Mapping[str, Tensor] = PrivateAttr()
 
         def begin(self, given: QuantizationInput[QuantizeSpec], names: list[str]) -> None:
             self._names, self._grids, self._progress = dict.fromkeys(names), given.grids, given.progress
             self._found, self._room = QuantizedWeights({}, {}, {}, given.spec.method), given.room
+            self._importance = given.importance
 
         @property
         def found(self) -> QuantizedWeights:
             return self._found
 
         def compress_module_list(self, module_list: list[Any]) -> None:
+            for module in module_list:
+                self._weigh(module)
             super().compress_module_list(module_list)
             for module in module_list:
                 name = f"{self._module_names[module]}.weight"
@@ -135,6 +140,13 @@ def _modifier_class() -> Any:
                 self._found.q[name], self._found.scales[name] = (spilled(one, self._room) for one in made)
             if module_list:
                 self._progress.step(len(self._found.q), len(self._names))
+
+        def _weigh(self, module: Any) -> None:
+            """Choose the scales anew where errors are weighed: the observer does not know whose weight it is shown."""
+            name = f"{self._module_names[module]}.weight"
+            if (importance := self._importance.get(name)) is not None:
+                scales = start_scales(self._grids[name], module.weight.detach(), IMATRIX, importance)
+                module.weight_observer.grid_scales = scales
 
         def _log_rtn_fallback_summary(self) -> None:
             self.fallbacks = len(self._rtn_fallback_module_names)

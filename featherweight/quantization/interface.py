@@ -20,7 +20,8 @@ from featherweight.model.names import reading
 from featherweight.model.parent import Parent
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.quantization.imatrix import importances
+from featherweight.quantization.spec import IMATRIX, QuantizeSpec
 from featherweight.store.mapped import give_back, spilled
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ class QuantizationInput(Generic[SpecT_co]):
         named = dict(self.model.named_parameters(remove_duplicate=False))
         ties = self.model.all_tied_weights_keys
         return frozenset(name for name, source in ties.items() if name in named and named[name] is named.get(source))
+
+    @cached_property
+    def importance(self) -> Mapping[str, Tensor]:
+        """What the errors of each column of a matrix weigh, by the parameter's name; nothing where no scale asks for it."""
+        return importances(self.model, self.calibration) if self.spec.scale == IMATRIX else {}
 
     @cached_property
     def read_as(self) -> Callable[[str], str]:
@@ -187,14 +193,17 @@ class Quantizer(Generic[SpecT]):
     losses: Mapping[str, float] = field(default_factory=dict)
 
 
-def start_scales(grid: Grid, weight: Tensor, search: str) -> Tensor:
-    """The scales of `weight` before anything is learned or compensated: float32 [rows, groups]."""
-    return grid.mse_scales(weight) if search == "mse" else grid.scales(weight)
+def start_scales(grid: Grid, weight: Tensor, search: str, importance: Tensor | None = None) -> Tensor:
+    """The scales of `weight` before anything is learned or compensated: float32 [rows, groups].
+
+    importance: what the errors of each column weigh, where the search asks for it and there is a matrix that reads numbers.
+    """
+    return grid.scales(weight) if search == "absmax" else grid.mse_scales(weight, importance)
 
 
-def rounded(grid: Grid, weight: Tensor, search: str) -> tuple[Tensor, Tensor]:
+def rounded(grid: Grid, weight: Tensor, search: str, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`weight` [rows, columns] rounded to nearest: q [rows, columns], and float32 scales [rows, groups]."""
-    return quantized_rows(grid, weight, lambda rows: start_scales(grid, rows, search))
+    return quantized_rows(grid, weight, lambda rows: start_scales(grid, rows, search, importance))
 
 
 def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tensor]]) -> QuantizedWeights:
@@ -203,7 +212,8 @@ def round_to_nearest(given: QuantizationInput, tensors: Iterable[tuple[str, Tens
     for name, tensor in tensors:
         if name in given.grids:
             grid, rows = given.grids[name], tensor.T if name in given.transposed else tensor
-            q[name], scales[name] = (spilled(made, given.room) for made in rounded(grid, rows, given.spec.scale))
+            made = rounded(grid, rows, given.spec.scale, given.importance.get(name))
+            q[name], scales[name] = (spilled(one, given.room) for one in made)
             give_back(tensor)
     return QuantizedWeights({name: given.grids[name] for name in q}, q, scales, given.spec.method, given.heads & q.keys())
 

@@ -15,9 +15,9 @@ from featherweight.checkpoint.streamed import Change, is_large, streamed_model
 from featherweight.errors import StageError
 from featherweight.grid import Grid
 from featherweight.model.quantized_weights import dequantized
-from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.interface import QuantizationInput, rounded
-from featherweight.quantization.spec import QuantizeSpec
+from featherweight.quantization.spec import IMATRIX, PLAIN, QuantizeSpec
 from featherweight.training.losses import block_answers
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def judged(
         given.progress.note(
             f"{what}: the answers are {moved:.2g} from the checkpoint's, as a share of their square; see what it is worth"
         )
-    if given.spec.methods == (DEFAULT,):
+    if not given.spec.calibrated:
         return {"loss_after": loss}
     plain = (streamed_model(given.checkpoint, _rounding(given, grids)) if is_large(given.checkpoint) else None) or saved
     if plain is saved:
@@ -152,7 +152,7 @@ def _rounding(given: QuantizationInput[Any], grids: Mapping[str, Grid]) -> Chang
             return tensor
         grid, transposed = grids[name], name in given.transposed
         rows = tensor.T if transposed else tensor
-        weight = dequantized(grid, *rounded(grid, rows, given.spec.scale))
+        weight = dequantized(grid, *rounded(grid, rows, PLAIN if given.spec.scale == IMATRIX else given.spec.scale))
         return weight.T if transposed else weight
 
     return change

@@ -15,17 +15,27 @@ from featherweight.spec import HEADED, GridName, ModelSize, NamedSpec, Positive,
 
 NONE = "none"
 """No smoothing."""
+PLAIN, IMATRIX = "absmax", "imatrix"
+"""Scales that are chosen without a search, and by a search that reads text."""
 
 
 class MixedSpec(Spec):
-    """The most sensitive matrices on a finer grid: as few of them as hold the predicted loss of quality to `budget` (a share).
+    """The most sensitive matrices on a finer grid: those that hold the predicted loss of quality to `budget` (a share) with the
+    fewest bits, or, where `bits` per weight are given (of all matrices, scales included), lose least with those.
 
     A scan rounds each matrix alone, on `samples` blocks of calibration text.
     """
 
+    quiet = frozenset({"bits"})
+
     grid: GridName = "int8-g32"
     budget: float = Field(default=0.01, gt=0)
+    bits: float | None = Field(default=None, gt=0)
     samples: Positive = 16
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return {} if self.bits is None else {"budget": "where bits are given"}
 
 
 class SensitivitySpec(Spec):
@@ -49,7 +59,8 @@ class QuantizeSpec(NamedSpec):
     The keys that every method reads; a method with keys of its own adds them in its file.
     smooth: channels scaled against each other before the method rounds, by a method that smooths ('none': not at all). Such a
         method itself is rtn behind its own smoothing.
-    scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few).
+    scale: steps that hold the largest weight of a group, or those of least squared error (clipping a few), each column's error
+        weighed by what it carries on the calibration text for imatrix.
     mixed: keeps the most sensitive matrices on a finer grid, whatever the method.
     """
 
@@ -61,7 +72,7 @@ class QuantizeSpec(NamedSpec):
     head: GridName | None = "int8"
     samples: Positive = 64
     sequence: SequenceLength = 128
-    scale: Literal["absmax", "mse"] = "absmax"
+    scale: Literal["absmax", "mse", "imatrix"] = "absmax"
     mixed: MixedSpec | None = None
 
     @classmethod
@@ -108,15 +119,21 @@ class QuantizeSpec(NamedSpec):
         what = walking if walking != NONE else "sensitivity" if self.mixed else None
         return linear_refusal(what, parent) if what else None
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the calibration text shapes the result."""
+        return self.methods != (DEFAULT,) or self.scale == IMATRIX
+
     def operations(self, size: ModelSize) -> float:
-        return sum(QUANTIZERS[name].operations(self, size.parameters) for name in self.methods)
+        seen = 2.0 * size.parameters * self.samples * self.sequence if self.scale == IMATRIX else 0.0
+        return seen + sum(QUANTIZERS[name].operations(self, size.parameters) for name in self.methods)
 
     @property
     def sensitivity(self) -> SensitivitySpec | None:
-        """The scan that `mixed` asks for."""
+        """The scan that `mixed` asks for; its scales weigh all errors alike."""
         if self.mixed is None:
             return None
-        given = self.model_dump(include={"grid", "head", "scale", "sequence"})
+        given = self.model_dump(include={"grid", "head", "sequence"}) | {"scale": "absmax" if self.scale == PLAIN else "mse"}
         return SensitivitySpec(finer=self.mixed.grid, samples=self.mixed.samples, **given)
 
     @model_validator(mode="after")

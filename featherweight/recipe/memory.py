@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.streamed import LARGE
 from featherweight.grid import grid_named
-from featherweight.quantization.catalog import DEFAULT, QUANTIZERS
+from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.refusals import FLOAT_BYTES, gib
 from featherweight.recipe.sizes import sizes
@@ -109,7 +109,7 @@ def _quantizing(spec: QuantizeSpec, size: ModelSize) -> float:
     """What it becomes waits in files. What calibrates has its libraries, their scales for each group, a block, its copy, and
     matrices of second moments; the embedding comes before and after those.
     """
-    if spec.methods == (DEFAULT,):
+    if not spec.calibrated:
         return _ends(size)
     group = grid_named(spec.grid).group_size
     scales = FLOAT_BYTES * size.parameters / group if group else 0.0

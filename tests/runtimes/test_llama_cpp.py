@@ -83,6 +83,26 @@ def test_llama_cpps_own_quantizer_rounds_rows(precision: str, columns: int, kind
     assert 0 < (difference.norm() / weight.norm()).item() < error
 
 
+@served
+@pytest.mark.engine
+@pytest.mark.parametrize("precision", ["q4_k", "q5_k", "iq4_nl"])
+def test_llama_cpps_own_quantizer_weighs_errors_by_importance(precision: str) -> None:
+    from gguf.quants import dequantize
+
+    draws = torch.Generator().manual_seed(0)
+    weight, importance = torch.randn(8, 256, generator=draws), torch.rand(256, generator=draws).pow(6)
+    made = [own_kinds.rounded_rows(weight, own_kinds.OWN[precision], one) for one in (None, importance)]
+    errors = [((torch.from_numpy(dequantize(*one)) - weight).square() * importance).sum() for one in made]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_imatrix_weighs_the_own_kinds_alone() -> None:
+    with pytest.raises(ValueError, match="imatrix plays no role with precision int4; leave it out"):
+        spec(precision="int4", imatrix=True)
+    assert spec(precision="q4_k", imatrix=True).imatrix
+    assert "imatrix" not in spec(precision="q4_k").model_dump()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "head"), [("int8-g32", "int8-g32"), ("int4-g32", None)])
 def test_a_written_file_is_read_back_as_the_same_integers(

@@ -29,15 +29,18 @@ Stored = Mapping[str, tuple[Any, Callable[[], "ndarray"]]]
 """(ggml's type, what makes uint8 [rows, bytes of a row]) of each matrix, by the parameter's name."""
 
 
-def round_by_llama_cpp(source: Source, precision: str) -> Stored:
-    """Every matrix as llama.cpp's quantizer stores it; `source` then computes with the weights that those bytes stand for."""
+def round_by_llama_cpp(source: Source, precision: str, importance: Mapping[str, Tensor]) -> Stored:
+    """Every matrix as llama.cpp's quantizer stores it; `source` then computes with the weights that those bytes stand for.
+
+    importance: what the errors of each column of a matrix weigh, by the parameter's name; all alike where it has none.
+    """
     import torch
 
     stored: dict[str, tuple[Any, Callable[[], ndarray]]] = {}
     vocabulary = ends(source.model)
     for name, parameter, transposed in matrices(source.model):
         rows = rows_of(parameter, transposed)
-        made, kind = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision])
+        made, kind = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision], importance.get(name))
         stored[name] = (kind, spilled(torch.from_numpy(made), source.room).numpy)
         give_back(parameter)
         if not source.streams:
@@ -56,8 +59,8 @@ def _meant(stored: tuple[Any, Callable[[], ndarray]]) -> Tensor:
     return torch.from_numpy(dequantize(make(), kind))
 
 
-def rounded_rows(rows: Tensor, kind: str) -> tuple[ndarray, Any]:
-    """A matrix [rows, columns] in blocks of `kind`, or of the one that takes its place."""
+def rounded_rows(rows: Tensor, kind: str, importance: Tensor | None = None) -> tuple[ndarray, Any]:
+    """A matrix [rows, columns] in blocks of `kind`, or of the one that takes its place. importance: see round_by_llama_cpp."""
     import numpy
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -67,5 +70,7 @@ def rounded_rows(rows: Tensor, kind: str) -> tuple[ndarray, Any]:
     found = GGMLQuantizationType[NARROWER[kind] if columns % block and kind in NARROWER else kind]
     block, size = GGML_QUANT_SIZES[found]
     stored = numpy.empty((count, columns // block * size), numpy.uint8)
-    library.library().ggml_quantize_chunk(found.value, values.ctypes.data, stored.ctypes.data, 0, count, columns, None)
+    weighs = None if importance is None else numpy.ascontiguousarray(importance.float().numpy())
+    matrix = None if weighs is None else weighs.ctypes.data
+    library.library().ggml_quantize_chunk(found.value, values.ctypes.data, stored.ctypes.data, 0, count, columns, matrix)
     return stored, found

@@ -37,12 +37,20 @@ class LlamaCppSpec(ExportSpec):
     """precision: what the file's matrices are; int8 is Q8_0 and int4 Q4_0, whose activations are rounded to int8 at run time.
     They round here only where no quantize stage chose the weights (embedding and head to int8). q4_k to iq4_nl are llama.cpp's own
     kinds, to which its own quantizer rounds float weights (embedding and head to Q6_K). kv_cache: q8_0 keeps keys and values in
-    8 bits, a scale for each 32 of them: half of the cache's memory.
+    8 bits, a scale for each 32 of them: half of the cache's memory. imatrix: the own kinds' errors are weighed by what each column
+    carries on the calibration text.
     """
+
+    quiet = ExportSpec.quiet | {"imatrix"}
 
     engine: Literal["llama.cpp"]
     precision: Literal["float32", "float16", "int8", "int4", "q4_k", "q5_k", "q6_k", "iq4_nl"] = "float32"
     kv_cache: Literal["q8_0"] | None = None
+    imatrix: bool = False
+
+    @property
+    def unread(self) -> dict[str, str]:
+        return super().unread | ({} if self.precision in OWN else {"imatrix": f"with precision {self.precision}"})
 
 
 class LlamaCpp(Runtime[LlamaCppSpec]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import matrices
 from featherweight.progress import Metrics
+from featherweight.quantization.imatrix import importances
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.llama_cpp import blocks, library
 from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
@@ -26,6 +27,7 @@ from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, ag
 from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.text.documents import read_documents
+from featherweight.text.model_inputs import example_blocks
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -43,6 +45,8 @@ ROUNDED_HERE = {"int8": ("int8-g32", "int8-g32"), "int4": ("int4-g32", "int8-g32
 """Grids of the blocks and of embedding and head, by precision, where no quantize stage chose them."""
 FILE_TYPE = {"float32": 0, "float16": 1, "int4": 2, "int8": 7, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25}
 """llama_ftype: what most matrices of a file are."""
+SAMPLES, SEQUENCE = 64, 128
+"""Blocks of calibration text, and their tokens, that tell which columns carry much: as many as a quantize stage reads."""
 TEXTS = 8
 """Documents of the calibration text that the file's tokenizer is tried with."""
 SAME, OTHER = "same", "other"
@@ -55,7 +59,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     if spec.precision == "float16":
         source.round_floats("float16")
     elif spec.precision in OWN:
-        stored = round_by_llama_cpp(source, spec.precision)
+        stored = round_by_llama_cpp(source, spec.precision, _importance(source) if spec.imatrix else {})
     elif spec.precision != "float32":
         stored = packed(source.model, source.round(*(GRIDS[name] for name in ROUNDED_HERE[spec.precision])))
     model = source.model if source.streams else source.model.float()
@@ -73,6 +77,12 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     options |= {"gelu": "table"} if GELU in ARCHITECTURES[model.config.model_type].activations else {}
     options |= {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
+
+
+def _importance(source: Source) -> Mapping[str, Tensor]:
+    """Of the columns of each matrix, on the calibration text."""
+    blocks = example_blocks(source.checkpoint, source.config, source.calibration, SEQUENCE, limit=SAMPLES, seed=source.seed)
+    return importances(source.computing(), blocks)
 
 
 def write_file(
