@@ -32,7 +32,7 @@ class Visit:
     """One block, everything before it being done. `run` sends the calibration text through the block."""
 
     block: Block
-    run: Callable[[], None]
+    run: Run
 
     def watch(self, see: See) -> None:
         """Run the calibration text through the block: see(linear, inputs [tokens, channels]) per batch."""
@@ -75,14 +75,14 @@ def visits(model: PreTrainedModel, batches: Sequence[Inputs]) -> Iterator[Visit]
         for stack in stacks(model):
             outputs: list[Any] = [None] * len(batches)
             for count, block in enumerate(stack.blocks):
-                run = _Run(model, batches, block, [*done, (outputs, stack.blocks[:count])])
+                run = Run(model, batches, block, [*done, (outputs, stack.blocks[:count])])
                 yield Visit(block, run)
                 outputs[:] = run.outputs()
             done.append((outputs, stack.blocks))
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """The passes that end behind `block`; `known` holds outputs by batch, and the blocks that answer with them."""
 
     model: PreTrainedModel
@@ -96,22 +96,24 @@ class _Run:
 
     def outputs(self) -> Iterator[Any]:
         """What the block puts out for each batch."""
-        return (self._forward(number, inputs) for number, inputs in enumerate(self.batches))
+        return (self.forward(number) for number in range(len(self.batches)))
 
-    def _forward(self, number: int, inputs: Inputs) -> Any:
+    def forward(self, number: int) -> Any:
+        """What it puts out for one batch."""
         with ExitStack() as replaced:
             for outputs, blocks in self.known:
                 for block in blocks:
                     replaced.enter_context(_answering(block.module, outputs[number]))
             replaced.callback(self.block.module.register_forward_hook(_stop).remove)
             try:
-                self.model(**_moved(inputs, self.model.device))
+                self.model(**moved(self.batches[number], self.model.device))
             except _Stopped as stopped:
                 return stopped.output
         raise AssertionError(f"{self.block.name} was not called in the model's forward")
 
 
-def _moved(inputs: Inputs, device: Any) -> dict[str, Any]:
+def moved(inputs: Inputs, device: Any) -> dict[str, Any]:
+    """The inputs on the device that a model computes on."""
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
 

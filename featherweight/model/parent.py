@@ -61,12 +61,12 @@ def experts_refusal(facts: CheckpointFacts | None) -> str | None:
     )
 
 
-def walking_refusal(method: str, parent: Parent) -> str | None:
+def walking_refusal(method: str, parent: Parent, traced: bool = True) -> str | None:
     """Why `method`, which goes through the blocks of a model one by one, cannot go through `parent`'s; None where it can.
 
-    Decoders are traced, whatever their type.
+    traced: decoders are, whatever their type.
     """
-    if parent.task == "text-generation" or any(name in LAYOUTS for name in parent.model_types):
+    if (traced and parent.task == "text-generation") or any(name in LAYOUTS for name in parent.model_types):
         return None
     known = ", ".join(model_types(parent.task))
     return f"{parent.task} + {method}: where a '{parent.model_type}' model keeps its blocks is not known here; known: {known}"

@@ -22,6 +22,8 @@ QUANTIZERS: Catalog[Quantizer[Any]] = Catalog(
         "gptq": "featherweight.quantization.gptq:GPTQ",
         "smoothquant": "featherweight.quantization.smoothquant:SMOOTHQUANT",
         "awq": "featherweight.quantization.awq:AWQ",
+        "spinquant": "featherweight.quantization.spinquant:SPINQUANT",
+        "autoround": "featherweight.quantization.autoround:AUTOROUND",
         "qat": "featherweight.quantization.qat:QAT",
     },
 )

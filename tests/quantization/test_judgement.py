@@ -37,6 +37,7 @@ HONEST: list[dict[str, Any]] = [
     {"method": "gptq", "scale": "mse"},
     {"method": "smoothquant"},
     {"method": "gptq", "smooth": "awq"},
+    {"method": "autoround", "steps": 20},
     {"method": "qat", "steps": 2, "batch": 4},
 ]
 TOLD = re.compile(r"the loss on the calibration text is (\S+) nats where rounding to nearest has (\S+) ")

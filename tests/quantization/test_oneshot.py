@@ -118,32 +118,35 @@ def test_gptq_is_the_formula_for_every_matrix(kind: str, checkpoint: Any, text: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "bert"])
-def test_gptq_loses_less_than_rounding(kind: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("better", ["gptq", "autoround"])
+def test_what_calibrates_loses_less_than_rounding(better: str, kind: str, text: Path, tmp_path: Path) -> None:
     sizes = {"t5": {"d_model": 96, "d_ff": 192, "num_layers": 4, "initializer_factor": 0.7}}
     wide = sizes.get(kind, {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4})
     folder = family_checkpoint(kind, tmp_path / "checkpoint", **wide)
     losses = {}
-    for method in ("rtn", "gptq"):
-        given = input_of(folder, text, method=method, grid="int4", samples=40)
+    for method in ("rtn", better):
+        short = {"steps": 40} if method == "autoround" else {}
+        given = input_of(folder, text, method=method, grid="int4", samples=40, **short)
         expected = logprobs(given.model, given.calibration)
         state = {name: found.dequantize(name) for found in [QUANTIZERS[method].choose(given).quantized] for name in found.q}
         model = opening.load_model(folder)
         model.load_state_dict(state, strict=False)
         found = logprobs(model, given.calibration)
         losses[method] = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
-    assert 0 < losses["gptq"] < 0.7 * losses["rtn"]
+    assert 0 < losses[better] < 0.7 * losses["rtn"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart")])
+@pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart"), ("autoround", "t5")])
 def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path) -> None:
-    given = input_of(checkpoint(kind), text, method=method)
+    given = input_of(checkpoint(kind), text, method=method, **({"steps": 4} if method == "autoround" else {}))
     source, target = given.calibration.chunk(2, dim=1)
     assert (source == 0).any() and (target == 0).any()
     longer = torch.cat([torch.nn.functional.pad(part, (0, 9)) for part in (source, target)], dim=1)
     padded = dataclasses.replace(given, model=opening.load_model(given.checkpoint), calibration=longer)
-    ours, theirs = ({"gptq": QUANTIZERS["gptq"].choose}.get(method, smoothed)(one) for one in (given, padded))
-    found, expected = (one.quantized.q if method == "gptq" else one.smoothed for one in (ours, theirs))
+    smooths = QUANTIZERS[method].smooth is not None
+    ours, theirs = ((smoothed if smooths else QUANTIZERS[method].choose)(one) for one in (given, padded))
+    found, expected = (one.smoothed if smooths else one.quantized.q for one in (ours, theirs))
     assert found and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
@@ -191,6 +194,7 @@ def test_smoothquant_is_the_papers_formula(kind: str, checkpoint: Any, text: Pat
     [
         *((kind, {"method": method}) for kind in NOT_CAUSAL for method in ("gptq", "smoothquant")),
         *((kind, {"method": "gptq", "smooth": "awq"}) for kind in ("mt5", "bart", "bert")),
+        *((kind, {"method": "autoround", "steps": 2}) for kind in NOT_CAUSAL),
         *((kind, {"method": "qat", "start": "gptq", **STILL}) for kind in ("t5", "marian", "xlm-roberta")),
     ],
 )

@@ -186,6 +186,9 @@ def test_torchao_holds_mixed_precision_where_it_is_weight_only():
      ("text2text-generation", "bart", {"method": "rtn", "smooth": "smoothquant"}, "take awq or gptq"),
      ("text2text-generation", "led", {"method": "qat", "start": "gptq"}, "where a 'led' model keeps its blocks is not known here"),
      ("text2text-generation", "led", {"method": "qat", "start": "rtn"}, None), ("fill-mask", "led", {"method": "rtn"}, None),
+     ("text-generation", "gptj", {"method": "autoround"}, "where a 'gptj' model keeps its blocks is not known here; known: llama"),
+     ("text-generation", "qwen2", {"method": "autoround"}, None), ("text-generation", None, {"method": "autoround"}, None),
+     ("feature-extraction", "qwen3", {"method": "autoround"}, None), ("text2text-generation", "t5", {"method": "autoround"}, None),
      ("fill-mask", None, {"method": "qat", "generated_tokens": 64}, "drop generated_tokens")],
 )  # fmt: skip
 def test_calibrated_methods_know_tasks_and_model_types(task, model_type, options, reason):

@@ -32,6 +32,8 @@ from tests.support.gptq_formula import reference_gptq
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 EMBEDDING = "model.embed_tokens.weight"
+TIED = [name for name in QUANTIZERS if name != "spinquant"]
+"""Methods that take a tied head."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(**options: object) -> QuantizeSpec:
-    short = {"steps": 3, "batch": 4} if options.get("method") == "qat" else {}
+    short = {"qat": {"steps": 3, "batch": 4}, "autoround": {"steps": 4}}.get(str(options.get("method")), {})
     return QuantizeSpec.model_validate({"samples": 12, "sequence": 32, **short, **options})
 
 
@@ -75,7 +77,12 @@ def assert_on_grid(folder: Path, grid: str, head: str | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "grid"),
-    [(method, name) for method in ("rtn", "gptq", "awq", "qat") for name in GRIDS if (method, name) != ("qat", "fp8")],
+    [
+        (method, name)
+        for method in ("rtn", "gptq", "awq", "autoround", "qat")
+        for name in GRIDS
+        if name != "fp8" or method not in ("autoround", "qat")
+    ],
 )
 def test_every_weight_is_its_integer_times_its_scale(
     method: str, grid: str, tiny_checkpoint: Path, text: Path, tmp_path: Path
@@ -88,7 +95,7 @@ def test_every_weight_is_its_integer_times_its_scale(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize("method", TIED)
 def test_the_folder_loads_plainly_and_holds_nothing_else(
     method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -109,7 +116,7 @@ def test_the_folder_loads_plainly_and_holds_nothing_else(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize("method", TIED)
 def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = {"generated_tokens": 64} if method == "qat" else {}
     for name in ("a", "b"):
@@ -126,6 +133,7 @@ def test_the_same_seed_gives_the_same_bytes(method: str, tiny_checkpoint: Path, 
         {"grid": "int4-g32", "method": "gptq"},
         {"grid": "int8", "method": "smoothquant"},
         {"grid": "int4-g32", "method": "gptq", "smooth": "awq"},
+        {"grid": "int4-g32", "method": "autoround"},
     ],
 )
 def test_a_large_checkpoint_stays_in_its_files_to_the_same_bytes(
@@ -148,7 +156,7 @@ def test_a_float_head_stays_as_it_was(tiny_checkpoint: Path, text: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", QUANTIZERS)
+@pytest.mark.parametrize("method", TIED)
 def test_an_untied_sharded_checkpoint_of_odd_widths(method: str, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Rows of 88 weights end in a short group; bfloat16 comes out as float32; the head has integers of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
