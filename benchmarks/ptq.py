@@ -14,6 +14,9 @@ METHODS: dict[str, dict[str, str]] = {
     "RTN, least squared error": {"method": "rtn", "scale": "mse"},
     "GPTQ": {"method": "gptq"},
     "GPTQ, least squared error": {"method": "gptq", "scale": "mse"},
+    "RTN, imatrix": {"method": "rtn", "scale": "imatrix"},
+    "GPTQ, imatrix": {"method": "gptq", "scale": "imatrix"},
+    "AutoRound": {"method": "autoround"},
     "AWQ": {"method": "awq"},
     "AWQ, then GPTQ": {"method": "gptq", "smooth": "awq"},
     "SmoothQuant": {"method": "smoothquant"},
@@ -38,5 +41,5 @@ def benchmark() -> dict[str, Any]:
 
 def _change(name: str, grid: str, stories: Stories, whole: float) -> dict[str, Any]:
     spec = QuantizeSpec.model_validate(METHODS[name] | {"grid": grid, "head": PLACES[grid]})
-    seeds = SEEDS[:1] if spec.method == "rtn" else SEEDS
+    seeds = SEEDS if spec.calibrated else SEEDS[:1]
     return over_seeds(f"{grid} / {name}", lambda seed: stories.quantized(spec, seed) / whole - 1, seeds)

@@ -139,7 +139,7 @@ def _mix(spec: QuantizeSpec, scanned: Path | None) -> tuple[dict[str, Grid], Met
     if scanned is None:
         raise RecipeError("quantize.mixed needs the sensitivity scan of the checkpoint; run the sensitivity stage first")
     scan = Sensitivity.read(scanned)
-    names = scan.finer_for(spec.mixed.budget)
+    names = scan.finer_for(spec.mixed.budget) if spec.mixed.bits is None else scan.finer_within(spec.mixed.bits)
     metrics = {"finer_matrices": len(names), "predicted_quality_loss": scan.predicted_loss(names)}
     return dict.fromkeys(names, grid_named(spec.mixed.grid)), metrics
 

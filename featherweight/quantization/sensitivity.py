@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,9 +31,14 @@ class Matrix:
     finer_divergence: float
 
     @property
-    def gain(self) -> float:
-        """Nats per token that the finer grid saves, for each bit that it costs more."""
-        return (self.divergence - self.finer_divergence) / max(1.0, self.weights * (self.finer_bits - self.bits))
+    def saved(self) -> float:
+        """Nats per token that the finer grid saves."""
+        return self.divergence - self.finer_divergence
+
+    @property
+    def added(self) -> float:
+        """Bits that it costs more."""
+        return self.weights * (self.finer_bits - self.bits)
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,52 @@ class Sensitivity:
         parts = (one.finer_divergence if one.name in finer else one.divergence for one in self.matrices)
         return sum(parts) / self.loss
 
+    def bits_per_weight(self, finer: frozenset[str]) -> float:
+        """Storage per weight of all matrices, scales included, with these on the finer grid."""
+        bits = sum(one.weights * (one.finer_bits if one.name in finer else one.bits) for one in self.matrices)
+        return bits / sum(one.weights for one in self.matrices)
+
     def finer_for(self, budget: float) -> frozenset[str]:
-        """The matrices to keep on the finer grid for a predicted loss of at most `budget`: those that gain most for a bit.
+        """The matrices to keep on the finer grid so that a predicted loss of at most `budget` takes the fewest bits.
 
         Raises RecipeError where even all of them are not enough.
         """
-        chosen: frozenset[str] = frozenset()
-        for one in sorted(self.matrices, key=lambda one: (-one.gain, one.name)):
-            if self.predicted_loss(chosen) <= budget:
-                break
-            chosen |= {one.name}
-        if self.predicted_loss(chosen) > budget:
+        every = frozenset(one.name for one in self.matrices)
+        if self.predicted_loss(every) > budget:
             raise RecipeError(
-                f"quantize.mixed: with every matrix on {self.finer} the predicted loss is {self.predicted_loss(chosen):.2%}, above "
+                f"quantize.mixed: with every matrix on {self.finer} the predicted loss is {self.predicted_loss(every):.2%}, above "
                 f"the budget of {budget:.2%}; raise the budget or take a finer grid"
             )
-        return chosen
+        asked = (self.predicted_loss(frozenset()) - budget) * self.loss
+        if asked <= 0:
+            return frozenset()
+        return self._chosen([one.added for one in self.matrices], [one.saved / asked for one in self.matrices], least=1)
+
+    def finer_within(self, bits: float) -> frozenset[str]:
+        """The matrices to keep on the finer grid so that at most `bits` per weight have the least predicted loss.
+
+        Raises RecipeError where none can be.
+        """
+        least, size = self.bits_per_weight(frozenset()), sum(one.weights for one in self.matrices)
+        if least > bits:
+            raise RecipeError(
+                f"quantize.mixed: with every matrix on {self.grid} the weights take {least:.4g} bits each, scales included, above "
+                f"the budget of {bits:.4g}; raise the budget or take a coarser grid"
+            )
+        room = max((bits - least) * size, 1.0)
+        return self._chosen([-one.saved for one in self.matrices], [one.added / room for one in self.matrices], most=1)
+
+    def _chosen(self, costs: list[float], row: list[float], least: float = -math.inf, most: float = math.inf) -> frozenset[str]:
+        """The matrices of the least sum of `costs` whose sum of `row` is within the bounds, to a millionth, by an integer program.
+
+        There are some, as the callers see to.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        scale = sum(map(abs, costs)) or 1.0
+        shares = [cost / scale for cost in costs]
+        found = milp(shares, integrality=[1] * len(row), bounds=Bounds(0, 1), constraints=LinearConstraint([row], least, most))
+        return frozenset(one.name for one, taken in zip(self.matrices, found.x, strict=True) if taken > 0.5)
 
     def write(self, folder: Path) -> None:
         """Write the figures, and a page that shows them."""

@@ -1,4 +1,4 @@
-"""SpinQuant's rotations that cost nothing at run time, as QuaRot takes them: R1 and R2 by Hadamard matrices, through llm-compressor.
+"""SpinQuant's rotations that cost nothing at run time: R1 and R2, by Hadamard matrices as in QuaRot, through llm-compressor.
 
 R1 turns all that the blocks add up, R2 the values of each head: what a weight or an activation has far beyond the others is spread
 over all channels. Norms lose their weights to the matrices that read them, rotations are multiplied into the weights on either
@@ -31,8 +31,8 @@ def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
         return f"{parent.task} + spinquant: what reads the residual of {what} is not known to turn with it; known: {known}"
     if parent.facts and getattr(parent.facts.config, "tie_word_embeddings", False):
         return (
-            f"{parent.task} + spinquant: the embedding of this {parent.model_type} model is its head too, and the two would be turned "
-            "apart; take awq"
+            f"{parent.task} + spinquant: the embedding of this {parent.model_type} model is its head too, and the two would be "
+            "turned apart; take awq"
         )
     return f"sparse + spinquant-{spec.grid}: a rotation fills the zeros; take rtn" if parent.sparse else None
 

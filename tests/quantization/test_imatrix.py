@@ -33,7 +33,10 @@ def test_the_importance_of_a_column_is_its_mean_square(tiny_checkpoint: Path) ->
     with torch.no_grad():
         model(input_ids=ids())
     found = importances(opening.load_model(tiny_checkpoint), ids())
-    for name, inputs in (("model.layers.1.mlp.down_proj.weight", seen["model.layers.1.mlp.down_proj"]), (EMBEDDING, seen["lm_head"])):
+    for name, inputs in (
+        ("model.layers.1.mlp.down_proj.weight", seen["model.layers.1.mlp.down_proj"]),
+        (EMBEDDING, seen["lm_head"]),
+    ):
         squares = inputs.square().mean(0)
         torch.testing.assert_close(found[name].double(), (squares / squares.mean()).clamp_min(LEAST), rtol=1e-4, atol=1e-7)
     named = dict(opening.load_model(tiny_checkpoint).named_parameters())
@@ -51,7 +54,9 @@ def test_scales_are_those_of_the_least_weighed_error(grid: Grid) -> None:
     weight, importance = torch.randn(8, 88, generator=draws), torch.rand(88, generator=draws).pow(6)
     found = grid.mse_scales(weight, importance)
     others = (grid.scales(weight), grid.mse_scales(weight))
-    assert all((weighed_error(grid, weight, found, importance) <= weighed_error(grid, weight, one, importance)).all() for one in others)
+    assert all(
+        (weighed_error(grid, weight, found, importance) <= weighed_error(grid, weight, one, importance)).all() for one in others
+    )
     assert torch.equal(grid.mse_scales(weight, torch.full((88,), 3.0)), others[1])
     if grid.bits == 4:
         assert weighed_error(grid, weight, found, importance).sum() < 0.9 * weighed_error(grid, weight, others[1], importance).sum()

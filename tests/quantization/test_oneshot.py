@@ -137,7 +137,9 @@ def test_what_calibrates_loses_less_than_rounding(better: str, kind: str, text: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart"), ("autoround", "t5")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("gptq", "t5"), ("gptq", "marian"), ("awq", "mbart"), ("smoothquant", "mbart"), ("autoround", "t5")]
+)
 def test_padding_is_no_text(method: str, kind: str, checkpoint: Any, text: Path) -> None:
     given = input_of(checkpoint(kind), text, method=method, **({"steps": 4} if method == "autoround" else {}))
     source, target = given.calibration.chunk(2, dim=1)

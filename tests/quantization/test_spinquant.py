@@ -50,7 +50,7 @@ def test_rotations_keep_the_function_and_turn_every_weight(kind: str, tmp_path: 
 
 
 def outliers(folder: Path) -> Path:
-    """A checkpoint whose blocks read two channels of the residual much more than the others, which every row's scale has to hold."""
+    """A checkpoint whose blocks read two channels of the residual much more than others, which every scale has to hold."""
     checkpoint = untied("llama", folder, hidden_size=64, intermediate_size=128)
     model = opening.load_model(checkpoint)
     with torch.no_grad():

@@ -12,7 +12,11 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def reference_autoround(
-    weights: Weights, name: str, block: Callable[[Weights, int], torch.Tensor], targets: Sequence[torch.Tensor], batches: Sequence[int]
+    weights: Weights,
+    name: str,
+    block: Callable[[Weights, int], torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    batches: Sequence[int],
 ) -> dict[str, torch.Tensor]:
     """Signed gradient descent in float64, a step for each of `batches`; block(weights, batch) is what the block puts out."""
     grid = grid_named(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -92,12 +94,64 @@ def test_the_most_sensitive_for_their_bits_are_kept_finer() -> None:
         found.finer_for(0.0001)
 
 
+def drawn(count: int, seed: int) -> Sensitivity:
+    """A scan of matrices of a few sizes, as models have them."""
+    draws = random.Random(seed)
+    sizes = [draws.choice((100, 250, 250, 700)) for _ in range(count)]
+    losses = [draws.lognormvariate(-6, 1.5) for _ in range(count)]
+    matrices = (Matrix(f"m{i}", size, 5, 8.5, loss, loss / 250) for i, (size, loss) in enumerate(zip(sizes, losses, strict=True)))
+    return Sensitivity("int4-g32", "int8", 2.0, tuple(matrices))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_choice_of_matrices_is_better(seed: int) -> None:
+    """Against all 1,024 of them, for either budget."""
+    found = drawn(10, seed)
+    names = [one.name for one in found.matrices]
+    every = [frozenset(some) for count in range(11) for some in itertools.combinations(names, count)]
+    for share in (0.02, 0.3, 0.9, 1.5):
+        budget = share * found.predicted_loss(frozenset())
+        fewest = min(found.bits_per_weight(one) for one in every if found.predicted_loss(one) <= budget)
+        chosen = found.finer_for(budget)
+        assert found.predicted_loss(chosen) <= budget * (1 + 1e-6)
+        assert found.bits_per_weight(chosen) == pytest.approx(fewest, rel=1e-4)
+    for bits in (5.0, 5.3, 6.5, 8.0, 9.0):
+        least = min(found.predicted_loss(one) for one in every if found.bits_per_weight(one) <= bits)
+        chosen = found.finer_within(bits)
+        assert found.bits_per_weight(chosen) <= bits * (1 + 1e-6)
+        assert found.predicted_loss(chosen) == pytest.approx(least, rel=1e-4)
+    with pytest.raises(RecipeError, match=r"int4-g32 the weights take 5 bits each, scales included, above the budget of 4\.9;"):
+        found.finer_within(4.9)
+
+
+def test_many_matrices_are_chosen_among_alike_every_time() -> None:
+    found = drawn(400, 9)
+    assert found.finer_within(5.6) == found.finer_within(5.6) and len(found.finer_within(5.6)) > 20
+
+
+def test_a_budget_is_of_loss_or_of_bits() -> None:
+    with pytest.raises(ValueError, match="budget plays no role where bits are given; leave it out"):
+        QuantizeSpec.of(grid="int4", mixed={"bits": 5.0, "budget": 0.01})
+    assert "bits" not in QuantizeSpec.of(grid="int4", mixed={}).model_dump()["mixed"]
+
+
 def test_the_page_shows_every_matrix_and_what_a_budget_buys(scanned: Path) -> None:
     page = (scanned / PAGE).read_text()
     for one in Sensitivity.read(scanned).matrices:
         assert one.name.removesuffix(".weight") in page
     assert page.count("fill: var(--first)") == len(Sensitivity.read(scanned).matrices)
     assert "of the weights" in page
+
+
+def test_mixed_precision_within_bits_keeps_to_them(checkpoint: Path, text: Path, scanned: Path, tmp_path: Path) -> None:
+    scan = Sensitivity.read(scanned)
+    bits = (scan.bits_per_weight(frozenset()) + scan.bits_per_weight(frozenset(one.name for one in scan.matrices))) / 2
+    spec = QuantizeSpec.model_validate(MIXED | {"mixed": {"grid": "int8-g32", "bits": bits}})
+    metrics = quantize(spec, checkpoint=checkpoint, text=text, calibration=text, sensitivity=scanned, out=tmp_path)
+    quantized = QuantizedWeights.read(tmp_path)
+    assert quantized and quantized.bits_per_weight() <= bits * (1 + 1e-6)
+    assert 0 < metrics["finer_matrices"] < len(quantized.grids)
+    assert metrics["predicted_quality_loss"] == scan.predicted_loss(scan.finer_within(bits))
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "qat"])
