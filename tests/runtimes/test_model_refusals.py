@@ -206,6 +206,9 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
     [
         ("lfm2", {}, "wants block_dim"),
         ("lfm2", {"block_dim": 64}, ""),
+        ("glm4_moe", {}, "wants head_dim"),
+        ("glm4_moe", {"head_dim": 128}, ""),
+        ("minimax_m2", {"head_dim": 128}, "wants rotary_dim"),
         ("gpt_oss", {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 64}}, "beta_fast and beta_slow"),
         (
             "gpt_oss",

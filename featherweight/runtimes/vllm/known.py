@@ -19,12 +19,23 @@ LEFT_OUT = {
 """What a module knows nothing of, or asserts to be off."""
 
 
-WANTED = {"lfm2": ("block_dim",), "gpt_oss": ("beta_fast", "beta_slow", "original_max_position_embeddings")}
+WANTED = {
+    "afmoe": ("score_func",),
+    "glm4_moe": ("head_dim",),
+    "glm4_moe_lite": ("first_k_dense_replace",),
+    "gpt_oss": ("beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "hy_v3": ("first_k_dense_replace",),
+    "lfm2": ("block_dim",),
+    "mimo_v2_flash": ("hybrid_layer_pattern",),
+    "minimax_m2": ("rotary_dim",),
+}
 """What a module ends with an error without, in config.json or in its rope_parameters; transformers does without."""
 
 
 BACKEND = "_supports_attention_backend = True"
 """What a model of transformers says of itself that vLLM runs without a module of its own."""
+OWN_ATTENTION = ("diffllama", "minimax")
+"""Model types that say so, and compute attention by themselves in some layer, for which vLLM then has no cache."""
 
 
 def unknown_refusal(kind: str, config: Any) -> str | None:
@@ -36,7 +47,8 @@ def unknown_refusal(kind: str, config: Any) -> str | None:
     if not known or not named or any(name in known for name in named):
         return None
     source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
-    return None if not source or BACKEND in source else f"vLLM has no module for {kind} models; take another engine"
+    served = not source or (BACKEND in source and kind not in OWN_ATTENTION)
+    return None if served else f"vLLM has no module for {kind} models; take another engine"
 
 
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
