@@ -1,4 +1,4 @@
-"""Which tokens a recipe has a use for: those of its text, of a list, or of scripts."""
+"""Which tokens a recipe has a use for: those of its text, of a list, of scripts, or those that the model itself expects."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.pieces import BYTE, Pieces
 from featherweight.errors import RecipeError
-from featherweight.model.heads import SentenceEmbedding
+from featherweight.model.heads import SentenceEmbedding, answers
 from featherweight.text.documents import read_documents
+from featherweight.text.model_inputs import inputs_and_labels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH = 256
 
@@ -35,6 +37,27 @@ def used_in(folders: Iterable[Path], tokenizer: Any, config: PreTrainedConfig) -
 
 def _ids(told: Any) -> set[int]:
     return set(chain.from_iterable(told["input_ids"]))
+
+
+def expected_by(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """How often `model` expects each token in place of what `blocks` have (see text/model_inputs.py): float64 [vocabulary].
+
+    The probabilities of all tokens, summed over the positions: of what might stand there, not of what does alone.
+    """
+    import torch
+
+    model.eval()
+    expected = torch.zeros(1, dtype=torch.float64)
+    with torch.inference_mode():
+        for block in blocks.split(1):
+            logits = answers(model, inputs_and_labels(model.config, block.to(model.device))[0])
+            expected = expected + logits.float().softmax(-1).flatten(0, -2).double().sum(0).cpu()
+    return expected
+
+
+def likeliest(expected: Tensor, count: int) -> set[int]:
+    """Ids of the `count` most expected tokens of `expected` [vocabulary]; of equals the lower ids."""
+    return set(expected.sort(descending=True, stable=True).indices[:count].tolist())
 
 
 def listed(tokens: Collection[str], pieces: Pieces) -> set[int]:

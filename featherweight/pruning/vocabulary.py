@@ -25,9 +25,10 @@ from featherweight.model.facts import CheckpointFacts
 from featherweight.model.parent import Parent
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import PruneSpec
-from featherweight.pruning.used_tokens import listed, used_in, written_in
+from featherweight.pruning.used_tokens import expected_by, likeliest, listed, used_in, written_in
 from featherweight.spec import HEADED, Positive, Spec
 from featherweight.text.documents import read_documents
+from featherweight.text.model_inputs import example_blocks
 from featherweight.training.losses import mean_loss
 from featherweight.training.spec import FinetuneSpec
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+READ = 1 << 17
+"""Tokens of each text that the checkpoint is asked about."""
 PROVEN = 200
 """Documents on which the trimmed tokenizer is held to the checkpoint's."""
 
@@ -67,20 +70,22 @@ class KeepSpec(Spec):
 
     text: those of the recipe's text (training and calibration). tokens: a list, or a file with one a line, as the tokenizer spells
     them. scripts: those whose letters are all of these scripts. first: so many of the lowest ids, which are the commonest pieces of
-    most tokenizers, for text that nobody has seen. characters: 'all' keeps every character that is a token; 'used'
-    leaves the unused ones to the tokenizer's bytes.
+    most tokenizers, for text that nobody has seen. expected: so many of those that the checkpoint itself expects in the recipe's
+    text, by their probabilities summed over it: what might have stood there, and so what other text of its kind needs.
+    characters: 'all' keeps every character that is a token; 'used' leaves the unused ones to the tokenizer's bytes.
     """
 
     text: bool = True
     tokens: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()
     scripts: tuple[Annotated[str, AfterValidator(_known_script)], ...] = ()
     first: Positive | None = None
+    expected: Positive | None = None
     characters: Literal["all", "used"] = "all"
 
     @model_validator(mode="after")
     def _something_stays(self) -> Self:
-        if not (self.text or self.tokens or self.scripts or self.first):
-            raise ValueError("keep names no tokens; say text: true, tokens, scripts or first")
+        if not (self.text or self.tokens or self.scripts or self.first or self.expected):
+            raise ValueError("keep names no tokens; say text: true, tokens, scripts, first or expected")
         return self
 
 
@@ -99,7 +104,8 @@ def prune(given: PruningInput[VocabularySpec]) -> Pruned:
     """
     trimmer, rows = Trimmer.of(given.checkpoint), given.config.vocab_size
     used = used_in(_texts(given), trimmer.tokenizer, given.config) if given.spec.keep.text else set()
-    kept = trimmer.kept(used | _named(given.spec.keep, trimmer), rows, characters=given.spec.keep.characters == "all")
+    named = _named(given.spec.keep, trimmer) | _expected(given, rows)
+    kept = trimmer.kept(used | named, rows, characters=given.spec.keep.characters == "all")
     if len(kept) == rows:
         raise StageError(f"prune.method vocabulary drops none of the {rows} tokens; leave the stage out, or keep less")
     given.progress.note(f"keeping {len(kept)} of {rows} tokens, {len(used)} of them for the text")
@@ -123,6 +129,18 @@ def _named(keep: KeepSpec, trimmer: Trimmer) -> set[int]:
     """What is kept whatever the text."""
     written = written_in(keep.scripts, trimmer.pieces) if keep.scripts else set()
     return listed(keep.tokens, trimmer.pieces) | written | set(range(keep.first or 0))
+
+
+def _expected(given: PruningInput[VocabularySpec], rows: int) -> set[int]:
+    """Tokens that the checkpoint itself expects, where they are asked for."""
+    import torch
+
+    count, length = given.spec.keep.expected, given.spec.sequence
+    if count is None:
+        return set()
+    most = -(-READ // length)
+    texts = [example_blocks(given.checkpoint, given.config, folder, length, most, given.seed) for folder in _texts(given)]
+    return likeliest(expected_by(given.model, torch.cat(texts)), count) & set(range(rows))
 
 
 def _write(trimmer: Trimmer, kept: list[int], rows: int, texts: list[str], out: Path) -> None:
@@ -178,6 +196,8 @@ def check(spec: VocabularySpec, facts: CheckpointFacts) -> None:
 
 def refusal(spec: VocabularySpec, parent: Parent) -> str | None:
     """A tokenizer that is read from files of its own."""
+    if spec.keep.expected is not None and parent.task in HEADED:
+        return f"{parent.task} + vocabulary: keep.expected asks a model for tokens, and this one answers none; leave it out"
     name = parent.facts.tokenizer if parent.facts else None
     return f"{name} + vocabulary: {OWN_FILES[name]}" if name in OWN_FILES else None
 
@@ -191,8 +211,9 @@ OWN_FILES = {
 
 
 def operations(spec: VocabularySpec, parameters: int) -> float:
-    """The blocks are read once, before, and nothing is trained."""
-    return 2.0 * parameters * spec.samples * spec.sequence
+    """The blocks are read once, before, and so is the text where the checkpoint is asked what it expects; nothing is trained."""
+    asked = 2 * READ if spec.keep.expected is not None else 0
+    return 2.0 * parameters * (spec.samples * spec.sequence + asked)
 
 
 VOCABULARY = Pruner(

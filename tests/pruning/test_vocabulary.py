@@ -16,7 +16,10 @@ from featherweight.errors import RecipeError, StageError
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.model.parent import Parent
 from featherweight.pruning.spec import PruneSpec
+from featherweight.pruning.used_tokens import expected_by, likeliest
+from featherweight.spec import Task
 from featherweight.text.documents import Document, write_documents
+from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from tests.support import tokenizers as small
 from tests.support.families import WORDS, tiny_model
 from tests.support.heads import head_checkpoint
@@ -116,6 +119,55 @@ def test_what_is_kept_is_named_by_text_tokens_and_scripts(keep: Any, stays: str,
     vocabulary = load_tokenizer(tmp_path / "out").get_vocab()
     assert stays in vocabulary
     assert goes not in vocabulary
+
+
+def test_the_likeliest_tokens_are_those_most_expected() -> None:
+    expected = torch.tensor([1.0, 4.0, 2.0, 4.0, 3.0], dtype=torch.float64)
+    assert likeliest(expected, 1) == {1}
+    assert likeliest(expected, 3) == {1, 3, 4}
+    assert likeliest(expected, 9) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_what_a_model_expects_are_its_probabilities_in_float64(kind: str, few: Path, tmp_path: Path) -> None:
+    source = checkpoint(kind, tmp_path / "source")
+    model: Any = opening.load_model(source)
+    blocks = example_blocks(source, model.config, few, 12, limit=4)
+    with torch.no_grad():
+        logits = model(**inputs_and_labels(model.config, blocks)[0]).logits
+    formula = (logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)).sum((0, 1))
+    assert torch.allclose(expected_by(model, blocks), formula, rtol=1e-4)
+
+
+def test_the_tokens_that_a_model_expects_are_kept_though_the_text_lacks_them(few: Path, tmp_path: Path) -> None:
+    """The head answers one word that the text lacks whatever it has read."""
+    source = llama(tmp_path / "source", tie_word_embeddings=False)
+    model: Any = opening.load_model(source)
+    word = int(load_tokenizer(source).convert_tokens_to_ids("Ġstone"))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(0.01)
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 5.0
+        model.lm_head.weight[word, 0] = 1000.0
+    model.save_pretrained(source)
+    pruned(PruneSpec.of(**SMALL, method="vocabulary", keep={"expected": 2}), source, few, tmp_path / "out")
+    pruned(PruneSpec.of(**SMALL, method="vocabulary"), source, few, tmp_path / "text")
+    assert "Ġstone" in load_tokenizer(tmp_path / "out").get_vocab()
+    assert "Ġstone" not in load_tokenizer(tmp_path / "text").get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("text-classification", "keep.expected asks a model for tokens"),
+        ("feature-extraction", "keep.expected asks a model for tokens"),
+        ("fill-mask", None),
+        ("text-generation", None),
+    ],
+)
+def test_models_that_answer_no_tokens_are_asked_for_none(task: Task, told: str | None) -> None:
+    refusal = PruneSpec.of(method="vocabulary", keep={"expected": 9}).refusal(Parent(task, "bert"))
+    assert refusal is None if told is None else told in (refusal or "")
 
 
 def test_a_file_of_tokens_is_read_into_the_recipe(tmp_path: Path) -> None:
