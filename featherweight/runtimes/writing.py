@@ -26,7 +26,6 @@ from featherweight.runtimes.alternatives import advised
 from featherweight.runtimes.answer_parity import AnswerReference
 from featherweight.runtimes.candidate import Candidate, rows_of, served_tokens
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES
-from featherweight.runtimes.drafts import keep_draft
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.lossless import check_lossless
 from featherweight.runtimes.parity import Reference, load_reference
@@ -53,6 +52,7 @@ class Source:
     device: where; the model itself stays in main memory, where every converter wants it.
     may_stream: the weights of a large decoder are to stay in the checkpoint's files (checkpoint/streamed.py).
     change: what is done to weights that stay there, as PyTorch computes with them. folder: where their integers wait.
+    draft: the served folder of the smaller model that drafts tokens for it, if one does.
     """
 
     checkpoint: Path
@@ -65,6 +65,7 @@ class Source:
     may_stream: bool = False
     change: Change | None = None
     folder: Path | None = None
+    draft: Path | None = None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -216,13 +217,12 @@ def write_served(
     source = Source(checkpoint, calibration, QuantizedWeights.read(checkpoint), seed, progress, spec.max_tokens, where)
     with _advising(spec, source):
         refuse(runtime, spec, source)
+    source.draft = draft
     source.may_stream, source.folder = runtime.streams and not kept_adapters(checkpoint), out
     if source.quantized and source.streams:
         source.quantized.seal()
     progress.note(f"writing for {spec.engine}")
     runtime.write(spec, source, out)
-    if draft:
-        keep_draft(draft, out)
     served = Serving.read(out).on(where)
     replace(served, options=served.options | (spec.speculation.options if spec.speculation else {})).write(out)
     by_adapter = source.adapted_references()

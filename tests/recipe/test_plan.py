@@ -217,8 +217,9 @@ def drafted(draft: str = "half/f16") -> Plan:
     plain = {"engine": "llama.cpp"}
     guess = {**plain, "speculation": {"method": "draft", "draft": draft}}
     export = {"guess": guess, "plain": plain, "f16": {**plain, "precision": "float16"}, "ct2": {"engine": "ctranslate2"}}
-    lines = [{"serve": ["guess", "plain"]}, {"distill": "half", "serve": ["f16", "ct2"]}]
-    return plan_of(lines, {"distill": {"half": {"layers": 2}}, "export": export})[1]
+    lines = [{"serve": ["guess", "plain"]}, {"distill": "half", "serve": ["f16", "ct2"]}, {"prune": "trim", "serve": "f16"}]
+    stages = {"distill": {"half": {"layers": 2}}, "prune": {"trim": {"method": "vocabulary", "finetune": None}}, "export": export}
+    return plan_of(lines, stages)[1]
 
 
 def test_a_draft_is_another_variant_that_is_made_first() -> None:
@@ -234,6 +235,7 @@ def test_a_draft_is_another_variant_that_is_made_first() -> None:
         ("half/f15", "'half/f15' is no variant of this recipe; did you mean 'half/f16'"),
         ("half/ct2", "half/ct2 is served by ctranslate2, and drafts for llama.cpp come of llama.cpp"),
         ("guess", "guess has speculation itself; name one that has none"),
+        ("trim/f16", "trim/f16 has other tokens than what it is to draft for; name one with the same tokenizer"),
     ],
 )
 def test_what_is_no_draft_is_refused(draft: str, told: str) -> None:

@@ -69,6 +69,12 @@ def test_shares_lists_and_keys_of_their_own_have_names_too() -> None:
     assert made.prune["prune-0.25-2"].finetune.steps == 20 and list(made.export) == ["vllm"]
 
 
+def test_speculation_may_be_searched_beside_none() -> None:
+    space = {"export": {"engine": "llama.cpp", "speculation": [None, "ngram"]}}
+    made = recipe(search={"budget": 60, "space": space})
+    assert list(made.stages.export) == ["llama.cpp-no-speculation", "llama.cpp-ngram"] and not expand(made).ruled_out
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
@@ -211,6 +217,14 @@ def test_what_a_short_look_rules_out_is_said_with_its_numbers() -> None:
     told = GOAL.cannot_win(figures(5.0, 0.0, 0.1), leader)
     assert told == "speed 5.00x [4.50, 5.50] at batch 1 at a short look, against speed 10.0x [9.80, 10.2] at batch 1 of quick"
     assert GOAL.cannot_win(figures(9.5, 0.0, 0.1), leader) == ""
+
+
+def test_what_speculation_slows_at_a_short_look_is_not_measured() -> None:
+    slowed = {f"speculation_speedup_1{end}": value for end, value in (("", 0.8), ("_low", 0.7), ("_high", 0.9))}
+    assert GOAL.cannot_win(figures(5, 0, 0.1) | slowed, {}).startswith(
+        "speed against the same without speculation 0.80x [0.70, 0.90]"
+    )
+    assert not GOAL.cannot_win(figures(5, 0, 0.1) | slowed | {"speculation_speedup_1_high": 1.1}, {})
 
 
 def test_what_came_of_a_step_is_told_in_a_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -282,3 +283,31 @@ def test_what_is_exported_with_it_is_held_to_pytorch_and_to_itself_without(
     metrics = write_served(asked, checkpoint=tiny_checkpoint, calibration=write_pairs(tmp_path / "text"), out=out)
     assert metrics["parity_mean_abs"] < metrics["parity_bound"]
     assert speculates(out) and Serving.read(out).max_tokens == 96
+
+
+@llama_cpp
+@pytest.mark.engine
+def test_a_draft_is_served_beside_what_it_drafts_for_where_its_tokens_are_the_same(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in (parity, lossless):
+        monkeypatch.setattr(room, "open_worker", InProcess)
+    text, out, draft, other = (tmp_path / name for name in ("text", "out", "draft", "other"))
+    for folder in (out, draft):
+        folder.mkdir()
+    told = {"checkpoint": tiny_checkpoint, "calibration": write_pairs(text)}
+    write_served(ExportSpec.of(engine="llama.cpp", precision="float16", max_tokens=96), out=draft, **told)
+    asked = ExportSpec.of(engine="llama.cpp", max_tokens=96, speculation={"method": "draft", "draft": "half"})
+    write_served(asked, out=out, draft=draft, **told)
+    assert (out / DRAFT / "model.gguf").samefile(draft / "model.gguf")
+    assert Serving.read(out / DRAFT).options["dtype"] == "float16" and Serving.read(out).options["dtype"] == "float32"
+    shutil.copytree(draft, other)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    piece = next(iter(set(vocabulary) - {part for pair in tokens["model"]["merges"] for part in ("".join(pair), *pair)}))
+    vocabulary[f"{piece}{piece}"] = vocabulary.pop(piece)
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    shutil.rmtree(out)
+    out.mkdir()
+    with pytest.raises(RecipeError, match=r"speculation\.draft has other tokens than what it is to draft for"):
+        write_served(asked, out=out, draft=other, **told)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from featherweight.measure.goals import Figure, Objective, bounded, choose_winner, judged_batch
+from featherweight.measure.goals import Figure, Objective, against_plain, bounded, choose_winner, judged_batch
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
@@ -44,6 +44,10 @@ class Goal:
             found = figure.read(short)
             if found and not figure.keeps(figure.best(found), bound):
                 return f"{figure.text(found)} at a short look, and {figure.show(bound)} is asked for"
+        figure = against_plain(batch)
+        found = figure.read(short)
+        if found and not figure.keeps(figure.best(found), 1.0):
+            return f"{figure.text(found)} at a short look"
         leader = choose_winner(self.constraints, self.objective, measured).winner if measured else None
         figure = Objective.of(self.objective, short).figure
         found, best = figure.read(short), figure.read(measured[leader]) if leader else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
+from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.matrices import matrices
 from featherweight.progress import Metrics
@@ -24,10 +25,12 @@ from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, GELU, Tensors, describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
+from featherweight.runtimes.speculation import DRAFT
 from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.text.documents import read_documents
 from featherweight.text.model_inputs import example_blocks
+from featherweight.text.respelling import Respelling
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -71,6 +74,8 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     write_file(out / MODEL, model, stored, vocabulary, spec.precision, prepared or PREPARED[0])
     copy_tokenizer(source.checkpoint, out)
     write_adapters(model, out)
+    if source.draft:
+        keep_draft(source.draft, out)
     kept = "float32" if spec.precision == "float32" else "float16"
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
@@ -83,6 +88,15 @@ def _importance(source: Source) -> Mapping[str, Tensor]:
     """Of the columns of each matrix, on the calibration text."""
     blocks = example_blocks(source.checkpoint, source.config, source.calibration, SEQUENCE, limit=SAMPLES, seed=source.seed)
     return importances(source.computing(), blocks)
+
+
+def keep_draft(draft: Path, served: Path) -> None:
+    """Put the file of `draft`, a served folder, beside that of `served`. Raises RecipeError where their tokens are not the same."""
+    if Respelling.between(draft, served):
+        raise RecipeError("speculation.draft has other tokens than what it is to draft for; name one with the same tokenizer")
+    (served / DRAFT).mkdir()
+    link(draft / MODEL, served / DRAFT / MODEL)
+    Serving.read(draft).write(served / DRAFT)
 
 
 def write_file(
