@@ -24,7 +24,6 @@ from featherweight.runtimes.llama_cpp.write import write_file
 from featherweight.runtimes.lossless import check_lossless, hold_same, speculates, without_speculation
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.runtimes.speculation import DRAFT, Repetitions, SpeculationSpec, next_draft_tokens, speculation_of
-from featherweight.runtimes.vllm.server import arguments
 from featherweight.runtimes.writing import Source, load_reference, write_served
 from featherweight.store.served_folder import Serving
 from tests.support.families import write_pairs
@@ -101,16 +100,12 @@ def test_openvino_says_what_it_wants_for_it(keys: dict[str, str], told: str | No
     assert reason is None if told is None else told in str(reason)
 
 
-def test_vllm_drafts_by_no_model_here() -> None:
-    drafted = ExportSpec.of(engine="vllm", speculation={"method": "draft", "draft": "half"})
-    assert "vllm speculates by ngram here, and not by draft" in str(RUNTIMES["vllm"].speculation_refusal(drafted))
-
-
-def test_vllms_server_is_told_in_its_own_words(tiny_checkpoint: Path) -> None:
-    told = arguments(tiny_checkpoint, tiny_checkpoint, NGRAM.options, Limits(1))
-    wanted = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 2}
-    assert json.loads(told[told.index("--speculative-config") + 1]) == wanted
-    assert "--speculative-config" not in arguments(tiny_checkpoint, tiny_checkpoint, {}, Limits(1))
+def test_vllm_is_refused_with_its_reason_and_a_method_that_an_engine_lacks_by_name() -> None:
+    asked = ExportSpec.of(engine="vllm", speculation="ngram")
+    assert "ends where one text is drawn with top_k; take another engine" in str(RUNTIMES["vllm"].speculation_refusal(asked))
+    drafted = CompileSpec.of(engine="openvino", batching="continuous", speculation={"method": "draft", "draft": "half"})
+    reason = RUNTIMES["openvino"].speculation_refusal(drafted)
+    assert "openvino speculates by ngram here, and not by draft" in str(reason)
 
 
 # That nothing changes

@@ -36,8 +36,7 @@ _ECHOES = ("EngineDeadError", "See root cause above")
 class VllmModel(LoadedModel):
     """A server of this worker's own, in a process group of its own.
 
-    options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same; `tensor_parallel_size`, 1;
-    `speculation`.
+    options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same; `tensor_parallel_size`, 1.
     """
 
     follows = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens"}

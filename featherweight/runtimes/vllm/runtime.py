@@ -66,7 +66,6 @@ class Vllm(Runtime[VllmSpec]):
     streams = True
     writing_s = measuring_s = 45
     slow_to_switch = True
-    speculates = ("ngram",)
     devices = (CPU, CUDA)
 
     def write(self, spec: VllmSpec, source: Source, out: Path) -> None:
@@ -113,6 +112,12 @@ class Vllm(Runtime[VllmSpec]):
             return f"compressed-tensors {scheme.name} holds {scheme.weights}, not {grids.body.name}"
         mixed = "vllm is given one grid for all layers here, not mixed precision; take an engine that holds several"
         return mixed if grids.finer else None
+
+    def speculation_refusal(self, spec: VllmSpec) -> str | None:
+        """One request with top_k would end its server for all: it takes the largest of no logits where nothing is drafted."""
+        if spec.speculation is None:
+            return None
+        return "vLLM 0.32 that drafts tokens ends where one text is drawn with top_k; take another engine, or leave it out"
 
     def machine_refusal(self, spec: VllmSpec, machine: Machine) -> str | None:
         if reason := parallel.machine_refusal(spec.tensor_parallel_size, machine):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
 from featherweight.model.positions import head_width
 from featherweight.runtimes.interface import EngineServer, Limits
-from featherweight.runtimes.speculation import SpeculationSpec, speculation_of
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
 from featherweight.runtimes.vllm.on_cpus import wants_bfloat16
 from featherweight.store.served_folder import Serving
@@ -61,15 +59,7 @@ def arguments(served: Path, weights: Path, options: Mapping[str, str], limits: L
         "--kv-cache-memory-bytes": _cache_bytes(weights, limits.max_tokens, limits.max_batch),
         "--tensor-parallel-size": options.get("tensor_parallel_size", "1"),
     }
-    asked = speculation_of(options)
-    told |= {"--speculative-config": json.dumps(speculative_config(asked))} if asked else {}
     return [*(str(part) for pair in told.items() for part in pair), "--enforce-eager", "--disable-log-stats"]
-
-
-def speculative_config(asked: SpeculationSpec) -> dict[str, str | int]:
-    """vLLM's own words for it."""
-    size = {"prompt_lookup_min": asked.ngram_size, "prompt_lookup_max": asked.ngram_size}
-    return {"method": "ngram", "num_speculative_tokens": asked.tokens, **size}
 
 
 def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
