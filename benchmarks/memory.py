@@ -56,6 +56,7 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "small gptq": ("small", "quantize", {"method": "gptq", "grid": "int4-g32", **ROUNDS}),
     "small smoothquant": ("small", "quantize", {"method": "smoothquant", "grid": "int8", **ROUNDS}),
     "small awq": ("small", "quantize", {"method": "awq", "grid": "int4-g32", **ROUNDS}),
+    "small autoround": ("small", "quantize", {"method": "autoround", "grid": "int4-g32", "steps": 2, **ROUNDS}),
     "small qat": ("small", "quantize", {"method": "qat", "grid": "int8", "start": "rtn", "steps": 2, "batch": 2, **ROUNDS}),
     "small sensitivity": (
         "small",

@@ -26,7 +26,6 @@ from featherweight.quantization.interface import (
     Choice,
     QuantizationInput,
     Quantizer,
-    calibration_operations,
     merged,
     round_to_nearest,
     start_scales,
@@ -63,8 +62,8 @@ def refusal(spec: QuantizeSpec, parent: Parent) -> str | None:
 
 
 def operations(spec: AutoRoundSpec, parameters: int) -> float:
-    """Forward and backward through each block at every step, beside the passes of any calibration."""
-    return 6.0 * parameters * spec.steps * BATCH * spec.sequence + calibration_operations(spec, parameters)
+    """Forward and backward through each block at every step, and five passes with all of the text."""
+    return (6.0 * spec.steps * BATCH + 10.0 * spec.samples) * parameters * spec.sequence
 
 
 def choose(given: QuantizationInput[AutoRoundSpec]) -> Choice:
@@ -95,11 +94,15 @@ def _learned_blocks(given: QuantizationInput[AutoRoundSpec]) -> QuantizedWeights
 def _learned_block(
     given: QuantizationInput[AutoRoundSpec], visit: Visit, targets: list[Tensor], draws: Generator
 ) -> dict[str, _Rounding]:
-    """The roundings of a block's matrices, by name, to which its weights have been moved."""
+    """The roundings of a block's matrices, by name, to which its weights have been moved: plain ones, where few and so long steps
+    have ended farther from the targets."""
     layers = {f"{name}.weight": linear for name, linear in linears(visit.block).items() if f"{name}.weight" in given.grids}
-    roundings = {name: _plain(given, name, linear.weight.detach().clone()) for name, linear in layers.items()}
+    plain = {name: _plain(given, name, linear.weight.detach().clone()) for name, linear in layers.items()}
+    roundings = {name: _Rounding.of(one.weight, one.grid, one.start) for name, one in plain.items()}
     with _rounded(layers, roundings):
+        before = _distance(visit.run, targets)
         learn(list(roundings.values()), visit.run, targets, given.spec.steps, draws)
+        roundings = roundings if _distance(visit.run, targets) < before else plain
     for name, rounding in roundings.items():
         layers[name].weight.data.copy_(rounding.grid.dequantize(*rounding.chosen()))
     return roundings
@@ -125,6 +128,12 @@ def _hidden(output: Any) -> Tensor:
     """What a block passes on, without what it tells beside."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _distance(run: Run, targets: list[Tensor]) -> float:
+    """Squared, of what a block puts out from its targets."""
+    outputs = (_hidden(one) for one in run.outputs())
+    return sum((output - target).square().sum().item() for output, target in zip(outputs, targets, strict=True))
 
 
 def learn(roundings: list[_Rounding], run: Run, targets: list[Tensor], steps: int, draws: Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from featherweight.model.blockwise import BATCH, linears
 from featherweight.progress import Progress
 from featherweight.quantization.autoround import _Rounding
 from featherweight.quantization.catalog import QUANTIZERS
-from featherweight.quantization.interface import QuantizationInput
+from featherweight.quantization.interface import QuantizationInput, round_to_nearest
 from featherweight.quantization.spec import QuantizeSpec
 from tests.support.autoround_formula import Weights, reference_autoround
 
@@ -105,6 +106,15 @@ def test_it_is_the_papers_descent_in_float64(grid: str, gain: float, tiny_checkp
     assert sum(same) / len(same) > 0.97
     assert ours == pytest.approx(loss(expected), rel=0.02)
     assert ours < gain * loss(plain)
+
+
+def test_what_ends_farther_than_plain_rounding_is_dropped_for_it(tiny_checkpoint: Path) -> None:
+    """One step is half a grid's step long: it turns every weight over."""
+    asked = given(tiny_checkpoint, "int4")
+    asked = dataclasses.replace(asked, spec=asked.spec.model_copy(update={"steps": 1}))
+    plain = round_to_nearest(asked, asked.tensors())
+    found = QUANTIZERS["autoround"].choose(asked).quantized
+    assert found.q.keys() == plain.q.keys() and all(torch.equal(q, plain.q[name]) for name, q in found.q.items())
 
 
 @pytest.mark.slow

@@ -167,6 +167,7 @@ QWEN2_SMALL = ModelSize(213_336_064, 113, 16 * (6 * 1024 + 2816), table=32_000 *
         (QWEN2_SMALL, "quantize", {"method": "gptq", "grid": "int4-g32"}, 2.49),
         (QWEN2_SMALL, "quantize", {"method": "smoothquant", "grid": "int8"}, 2.95),
         (QWEN2_SMALL, "quantize", {"method": "awq", "grid": "int4-g32"}, 3.04),
+        (QWEN2_SMALL, "quantize", {"method": "autoround", "grid": "int4-g32"}, 2.42),
         (QWEN2_SMALL, "quantize", {"method": "qat", "grid": "int8", "start": "rtn"}, 6.1),
         (QWEN2_SMALL, "prune", {"method": "width"}, 3.02),
     ],

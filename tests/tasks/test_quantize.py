@@ -47,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(**options: object) -> QuantizeSpec:
-    short = {"qat": {"steps": 3, "batch": 4}, "autoround": {"steps": 4}}.get(str(options.get("method")), {})
+    short = {"qat": {"steps": 3, "batch": 4}, "autoround": {"steps": 12}}.get(str(options.get("method")), {})
     return QuantizeSpec.model_validate({"samples": 12, "sequence": 32, **short, **options})
 
 
