@@ -51,7 +51,7 @@ def expected_by(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     with torch.inference_mode():
         for block in blocks.split(1):
             logits = answers(model, inputs_and_labels(model.config, block.to(model.device))[0])
-            expected = expected + logits.float().softmax(-1).flatten(0, -2).double().sum(0).cpu()
+            expected = expected + logits.float().softmax(-1).flatten(0, -2).sum(0, dtype=torch.float64).cpu()
     return expected
 
 
