@@ -23,6 +23,7 @@ from featherweight.runtimes.packing import QuantizedRows
 from featherweight.runtimes.parity import Reference
 from featherweight.runtimes.spec import SIXTEEN_BITS
 from featherweight.spec import HEADED
+from featherweight.store.mapped import give_back_heap
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, Device
 from featherweight.system.machine import INT8_DOT, cpu_features
@@ -95,6 +96,7 @@ def _check_twin(reference: Reference, served: Path, write_weights: Callable[[Pat
     write_weights(twin / FOLDER)
     copy_tokenizer(served, twin)
     Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).on(Serving.read(served).device).write(twin)
+    give_back_heap()  # what the conversion has left free
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)
     return measured["parity_max_abs"]
