@@ -258,3 +258,12 @@ def test_every_offer_is_a_recipe_of_its_engine() -> None:
         assert {row.engine for row in advice.rows} >= {"torch", "ctranslate2", "vllm", "onnxruntime-genai"}
         assert all(row.serve.engine == row.engine and row.offer.reach.source for row in advice.rows)
         assert len({row.name for row in advice.rows}) == len(advice.rows)
+
+
+def test_a_method_of_hours_is_left_to_recipes_that_ask_for_it() -> None:
+    """Where others that read text take minutes; of a small model it is advised."""
+    long, short = (
+        {row.quantize.method for row in asked(facts, machine(gib=256)).rows if row.quantize}
+        for facts in (EIGHT, llama(6, 288, 768, 6, 6))
+    )
+    assert "autoround" in short and "autoround" not in long and "awq" in long

@@ -33,6 +33,11 @@ AS_FAST = 1.03
 LEVEL = 0.002
 """Losses so near to each other are level: calibration text alone moves them by as much."""
 
+LONG_S, MANY = 300.0, 10
+"""Seconds of a method, and times as much as others take, beyond which it is left to recipes that ask for it."""
+REACHED = 0.35
+"""The share of a device's operations that calibration reaches."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -161,10 +166,18 @@ def methods(question: Question, offer: Offer) -> list[QuantizeSpec]:
     grid = str(offer.grid)
     losses = {name: QUANTIZERS[name].losses[grid] for name in QUANTIZERS if grid in QUANTIZERS[name].losses}
     least = min(losses.values(), default=0.0)
-    ordered = sorted(losses, key=lambda name: max(losses[name] - least, LEVEL))
+    ordered = _soon(question, sorted(losses, key=lambda name: max(losses[name] - least, LEVEL)))
     head = None if question.task == "fill-mask" else offer.head
     mixed = {"mixed": {"grid": offer.mixed, "budget": question.max_loss or 0.01}} if offer.mixed else {}
     return [QuantizeSpec.of(method=name, grid=grid, head=head, **mixed) for name in ordered]
+
+
+def _soon(question: Question, names: list[str]) -> list[str]:
+    """Without those that take long, and many times as long as others that read text too."""
+    operations = {name: QuantizeSpec.of(method=name).operations(question.facts.size) for name in names}
+    least = min((one for one in operations.values() if one), default=0.0)
+    allowed = max(LONG_S * question.roofs.flops.get("float32", 0.0) * REACHED, MANY * least)
+    return [name for name in names if operations[name] <= allowed]
 
 
 def _refusal(question: Question, quantize: QuantizeSpec | None, serve: ServingSpec) -> str | None:
