@@ -22,7 +22,7 @@ from featherweight.spec import Spec
 from featherweight.system import device
 from featherweight.system.child_process import Channel, ChildProcess, Message, error_of, failure
 from featherweight.system.environment import without_secrets
-from featherweight.system.processes import WORKERS_PEAK, end_with_parent, held_port, highest, tree_peak_bytes
+from featherweight.system.processes import WORKERS_PEAK, end_with_parent, held_port, highest, peak_bytes, tree_peak_bytes
 from featherweight.training.data_parallel import DataParallelGroup, leads
 from featherweight.training.threads import cores, training_threads
 
@@ -35,8 +35,9 @@ def run_in_processes(
     function: 'module:attribute'. folders: a stage's inputs, its `out` and its `scratch`, by name; those that are None are left out.
     One is started as it is, without torch's launcher: a native library that crashes takes that process along, and not its caller.
     Each process gets its share of the cores. A metric more is `workers_peak_memory_bytes`: the peak resident sets of all
-    processes and their launcher together, read five times a second (pages that they share count in each). Raises what the first
-    process to fail raised, StageError where there are not as many cores (or GPUs) as processes.
+    processes and their launcher together, read five times a second, or what the processes tell of themselves as they end where
+    that is more (pages that they share count in each). Raises what the first process to fail raised, StageError where there are
+    not as many cores (or GPUs) as processes.
     """
     _check_devices(function, processes)
     request = {
@@ -48,12 +49,11 @@ def run_in_processes(
     }
     with _launched(request, processes) as launcher:
         with highest(lambda: tree_peak_bytes(launcher.process.pid), every_s=0.2) as peak:
-            metrics = _listen(launcher, progress)
+            metrics, told = _listen(launcher, progress)
         if launcher.process.wait() or metrics is None:
             who = "its process" if processes == 1 else f"its {processes} processes"
-            told = f"{who} ended with {launcher.ending()}; {launcher.tail()}"
-            raise StageError(f"{_named(function)}: {told}")
-        return metrics | {WORKERS_PEAK: float(peak())}
+            raise StageError(f"{_named(function)}: {who} ended with {launcher.ending()}; {launcher.tail()}")
+        return metrics | {WORKERS_PEAK: float(max(peak(), told))}
 
 
 def _named(function: str) -> str:
@@ -96,12 +96,13 @@ def _environment(processes: int) -> dict[str, str]:
     return without_secrets() | dict.fromkeys(names, threads) | device.told() | {"TORCHELASTIC_ERROR_FILE": os.devnull}
 
 
-def _listen(launcher: ChildProcess, progress: Progress) -> dict[str, float] | None:
-    """Hand progress on to the end, and return the metrics; None where they never came. Raises what a process says it raised.
+def _listen(launcher: ChildProcess, progress: Progress) -> tuple[dict[str, float] | None, int]:
+    """Hand progress on to the end; the metrics, None where they never came, and the sum of the peaks that processes tell.
 
-    Of several errors the first that is not about the connection to another process: that one only tells of its end.
+    Raises what a process says it raised: of several errors the first that is not about the connection to another process, for
+    that one only tells of its end.
     """
-    metrics, failures = None, []
+    metrics, failures, peaks = None, [], 0
     while message := launcher.receive():
         ((kind, value),) = message.items()
         if kind == "step":
@@ -110,11 +111,13 @@ def _listen(launcher: ChildProcess, progress: Progress) -> dict[str, float] | No
             progress.note(value)
         elif kind == "metrics":
             metrics = value
+        elif kind == "peak":
+            peaks += value
         elif kind == "error":
             failures.append(value)
     if failures:
         raise error_of(min(failures, key=lambda told: "Connection" in told["text"]))
-    return metrics
+    return metrics, peaks
 
 
 class _SentProgress(Progress):
@@ -142,6 +145,7 @@ def main(request: Path) -> int:
     except Exception as error:
         channel.send({"error": failure(error)})
         return 1
+    channel.send({"peak": peak_bytes(os.getpid())})
     if leads():
         channel.send({"metrics": metrics})
     return 0
