@@ -2,8 +2,9 @@
 
 The large one is a made decoder of 1.54 billion weights in bfloat16, that of what holds the whole model one of 0.21 billion. Every
 stage runs in a process of its own, which is looked at ten times a second together with the processes that it starts. `anonymous`
-is what has to fit; `resident` counts the mapped pages of the files too, which the system takes back when it needs their room. It
-wants 25 GB of disk and some hours of two cores; `python -m benchmarks.memory FOLDER STAGE...` runs some alone.
+is what has to fit; `resident` counts the mapped pages of the files too, which the system takes back when it needs their room; `gpu`
+is what its tensors take of a GPU, where there is one. It wants 25 GB of disk and some hours of two cores; `python -m
+benchmarks.memory FOLDER STAGE...` runs some alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from featherweight.system.device import GPU_PEAK, GpuPeak
 from featherweight.text.documents import Document, write_documents
 
 GIB = 2**30
@@ -117,7 +119,7 @@ def _peaks(folder: Path, name: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.memory", "run", str(folder), name])
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.memory", "run", str(folder), name], stdout=subprocess.PIPE)
     peak = {"anonymous": 0, "resident": 0, "stage_anonymous": 0}
     while process.poll() is None:
         own, below = _memory(process.pid), [_memory(pid) for pid in _children(process.pid)]
@@ -129,8 +131,13 @@ def _peaks(folder: Path, name: str) -> dict[str, Any]:
         peak = {key: max(peak[key], now[key]) for key in peak}
         time.sleep(0.1)
     shutil.rmtree(out)
+    seconds = round(time.monotonic() - started)
+    said = process.communicate()[0].decode().splitlines()
+    metrics = json.loads(said[-1]) if process.returncode == 0 else {}
+    if GPU_PEAK in metrics:
+        peak["gpu"] = metrics[GPU_PEAK]
     rounded = {key: round(value / GIB, 2) for key, value in peak.items()}
-    return {"exit": process.returncode, **rounded, "seconds": round(time.monotonic() - started)}
+    return {"exit": process.returncode, **rounded, "seconds": seconds, "metrics": metrics}
 
 
 def _memory(pid: int) -> dict[str, int]:
@@ -161,12 +168,11 @@ def run(folder: Path, name: str) -> None:
 
     shape, kind, options = SPECS[name]
     stage, text = stage_named(kind), folder / "text"
-    given = {"checkpoint": folder / shape, "text": text, "calibration": text}
-    print(
-        stage(
-            _spec(kind, folder / shape, options), out=folder / "out", **{name: given[name] for name in given if stage.takes(name)}
-        )
-    )
+    inputs = {"checkpoint": folder / shape, "text": text, "calibration": text}
+    given = {name: inputs[name] for name in inputs if stage.takes(name)}
+    peak = GpuPeak()
+    metrics = dict(stage(_spec(kind, folder / shape, options), out=folder / "out", **given))
+    print(json.dumps(metrics | peak.metrics()))
 
 
 def _spec(stage: str, checkpoint: Path, options: dict[str, Any]) -> Any:

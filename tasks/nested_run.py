@@ -21,7 +21,7 @@ from featherweight.recipe.plan import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.runtimes.kept_worker import kept_cpu_s
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest
-from featherweight.system.device import CUDA, place_in_use, using
+from featherweight.system.device import CUDA, GpuPeak, place_in_use, using
 from featherweight.system.processes import WORKERS_PEAK, highest, resident_bytes
 from featherweight.training.launch import run_in_processes
 from tasks.cache_key import hardware, libraries_of, library_versions, toolchain_versions
@@ -73,7 +73,9 @@ def _make(stage: Stage, node: Node, inputs: Mapping[str, ArtifactRef], parent: P
         out = work / "artifact"
         out.mkdir()
         with using(node.device), highest(resident_bytes, every_s=0.1) as peak, _evidence(client, run_id, out):
-            metrics = dict(_call(stage, node, progress, {"out": out, **given, **scratch}))
+            gpu = GpuPeak()
+            made = dict(_call(stage, node, progress, {"out": out, **given, **scratch}))
+        metrics = gpu.metrics() | made
         seconds = time.perf_counter() - clock
         manifest = _manifest(stage, node, inputs, key, out, metrics, started)
         manifest.write(out)

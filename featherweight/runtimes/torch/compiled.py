@@ -1,6 +1,7 @@
 """torch.compile (Inductor): the decode step as one compiled graph over a static key-value cache; prefill stays eager.
 
-An encoder's one pass is a graph as a whole.
+An encoder's one pass is a graph as a whole. On a GPU the step is replayed as a CUDA graph, for there starting its kernels one by
+one takes longer than they run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.model.architecture import task_of
 from featherweight.runtimes.torch.eager import TorchModel
 from featherweight.spec import HEADED
+from featherweight.system.device import CUDA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,8 @@ class CompiledTorchModel(TorchModel):
         super().load()
         torch._dynamo.config.recompile_limit = 64
         self.caches: dict[tuple[int, int], Any] = {}
-        self.step = torch.compile(self._next, dynamic=False, fullgraph=True)
+        replayed = "reduce-overhead" if self.served_on() == CUDA else None
+        self.step = torch.compile(self._next, dynamic=False, fullgraph=True, mode=replayed)
         self.read = torch.compile(self._likeliest, dynamic=False, fullgraph=True)
         self.label = torch.compile(super()._answers, dynamic=True)
 
@@ -43,7 +46,7 @@ class CompiledTorchModel(TorchModel):
             ids = self._next(ids.clone(), cache)
             first, new = self._now(), [ids]
             for _ in range(new_tokens - 1):
-                ids = self.step(ids, cache)
+                ids = self.step(ids, cache).clone()  # where a CUDA graph writes, the next step writes again
                 new.append(ids)
             return torch.cat(new, dim=1), first
 

@@ -57,18 +57,16 @@ class Torch(Runtime[TorchSpec]):
     streams = True
 
     def write(self, spec: TorchSpec, source: Source, out: Path) -> None:
+        if spec.compute_type not in BITSANDBYTES:
+            _write_floats(self.name, spec.compute_type, source, out)
+            return
         from featherweight.checkpoint.saving import link_checkpoint
         from featherweight.runtimes.torch import bitsandbytes
 
-        if spec.compute_type in SIXTEEN_BITS:
-            source.save_rounded(spec.compute_type, out)
-            Serving("torch", options={"dtype": spec.compute_type}).write(out)
-            return
         link_checkpoint(source.checkpoint, out)
-        if spec.compute_type in BITSANDBYTES:
-            source.may_stream = False  # it changes the model where it is
-            bitsandbytes.move_to_grid(source.model, spec.compute_type)
-        Serving("torch", options={"bitsandbytes": spec.compute_type} if spec.compute_type in BITSANDBYTES else {}).write(out)
+        source.may_stream = False  # it changes the model where it is
+        bitsandbytes.move_to_grid(source.model, spec.compute_type)
+        Serving(self.name, options={"bitsandbytes": spec.compute_type}).write(out)
 
     def check(self, spec: TorchSpec, source: Source, served: Path) -> Metrics:
         """In float32 on the CPU it is the reference itself, so that there is nothing to compare."""
@@ -124,11 +122,23 @@ class Torch(Runtime[TorchSpec]):
         return super().device_refusal(spec, device, machine)
 
 
+def _write_floats(engine: str, numbers: str, source: Source, out: Path) -> None:
+    """The checkpoint as it is, or rounded to a float of 16 bits."""
+    from featherweight.checkpoint.saving import link_checkpoint
+
+    if numbers in SIXTEEN_BITS:
+        source.save_rounded(numbers, out)
+        Serving(engine, options={"dtype": numbers}).write(out)
+    else:
+        link_checkpoint(source.checkpoint, out)
+        Serving(engine).write(out)
+
+
 class TorchCompileSpec(CompileSpec):
-    """float32 alone so far."""
+    """precision: one of the three floats; integers are other engines'."""
 
     engine: Literal["torch-compile"]
-    precision: Literal["float32", "int8", "int4"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "float32"
 
 
 class TorchCompile(Runtime[TorchCompileSpec]):
@@ -145,10 +155,10 @@ class TorchCompile(Runtime[TorchCompileSpec]):
     slow_to_switch = True
 
     def write(self, spec: TorchCompileSpec, source: Source, out: Path) -> None:
-        from featherweight.checkpoint.saving import link_checkpoint
+        _write_floats(self.name, spec.precision, source, out)
 
-        link_checkpoint(source.checkpoint, out)
-        Serving("torch-compile").write(out)
+    def bound(self, serving: Serving) -> Bound:
+        return sixteen_bits(serving.options.get("dtype", "")) or EXACT
 
     def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
         from featherweight.runtimes.torch.offers import compiled
@@ -159,9 +169,9 @@ class TorchCompile(Runtime[TorchCompileSpec]):
         return "only decoders have a compiled step here; take another engine" if task == "text2text-generation" else None
 
     def grid_refusal(self, grids: Grids, spec: TorchCompileSpec) -> str | None:
-        if spec.precision != "float32":
-            return f"torch.compile serves float32 here, not {spec.precision}; take another engine"
-        return None if grids.body is None else float_of_rounded_refusal("float32")
+        if spec.precision not in FLOATS:
+            return f"torch.compile serves {', '.join(FLOATS)} here, not {spec.precision}; take another engine"
+        return None if grids.body is None else float_of_rounded_refusal(spec.precision)
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
         """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot; and other caches."""
