@@ -63,13 +63,14 @@ ALWAYS_THE_SAME = ("train", "prune", "finetune", "export")
 Tree = dict[str, Any]
 
 
-def recipe(variants: int, checkpoint: Tree, text: str = "python-stdlib") -> Tree:
-    """So many variants beside the baseline."""
+def recipe(variants: int, checkpoint: Tree, text: str = "python-stdlib", **more: Any) -> Tree:
+    """So many variants beside the baseline. more: keys of each prune stage."""
     shares = {
         f"p{place}": {
             "method": "sparse",
             "criterion": "magnitude",
             "sparsity": (place + 1) / (2 * variants),
+            **more,
         }
         for place in range(variants)
     }
@@ -186,9 +187,9 @@ def _two_nodes() -> Iterator[str]:
 
 
 def models(folder: Path, text: str) -> Tree:
-    """Two variants of a checkpoint of somebody's own."""
+    """Two variants of a checkpoint of somebody's own, without training: that grows with its steps, which are the recipe's."""
     with tempfile.TemporaryDirectory() as place:
-        return run(recipe(2, {"source": str(folder)}, text), Path(place))
+        return run(recipe(2, {"source": str(folder)}, text, finetune=None), Path(place))
 
 
 def registry(counts: list[int]) -> Tree:
