@@ -113,7 +113,7 @@ def test_what_is_advised_instead_is_not_ruled_out_too() -> None:
     """llama.cpp's refusals named GenAI, whatever that said of the same model."""
     narrow = facts({"attention_bias": True, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12, **SILU})
     reason = str(ruled_out(narrow, recipe({"engine": "llama.cpp"})))
-    assert "llama.cpp's qwen3 has no biases of queries, keys and values; take " in reason
+    assert "llama.cpp's qwen3 computes with attention_bias False alone, and this model's is True; take " in reason
     assert "onnxruntime-genai" not in reason
 
 

@@ -145,11 +145,11 @@ def test_grids_that_are_no_blocks_are_refused(keys: dict[str, str], grids: Grids
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("gpt2", {}, "written here for llama, mistral, qwen2, qwen3, gemma, not for gpt2"),
+        ("gptj", {}, "no GGUF file is written here for gptj models"),
         ("llama", {"hidden_act": "relu"}, "computes silu in llama models, not relu"),
         ("llama", {"intermediate_size": 48}, "whole blocks of 32 weights, and intermediate_size is 48"),
         ("mistral", {"sliding_window": 16}, "sliding window of 16 tokens, and 64 are to be served; say max_tokens 16"),
-        ("qwen3", {"attention_bias": True}, "qwen3 has no biases"),
+        ("qwen3", {"attention_bias": True}, "qwen3 computes with attention_bias False alone"),
         ("qwen2", {"head_dim": 16}, "qwen2 wants heads that are 32 wide together, these are 64"),
         (
             "qwen2",
@@ -159,7 +159,7 @@ def test_grids_that_are_no_blocks_are_refused(keys: dict[str, str], grids: Grids
     ],
 )
 def test_models_that_it_would_compute_otherwise_are_refused(kind: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
-    checkpoint = family_checkpoint(kind, tmp_path / "checkpoint", **({} if kind == "gpt2" else {"intermediate_size": 64}) | changes)
+    checkpoint = family_checkpoint(kind, tmp_path / "checkpoint", **({} if kind == "gptj" else {"intermediate_size": 64}) | changes)
     with pytest.raises(RecipeError) as refused:
         write_served(spec(precision="int8", max_tokens=64), checkpoint=checkpoint, calibration=tmp_path, out=tmp_path)
     assert told in str(refused.value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import ADAPTER_WEIGHTS
 from featherweight.checkpoint.kept_adapters import adapted, kept_adapters
-from featherweight.runtimes.llama_cpp.architectures import Tensors
+from featherweight.runtimes.llama_cpp.tensors import Tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

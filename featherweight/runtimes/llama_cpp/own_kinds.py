@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.model.matrices import ends, matrices, rows_of
 from featherweight.runtimes.llama_cpp import library
+from featherweight.runtimes.llama_cpp.tensors import expert_matrices
 from featherweight.store.mapped import give_back, spilled
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def round_by_llama_cpp(source: Source, precision: str, importance: Mapping[str, 
 
     stored: dict[str, tuple[Any, Callable[[], ndarray]]] = {}
     vocabulary = ends(source.model)
-    for name, parameter, transposed in matrices(source.model):
+    for name, parameter, transposed in (*matrices(source.model), *expert_matrices(source.model)):
         rows = rows_of(parameter, transposed)
         made, kind = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision], importance.get(name))
         stored[name] = (kind, spilled(torch.from_numpy(made), source.room).numpy)
@@ -60,12 +61,15 @@ def _meant(stored: tuple[Any, Callable[[], ndarray]]) -> Tensor:
 
 
 def rounded_rows(rows: Tensor, kind: str, importance: Tensor | None = None) -> tuple[ndarray, Any]:
-    """A matrix [rows, columns] in blocks of `kind`, or of the one that takes its place. importance: see round_by_llama_cpp."""
+    """A matrix [rows, columns], or one for each expert, in blocks of `kind`, or of the one that takes its place.
+
+    importance: see round_by_llama_cpp.
+    """
     import numpy
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     values = numpy.ascontiguousarray(rows.float().numpy())
-    count, columns = values.shape
+    count, columns = values.size // values.shape[-1], values.shape[-1]
     block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     found = GGMLQuantizationType[NARROWER[kind] if columns % block and kind in NARROWER else kind]
     block, size = GGML_QUANT_SIZES[found]
@@ -73,4 +77,4 @@ def rounded_rows(rows: Tensor, kind: str, importance: Tensor | None = None) -> t
     weighs = None if importance is None else numpy.ascontiguousarray(importance.float().numpy())
     matrix = None if weighs is None else weighs.ctypes.data
     library.library().ggml_quantize_chunk(found.value, values.ctypes.data, stored.ctypes.data, 0, count, columns, matrix)
-    return stored, found
+    return stored.reshape(*values.shape[:-1], -1), found

@@ -10,7 +10,7 @@ from featherweight.model.positions import head_width
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT, INT8_ACTIVATIONS, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
-from featherweight.runtimes.llama_cpp import architectures, library
+from featherweight.runtimes.llama_cpp import library, refusals
 from featherweight.runtimes.llama_cpp.blocks import KIND_OF
 from featherweight.runtimes.llama_cpp.own_kinds import OWN
 from featherweight.runtimes.refusals import float_of_rounded_refusal
@@ -122,8 +122,10 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return None
 
     def model_refusal(self, spec: LlamaCppSpec, model: Candidate) -> str | None:
-        reason = architectures.refusal(model) or _cache_refusal(spec, model)
-        return reason or (architectures.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
+        reason = refusals.refusal(model) or _cache_refusal(spec, model)
+        if spec.precision in BITS:
+            reason = reason or refusals.experts_refusal(model)
+        return reason or (refusals.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
 
     def missing(self) -> str | None:
         return f"{library.MODULE} is not installed; {library.remedy()}" if super().missing() else None
@@ -147,9 +149,9 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
 
 def _cache_refusal(spec: LlamaCppSpec, model: Candidate) -> str | None:
     width = head_width(model.config) or 0
-    if spec.kv_cache is None or width % architectures.BLOCK == 0:
+    if spec.kv_cache is None or width % refusals.BLOCK == 0:
         return None
-    return f"kv_cache: q8_0 holds whole blocks of {architectures.BLOCK}, and these heads are {width} wide; leave it out"
+    return f"kv_cache: q8_0 holds whole blocks of {refusals.BLOCK}, and these heads are {width} wide; leave it out"
 
 
 LLAMA_CPP = LlamaCpp()

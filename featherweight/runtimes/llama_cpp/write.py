@@ -16,14 +16,16 @@ from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
-from featherweight.model.matrices import matrices
+from featherweight.model.matrices import matrices, rows_of
 from featherweight.progress import Metrics
 from featherweight.quantization.imatrix import importances
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.llama_cpp import blocks, library
 from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
-from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, GELU, Tensors, describe
+from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
+from featherweight.runtimes.llama_cpp.keys import describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
+from featherweight.runtimes.llama_cpp.tensors import Tensors
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
 from featherweight.runtimes.speculation import DRAFT
 from featherweight.store.mapped import give_back
@@ -35,7 +37,7 @@ from featherweight.text.respelling import Respelling
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy import ndarray
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from featherweight.model.quantized_weights import QuantizedWeights
@@ -79,7 +81,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     kept = "float32" if spec.precision == "float32" else "float16"
     options = {"dtype": kept, "tokenizer": SAME if prepared else OTHER, "built_with": library.built_with()}
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
-    options |= {"gelu": "table"} if GELU in ARCHITECTURES[model.config.model_type].activations else {}
+    options |= {"gelu": "table"} if ARCHITECTURES[model.config.model_type].approximates else {}
     options |= {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
 
@@ -184,16 +186,24 @@ def _tensors(model: PreTrainedModel, stored: Stored, floats: str) -> Iterator[En
     tensors, kind_of_floats = Tensors(model), GGMLQuantizationType[{"float16": "F16", "float32": "F32"}[floats]]
     for name, values in tensors.vectors():
         yield Entry(name, values.shape, GGMLQuantizationType.F32, values.copy)
-    for parameter, weight, _ in matrices(model):
-        kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, floats))
+    for parameter, weight, transposed in matrices(model):
+        kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, transposed, floats))
         made = partial(_in_order, make, tensors.order(parameter))
-        yield Entry(tensors.name(parameter), tuple(weight.shape), kind, made)
+        yield Entry(tensors.name(parameter), tuple(rows_of(weight, transposed).shape), kind, made)
+    for name, parameter, weight, rows in tensors.experts():
+        kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, False, floats))
+        yield Entry(name, tuple(weight[:, rows].shape), kind, partial(_part, make, rows))
 
 
-def _floats(weight: Tensor, kind: str) -> ndarray:
-    made: ndarray = weight.detach().cpu().float().numpy().astype(kind)
+def _floats(weight: nn.Parameter, transposed: bool, kind: str) -> ndarray:
+    made: ndarray = rows_of(weight, transposed).cpu().float().numpy().astype(kind)
     give_back(weight)
     return made
+
+
+def _part(make: Callable[[], ndarray], rows: slice) -> ndarray:
+    """Some rows of every expert's matrix."""
+    return make()[:, rows]
 
 
 def _in_order(make: Callable[[], ndarray], order: ndarray | None) -> ndarray:

@@ -1,0 +1,87 @@
+"""What a GGUF file says of a model, so that llama.cpp builds the graph that transformers computes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from featherweight.model.positions import context_tokens, head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
+from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
+from featherweight.runtimes.llama_cpp.shapes import (
+    EPSILONS,
+    expert_width,
+    experts,
+    has_windows,
+    inner_width,
+    key_heads,
+    window_period,
+)
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+LONGEST = 2**30
+"""The context of a model that names none."""
+UNCAPPED = 2.0**20
+"""A cap of logits that changes none by as much as float32 tells apart."""
+
+
+def describe(writer: GGUFWriter, config: Any) -> None:
+    """The keys by which llama.cpp builds a model."""
+    known = ARCHITECTURES[config.model_type]
+    _add_sizes(writer, config)
+    _add_rotary(writer, config)
+    _add_windows(writer, config, known)
+    for name, method in known.keys.items():
+        value = getattr(config, name, None)
+        getattr(writer, method)(UNCAPPED if value is None else value)
+    if attention := getattr(config, "attn_config", None):
+        writer.add_max_alibi_bias(attention.alibi_bias_max)
+        writer.add_clamp_kqv(attention.clip_qkv or 0.0)
+    if hasattr(config, "use_parallel_residual"):
+        writer.add_parallel_residual(config.use_parallel_residual)
+
+
+def _add_sizes(writer: GGUFWriter, config: Any) -> None:
+    writer.add_context_length(rotary_switch(config) or min(context_tokens(config), LONGEST))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(inner_width(config))
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(key_heads(config))
+    writer.add_vocab_size(config.vocab_size)
+    for add in (writer.add_key_length, writer.add_value_length):
+        add(head_width(config) or 0)
+    if epsilon := getattr(config, "rms_norm_eps", None):
+        writer.add_layer_norm_rms_eps(epsilon)
+    else:
+        writer.add_layer_norm_eps(next(getattr(config, name) for name in EPSILONS if hasattr(config, name)))
+    if count := experts(config):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(expert_width(config))
+
+
+def _add_rotary(writer: GGUFWriter, config: Any) -> None:
+    from gguf import RopeScalingType
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    told = getattr(config, "rope_parameters", None)
+    if not told:
+        return
+    everywhere = told.get("full_attention", told)
+    writer.add_rope_dimension_count(rotated_channels(config) or 0)
+    writer.add_rope_freq_base(everywhere["rope_theta"])
+    if local := told.get("sliding_attention"):
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    if "linear" in rotary_kinds(config):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(everywhere["factor"])
+    if "longrope" in rotary_kinds(config):
+        writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config)[1])
+
+
+def _add_windows(writer: GGUFWriter, config: Any, known: Architecture) -> None:
+    window, period = sliding_window(config), window_period(config)
+    if window and period and has_windows(config, known):
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern(period)

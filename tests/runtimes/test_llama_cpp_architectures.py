@@ -1,0 +1,245 @@
+"""llama.cpp's graphs: whether the table of facts speaks of what there is, what is refused by it, and what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+
+from conformance.tiny import HEAD, TRAITS, WINDOW, Case, configuration, make, write_text
+from featherweight.model.facts import CheckpointFacts
+from featherweight.runtimes import parity
+from featherweight.runtimes.bounds import APPROXIMATED, EXACT
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
+from featherweight.runtimes.llama_cpp.keys import describe
+from featherweight.runtimes.llama_cpp.refusals import block_refusal, refusal
+from featherweight.runtimes.llama_cpp.shapes import attention_scale, inner_width, key_heads, window_period
+from featherweight.runtimes.llama_cpp.tensors import Tensors
+from featherweight.runtimes.spec import ExportSpec
+from featherweight.runtimes.writing import write_served
+from tests.support.in_process import InProcess
+from tests.support.tokenizers import byte_level
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ALL_FULL = {"layer_types": [FULL, FULL], "sliding_window": None}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+def case(kind: str, **changes: Any) -> Case:
+    """A row of the conformance matrix, by its name or its model type, with `changes`."""
+    model_type, told = TRAITS.get(kind, (kind, {}))
+    return Case(kind, model_type, "causal", (), {**told, **changes})
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    return configuration(case(kind, **changes), byte_level())
+
+
+def reason(config: Any, tokens: int = 128) -> str:
+    return refusal(Candidate(CheckpointFacts(config), tokens)) or ""
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_fact_is_one_of_something(kind: str) -> None:
+    from gguf import MODEL_ARCH_NAMES, GGUFWriter
+    from transformers import CONFIG_MAPPING
+
+    known, config = ARCHITECTURES[kind], CONFIG_MAPPING[kind]()
+    assert known.name in MODEL_ARCH_NAMES.values()
+    assert all(hasattr(GGUFWriter, method) for method in known.keys.values())
+    for name in (*known.keys, *known.only):
+        part, _, rest = name.partition(".")
+        told = getattr(config, part)
+        assert not rest or hasattr(told, rest)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_parameter_has_a_place_of_its_own_and_every_row_comes_once(kind: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(kind))
+    tensors = Tensors(model)
+    parameters = {name: value for name, value in model.named_parameters() if value.ndim < 3}
+    names = [*map(tensors.name, parameters), *(name for name, *_ in tensors.experts())]
+    assert len(set(names)) == len(names) and all(name.endswith((".weight", ".bias")) for name in names)
+    for name, value in parameters.items():
+        order = tensors.order(name)
+        assert order is None or sorted(order) == list(range(value.shape[0]))
+
+
+def test_rows_of_one_matrix_are_put_one_kind_behind_the_other() -> None:
+    config = SimpleNamespace(model_type="falcon", num_attention_heads=4, num_kv_heads=2, hidden_size=4, num_hidden_layers=1)
+    config.new_decoder_architecture, config.get_text_config = True, lambda: config
+    order = Tensors(SimpleNamespace(config=config)).order("transformer.h.0.self_attention.query_key_value.weight")  # type: ignore[arg-type]
+    assert order is not None and order.tolist() == [0, 1, 4, 5, 2, 6, 3, 7], "heads of one channel: q q k v, q q k v"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("gptj", {}, "no GGUF file is written here for gptj models; take another engine"),
+        ("granite", {"hidden_act": "gelu"}, "computes silu in granite models, not gelu"),
+        ("gpt2", {"activation_function": "relu"}, "computes gelu_pytorch_tanh in gpt2 models, not relu"),
+        ("gpt2, scaled by layer", {}, "computes with scale_attn_by_inverse_layer_idx False alone, and this model's is True"),
+        ("gemma2, no caps", {"tie_word_embeddings": False}, "gemma2 has no head but the embedding"),
+        ("gemma2", {}, "gemma2 scales attention by the width of its heads, this model otherwise"),
+        ("gemma2, no caps", {"layer_types": [FULL, SLIDING]}, "windows in all layers but each nth, this model in others"),
+        ("gemma2, no caps", ALL_FULL, "gemma2 has a sliding window in some layers, this model in none"),
+        ("gemma3_text", {}, "gemma3 computes with attn_logit_softcapping None alone, and this model's is 5.0"),
+        ("gemma3_text, wide window", {"use_bidirectional_attention": True}, "use_bidirectional_attention None alone"),
+        ("gemma3_text, wide window", {"layer_types": [FULL, SLIDING]}, "windows in all layers but each nth"),
+        ("phi3", {}, "does not compute phi3's sliding window of 48 tokens, and 128 are to be served; say max_tokens 48"),
+        ("phi3, rope longrope", {}, "those of texts up to 64 tokens, and 128 are to be served; say max_tokens 64"),
+        ("olmo2", {"tie_word_embeddings": True}, "olmo2 wants a head of its own, and this model's is its embedding"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "smollm3 leaves each 4th layer unrotated, this model others"),
+        ("smollm3", {"rope_parameters": LLAMA3}, "rotary embeddings of kind llama3 are not written for llama.cpp's smollm3"),
+        ("smollm3", {"mlp_bias": True}, "smollm3 computes with mlp_bias False alone"),
+        ("starcoder2, no biases", {"sliding_window": None}, "starcoder2 computes with use_bias True alone"),
+        ("gpt_neox", {"hidden_size": 60, "num_attention_heads": 3}, "rotates pairs of channels, and these heads have 5"),
+        ("phi, norms of queries and keys", {}, "phi2 computes with qk_layernorm False alone"),
+        ("stablelm, norms of queries and keys", {}, "stablelm computes with qk_layernorm False alone"),
+        ("cohere, norms of queries and keys", {}, "command-r with 2 layers has no norms of queries and keys"),
+        ("cohere", {"num_hidden_layers": 64}, "command-r with 64 layers has norms of queries and keys, this model otherwise"),
+        ("qwen3_moe", {}, "qwen3moe computes with norm_topk_prob True alone, and this model's is False"),
+        ("qwen3_moe, a dense layer", {"norm_topk_prob": True}, r"qwen3moe computes with mlp_only_layers [] alone"),
+        ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 4}, "olmoe computes with norm_topk_prob False alone"),
+        ("olmoe", {}, "olmoe wants as many key heads as heads, 4, these are 2"),
+        ("exaone4", {}, "exaone4 has a sliding window with 64 layers alone"),
+        ("exaone4", {"num_hidden_layers": 64, "layer_types": [FULL] * 64, "sliding_window": None}, "this model in none"),
+        ("nemotron", {"head_dim": 48}, "nemotron wants heads that are 128 wide together, these are 192"),
+        ("ernie4_5", {"use_bias": True}, "ernie4_5 computes with use_bias False alone"),
+        ("seed_oss", {"attention_out_bias": True}, "seed_oss computes with attention_out_bias False alone"),
+        ("mpt", {"attn_config": {"alibi_bias_max": 4}}, "mpt computes with attn_config.alibi_bias_max 8 alone"),
+        ("bloom, residuals behind norms", {}, "bloom computes with apply_residual_connection_post_layernorm False alone"),
+        ("falcon, alibi", {}, "falcon computes with alibi False alone"),
+        ("falcon, one part behind the other", {"alibi": False}, "falcon computes with parallel_attn True alone"),
+    ],
+)
+def test_what_it_computes_otherwise_is_refused_by_the_configuration(kind: str, changes: dict[str, Any], told: str) -> None:
+    found = reason(config_of(kind, **changes))
+    assert told in found and found.endswith("take another engine")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "tokens"),
+    [
+        *((kind, {}, 128) for kind in ("olmo2", "granite", "smollm3", "gpt2", "gpt_neox", "phi", "stablelm", "cohere", "cohere2")),
+        *((kind, {}, 128) for kind in ("glm4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "nemotron", "mpt", "bloom", "falcon")),
+        ("gemma2, no caps", {"query_pre_attn_scalar": 48, "head_dim": 48}, 128),
+        ("gemma3_text, wide window", {"layer_types": [FULL, FULL]}, 128),
+        ("phi3", {}, WINDOW),
+        ("phi3, rope longrope", {}, 64),
+        ("exaone4", ALL_FULL, 128),
+        ("cohere", {"num_hidden_layers": 64, "use_qk_norm": True}, 128),
+        ("qwen3_moe, shares of the chosen", {}, 128),
+        ("olmoe", {"num_key_value_heads": 4}, 128),
+    ],
+)
+def test_what_it_computes_is_not_refused(kind: str, changes: dict[str, Any], tokens: int) -> None:
+    config = config_of(kind, **changes)
+    assert not reason(config, tokens) and not block_refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("limited", "period"),
+    [("ssfssf", 3), ("sf", 2), ("sss", 4), ("ff", 1), ("fs", None), ("sffs", None), ("ssfsf", None), ("ssfss", 3)],
+)
+def test_layers_with_a_window_alternate_or_have_no_period(limited: str, period: int | None) -> None:
+    kinds = [SLIDING if one == "s" else FULL for one in limited]
+    config = SimpleNamespace(num_hidden_layers=len(kinds), layer_types=kinds, sliding_window=16)
+    config.get_text_config = lambda: config
+    assert window_period(config) == period
+
+
+def test_sizes_are_found_by_every_name() -> None:
+    assert [inner_width(config_of(kind)) for kind in ("llama", "gpt2", "bloom", "falcon, four times as wide")] == [
+        192,
+        192,
+        512,
+        512,
+    ]
+    falcons = ("falcon", "falcon, new architecture", "falcon, one part behind the other")
+    assert [key_heads(config_of(kind)) for kind in ("llama", "gpt_neox", *falcons)] == [2, 4, 1, 2, 4]
+    assert attention_scale(config_of("gemma3_text"), deep=62) == pytest.approx((HEAD / 48) ** 0.5)
+    deep = config_of("gemma3_text", num_hidden_layers=62, layer_types=[SLIDING, FULL] * 31, hidden_size=256)
+    assert attention_scale(deep, deep=62) == pytest.approx((64 / 48) ** 0.5)
+    assert attention_scale(config_of("llama"), deep=62) == 1.0
+
+
+class Told:
+    """Takes whatever is said of a model."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda value: self.said.update({name.removeprefix("add_"): value})
+
+
+def told_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """What a file says of a model."""
+    writer: Any = Told()
+    describe(writer, config_of(kind, **changes))
+    return writer.said  # type: ignore[no-any-return]
+
+
+def test_a_file_says_what_scales_and_caps_its_models_have() -> None:
+    granite = told_of("granite")
+    assert (granite["logit_scale"], granite["residual_scale"], granite["embedding_scale"], granite["attention_scale"]) == (
+        3,
+        0.4,
+        6,
+        0.1,
+    )
+    capped, free = told_of("gemma2"), told_of("gemma2, no caps")
+    assert (capped["attn_logit_softcapping"], capped["final_logit_softcapping"]) == (5.0, 8.0)
+    cap, logits = numpy.float32(free["attn_logit_softcapping"]), numpy.linspace(-60, 60, 99, dtype=numpy.float32)
+    assert numpy.allclose(cap * numpy.tanh(logits / cap), logits, rtol=1e-6), "a cap that cuts nothing off"
+    assert (capped["sliding_window"], capped["sliding_window_pattern"]) == (WINDOW, 2)
+    gemma = told_of("gemma3_text, wide window")
+    assert (gemma["rope_freq_base"], gemma["rope_freq_base_swa"]) == (1e6, 1e4)
+    assert told_of("mpt")["max_alibi_bias"] == 8 and not told_of("gpt_neox, untwisted")["parallel_residual"]
+    assert told_of("gpt_neox")["rope_dimension_count"] == HEAD // 4 and "rope_freq_base" not in told_of("bloom")
+    mixture = told_of("qwen3_moe")
+    assert (mixture["expert_count"], mixture["expert_used_count"], mixture["expert_feed_forward_length"]) == (4, 2, 32)
+    long = told_of("phi3, rope longrope")
+    assert long["context_length"] == 64 and long["rope_scaling_attn_factors"] > 1
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "changes", "precision"),
+    [
+        ("gemma3_text, wide window", {"sliding_window": WINDOW}, "float32"),
+        ("phi3, rope longrope, short texts", {}, "int8"),
+        ("cohere2", {}, "float32"),
+        ("gpt2", {}, "int4"),
+        ("gpt_neox", {}, "float32"),
+        ("falcon, new architecture", {}, "float32"),
+        ("qwen3_moe, shares of the chosen", {}, "q4_k"),
+        ("mixtral", {"sliding_window": None}, "float32"),
+    ],
+)
+def test_tiny_models_of_the_families_are_what_pytorch_computes(
+    kind: str, changes: dict[str, Any], precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "open_worker", InProcess)
+    chosen = replace(case(kind, **changes), engines=("torch",))
+    checkpoint, text = make(chosen, tmp_path / "checkpoint"), write_text(tmp_path / "text", "causal")
+    spec: Any = ExportSpec.of(engine="llama.cpp", precision=precision, max_tokens=96)
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = write_served(spec, checkpoint=checkpoint, calibration=text, out=out)
+    bound = APPROXIMATED if ARCHITECTURES[chosen.model_type].approximates else EXACT
+    assert metrics.get("parity_weights_max_abs", metrics["parity_max_abs"]) < bound.value
