@@ -153,8 +153,8 @@ def test_grids_that_are_no_blocks_are_refused(keys: dict[str, str], grids: Grids
         ("qwen2", {"head_dim": 16}, "qwen2 wants heads that are 32 wide together, these are 64"),
         (
             "qwen2",
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-            "rotary embeddings of kind yarn are not written",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            "rotary embeddings of kind dynamic are not written",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
 from featherweight.runtimes.llama_cpp.keys import describe
 from featherweight.runtimes.llama_cpp.refusals import block_refusal, refusal
@@ -30,6 +31,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 ALL_FULL = {"layer_types": [FULL, FULL], "sliding_window": None}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", FULL] * 2}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def case(kind: str, **changes: Any) -> Case:
@@ -66,7 +70,7 @@ def test_every_parameter_has_a_place_of_its_own_and_every_row_comes_once(kind: s
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(kind))
+        model = AutoModelForCausalLM.from_config(config_of(kind, **(CONVOLUTIONS if kind == "lfm2" else {})))
     tensors = Tensors(model)
     parameters = {name: value for name, value in model.named_parameters() if value.ndim < 3}
     names = [*map(tensors.name, parameters), *(name for name, *_ in tensors.experts())]
@@ -120,6 +124,23 @@ def test_rows_of_one_matrix_are_put_one_kind_behind_the_other() -> None:
         ("seed_oss", {"attention_out_bias": True}, "seed_oss computes with attention_out_bias False alone"),
         ("mpt", {"attn_config": {"alibi_bias_max": 4}}, "mpt computes with attn_config.alibi_bias_max 8 alone"),
         ("bloom, residuals behind norms", {}, "bloom computes with apply_residual_connection_post_layernorm False alone"),
+        ("qwen2, rope yarn", {"rope_parameters": YARN | {"beta_fast": 16}}, "computes YaRN with beta_fast 32 alone"),
+        ("llama", {"rope_parameters": YARN | {"truncate": False}}, "computes YaRN with truncate True alone"),
+        (
+            "olmo3",
+            {"rope_parameters": {SLIDING: PLAIN, FULL: PLAIN | {"rope_theta": 5e5}}},
+            "layers with a window as all others",
+        ),
+        (
+            "gemma3_text, wide window",
+            {"rope_parameters": {SLIDING: YARN, FULL: PLAIN}},
+            "layers with a window as all others",
+        ),
+        ("arcee", {"mlp_bias": True}, "arcee computes with mlp_bias False alone"),
+        ("jais2", {"attention_bias": False}, "jais2 computes with attention_bias True alone"),
+        ("gpt_bigcode", {"multi_query": False}, "starcoder computes with multi_query True alone"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe computes with norm_topk_prob False alone"),
+        ("lfm2", {}, "lfm2 has layers that convolve and layers that attend, this model one kind"),
         ("falcon, alibi", {}, "falcon computes with alibi False alone"),
         ("falcon, one part behind the other", {"alibi": False}, "falcon computes with parallel_attn True alone"),
     ],
@@ -134,6 +155,9 @@ def test_what_it_computes_otherwise_is_refused_by_the_configuration(kind: str, c
     [
         *((kind, {}, 128) for kind in ("olmo2", "granite", "smollm3", "gpt2", "gpt_neox", "phi", "stablelm", "cohere", "cohere2")),
         *((kind, {}, 128) for kind in ("glm4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "nemotron", "mpt", "bloom", "falcon")),
+        *((kind, {}, 128) for kind in ("olmo", "olmo, clipped", "olmo3", "arcee", "gpt_bigcode", "jais2", "glm", "qwen2_moe")),
+        *((kind, {}, 128) for kind in ("granitemoe", "llama, rope yarn", "qwen2, rope yarn")),
+        ("lfm2", CONVOLUTIONS, 128),
         ("gemma2, no caps", {"query_pre_attn_scalar": 48, "head_dim": 48}, 128),
         ("gemma3_text, wide window", {"layer_types": [FULL, FULL]}, 128),
         ("phi3", {}, WINDOW),
@@ -147,6 +171,13 @@ def test_what_it_computes_otherwise_is_refused_by_the_configuration(kind: str, c
 def test_what_it_computes_is_not_refused(kind: str, changes: dict[str, Any], tokens: int) -> None:
     config = config_of(kind, **changes)
     assert not reason(config, tokens) and not block_refusal(config)
+
+
+def test_nothing_is_drafted_where_layers_convolve() -> None:
+    spec: Any = ExportSpec.of(engine="llama.cpp", speculation="ngram")
+    for changes, told in ((CONVOLUTIONS, "cannot take back drafted tokens"), ({}, "")):
+        candidate = Candidate(CheckpointFacts(config_of("lfm2" if changes else "llama", **changes)), 128)
+        assert told in (RUNTIMES["llama.cpp"].model_refusal(spec, candidate) or "")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +242,13 @@ def test_a_file_says_what_scales_and_caps_its_models_have() -> None:
     assert told_of("gpt_neox")["rope_dimension_count"] == HEAD // 4 and "rope_freq_base" not in told_of("bloom")
     mixture = told_of("qwen3_moe")
     assert (mixture["expert_count"], mixture["expert_used_count"], mixture["expert_feed_forward_length"]) == (4, 2, 32)
+    assert told_of("qwen2_moe")["expert_shared_feed_forward_length"] == 32
+    mixed = told_of("lfm2", **CONVOLUTIONS)
+    assert mixed["head_count_kv"] == [0, 2, 0, 2] and mixed["shortconv_l_cache"] == 3 and "layer_norm_rms_eps" in mixed
+    assert mixed["feed_forward_length"] == 256, "two thirds of 192, in whole 256"
+    scaled = told_of("qwen2, no window", rope_parameters=YARN | {"attention_factor": 1.0})
+    assert scaled["rope_scaling_attn_factors"] == pytest.approx(1 / (0.1 * numpy.log(4.0) + 1))
+    assert told_of("qwen2, rope yarn")["rope_scaling_attn_factors"] == pytest.approx(1.0)
     long = told_of("phi3, rope longrope")
     assert long["context_length"] == 64 and long["rope_scaling_attn_factors"] > 1
 
@@ -228,7 +266,9 @@ def test_a_file_says_what_scales_and_caps_its_models_have() -> None:
         ("gpt_neox", {}, "float32"),
         ("falcon, new architecture", {}, "float32"),
         ("qwen3_moe, shares of the chosen", {}, "q4_k"),
-        ("mixtral", {"sliding_window": None}, "float32"),
+        ("mixtral", {"sliding_window": None, "rope_parameters": YARN}, "float32"),
+        ("granitemoe", {}, "float32"),
+        ("lfm2", CONVOLUTIONS, "int8"),
     ],
 )
 def test_tiny_models_of_the_families_are_what_pytorch_computes(

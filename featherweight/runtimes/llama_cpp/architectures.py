@@ -26,8 +26,10 @@ class Architecture:
     """It rotates neighbouring channels where transformers rotates halves: rows of queries and keys are put in that order."""
     grouped: bool = False
     """Rows of queries, keys and values lie group by group in one matrix, and are put one kind behind the other."""
-    rotary: tuple[str, ...] = ("linear",)
+    rotary: tuple[str, ...] = ("linear", "yarn")
     """The kinds of rotary embeddings that it has beside plain ones."""
+    bases: bool = False
+    """Layers with a window have rotary embeddings with a base of their own."""
     partial: bool = False
     """It may rotate the first channels of a head alone."""
     unrotated: int = 0
@@ -44,6 +46,8 @@ class Architecture:
     """From so many layers on queries and keys have norms, and with fewer none."""
     tied: bool | None = None
     """Whether the head is the embedding; None where it may be either."""
+    convolves: bool = False
+    """Some of its layers are convolutions, others attend."""
     windows: Literal["", "always", "told", "deep"] = ""
     """Whether some layers have a sliding window: always, where the file tells of one, with `deep` layers, or never."""
     deep: int = 0
@@ -52,6 +56,8 @@ class Architecture:
     """The names of what it computes inside; the first is its own."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """What of the configuration the file says, by the writer's method for it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What in its parameters' names stands for something that `gguf` knows under another name."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """What of the configuration it computes in one way (or in those of a tuple) alone."""
 
@@ -61,7 +67,7 @@ class Architecture:
         return self.activations[0] in TANH
 
 
-LLAMA = Architecture("llama", interleaved=True, rotary=("linear", "llama3"))
+LLAMA = Architecture("llama", interleaved=True, rotary=("linear", "yarn", "llama3"))
 FALCON = {"alibi": False, "parallel_attn": True, "bias": False}
 GPT2 = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False}
 GRANITE = {
@@ -73,6 +79,7 @@ GRANITE = {
 MPT = {"attn_config.softmax_scale": None, "attn_config.alibi_bias_max": 8}
 ONE_DIRECTION = {"attention_bias": False, "use_bidirectional_attention": (None, False)}
 EXPERTS = {"mlp_only_layers": ([], None), "decoder_sparse_step": 1}
+ROUTER = {"block_sparse_moe.router": "mlp.gate", "block_sparse_moe": "mlp"}
 LOGITS = {"logit_scale": "add_logit_scale"}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": LLAMA,
@@ -92,6 +99,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "gemma3",
         norm_offset=1.0,
         query_norm=True,
+        bases=True,
         windows="told",
         deep=62,
         activations=TANH,
@@ -99,9 +107,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         only={**ONE_DIRECTION, "attn_logit_softcapping": None},
     ),
     "phi": Architecture("phi2", square=True, tied=False, partial=True, activations=GELU, only={"qk_layernorm": False}),
-    "phi3": Architecture("phi3", square=True, partial=True, rotary=("linear", "longrope")),
+    "phi3": Architecture("phi3", square=True, partial=True, rotary=("linear", "yarn", "longrope")),
     "olmo2": Architecture("olmo2", square=True, tied=False, only=NO_BIAS),
-    "granite": Architecture("granite", interleaved=True, rotary=("linear", "llama3"), keys=GRANITE),
+    "olmo": Architecture("olmo", interleaved=True, square=True, only=NO_BIAS, keys={"clip_qkv": "add_clamp_kqv"}),
+    "olmo3": Architecture("olmo2", square=True, tied=False, windows="told", only=NO_BIAS),
+    "arcee": Architecture("arcee", interleaved=True, rotary=LLAMA.rotary, activations=("relu2",), only=NO_BIASES),
+    "gpt_bigcode": Architecture("starcoder", square=True, activations=GELU, only={"multi_query": True}),
+    "jais2": Architecture("jais2", activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}),
+    "glm": Architecture("chatglm", square=True, partial=True),
+    "qwen2_moe": Architecture("qwen2moe", square=True, tied=False, only={"norm_topk_prob": False, **EXPERTS}),
+    "granitemoe": Architecture(
+        "granitemoe",
+        interleaved=True,
+        rotary=LLAMA.rotary,
+        keys=GRANITE,
+        names={"block_sparse_moe.router": "mlp.gate", "block_sparse_moe": "mlp"},
+    ),
+    "ministral": LLAMA,
+    "lfm2": Architecture(
+        "lfm2",
+        convolves=True,
+        keys={"conv_L_cache": "add_shortconv_l_cache", "norm_eps": "add_layer_norm_rms_eps"},
+        only={"conv_bias": False},
+    ),
+    "granite": Architecture("granite", interleaved=True, rotary=LLAMA.rotary, keys=GRANITE),
     "smollm3": Architecture("smollm3", interleaved=True, unrotated=4, only=NO_BIASES),
     "starcoder2": Architecture("starcoder2", square=True, activations=GELU, only={"use_bias": True}),
     "gpt2": Architecture("gpt2", square=True, activations=GELU, only=GPT2),
@@ -111,7 +140,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "stablelm": Architecture("stablelm", square=True, tied=False, partial=True, only={"qk_layernorm": False}),
     "cohere": Architecture("command-r", square=True, tied=True, normed=64, keys=LOGITS, only=NO_BIAS),
     "cohere2": Architecture("cohere2", square=True, tied=True, windows="always", keys=LOGITS, only=NO_BIAS),
-    "exaone4": Architecture("exaone4", square=True, windows="deep", deep=64, rotary=("linear", "llama3")),
+    "exaone4": Architecture("exaone4", square=True, windows="deep", deep=64, rotary=LLAMA.rotary),
     "glm4": Architecture("glm4", partial=True),
     "ernie4_5": Architecture("ernie4_5", only={"use_bias": False}),
     "hunyuan_v1_dense": Architecture("hunyuan-dense", only=NO_BIAS),

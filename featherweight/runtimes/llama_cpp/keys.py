@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.positions import context_tokens, head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
 from featherweight.runtimes.llama_cpp.shapes import (
+    CONVOLUTION,
+    EPSILON,
     EPSILONS,
     expert_width,
     experts,
@@ -47,14 +51,19 @@ def _add_sizes(writer: GGUFWriter, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(inner_width(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(key_heads(config))
+    kinds = getattr(config, "layer_types", None) or []
+    writer.add_head_count_kv(
+        [key_heads(config) * (kind != CONVOLUTION) for kind in kinds] if CONVOLUTION in kinds else key_heads(config)
+    )
     writer.add_vocab_size(config.vocab_size)
     for add in (writer.add_key_length, writer.add_value_length):
         add(head_width(config) or 0)
     if epsilon := getattr(config, "rms_norm_eps", None):
         writer.add_layer_norm_rms_eps(epsilon)
     else:
-        writer.add_layer_norm_eps(next(getattr(config, name) for name in EPSILONS if hasattr(config, name)))
+        writer.add_layer_norm_eps(next((getattr(config, name) for name in EPSILONS if hasattr(config, name)), EPSILON))
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
     if count := experts(config):
         writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -76,8 +85,23 @@ def _add_rotary(writer: GGUFWriter, config: Any) -> None:
     if "linear" in rotary_kinds(config):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(everywhere["factor"])
+    if everywhere.get("rope_type") == "yarn":
+        _add_yarn(writer, config, everywhere)
     if "longrope" in rotary_kinds(config):
         writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config)[1])
+
+
+def _add_yarn(writer: GGUFWriter, config: Any, told: Mapping[str, Any]) -> None:
+    """llama.cpp scales attention by what YaRN's paper does; the file says what more or less the model wants."""
+    from gguf import RopeScalingType
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    layers = {"layer_type": "full_attention"} if "full_attention" in config.rope_parameters else {}
+    _, wanted = ROPE_INIT_FUNCTIONS["yarn"](config, **layers)
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(told["factor"])
+    writer.add_rope_scaling_orig_ctx_len(told.get("original_max_position_embeddings") or config.max_position_embeddings)
+    writer.add_rope_scaling_attn_factors(wanted / (0.1 * math.log(told["factor"]) + 1))
 
 
 def _add_windows(writer: GGUFWriter, config: Any, known: Architecture) -> None:

@@ -9,6 +9,7 @@ from featherweight.model.parent import FEW
 from featherweight.model.positions import head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
 from featherweight.runtimes.llama_cpp.shapes import (
+    CONVOLUTION,
     attention_scale,
     expert_width,
     experts,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
 OTHERS = "take another engine"
+YARN = {"beta_fast": (None, 32), "beta_slow": (None, 1), "truncate": (None, True)}
+"""What of YaRN's parameters it takes as given."""
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 """What configurations call it."""
 
@@ -35,6 +38,7 @@ def refusal(model: Candidate) -> str | None:
         return f"no GGUF file is written here for {kind} models; {OTHERS}"
     known = ARCHITECTURES[kind]
     reason = _activation_refusal(config, known) or _value_refusal(config, known) or _head_refusal(config, known)
+    reason = reason or _layers_refusal(config, known)
     return reason or _rotary_refusal(model, known) or _window_refusal(model, known) or _heads_refusal(config, known)
 
 
@@ -73,6 +77,12 @@ def _rotary_refusal(model: Candidate, known: Architecture) -> str | None:
     config = model.config
     if other := rotary_kinds(config) - {"default", *known.rotary}:
         return f"rotary embeddings of kind {min(other)} are not written for llama.cpp's {known.name}; {OTHERS}"
+    told = getattr(config, "rope_parameters", None) or {}
+    near, far = (told.get(name, {}) for name in ("sliding_attention", "full_attention"))
+    if near and (near.get("rope_type") != "default" or (not known.bases and near["rope_theta"] != far["rope_theta"])):
+        return f"llama.cpp's {known.name} rotates layers with a window as all others, this model otherwise; {OTHERS}"
+    if unread := _other_yarn(config):
+        return f"llama.cpp computes YaRN with {unread} {YARN[unread][-1]} alone, and this model's is another; {OTHERS}"
     switch = rotary_switch(config)
     if switch and model.max_tokens > switch:
         return (
@@ -86,6 +96,13 @@ def _rotary_refusal(model: Candidate, known: Architecture) -> str | None:
     if known.unrotated and plain != [int((layer + 1) % known.unrotated != 0) for layer in range(len(plain))]:
         return f"llama.cpp's {known.name} leaves each {known.unrotated}th layer unrotated, this model others; {OTHERS}"
     return None
+
+
+def _other_yarn(config: Any) -> str | None:
+    """What a configuration says of YaRN that llama.cpp does not read; None where it says what is usual."""
+    told = getattr(config, "rope_parameters", None) or {}
+    told = told.get("full_attention", told)
+    return next((name for name, usual in YARN.items() if told.get("rope_type") == "yarn" and told.get(name) not in usual), None)
 
 
 def _window_refusal(model: Candidate, known: Architecture) -> str | None:
@@ -106,6 +123,19 @@ def _window_refusal(model: Candidate, known: Architecture) -> str | None:
         f"llama.cpp does not compute {model.facts.model_type}'s sliding window of {window} tokens, and {model.max_tokens} are to "
         f"be served; say max_tokens {window}, or take another engine"
     )
+
+
+def _layers_refusal(config: Any, known: Architecture) -> str | None:
+    if known.convolves and set(config.layer_types) != {CONVOLUTION, "full_attention"}:
+        return f"llama.cpp's {known.name} has layers that convolve and layers that attend, this model one kind; {OTHERS}"
+    return None
+
+
+def speculation_refusal(config: Any) -> str | None:
+    """Why nothing can be drafted for a model: what a convolution has read is not taken back."""
+    if CONVOLUTION not in (getattr(config, "layer_types", None) or []):
+        return None
+    return "speculation: llama.cpp cannot take back drafted tokens that layers without attention have read; leave it out"
 
 
 def _heads_refusal(config: Any, known: Architecture) -> str | None:

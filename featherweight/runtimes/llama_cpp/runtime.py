@@ -125,6 +125,8 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         reason = refusals.refusal(model) or _cache_refusal(spec, model)
         if spec.precision in BITS:
             reason = reason or refusals.experts_refusal(model)
+        if spec.speculation:
+            reason = reason or refusals.speculation_refusal(model.config)
         return reason or (refusals.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
 
     def missing(self) -> str | None:

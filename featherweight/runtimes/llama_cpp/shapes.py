@@ -8,12 +8,23 @@ from featherweight.model.positions import head_width, sliding_window
 from featherweight.runtimes.llama_cpp.architectures import Architecture
 
 EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+CONVOLUTION = "conv"
+"""What layers without attention are called."""
+EPSILON = 1e-5
+"""Of norms whose configuration names none (OLMo's)."""
 
 
 def inner_width(config: Any) -> int:
     """Channels inside the feed-forward network; four times the model's width where the configuration names none."""
     named = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_hidden_size"))
-    return next((int(one) for one in named if one), 4 * int(config.hidden_size))
+    width = next((int(one) for one in named if one), 4 * int(config.hidden_size))
+    return _adjusted(config, width) if getattr(config, "block_auto_adjust_ff_dim", False) else width
+
+
+def _adjusted(config: Any, width: int) -> int:
+    """What LFM2 makes of the width that it names: two thirds, times a factor, in whole multiples."""
+    width, factor, unit = int(2 * width / 3), config.block_ffn_dim_multiplier, config.block_multiple_of
+    return width if factor is None else -(-int(factor * width) // unit) * unit
 
 
 def key_heads(config: Any) -> int:

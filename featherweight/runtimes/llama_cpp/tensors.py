@@ -32,7 +32,10 @@ class Tensors:
 
     def name(self, parameter: str) -> str:
         """llama.cpp's name of a parameter; raises StageError where it has none."""
-        names = (parameter, parameter.removeprefix("transformer."))
+        known = parameter
+        for theirs, other in self.known.names.items():
+            known = known.replace(theirs, other)
+        names = (known, known.removeprefix("transformer."))
         found = next((one for name in names if (one := self._names.get_name(name, try_suffixes=(".weight", ".bias")))), None)
         if found is None:
             raise StageError(f"llama.cpp's {self.known.name} has no place for {parameter}; {OTHERS}")
@@ -59,9 +62,9 @@ class Tensors:
 
     def vectors(self) -> Iterator[tuple[str, ndarray]]:
         """(name, values) of what is kept in float32: norms, biases, routers, tables of positions, factors of rotary embeddings."""
-        of_matrices = {id(parameter) for _, parameter, _ in matrices(self.model)}
+        of_matrices = {id(parameter) for _, parameter, _ in (*matrices(self.model), *expert_matrices(self.model))}
         for parameter, value in self.model.named_parameters():
-            if id(value) not in of_matrices and value.ndim < 3:
+            if id(value) not in of_matrices:
                 values, order = self._shifted(parameter, value), self.order(parameter)
                 yield self.name(parameter), values if order is None else values[order]
         yield from self._factors()
@@ -78,6 +81,7 @@ class Tensors:
     def _shifted(self, parameter: str, value: Tensor) -> ndarray:
         """A parameter as llama.cpp computes with it; norms of queries make up for its own scale of attention."""
         values: ndarray = value.detach().float().numpy()
+        values = values.squeeze(1) if values.ndim == 3 else values  # a convolution of each channel by itself
         module, _, kind = parameter.rpartition(".")
         if self.known.norm_offset and "norm" in module and kind == "weight":
             values = values + self.known.norm_offset
@@ -101,7 +105,7 @@ class Tensors:
 
 def expert_matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """What `matrices` tells, of parameters [experts, rows, columns]: the matrices of all experts of a layer."""
-    return ((name, value, False) for name, value in model.named_parameters() if value.ndim == 3)
+    return ((name, value, False) for name, value in model.named_parameters() if value.ndim == 3 and ".experts." in name)
 
 
 def _names(known: Architecture, layers: int) -> TensorNameMap:
