@@ -11,13 +11,15 @@ from typing import Any
 import numpy
 import pytest
 
-from conformance.tiny import HEAD, TRAITS, WINDOW, Case, configuration, make, write_text
+from conformance.tiny import HEAD as WIDTH
+from conformance.tiny import TRAITS, WINDOW, Case, configuration, make, write_text
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
+from featherweight.runtimes.llama_cpp.bytes_read import EMBEDDING, HEAD, POSITIONS, file_tensors
 from featherweight.runtimes.llama_cpp.keys import describe
 from featherweight.runtimes.llama_cpp.refusals import block_refusal, refusal
 from featherweight.runtimes.llama_cpp.shapes import attention_scale, inner_width, key_heads, window_period
@@ -173,6 +175,27 @@ def test_what_it_computes_is_not_refused(kind: str, changes: dict[str, Any], tok
     assert not reason(config, tokens) and not block_refusal(config)
 
 
+def test_the_page_names_every_type() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    told = page.partition("### What llama.cpp's files are written for")[2].partition("\n### ")[0]
+    assert [kind for kind in ARCHITECTURES if f"`{kind}`" not in told] == []
+
+
+def test_of_experts_those_are_read_that_are_asked_and_of_tables_a_row(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    for name, shape in ((EMBEDDING, (6, 8)), (HEAD, (6, 8)), (POSITIONS, (9, 8)), ("blk.0.ffn_up_exps.weight", (4, 2, 8))):
+        writer.add_tensor(name, numpy.zeros(shape, "f4"))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    held = list(file_tensors(tmp_path, "m.gguf", config_of("qwen3_moe")))
+    assert [(one.role, one.size_bytes, one.share) for one in held] == [
+        *(("row", 192, 1.0), ("step", 192, 1.0)),
+        *(("row", 288, 1.0), ("step", 256, 0.5)),
+    ]
+
+
 def test_nothing_is_drafted_where_layers_convolve() -> None:
     spec: Any = ExportSpec.of(engine="llama.cpp", speculation="ngram")
     for changes, told in ((CONVOLUTIONS, "cannot take back drafted tokens"), ({}, "")):
@@ -200,7 +223,7 @@ def test_sizes_are_found_by_every_name() -> None:
     ]
     falcons = ("falcon", "falcon, new architecture", "falcon, one part behind the other")
     assert [key_heads(config_of(kind)) for kind in ("llama", "gpt_neox", *falcons)] == [2, 4, 1, 2, 4]
-    assert attention_scale(config_of("gemma3_text"), deep=62) == pytest.approx((HEAD / 48) ** 0.5)
+    assert attention_scale(config_of("gemma3_text"), deep=62) == pytest.approx((WIDTH / 48) ** 0.5)
     deep = config_of("gemma3_text", num_hidden_layers=62, layer_types=[SLIDING, FULL] * 31, hidden_size=256)
     assert attention_scale(deep, deep=62) == pytest.approx((64 / 48) ** 0.5)
     assert attention_scale(config_of("llama"), deep=62) == 1.0
@@ -239,7 +262,7 @@ def test_a_file_says_what_scales_and_caps_its_models_have() -> None:
     gemma = told_of("gemma3_text, wide window")
     assert (gemma["rope_freq_base"], gemma["rope_freq_base_swa"]) == (1e6, 1e4)
     assert told_of("mpt")["max_alibi_bias"] == 8 and not told_of("gpt_neox, untwisted")["parallel_residual"]
-    assert told_of("gpt_neox")["rope_dimension_count"] == HEAD // 4 and "rope_freq_base" not in told_of("bloom")
+    assert told_of("gpt_neox")["rope_dimension_count"] == WIDTH // 4 and "rope_freq_base" not in told_of("bloom")
     mixture = told_of("qwen3_moe")
     assert (mixture["expert_count"], mixture["expert_used_count"], mixture["expert_feed_forward_length"]) == (4, 2, 32)
     assert told_of("qwen2_moe")["expert_shared_feed_forward_length"] == 32

@@ -93,7 +93,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         from featherweight.runtimes.llama_cpp.bytes_read import file_tensors
         from featherweight.runtimes.llama_cpp.write import MODEL
 
-        return file_tensors(folder, MODEL)
+        return file_tensors(folder, MODEL, config)
 
     def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
         from featherweight.runtimes.llama_cpp.offers import offers
