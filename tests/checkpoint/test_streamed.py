@@ -36,6 +36,7 @@ def saved(kind: str, tiny_checkpoint: Path, folder: Path, dtype: torch.dtype = t
         ("gpt_neox", {"tie_word_embeddings": False}),
         ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}),
     ],
 )
 def test_it_computes_the_same(kind: str, options: Any, dtype: torch.dtype, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -50,7 +51,8 @@ def test_it_computes_the_same(kind: str, options: Any, dtype: torch.dtype, tiny_
     assert {name: (weight.shape, weight.dtype) for name, weight in model.named_parameters()} == shapes
     assert opening.parameters(model) == opening.parameters(whole)
     if dtype == torch.bfloat16:
-        assert all(weight.isnan().all() and weight.untyped_storage().nbytes() == 4 for weight in model.parameters())
+        fed = [weight for weight in model.parameters() if weight.ndim < 3]  # a convolution's are read from outside of it
+        assert all(weight.isnan().all() and weight.untyped_storage().nbytes() == 4 for weight in fed)
     elif ids.device.type == "cpu":
         assert all(torch.equal(weight, whole.get_parameter(name)) for name, weight in model.named_parameters())
 

@@ -38,19 +38,22 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """In shards: a Qwen2 (biases, tied) and a Gemma (1 is added to its norms) in bfloat16, a Llama (untied) in float32."""
+    """In shards: Qwen2 (biases, tied), Gemma (1 is added to its norms), GPT-2 (Conv1D) in bfloat16, Llama (untied) in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("models")
     kinds: dict[str, dict[str, Any]] = {
         "qwen2": {"tie_word_embeddings": True},
         "gemma": {"head_dim": 16},
+        "gpt2": {"num_key_value_heads": 4},
         "llama": {"tie_word_embeddings": False, "dtype": torch.float32},
     }
     for kind, options in kinds.items():
         shutil.copytree(tiny_checkpoint, root / kind, ignore=shutil.ignore_patterns("model.safetensors"))
         dtype = options.pop("dtype", torch.bfloat16)
-        config = AutoConfig.for_model(kind, vocab_size=320, max_position_embeddings=256, initializer_range=0.1, **SIZES, **options)
+        config = AutoConfig.for_model(
+            kind, vocab_size=320, max_position_embeddings=256, initializer_range=0.1, **{**SIZES, **options}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -82,6 +85,7 @@ def both_ways(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         ("qwen2", "llama.cpp", {"precision": "int8"}),
         ("llama", "llama.cpp", {"precision": "q4_k"}),
         ("gemma", "llama.cpp", {"precision": "float16"}),
+        ("gpt2", "llama.cpp", {"precision": "q4_k"}),
     ],
 )  # fmt: skip
 def test_it_writes_the_same(

@@ -6,6 +6,7 @@ They lie on no grid of ours: blocks of K-quants have scales that are integers th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.matrices import ends, matrices, rows_of
@@ -38,8 +39,9 @@ def round_by_llama_cpp(source: Source, precision: str, importance: Mapping[str, 
     import torch
 
     stored: dict[str, tuple[Any, Callable[[], ndarray]]] = {}
-    vocabulary = ends(source.model)
+    vocabulary, turned = ends(source.model), set[str]()
     for name, parameter, transposed in (*matrices(source.model), *expert_matrices(source.model)):
+        turned |= {name} if transposed else set()
         rows = rows_of(parameter, transposed)
         made, kind = rounded_rows(rows, VOCABULARY if id(parameter) in vocabulary else OWN[precision], importance.get(name))
         stored[name] = (kind, spilled(torch.from_numpy(made), source.room).numpy)
@@ -47,7 +49,8 @@ def round_by_llama_cpp(source: Source, precision: str, importance: Mapping[str, 
         if not source.streams:
             rows.copy_(_meant(stored[name]))
     if source.streams:
-        source.change = lambda name, weight: _meant(stored[name]) if name in stored else weight
+        meant = {name: partial(_meant, one) if name not in turned else partial(_turned, one) for name, one in stored.items()}
+        source.change = lambda name, weight: meant[name]() if name in meant else weight
     return stored
 
 
@@ -58,6 +61,11 @@ def _meant(stored: tuple[Any, Callable[[], ndarray]]) -> Tensor:
 
     kind, make = stored
     return torch.from_numpy(dequantize(make(), kind))
+
+
+def _turned(stored: tuple[Any, Callable[[], ndarray]]) -> Tensor:
+    """The same of a matrix that holds a row in each column."""
+    return _meant(stored).T
 
 
 def rounded_rows(rows: Tensor, kind: str, importance: Tensor | None = None) -> tuple[ndarray, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 from featherweight.model.positions import head_width, sliding_window
 from featherweight.runtimes.llama_cpp.architectures import Architecture
 
+INNER = ("n_inner", "ffn_hidden_size", "intermediate_size")
+"""What the width inside the feed-forward network is called; what a model type has no name for may stand in a file all the same."""
 EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 CONVOLUTION = "conv"
 """What layers without attention are called."""
@@ -16,8 +18,8 @@ EPSILON = 1e-5
 
 def inner_width(config: Any) -> int:
     """Channels inside the feed-forward network; four times the model's width where the configuration names none."""
-    named = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_hidden_size"))
-    width = next((int(one) for one in named if one), 4 * int(config.hidden_size))
+    named = (getattr(config, name) for name in INNER if hasattr(config, name))
+    width = int(next(named, None) or 4 * config.hidden_size)
     return _adjusted(config, width) if getattr(config, "block_auto_adjust_ff_dim", False) else width
 
 
