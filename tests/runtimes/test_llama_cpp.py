@@ -16,7 +16,7 @@ from featherweight.model.matrices import move_to_grid, round_to_nearest
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.runtimes import parity
-from featherweight.runtimes.bounds import APPROXIMATED, EXACT, Bound
+from featherweight.runtimes.bounds import EXACT, TABLE, Bound
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Limits
@@ -265,6 +265,6 @@ def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, t
     loaded.unload()
 
 
-@pytest.mark.parametrize(("told", "bound"), [({}, EXACT), ({"gelu": "table"}, APPROXIMATED)])
+@pytest.mark.parametrize(("told", "bound"), [({}, EXACT), ({"gelu": "table"}, TABLE)])
 def test_a_table_of_gelu_is_allowed_what_it_explains_and_no_more(told: dict[str, str], bound: Bound) -> None:
     assert ENGINE.bound(Serving("llama.cpp", options={"dtype": "float32", **told})) == bound

@@ -19,7 +19,7 @@ from featherweight.grid import GRIDS
 from featherweight.model.matrices import matrices, rows_of
 from featherweight.progress import Metrics
 from featherweight.quantization.imatrix import importances
-from featherweight.runtimes.bounds import APPROXIMATED, EXACT
+from featherweight.runtimes.bounds import EXACT, TABLE
 from featherweight.runtimes.llama_cpp import blocks, library
 from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
@@ -220,7 +220,7 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
         if path.is_file() and path.name not in (MODEL, FILE):
             link(path, twin / path.name)
     Serving("llama.cpp", options={"dtype": "float32"}).write(twin)
-    measured = reference.check(twin, APPROXIMATED if "gelu" in Serving.read(served).options else EXACT)
+    measured = reference.check(twin, TABLE if "gelu" in Serving.read(served).options else EXACT)
     shutil.rmtree(twin)
     return {"parity_weights_max_abs": measured["parity_max_abs"]}
 
