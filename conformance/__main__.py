@@ -22,7 +22,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 
 CELLS = ROOT / "docs" / "runtimes.json"
 WORK = ROOT / "build" / "conformance"
-LAST = ("onnxruntime", "openvino", "vllm", "torch-compile", "tvm")
+LAST = ("onnxruntime", "openvino", "vllm", "torch-compile", "torch-aoti", "tvm")
 """The engines that take longest, behind all others."""
 
 

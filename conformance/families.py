@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class ModelFamily:
     """A model type of transformers with the head that its kind is measured by; `engines` name it as theirs.
 
-    Where none does, it is PyTorch's alone, and those' who trace what PyTorch computes, whatever it is (OpenVINO, torch-compile).
+    Where none does, it is PyTorch's alone, and those' who trace what PyTorch computes, whatever it is (OpenVINO, torch-compile,
+    torch-aoti).
     """
 
     model_type: str

@@ -9,6 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from featherweight.model.architecture import embeds_by_decoder
+from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES
+from featherweight.model.positions import rotary_kinds
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
 
@@ -71,6 +73,21 @@ def vectors_refusal(engine: str, config: Any) -> str | None:
     if not embeds_by_decoder(config):
         return None
     return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take another engine"
+
+
+def rotary_length_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine of compiled graphs does not serve rotary embeddings that ask for the length at every step; None for others."""
+    asking = rotary_kinds(config) & {"dynamic", "longrope"}
+    if not asking:
+        return None
+    return f"{engine} compiles no rotary embeddings that depend on the length ({min(asking)}); take another engine"
+
+
+def keys_and_values_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine whose compiled step has a place for keys and values does not serve a model that keeps none; None for others."""
+    if config.model_type not in WITHOUT_KEYS_AND_VALUES:
+        return None
+    return f"a {config.model_type} model keeps no keys and values, for which {engine}'s step has its place; take another engine"
 
 
 def compiler_refusal(engine: str) -> str | None:

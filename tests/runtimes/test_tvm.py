@@ -14,11 +14,10 @@ import pytest
 from featherweight.errors import StageError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
-from featherweight.runtimes import doctor
+from featherweight.runtimes import code_levels, doctor
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids, Limits, LoadedModel
-from featherweight.runtimes.tvm import library
 from featherweight.store.served_folder import Serving
 from featherweight.system import toolchains
 from featherweight.system.device import CPU
@@ -88,11 +87,11 @@ def test_it_serves_decoders_and_encoders_from_cpus() -> None:
 
 
 def test_code_is_made_for_what_the_cpu_has_and_is_not_loaded_where_that_is_missing() -> None:
-    assert [library.level(one) for one in (AVX2, AVX512)] == ["x86-64-v3", "x86-64-v4"]
-    assert library.level(Machine(**vars(AVX2) | {"cpu_features": frozenset()})) == "generic"
-    library.require("x86-64-v3", AVX512)
+    assert [code_levels.level(one) for one in (AVX2, AVX512)] == ["x86-64-v3", "x86-64-v4"]
+    assert code_levels.level(Machine(**vars(AVX2) | {"cpu_features": frozenset()})) == "generic"
+    code_levels.require("x86-64-v3", AVX512)
     with pytest.raises(StageError, match="compiled for x86-64-v4, and the CPU here has no avx512bw; optimize"):
-        library.require("x86-64-v4", AVX2)
+        code_levels.require("x86-64-v4", AVX2)
 
 
 def test_without_its_toolchain_the_doctor_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

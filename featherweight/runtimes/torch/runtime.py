@@ -7,8 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES
-from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
@@ -18,7 +16,9 @@ from featherweight.runtimes.refusals import (
     compute_type_refusal,
     float_of_rounded_refusal,
     gpu_refusal,
+    keys_and_values_refusal,
     on_cpu_refusal,
+    rotary_length_refusal,
 )
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, CompileSpec, ComputeType, ExportSpec
 from featherweight.spec import Task
@@ -174,15 +174,8 @@ class TorchCompile(Runtime[TorchCompileSpec]):
         return None if grids.body is None else float_of_rounded_refusal(spec.precision)
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
-        """Rotary embeddings that ask for the length at every step, which a graph of one shape cannot; and other caches."""
-        if (kind := model.config.model_type) in WITHOUT_KEYS_AND_VALUES:
-            return f"a {kind} model keeps no keys and values, for which a compiled step has its place; take another engine"
-        asking = rotary_kinds(model.config) & {"dynamic", "longrope"}
-        return (
-            f"torch.compile cannot compile rotary embeddings that depend on the length ({min(asking)}); take another engine"
-            if asking
-            else None
-        )
+        """Other caches; and rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
+        return keys_and_values_refusal("torch.compile", model.config) or rotary_length_refusal("torch.compile", model.config)
 
     def missing(self) -> str | None:
         """Inductor writes C++ and needs a compiler for it."""

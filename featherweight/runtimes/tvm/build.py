@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import one_line
-from featherweight.runtimes.tvm.library import level, opened, width
+from featherweight.runtimes.code_levels import level
+from featherweight.runtimes.tvm.library import opened, width
 from featherweight.system.child_process import Channel
 from featherweight.system.machine import describe
 

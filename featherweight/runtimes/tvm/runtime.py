@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.model.architecture import attention_cap
-from featherweight.model.positions import rotary_kinds, sliding_window
+from featherweight.model.positions import sliding_window
 from featherweight.runtimes.interface import Grids, Runtime
-from featherweight.runtimes.refusals import compiler_refusal, float_of_rounded_refusal, vectors_refusal
+from featherweight.runtimes.refusals import (
+    compiler_refusal,
+    float_of_rounded_refusal,
+    rotary_length_refusal,
+    vectors_refusal,
+)
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
@@ -105,8 +110,7 @@ def _attention_refusal(kind: str, config: Any, tokens: int) -> str | None:
         )
     if attention_cap(config):
         return f"TVM's attention here caps no logits, as this {kind} does; take another engine"
-    asking = rotary_kinds(config) & {"dynamic", "longrope"}
-    return f"TVM compiles no rotary embeddings that depend on the length ({min(asking)}); take another engine" if asking else None
+    return rotary_length_refusal("TVM", config)
 
 
 TVM = Tvm()

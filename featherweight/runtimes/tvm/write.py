@@ -11,7 +11,7 @@ from featherweight.checkpoint.saving import copy_tokenizer, save_model
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
 from featherweight.runtimes.build_process import run_build
-from featherweight.runtimes.tvm import library
+from featherweight.runtimes.code_levels import level
 from featherweight.store.served_folder import Serving
 from featherweight.system.environment import without_secrets
 from featherweight.system.machine import describe
@@ -37,4 +37,4 @@ def write(spec: TvmSpec, source: Source, out: Path) -> None:
     if error:
         raise StageError(f"TVM cannot compile this checkpoint ({error}); take another engine")
     copy_tokenizer(source.checkpoint, out)
-    Serving("tvm", FOLDER, {"made_for": library.level(describe())}, source.grid).write(out)
+    Serving("tvm", FOLDER, {"made_for": level(describe())}, source.grid).write(out)

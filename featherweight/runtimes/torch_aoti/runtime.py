@@ -1,0 +1,93 @@
+"""PyTorch's AOTInductor, declared: encoders and decoders in float32, compiled ahead of time for this machine's kind of CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featherweight.runtimes.code_levels import GENERIC, level
+from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.refusals import (
+    compiler_refusal,
+    float_of_rounded_refusal,
+    keys_and_values_refusal,
+    rotary_length_refusal,
+    vectors_refusal,
+)
+from featherweight.runtimes.spec import CompileSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
+from featherweight.system.device import Device
+from featherweight.system.machine import Machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from featherweight.runtimes.bytes_read import HeldTensor
+    from featherweight.runtimes.candidate import Candidate
+    from featherweight.runtimes.offers import Offer
+    from featherweight.runtimes.writing import Source
+
+
+class TorchAotiSpec(CompileSpec):
+    """float32 alone."""
+
+    engine: Literal["torch-aoti"]
+
+
+class TorchAoti(Runtime[TorchAotiSpec]):
+    """Everything that is known of it."""
+
+    name = "torch-aoti"
+    spec = TorchAotiSpec
+    loads_with = "featherweight.runtimes.torch_aoti.loaded:AotiModel"
+    modules = ("torch",)
+    libraries = ("torch", "transformers")
+    requirements = ("torch",)
+    writing_s = 50
+    weight_s = 1e-6
+
+    def write(self, spec: TorchAotiSpec, source: Source, out: Path) -> None:
+        from featherweight.runtimes.torch_aoti.write import write
+
+        write(source, out)
+
+    def served_note(self, serving: Serving) -> str | None:
+        return f"compiled for {serving.options['made_for']}"
+
+    def held_tensors(self, folder: Path, serving: Serving, config: PreTrainedConfig) -> Iterator[HeldTensor]:
+        from featherweight.runtimes.torch_aoti.bytes_read import held_tensors
+
+        return held_tensors(folder)
+
+    def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
+        from featherweight.runtimes.torch_aoti.offers import offers
+
+        return offers(device)
+
+    def task_refusal(self, task: Task) -> str | None:
+        encoder_decoder = "AOTInductor's graphs here are of decoders and of encoders, not of both in one; take another engine"
+        return encoder_decoder if task == "text2text-generation" else None
+
+    def grid_refusal(self, grids: Grids, spec: TorchAotiSpec) -> str | None:
+        return None if grids.body is None else float_of_rounded_refusal("float32")
+
+    def machine_refusal(self, spec: TorchAotiSpec, machine: Machine) -> str | None:
+        """It says of its code what a CPU must have, which is known of x86-64's levels alone."""
+        return "torch-aoti compiles for x86-64 with AVX2 or AVX-512 here" if level(machine) == GENERIC else None
+
+    def model_refusal(self, spec: TorchAotiSpec, model: Candidate) -> str | None:
+        config = model.config
+        return (
+            vectors_refusal(self.name, config)
+            or keys_and_values_refusal(self.name, config)
+            or rotary_length_refusal(self.name, config)
+        )
+
+    def unwritable(self) -> str | None:
+        """It needs a C++ compiler; to serve what it wrote, none."""
+        return self.missing() or compiler_refusal("torch-aoti")
+
+
+TORCH_AOTI = TorchAoti()

@@ -1,0 +1,171 @@
+"""AOTInductor: what is refused before anything is compiled, and that what it compiles answers as PyTorch."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from featherweight.errors import StageError
+from featherweight.grid import GRIDS
+from featherweight.model.facts import CheckpointFacts
+from featherweight.runtimes.candidate import Candidate
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Grids, Limits, LoadedModel
+from featherweight.runtimes.torch_aoti import constants
+from featherweight.runtimes.torch_aoti.loaded import require_torch
+from featherweight.store.served_folder import Serving
+from featherweight.system.machine import Machine, describe
+from featherweight.text.documents import Document, write_documents
+from tests.support.families import WORDS, family_checkpoint
+from tests.support.serving_models import serving_spec
+
+AOTI = RUNTIMES["torch-aoti"]
+SPEC = serving_spec(engine="torch-aoti")
+ABSENT = AOTI.unwritable() or AOTI.machine_refusal(SPEC, describe())
+WRAPPER = """\
+    constants_info_[0].name = "model_up_weight";
+    constants_info_[0].original_fqn = "model.up.weight";
+    constants_info_[1].name = "constant1";
+    constants_info_[1].original_fqn = "constant1";
+    [[maybe_unused]] auto& model_up_weight = constants_->at(0);
+    [[maybe_unused]] auto& constant1 = constants_->at(1);
+    cpp_fused_mm_1((const float*)(buf1.data_ptr()), (const float*)(constant1.data_ptr()), s27);
+"""
+
+
+def config(**told: Any) -> Any:
+    found = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=256, pad_token_id=0, **told)
+    found.get_text_config, found.to_dict = lambda: found, lambda: told
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"model_type": "llama"}, None),
+        ({"model_type": "mistral", "sliding_window": 32}, None),
+        ({"model_type": "mamba2"}, "a mamba2 model keeps no keys and values"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}},
+            "depend on the length (dynamic); take another engine",
+        ),
+        ({"model_type": "phi3", "rope_parameters": {"rope_type": "longrope"}}, "depend on the length (longrope)"),
+    ],
+)
+def test_models_that_no_graph_of_one_form_computes_are_refused(told: dict[str, Any], reason: str | None) -> None:
+    found = AOTI.model_refusal(SPEC, Candidate(CheckpointFacts(config(**told)), 64))
+    assert (found is None) if reason is None else reason in str(found)
+
+
+def test_it_serves_floats_of_decoders_and_encoders_from_x86_64() -> None:
+    assert AOTI.grid_refusal(Grids(), SPEC) is None
+    assert "would store rounded weights at full size" in str(AOTI.grid_refusal(Grids(GRIDS["int8"]), SPEC))
+    assert "not of both in one" in str(AOTI.task_refusal("text2text-generation"))
+    assert AOTI.task_refusal("text-generation") is None and AOTI.task_refusal("feature-extraction") is None
+    assert "serves from the CPU alone" in str(AOTI.device_refusal(SPEC, "cuda", describe()))
+    arm = Machine("Linux", "aarch64", "some", frozenset({"asimd", "sve"}), 2, 2, 2**33, ())
+    assert "compiles for x86-64 with AVX2 or AVX-512 here" in str(AOTI.machine_refusal(SPEC, arm))
+
+
+def test_without_a_compiler_it_serves_and_does_not_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert AOTI.missing() is None
+    assert "needs a C++ compiler, and there is no no-such-compiler" in str(AOTI.unwritable())
+
+
+def test_what_another_torch_compiled_is_not_loaded() -> None:
+    require_torch("2.13.0+cpu", "2.13.0+cpu")
+    with pytest.raises(StageError, match=r"torch 2\.13\.0\+cpu compiled this model, and torch 2\.14\.0 is here; install that one"):
+        require_torch("2.13.0+cpu", "2.14.0")
+
+
+def test_a_package_for_other_instructions_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"made_for": "x86-64-v4", "torch": "2.13.0"}))
+    from featherweight.runtimes.torch_aoti import loaded
+
+    avx2 = Machine("Linux", "x86_64", "some", frozenset({"avx2", "fma"}), 2, 2, 2**33, ())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loaded, "describe", lambda: avx2)
+        with pytest.raises(StageError, match="compiled for x86-64-v4, and the CPU here has no avx512bw; optimize the model"):
+            loaded.AotiModel(tmp_path, Serving("torch-aoti"), Limits(1))
+
+
+def test_weights_are_kept_once_and_those_that_nothing_reads_not_at_all(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    assert constants.unread(WRAPPER) == {"model.up.weight"}
+    whole, store = torch.arange(12.0).view(3, 4), {}
+    given = {"table": whole, "turned": whole.t(), "packed": whole + 1, "gone": whole + 2, "one": torch.tensor(7)}
+    views = constants.stored(given, {"gone"}, store)
+    save_file(store, tmp_path / "weights.safetensors")
+    found = constants.viewed(views, constants.read(tmp_path / "weights.safetensors"))
+    assert len(store) == 3 and found.pop("gone").numel() == 0
+    assert all(found[name].equal(given[name]) and found[name].stride() == given[name].stride() for name in found)
+
+
+def test_what_a_step_reads_is_told_by_the_manifest(tmp_path: Path) -> None:
+    views = {
+        "model.embed.weight": {"key": "a", "shape": [10, 4], "stride": [4, 1]},
+        "packed": {"key": "b", "shape": [2, 4, 8], "stride": [32, 8, 1]},
+        "model.up.weight": None,
+    }
+    told = {"tables": ["model.embed.weight"], "constants": {"read": {}, "step": views}}
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    held = {one.role: (one.size_bytes, one.rows) for one in AOTI.held_tensors(tmp_path, Serving("torch-aoti"), config())}
+    assert held == {"row": (160, 10), "step": (256, 2)}
+
+
+def compiled(kind: str, folder: Path, **changes: Any) -> tuple[Path, LoadedModel]:
+    """A tiny checkpoint, compiled and held to PyTorch, and the engine that serves it."""
+    from tasks.compile import compile
+
+    checkpoint, text, out = family_checkpoint(kind, folder / "checkpoint", **changes), folder / "text", folder / "out"
+    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
+    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
+    out.mkdir()
+    metrics = compile(serving_spec(engine="torch-aoti", max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
+    assert metrics["parity_max_abs"] < 1e-4
+    return checkpoint, AOTI.loaded_model()(out, Serving.read(out), Limits(1, 96, 4))
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_a_decoder_writes_as_pytorch_across_the_parts_of_its_cache(tmp_path: Path) -> None:
+    """Grouped heads, prompts of two lengths in one call, and texts that cross 64 places; on two threads as well."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint, engine = compiled("llama", tmp_path)
+    packages = {path.name for path in (tmp_path / "out" / "aoti").iterdir()}
+    assert packages == {"read.pt2", "step.pt2", "weights.safetensors", "manifest.json"}
+    model, prompts = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5], [6]]
+    theirs = []
+    for prompt in prompts:
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        theirs.append(made[0, len(prompt) :].tolist())
+    assert engine.generate(prompts, 12).tokens == theirs
+    engine.set_threads(2)
+    assert engine.generate(prompts, 12).tokens == theirs
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> None:
+    """Labels of texts of several lengths in one batch, the shorter ones padded."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    checkpoint, engine = compiled("bert", tmp_path, architectures=["BertForSequenceClassification"], num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    texts = [[1, 9, 8, 7, 2], [1, 12, 2], [1, *range(6, 30), 2]]
+    found = engine.outputs(texts, [[0] * len(text) for text in texts])
+    for text, rows in zip(texts, found, strict=True):
+        assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
