@@ -137,7 +137,7 @@ def refusal(quantize: QuantizeSpec | None, serve: ServingSpec) -> str | None:
 
     quantize: None for weights that are still in float.
     """
-    reason = RUNTIMES[serve.engine].grid_refusal(_grids(quantize) if quantize else Grids(), serve)
+    reason = RUNTIMES[serve.engine].grids_refusal(_grids(quantize) if quantize else Grids(), serve)
     return f"{quantize.method}-{quantize.grid} + {serve.engine}: {reason}" if reason and quantize else reason
 
 
@@ -245,7 +245,7 @@ def _grids_refusal(chosen: Chosen) -> str | None:
     kept = chosen.pruned.kept_grids if chosen.pruned and chosen.quantize is None else None
     if kept is None:
         return refusal(chosen.quantize, chosen.serve)
-    reason = RUNTIMES[chosen.serve.engine].grid_refusal(Grids(*kept), chosen.serve)
+    reason = RUNTIMES[chosen.serve.engine].grids_refusal(Grids(*kept), chosen.serve)
     return f"{kept[0].name} + {chosen.serve.engine}: {reason}" if reason else None
 
 

@@ -104,6 +104,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """Another number of threads costs it tens of seconds, so that few are worth trying."""
     layers_may_differ: bool = False
     """It stores every layer in its own shape, and gains from narrower ones."""
+    fewest_bits: int = 4
+    """Of the integers that it has a product for."""
     streams: bool = False
     """It writes matrix by matrix what `Source.model` reads from files, so that a large model need not fit in memory."""
     devices: tuple[Device, ...] = (CPU,)
@@ -138,6 +140,14 @@ class Runtime(ABC, Generic[SpecOf]):
     def task_refusal(self, task: Task) -> str | None:
         """Why it does not serve a model for `task`; None where it does."""
         return None
+
+    def grids_refusal(self, grids: Grids, spec: SpecOf) -> str | None:
+        """`grid_refusal`, where it has products for so few bits at all."""
+        every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
+        narrow = next((grid for grid in every if grid.bits < self.fewest_bits), None)
+        if narrow:
+            return f"it has no product of {narrow.bits}-bit integers ({narrow.name}); take another engine"
+        return self.grid_refusal(grids, spec)
 
     @abstractmethod
     def grid_refusal(self, grids: Grids, spec: SpecOf) -> str | None:

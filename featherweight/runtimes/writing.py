@@ -264,7 +264,7 @@ def refuse(runtime: Runtime, spec: ServingSpec, source: Source) -> None:
     quantized = None if spec.engine == BASELINE else source.quantized
     body, head = (quantized.grid, quantized.head) if quantized else (None, None)
     grids = Grids(GRIDS[body] if body else None, GRIDS[head] if head else None)
-    if reason := runtime.grid_refusal(grids, spec):
+    if reason := runtime.grids_refusal(grids, spec):
         raise RecipeError(f"{body or 'float'} + {spec.engine}: {reason}")
     if reason := runtime.speculation_refusal(spec):
         raise RecipeError(f"speculation + {spec.engine}: {reason}")

@@ -10,7 +10,7 @@ import pytest
 from featherweight.grid import GRIDS
 from featherweight.model.parent import Parent
 from featherweight.quantization.spec import QuantizeSpec
-from featherweight.recipe.refusals import machine_refusal, refusal
+from featherweight.recipe.refusals import Chosen, machine_refusal, refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.runtimes.torch import runtime
 from featherweight.system.machine import Gpu, Machine
@@ -63,6 +63,7 @@ def test_precisions_that_an_engine_does_not_have(engine, reason):
      ("int8", "int8", "ctranslate2 int8"), ("int8-reduced", "int8-reduced", "ctranslate2 int8"),
      ("int8", "int8", "torch-dynamic"), ("int8-reduced", None, "torch-static"), ("int8", "int8", "torchao-int8-dynamic"),
      ("int8-g32", "int4-g32", "torchao-int8"), ("int4", "int8", "torchao-int4"), ("int4-g128", None, "torchao-int4"),
+     ("int2-g128", "int8", "onnxruntime-genai int2"), ("int2-g64", "int2-g64", "onnxruntime-genai int2"),
      ("int8", None, "ctranslate2 int8_float32"), ("int8", "int8", "vllm int8"), ("int8", None, "vllm int8"),
      ("int8", "int8", "ctranslate2 int8_float16"), ("int8", None, "vllm w8a16"), ("int8-g128", None, "vllm w8a16"),
      ("int4-g32", "int8", "vllm w4a16"), ("int4", None, "vllm w4a16"), ("fp8", "fp8", "vllm fp8")],
@@ -88,10 +89,30 @@ def test_grids_that_an_engine_holds(grid, head, engine):
      ("int4-g32", None, "vllm w8a16", "not int4-g32"), ("fp8", "fp8", "ctranslate2 int8", "CTranslate2 packs int8 and float only"),
      ("int8", None, "ctranslate2 int8_float16", "quantize the head too"),
      ("fp8", "fp8", "onnxruntime-genai int8", "not fp8"), ("fp8", "fp8", "torchao-int8", "not fp8"),
+     ("int2-g64", "int8", "onnxruntime-genai int4", "2-bit grid"),
+     ("int8", "int2-g64", "onnxruntime-genai int8", "take head: int8"),
+     ("int8", "int2-g64", "torchao-int8", "no product of 2-bit integers (int2-g64)"),
      ("int8", "int8", "torch nf4", "give it float ones")],
 )  # fmt: skip
 def test_grids_that_an_engine_does_not_hold(grid, head, engine, reason):
     assert reason in refusal(QuantizeSpec.of(method="gptq", grid=grid, head=head), serve(engine))
+
+
+@pytest.mark.parametrize("engine", ["ctranslate2", "llama.cpp", "vllm", "torch", "torchao-int4", "torch-compile"])
+def test_engines_without_a_product_of_two_bits_name_the_one_that_has_it(engine):
+    asked = Chosen(
+        "text-generation", None, None, QuantizeSpec.of(method="qat", grid="int2-g128"), serve(engine), machine({"avx512bw"})
+    )
+    assert asked.obstacle() == (
+        f"qat-int2-g128 + {engine}: it has no product of 2-bit integers (int2-g128); take onnxruntime-genai"
+    )
+
+
+def test_two_bits_need_the_kernel_and_a_method_that_chose_them():
+    asked = serve("onnxruntime-genai int2")
+    assert "take int4" in machine_refusal(asked, machine({"avx2"}))
+    assert machine_refusal(asked, machine({"avx512f", "avx512bw"})) is None
+    assert "{method: qat, grid: int2-g128, head: int8}" in refusal(None, asked)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime-genai", "torch-compile", "torch", "ctranslate2", "vllm"])
@@ -153,7 +174,7 @@ def test_an_explicit_reduced_range_does_not_round_again():
 
 
 def test_every_grid_has_an_engine():
-    engines = [*(serve(f"onnxruntime-genai int{bits}") for bits in (4, 8)), serve("vllm fp8")]
+    engines = [*(serve(f"onnxruntime-genai int{bits}") for bits in (2, 4, 8)), serve("vllm fp8")]
     for name in GRIDS:
         assert any(refusal(QuantizeSpec.of(grid=name, head=name), engine) is None for engine in engines), name
 

@@ -23,6 +23,7 @@ from featherweight.runtimes.packing import Packable
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.store.served_folder import Serving
+from featherweight.system.machine import describe
 from tasks.compile import compile
 from tests.conftest import _tokenizer
 from tests.support import serving_models as models
@@ -36,8 +37,7 @@ def genai(precision: str = "float32") -> CompileSpec:
 def unpack(blocks: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """MatMulNBits' storage read by its definition: offset binary, low half first. int [rows, columns]."""
     flat = blocks.reshape(blocks.shape[0], -1).astype(np.int64)
-    if bits == 4:
-        flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
+    flat = np.stack([flat >> place & 2**bits - 1 for place in range(0, 8, bits)], axis=-1).reshape(flat.shape[0], -1)
     return flat[:, :columns] - 2 ** (bits - 1)
 
 
@@ -93,6 +93,21 @@ def test_quantized_weights_reach_the_graph_without_a_second_rounding(checkpoints
     assert metrics["parity_weights_max_abs"] < 1e-4
     assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
     assert Serving.read(tmp_path / "out") == Serving("onnxruntime-genai", grid="int4-g32", max_tokens=256, context=256)
+
+
+@pytest.mark.engine
+@pytest.mark.skipif("avx512bw" not in describe().cpu_features, reason="ONNX Runtime's product of 2-bit integers wants AVX-512")
+@pytest.mark.parametrize(("grid", "head"), [("int2-g128", "int8"), ("int2-g64", "int2-g64")])
+def test_two_bits_are_served_as_the_very_integers(checkpoints, text, tmp_path, grid, head):
+    quantized = models.quantize(checkpoints["llama"], tmp_path / "q", {"embed_tokens.weight": head, "": grid})
+    (tmp_path / "out").mkdir()
+    metrics = compile(genai("int2"), checkpoint=tmp_path / "q", calibration=text, out=tmp_path / "out")
+    wanted_q, wanted_weights = expected(quantized, "model.layers.0.self_attn.o_proj.weight")
+    q, weights = read_packed(tmp_path / "out")[1]
+    np.testing.assert_array_equal(q, wanted_q)
+    np.testing.assert_array_equal(weights, wanted_weights)
+    assert metrics["parity_weights_max_abs"] < 1e-4
+    assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
 
 
 @pytest.mark.engine

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,8 +91,9 @@ def test_every_weight_is_its_integer_times_its_scale(
     metrics = run(tiny_checkpoint, text, tmp_path / "out", method=method, grid=grid, head=grid)
     assert_on_grid(tmp_path / "out", grid, grid)
     assert metrics["bits_per_weight"] > grid_named(grid).bits
-    assert 0 < metrics["weight_rms_error"] < 0.2
-    assert metrics["loss_after"] == pytest.approx(metrics["loss_before"], rel=0.1)
+    few = grid_named(grid).bits == 2
+    assert 0 < metrics["weight_rms_error"] < (0.8 if few else 0.2)
+    assert metrics["loss_after"] == pytest.approx(metrics["loss_before"], rel=0.3 if few else 0.1)
 
 
 @pytest.mark.slow
@@ -318,6 +320,62 @@ def test_fake_quantization_rounds_forward_and_passes_gradients_straight_through(
     cut = (steps < rule.qmin - 0.5) | (steps > rule.qmax + 0.5)
     assert 0 < cut.sum() < 200
     assert torch.equal(found, upstream * ~cut)
+
+
+@pytest.mark.parametrize("grid", ["int2-g64", "int4", "int8-g32"])
+def test_a_scale_has_the_gradient_of_lsq(grid: str) -> None:
+    """Esser et al. 2020, eq. 3 and the gradient scale of 2.2, weight by weight; a group that is short counts as a whole one."""
+    torch.manual_seed(0)
+    rule, weight = grid_named(grid), torch.randn(3, 80)
+    scales = rule._held(rule.scales(weight) * 0.6).requires_grad_()
+    upstream = torch.randn(3, 80)
+    (found,) = torch.autograd.grad(qat.fake_quantize(weight, scales, rule), scales, upstream)
+    size = rule.group_size or 80
+    wanted = torch.zeros(scales.shape, dtype=torch.float64)
+    cut = 0
+    for (row, column), value in np.ndenumerate(weight.double().numpy()):
+        step = value / scales[row, column // size].item()
+        end = rule.qmin if step <= rule.qmin else rule.qmax if step >= rule.qmax else None
+        share = round(step) - step if end is None else end
+        cut += end is not None
+        wanted[row, column // size] += share * upstream[row, column].item() / (size * rule.qmax) ** 0.5
+    assert 0 < cut < 200
+    assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_scale_is_that_of_finite_differences_where_integers_stay() -> None:
+    """What is not passed straight through: of weights beyond the ends, whose integers no small change of the scale moves."""
+    rule = grid_named("int2-g64")
+    weight = torch.tensor([[-5.0, 4.0, 3.5, -7.0]])
+
+    def loss(scales: torch.Tensor) -> float:
+        return rule.dequantize(*rule.quantize(weight, scales)).double().square().sum().item()
+
+    scales, by = torch.tensor([[0.8]], requires_grad=True), 2.0**-8
+    (found,) = torch.autograd.grad(qat.fake_quantize(weight, scales, rule).square().sum(), scales)
+    wanted = (loss(scales.detach() + by) - loss(scales.detach() - by)) / (2 * by)
+    assert found.item() * 64**0.5 == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(("asked", "learned"), [("auto", {"up"}), ("learned", {"up", "head"}), ("fixed", set())])
+def test_scales_are_learned_where_the_spec_says_or_bits_are_few(asked: str, learned: set[str]) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 4, bias=False) for name in ("up", "head")})
+    model.config = None
+    grids = {"up.weight": grid_named("int2-g64"), "head.weight": grid_named("int8")}
+    made = {name: grid.quantize(model.get_parameter(name).detach()) for name, grid in grids.items()}
+    q, scales = ({name: one[place] for name, one in made.items()} for place in (0, 1))
+    spec = QuantizeSpec.of(method="qat", scales=asked)
+    trained = qat.fake_quantized(model, QuantizedWeights(grids, q, scales, "rtn"), spec.learns)
+    for scale in trained.learned:
+        scale.data.mul_(1.5)
+    found = trained.quantized()
+    for name in ("up", "head"):
+        factor = 1.5 if name in learned else 1.0
+        assert torch.equal(found.scales[f"{name}.weight"], made[f"{name}.weight"][1] * factor)
+        expected = grids[f"{name}.weight"].quantize(model.get_parameter(f"{name}.weight").detach(), found.scales[f"{name}.weight"])[
+            0
+        ]
+        assert torch.equal(found.q[f"{name}.weight"], expected)
 
 
 @pytest.mark.slow

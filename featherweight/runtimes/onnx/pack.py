@@ -126,8 +126,9 @@ def block_size(grid: Grid, columns: int) -> int:
 def pack_blocks(matrix: Packable) -> tuple[Tensor, Tensor]:
     """(uint8 [rows, blocks, block_size * bits / 8], float32 [rows, blocks]) as MatMulNBits reads them.
 
-    Integers are stored with an offset of 2^(bits - 1), the operator's zero point where none is given; two 4-bit integers share
-    a byte, the earlier in the low half. A scale per row is repeated over its blocks, and a short last block is padded with zeros.
+    Integers are stored with an offset of 2^(bits - 1), the operator's zero point where none is given; two 4-bit integers, or four
+    2-bit ones, share a byte, the earlier in the lower bits. A scale per row is repeated over its blocks, and a short last block is
+    padded with zeros.
     """
     import torch
 
@@ -136,9 +137,11 @@ def pack_blocks(matrix: Packable) -> tuple[Tensor, Tensor]:
     blocks = -(-columns // size)
     stored = torch.nn.functional.pad(q.view(torch.uint8), (0, blocks * size - columns)).view(rows, blocks, size)
     stored = stored + (1 << (bits - 1))  # modulo 256, which is two's complement to offset binary
-    if bits == 4:
-        stored = stored[..., 0::2] | (stored[..., 1::2] << 4)
-    return stored.contiguous(), scales.float().expand(rows, blocks).contiguous()
+    share = 8 // bits
+    packed = stored[..., ::share].clone()
+    for place in range(1, share):
+        packed |= stored[..., place::share] << bits * place
+    return packed, scales.float().expand(rows, blocks).contiguous()
 
 
 class _Packer:

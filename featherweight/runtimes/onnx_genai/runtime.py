@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI, declared: decoders in float32 or in MatMulNBits' 4 and 8 bits, on CPUs, and on CUDA by its other package."""
+"""ONNX Runtime GenAI, declared: decoders in float32 or MatMulNBits' 2, 4 and 8 bits, on CPUs, and on CUDA by its other package."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
     from featherweight.runtimes.offers import Offer
     from featherweight.runtimes.writing import Source
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+TWO_BITS_ON = "avx512bw"
+"""ONNX Runtime 1.31 multiplies 2-bit blocks as integers with AVX-512 alone; elsewhere it unpacks them to floats at each product."""
 BLOCKS = (16, 32, 64, 128, 256)
 HEAD_MULTIPLE = ROTATED_MULTIPLE = 16
 ON_CUDA = "onnxruntime-genai-cuda"
 """The distribution of the same module that has kernels for CUDA."""
 HEADED = ("ForCausalLM", "LMHeadModel")
+PLAIN_INT2 = "plain rounding to 2 bits leaves no model; give a quantize stage: {method: qat, grid: int2-g128, head: int8}"
 
 
 class GenaiSpec(CompileSpec):
-    """`precision` rounds here only where no quantize stage chose the weights."""
+    """`precision` rounds here only where no quantize stage chose the weights, and never to int2."""
 
     engine: Literal["onnxruntime-genai"]
-    precision: Literal["float32", "int8", "int4"] = "float32"
+    precision: Literal["float32", "int8", "int4", "int2"] = "float32"
 
 
 class OnnxruntimeGenai(Runtime[GenaiSpec]):
@@ -55,6 +58,7 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     writing_s = 6
     weight_s = 5e-7
     streams = True
+    fewest_bits = 2
     devices = (CPU, CUDA)
 
     def write(self, spec: GenaiSpec, source: Source, out: Path) -> None:
@@ -92,15 +96,24 @@ class OnnxruntimeGenai(Runtime[GenaiSpec]):
     def grid_refusal(self, grids: Grids, spec: GenaiSpec) -> str | None:
         body = grids.body
         if body is None:
-            return None
+            return PLAIN_INT2 if spec.precision == "int2" else None
         if spec.precision == "float32":
             return float_of_rounded_refusal("float32")
         if body.kind == "int" and BITS[spec.precision] != body.bits:
             return f"the weights are on a {body.bits}-bit grid, and precision {spec.precision} would round them again"
+        if grids.head and grids.head.bits < min(body.bits, 4):
+            return f"a head on {grids.head.name} beside finer blocks loses most and saves least; take head: int8"
         every = (body, grids.head, grids.finer)
         return next((reason for grid in every if grid and (reason := _blocks_refusal(grid))), None)
 
+    def machine_refusal(self, spec: GenaiSpec, machine: Machine) -> str | None:
+        if spec.precision != "int2" or TWO_BITS_ON in machine.cpu_features:
+            return None
+        return "int2 needs a CPU with AVX-512: ONNX Runtime has no other product of 2-bit integers; take int4"
+
     def device_refusal(self, spec: GenaiSpec, device: Device, machine: Machine) -> str | None:
+        if device == CUDA and spec.precision == "int2":
+            return "onnxruntime-genai serves 2 bits from CPUs alone here; take int4"
         return None if device == CPU or machine != describe() else cuda_package_refusal(self.name, ON_CUDA)
 
     def model_refusal(self, spec: GenaiSpec, model: Candidate) -> str | None:
@@ -176,10 +189,10 @@ def _function_refusal(model: Candidate) -> str | None:
 
 
 def _blocks_refusal(grid: Grid) -> str | None:
-    """ONNX Runtime's MatMulNBits: 4 or 8 bits, symmetric about zero, one scale per block (a row's scale can be repeated)."""
-    if grid.kind == "int" and grid.bits in (4, 8) and (grid.group_size is None or grid.group_size in BLOCKS):
+    """ONNX Runtime's MatMulNBits: 2, 4 or 8 bits, symmetric about zero, one scale per block (a row's scale can be repeated)."""
+    if grid.kind == "int" and (grid.group_size is None or grid.group_size in BLOCKS):
         return None
-    return f"MatMulNBits holds 4 and 8 bits in groups of {BLOCKS[0]} to {BLOCKS[-1]} or per row, not {grid.name}"
+    return f"MatMulNBits holds 2, 4 and 8 bits in groups of {BLOCKS[0]} to {BLOCKS[-1]} or per row, not {grid.name}"
 
 
 ONNXRUNTIME_GENAI = OnnxruntimeGenai()
