@@ -118,7 +118,7 @@ def _judgements(plan: Plan, variant: Variant, outcomes: Outcomes) -> Iterable[st
         metrics = outcomes[id].artifact.metrics if plan.nodes[id].stage == "quantize" else {}
         if "rtn_loss" in metrics:
             yield (
-                f"{id}: {metrics['loss_after']:.4f} nats a token on the calibration text, {metrics['rtn_loss']:.4f} by rounding "
+                f"{id}: a loss of {metrics['loss_after']:.4f} nats on the calibration text, {metrics['rtn_loss']:.4f} by rounding "
                 f"to nearest, {metrics['loss_before']:.4f} in float"
             )
 

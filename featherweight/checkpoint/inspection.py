@@ -19,7 +19,7 @@ from featherweight.checkpoint.fit import beyond_vocabulary
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
-from featherweight.model.architecture import class_by_type, family_of, head_class, head_refusal, task_of
+from featherweight.model.architecture import class_by_type, embeds_by_decoder, family_of, head_class, head_refusal, task_of
 from featherweight.model.decoding import decoder_refusal, language_refusal, windows_refusal
 from featherweight.spec import Task
 
@@ -227,6 +227,24 @@ def is_base(config: Any) -> bool:
     made = AutoModel._model_mapping.get(type(config), None)
     bases = made if isinstance(made, tuple | list) else (made,)
     return [one.__name__ for one in bases if one] == (config.architectures or [])
+
+
+_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|output_projection|output|head|pred_layer|lm_loss)\.")
+HEADLESS = (
+    "was saved from the base model, without its output head; save the whole model, or, of one that makes vectors of texts, put "
+    "sentence-transformers' modules.json beside it"
+)
+
+
+def require_output_head(where: str, config: Any, shapes: Mapping[str, Any]) -> None:
+    """Refuse a decoder by its headers that has lost its head: the base model alone, whose embedding is not the head as well."""
+    kinds = getattr(config, "architectures", None) or [""]
+    base = kinds[0].endswith("Model") and not kinds[0].endswith("LMHeadModel")
+    tied = getattr(config, "tie_word_embeddings", True)
+    if not base or tied or family_of(config) != "causal" or embeds_by_decoder(config):
+        return
+    if not any(_OUTPUT.search(name) for name in shapes):
+        raise CheckpointError(f"{where} {HEADLESS}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, INDEX, PICKLE_INDEX, WEIGHTS, Listing, Weights, find_weights, needed_files
 from featherweight.checkpoint.heads import head_changes
-from featherweight.checkpoint.inspection import is_base, model_class, quiet
+from featherweight.checkpoint.inspection import HEADLESS, is_base, model_class, quiet
 from featherweight.checkpoint.opening import generation_config, starting_token
 from featherweight.checkpoint.overwritten import as_loaded, overwritten
 from featherweight.checkpoint.quantized_formats import method_of
@@ -219,7 +219,7 @@ def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
     if head in reads:
         return None
     if is_base(model.config):
-        raise CheckpointError(f"{stored.folder} was saved from the base model, without its output head; save the whole model")
+        raise CheckpointError(f"{stored.folder} {HEADLESS}")
     return True
 
 

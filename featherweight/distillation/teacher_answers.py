@@ -44,8 +44,9 @@ def answers_of(teacher: PreTrainedModel, blocks: Tensor, spec: DistillSpec) -> A
     if task_of(teacher.config) in HEADED or not cut_to_top_k(spec, len(blocks)):
         return whole
     positions = inputs_and_labels(teacher.config, blocks[:1])[1].shape[1]
-    k = min(spec.top_k, teacher.config.vocab_size)
-    return Kept(whole, blocks, positions, k, spec.temperature, tail=k < teacher.config.vocab_size)
+    vocabulary = teacher.config.get_text_config().vocab_size
+    k = min(spec.top_k, vocabulary)
+    return Kept(whole, blocks, positions, k, spec.temperature, tail=k < vocabulary)
 
 
 def cut_to_top_k(spec: DistillSpec, blocks: int) -> bool:

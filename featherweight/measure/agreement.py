@@ -6,7 +6,9 @@ The loss of an example:
 - labels: the cross-entropy to what the data says, where it says it, else to the original's own distribution, as a share of that of
   a guess among all labels alike (`cross_entropy`, a mean over the answers of the example); beside it `label_agreement`, the share
   of answers with the original's likeliest label, `accuracy` where the data has labels, and `rank_agreement` of the scores where
-  there is one label only, as of a reranker.
+  there is one label only, as of a reranker;
+- a number (`problem_type: regression`): the square of its distance from the original's, as a share of the variance of those, which
+  is what saying their mean each time would cost (`score_error`); beside it `rank_agreement` of the numbers.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 Rows = list[list[float]]
+TINY = 1e-12
+"""A variance below this is none: then any difference at all is too much."""
 IGNORED = -100
 """The label of a position where nothing is to be said."""
-EMBEDDING, LABELS = "embedding_distance", "cross_entropy"
+EMBEDDING, LABELS, SCORE = "embedding_distance", "cross_entropy", "score_error"
 
 
 def embedding_quality(found: Sequence[Rows], original: Sequence[Rows], sizes: tuple[int, ...]) -> Quality:
@@ -48,9 +52,22 @@ def label_quality(
     if right:
         figures["accuracy"] = float(numpy.concatenate(right).mean())
     if single:
-        scores = (numpy.array([one[0][1] - one[0][0] for one in answers]) for answers in (found, original))
-        figures["rank_agreement"] = _rank_agreement(*scores)
+        figures["rank_agreement"] = _rank_agreement(_scores(found), _scores(original))
     return _quality(numpy.array(losses), LABELS, sizes, figures)
+
+
+def score_quality(found: Sequence[Rows], original: Sequence[Rows], sizes: tuple[int, ...]) -> Quality:
+    """Of numbers, the logit of a single label for each text."""
+    ours, theirs = _scores(found), _scores(original)
+    losses = (ours - theirs) ** 2 / max(float(theirs.var()), TINY)
+    return _quality(losses, SCORE, sizes, {"rank_agreement": _rank_agreement(ours, theirs)})
+
+
+def _scores(answers: Sequence[Rows]) -> ndarray:
+    """The logit of the only label of each text, which stands beside a zero (model/heads.py)."""
+    import numpy
+
+    return numpy.array([one[0][1] - one[0][0] for one in answers], dtype=float)
 
 
 def _quality(losses: ndarray, name: str, sizes: tuple[int, ...], figures: dict[str, float]) -> Quality:

@@ -107,6 +107,11 @@ def by_label(config: PreTrainedConfig) -> bool:
     return config.num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
 
 
+def says_a_number(config: PreTrainedConfig) -> bool:
+    """Whether its answer is one number on a scale of its own, as of similarity or stars, and no label."""
+    return config.num_labels == 1 and getattr(config, "problem_type", None) == "regression"
+
+
 def answers(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """What `model` answers to keyword arguments of its forward: [batch, positions, width], see the head of this file."""
     return read(model.config, model(**inputs), inputs)

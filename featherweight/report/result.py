@@ -2,7 +2,7 @@
 
 Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key that was not measured is left out.
 - `bits_per_byte`, `perplexity` (per token); of encoders that answer by vectors or labels instead `embedding_distance` or
-  `cross_entropy`, `rank_agreement`, `label_agreement`, `accuracy` (featherweight/measure/agreement.py);
+  `cross_entropy` or `score_error`, `rank_agreement`, `label_agreement`, `accuracy` (featherweight/measure/agreement.py);
 - `quality_change`, `quality_change_low`, `quality_change_high`: relative change of bits per byte against the baseline, or the
   difference of those losses, worse is positive, with the bounds of its 95 % confidence interval;
 - `changed_answers`, with `_low` and `_high`: the share of `answers` greedy texts that are not the original's;
@@ -197,7 +197,8 @@ class OptimizationResult:
     def quality(self) -> str:
         """What the change of quality is one of."""
         names = {"feature-extraction": "embedding distance"} | dict.fromkeys(HEADED[1:], "cross-entropy")
-        return names.get(self.task, "bits per byte")
+        of_numbers = "score_error" in set(self._metric_names())
+        return "score error" if of_numbers else names.get(self.task, "bits per byte")
 
     def headline(self) -> str:
         """The outcome in one sentence."""

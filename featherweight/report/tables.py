@@ -113,6 +113,7 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
         _metric("embedding distance", scored, "embedding_distance", lambda value: _number(value, ".5f")),
         _metric("cross-entropy", scored, "cross_entropy", lambda value: _number(value, ".4f")),
+        _metric("score error", scored, "score_error", lambda value: _number(value, ".5f")),
         _metric("accuracy", "share of the held-out labels that are found", "accuracy", share),
         _metric("same label", "share of answers with the original's likeliest label", "label_agreement", share),
         _bounded("changed answers (95 % CI)", CHANGED, "changed_answers", share),

@@ -21,7 +21,7 @@ def scored(config: Any, tokens: int, windows: Tokens, sources: Tokens, score: Sc
     import torch
 
     scores: list[list[float]] = [[] for _ in windows]
-    for batch in by_shape(windows, sources, windows_at_once(tokens, config.vocab_size)):
+    for batch in by_shape(windows, sources, windows_at_once(tokens, config.get_text_config().vocab_size)):
         ids, source = (torch.tensor([rows[index] for index in batch]) for rows in (windows, sources))
         inputs, labels = window_inputs(config, ids, source)
         for index, row in zip(batch, score(inputs, labels), strict=True):

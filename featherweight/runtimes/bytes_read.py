@@ -67,6 +67,7 @@ def bytes_read(served: Path) -> BytesRead | None:
 
 def _with_cache(step: float, once: float, config: PreTrainedConfig, width: float) -> BytesRead:
     """The weights, with keys and values `width` bytes wide."""
+    config = config.get_text_config()
     names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
     layers = next(value for name in names if (value := getattr(config, name, None)))
     heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import StageError
-from featherweight.measure.agreement import embedding_quality, label_quality
+from featherweight.measure.agreement import embedding_quality, label_quality, score_quality
 from featherweight.measure.load import Load, Request, arrivals
 from featherweight.measure.measurement import Measurement, Quality
 from featherweight.measure.references import matches
@@ -239,6 +239,8 @@ class MeasuredVariant:
         work = self.workload
         if work.task == "feature-extraction":
             return embedding_quality(self.answers, original.answers, work.quality_bytes)
+        if work.number:
+            return score_quality(self.answers, original.answers, work.quality_bytes)
         if work.task in HEADED:
             labels = [one.labels for one in original.workload.examples]
             return label_quality(self.answers, original.answers, labels, work.quality_bytes, work.single)

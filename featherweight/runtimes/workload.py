@@ -15,6 +15,7 @@ from featherweight.measure.spec import WorkloadSpec
 from featherweight.measure.speed import Shape
 from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
+from featherweight.model.heads import says_a_number
 from featherweight.model.positions import context_tokens
 from featherweight.spec import Task
 from featherweight.store.served_folder import verified_tokens
@@ -43,9 +44,10 @@ class Respelt:
 class Workload:
     """What every variant of a recipe is measured on; `max_tokens` is the longest sequence in it.
 
-    single: a model that labels texts has one label only. respelt: where a variant's tokenizer is another one, what its windows are
-    the parts of. questions: prompts whose greedy answers are compared, in the tokens of the variant, whose tokenizer lies
-    in the folder `tokenizer`. references: what the first of them are to be answered with.
+    single: a model that labels texts has one label only; number: and says a number by it. respelt: where a
+    variant's tokenizer is another one, what its windows are the parts of. questions: prompts whose greedy answers are compared, in
+    the tokens of the variant, whose tokenizer lies in the folder `tokenizer`. references: what the first of them are to be answered
+    with.
     """
 
     spec: WorkloadSpec
@@ -58,6 +60,7 @@ class Workload:
     questions: tuple[list[int], ...] = ()
     tokenizer: Path = Path()
     references: tuple[str, ...] = ()
+    number: bool = False
 
     @classmethod
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
@@ -78,7 +81,9 @@ class Workload:
         other = max((one.prompt_tokens + (one.new_tokens if written else 0) for one in spec.long_prompts), default=0)
         longest = max(length, other, written + max(spec.prompt_tokens, *map(len, questions), 0))
         longest = max(longest, min(spec.served_tokens, context)) if spec.benchmarks else longest
-        return cls(spec, windows, longest, family, task_of(config), config.num_labels == 1, None, questions, folder, references)
+        task, single = task_of(config), config.num_labels == 1
+        number = task == "text-classification" and says_a_number(config)
+        return cls(spec, windows, longest, family, task, single, None, questions, folder, references, number)
 
     def for_served(self, served: Path, source: Path) -> Workload:
         """The same text in the tokens of the variant in `served`, which may lack some of those of `source` (text/respelling.py)."""

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 NAMED = 5
 _FEATURES = ["id", "bytes", "words", "control", "digest"]
-_REQUIRED = re.compile(r"bits_per_byte|perplexity|embedding_distance|cross_entropy|size_bytes|(speedup|tokens_per_s)_\d+")
+_REQUIRED = re.compile(
+    r"bits_per_byte|perplexity|embedding_distance|cross_entropy|score_error|size_bytes|(speedup|tokens_per_s)_\d+"
+)
 _POSITIVE = re.compile(r"bits_per_byte|.*_bytes|speedup|tokens_per_s|ttft_s|p\d+_latency_s")
 # Memory is not the roof of every engine, so that not every variant has these.
 _OF_SOME = re.compile(r"roofline_\d+|bytes_per_token|bandwidth_bytes_s")

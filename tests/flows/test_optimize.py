@@ -91,7 +91,7 @@ def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Pat
 def test_the_report_tells_a_method_from_rounding_to_nearest(done: Path, result: dict) -> None:
     rows = {row["name"]: row for row in result["variants"]}
     (note,) = rows["gptq8/ct2-int8"]["notes"]
-    assert re.fullmatch(r"gptq8: \S+ nats a token on the calibration text, \S+ by rounding to nearest, \S+ in float", note)
+    assert re.fullmatch(r"gptq8: a loss of \S+ nats on the calibration text, \S+ by rounding to nearest, \S+ in float", note)
     assert note in html.unescape((done / "report.html").read_text())
 
 

@@ -29,6 +29,11 @@ def refusal(engine: str, **told: Any) -> str:
     return RUNTIMES[engine].model_refusal(spec, Candidate(CheckpointFacts(config), 128)) or ""
 
 
+def test_a_type_that_ctranslate2_reads_as_an_encoder_writes_nothing_there() -> None:
+    told = {"model_type": "bert", "class": "BertConfig", "architectures": ["BertLMHeadModel"], "is_decoder": True}
+    assert "reads bert models as encoders, and this one writes" in refusal("ctranslate2", **told)
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [

@@ -25,6 +25,7 @@ from featherweight.text.documents import Document, write_documents
 from tasks.export import export
 from tasks.load import load
 from tests.support import heads
+from tests.support.families import family_checkpoint
 from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 
@@ -213,6 +214,14 @@ def test_a_head_that_is_not_taken_is_named(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["BertForQuestionAnswering"]}))
     with pytest.raises(CheckpointError, match=r"its head \(BertForQuestionAnswering\) answers for no task that is known here"):
         loaded(source, tmp_path / "out", "feature-extraction")
+
+
+def test_a_head_that_is_not_taken_is_named_in_the_plan_before_its_tensors(tmp_path: Path) -> None:
+    source = family_checkpoint("bart", tmp_path / "made")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["BartForSequenceClassification"]}))
+    with pytest.raises(CheckpointError, match=r"it labels texts with a decoder \(BartForSequenceClassification\)"):
+        read_facts(LoadSpec(source=str(source)))
 
 
 @pytest.mark.parametrize("pooling", ["cls_token", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"])

@@ -126,6 +126,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         known = names_in("ctranslate2", "converters/transformers.py", r'@register_loader\("(\w+)"\)')
         if known and model.facts.config_class not in known:
             return f"CTranslate2's converter does not know {model.facts.model_type} models; take another engine"
+        if model.facts.model_type in ENCODERS and family_of(model.config) == "causal":
+            return f"CTranslate2 reads {model.facts.model_type} models as encoders, and this one writes; take another engine"
         if spec.workers > 1 and family_of(model.config) == "encoder":
             return "workers: they write texts side by side, and an encoder answers at once; leave them out"
         return vectors_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
@@ -146,6 +148,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         return reason, "keep `reduce_range: auto` in exports, or true"
 
 
+ENCODERS = frozenset({"bert", "camembert", "distilbert", "roberta", "xlm-roberta"})
+"""Model types that its loaders take for encoders, whatever `is_decoder` says."""
 ONE_ACTIVATION: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), SILU),
     "falcon": ("gelu",),

@@ -107,7 +107,7 @@ class TorchModel(LoadedModel):
         import torch
 
         scores: list[list[float]] = [[] for _ in windows]
-        most = windows_at_once(self.limits.max_tokens, self.model.config.vocab_size)
+        most = windows_at_once(self.limits.max_tokens, self.model.config.get_text_config().vocab_size)
         with torch.inference_mode():
             for batch in by_shape(windows, sources, most):
                 ids, source = (self._batch(rows, batch) for rows in (windows, sources))

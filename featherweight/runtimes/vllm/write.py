@@ -71,5 +71,5 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
 
 def cache_windows(source: Source) -> list[list[int]]:
     """Token ids of a part of the calibration text."""
-    length = min(CACHE_TOKENS, source.config.max_position_embeddings)
+    length = min(CACHE_TOKENS, source.config.get_text_config().max_position_embeddings)
     return [window.ids for window in token_windows(source.calibration, load_tokenizer(source.checkpoint), length, CACHE_WINDOWS)]
