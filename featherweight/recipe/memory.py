@@ -45,7 +45,7 @@ AT_ONCE = 2
 PART_BYTES = 2**30
 """Of the layers in float32 that CTranslate2's int8 is compared with at a time (runtimes/writing.py)."""
 WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "w8a16": 1.0, "fp8": 1.0, "int4": 0.625, "w4a16": 0.625, "nf4": 0.625}
-WEIGHT_BYTES |= {"q4_k": 0.6, "q5_k": 0.7, "q6_k": 0.85, "iq4_nl": 0.6}
+WEIGHT_BYTES |= {"q4_k": 0.6, "q5_k": 0.7, "q6_k": 0.85, "iq4_nl": 0.6, "int2": 0.3125}
 """Bytes for each weight, scales included, by the numbers that an engine holds; in all others floats of four bytes."""
 
 
@@ -122,7 +122,7 @@ def _exporting(spec: ServingSpec, size: ModelSize) -> float:
     numbers = _numbers(spec)
     if spec.engine == ENGINE and numbers == "float32":  # the checkpoint's own files, and the reference itself
         return _ends(size)
-    found = numbers in ("int8", "int4") and spec.engine in ("ctranslate2", "onnxruntime-genai")
+    found = numbers in ("int8", "int4", "int2") and spec.engine in ("ctranslate2", "onnxruntime-genai")
     rows = size.parameters * size.matrices / max(1, size.columns) if found else 0.0
     twin = PYTHON_BYTES + min(FLOAT_BYTES * size.table + PART_BYTES, FLOAT_BYTES * size.parameters)
     compared = twin if found and spec.engine == "ctranslate2" else 0.0  # layers in float32, see ctranslate2/write.py

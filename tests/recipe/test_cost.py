@@ -17,7 +17,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Speeds, estimate, machine_speeds
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.memory import held_bytes
+from featherweight.recipe.memory import held_bytes, served_bytes
 from featherweight.recipe.plan import Node, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal, memory_refusal
@@ -25,6 +25,7 @@ from featherweight.recipe.sizes import sizes
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.spec import ModelSize
 from featherweight.system.machine import Machine
+from tests.support.serving_models import serving_spec
 
 SPEEDS = Speeds(1e11, 1e10)
 MACHINE = Machine("Linux", "x86_64", "some", frozenset(), 2, 2, 2**33, ())
@@ -177,6 +178,13 @@ def test_memory_is_estimated_at_what_was_measured(size: ModelSize, stage: str, s
     kinds = {"quantize": QuantizeSpec, "prune": PruneSpec}
     estimated = held_bytes(Node("x", stage, "x", kinds[stage].of(**spec)), size) / 2**30
     assert measured / 2 < estimated < 2 * measured
+
+
+def test_fewer_bits_take_less_memory_to_write_and_to_serve() -> None:
+    specs = [serving_spec(engine="onnxruntime-genai", precision=precision) for precision in ("float32", "int8", "int4", "int2")]
+    served = [served_bytes(spec, QWEN2_1_5B) for spec in specs]
+    assert served == sorted(served, reverse=True)
+    assert served[2] - served[3] == pytest.approx(QWEN2_1_5B.parameters * 2.5 / 8)
 
 
 def test_a_variant_that_memory_cannot_hold_is_ruled_out_and_what_streams_is_not() -> None:
