@@ -34,5 +34,5 @@ def test_each_is_asked_in_the_same_numbers_first() -> None:
     asked: list[ServingSpec] = []
     advised(ELSEWHERE, REFUSED, lambda way: bool(asked.append(way)))
     found = [way.precision for way in asked if way.engine == "onnxruntime-genai"]
-    assert found == ["int8", "float32", "int4"]
+    assert found == ["int8", "float32", "int4", "int2"]
     assert {way.max_tokens for way in asked} == {REFUSED.max_tokens}
