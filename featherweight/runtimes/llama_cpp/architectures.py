@@ -121,7 +121,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         interleaved=True,
         rotary=LLAMA.rotary,
         keys=GRANITE,
-        names={"block_sparse_moe.router": "mlp.gate", "block_sparse_moe": "mlp"},
+        names=ROUTER,
     ),
     "ministral": LLAMA,
     "lfm2": Architecture(
