@@ -17,6 +17,8 @@ Under a name that is not its own a model ignores it without a word."""
 
 WITHOUT_KEYS_AND_VALUES = ("falcon_mamba", "mamba", "mamba2", "openai-gpt", "rwkv", "xlm", "xlnet", "xlstm")
 """Model types of decoders that keep something else, or nothing."""
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+"""The kinds of layers, by transformers' names, that keep keys and values of every token and nothing else."""
 NOT_LEFT_TO_RIGHT = {
     "cpmant": "reads the texts that follow",
     "moshi": "reads the texts that follow",
@@ -70,6 +72,11 @@ def windows_refusal(config: PreTrainedConfig) -> str | None:
         if kind in (getattr(config, "layer_types", None) or ()) and getattr(config, key, 0) is None:
             return f"config.json has layers of {kind} and no {key} ({why}); take layer_types out of it, or say {key}"
     return None
+
+
+def other_layers(config: PreTrainedConfig) -> list[str]:
+    """The kinds of layers of a decoder that keep something besides keys and values, as scans and convolutions do, or nothing."""
+    return sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(ATTENDING))
 
 
 def cache_name(model: Any) -> str | None:

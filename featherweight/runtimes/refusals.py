@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from featherweight.model.architecture import embeds_by_decoder
-from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES
+from featherweight.model.architecture import embeds_by_decoder, family_of
+from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES, other_layers
 from featherweight.model.positions import rotary_kinds
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
@@ -88,6 +88,15 @@ def keys_and_values_refusal(engine: str, config: Any) -> str | None:
     if config.model_type not in WITHOUT_KEYS_AND_VALUES:
         return None
     return f"a {config.model_type} model keeps no keys and values, for which {engine}'s step has its place; take another engine"
+
+
+def other_layers_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine that keeps keys and values of every layer does not serve a decoder with other layers; None where it does."""
+    others = other_layers(config) if family_of(config) == "causal" else []
+    if not others:
+        return None
+    layers = f"layers of {' and '.join(others)}"
+    return f"{engine}'s step keeps keys and values of every layer, and this {config.model_type} has {layers}; take another engine"
 
 
 def compiler_refusal(engine: str) -> str | None:

@@ -112,8 +112,22 @@ def test_graphs_that_cannot_be_served_from_are_refused(kind: str) -> None:
 
 
 def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
-    assert "a mamba2 model keeps no keys and values" in refusal("torch-compile", model_type="mamba2")
+    for engine in ("torch-compile", "openvino"):
+        assert "a mamba2 model keeps no keys and values" in refusal(engine, model_type="mamba2")
     assert not refusal("torch-compile")
+
+
+@pytest.mark.parametrize(
+    ("layers", "other"),
+    [
+        (["full_attention", "sliding_attention", "chunked_attention"], ""),
+        (["linear_attention", "full_attention"], "has layers of linear_attention"),
+        (["conv", "hybrid"], "has layers of conv and hybrid"),
+    ],
+)
+def test_layers_that_keep_no_keys_and_values_are_refused_where_the_step_has_no_other_place(layers: list[str], other: str) -> None:
+    found = refusal("openvino", layer_types=layers)
+    assert other in found if other else not found
 
 
 @pytest.mark.parametrize(

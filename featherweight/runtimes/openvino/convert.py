@@ -38,13 +38,14 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="the .xml to write; its .bin is written beside it")
     parser.add_argument("--task", required=True, choices=sorted(CLASSES))
+    parser.add_argument("--attention", help="how transformers computes it, where PyTorch's fused kernel does not")
     options = parser.parse_args()
     say = speaker()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
         without_telemetry()
-        convert(options.checkpoint, options.out, options.task, say)
+        convert(options.checkpoint, options.out, options.task, options.attention, say)
     except Exception as error:
         say(error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return 1
@@ -68,13 +69,13 @@ def without_telemetry() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def convert(checkpoint: Path, out: Path, task: str, say: Say) -> None:
+def convert(checkpoint: Path, out: Path, task: str, attention: str | None, say: Say) -> None:
     """Write the graph of a checkpoint. Raises KeyError for weights that this transformers, or the graph, does not find."""
     import openvino
     import torch
 
     say(note="loading the checkpoint")
-    model = load(checkpoint, task)
+    model = load(checkpoint, task, attention)
     say(note="tracing the graph")
     with torch.no_grad():
         graph = decoder(model) if task == DECODER else encoder(model)
@@ -84,14 +85,17 @@ def convert(checkpoint: Path, out: Path, task: str, say: Say) -> None:
     openvino.save_model(graph, out, compress_to_fp16=False)
 
 
-def load(checkpoint: Path, task: str) -> Any:
-    """The model in float32, its attention computed by PyTorch's fused kernel, which OpenVINO knows as one operation."""
+def load(checkpoint: Path, task: str, attention: str | None = None) -> Any:
+    """The model in float32, its attention computed by PyTorch's fused kernel, which OpenVINO knows as one operation.
+
+    attention: how else, where that kernel leaves something out.
+    """
     import torch
     import transformers
 
     kind = getattr(transformers, CLASSES[task])
     # The other ways to compute experts count or walk through those that were hit, which a trace would freeze.
-    options = {"dtype": torch.float32, "experts_implementation": "batched_mm"}
+    options = {"dtype": torch.float32, "experts_implementation": "batched_mm", "attn_implementation": attention}
     model, told = kind.from_pretrained(checkpoint, local_files_only=True, output_loading_info=True, **options)
     missing = [name for name in told["missing_keys"] if "pooler" not in name]
     if lost := missing or told["mismatched_keys"]:

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from featherweight.grid import GRIDS
-from featherweight.model.architecture import family_of
+from featherweight.model.architecture import attention_options, family_of
 from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import rotary_kinds
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
-from featherweight.runtimes.refusals import float_of_rounded_refusal, fp8_refusal, vectors_refusal
+from featherweight.runtimes.refusals import (
+    float_of_rounded_refusal,
+    fp8_refusal,
+    keys_and_values_refusal,
+    other_layers_refusal,
+    vectors_refusal,
+)
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
 from featherweight.store.served_folder import Serving
@@ -113,18 +119,36 @@ class Openvino(Runtime[OpenvinoSpec]):
 
     def model_refusal(self, spec: OpenvinoSpec, model: Candidate) -> str | None:
         """Rotary embeddings that a trace freezes; rows that groups do not divide, of which OpenVINO knows no shorter last one."""
-        if reason := vectors_refusal("OpenVINO", model.config):
+        if reason := _kept_refusal(model.config):
             return reason
         if changing := rotary_kinds(model.config) & BY_LENGTH:
             return (
                 f"OpenVINO's graph is traced at one length, and this {model.facts.model_type}'s rotary embeddings "
                 f"({min(changing)}) are others for longer texts; take another engine"
             )
-        if spec.batching == "continuous" and family_of(model.config) == "encoder":
-            return "batching: OpenVINO GenAI writes texts, and an encoder answers at once; leave it out"
+        if spec.batching == "continuous" and (reason := _batching_refusal(model.config)):
+            return reason
         if spec.precision == "float32":
             return None
         return experts_refusal(model.facts) or _groups_refusal(spec, model)
+
+
+def _kept_refusal(config: PreTrainedConfig) -> str | None:
+    """Decoders that make vectors, and those that keep something else than keys and values."""
+    return (
+        vectors_refusal("OpenVINO", config)
+        or keys_and_values_refusal("OpenVINO", config)
+        or other_layers_refusal("OpenVINO", config)
+    )
+
+
+def _batching_refusal(config: PreTrainedConfig) -> str | None:
+    """What OpenVINO GenAI does not write: it pages the keys and values of PyTorch's fused attention alone."""
+    if family_of(config) == "encoder":
+        return "batching: OpenVINO GenAI writes texts, and an encoder answers at once; leave it out"
+    if attention_options(config):
+        return f"batching: OpenVINO GenAI pages fused attention, without the soft cap of a {config.model_type}; leave it out"
+    return None
 
 
 def _groups_refusal(spec: OpenvinoSpec, model: Candidate) -> str | None:

@@ -13,7 +13,7 @@ from featherweight.checkpoint.files import CONFIG, copy, link
 from featherweight.checkpoint.saving import copy_tokenizer, save_model
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
-from featherweight.model.architecture import task_of
+from featherweight.model.architecture import attention_options, task_of
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.build_process import other_python, run_build
@@ -23,6 +23,8 @@ from featherweight.store.served_folder import FILE, Serving
 from featherweight.system.toolchains import python
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from featherweight.runtimes.openvino.runtime import OpenvinoSpec
     from featherweight.runtimes.parity import Reference
     from featherweight.runtimes.writing import Source
@@ -44,7 +46,7 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
         _forget_quantizer(checkpoint)
         (out / FOLDER).mkdir()
         command = [str(python("openvino")), str(Path(convert.__file__).resolve()), str(checkpoint), str(out / FOLDER / MODEL)]
-        command += ["--task", task_of(source.config)]
+        command += ["--task", task_of(source.config), *_attention(source.config)]
         if error := run_build("OpenVINO", "graph", command, other_python(), source.progress):
             raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take another engine")
     copy_tokenizer(source.checkpoint, out)
@@ -52,6 +54,11 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
     options: dict[str, str] = {"batching": spec.batching} if spec.batching == CONTINUOUS else {}
     options |= {"activations": spec.activations} if source.quantized else {}
     Serving("openvino", FOLDER, options, source.grid).write(out)
+
+
+def _attention(config: PreTrainedConfig) -> list[str]:
+    """What the converter is told of the attention: nothing where PyTorch's fused kernel leaves nothing out."""
+    return [f"--attention={told}" for told in attention_options(config).values()]
 
 
 def _forget_quantizer(checkpoint: Path) -> None:
