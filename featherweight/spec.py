@@ -116,7 +116,9 @@ def _seconds(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=10**9)]
+LONGEST_S = 10**9
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=LONGEST_S)]
 """Seconds, or a time in words."""
 
 

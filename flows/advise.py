@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
@@ -37,10 +38,10 @@ def share_of(text: str) -> float | None:
     """'1%' or '0.01' as a share, 'none' as no bound. Raises RecipeError."""
     if text == "none":
         return None
-    try:
-        return float(text.rstrip("% ")) / (100 if text.rstrip().endswith("%") else 1)
-    except ValueError as error:
-        raise RecipeError(f"--max-loss {text}: give a share, such as 1% or 0.01, or none") from error
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    if found is None:
+        raise RecipeError(f"--max-loss {text}: give a share, such as 1% or 0.01, or none")
+    return float(found[1]) / (100 if found[2] else 1)
 
 
 def advice_on(name: str, machine: Described, asked: Asked, max_loss: str, task: str | None, workspace: Path) -> Advice:

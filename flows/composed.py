@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from featherweight.errors import DataError, RecipeError
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
-from featherweight.spec import seconds_of
+from featherweight.spec import LONGEST_S, seconds_of
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import describe
 from featherweight.system.shipped import shipped
@@ -73,6 +73,14 @@ def machine_named(text: str) -> Described:
     return Described(device=CUDA, cards=text)
 
 
+def budget_of(text: str) -> float:
+    """'10m' as seconds, of which there are some. Raises RecipeError."""
+    seconds = seconds_of(text)
+    if not 0 < seconds <= LONGEST_S:
+        raise RecipeError(f"--budget {text}: give a time such as 90s, 10m or 1h, longer than none")
+    return seconds
+
+
 def is_recipe(argument: str) -> bool:
     """Whether it is a recipe, and not a checkpoint: by its name."""
     return Path(argument).suffix in RECIPES
@@ -90,9 +98,9 @@ def composed(argument: str, wanted: Wanted, workspace: Path) -> Composed:
     from featherweight.recipe.advice.composing import compose
     from flows.advise import advice_on
 
-    text = text_named(wanted.text)
+    text, budget = text_named(wanted.text), budget_of(wanted.budget)
     advice = advice_on(argument, machine_named(wanted.machine), use_of(wanted.use), wanted.max_loss, None, workspace)
-    return compose(advice, seconds_of(wanted.budget), text)
+    return compose(advice, budget, text)
 
 
 def written(argument: str, wanted: Wanted, workspace: Path, quiet: bool = False) -> Path:

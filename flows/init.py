@@ -14,9 +14,8 @@ from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.recipe.advice.asking import facts_named, source_named
 from featherweight.recipe.advice.composing import Composed
 from featherweight.recipe.reading import load_recipe
-from featherweight.spec import seconds_of
 from flows.advise import share_of
-from flows.composed import Wanted, composed, machine_named, text_named, use_of
+from flows.composed import Wanted, budget_of, composed, machine_named, text_named, use_of
 
 FLAGS = {"text": "--text", "use": "--for", "machine": "--machine", "max_loss": "--max-loss", "budget": "--budget"}
 
@@ -42,7 +41,7 @@ QUESTIONS = (
     Question("use", "What for? one (a request at a time), users:16 (so many at once), batch:8 (jobs in batches)", "one", use_of),
     Question("machine", "Which machine will serve it? this, cpu, or its GPUs, such as L4 or 2xH100", "this", machine_named),
     Question("max_loss", "How much quality may it lose? A share, or none for no bound", "1%", share_of),
-    Question("budget", "How long may the optimization take?", "10m", seconds_of),
+    Question("budget", "How long may the optimization take?", "10m", budget_of),
 )
 
 

@@ -72,6 +72,10 @@ FICLONE = 0x40049409
 _WITHOUT_CONFIG = {
     ADAPTER: "it is an adapter: merge it into its base model first",
     "modules.json": "copy the files of sentence-transformers' first module, such as 0_Transformer, up beside modules.json",
+    "model_index.json": "it is a pipeline of diffusers, which makes images; name a folder that holds one transformer",
+    WEIGHTS: "copy the config.json that these weights were saved with beside them",
+    INDEX: "copy the config.json that these weights were saved with beside them",
+    TOKENIZER_CONFIG: "it is a tokenizer alone; copy config.json and the weights of its model beside it",
 }
 """What to do about a folder that has no config.json, by what it has."""
 

@@ -21,16 +21,20 @@ from featherweight.store.artifact import content_digest
 
 def fetch_hf(spec: LoadSpec, work: Path, progress: Progress) -> Path:
     """Download the needed files of a repository into huggingface_hub's own cache, which resumes and deduplicates."""
+    progress.note(f"downloading {spec.source}")
+    with _hub_explained(spec):
+        return _snapshot(spec, _hub_names(spec))
+
+
+def _snapshot(spec: LoadSpec, names: list[str] | None) -> Path:
+    """The folder of a repository in huggingface_hub's cache; with no names, out of reach of the hub, what lies there already."""
     from huggingface_hub import snapshot_download
 
     repo, revision = _repository(spec)
-    progress.note(f"downloading {spec.source}")
-    with _hub_explained(spec):
-        names = _hub_names(spec)
-        offline = names is None
-        patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *COMPANIONS]
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline, **_hub_places())
-    return Path(folder)
+    patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *COMPANIONS]
+    return Path(
+        snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=names is None, **_hub_places())
+    )
 
 
 def _repository(spec: LoadSpec) -> tuple[str, str]:
@@ -56,20 +60,11 @@ def _hub_info(spec: LoadSpec) -> Any:
         return None
 
 
-def look_hf(spec: LoadSpec) -> Listing | Path | None:
-    """The files on the hub, read as far as is asked for; the cached folder, or None, where it is out of reach."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+def look_hf(spec: LoadSpec) -> Listing | Path:
+    """The files on the hub, read as far as is asked for; the cached folder where it is out of reach. Raises ServiceError."""
     with _hub_explained(spec):
         info = _hub_info(spec)
-        if info is not None:
-            return _hub_listing(spec, info, _read_hub)
-        repo, revision = _repository(spec)
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True, **_hub_places()))
-        except LocalEntryNotFoundError:
-            return None
+        return _snapshot(spec, None) if info is None else _hub_listing(spec, info, _read_hub)
 
 
 def _read_hub(spec: LoadSpec, revision: str, name: str, length: int) -> bytes:
@@ -182,10 +177,6 @@ def _answering(spec: LoadSpec) -> Iterator[None]:
 
 def _content(spec: LoadSpec, info: Any) -> str:
     """Digest of the files that are read; raises CheckpointError where they make no checkpoint."""
-    from huggingface_hub import snapshot_download
-
-    repo, revision = _repository(spec)
     with _hub_explained(spec):
-        names = read_by_the_product(_hub_listing(spec, info, _download_hub))
-        folder = snapshot_download(repo, revision=revision, allow_patterns=names, **_hub_places())
-    return content_identity(Listing.of(Path(folder)))
+        folder = _snapshot(spec, read_by_the_product(_hub_listing(spec, info, _download_hub)))
+    return content_identity(Listing.of(folder))

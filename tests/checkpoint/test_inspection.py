@@ -218,8 +218,8 @@ def truncate_shard(folder: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
 
 
 def configure(**values: Any) -> Callable[[Path], None]:
@@ -235,7 +235,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 9\n"
 UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing folder": (shutil.rmtree, ["does not exist", "its path in the recipe"]),
-    "no config": (remove("config.json"), ["has no config.json"]),
+    "no config": (remove("config.json"), ["has no config.json", "these weights were saved with"]),
+    "a tokenizer alone": (remove("config.json", "model.safetensors"), ["has no config.json", "a tokenizer alone"]),
+    "a pipeline of diffusers": (
+        lambda folder: (folder / "config.json").rename(folder / "model_index.json"),
+        ["has no config.json", "a pipeline of diffusers"],
+    ),
     "sentence-transformers' own layout": (
         lambda folder: (folder / "config.json").rename(folder / "modules.json"),
         ["has no config.json", "0_Transformer, up beside modules.json"],

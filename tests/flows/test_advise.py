@@ -121,7 +121,10 @@ def test_what_a_user_writes(tmp_path: Path) -> None:
     assert (capability_of("9.0"), capability_of("12"), capability_of(None)) == ((9, 0), (12, 0), None)
     assert source_named("org/name") == "hf:org/name" and source_named("s3://b/p") == "s3://b/p"
     assert source_named(str(tmp_path)) == str(tmp_path)
-    for wrong, refused in ((seconds_of, "soon"), (share_of, "little"), (capability_of, "new")):
+    for wrong, refused in (
+        *((seconds_of, "soon"), (share_of, "little"), (capability_of, "new")),
+        *((share_of, wrong) for wrong in ("-1%", "nan", "inf", "1%%")),
+    ):
         with pytest.raises(RecipeError, match=refused):
             wrong(refused)
     with pytest.raises(CheckpointError, match="is no folder or GGUF file here"):

@@ -13,7 +13,7 @@ from featherweight.recipe.plan import expand
 from featherweight.recipe.reading import load_recipe
 from flows import init
 from flows.cli import app
-from flows.composed import Wanted, machine_named, text_named, use_of
+from flows.composed import Wanted, budget_of, machine_named, text_named, use_of
 from tests.flows.test_advise import headers_alone
 
 
@@ -109,5 +109,8 @@ def test_what_a_user_answers(tmp_path: Path) -> None:
     for wrong in (use_of, machine_named):
         with pytest.raises(RecipeError, match="users:0"):
             wrong("users:0")
+    for none in ("0", "0m", "-5m", f"{10**9 + 1}s"):
+        with pytest.raises(RecipeError, match="--budget"):
+            budget_of(none)
     with pytest.raises(DataError, match="no such file or folder"):
         text_named(str(tmp_path / "absent"))

@@ -17,7 +17,8 @@ import pytest
 
 from featherweight.checkpoint.arrivals import look
 from featherweight.checkpoint.facts import read_facts
-from featherweight.checkpoint.fetching import source_fingerprint
+from featherweight.checkpoint.facts import facts_for_any_task
+from featherweight.checkpoint.fetching import look_at, source_fingerprint
 from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, Listing
 from featherweight.checkpoint.identity import content_identity
 from featherweight.checkpoint.inspection import inspect_checkpoint
@@ -389,9 +390,12 @@ def test_without_the_hub_the_cache_serves_or_the_error_says_so(hub: type[Hub], o
     out.mkdir()
     load(spec("hf:org/tiny"), out=out)
     assert source_fingerprint(spec("hf:org/tiny")) == before
+    assert facts_for_any_task(spec("hf:org/tiny")).task == "text-generation"
     shutil.rmtree(out)
     out.mkdir()
     assert "out of reach" in refusal("hf:org/other", out, ServiceError)
+    with pytest.raises(ServiceError, match="out of reach and nothing is cached"):
+        look_at(spec("hf:org/other"))
 
 
 # --- MLflow's registry
