@@ -16,8 +16,7 @@ import boto3
 import pytest
 
 from featherweight.checkpoint.arrivals import look
-from featherweight.checkpoint.facts import read_facts
-from featherweight.checkpoint.facts import facts_for_any_task
+from featherweight.checkpoint.facts import facts_for_any_task, read_facts
 from featherweight.checkpoint.fetching import look_at, source_fingerprint
 from featherweight.checkpoint.files import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, Listing
 from featherweight.checkpoint.identity import content_identity
