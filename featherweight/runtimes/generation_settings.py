@@ -115,10 +115,16 @@ class GenerationSettings:
         )
 
     def cut(self, tokens: list[int], new_tokens: int) -> list[int]:
-        """The written tokens before the first end; a forced end takes the place of the last one that there is room for."""
-        ends = self.ends
+        """The written tokens before the first end; a forced end takes the place of the last one that there is room for.
+
+        One that is no end itself is written there as any other token is.
+        """
+        ends, forced = self.ends, self.values.get("forced_eos_token_id")
         place = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return tokens[: min(place, new_tokens - 1)] if "forced_eos_token_id" in self.values else tokens[:place]
+        if forced is None or place < new_tokens - 1:
+            return tokens[:place]
+        last = min(forced) if isinstance(forced, list) else forced
+        return tokens[: new_tokens - 1] + ([] if last in ends else [last])
 
 
 def processors(settings: GenerationSettings, prompt: int) -> Any:

@@ -113,6 +113,7 @@ def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
         "shortest with prompt": {"min_length": 20},
         "begin": {"begin_suppress_tokens": [plain[0][0], plain[1][0]]},
         "forced end": {"forced_eos_token_id": plain[0][5]},
+        "forced to go on": {"forced_eos_token_id": [305, 303]},
         "not of the vocabulary": {"suppress_tokens": [-1, 10**6]},
         "no share": {"do_sample": True, "top_k": 0, "top_p": 0.0},
         "several": both,
@@ -213,6 +214,22 @@ def test_what_says_nothing_new_is_no_setting(tmp_path: Path) -> None:
     assert GenerationSettings({"eos_token_id": [-1, 3]}).ends == [3]
 
 
+@pytest.mark.parametrize(
+    ("forced", "tokens", "cut"),
+    [
+        (7, [4, 5, 6], [4, 5, 7]),
+        (2, [4, 5, 6], [4, 5]),
+        ([9, 7], [4, 5, 6], [4, 5, 7]),
+        ([9, 2], [4, 5, 6], [4, 5]),
+        (7, [4, 2, 6], [4]),
+        (7, [4, 5, 2], [4, 5, 7]),
+    ],
+)
+def test_a_forced_end_that_ends_nothing_is_written(forced: int | list[int], tokens: list[int], cut: list[int]) -> None:
+    """As transformers does: of several the first is likeliest, as all are equally so."""
+    assert GenerationSettings({"eos_token_id": 2, "forced_eos_token_id": forced}).cut(tokens, 3) == cut
+
+
 def test_settings_of_a_config_without_a_file_of_their_own(tmp_path: Path) -> None:
     """As transformers reads them: of config.json itself, and no end that it does not name."""
     told = {"model_type": "llama", "num_beams": 3, "no_repeat_ngram_size": 2, "max_length": 40}
@@ -247,7 +264,7 @@ def test_vllm_answers_as_transformers_does(tmp_path: Path) -> None:
     plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
     ends, engine = [plain[0][5], plain[1][9]], RUNTIMES["vllm"].loaded_model()(folder, Serving.read(folder), Limits(1, 64, 4))
     try:
-        for options in ({}, {"repetition_penalty": 1.3}, {"min_new_tokens": 12}):
+        for options in ({}, {"repetition_penalty": 1.3}, {"do_sample": True, "top_k": 1}):
             right = [expected(model, prompt, ends, **options) for prompt in prompts]
             assert engine.answer(prompts, NEW, {"eos_token_id": ends, **options}) == right
         assert engine.generate(prompts, NEW).tokens == plain

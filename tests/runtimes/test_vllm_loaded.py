@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.runtimes.interface import Limits
+from featherweight.runtimes.vllm import server
 from featherweight.runtimes.vllm.server import _cache_bytes
+from featherweight.store.served_folder import Serving
+from tests.support import serving_models, tokenizers
 
 BLOCK, PAIR = 128, 2 * 4
 
@@ -22,3 +31,37 @@ def test_the_cache_has_room_for_the_batch_whatever_a_config_calls_its_heads(
     told = {"n_layer": 3} | sizes[kind] if kind in sizes else grouped
     AutoConfig.for_model(kind, **told).save_pretrained(tmp_path)
     assert _cache_bytes(tmp_path, 256, 8) == 2 * (8 * 2 + 2) * BLOCK * PAIR * 3 * heads * width
+
+
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ({}, GREEDY),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20}, GREEDY),
+        ({"do_sample": True}, SAMPLED),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 0}, SAMPLED | {"temperature": 0.6, "top_k": 0}),
+        ({"repetition_penalty": 1.3}, GREEDY | {"repetition_penalty": 1.3}),
+    ],
+)
+def test_users_are_answered_greedily_where_transformers_would(
+    asked: dict[str, Any], chosen: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own default is to sample, and at the temperature of a file that asks for no sampling."""
+    monkeypatch.setattr(server, "program", lambda: ["vllm"])
+    folder = serving_models.make("llama", tmp_path / "served", tokenizers.byte_level())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], **asked}))
+    Serving("vllm").write(folder)
+    command = server.engine_server(folder, "model", Limits(1, 64, 4), tmp_path / "socket").command
+    told = dict(pairwise(command))
+    assert json.loads(told["--override-generation-config"]) == chosen
+    assert told["--generation-config"] == str(folder)
+
+
+@pytest.mark.parametrize("setting", [{"min_new_tokens": 5}, {"forced_eos_token_id": 2}, {"min_p": 0.1, "do_sample": True}])
+def test_what_its_server_cannot_be_told_to_follow_is_refused(setting: dict[str, Any]) -> None:
+    reason = GenerationSettings(setting).refusal(RUNTIMES["vllm"].loaded_model().follows, "vllm")
+    assert reason and f"it does not follow {min(setting.keys() - {'do_sample'})}; take another engine" in reason

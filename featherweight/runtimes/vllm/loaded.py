@@ -16,7 +16,7 @@ from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.line import LOOK_S, Ask, Line, Written, side_by_side
-from featherweight.runtimes.vllm.server import arguments, environment, program
+from featherweight.runtimes.vllm.server import arguments, environment, program, sampling
 from featherweight.system.device import Device
 from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
 
@@ -37,9 +37,10 @@ class VllmModel(LoadedModel):
     """A server of this worker's own, in a process group of its own.
 
     options: `dtype`, float32 unless told otherwise; `kv_cache_dtype`, by default the same; `tensor_parallel_size`, 1.
+    It follows what vLLM's server for users can be told to follow (server.engine_server), and so no least length of a text.
     """
 
-    follows = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_new_tokens"}
+    follows = (LENGTHS - {"forced_eos_token_id"}) | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
     server: subprocess.Popen[bytes] | None = None
 
     def load(self) -> None:
@@ -167,16 +168,11 @@ class VllmModel(LoadedModel):
 
     def _body(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> dict[str, Any]:
         """What its server is asked."""
-        values, sampled = settings.values, settings.values.get("do_sample", False)
         return {
             "model": "served",
             "prompt": prompts,
             "max_tokens": new_tokens,
-            "temperature": values.get("temperature", 1.0) if sampled else 0,
-            "top_k": values.get("top_k", 50) if sampled else 0,
-            "top_p": values.get("top_p", 1.0) if sampled else 1.0,
-            "repetition_penalty": values.get("repetition_penalty", 1.0),
-            "min_tokens": min(values.get("min_new_tokens", 0), new_tokens),
+            **sampling(settings),
             "stop_token_ids": settings.ends,
             "ignore_eos": True,
             "return_token_ids": True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
 from featherweight.model.positions import head_width
+from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import EngineServer, Limits
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
 from featherweight.runtimes.vllm.on_cpus import wants_bfloat16
@@ -20,9 +23,13 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", 
 
 
 def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> EngineServer:
-    """The server of a variant for users, who are answered by the checkpoint's own generation settings."""
-    serving = Serving.read(served)
-    told = ["--served-model-name", name, "--generation-config", str(served), "--uds", str(socket)]
+    """The server of a variant for users, who are answered by the checkpoint's own generation settings.
+
+    vLLM takes the ends from them. What they do not say about sampling would be as OpenAI has it, temperature 1.
+    """
+    serving, chosen = Serving.read(served), sampling(GenerationSettings.read(served))
+    told = ["--served-model-name", name, "--uds", str(socket)]
+    told += ["--generation-config", str(served), "--override-generation-config", json.dumps(chosen)]
     return EngineServer(
         command=(
             *program(),
@@ -34,6 +41,17 @@ def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> Engi
         paths=PATHS,
         example=("/v1/completions", {"model": name, "prompt": "The", "max_tokens": 4}),
     )
+
+
+def sampling(settings: GenerationSettings) -> dict[str, Any]:
+    """How tokens are chosen, in vLLM's words: greedily where the settings do not ask for sampling, else as transformers samples."""
+    values, sampled = settings.values, settings.values.get("do_sample", False)
+    return {
+        "temperature": values.get("temperature", 1.0) if sampled else 0.0,
+        "top_k": values.get("top_k", 50) if sampled else 0,
+        "top_p": values.get("top_p", 1.0) if sampled else 1.0,
+        "repetition_penalty": values.get("repetition_penalty", 1.0),
+    }
 
 
 def program() -> list[str]:
