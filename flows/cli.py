@@ -313,7 +313,7 @@ def impact(
     as_json: JsonOpt = False,
 ) -> None:
     """Show which registered versions go back to a checkpoint, a text or a library, those that are deployed first."""
-    place = _workspace(workspace)
+    place = _workspace(workspace, "registered model")
     from flows.impact import depending
 
     _tell(depending(place, checkpoint, data, library), as_json)
@@ -345,7 +345,7 @@ def audit_models(
     """Hold everything that is stored of a model against what was signed, decided and measured; exit 9 where anything differs."""
     if bool(model) == every:
         raise RecipeError("audit a model by its name, or --all")
-    place = _workspace(workspace)
+    place = _workspace(workspace, "registered model")
     from flows.audit import audit_registry
 
     found = audit_registry(place, model, repair, page)
@@ -440,7 +440,7 @@ def guard(
 
     Within seconds where the MLflow server sends webhooks, which it is asked for here, else at the next look.
     """
-    place = _workspace(workspace)
+    place = _workspace(workspace, "registered model")
     from flows.guard import guard as guard_registry
 
     guard_registry(place, host, port, url, every, as_json)
@@ -516,7 +516,7 @@ def gc(
     as_json: JsonOpt = False,
 ) -> None:
     """Tell what of the store may go, and what comes free: never what is deployed, decided about, in use, or a parent of those."""
-    place = _workspace(workspace)
+    place = _workspace(workspace, "store")
     from featherweight.registry.retention import collect
     from featherweight.spec import seconds_of
     from featherweight.system.user import user_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ class Deployed:
     def to_text(self) -> str:
         """What it is, where it lies and how it is started."""
         told = self.deployment
-        what = f"{told.reference} ({told.variant} on {told.engine}, {told.threads} threads), verified, in {self.folder}"
+        what = f"{told.head}; verified, in {self.folder}"
         return in_lines([*self.notes, what, f"start it: {self.run}"])
 
 
@@ -69,7 +70,7 @@ def deploy(workspace: Workspace, reference: str, to: str, out: Path, image: str,
             (Path(scratch) / "layout" if to == "oci" else made).rename(out)
     except OSError as error:
         raise ServiceError(f"cannot write {out}: {error.strerror or error}") from error
-    return Deployed(told, out, run.replace("OUT", str(out)), notes)
+    return Deployed(told, out, run.replace("OUT", shlex.quote(str(out))), notes)
 
 
 def _write(told: Deployment, to: str, made: Path, layout: Path, image: str, storage: str) -> str:

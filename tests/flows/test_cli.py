@@ -124,6 +124,8 @@ def test_looking_back_at_nothing_is_refused(tmp_path: Path) -> None:
     assert "no registered model 'ghost'" in refused(command_here("lineage", "models:/ghost@champion", cwd=tmp_path), 8)
     assert "no registered model 'ghost'" in refused(command_here("promote", "ghost/1", cwd=tmp_path), 8)
     assert "no registered model 'ghost'" in refused(command_here("rollback", "ghost", cwd=tmp_path), 8)
+    for look in (["audit", "--all"], ["gc"], ["impact", "--library", "torch"], ["guard", "--port", "0"]):
+        assert "nothing was optimized yet" in refused(command_here(*look, cwd=tmp_path), 8)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".featherweight").mkdir()
     (tmp_path / ".featherweight" / "mlflow.db").write_bytes(empty_store())

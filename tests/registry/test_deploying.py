@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,13 @@ def test_compose_takes_what_is_written(told: Deployment) -> None:
     assert service["image"].startswith("vllm/" if told.engine == "vllm" else "featherweight")
     tree["services"]["my-model"]["portz"] = []
     assert list(Draft202012Validator(schema).iter_errors(tree)), "the schema refuses what is misspelt"
+
+
+def test_whatever_a_version_is_called_it_is_no_command() -> None:
+    told = replace(TOLD, variant="a\ntouch owned\n#", model="on\u2028x")
+    script, others = start_script(told, ""), [make(told, "image", "pvc://c/p").text for make in manifests.KINDS.values()]
+    assert "touch owned" in script and not re.search("^touch", script, re.MULTILINE)
+    assert all(not re.search("^touch", text, re.MULTILINE) and list(yaml.safe_load_all(text)) for text in others)
 
 
 @pytest.mark.parametrize("told", [TOLD, GPUS], ids=["cpu", "gpus"])

@@ -26,7 +26,7 @@ from featherweight.registry.lineage import build
 from featherweight.registry.model_folder import CODE, SERVED
 from featherweight.registry.serving import backend, following, verified_copy
 from featherweight.registry.serving.following import Follower
-from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front
+from featherweight.registry.serving.front import BODY_BYTES, VERSION_HEADER, Front, header_word
 from featherweight.registry.serving.reasons import reason
 from featherweight.runtimes.interface import EngineServer
 from featherweight.store.workspace import local_path
@@ -217,6 +217,10 @@ def test_a_registry_that_is_away_or_cut_changes_nothing(desk: Bench, served: Ser
     assert [event for event, _ in served.told] == ["kept", "kept"]
     assert "does not answer" in served.told[0][1] and "was removed or altered" in served.told[1][1]
     assert served.ask().json() == {"by": "1"}
+
+
+def test_a_model_of_any_name_answers_in_headers_of_ascii() -> None:
+    assert [header_word(name) for name in ("my model/3", "ü\r\n名/1")] == ["my model/3", "%C3%BC%0D%0A%E5%90%8D/1"]
 
 
 def test_strangers_get_reasons_and_no_more(served: Served) -> None:

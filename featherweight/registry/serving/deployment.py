@@ -15,6 +15,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.serving.backend import server_of
 from featherweight.registry.serving.verified_copy import VerifiedCopy
 from featherweight.store.artifact import file_sha256
+from featherweight.visible import visible
 
 PLACE = "./model"
 MODEL, START, SUMS, FACTS = "model", "start", "SHA256SUMS", "deployment.json"
@@ -52,6 +53,12 @@ class Deployment:
         """As commands take it."""
         return f"{self.model}/{self.version}"
 
+    @property
+    def head(self) -> str:
+        """What a comment tells of it, in one line whatever it is called."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return visible(f"{self.reference}: {self.variant} on {self.engine}, {threads}")
+
 
 def deployment_of(registry: Registry, copy: VerifiedCopy) -> Deployment:
     """How a verified version is served, by the settings that it was measured with. Raises ToolchainError without its engine."""
@@ -59,11 +66,12 @@ def deployment_of(registry: Registry, copy: VerifiedCopy) -> Deployment:
     server = server_of(copy, socket)
     words = [word.replace(str(copy.folder), PLACE) for word in server.command[1:]]
     at = words.index("--uds")
-    metrics = read_graph(registry, version).metrics
+    graph = read_graph(registry, version)
+    metrics = graph.metrics
     return Deployment(
         model=version.model,
         version=version.version,
-        variant=version.variant,
+        variant=graph.variant,
         engine=copy.serving.engine,
         digest=version.digest,
         device=copy.serving.device,
@@ -95,8 +103,7 @@ def start_script(deployment: Deployment, sums: str) -> str:
     return "\n".join(
         [
             "#!/bin/sh",
-            f"# {deployment.reference}, {deployment.variant} on {deployment.engine}: {deployment.threads} threads, "
-            f"batches of up to {deployment.batch}, {deployment.max_tokens} tokens.",
+            f"# {deployment.head}, batches of up to {deployment.batch}, {deployment.max_tokens} tokens.",
             "set -eu",
             'cd "$(dirname "$0")"',
             f'{{ {checked}; }} || {{ echo "$PWD holds other files than were deployed" >&2; exit 9; }}',

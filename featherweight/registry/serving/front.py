@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from featherweight.errors import one_line
 from featherweight.registry.serving.backend import ANSWER_S, Backend
@@ -23,6 +24,7 @@ REASON_BYTES = 2**20
 IDLE_S = 2.0  # below the 5 s after which servers close a connection that idles: none is taken that is being closed
 BODY_S = 60.0
 VERSION_HEADER = "x-featherweight-version"
+ASCII_BUT_PERCENT = "".join(map(chr, range(32, 127))).replace("%", "")
 METHODS = ("GET", "POST")
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
 CONTENT_TYPE = re.compile(r"[ -~]{0,200}")
@@ -163,8 +165,13 @@ def _passed(answer: httpx.Response, backend: Backend) -> Response:
                 await asyncio.shield(answer.aclose())
 
     version = backend.copy.version
-    headers = {VERSION_HEADER: f"{version.model}/{version.version}", "content-type": answer.headers.get("content-type", "")}
+    headers = {VERSION_HEADER: header_word(f"{version.model}/{version.version}"), "content-type": answer.headers.get("content-type", "")}
     return Passed(answer.aiter_bytes(), answer.status_code, headers)
+
+
+def header_word(text: str) -> str:
+    """A text as a header carries it: what is no ASCII written as in an address (%C3%BC), for a model may have any name."""
+    return quote(text, safe=ASCII_BUT_PERCENT)
 
 
 async def _body(request: Request) -> bytes | None:

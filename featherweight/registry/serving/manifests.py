@@ -201,7 +201,7 @@ def _name(deployment: Deployment) -> str:
 
 
 def _dumped(deployment: Deployment, tree: dict[str, Any]) -> str:
-    head = f"# {deployment.reference}: {deployment.variant} on {deployment.engine}, {deployment.threads} threads as measured.\n"
+    head = f"# {deployment.head} as measured.\n"
     room = "# Memory is the measured peak and that of the server around it, with a quarter more.\n"
     return head + room + yaml.dump(tree, Dumper=_Plain, sort_keys=False, width=1000)
 
