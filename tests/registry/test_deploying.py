@@ -126,6 +126,13 @@ def test_compose_takes_what_is_written(told: Deployment) -> None:
     assert list(Draft202012Validator(schema).iter_errors(tree)), "the schema refuses what is misspelt"
 
 
+def test_two_models_are_two_names_in_a_cluster() -> None:
+    names = ["My Model", "on", "1e3", "ü 名", "名", "a" * 60, "a" * 61, "--", "é-1"]
+    told = [manifests._name(replace(TOLD, model=name)) for name in names]
+    assert told[:3] == ["my-model", "on", "model-1e3"] and len(set(told)) == len(names)
+    assert all(re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name) for name in told), told
+
+
 def test_whatever_a_version_is_called_it_is_no_command() -> None:
     told = replace(TOLD, variant="a\ntouch owned\n#", model="on\u2028x")
     script, others = start_script(told, ""), [make(told, "image", "pvc://c/p").text for make in manifests.KINDS.values()]

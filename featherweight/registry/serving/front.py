@@ -165,7 +165,10 @@ def _passed(answer: httpx.Response, backend: Backend) -> Response:
                 await asyncio.shield(answer.aclose())
 
     version = backend.copy.version
-    headers = {VERSION_HEADER: header_word(f"{version.model}/{version.version}"), "content-type": answer.headers.get("content-type", "")}
+    headers = {
+        VERSION_HEADER: header_word(f"{version.model}/{version.version}"),
+        "content-type": answer.headers.get("content-type", ""),
+    }
     return Passed(answer.aiter_bytes(), answer.status_code, headers)
 
 

@@ -5,6 +5,7 @@ Each mounts the folder read-only, checks its start script by the digest in the m
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ MOUNTED = "/mnt/models"
 USER = 10001
 VLLM_ON_CPU, VLLM_ON_GPU, OURS = "vllm/vllm-openai-cpu:v0.32.0", "vllm/vllm-openai:v0.32.0", "featherweight"
 START_S = 900
+NAME_LETTERS = 48
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,11 @@ def _annotations(deployment: Deployment) -> dict[str, str]:
 
 
 def _name(deployment: Deployment) -> str:
-    """A name as DNS takes it, at most 63 characters."""
-    plain = re.sub(r"[^a-z0-9]+", "-", deployment.model.lower()).strip("-")[:50].strip("-")
-    return plain if plain[:1].isalpha() else f"model-{plain}".rstrip("-")
+    """A name as DNS takes it, at most 63 characters; where letters are lost on the way, what tells it from others of that kind."""
+    plain = re.sub(r"[^a-z0-9]+", "-", deployment.model.lower()).strip("-")
+    whole = len(plain) <= NAME_LETTERS and deployment.model.isascii()
+    told = plain if whole else f"{plain[:NAME_LETTERS].strip('-')}-{hashlib.sha256(deployment.model.encode()).hexdigest()[:8]}"
+    return told if told[:1].isalpha() else f"model-{told.strip('-')}".rstrip("-")
 
 
 def _dumped(deployment: Deployment, tree: dict[str, Any]) -> str:
