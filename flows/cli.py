@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featherweight.errors import FeatherweightError, GateError, RecipeError, StageError, one_line
+from featherweight.errors import FeatherweightError, RecipeError, StageError, one_line
 from featherweight.masking import masked
 from featherweight.system import mlflow_import
 from featherweight.visible import in_lines, visible
@@ -628,13 +628,14 @@ def _json_of_failure(line: str, code: object) -> None:
 def _workspace(root: Path, sought: str = "") -> Any:
     """The workspace in `root`, its environment configured before MLflow or Prefect is imported.
 
-    Raises GateError where something is sought in a folder that nothing was optimized in: a look makes no workspace.
+    Raises GateError where something is sought as `require_used`.
     """
+    from featherweight.store.workspace import Workspace, require_used
+
+    if sought:
+        require_used(root, sought)
     server = os.environ.get("MLFLOW_TRACKING_URI")
-    if sought and not server and not (root / "mlflow.db").exists():
-        raise GateError(f"no {sought} in {root}, where nothing was optimized yet; run `featherweight optimize RECIPE` first")
     at_once(f"asking {masked(server)}" if server else f"reading {root}")
-    from featherweight.store.workspace import Workspace
     from featherweight.system.environment import configure
 
     configure(root)

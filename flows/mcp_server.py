@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight import __version__
 from featherweight.errors import FeatherweightError, Stopped, ToolchainError, one_line
-from featherweight.store.workspace import Workspace
+from featherweight.store.workspace import Workspace, require_used
 from featherweight.system.environment import configure
 
 if TYPE_CHECKING:
@@ -39,31 +39,34 @@ class Reading:
         return told(look(Path(), self._root))
 
     def plan(self, recipe: str, overrides: list[str] | None = None) -> dict[str, Any]:
-        """What a recipe (a YAML file) would make, what is ruled out and why, what it would take. overrides: KEY.KEY=VALUE."""
-        from featherweight.recipe.reading import load_recipe
+        """What a recipe (a YAML file), or the one that is composed for a checkpoint, would make, what is ruled out and why, what it
+        would take. overrides: KEY.KEY=VALUE."""
+        from flows.composed import Wanted, recipe_for
         from tasks.forecast import forecast
 
-        return forecast(load_recipe(Path(recipe), tuple(overrides or ())), self._root).to_dict()
+        made = recipe_for(recipe, tuple(overrides or ()), Wanted(), self._root, told=False)
+        return forecast(made, self._root).to_dict()
 
     def variants(self, run: str = "") -> dict[str, Any]:
         """The result of a finished optimization, of the latest where `run` (an MLflow run id) is empty: every variant's figures."""
         from tasks.summary import past_result
 
-        return past_result(self._workspace(), run).to_dict()
+        return past_result(self._workspace("finished optimization"), run).to_dict()
 
     def lineage(self, model: str) -> dict[str, Any]:
         """What a registered version (NAME, NAME@ALIAS or NAME/NUMBER) is made of: checkpoint, data, recipe, code, every stage."""
         from flows.audit import audit
 
-        return audit(self._workspace(), model, check=False).to_dict()
+        return audit(self._workspace(f"registered model '{model}'"), model, check=False).to_dict()
 
     def audit(self, model: str) -> dict[str, Any]:
         """Whether everything stored of a registered model is what was signed, decided and measured. Reads every byte of it."""
         from flows.audit import audit_registry
 
-        return audit_registry(self._workspace(), model, repair=False).to_dict()
+        return audit_registry(self._workspace(f"registered model '{model}'"), model, repair=False).to_dict()
 
-    def _workspace(self) -> Workspace:
+    def _workspace(self, sought: str) -> Workspace:
+        require_used(self._root, sought)
         configure(self._root)
         return Workspace.at(self._root)
 

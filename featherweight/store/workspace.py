@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
-from featherweight.errors import IntegrityError, ServiceError
+from featherweight.errors import GateError, IntegrityError, ServiceError
 from featherweight.store.artifact import MANIFEST, ArtifactRef, Manifest, verify
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.tracking import open_artifacts, open_client
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 ARTIFACT = "artifact"
 SCRATCH_DAYS = 14
+
+
+def require_used(root: Path, sought: str) -> None:
+    """Raises GateError where something is sought in a folder that nothing was optimized in: a look makes no workspace."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+        raise GateError(f"no {sought} in {root}, where nothing was optimized yet; run `featherweight optimize RECIPE` first")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,15 @@ def test_it_reads_what_the_commands_read_and_changes_nothing(desk: Bench) -> Non
     assert desk.state() == before
 
 
+def test_where_nothing_was_optimized_it_makes_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "mistyped"
+    looks = [("audit", {"model": "m"}), ("lineage", {"model": "m"}), ("variants", {})]
+    _, (plan, *answers) = asked(place, ("plan", {"recipe": "recipes/demo.yaml"}), *looks)
+    assert "ort" in json.loads(plan.content[0].text)["variants"], "a recipe that is brought along goes by its name"
+    assert all("nothing was optimized yet" in answer.content[0].text for answer in answers)
+    assert not place.exists()
+
+
 def test_it_speaks_over_standard_input_and_output(tmp_path: Path) -> None:
     async def ask() -> Any:
         command = [sys.executable, "-m", "flows.cli", "mcp", "-w", str(tmp_path)]
