@@ -630,14 +630,13 @@ def _workspace(root: Path, sought: str = "") -> Any:
 
     Raises GateError where something is sought as `require_used`.
     """
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    at_once(f"asking {masked(server)}" if server else f"reading {root}")
     from featherweight.store.workspace import Workspace, require_used
+    from featherweight.system.environment import configure
 
     if sought:
         require_used(root, sought)
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    at_once(f"asking {masked(server)}" if server else f"reading {root}")
-    from featherweight.system.environment import configure
-
     configure(root)
     return Workspace.at(root)
 
