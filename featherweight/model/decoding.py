@@ -19,6 +19,8 @@ WITHOUT_KEYS_AND_VALUES = ("falcon_mamba", "mamba", "mamba2", "openai-gpt", "rwk
 """Model types of decoders that keep something else, or nothing."""
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
 """The kinds of layers, by transformers' names, that keep keys and values of every token and nothing else."""
+OWN_ATTENTION = ("bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "trocr", "xglm")
+"""Model types of decoders whose attention is written out in transformers' module, so that no other takes its place."""
 NOT_LEFT_TO_RIGHT = {
     "cpmant": "reads the texts that follow",
     "moshi": "reads the texts that follow",

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from featherweight.model.architecture import embeds_by_decoder, family_of
-from featherweight.model.decoding import WITHOUT_KEYS_AND_VALUES, other_layers
+from featherweight.model.decoding import OWN_ATTENTION, WITHOUT_KEYS_AND_VALUES, other_layers
 from featherweight.model.positions import rotary_kinds
 from featherweight.runtimes.spec import ComputeType, ExportSpec
 from featherweight.system.device import CUDA, Device
@@ -97,6 +97,13 @@ def other_layers_refusal(engine: str, config: Any) -> str | None:
         return None
     layers = f"layers of {' and '.join(others)}"
     return f"{engine}'s step keeps keys and values of every layer, and this {config.model_type} has {layers}; take another engine"
+
+
+def own_attention_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine that puts its own attention in the place of a decoder's does not serve this one; None where it can."""
+    if config.model_type not in OWN_ATTENTION or family_of(config) != "causal":
+        return None
+    return f"{engine} computes attention itself, and a {config.model_type}'s is part of transformers' module; take another engine"
 
 
 def compiler_refusal(engine: str) -> str | None:

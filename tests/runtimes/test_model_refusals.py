@@ -118,6 +118,19 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
 
 
 @pytest.mark.parametrize(
+    ("engine", "kind", "reason"),
+    [
+        ("torch-compile", "mpt", "makes no whole graph of transformers' mpt: it counts on the host what it has read"),
+        ("torch-compile", "minimax", "keeps what it has read in a cache of its own; take another engine"),
+        ("openvino", "longformer", "transformers' longformer cuts or pads each text to whole blocks; take another engine"),
+        ("openvino", "jetmoe", "is a trace, and transformers' jetmoe reads the weights of the experts that were chosen"),
+    ],
+)
+def test_what_no_graph_holds_is_refused(engine: str, kind: str, reason: str) -> None:
+    assert reason in refusal(engine, model_type=kind)
+
+
+@pytest.mark.parametrize(
     ("layers", "other"),
     [
         (["full_attention", "sliding_attention", "chunked_attention"], ""),

@@ -12,6 +12,7 @@ import pytest
 
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
+from featherweight.model.decoding import OWN_ATTENTION
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
@@ -50,6 +51,8 @@ def config(**told: Any) -> Any:
         ({"model_type": "llama"}, None),
         ({"model_type": "mistral", "sliding_window": 32}, None),
         ({"model_type": "mamba2"}, "a mamba2 model keeps no keys and values"),
+        ({"model_type": "bamba", "layer_types": ["linear_attention", "full_attention"]}, "has layers of linear_attention"),
+        ({"model_type": "bloom"}, "a bloom's is part of transformers' module; take another engine"),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}},
             "depend on the length (dynamic); take another engine",
@@ -60,6 +63,17 @@ def config(**told: Any) -> Any:
 def test_models_that_no_graph_of_one_form_computes_are_refused(told: dict[str, Any], reason: str | None) -> None:
     found = AOTI.model_refusal(SPEC, Candidate(CheckpointFacts(config(**told)), 64))
     assert (found is None) if reason is None else reason in str(found)
+
+
+def test_the_decoders_whose_attention_is_their_own_are_those() -> None:
+    import inspect
+    import sys
+
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for kind in ("llama", "gpt2", "opt", "gpt_oss", *OWN_ATTENTION):
+        module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].__module__]
+        assert ("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)) == (kind not in OWN_ATTENTION), kind
 
 
 def test_it_serves_floats_of_decoders_and_encoders_from_x86_64() -> None:
@@ -169,3 +183,33 @@ def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> Non
     found = engine.outputs(texts, [[0] * len(text) for text in texts])
     for text, rows in zip(texts, found, strict=True):
         assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
+
+
+WINDOW = 24
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"sliding_window": WINDOW, "num_local_experts": 4},
+    "llama4_text": {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 48, "no_rope_layers": [1, 1]},
+    "phimoe": {"sliding_window": WINDOW, "num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4},
+    "afmoe": {"sliding_window": WINDOW, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+}
+SIZED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_layer_sees_is_what_its_configuration_says(kind: str) -> None:
+    """Windows that are told to the mask alone (Phi-3.5-MoE), chunks (Llama 4), sinks (gpt-oss), and flags of routers, ignored."""
+    import torch
+
+    from featherweight.runtimes.torch_aoti.graph import Decoder, Step, layer_shapes
+    from tests.support.families import tiny_model
+
+    model = tiny_model(kind, vocab_size=99, **SIZED, head_dim=8, **KINDS[kind])
+    texts, places = torch.randint(3, 99, (2, 40)), torch.arange(40)
+    with torch.no_grad():
+        whole, layers = model(texts, use_cache=False).logits, layer_shapes(model)
+        keys = [torch.zeros(2, one.groups, 64, one.width) for one in layers]
+        values = [torch.zeros(2, one.groups, 64, one.value_width) for one in layers]
+        read = Decoder(model)(texts[:, :32], places[:32], places[:32], keys, values)
+        steps = [Step(model)(texts[:, at : at + 1], places[at : at + 1], keys, values) for at in range(32, 40)]
+    torch.testing.assert_close(torch.cat([read, *steps], dim=1), whole, atol=1e-4, rtol=1e-4)

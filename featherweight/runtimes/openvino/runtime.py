@@ -39,6 +39,15 @@ BY_LENGTH = frozenset({"dynamic", "longrope"})
 """Rotary embeddings that are others for longer texts: a traced graph has those of one length."""
 
 
+FROZEN = {
+    **dict.fromkeys(("funnel", "longformer"), "cuts or pads each text to whole blocks"),
+    **dict.fromkeys(("tapas", "yoso"), "counts rows by each text"),
+    "jetmoe": "reads the weights of the experts that were chosen",
+    "aria_text": "multiplies with experts by an operation that OpenVINO does not know",
+}
+"""What model types compute by each text, of which a trace keeps that of one, or nothing."""
+
+
 class OpenvinoSpec(CompileSpec):
     """precision: rounds here only where no quantize stage chose the weights (embedding and head to int8).
     activations: rounded weights are multiplied with activations that are rounded too, int8 in groups of 32, or with floats.
@@ -121,9 +130,12 @@ class Openvino(Runtime[OpenvinoSpec]):
         """Rotary embeddings that a trace freezes; rows that groups do not divide, of which OpenVINO knows no shorter last one."""
         if reason := _kept_refusal(model.config):
             return reason
+        kind = model.facts.model_type
+        if kind in FROZEN:
+            return f"OpenVINO's graph is a trace, and transformers' {kind} {FROZEN[kind]}; take another engine"
         if changing := rotary_kinds(model.config) & BY_LENGTH:
             return (
-                f"OpenVINO's graph is traced at one length, and this {model.facts.model_type}'s rotary embeddings "
+                f"OpenVINO's graph is traced at one length, and this {kind}'s rotary embeddings "
                 f"({min(changing)}) are others for longer texts; take another engine"
             )
         if spec.batching == "continuous" and (reason := _batching_refusal(model.config)):

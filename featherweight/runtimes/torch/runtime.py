@@ -134,6 +134,14 @@ def _write_floats(engine: str, numbers: str, source: Source, out: Path) -> None:
         Serving(engine).write(out)
 
 
+NO_GRAPH = {
+    **dict.fromkeys(("deepseek_v4", "inkling_text", "minimax"), "keeps what it has read in a cache of its own"),
+    **dict.fromkeys(("mpt", "trocr", "xglm"), "counts on the host what it has read"),
+    **dict.fromkeys(("big_bird", "longformer"), "pads each text to whole blocks, and warns of it"),
+}
+"""Model types whose step, or pass, Dynamo does not trace as one (torch 2.13, transformers 5.17)."""
+
+
 class TorchCompileSpec(CompileSpec):
     """precision: one of the three floats; integers are other engines'."""
 
@@ -175,6 +183,9 @@ class TorchCompile(Runtime[TorchCompileSpec]):
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
         """Other caches; and rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
+        kind = model.facts.model_type
+        if kind in NO_GRAPH:
+            return f"torch.compile makes no whole graph of transformers' {kind}: it {NO_GRAPH[kind]}; take another engine"
         return keys_and_values_refusal("torch.compile", model.config) or rotary_length_refusal("torch.compile", model.config)
 
     def missing(self) -> str | None:

@@ -21,16 +21,21 @@ from featherweight.model.heads import takes_types
 from featherweight.model.positions import context_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch.export import ExportedProgram
+    from transformers import PreTrainedConfig
 
 ATTENTION = "featherweight_aoti"
 LONGEST = 2**20
 PLACES = 64
-HARMLESS = frozenset({"dropout", "output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"})
+HARMLESS = frozenset(
+    {"dropout", "output_attentions", "output_router_logits", "use_cache", "position_ids", "cache_position", "is_causal"}
+)
 """What modules tell an attention besides, and what is right without it."""
-KNOWN = frozenset({"scaling", "softcap", "sliding_window"})
+SINKS = "s_aux"
+"""A logit of each head for what is at no place, as gpt-oss has it."""
+KNOWN = frozenset({"scaling", "softcap", "sliding_window", SINKS})
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Decoder(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, places: Tensor, kept: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        with attending(self.model, Attention(places, keys, values)):
+        with attending(self.model, Attention(places, keys, values, self.model.config)):
             return _logits(self.model, ids, places, kept)
 
 
@@ -100,27 +105,39 @@ class Encoder(nn.Module):
 class Attention:
     """Attention of new tokens to a cache that they are written into first; layer after layer, as they are called."""
 
-    def __init__(self, places: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(self, places: Tensor, keys: list[Tensor], values: list[Tensor], config: PreTrainedConfig) -> None:
         self.places, self.keys, self.values, self.layer = places, keys, values, 0
+        self.config: Any = config.get_text_config()
 
-    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **told: Any) -> tuple[Tensor, None]:
-        _refuse_unknown(mask, told)
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **told: Any) -> tuple[Tensor, None]:
+        _refuse_unknown(attention_mask, told)
         keys, values = self.keys[self.layer], self.values[self.layer]
+        seen = self._seen(keys.shape[2], told)
         self.layer += 1
         keys.index_copy_(2, self.places, k)
         values.index_copy_(2, self.places, v)
         scale = told.get("scaling") or q.shape[-1] ** -0.5
-        seen = self._seen(keys.shape[2], told.get("sliding_window"))
-        return _attend(q, keys, values, seen, float(scale), told.get("softcap")), None
+        return _attend(q, keys, values, seen, float(scale), told.get("softcap"), told.get(SINKS)), None
 
-    def _seen(self, places: int, window: int | None) -> Tensor:
-        """Which places each new token looks at, bool [tokens, places]."""
+    def _seen(self, places: int, told: Mapping[str, Any]) -> Tensor:
+        """Which places each new token looks at, bool [tokens, places]. Some modules tell the window to the mask alone."""
         every, own = torch.arange(places)[None], self.places[:, None]
-        seen = every <= own
+        kind, seen = self._kind(), every <= own
+        if kind == "chunked_attention":
+            return seen & (every // self.config.attention_chunk_size == own // self.config.attention_chunk_size)
+        window = told.get("sliding_window", self.config.sliding_window if kind == "sliding_attention" else None)
         return seen & (every > own - window) if window else seen
 
+    def _kind(self) -> str:
+        """Of the layer, by transformers' names; all are alike where the configuration names none."""
+        if kinds := getattr(self.config, "layer_types", None):
+            return str(kinds[self.layer])
+        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, cap: float | None) -> Tensor:
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, cap: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """[batch, heads, tokens, width] -> [batch, tokens, heads, width]; the heads of a group are rows of one product.
 
     Rows lie as PyTorch's kernel leaves its answer, before the groups: so does torch.export believe that the answer lies.
@@ -130,13 +147,23 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float,
     bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).repeat(shared, 1)
     rows = q.view(batch, groups, shared, tokens, width).permute(0, 2, 3, 1, 4).contiguous()
     rows = rows.view(batch, shared * tokens, groups, width).transpose(1, 2)
-    if cap:
-        scores = torch.tanh(rows @ keys.transpose(2, 3) * (scale / cap)) * cap + bias
-        found = scores.softmax(-1) @ values
+    if cap or sinks is not None:
+        scores = rows @ keys.transpose(2, 3) * scale
+        scores = (torch.tanh(scores / cap) * cap if cap else scores) + bias
+        found = _shares(scores, sinks, tokens) @ values
     else:
         found = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
     found = found.transpose(1, 2).contiguous().view(batch, shared, tokens, groups, values.shape[3])
     return found.permute(0, 2, 3, 1, 4).contiguous().view(batch, tokens, heads, values.shape[3])
+
+
+def _shares(scores: Tensor, sinks: Tensor | None, tokens: int) -> Tensor:
+    """Softmax of scores [batch, groups, shared * tokens, places], a part of which the sink of each head takes where it has one."""
+    if sinks is None:
+        return scores.softmax(-1)
+    batch, groups = scores.shape[:2]
+    others = sinks.view(1, groups, -1, 1, 1).expand(batch, -1, -1, tokens, -1).reshape(batch, groups, -1, 1)
+    return torch.cat([scores, others], dim=-1).softmax(-1)[..., :-1]
 
 
 def _refuse_unknown(mask: Any, told: dict[str, Any]) -> None:
@@ -157,7 +184,7 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     """What the attentions of a decoder are given, found by running it. Raises StageError where none was asked."""
     found: list[LayerShape] = []
 
-    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **told: Any) -> tuple[Tensor, None]:
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **told: Any) -> tuple[Tensor, None]:
         found.append(LayerShape(k.shape[1], k.shape[3], v.shape[3]))
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
 

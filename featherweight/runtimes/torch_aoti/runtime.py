@@ -12,6 +12,8 @@ from featherweight.runtimes.refusals import (
     compiler_refusal,
     float_of_rounded_refusal,
     keys_and_values_refusal,
+    other_layers_refusal,
+    own_attention_refusal,
     rotary_length_refusal,
     vectors_refusal,
 )
@@ -82,6 +84,8 @@ class TorchAoti(Runtime[TorchAotiSpec]):
         return (
             vectors_refusal(self.name, config)
             or keys_and_values_refusal(self.name, config)
+            or other_layers_refusal(self.name, config)
+            or own_attention_refusal(self.name, config)
             or rotary_length_refusal(self.name, config)
         )
 
