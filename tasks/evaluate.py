@@ -53,7 +53,7 @@ def evaluate(
     known = Comparison.read(baseline_measurement).variant if baseline_measurement else None
     with ExitStack() as stack:
         alone = same_files(served, baseline)
-        variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone)
+        variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone, like=known)
         other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
         plain = _plain_side(variant, stack, progress)
         timed = [take_turns([variant, other, *plain], shape, progress) for shape in variant.shapes]

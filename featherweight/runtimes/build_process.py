@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from time import monotonic
 
+from featherweight.errors import one_line
 from featherweight.progress import Progress
-from featherweight.system.child_process import ChildProcess
+from featherweight.system.child_process import Channel, ChildProcess
 from featherweight.system.environment import without_secrets
 
 LIMIT_S = 3600.0
@@ -44,3 +47,22 @@ def _ending(child: ChildProcess, doing: str) -> str:
     """How it ended without a word of what it made, or of an error."""
     memory = ", which Linux does when memory runs out" if child.process.wait() == -signal.SIGKILL else ""
     return f"it ended with {child.ending()}{memory} while {doing}; {child.tail()}"
+
+
+def build_here(build: Callable[[Path, Path, Channel], None], done: str) -> int:
+    """The other side, for a build by this Python: the command line is a checkpoint and a folder; an exit code.
+
+    `build` writes to the folder, and sends {"note": ...} of what begins; {`done`: true} or {"error": ...} is sent for it.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    channel = Channel.claim_stdout()
+    try:
+        build(options.checkpoint, options.out, channel)
+    except Exception as error:
+        channel.send({"error": f"{type(error).__name__}: {one_line(error, 400)}"})
+        return 1
+    channel.send({done: True})
+    return 0

@@ -55,21 +55,25 @@ class MeasuredVariant:
         known: Measurement | None = None,
         *,
         keep: bool = False,
+        like: Measurement | None = None,
     ) -> None:
-        """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later."""
+        """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later.
+        like: another's, whose best number of threads may be this one's.
+        """
         self.workload, self.served, self.progress = workload, served, progress
         self.shapes = [*workload.spec.batches, *workload.spec.long_prompts]
         self.known = known if known and known.timed.keys() >= {*self.shapes} and _same_questions(known, workload) else None
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
-        self.counts = thread_counts(workload.spec.threads, self.slow)
+        timed = like.timed.get(self.shapes[0]) if like else None
+        self.counts = thread_counts(workload.spec.threads, self.slow, timed.threads if timed else None)
         asked = served, self.counts[0], workload.max_tokens, max(workload.spec.batch_sizes), progress
         self.worker = stack.enter_context(kept_worker(*asked, fresh=self.known is None) if keep else started(*asked))
-        timed = self.known.timed if self.known else {}
-        self.warmup_s = {(shape, speed.threads): speed.warmup_s for shape, speed in timed.items()}
+        before = self.known.timed if self.known else {}
+        self.warmup_s = {(shape, speed.threads): speed.warmup_s for shape, speed in before.items()}
         self.repeats = 1
         self.energy = EnergyMeter(self.worker.device)
-        self.probes = self._probe({shape: speed.probe for shape, speed in timed.items()})
+        self.probes = self._probe({shape: speed.probe for shape, speed in before.items()})
 
     def _probe(self, known: Mapping[Shape, Mapping[int, tuple[float, ...]]]) -> dict[Shape, Probe]:
         """Latencies by what is timed and number of threads; one count alone needs no probe."""

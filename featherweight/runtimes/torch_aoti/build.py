@@ -1,12 +1,10 @@
 """A checkpoint in, what AOTInductor serves out: compiled graphs, their weights in safetensors, and a manifest of both.
 
-It runs in a process of its own, as TVM's does. Each line that it says is JSON: {"note": ...} of what begins, and at the end
-{"manifest": ...} or {"error": ...}.
+It runs in a process of its own, as TVM's does. What it says: see build_process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -14,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import one_line
 from featherweight.model.architecture import family_of
+from featherweight.runtimes.build_process import build_here
 from featherweight.runtimes.code_levels import level
 from featherweight.system.child_process import Channel
 from featherweight.system.machine import describe
@@ -25,11 +23,14 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+KNOWN_VECTORS = {"cpp.vec_isa_ok": True}
+"""PyTorch need not compile a program for each kind of vectors to learn which this CPU has: its level is known by then."""
 COMMON = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",  # hands them over; no pickle is written here
     "aot_inductor.precompile_headers": False,
+    **KNOWN_VECTORS,
     "cpp.dynamic_threads": True,
     "compile_threads": 1,
 }
@@ -37,21 +38,6 @@ PACKED = {"freezing": True, "max_autotune_gemm": True, "max_autotune_gemm_backen
 """Products of few rows by Inductor's own kernels, with packed weights: 2 to 3 times MKL's speed. For many rows they are slower."""
 CAPABILITIES = {"x86-64-v4": "avx512", "x86-64-v3": "avx2"}
 """By level of x86-64: which vectors Inductor writes code for (ATEN_CPU_CAPABILITY)."""
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
-    channel = Channel.claim_stdout()
-    try:
-        build(options.checkpoint, options.out, channel)
-    except Exception as error:
-        channel.send({"error": f"{type(error).__name__}: {one_line(error, 400)}"})
-        return 1
-    channel.send({"manifest": MANIFEST})
-    return 0
 
 
 def build(checkpoint: Path, out: Path, channel: Channel) -> None:
@@ -117,4 +103,4 @@ def _tables(model: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build_here(build, "manifest"))

@@ -11,7 +11,7 @@ from featherweight.model.architecture import family_of
 from featherweight.runtimes.code_levels import require
 from featherweight.runtimes.step_graph import StepGraphModel
 from featherweight.runtimes.torch_aoti import constants
-from featherweight.runtimes.torch_aoti.build import MANIFEST, WEIGHTS
+from featherweight.runtimes.torch_aoti.build import KNOWN_VECTORS, MANIFEST, WEIGHTS
 from featherweight.system.machine import describe
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class AotiModel(StepGraphModel):
 
     def load(self) -> None:
         import torch
-        from torch._inductor import aoti_load_package
+        from torch._inductor import aoti_load_package, config
 
         told = json.loads((self.weights / MANIFEST).read_text())
         require(told["made_for"], describe())
@@ -38,7 +38,8 @@ class AotiModel(StepGraphModel):
         self.held: dict[str, dict[str, Tensor]] = {}  # the graphs do not keep their tensors alive
         for name, views in told["constants"].items():
             self.held[name] = constants.viewed(views, self.store)
-            self.graphs[name] = aoti_load_package(str(self.weights / f"{name}.pt2"), run_single_threaded=True)
+            with config.patch(KNOWN_VECTORS):
+                self.graphs[name] = aoti_load_package(str(self.weights / f"{name}.pt2"), run_single_threaded=True)
             self.graphs[name].load_constants(self.held[name], check_full_update=True, user_managed=True)
 
     def set_threads(self, threads: int) -> None:

@@ -1,19 +1,17 @@
 """A checkpoint in, what TVM serves out: the library, its parameters in safetensors, and a manifest that says how they are called.
 
-It runs in a process of its own, since a compiler that fails may take its process along. Each line that it says is JSON:
-{"note": ...} of what begins, and at the end {"library": ...} or {"error": ...}.
+It runs in a process of its own, since a compiler that fails may take its process along. What it says: see build_process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import one_line
+from featherweight.runtimes.build_process import build_here
 from featherweight.runtimes.code_levels import level
 from featherweight.runtimes.tvm.library import opened, width
 from featherweight.system.child_process import Channel
@@ -23,21 +21,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 LIBRARY, PARAMETERS, MANIFEST = "model.so", "parameters.safetensors", "manifest.json"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
-    channel = Channel.claim_stdout()
-    try:
-        build(options.checkpoint, options.out, channel)
-    except Exception as error:
-        channel.send({"error": f"{type(error).__name__}: {one_line(error, 400)}"})
-        return 1
-    channel.send({"library": LIBRARY})
-    return 0
 
 
 def build(checkpoint: Path, out: Path, channel: Channel) -> None:
@@ -76,4 +59,4 @@ def _write_parameters(program: ExportedProgram, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build_here(build, "library"))
