@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from featherweight.registry.browsing import application
 from featherweight.registry.browsing.access import OWN_PAGE, Access
 from featherweight.registry.browsing.application import Page
 from featherweight.store.workspace import Workspace
@@ -81,6 +82,17 @@ def test_all_is_shown_and_what_others_named_is_text(client: TestClient) -> None:
     version = client.get("/version", params={"model": MODEL, "number": "3"})
     assert "What it is made of" in version.text and "text/evaluation" in version.text
     assert ".card" in client.get("/style.css").text
+
+
+def test_what_is_left_out_is_told(client: TestClient, shelf: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "SHOWN", 1)
+    assert "1 model, the latest 1 run<" in client.get("/").text
+    shelf.registry.client.create_registered_model("theirs")
+    try:
+        page = client.get("/model", params={"name": "theirs"}).text
+        assert "no version to decide about" in page and 'action="/promote"' not in page
+    finally:
+        shelf.registry.client.delete_registered_model("theirs")
 
 
 def test_a_report_has_no_origin_and_no_other_file_is_one(client: TestClient, shelf: Bench) -> None:

@@ -15,7 +15,7 @@ from featherweight.registry.auditing import audit_model
 from featherweight.registry.browsing.access import Access, Guarded
 from featherweight.registry.browsing.audits import Audits
 from featherweight.registry.browsing.overview import ModelLine
-from featherweight.registry.browsing.runs import optimizations, report_of
+from featherweight.registry.browsing.runs import SHOWN, optimizations, report_of
 from featherweight.registry.history import WHY_LIMIT, GateResult
 from featherweight.registry.lineage import of_version
 from featherweight.registry.lineage_page import version_section
@@ -92,7 +92,7 @@ class Page:
         models = [ModelLine.of(one) for one in self.registry.all_models()]
         runs = optimizations(self.registry.client, self.registry.tracking_uri)
         made = {one.run_id: (model, one) for model in models for one in model.versions}
-        return self._page("overview.html.j2", asked, models=models, runs=runs, made=made, audits=self._audits)
+        return self._page("overview.html.j2", asked, models=models, runs=runs, shown=SHOWN, made=made, audits=self._audits)
 
     def model(self, asked: Request) -> Response:
         """One model: who stands where, its versions, its history, its audit, and what may be decided."""
