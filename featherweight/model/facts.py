@@ -21,6 +21,8 @@ _NO_LINEAR = re.compile(r"relative_attention_bias|(^|[._])(wpe|norm|ln_\w+|rotar
 LONGEST_CONVOLUTION = 8
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types whose layers are transformers' Conv1D, which holds a row of the weight in each column."""
+_SENSES = {"vision_config": "images", "audio_config": "sound"}
+"""What else than text a model is given, by the part of its configuration that is about it."""
 
 
 def _of_experts(name: str, shape: tuple[int, ...]) -> bool:
@@ -101,6 +103,12 @@ class CheckpointFacts:
     def model_type(self) -> str:
         """As transformers names it."""
         return str(self.config.model_type)
+
+    @property
+    def other_senses(self) -> list[str]:
+        """What it takes beside text, which nothing here gives it."""
+        values = self.config.to_dict()
+        return [what for name, what in _SENSES.items() if values.get(name)]
 
     @property
     def config_class(self) -> str:

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from featherweight.errors import IntegrityError, RecipeError
+from featherweight.errors import IntegrityError, RecipeError, StageError, one_line
 from featherweight.report.sensitivity_page import MatrixBar, sensitivity_page
 
 FILE = "sensitivity.json"
@@ -100,6 +100,8 @@ class Sensitivity:
         scale = sum(map(abs, costs)) or 1.0
         shares = [cost / scale for cost in costs]
         found = milp(shares, integrality=[1] * len(row), bounds=Bounds(0, 1), constraints=LinearConstraint([row], least, most))
+        if found.x is None:
+            raise StageError(f"quantize.mixed: no matrices were found that keep to the budget ({one_line(found.message)})")
         return frozenset(one.name for one, taken in zip(self.matrices, found.x, strict=True) if taken > 0.5)
 
     def write(self, folder: Path) -> None:

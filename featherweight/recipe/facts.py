@@ -42,9 +42,12 @@ class Facts:
         notes = []
         for spec in sources(recipe):
             try:
-                found[spec.source] = read_facts(spec)
+                known = found[spec.source] = read_facts(spec)
             except (KnownAtLoad, ServiceError) as reason:
                 notes.append(f"{spec.source}: what it holds is known once it is loaded: {one_line(reason)}")
+                continue
+            if senses := known.other_senses:
+                notes.append(f"{spec.source}: its text alone is optimized, measured and served, without {' and '.join(senses)}")
         return cls(found, tuple(notes))
 
 

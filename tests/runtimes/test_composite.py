@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from featherweight.recipe.facts import Facts
+from featherweight.recipe.recipe import Recipe
 from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.torch.eager import TorchModel
 from featherweight.store.served_folder import Serving
+from tests.support.families import word_tokenizer
 
 TEXT: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -55,3 +58,18 @@ def test_texts_are_scored_and_written_as_transformers_does(served: Path) -> None
 def test_what_a_position_of_its_cache_takes_is_known(served: Path) -> None:
     found = bytes_read(served)
     assert found is not None and found.position == 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of eight channels
+
+
+def test_the_plan_says_what_its_variants_are_not_given(served: Path) -> None:
+    word_tokenizer("llama").save_pretrained(served)
+    wanted = Recipe.model_validate(
+        {
+            "name": "try",
+            "checkpoint": {"source": str(served)},
+            "data": {"source": "text"},
+            "variants": [{"serve": "eager"}],
+            "stages": {"export": {"eager": {"engine": "torch"}}},
+            "promote": {"model": "try"},
+        }
+    )
+    assert Facts.read(wanted).notes == (f"{served}: its text alone is optimized, measured and served, without images",)

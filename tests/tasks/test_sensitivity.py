@@ -129,6 +129,12 @@ def test_many_matrices_are_chosen_among_alike_every_time() -> None:
     assert found.finer_within(5.6) == found.finer_within(5.6) and len(found.finer_within(5.6)) > 20
 
 
+def test_a_program_without_a_solution_is_said_in_one_line() -> None:
+    found = drawn(2, 9)
+    with pytest.raises(StageError, match=r"no matrices were found that keep to the budget \(.*infeasible"):
+        found._chosen([1.0, 1.0], [0.1, 0.1], least=1)
+
+
 def test_a_budget_is_of_loss_or_of_bits() -> None:
     with pytest.raises(ValueError, match="budget plays no role where bits are given; leave it out"):
         QuantizeSpec.of(grid="int4", mixed={"bits": 5.0, "budget": 0.01})
