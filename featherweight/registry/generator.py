@@ -153,7 +153,7 @@ def prompts_of(model_input: Any) -> list[Any]:
         given = model_input.get("messages", model_input.get("prompt"))
         return list(given) if isinstance(given, (list, tuple)) and "messages" not in model_input else [given]
     if not hasattr(model_input, "columns"):
-        return list(model_input)
+        return [model_input] if isinstance(model_input, str) else list(model_input)
     if not len(model_input.columns):
         return []
     name = "messages" if "messages" in model_input.columns else model_input.columns[0]

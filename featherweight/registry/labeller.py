@@ -59,15 +59,22 @@ class Labeller(ServedEngine):
         if pair is not None and self.task != "text-classification":
             raise DataError(f"two texts are asked of a model for {self.task}, which reads one; give a text")
         self._require_text(text, pair or "", cut=cut)
-        longest = context_tokens(self.config) if cut else None
+        longest = self._longest if cut else None
         offsets = self.task == "token-classification"
         options = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if offsets else {}
         told = encoded(self.config, self._tokenizer, text, pair, longest, **options)
         if len(told["input_ids"]) > self.max_tokens:
+            otherwise = "" if cut else ", or truncate"
             raise DataError(
-                f"a text of {len(told['input_ids'])} tokens: this model is served for {self.max_tokens}; give less, or truncate"
+                f"a text of {len(told['input_ids'])} tokens: this model is served for {self.max_tokens}; give less{otherwise}"
             )
         return told
+
+    @property
+    def _longest(self) -> int:
+        """Where a text is cut: of embeddings as their files say, else where the tokenizer does it in transformers' pipelines."""
+        longest = context_tokens(self.config)
+        return longest if self.task == "feature-extraction" else min(longest, self._tokenizer.model_max_length)
 
     def _outputs(self, told: list[Any]) -> list[Rows]:
         if not told:
@@ -132,7 +139,9 @@ def texts_of(model_input: Any) -> list[Any]:
         of_several = bool(columns) and all(isinstance(column, list) for column in columns)
         return [one[0] if len(columns) == 1 else one for one in zip(*columns, strict=True)] if of_several else [told]
     if not hasattr(model_input, "columns"):
-        return [{k: _plain(v) for k, v in one.items()} if isinstance(one, Mapping) else one for one in _plain(model_input)]
+        told = _plain(model_input)
+        asked = [told] if isinstance(told, str) else told
+        return [{k: _plain(v) for k, v in one.items()} if isinstance(one, Mapping) else one for one in asked]
     if "text" in model_input.columns and "text_pair" in model_input.columns:
         return list(zip(model_input["text"].tolist(), model_input["text_pair"].tolist(), strict=True))
     if not len(model_input.columns):

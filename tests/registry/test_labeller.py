@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas
 import pytest
 
@@ -15,6 +17,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DataError
 from featherweight.registry import served_engine
 from featherweight.registry.answering import signature
+from featherweight.registry.generator import prompts_of
 from featherweight.registry.labeller import Labeller, _parts, scored, texts_of
 from featherweight.store.served_folder import Serving
 from tasks.load import load
@@ -137,6 +140,22 @@ def test_what_is_no_text_is_refused(opened: Any) -> None:
     assert labels([]) == [] and len(labels(["the river " * 40], truncate=True)) == 1
 
 
+def test_a_text_is_cut_where_the_pipeline_cuts_it(served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tokenizer's files may say less than the model has positions."""
+    monkeypatch.setattr(served_engine, "open_worker", InProcess)
+    folder = shutil.copytree(served("several"), tmp_path / "short")
+    told = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": 12}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    text = "the old hare sang and the fox ran once upon a time there was a bear and a wolf"
+    (right,) = pipeline(folder, "text-classification")(text, truncation=True)
+    labels = Labeller(folder, max_tokens=64)
+    (found,) = labels([text], truncate=True)
+    assert (found["label"], found["score"]) == (right["label"], pytest.approx(right["score"], abs=1e-6))
+    assert found["score"] != pytest.approx(labels([text])[0]["score"], abs=1e-4)
+    with pytest.raises(DataError, match=r"a text of 12 tokens: this model is served for 8; give less$"):
+        Labeller(folder, max_tokens=8)([text], truncate=True)
+
+
 def test_a_cross_encoder_without_activation_gives_its_logit(served: Any) -> None:
     from transformers import AutoConfig
 
@@ -167,6 +186,15 @@ def test_every_task_has_its_signature() -> None:
         told = signature(task).to_dict()  # type: ignore[arg-type]
         assert json.loads(told["outputs"])[0]["type"] == out
         assert "truncate" in told["params"]
+
+
+def test_one_text_is_one_text_however_it_is_given() -> None:
+    """Under `inputs` it comes as an array without dimensions; its characters are no texts."""
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    for given in ("the fox", numpy.array("the fox"), infer_and_parse_data({"inputs": "the fox"}, None)):
+        assert texts_of(given) == ["the fox"]
+    assert prompts_of("the fox") == ["the fox"]
 
 
 def test_mlflow_hands_on_both_texts_of_a_pair() -> None:
