@@ -70,15 +70,23 @@ def folder_at(uri: str, store: Path, tracking_uri: str, marker: str = MANIFEST) 
     return RemoteFolder(uri, tracking_uri, marker)
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both are one folder: a workspace goes by several names where it is behind a link."""
+    try:
+        return one == other.absolute() or one.samefile(other)
+    except OSError:
+        return False
+
+
 class LocalFolder:
     """A folder below `store`, reached from there step by step, so that no link on the way, also one made meanwhile, leads out."""
 
     def __init__(self, store: Path, folder: Path) -> None:
         self.folder = folder
-        try:
-            parts = folder.relative_to(store.absolute()).parts
-        except ValueError as error:
-            raise IntegrityError(f"{folder} is outside the store {store}; it is left alone") from error
+        root = next((one for one in reversed(folder.parents) if _is_same(one, store)), None)
+        if root is None:
+            raise IntegrityError(f"{folder} is outside the store {store}; it is left alone")
+        parts = folder.relative_to(root).parts
         if not parts or ".." in folder.parts:
             raise IntegrityError(f"{folder} is no folder of the store {store}; it is left alone")
         self._store, self._above, self._name = store, parts[:-1], parts[-1]

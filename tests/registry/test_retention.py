@@ -19,6 +19,7 @@ from featherweight.registry.lineage import from_registry, verify
 from featherweight.registry.registry import Registry
 from featherweight.registry.retention import COLLECTED, Collection, collect
 from featherweight.store.artifact import ArtifactRef, Manifest
+from featherweight.store.removal import LocalFolder
 from featherweight.store.workspace import Workspace, local_path
 from featherweight.system.locks import locked_file
 from featherweight.system.progress_channel import ProgressChannel
@@ -198,6 +199,19 @@ def test_no_link_leads_out_of_the_store(shelf: Shelf, tmp_path: Path) -> None:
     assert names(done) == ["inside"] and not inside.exists()
     assert len(done.left) == 4 and all("left alone" in one or "is no folder" in one for one in done.left)
     assert (victim / "artifact" / "precious").read_text() == "mine" and (outside / "precious").read_text() == "mine too"
+
+
+def test_a_store_by_another_name_is_the_store_and_a_link_in_it_is_not(tmp_path: Path) -> None:
+    store, other = tmp_path / "store", tmp_path / "other"
+    (store / "a").mkdir(parents=True)
+    (store / "a" / "file").write_text("x")
+    other.symlink_to(store)
+    (store / "again").symlink_to(store)
+    assert [len(LocalFolder(one, two / "a").files()) for one, two in ((store, other), (other, store))] == [1, 1]
+    with pytest.raises(IntegrityError):
+        LocalFolder(store, store / "again" / "a").files()
+    with pytest.raises(IntegrityError, match="outside the store"):
+        LocalFolder(store / "a", store / "b")
 
 
 def test_copies_and_unfinished_work_go_by_when_they_were_used_last(shelf: Shelf) -> None:
