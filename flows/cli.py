@@ -361,6 +361,7 @@ def keys(action: Annotated[str, typer.Argument(help="init: make a key pair that 
     if action != "init":
         raise RecipeError(f"unknown action '{action}'; known: init")
     typer.echo(f"public key: {Keys.here().make()}")
+    typer.echo("what was registered before is not signed: from now on audit tells of it, and serve, deploy and promote refuse it")
 
 
 @app.command(rich_help_panel=DECIDE)
@@ -678,6 +679,8 @@ def _tell_arrivals(arrivals: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         _print_json(arrivals)
         return
+    if not arrivals:
+        typer.echo("no checkpoint has arrived")
     for one in arrivals:
         told = one.get("error") or one.get("winner") or one.get("reason") or ""
         typer.echo(visible(f"{one['status']:12} {one['source']}{f'  ({told})' if told else ''}"))

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from featherweight.store.workspace import Workspace
+from flows import cli
+from flows.cli import app
 from tests.support.command import command_here
 from tests.support.registering import empty_store
 
@@ -116,6 +119,16 @@ def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
     line = refused(command_here("variants", cwd=tmp_path, MLFLOW_TRACKING_URI="postgresql://ada:hun/ter2@db/mlflow"), 6)
     assert "MLFLOW_TRACKING_URI is not an address (postgresql://***@db/mlflow); write the /" in line
     assert "ter2" not in line
+
+
+def test_what_keys_change_and_that_nothing_arrived_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "keys"))
+    told = CliRunner().invoke(app, ["keys", "init"]).output
+    assert str(tmp_path / "keys" / "public.pem") in told and "what was registered before is not signed" in told
+    cli._tell_arrivals([], as_json=False)
+    assert capsys.readouterr().out == "no checkpoint has arrived\n"
 
 
 @pytest.mark.slow

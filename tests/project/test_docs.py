@@ -32,6 +32,13 @@ def test_every_page_of_the_documentation_is_there_and_every_link_leads_somewhere
         assert not re.search(r"(src|<link[^>]*href)=\"https?:", page), "it opens offline"
 
 
+def test_every_file_that_is_named_is_there() -> None:
+    named = r"`((?:docs|recipes|infra|benchmarks|tests|conformance|featherweight|tasks|flows)/[\w./-]+)`"
+    pages = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"))
+    gone = [(page.name, path) for page in pages for path in re.findall(named, page.read_text()) if not (ROOT / path).exists()]
+    assert pages and gone == []
+
+
 def test_the_reference_is_the_code() -> None:
     told = reference()
     for word in (
