@@ -115,11 +115,12 @@ def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
 
 def _peaks(folder: Path, name: str) -> dict[str, Any]:
     """Run one stage in a process of its own; peaks of it and its children together, in GiB, and its CPU time."""
-    out = folder / "out"
+    out, said = folder / "out", folder / "said"  # a pipe that nobody reads meanwhile would stop it once it is full
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.memory", "run", str(folder), name], stdout=subprocess.PIPE)
+    with said.open("wb") as stream:
+        process = subprocess.Popen([sys.executable, "-m", "benchmarks.memory", "run", str(folder), name], stdout=stream)
     peak = {"anonymous": 0, "resident": 0, "stage_anonymous": 0}
     while process.poll() is None:
         own, below = _memory(process.pid), [_memory(pid) for pid in _children(process.pid)]
@@ -132,8 +133,7 @@ def _peaks(folder: Path, name: str) -> dict[str, Any]:
         time.sleep(0.1)
     shutil.rmtree(out)
     seconds = round(time.monotonic() - started)
-    said = process.communicate()[0].decode().splitlines()
-    metrics = json.loads(said[-1]) if process.returncode == 0 else {}
+    metrics = json.loads(said.read_text().splitlines()[-1]) if process.returncode == 0 else {}
     if GPU_PEAK in metrics:
         peak["gpu"] = metrics[GPU_PEAK]
     rounded = {key: round(value / GIB, 2) for key, value in peak.items()}
