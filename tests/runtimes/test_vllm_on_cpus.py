@@ -97,6 +97,7 @@ def test_a_model_that_no_module_serves_is_refused(packages: Path) -> None:
     modeling.parent.mkdir(parents=True)
     modeling.write_text("class MptForCausalLM: ...")
     assert refusal(**asked) == "vLLM has no module for mpt models; take another engine"
-    modeling.write_text("class MptForCausalLM:\n    _supports_attention_backend = True")
-    assert refusal(**asked) is None, "vLLM runs transformers' own module"
+    for told in ("_supports_attention_backend = True", "attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)"):
+        modeling.write_text(f"class MptForCausalLM:\n    {told}")
+        assert refusal(**asked) is None, "vLLM runs transformers' own module"
     assert refusal(architectures=["LlamaForCausalLM"]) is None

@@ -32,8 +32,8 @@ WANTED = {
 """What a module ends with an error without, in config.json or in its rope_parameters; transformers does without."""
 
 
-BACKEND = "_supports_attention_backend = True"
-"""What a model of transformers says of itself that vLLM runs without a module of its own."""
+BACKENDS = ("_supports_attention_backend = True", "ALL_ATTENTION_FUNCTIONS.get_interface(")
+"""What stands in transformers' module of a model that vLLM runs without one of its own: either will do."""
 OWN_ATTENTION = ("diffllama", "minimax")
 """Model types that say so, and compute attention by themselves in some layer, for which vLLM then has no cache."""
 
@@ -47,7 +47,7 @@ def unknown_refusal(kind: str, config: Any) -> str | None:
     if not known or not named or any(name in known for name in named):
         return None
     source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
-    served = not source or (BACKEND in source and kind not in OWN_ATTENTION)
+    served = not source or (any(one in source for one in BACKENDS) and kind not in OWN_ATTENTION)
     return None if served else f"vLLM has no module for {kind} models; take another engine"
 
 
