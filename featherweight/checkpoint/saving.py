@@ -29,8 +29,11 @@ def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) ->
 
     write_as_loaded(model)
     # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(out, max_shard_size="5GB")
+    own, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
+    try:
+        model.save_pretrained(out, max_shard_size="5GB")
+    finally:
+        model.generation_config = own
     if source is not None:
         # Those that transformers reads of a config.json its own saving leaves out.
         settings = None if (source / GENERATION).is_file() or not model.can_generate() else generation_config(source)

@@ -319,6 +319,14 @@ def test_a_row_that_training_has_filled_again_is_saved_as_transformers_will_have
     assert torch.equal(model(IDS).logits, logits(out))
 
 
+def test_a_model_that_was_saved_still_writes_as_its_checkpoint_asks(tmp_path: Path) -> None:
+    """What is compared with an engine is written by the model from which the engine's files were saved."""
+    model: Any = tiny_model("llama", vocab_size=40)
+    model.generation_config.forced_bos_token_id, own = 7, model.generation_config
+    save_model(model, tmp_path)
+    assert model.generation_config is own and own.forced_bos_token_id == 7
+
+
 def test_weights_that_would_be_others_each_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", vocab_size=40)
     monkeypatch.setattr(type(model.model), "_init_weights", _random_norms)
