@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,21 +27,30 @@ def save_model(model: PreTrainedModel, out: Path, source: Path | None = None) ->
     What transformers writes into weights when it loads them is written into those of `model` first (see overwritten.py).
     Raises CheckpointError where their tokenizer is not that of `source` any more.
     """
-    from transformers import GenerationConfig
-
     write_as_loaded(model)
-    # transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do.
-    own, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
-    try:
+    with _without_settings(model):
         model.save_pretrained(out, max_shard_size="5GB")
-    finally:
-        model.generation_config = own
     if source is not None:
         # Those that transformers reads of a config.json its own saving leaves out.
         settings = None if (source / GENERATION).is_file() or not model.can_generate() else generation_config(source)
         copy_companions(source, out)
         if settings is not None:
             (out / GENERATION).write_text(settings.to_json_string())
+
+
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """transformers refuses to save generation settings that contradict themselves, as those of many checkpoints do."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        yield
+        return
+    own, model.generation_config = model.generation_config, GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def save_as(checkpoint: Path, out: Path, name: str) -> None:

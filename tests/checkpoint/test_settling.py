@@ -325,6 +325,7 @@ def test_a_model_that_was_saved_still_writes_as_its_checkpoint_asks(tmp_path: Pa
     model.generation_config.forced_bos_token_id, own = 7, model.generation_config
     save_model(model, tmp_path)
     assert model.generation_config is own and own.forced_bos_token_id == 7
+    save_model(tiny_model("bert", vocab_size=40), tmp_path / "encoder")  # which has none
 
 
 def test_weights_that_would_be_others_each_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
