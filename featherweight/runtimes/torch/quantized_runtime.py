@@ -98,9 +98,9 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
     def model_refusal(self, spec: QuantizedTorchSpec, model: Candidate) -> str | None:
         """Experts, which are no Linear; a head whose weights are read, where it holds integers; texts that are read anew midway."""
         kind = model.facts.model_type
-        if self.name == "torch-dynamic" and _is_read_anew(model):
+        if self.format.activations == "dynamic" and _is_read_anew(model):
             return (
-                f"it rounds the activations of all tokens that are read at once by one range, and this {kind} is read anew behind "
+                f"it rounds activations by what is read together, and this {kind} is read anew behind "
                 f"{rotary_switch(model.config)} tokens: its texts would depend on how they are read; take another engine"
             )
         if self.format.vocabulary and kind in READ_HEADS:
