@@ -15,15 +15,15 @@ HOPELESS = 1.5
 """A count that is this many times slower than another is not tried again."""
 
 
-def thread_counts(wanted: tuple[int, ...] | None, slow: bool, likely: int | None = None) -> list[int]:
+def thread_counts(wanted: tuple[int, ...] | None, slow: bool) -> list[int]:
     """Counts to try: 1, 2, 4 ... and all cores, or only 1 and all where each costs tens of seconds.
 
-    The last one stays loaded, so the likely one comes last, or else all cores: an engine that is slow to switch mostly has a use
-    for them.
+    The last one stays loaded, so all cores come last: an engine that is slow to switch mostly has a use for them.
     """
+    if wanted:
+        return list(dict.fromkeys(wanted))
     cores = max(1, min(available_cores(), physical_cores()))
-    counts = list(dict.fromkeys(wanted)) if wanted else sorted({1, cores, *(() if slow else _powers(cores))})
-    return sorted(counts, key=lambda count: count == likely)
+    return sorted({1, cores, *(() if slow else _powers(cores))})
 
 
 def _powers(cores: int) -> Iterator[int]:

@@ -58,15 +58,16 @@ class MeasuredVariant:
         like: Measurement | None = None,
     ) -> None:
         """known: its measurement by itself, of which only the speed is taken again. keep: others are measured beside it later.
-        like: another's, whose best number of threads may be this one's.
+        like: that of an engine much like this one, on this machine, whose best numbers of threads are taken where each other one
+        would cost tens of seconds.
         """
         self.workload, self.served, self.progress = workload, served, progress
         self.shapes = [*workload.spec.batches, *workload.spec.long_prompts]
         self.known = known if known and known.timed.keys() >= {*self.shapes} and _same_questions(known, workload) else None
         self.engine = Serving.read(served).engine
         self.slow = RUNTIMES[self.engine].slow_to_switch
-        timed = like.timed.get(self.shapes[0]) if like else None
-        self.counts = thread_counts(workload.spec.threads, self.slow, timed.threads if timed else None)
+        self.taken = _likely(like, self.shapes) if self.slow and not workload.spec.threads else {}
+        self.counts = [self.taken[self.shapes[0]]] if self.taken else thread_counts(workload.spec.threads, self.slow)
         asked = served, self.counts[0], workload.max_tokens, max(workload.spec.batch_sizes), progress
         self.worker = stack.enter_context(kept_worker(*asked, fresh=self.known is None) if keep else started(*asked))
         before = self.known.timed if self.known else {}
@@ -104,6 +105,8 @@ class MeasuredVariant:
         """The best number of threads for what is timed, the only one where there was no choice."""
         if self.known:
             return self.known.timed[shape].threads
+        if self.taken:
+            return self.taken[shape]
         probe = self.probes[shape]
         return best_count(probe) if probe else self.counts[0]
 
@@ -262,6 +265,12 @@ class MeasuredVariant:
             raise StageError(f"{self.engine} gives log-probabilities that are no numbers in {broken} of {len(nll)} windows")
         tokens = self.workload.by_window([len(row) for row in scores], sum)
         return Quality(tuple(self.workload.by_window(nll, math.fsum)), tuple(tokens), self.workload.quality_bytes)
+
+
+def _likely(like: Measurement | None, shapes: list[Shape]) -> dict[Shape, int]:
+    """The numbers of threads of another measurement; none where it has not timed all of it."""
+    timed = like.timed if like else {}
+    return {shape: timed[shape].threads for shape in shapes} if timed.keys() >= {*shapes} else {}
 
 
 def _same_questions(known: Measurement, workload: Workload) -> bool:

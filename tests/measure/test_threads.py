@@ -21,13 +21,6 @@ def test_counts_to_try(monkeypatch, cores, slow, counts):
     assert thread_counts((3, 1, 3), slow) == [3, 1]
 
 
-@pytest.mark.parametrize(("likely", "counts"), [(1, [4, 1]), (4, [1, 4]), (3, [1, 4]), (None, [1, 4])])
-def test_the_likely_count_is_tried_last_and_stays(monkeypatch, likely, counts):
-    monkeypatch.setattr(threads, "physical_cores", lambda: 4)
-    monkeypatch.setattr(threads, "available_cores", lambda: 4)
-    assert thread_counts(None, True, likely) == counts
-
-
 def test_of_counts_that_are_as_good_the_smallest_is_taken():
     assert best_count({1: (1.0, 0.9), 2: (0.5, 0.6), 4: (0.49,)}) == 2
     assert best_count({1: (0.5,), 2: (25.0,)}) == 1

@@ -210,8 +210,10 @@ def test_a_model_without_attention_has_no_heads_to_refuse() -> None:
     ],
 )
 def test_what_is_rounded_by_all_that_is_read_at_once_is_read_in_one_way_only(engine: str, switch: int, reason: str) -> None:
-    """PyTorch's dynamic layers take one range for all tokens, and behind the switch of longrope all are read anew. torchao's take one
-    for each, and yet wrote another text where two tokens were 0.004 nats apart."""
+    """PyTorch's dynamic layers take one range for all tokens, and behind the switch of longrope all are read anew.
+
+    torchao's take one for each, and yet wrote another text where two tokens were 0.004 nats apart.
+    """
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": switch}
     found = refusal(engine, model_type="phi3", rope_parameters=longrope)
     assert reason in found if reason else not found

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from featherweight.measure.measurement import FILE, Comparison
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Progress
 from featherweight.runtimes.bytes_read import bytes_read
+from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.kept_worker import kept_workers
 from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
 from featherweight.runtimes.llama_cpp.write import write_file
@@ -168,6 +170,25 @@ def test_other_windows_than_the_baselines_are_scored_anew_and_threads_are_probed
         probe = side.speed(1).probe
         assert set(probe) == {1, 2} and all(probe.values())
         assert min(probe[side.speed(1).threads]) <= 1.03 * min(min(times) for times in probe.values())
+
+
+@pytest.mark.engine
+def test_an_engine_that_is_slow_to_switch_takes_the_baselines_best_numbers_of_threads(
+    measured, baseline, ctranslate2, text, tmp_path, monkeypatch
+):
+    """By what is timed; none is tried, each of which would cost it tens of seconds."""
+    before = Comparison.read(measured)
+    first, second = before.variant.speeds
+    known = replace(before.variant, speeds=(first, replace(second, threads=2)))
+    (tmp_path / "known").mkdir()
+    replace(before, variant=known, baseline=known).write(tmp_path / "known")
+    monkeypatch.setattr(RUNTIMES["ctranslate2"], "slow_to_switch", True)
+    heard, spec = Recorder(), SPEC.model_copy(update={"threads": None, "rounds": 1, "windows": 6})
+    inputs = {"served": ctranslate2, "baseline": baseline, "evaluation": text, "baseline_measurement": tmp_path / "known"}
+    evaluate(spec, **inputs, out=tmp_path, progress=heard)
+    speeds = Comparison.read(tmp_path).variant.speeds
+    assert [(speed.batch_size, speed.threads, dict(speed.probe)) for speed in speeds] == [(1, 1, {}), (2, 2, {})]
+    assert not [note for note in heard.notes if note.startswith("trying ctranslate2")]
 
 
 def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_starts(baseline, text, tmp_path):
