@@ -12,7 +12,7 @@ from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.torch.quantized_runtime import READ_TYPES, READ_WEIGHTS
-from featherweight.runtimes.vllm.known import left_out_refusal
+from featherweight.runtimes.vllm.known import float_refusal, left_out_refusal
 
 USUAL = {
     "model_type": "llama",
@@ -240,6 +240,10 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
 @pytest.mark.parametrize(
     ("kind", "told", "reason"),
     [
+        ("hrm_text", {}, "reads a prompt in both directions"),
+        ("cohere2", {"sliding_window": 63}, "one token beyond its window of 63; serve at most 63"),
+        ("cohere2", {"sliding_window": 64}, ""),
+        ("cohere2", {"sliding_window": 63, "layer_types": ["full_attention"]}, ""),
         ("lfm2", {}, "wants block_dim"),
         ("lfm2", {"block_dim": 64}, ""),
         ("glm4_moe", {}, "wants head_dim"),
@@ -256,6 +260,11 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
 def test_what_vllm_ends_with_an_error_at_is_refused(kind: str, told: dict[str, Any], reason: str) -> None:
     found = left_out_refusal(kind, Values({"class": "", "values": told, "names": {}}), 64) or ""
     assert reason in found if reason else not found
+
+
+def test_an_activation_that_vllm_rounds_is_not_served_as_float32() -> None:
+    assert "compute_type: bfloat16" in (float_refusal("apertus", "float32") or "")
+    assert float_refusal("apertus", "bfloat16") is None and float_refusal("llama", "float32") is None
 
 
 @pytest.mark.parametrize("kind", [*READ_WEIGHTS, *READ_TYPES])

@@ -13,6 +13,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.vllm import server
+from featherweight.runtimes.vllm.loaded import said
 from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
 from tests.support import serving_models, tokenizers
@@ -65,3 +66,28 @@ def test_users_are_answered_greedily_where_transformers_would(
 def test_what_its_server_cannot_be_told_to_follow_is_refused(setting: dict[str, Any]) -> None:
     reason = GenerationSettings(setting).refusal(RUNTIMES["vllm"].loaded_model().follows, "vllm")
     assert reason and f"it does not follow {min(setting.keys() - {'do_sample'})}; take another engine" in reason
+
+
+TRACEBACK = """(EngineCore pid=1) ERROR 11-28 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=1) ERROR 11-28 [core.py:9]   File "router.py", line 3, in route
+{end}
+(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.
+INFO: 127.0.0.1:1 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "root"),
+    [
+        ("(EngineCore pid=1) ERROR 11-28 [core.py:9] ValueError: Head dimension 40", "ValueError: Head dimension 40"),
+        (
+            "(EngineCore pid=1) ERROR 11-28 [core.py:9]     assert scoring == 'softmax'\n"
+            "(EngineCore pid=1) ERROR 11-28 [core.py:9]            ^^^^^^^^^^^^^^^^^^^^\n"
+            "(EngineCore pid=1) ERROR 11-28 [core.py:9] AssertionError",
+            "AssertionError: assert scoring == 'softmax'",
+        ),
+        ("    assert scoring == 'softmax'\nAssertionError", "AssertionError: assert scoring == 'softmax'"),
+    ],
+)
+def test_what_a_server_said_is_its_root_error_and_of_a_bare_assertion_what_was_asserted(end: str, root: str) -> None:
+    assert said(TRACEBACK.format(end=end)) == f"it said: {root}"

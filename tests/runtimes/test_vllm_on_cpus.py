@@ -20,14 +20,19 @@ from featherweight.system.machine import describe
 
 HEADS = "class Backend:\n    @classmethod\n    def get_supported_head_sizes(cls):\n        return [64, 32]\n"
 REGISTRY = '_TEXT_GENERATION_MODELS = {"LlamaForCausalLM": ("llama", "L"), "MambaForCausalLM": ("mamba", "M")}\n'
+LATENT = 'class C:\n    def is_deepseek_mla(self):\n        return self.model_type in ("deepseek_v2", "kimi_k2")\n'
 FILES = {
     on_cpus.ATTENTION: HEADS,
+    on_cpus.LATENT_ATTENTION: HEADS.replace("[64, 32]", "[576]"),
+    on_cpus.LATENT_TYPES[0]: LATENT,
+    on_cpus.PLATFORM: f"raise NotImplementedError('{on_cpus.SPARSE}.')\n",
+    on_cpus.ROUTER: f"{on_cpus.SOFTMAX_ALONE}\n",
     on_cpus.REGISTRY: REGISTRY,
     "vllm/model_executor/models/llama.py": "from vllm.layers import Linear",
     "vllm/model_executor/models/mamba.py": "from vllm.layers.mamba.mamba_mixer import MambaMixer",
     "vllm/_C.abi3.so": "causal_conv1d",
 }
-CACHED = (on_cpus.widths, on_cpus.modules_by_architecture, toolchains.holds_text)
+CACHED = (on_cpus.widths, on_cpus.latent_types, on_cpus.modules_by_architecture, toolchains.holds_text)
 
 
 @pytest.fixture
@@ -60,8 +65,53 @@ def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) 
     toolchains.holds_text.cache_clear()
     (packages / "vllm" / "_C_AVX2.abi3.so").write_text("_ZN13cpu_attention13AttentionImplILNS_3ISAE1EfLl48E")
     assert refusal(num_attention_heads=4, head_dim=48) is None, "its list leaves out a width that its code computes"
-    assert refusal(num_attention_heads=4, head_dim=16, kv_lora_rank=8) is None, "compressed keys have kernels of their own"
     assert refusal(head_dim=16) is None, "no attention has no heads"
+
+
+COMPRESSED = {"num_attention_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"model_type": "deepseek_v2"}, ""),
+        ({"model_type": "deepseek_v2", "kv_lora_rank": 32}, "has heads of 576 channels, and these have 96; take another engine"),
+        ({"model_type": "minicpm3", "architectures": ["LlamaForCausalLM"]}, "has heads of 32, 64 channels, and these have 192"),
+        ({"model_type": "minicpm3", "architectures": ["LlamaForCausalLM"], "qk_nope_head_dim": 0}, ""),
+        ({"model_type": "youtu", "architectures": ["YoutuForCausalLM"]}, "has heads of 576 channels, and these have 64"),
+    ],
+)
+def test_compressed_keys_have_kernels_of_their_own_where_vllm_keeps_them_so(
+    packages: Path, told: dict[str, Any], reason: str
+) -> None:
+    """In a module of its own that does not, a head has both kinds of channels; of transformers' module it asks the rotated ones."""
+    found = refusal(**COMPRESSED | told) or ""
+    assert reason in found if reason else not found
+
+
+def test_experts_that_its_router_on_cpus_does_not_choose_as_the_model_does_are_refused(packages: Path) -> None:
+    assert refusal(model_type="ernie4_5_moe") == (
+        "vLLM's router on CPUs chooses the experts of ernie4_5_moe models without the bias that is learned for it "
+        "(e_score_correction_bias); take another engine"
+    )
+    (packages / on_cpus.ROUTER).write_text("scores = sigmoid(logits)")
+    assert refusal(model_type="ernie4_5_moe") is None
+
+
+def test_sparse_attention_is_refused_but_for_the_one_that_has_kernels_for_amx(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "and a glm_moe_dsa's at those that it has chosen" in (refusal(model_type="glm_moe_dsa", index_topk=2048) or "")
+    for features, refused in ((frozenset[str](), True), (frozenset({"amx_tile"}), False)):
+        monkeypatch.setattr(on_cpus, "describe", lambda features=features: replace(describe(), cpu_features=features))
+        assert bool(refusal(model_type="deepseek_v4", index_topk=512)) is refused
+
+
+def test_chunks_that_are_no_blocks_of_its_cache_are_refused(packages: Path) -> None:
+    chunks = {"model_type": "llama4_text", "layer_types": ["chunked_attention", "full_attention"]}
+    assert refusal(**chunks, attention_chunk_size=8192) is None
+    assert "chunks of a multiple of 128 tokens, and these have 48" in (refusal(**chunks, attention_chunk_size=48) or "")
+    assert refusal(model_type="llama4_text", layer_types=["full_attention"], attention_chunk_size=48) is None
 
 
 def test_mamba_is_refused_as_long_as_no_build_for_cpus_has_its_kernel(packages: Path) -> None:

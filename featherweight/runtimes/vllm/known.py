@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from featherweight.model.positions import rotary_switch
+from featherweight.model.positions import rotary_switch, sliding_window
 from featherweight.runtimes.refusals import SILU, activation_refusal
 from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
 from featherweight.system.toolchains import text_of
@@ -34,7 +34,7 @@ WANTED = {
 
 BACKENDS = ("_supports_attention_backend = True", "ALL_ATTENTION_FUNCTIONS.get_interface(")
 """What stands in transformers' module of a model that vLLM runs without one of its own: either will do."""
-OWN_ATTENTION = ("diffllama", "minimax")
+OWN_ATTENTION = ("diffllama", "jetmoe", "minimax")
 """Model types that say so, and compute attention by themselves in some layer, for which vLLM then has no cache."""
 
 
@@ -66,7 +66,23 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
         return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
     if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
         return "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
-    return _longrope_refusal(kind, config, tokens)
+    if kind == "hrm_text":
+        return "vLLM's hrm_text reads a prompt in both directions, and transformers from left to right; take another engine"
+    return _window_refusal(kind, config, tokens) or _longrope_refusal(kind, config, tokens)
+
+
+def float_refusal(kind: str, compute_type: str) -> str | None:
+    """Why a model type is not served in float32, which some activation of its module does not keep."""
+    if kind != "apertus" or compute_type != "float32":
+        return None
+    return "vLLM rounds the activation of an apertus (xIELU) to bfloat16; take compute_type: bfloat16, or another engine"
+
+
+def _window_refusal(kind: str, config: Any, tokens: int) -> str | None:
+    window = sliding_window(config)
+    if kind not in ("cohere2", "cohere2_moe") or window is None or tokens <= window:
+        return None
+    return f"vLLM's {kind} sees one token beyond its window of {window}; serve at most {window}, or take another engine"
 
 
 def _longrope_refusal(kind: str, config: Any, tokens: int) -> str | None:

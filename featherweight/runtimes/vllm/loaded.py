@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 600.0
 MOST_OPEN = 1000
 """Requests that its server is asked at once; it answers `max_batch` of them together, and has the others wait."""
-# What ends a Python traceback, bare or behind the prefix of vLLM's logger.
-_ERROR = re.compile(r"^(?:\(.*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+# What ends a Python traceback, bare or behind the prefix of vLLM's logger. An assertion often says nothing but itself.
+_LOGGED = r"^(?:\(.*?\] )?"
+_ERROR = re.compile(
+    rf"{_LOGGED}((?:\w+\.)*\w*(?:Error|Exception): .+)$"
+    rf"|{_LOGGED} +(?P<asserted>assert .+)\n(?:{_LOGGED}[ ^~]+\n)?{_LOGGED}AssertionError *$",
+    re.MULTILINE,
+)
 
 # Errors that only say that another one came before.
 _ECHOES = ("EngineDeadError", "See root cause above")
@@ -98,10 +103,7 @@ class VllmModel(LoadedModel):
     def _said(self) -> str:
         """The root error in the server's log, else its last line."""
         self.log.seek(0)
-        log = self.log.read().decode(errors="replace")
-        errors = [error for error in _ERROR.findall(log) if not any(echo in error for echo in _ECHOES)]
-        lines = errors or [line for line in log.splitlines() if line.strip()]
-        return f"it said: {' '.join(lines[-1].split())[:400]}" if lines else "it said nothing"
+        return said(self.log.read().decode(errors="replace"))
 
     def unload(self) -> None:
         if self.server is not None:
@@ -212,6 +214,14 @@ class VllmModel(LoadedModel):
     def peak_memory_bytes(self) -> int:
         """Sum over the server's processes; pages that they share are counted in each."""
         return 0 if self.server is None else tree_peak_bytes(self.server.pid)
+
+
+def said(log: str) -> str:
+    """What a server's log ends with: its root error, else its last line."""
+    found = (f"AssertionError: {one['asserted']}" if one["asserted"] else one[1] for one in _ERROR.finditer(log))
+    errors = [error for error in found if not any(echo in error for echo in _ECHOES)]
+    lines = errors or [line for line in log.splitlines() if line.strip()]
+    return f"it said: {' '.join(lines[-1].split())[:400]}" if lines else "it said nothing"
 
 
 def _choices(response: httpx.Response) -> Any:

@@ -6,7 +6,7 @@ Nothing is refused where its toolchain is not installed, or says it otherwise.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,20 @@ from featherweight.system.syntax import syntax_of
 from featherweight.system.toolchains import holds_text, text_of
 
 ATTENTION, REGISTRY = "vllm/v1/attention/backends/cpu_attn.py", "vllm/model_executor/models/registry.py"
+LATENT_ATTENTION = "vllm/v1/attention/backends/mla/cpu_mla.py"
+"""Of keys that are kept compressed (multi-head latent attention): it has kernels for widths of its own."""
+LATENT_TYPES = ("vllm/transformers_utils/model_arch_config_convertor.py", "is_deepseek_mla")
+"""The function that names the model types whose keys its own modules keep so."""
+PLATFORM, SPARSE = "vllm/platforms/cpu.py", "Sparse Attention is not supported on CPU"
+ROUTER, SOFTMAX_ALONE = "vllm/model_executor/layers/fused_moe/router/cpu_router.py", 'assert self.scoring_func == "softmax"'
+ROUTED_OTHERWISE = {
+    "ernie4_5_moe": "without the bias that is learned for it (e_score_correction_bias)",
+    "laguna": "by softmax alone, and not by sigmoid",
+    "minimax_m2": "by softmax alone, and not by sigmoid",
+}
+"""How its router for CPUs chooses experts of model types whose modules ask for more."""
+BLOCK = 128
+"""Tokens of a block of its cache: a chunk of attention is so many blocks."""
 TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 """Where its registry names the decoders of text that it serves, with modules of its own or with transformers'."""
 ATTENTION_KERNEL = "13AttentionImplILNS_3ISAE1EfLl{width}E"
@@ -27,7 +41,8 @@ OTHERS = "take another engine"
 
 def refusal(config: Any) -> str | None:
     """Why a model is not served from a CPU; None where it is."""
-    return _heads_refusal(config) or _scan_refusal(config)
+    refusals = (_sparse_refusal, _heads_refusal, _scan_refusal, _router_refusal, _chunk_refusal)
+    return next((reason for refused in refusals if (reason := refused(config))), None)
 
 
 def wants_bfloat16(compute_type: str) -> bool:
@@ -35,18 +50,46 @@ def wants_bfloat16(compute_type: str) -> bool:
     return compute_type == "int8" and "amx_tile" in describe().cpu_features
 
 
+def _sparse_refusal(config: Any) -> str | None:
+    """DeepSeek-V4's has kernels for CPUs with AMX."""
+    config = config.get_text_config()
+    sparse = getattr(config, "index_topk", None) and SPARSE in text_of("vllm", PLATFORM)
+    if not sparse or (config.model_type == "deepseek_v4" and "amx_tile" in describe().cpu_features):
+        return None
+    return f"vLLM's attention on CPUs looks at all tokens, and a {config.model_type}'s at those that it has chosen; {OTHERS}"
+
+
 def _heads_refusal(config: Any) -> str | None:
     """Compressed keys have kernels of their own; without attention there are no heads."""
-    config = config.get_text_config()
-    width, known = head_width(config), widths()
-    if not known or width is None or getattr(config, "kv_lora_rank", None) or not _attends(config) or _has_kernel(width):
+    architectures, config = getattr(config, "architectures", None) or (), config.get_text_config()
+    if not _attends(config):
+        return None
+    latent = _latent_width(config, architectures)
+    width, known = (latent, widths(LATENT_ATTENTION)) if latent else (_width(config), widths())
+    if not known or width is None or width in known or (not latent and _has_kernel(width)):
         return None
     return f"vLLM's attention on CPUs has heads of {', '.join(map(str, known))} channels, and these have {width}; {OTHERS}"
 
 
+def _latent_width(config: Any, architectures: Iterable[str]) -> int | None:
+    """Of compressed keys as they are kept; None where they are not. In transformers' own module it takes their heads for it."""
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank and config.model_type in latent_types():
+        return int(rank) + int(config.qk_rope_head_dim)
+    known = modules_by_architecture()
+    return head_width(config) if rank and known and not any(name in known for name in architectures) else None
+
+
+def _width(config: Any) -> int | None:
+    """Of a head, whose channels are of two kinds where its keys were compressed."""
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+    return head_width(config)
+
+
 def _has_kernel(width: int) -> bool:
     """Its list leaves out some widths that it computes, 48 among them: the compiled code knows better."""
-    return width in widths() or holds_text("vllm", KERNELS, ATTENTION_KERNEL.format(width=width))
+    return holds_text("vllm", KERNELS, ATTENTION_KERNEL.format(width=width))
 
 
 def _attends(config: Any) -> bool:
@@ -61,13 +104,40 @@ def _scan_refusal(config: Any) -> str | None:
     return f"vLLM's build for CPUs has no kernel for the scans of {config.model_type} models (Mamba); {OTHERS}"
 
 
+def _router_refusal(config: Any) -> str | None:
+    otherwise = ROUTED_OTHERWISE.get(config.get_text_config().model_type)
+    if otherwise is None or SOFTMAX_ALONE not in text_of("vllm", ROUTER):
+        return None
+    return f"vLLM's router on CPUs chooses the experts of {config.model_type} models {otherwise}; {OTHERS}"
+
+
+def _chunk_refusal(config: Any) -> str | None:
+    config = config.get_text_config()
+    chunk = getattr(config, "attention_chunk_size", None)
+    if not chunk or chunk % BLOCK == 0 or "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
+        return None
+    return f"vLLM's attention on CPUs has chunks of a multiple of {BLOCK} tokens, and these have {chunk}; {OTHERS}"
+
+
 @cache
-def widths() -> tuple[int, ...]:
-    """Of the heads that its attention has kernels for, ascending; none where nobody says."""
-    functions = (node for node in ast.walk(syntax_of(text_of("vllm", ATTENTION))) if isinstance(node, ast.FunctionDef))
-    asked = (function for function in functions if function.name == "get_supported_head_sizes")
-    said = (one.value for function in asked for one in function.body if isinstance(one, ast.Return))
+def widths(file: str = ATTENTION) -> tuple[int, ...]:
+    """Of the heads that an attention of its has kernels for, ascending; none where nobody says."""
+    said = (one.value for one in _nodes_of(file, "get_supported_head_sizes") if isinstance(one, ast.Return))
     return tuple(sorted({width for value in said if isinstance(value, ast.List) for width in ast.literal_eval(value)}))
+
+
+@cache
+def latent_types() -> frozenset[str]:
+    """The model types whose keys its own modules keep compressed; none where nobody says."""
+    compared = (one for one in _nodes_of(*LATENT_TYPES) if isinstance(one, ast.Compare) and isinstance(one.ops[0], ast.In))
+    named = (one.comparators[0] for one in compared if isinstance(one.comparators[0], ast.Tuple))
+    return frozenset(name for names in named for name in ast.literal_eval(names))
+
+
+def _nodes_of(file: str, function: str) -> Iterator[ast.AST]:
+    """What the functions of a name in one of its files are made of."""
+    functions = (node for node in ast.walk(syntax_of(text_of("vllm", file))) if isinstance(node, ast.FunctionDef))
+    return (node for one in functions if one.name == function for node in ast.walk(one))
 
 
 @cache

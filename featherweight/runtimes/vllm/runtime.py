@@ -21,7 +21,7 @@ from featherweight.runtimes.refusals import (
 )
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm import capabilities, on_cpus, parallel
-from featherweight.runtimes.vllm.known import left_out_refusal, unknown_refusal
+from featherweight.runtimes.vllm.known import float_refusal, left_out_refusal, unknown_refusal
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
@@ -152,7 +152,7 @@ class Vllm(Runtime[VllmSpec]):
             )
         kind = model.facts.model_type
         left_out = left_out_refusal(kind, model.config.get_text_config(), model.max_tokens)
-        if reason := left_out or unknown_refusal(kind, model.config):
+        if reason := left_out or float_refusal(kind, spec.compute_type) or unknown_refusal(kind, model.config):
             return reason
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
