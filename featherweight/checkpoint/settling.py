@@ -231,8 +231,14 @@ def _first_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
 
 
 def _heeds(config: Any, tied: bool) -> bool:
-    """Whether a config of this kind lets itself be told that the head is tied, or is not."""
-    return type(config).from_dict(config.to_dict() | {"tie_word_embeddings": tied}).tie_word_embeddings is tied
+    """Whether a config of this kind lets itself be told that the head is tied, or is not. Some (DBRX) refuse it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        told = type(config).from_dict(config.to_diff_dict() | {"tie_word_embeddings": tied})
+    except StrictDataclassError:
+        return False
+    return told.tie_word_embeddings is tied
 
 
 def _unwrapped(names: list[str], model: Any) -> dict[str, str]:

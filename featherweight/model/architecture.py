@@ -256,8 +256,14 @@ def family_of(config: PreTrainedConfig) -> Family:
         return "seq2seq"
     kinds = getattr(config, "architectures", None) or []
     one_way = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-    bidirectional = any(kind.endswith(tuple(_HEADS)) for kind in kinds)
+    bidirectional = any(kind.endswith(tuple(_HEADS)) for kind in kinds) or _fills_masks(config)
     return "encoder" if bidirectional or (not one_way and _reads_both_ways(config)) else "causal"
+
+
+def _fills_masks(config: PreTrainedConfig) -> bool:
+    """Whether a class that stands for both ways of reading (XLM's, FlauBERT's) reads whole texts, as its configuration says."""
+    kinds = getattr(config, "architectures", None) or []
+    return any(kind.endswith("WithLMHeadModel") for kind in kinds) and not getattr(config, "causal", True)
 
 
 def encoder_classes(config: PreTrainedConfig) -> tuple[str | None, str | None]:
@@ -311,6 +317,8 @@ def task_of(config: PreTrainedConfig) -> Task:
     family, kinds = family_of(config), getattr(config, "architectures", None) or []
     if family != "encoder":
         return "text-generation" if family == "causal" else "text2text-generation"
+    if _fills_masks(config):
+        return "fill-mask"
     named = (task for ending, task in _HEADS.items() if any(kind.endswith(ending) for kind in kinds))
     return next(named, "feature-extraction" if kinds else "fill-mask")
 

@@ -25,21 +25,27 @@ NOT_LEFT_TO_RIGHT = {
     "cpmant": "reads the texts that follow",
     "moshi": "reads the texts that follow",
     "xlnet": "reads the texts that follow",
+    "recurrent_gemma": "keeps what it has read in itself, and hands none of it over",
     "doge": "writes other texts with its cache than without",
     "rwkv": "takes one text at a time, and computes something else for several",
 }
 """What decoders do, in transformers 5.17's own code, that leaves nothing to hold an engine to."""
+NOT_TAKEN = {
+    "perceiver": "answers at as many places as it was made for, however short a text is",
+    "prophetnet": "writes no text: it refuses the positions of its own cache",
+}
+"""What encoders and encoder-decoders do there that leaves nothing either."""
 
 
 def decoder_refusal(config: PreTrainedConfig) -> str | None:
     """Why a model that is to write texts cannot be taken: it does not read from left to right, or not in one way only."""
     kind = config.model_type
+    if kind in NOT_TAKEN:
+        return f"transformers' {kind} model {NOT_TAKEN[kind]}; take another"
     if family_of(config) != "causal":
         return None
     if refusal := _encoder_refusal(config):
         return refusal
-    if kind == "xlm" and not getattr(config, "causal", False):
-        return "as config.json describes it (causal: false) an xlm model reads the texts that follow"
     return f"transformers' {kind} model {NOT_LEFT_TO_RIGHT[kind]}; take another" if kind in NOT_LEFT_TO_RIGHT else None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from featherweight.model.architecture import auto_names, family_of, task_of
 from featherweight.model.decoding import (
     CACHES,
     WITHOUT_KEYS_AND_VALUES,
@@ -65,9 +66,12 @@ def test_the_model_types_without_keys_and_values_are_those() -> None:
         ("bert", "BertForMaskedLM", {}, None),
         ("bart", "BartForCausalLM", {"is_encoder_decoder": False}, None),
         ("xlnet", "XLNetLMHeadModel", {}, "xlnet model reads the texts that follow"),
-        ("xlm", "XLMWithLMHeadModel", {}, "causal: false"),
+        ("xlm", "XLMWithLMHeadModel", {}, None),
         ("xlm", "XLMWithLMHeadModel", {"causal": True}, None),
         ("rwkv", "RwkvForCausalLM", {}, "takes one text at a time"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM", {}, "hands none of it over"),
+        ("prophetnet", "ProphetNetForConditionalGeneration", {}, "writes no text"),
+        ("perceiver", "PerceiverForMaskedLM", {}, "at as many places as it was made for"),
         ("gpt2", "GPT2LMHeadModel", {}, None),
     ],
 )
@@ -99,3 +103,11 @@ def test_layers_with_a_window_need_its_width(told: dict[str, Any], reason: str |
     found = windows_refusal(AutoConfig.for_model("qwen2", num_hidden_layers=2, layer_types=kinds, **told))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
+
+
+@pytest.mark.parametrize("kind", ["flaubert", "xlm"])
+def test_a_class_that_stands_for_both_ways_of_reading_is_what_its_configuration_says(kind: str) -> None:
+    config = AutoConfig.for_model(kind, architectures=[auto_names().MODEL_FOR_MASKED_LM_MAPPING_NAMES[kind]])
+    assert (family_of(config), task_of(config)) == ("encoder", "fill-mask")
+    config.causal = True
+    assert (family_of(config), task_of(config)) == ("causal", "text-generation")
