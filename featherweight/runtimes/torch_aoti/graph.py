@@ -59,6 +59,10 @@ class NoCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
+    @property
+    def is_initialized(self) -> bool:
+        return False
+
 
 class Decoder(nn.Module):
     """The logits of the new tokens `kept` of ids [batch, tokens], which go to `places` of the cache.
