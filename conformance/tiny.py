@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.families import ALONE, families
+from conformance.sizes import CONTEXT, HEAD, HEADS, HIDDEN, ORIGINAL, SIZES, SPECIAL
 from featherweight.model.architecture import Family
+from featherweight.model.decoding import NOT_TAKEN
 from featherweight.spec import HEADED, Task
 from featherweight.text.documents import Document, write_documents
 from tests.support.tokenizers import byte_level
@@ -19,78 +21,8 @@ from tests.support.tokenizers import byte_level
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-CONTEXT, WINDOW, ORIGINAL = 256, 48, 64
-"""Positions that a model was made for; how far back sliding layers see; where scaled rotary embeddings begin to be others."""
-HIDDEN, HEADS, KEY_HEADS, HEAD, INNER = 128, 4, 2, 32, 192
-
 LARGEST = 30_000_000
 """Weights of a tiny checkpoint at most."""
-
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embed_dim"), HIDDEN),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff", "ffn_hidden_size"), INNER),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_intermediate_size", "intermediate_size_mlp"), INNER),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), HEADS),
-    "decoder_attention_heads": HEADS,
-    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), KEY_HEADS),
-    **dict.fromkeys(("head_dim", "d_kv", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "swa_head_dim"), HEAD),
-    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), CONTEXT),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), HEAD),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **{"query_pre_attn_scalar": 48, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
-    **{"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
-    **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0},
-}
-"""What any configuration is told that knows the name. Scalars that are neutral by default are not here."""
-
-PART = {
-    name: SIZES[name]
-    for name in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "sliding_window",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-    )
-}
-PART |= {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": 320}  # fmt: skip
-"""One of the two stacks that some encoder-decoders describe each by itself."""
-
-SPECIAL: dict[str, dict[str, Any]] = {
-    "mamba": {"num_hidden_layers": 2, "expand": 2, "time_step_rank": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 2, "expand": 2, "chunk_size": 32},
-    "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
-    "gpt_oss": {"rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}},
-    "gpt_bigcode": {"multi_query": True},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "m2m_100": {"decoder_start_token_id": 1},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "falcon_h1": {"mamba_d_ssm": 256},
-    "bamba": {"attn_layer_indices": [1]},
-    "t5gemma": {"encoder": PART, "decoder": PART},
-}  # fmt: skip
-"""What else a model type has to be told."""
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 BANDS = {"short_factor": [1 + index / 10 for index in range(16)], "long_factor": [2.0 + index for index in range(16)]}
@@ -168,6 +100,8 @@ TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, another activation": ("gpt2", {"activation_function": "relu"}),
     "gpt2, wider inside": ("gpt2", {"n_inner": 320}),
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
+    "deepseek_v2, keys as wide as DeepSeek's": ("deepseek_v2", {"kv_lora_rank": 512, "qk_rope_head_dim": 64}),
+    "minicpm3, heads of 64": ("minicpm3", {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32}),
     "t5, gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }  # fmt: skip
 """Traits that no default of a model type shows: (model type, what its configuration says)."""
@@ -242,8 +176,9 @@ def _require_tiny(case: Case, config: PreTrainedConfig) -> None:
 
 
 def made_with(case: Case) -> str:
-    """What a checkpoint is made with: its case, this file, and what knows its classes."""
+    """What a checkpoint is made with: its case, its sizes, this file, and what knows its classes."""
     told = [case.name, case.model_type, case.head, sorted(case.changes.items(), key=str), version("transformers")]
+    told += [SIZES, SPECIAL.get(case.model_type)]
     return hashlib.sha256(repr(told).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
@@ -308,8 +243,8 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 
 def _spread_head(model: PreTrainedModel) -> None:
     """T5's own head about as a tied one is scaled: logits of many nats would tell of nothing but their size."""
-    if "t5" in model.config.model_type and hasattr(model, "lm_head") and not getattr(model.config, "scale_decoder_outputs", False):
-        head: Any = model.lm_head
+    head: Any = getattr(model, "lm_head", None)
+    if "t5" in model.config.model_type and hasattr(head, "weight") and not getattr(model.config, "scale_decoder_outputs", False):
         head.weight.mul_(HIDDEN**-0.5 / 2)
 
 
@@ -317,7 +252,7 @@ def _give_ends(case: Case, model: Any, folder: Path, tokenizer: Any) -> None:
     """Two ends in generation_config.json, one of which the model writes after a while."""
     import torch
 
-    if case.kind == "encoder":
+    if case.kind == "encoder" or case.model_type in NOT_TAKEN:
         return
     ids = torch.tensor([tokenizer(TEXT).input_ids[:5]])
     with torch.inference_mode():

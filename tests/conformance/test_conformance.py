@@ -21,7 +21,8 @@ from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, TOKENS, Folders
 from conformance.families import families
 from conformance.outcome import Matrix, Outcome
 from conformance.page import page
-from conformance.tiny import HEAD, WINDOW, Case, cases, configuration, make
+from conformance.sizes import HEAD, WINDOW
+from conformance.tiny import Case, cases, configuration, make
 from featherweight.errors import CheckpointError, ParityError, RecipeError, ToolchainError
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
