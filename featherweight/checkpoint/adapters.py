@@ -25,11 +25,13 @@ from featherweight.checkpoint.files import (
     read_json,
 )
 from featherweight.checkpoint.inspection import quiet
-from featherweight.checkpoint.opening import load_model
+from featherweight.checkpoint.opening import load_config, load_model
 from featherweight.checkpoint.saving import copy_companions, save_model
+from featherweight.checkpoint.sentence_files import MODULES
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import read_shapes, saving
 from featherweight.errors import CheckpointError, reason
+from featherweight.model.architecture import task_of
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,6 +47,16 @@ NEVER_MERGED = {
     "alora_invocation_tokens": "takes effect behind certain tokens alone (aLoRA)",
 }
 """Settings of a LoRA that no weights of its base stand for."""
+MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which peft, as it loads a LoRA, takes from the base what its factors began with."""
+DRAWN = ("pissa_niter", "corda", "lora_ga")
+"""Those that are drawn, or reckoned from a text, so that it takes something else each time."""
+HEADS: Mapping[str, str] = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+"""What a base with the head is for that peft was given, by what it calls the task."""
 BESIDE = r"(?!weight$|base_layer\.|modules_to_save\.|token_adapter\.)"
 """What an adapter's file says of a module that it has not trained two factors for."""
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
@@ -81,6 +93,7 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
     """Write to `out` the model in `base` with the adapter's weights added: float32, with the adapter's tokenizer if it has one."""
     weights = adapter_weights(adapter, spec)
     listing = Listing.of(base)
+    require_same_use(adapter, load_config(base))
     require_factors(adapter, read_shapes(listing, base, find_weights(listing)))
     progress.note(f"merging the adapter into {spec.base or 'its base'}")
     merged = _merged(load_model(base), adapter, weights)
@@ -122,9 +135,36 @@ def _require_settings(adapter: Path, told: Mapping[str, Any]) -> None:
         value = told.get(key, 1)
         if not isinstance(value, kinds) or isinstance(value, bool) or (key == "r" and value < 1):
             raise CheckpointError(f"{where}: {key} is {value!r}, and a LoRA's is {wanted}; copy it again")
+    if initialized(told).startswith(DRAWN):
+        raise CheckpointError(
+            f"{where}: init_lora_weights is {initialized(told)}, which peft makes anew, and not the same, when it loads the "
+            "adapter; save it with path_initial_model_for_weight_conversion"
+        )
     if never := next((key for key in NEVER_MERGED if told.get(key)), None):
         raise CheckpointError(
             f"{where}: the adapter {NEVER_MERGED[never]} ({never}), and so cannot be merged; train a plain LoRA, or give the base"
+        )
+
+
+def initialized(told: Mapping[str, Any]) -> str:
+    """What a LoRA's factors began with, by its settings; '' where that is peft's usual."""
+    begun = told.get("init_lora_weights")
+    return begun.lower() if isinstance(begun, str) else ""
+
+
+def require_same_use(adapter: Path, config: Any) -> None:
+    """Refuse an adapter that was trained under a head that its base, of this `config`, does not have."""
+    listing, task = Listing.of(adapter), task_of(config)
+    wanted = HEADS.get(str(read_json(listing, ADAPTER).get("task_type")), task)
+    if wanted != task:
+        raise CheckpointError(
+            f"{adapter}: the adapter is one for {wanted}, and its base is for {task}: the head is the adapter's own; merge it "
+            "where its labels are known (AutoPeftModelFor....from_pretrained(..., num_labels=...).merge_and_unload()) and save that"
+        )
+    if MODULES in listing.sizes:
+        raise CheckpointError(
+            f"{adapter}: sentence-transformers saved this adapter, and its files say how vectors are made; call merge_and_unload() "
+            "on the model that it opens, save that, and give its folder"
         )
 
 

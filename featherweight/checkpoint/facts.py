@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors
+from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors, require_same_use
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.dry_run import require_loadable
 from featherweight.checkpoint.fetching import look_at
@@ -214,5 +214,6 @@ def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     adapter_weights(found, spec)
     plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
     facts = facts_for_any_task(spec.model_copy(update=plain))
+    require_same_use(found, facts.config)
     require_factors(found, facts.shapes)
     return replace(facts, quantized=None, grids=dict[str, Grid](), sparse=False)

@@ -48,7 +48,7 @@ COMPANIONS = (
     *("merges.txt", "bpe.codes", "encoder.json", "target.spm", "target_vocab.json", "vocab-tgt.json"),
     *("emoji.json", "normalizer.json", "byte_maps.json", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
     "[0-9]_*/model.safetensors",
     *(f"{KEPT_ADAPTERS}/*/{name}" for name in (ADAPTER, ADAPTER_WEIGHTS[0])),
 )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import factors
+from featherweight.checkpoint.adapters import MOVED, factors, initialized
 from featherweight.checkpoint.fetching import WORK, look_at, source_of
 from featherweight.checkpoint.files import (
     ADAPTER,
@@ -94,6 +94,8 @@ def _beyond(told: Mapping[str, Any]) -> str | None:
         return f"adapters of type {told.get('peft_type')} are not kept beside a model, LoRA's alone are"
     if told.get("bias", "none") != "none":
         return "it has trained biases, which are not kept beside a model"
+    if initialized(told).startswith(MOVED):
+        return f"it takes from the base's weights what it began with (init_lora_weights: {initialized(told)})"
     beyond = next((key for key in BEYOND if told.get(key)), None)
     return beyond and f"it says {beyond}, which no engine takes beside a model"
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, find_weights, read_header, read_json
+from featherweight.checkpoint.files import CONFIG, INDEX, TOKENIZER_CONFIG, WEIGHTS, Listing, find_weights, read_header, read_json
 from featherweight.checkpoint.generation_faults import require_followable
 from featherweight.checkpoint.quantized_formats import method_of, require_packed, require_readable
 from featherweight.errors import CheckpointError
@@ -29,9 +29,10 @@ def require_sane(listing: Listing) -> None:
 
     Only headers and JSON are read, and nothing is built.
     """
+    told = read_json(listing, CONFIG)
+    _require_usual(listing, told)
     header = _header(listing)
     tensors = None if header is None else len(header)
-    told = read_json(listing, CONFIG)
     _require_plain(listing, header or {})
     if method_of(told) is not None:
         require_readable(told, listing.where)
@@ -55,6 +56,16 @@ def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
     name = told.get(key)
     if key and (not isinstance(name, str) or name.removeprefix("torch.") not in TYPES):
         raise CheckpointError(f"{listing.where}/{CONFIG}: {key} is {name!r}, and must be one of {', '.join(TYPES)}, or left out")
+
+
+def _require_usual(listing: Listing, told: Mapping[str, Any]) -> None:
+    """Refuse weights that lie under a name of their own, which engines do not look for."""
+    if named := told.get("transformers_weights"):
+        usual = INDEX if str(named).endswith(".json") else WEIGHTS
+        raise CheckpointError(
+            f"{listing.where}/{CONFIG} says that the weights are {named} (transformers_weights); call that file {usual}, and take "
+            "the entry out"
+        )
 
 
 def _require_number(where: str, key: str, number: float, tensors: int | None) -> None:

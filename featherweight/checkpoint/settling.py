@@ -40,6 +40,12 @@ PARALLEL, ADAPTED = "module", "base_model.model"
 """What DistributedDataParallel puts before all of them, and peft, whose adapters may have been merged since."""
 
 
+AS_RUN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "chunk_size_feed_forward": 0}
+"""What a model is to give beside its logits, and in what form: nothing is read here but them, which are the same."""
+CODE = ("attn_implementation", "_attn_implementation", "experts_implementation")
+"""Entries of config.json of whose code is to compute it, which may not be on this machine; an engine has its own."""
+
+
 HEAD = {
     False: "config.json ties the head to the embedding, and the weights hold a head of their own, which is kept",
     True: "config.json has a head of its own, and the weights hold none: the embedding is the head",
@@ -163,6 +169,7 @@ def _skeleton(folder: Path, spec: LoadSpec, weights: Weights) -> tuple[PreTraine
 
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        config._attn_implementation = config._experts_implementation = None
         listing = Listing.of(folder)
         head, note = head_changes(listing, config, read_shapes(listing, folder, weights))
         for name, value in head.items():
@@ -176,7 +183,7 @@ def _skeleton(folder: Path, spec: LoadSpec, weights: Weights) -> tuple[PreTraine
 def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any], note: str | None) -> Settlement:
     config, renamed = read_config(stored.folder), stored.renamed
     notes: list[str] = [note] if note else []
-    changes: dict[str, Any] = dict(head) | _decoder_start(stored.folder, model.config)
+    changes: dict[str, Any] = dict(head) | _decoder_start(stored.folder, model.config) | as_run(config)
     if renamed:
         first, read = next(iter(renamed.items()))
         notes.append(f"{len(renamed)} tensors take the names that transformers reads them under: {first} is {read}")
@@ -190,6 +197,12 @@ def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any],
         changes["tie_word_embeddings"] = tied
         notes.append(HEAD[tied])
     return Settlement(renamed, stored.values, changes, tuple(notes))
+
+
+def as_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json has to say otherwise of how the model runs."""
+    told = {name: value for name, value in AS_RUN.items() if name in config and config[name] != value}
+    return told | {name: None for name in CODE if config.get(name) is not None}
 
 
 def _decoder_start(folder: Path, config: Any) -> dict[str, int]:

@@ -333,7 +333,31 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
         return f"it is the encoder of an encoder-decoder alone ({kinds[0]}), which is not taken; give the whole model"
     if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and not _reads_both_ways(config):
         return f"it labels texts with a decoder ({kinds[0]}); of such models only encoders are taken"
+    if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and (reason := _labels_refusal(config)):
+        return reason
+    named = scored_by(config)
+    if named and config.num_labels == 1 and not named.endswith(ACTIVATIONS):
+        return f"its scores go through {named}, which is not done here; known: {', '.join(ACTIVATIONS)}"
     return None
+
+
+def _labels_refusal(config: PreTrainedConfig) -> str | None:
+    """That labels have no name, so that transformers' pipelines fail as soon as one of them is the likeliest."""
+    numbers = sorted(int(number) for number in getattr(config, "id2label", None) or ())
+    if numbers == list(range(len(numbers))):
+        return None
+    found = ", ".join(map(str, numbers[:8]))
+    return f"id2label names the labels {found}, and there are 0 to {len(numbers) - 1}; name each of them in config.json"
+
+
+ACTIVATIONS = ("Sigmoid", "Identity")
+"""What sentence-transformers puts behind a cross-encoder of one label, as far as that is done here; the first by itself."""
+
+
+def scored_by(config: PreTrainedConfig) -> str:
+    """The activation that a cross-encoder's config names, as releases of sentence-transformers from 4.0 on and before wrote it."""
+    told = getattr(config, "sentence_transformers", None) or {}
+    return str(told.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or "")
 
 
 def medium_refusal(config: PreTrainedConfig) -> str | None:
@@ -407,8 +431,23 @@ def _auto_encoder() -> Any:
 def without_pooler(model: Any) -> Any:
     """The same base model, its pooler gone."""
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        model.pooler = _nothing() if model.config.model_type in POOLS_ALWAYS else None
     return model
+
+
+POOLS_ALWAYS = ("layoutlm", "squeezebert")
+"""Model types that call their pooler without asking whether there is one."""
+
+
+def _nothing() -> Any:
+    """A module that answers None to whatever it is given."""
+    from torch import nn
+
+    class Nothing(nn.Module):
+        def forward(self, *_: Any) -> None:
+            return None
+
+    return Nothing()
 
 
 LOOKS_AHEAD = ("umt5",)

@@ -107,6 +107,16 @@ def by_label(config: PreTrainedConfig) -> bool:
     return config.num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
 
 
+BEYOND_THE_MASK = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "xlnet", "yoso")
+"""Model types that answer a text otherwise where padding stands behind it, masked or not: convolutions, Fourier transforms,
+landmarks and summaries reach into it (transformers 5.17)."""
+
+
+def takes_padding(config: PreTrainedConfig) -> bool:
+    """Whether texts of several lengths may be answered together."""
+    return config.model_type not in BEYOND_THE_MASK
+
+
 def says_a_number(config: PreTrainedConfig) -> bool:
     """Whether its answer is one number on a scale of its own, as of similarity or stars, and no label."""
     return config.num_labels == 1 and getattr(config, "problem_type", None) == "regression"

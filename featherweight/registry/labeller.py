@@ -9,7 +9,7 @@ from typing import Any
 
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import DataError
-from featherweight.model.architecture import task_of
+from featherweight.model.architecture import scored_by, task_of
 from featherweight.model.heads import by_label
 from featherweight.model.positions import context_tokens
 from featherweight.registry.entities import entities
@@ -116,9 +116,7 @@ def scored(config: Any, rows: Rows) -> dict[str, Any]:
 
 def _without_activation(config: Any) -> bool:
     """Whether sentence-transformers gives this cross-encoder's logit as its score."""
-    told = getattr(config, "sentence_transformers", None) or {}
-    named = told.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or ""
-    return config.num_labels == 1 and str(named).endswith("Identity")
+    return config.num_labels == 1 and scored_by(config).endswith("Identity")
 
 
 def _sigmoid(logit: float) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import task_of
-from featherweight.runtimes.interface import Tokens, alike, by_shape, windows_at_once
+from featherweight.model.heads import takes_padding
+from featherweight.runtimes.interface import Tokens, alike, by_length, by_shape, windows_at_once
 from featherweight.text.model_inputs import IGNORED, window_inputs
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def label_logprobs(logits: Tensor, labels: Tensor) -> list[list[float]]:
 def answered(
     config: Any, most: int, ids: Tokens, types: Tokens, answers: Callable[[Tokens, Tokens], Tensor]
 ) -> list[list[list[float]]]:
-    """Vectors or labels of each sequence. Those of like lengths go to `answers` together, `most` at once, which pads and masks."""
+    """Vectors or labels of each sequence. Those of like lengths go to `answers` together, `most` at once, which pads and masks;
+    only those of one length where the model sees padding."""
     found: list[list[list[float]]] = [[] for _ in ids]
     by_tokens = task_of(config) == "token-classification"
-    for batch in alike(ids, most):
+    for batch in (alike if takes_padding(config) else by_length)(ids, most):
         rows = answers([ids[index] for index in batch], [types[index] for index in batch]).tolist()
         for index, row in zip(batch, rows, strict=True):
             found[index] = row[: len(ids[index])] if by_tokens else row

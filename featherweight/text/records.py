@@ -136,6 +136,8 @@ def _parts(record: Record, data: DataSpec) -> Iterable[Record]:
         words = data.label is not None and _are_words(value[data.field])
         return _columns(record, data) if isinstance(value[data.field], (list, dict)) and not words else [record]
     lists = {key: items for key, items in value.items() if isinstance(items, list) and items and _are_records(items)}
+    if any(isinstance(items, list) and items and not _are_records(items) for items in value.values()):
+        lists = {key: items for key, items in lists.items() if not isinstance(items[0], str)}  # names of what stands in the others
     if len(lists) > 1:
         raise DataError(
             f"{record.name} {record.where} has several lists that could be meant ({listed(lists)}); keep one of them in the file"

@@ -20,6 +20,7 @@ from featherweight.errors import CheckpointError
 from featherweight.runtimes.parity import load_reference
 from tasks.load import load
 from tests.support.families import family_checkpoint, lora_folder
+from tests.support.heads import sentence_files
 
 IDS = torch.tensor([[1, 7, 20, 8, 8, 29, 4]])
 
@@ -171,6 +172,8 @@ def test_an_adapter_for_another_model_is_refused_in_a_line(adapter: Path, tmp_pa
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": None}, "lora_alpha is None, and a LoRA's is a number"),
         ({"r": 99}, r"is of rank \d+, and adapter_config\.json says 99"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4, which peft makes anew, and not the same"),
+        ({"task_type": "SEQ_CLS"}, r"one for text-classification, and its base is for text-generation: .*merge_and_unload\(\)"),
         ({"base_model_name_or_path": "."}, "is named as its own base model; set checkpoint.base"),
     ],
 )
@@ -184,6 +187,14 @@ def test_settings_that_peft_stumbles_over_are_told_in_the_plan(
     with pytest.raises(CheckpointError, match=reason) as error:
         read_facts(LoadSpec(source=str(folder)))
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_that_makes_vectors_of_its_base_is_refused(adapter: Path, tmp_path: Path, out: Path) -> None:
+    """As sentence-transformers saves one: the base alone says nothing of vectors."""
+    folder = sentence_files(Path(shutil.copytree(adapter, tmp_path / "vectors")))
+    with pytest.raises(CheckpointError, match="sentence-transformers saved this adapter") as error:
+        read_facts(LoadSpec(source=str(folder)))
+    assert str(error.value) == refusal(folder, out)
 
 
 def test_an_adapter_that_peft_would_leave_out_is_refused(adapter: Path, tmp_path: Path, out: Path) -> None:

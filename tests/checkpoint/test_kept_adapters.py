@@ -71,6 +71,7 @@ def test_another_adapter_is_another_checkpoint(base: Path, adapters: dict[str, P
     [
         ({"use_dora": True}, "it says use_dora, which no engine takes beside a model; merge it instead: checkpoint.source is"),
         ({"bias": "all"}, "it has trained biases"),
+        ({"init_lora_weights": "pissa"}, "it takes from the base's weights what it began with (init_lora_weights: pissa)"),
         ({"peft_type": "IA3"}, "adapters of type IA3 are not kept beside a model, LoRA's alone are; merge it instead"),
     ],
 )

@@ -48,6 +48,12 @@ def rewritten(path: Path, *keys: str, value: Any) -> None:
         ("generation_config.json", ["stop_strings"], [], "stop_strings"),
         ("generation_config.json", ["num_beams"], 0, "num_beams is 0"),
         ("generation_config.json", ["pad_token_id"], [0], r"pad_token_id is \[0\]"),
+        (
+            "config.json",
+            ["transformers_weights"],
+            "other.safetensors",
+            r"\(transformers_weights\); call that file model.safetensors",
+        ),
         ("tokenizer.json", ["model", "vocab", "far"], 10**9, "tokenizer.json has the token id 1000000000"),
         ("tokenizer.json", ["added_tokens"], [{"id": 10**9, "content": "far"}], "tokenizer.json has the token id 1000000000"),
     ],

@@ -205,6 +205,17 @@ def test_constants_that_were_stored_once_are_no_strangers(kind: str, tmp_path: P
     assert torch.equal(logits(out), expected)
 
 
+def test_how_a_model_runs_is_left_to_who_runs_it(tmp_path: Path, out: Path) -> None:
+    """Code that is not on this machine, outputs beside the logits, or these in another form."""
+    folder = llama(tmp_path / "found", tied=True)
+    wanted = logits(folder)
+    configure(folder, attn_implementation="flash_attention_2", return_dict=False, output_hidden_states=True)
+    taken(folder, out)
+    told = json.loads((out / "config.json").read_text())
+    assert (told["attn_implementation"], told["return_dict"], told["output_hidden_states"]) == (None, True, False)
+    assert torch.equal(logits(out), wanted)
+
+
 def test_a_renamed_checkpoint_is_quantized(tmp_path: Path, out: Path) -> None:
     """quantize said "no Linear weights", naming a path that was not the user's."""
     folder = llama(tmp_path / "source", tied=True)

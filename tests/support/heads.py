@@ -84,8 +84,11 @@ def sentence_files(folder: Path, normalize: bool = True, **pooling: Any) -> Path
     """What sentence-transformers writes beside a model: the mean of all tokens, at length 1, unless told otherwise."""
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     paths = [f"{place}_{kind}" if place else "" for place, kind in enumerate(modules)]
-    kinds = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in zip(paths, modules, strict=True)]
-    (folder / "modules.json").write_text(json.dumps(kinds))
+    listed = [
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for place, (path, kind) in enumerate(zip(paths, modules, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "1_Pooling").mkdir(exist_ok=True)
     told = pooling or {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(told))

@@ -270,6 +270,79 @@ def test_several_texts_at_once_are_answered_as_each_alone(
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=0.02 if engine == "torch-dynamic" else 1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["convbert", "fnet", "mobilebert", "nystromformer"])
+def test_texts_are_not_padded_where_a_model_sees_padding(model_type: str) -> None:
+    """transformers' own answers to a text alone; beside a longer one its masked padding changes them."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from featherweight.runtimes.batched import answered
+    from featherweight.text.examples import packed_inputs
+
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "embedding_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    bottleneck = {"intra_bottleneck_size": 32, "num_feedforward_networks": 1} if model_type == "mobilebert" else {}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes | bottleneck, architectures=["Model"])).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    ids = [[7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [9, 8, 7]]
+
+    def read(rows: list[list[int]], types: list[list[int]]) -> Any:
+        inputs = packed_inputs(model.config, rows, types)
+        known = {"input_ids", "token_type_ids"} if model_type == "fnet" else inputs
+        with torch.no_grad():
+            return model(**{name: tensor for name, tensor in inputs.items() if name in known}).last_hidden_state
+
+    types = [[0] * len(row) for row in ids]
+    together = answered(model.config, 8, ids, types, lambda rows, types: read(rows, types)[:, :3])
+    for ours, row in zip(together, ids, strict=True):
+        assert torch.allclose(torch.tensor(ours), read([row], [[0] * len(row)])[0, :3], atol=1e-6)
+    assert not torch.allclose(read(ids, types)[0, :3], read(ids[:1], types[:1])[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["layoutlm", "squeezebert"])
+def test_what_is_pooled_without_being_asked_for_is_left_out(model_type: str) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from featherweight.model.architecture import auto_class
+
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "embedding_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(model_type, **sizes, architectures=["Model"])
+    with torch.no_grad():
+        found = auto_class(config).from_config(config)(input_ids=torch.tensor([[7, 8, 9]]))
+    assert found.last_hidden_state.shape == (1, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("told", "wrong"),
+    [
+        ({"id2label": {1: "bad", 2: "good"}}, "id2label names the labels 1, 2, and there are 0 to 1"),
+        ({"num_labels": 1, "sbert_ce_default_activation_function": "torch.nn.Tanh"}, "its scores go through torch.nn.Tanh"),
+    ],
+)
+def test_labels_that_cannot_be_answered_are_told_by_the_config(told: dict[str, Any], wrong: str) -> None:
+    from transformers import BertConfig
+
+    from featherweight.model.architecture import head_refusal
+
+    assert wrong in str(head_refusal(BertConfig(architectures=["BertForSequenceClassification"], **told)))
+
+
 def test_a_scale_that_is_wrong_fails_parity(checkpoint: Any, text: Any, tmp_path: Path, in_process: None) -> None:
     from featherweight.errors import ParityError
     from featherweight.runtimes.answer_parity import AnswerReference

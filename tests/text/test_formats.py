@@ -162,6 +162,11 @@ def archive(make: Callable[..., object]) -> bytes:
         ("a.parquet", parquet({"text": [1, 2]}), r"a.parquet row 1 has no text under 'text' \(it holds a number\)"),
         ("a.parquet", parquet({"text": ["x"]})[:-9], r"cannot read a.parquet as Parquet"),
         ("a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', r"a.json line 1 has several lists .*\(test, train\)"),
+        (
+            "a.json",
+            '{"columns": ["text"], "data": [["a"], ["b"]]}',
+            r"no text under 'text' \(found: columns, data\); set data.field",
+        ),
         ("a.json", '{"body": "a", "id": 1}', r"a.json line 1 has no text under 'text' \(found: body, id\); set data.field"),
         ("a.json", '[{"text": "a"},\n{"text": null}]', r"a.json item 2 \(line 2\) has no text under 'text' \(it holds null\)"),
         ("a.json", '[{"text": "a"},\n{"text": "b"', r"a.json line 2 is not JSON: Expecting ',' delimiter"),
