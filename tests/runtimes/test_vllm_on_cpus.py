@@ -101,7 +101,7 @@ def test_experts_that_its_router_on_cpus_does_not_choose_as_the_model_does_are_r
 def test_sparse_attention_is_refused_but_for_the_one_that_has_kernels_for_amx(
     packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "and a glm_moe_dsa's at those that it has chosen" in (refusal(model_type="glm_moe_dsa", index_topk=2048) or "")
+    assert "and glm_moe_dsa models at those that they choose" in (refusal(model_type="glm_moe_dsa", index_topk=2048) or "")
     for features, refused in ((frozenset[str](), True), (frozenset({"amx_tile"}), False)):
         monkeypatch.setattr(on_cpus, "describe", lambda features=features: replace(describe(), cpu_features=features))
         assert bool(refusal(model_type="deepseek_v4", index_topk=512)) is refused

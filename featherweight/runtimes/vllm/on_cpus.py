@@ -56,7 +56,7 @@ def _sparse_refusal(config: Any) -> str | None:
     sparse = getattr(config, "index_topk", None) and SPARSE in text_of("vllm", PLATFORM)
     if not sparse or (config.model_type == "deepseek_v4" and "amx_tile" in describe().cpu_features):
         return None
-    return f"vLLM's attention on CPUs looks at all tokens, and a {config.model_type}'s at those that it has chosen; {OTHERS}"
+    return f"vLLM's attention on CPUs looks at all tokens, and {config.model_type} models at those that they choose; {OTHERS}"
 
 
 def _heads_refusal(config: Any) -> str | None:
