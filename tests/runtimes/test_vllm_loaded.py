@@ -81,6 +81,10 @@ INFO: 127.0.0.1:1 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error
     [
         ("(EngineCore pid=1) ERROR 11-28 [core.py:9] ValueError: Head dimension 40", "ValueError: Head dimension 40"),
         (
+            "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, no such key\n    For more, visit it",
+            "pydantic_core.ValidationError: 1 validation error for ModelConfig Value error, no such key",
+        ),
+        (
             "(EngineCore pid=1) ERROR 11-28 [core.py:9]     assert scoring == 'softmax'\n"
             "(EngineCore pid=1) ERROR 11-28 [core.py:9]            ^^^^^^^^^^^^^^^^^^^^\n"
             "(EngineCore pid=1) ERROR 11-28 [core.py:9] AssertionError",

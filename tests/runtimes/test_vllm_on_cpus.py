@@ -150,4 +150,5 @@ def test_a_model_that_no_module_serves_is_refused(packages: Path) -> None:
     for told in ("_supports_attention_backend = True", "attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)"):
         modeling.write_text(f"class MptForCausalLM:\n    {told}")
         assert refusal(**asked) is None, "vLLM runs transformers' own module"
+        assert "no module for mpt models" in (refusal(**asked, layer_types=["conv", "full_attention"]) or "")
     assert refusal(architectures=["LlamaForCausalLM"]) is None

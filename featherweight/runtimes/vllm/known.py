@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from featherweight.model.decoding import other_layers
 from featherweight.model.positions import rotary_switch, sliding_window
 from featherweight.runtimes.refusals import SILU, activation_refusal
 from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
@@ -34,20 +35,22 @@ WANTED = {
 
 BACKENDS = ("_supports_attention_backend = True", "ALL_ATTENTION_FUNCTIONS.get_interface(")
 """What stands in transformers' module of a model that vLLM runs without one of its own: either will do."""
-OWN_ATTENTION = ("diffllama", "jetmoe", "minimax")
-"""Model types that say so, and compute attention by themselves in some layer, for which vLLM then has no cache."""
+NOT_TAKEN_OVER = ("blt", "cohere_compass_text", "diffllama", "jetmoe", "minimax")
+"""Model types that say so, and whose attention vLLM cannot take over: computed by the module itself in some layer, for several
+modules of one layer, over keys that are repeated for each expert, or with rotary embeddings along three axes."""
 
 
 def unknown_refusal(kind: str, config: Any) -> str | None:
     """Why no module serves a model of type `kind`, neither vLLM's own nor transformers'; None where one does.
 
-    Nothing is refused where vLLM's toolchain is not installed.
+    Of transformers' it takes over attention alone. Nothing is refused where vLLM's toolchain is not installed.
     """
     known, named = modules_by_architecture(), getattr(config, "architectures", None) or ()
     if not known or not named or any(name in known for name in named):
         return None
     source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
-    served = not source or (any(one in source for one in BACKENDS) and kind not in OWN_ATTENTION)
+    taken_over = any(one in source for one in BACKENDS) and kind not in NOT_TAKEN_OVER and not other_layers(config)
+    served = taken_over or not source
     return None if served else f"vLLM has no module for {kind} models; take another engine"
 
 

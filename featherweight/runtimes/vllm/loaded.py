@@ -29,7 +29,7 @@ MOST_OPEN = 1000
 # What ends a Python traceback, bare or behind the prefix of vLLM's logger. An assertion often says nothing but itself.
 _LOGGED = r"^(?:\(.*?\] )?"
 _ERROR = re.compile(
-    rf"{_LOGGED}((?:\w+\.)*\w*(?:Error|Exception): .+)$"
+    rf"{_LOGGED}((?:\w+\.)*\w*(?:Error|Exception): (?:\d+ validation errors? for .+\n)?.+)$"
     rf"|{_LOGGED} +(?P<asserted>assert .+)\n(?:{_LOGGED}[ ^~]+\n)?{_LOGGED}AssertionError *$",
     re.MULTILINE,
 )
