@@ -19,7 +19,7 @@ from featherweight.checkpoint.fit import beyond_vocabulary
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
-from featherweight.model.architecture import class_by_type, embeds_by_decoder, family_of, head_class, head_refusal, task_of
+from featherweight.model.architecture import answers_by_decoder, class_by_type, family_of, head_class, head_refusal, task_of
 from featherweight.model.decoding import decoder_refusal, language_refusal, windows_refusal
 from featherweight.spec import Task
 
@@ -241,7 +241,7 @@ def require_output_head(where: str, config: Any, shapes: Mapping[str, Any]) -> N
     kinds = getattr(config, "architectures", None) or [""]
     base = kinds[0].endswith("Model") and not kinds[0].endswith("LMHeadModel")
     tied = getattr(config, "tie_word_embeddings", True)
-    if not base or tied or family_of(config) != "causal" or embeds_by_decoder(config):
+    if not base or tied or family_of(config) != "causal" or answers_by_decoder(config):
         return
     if not any(_OUTPUT.search(name) for name in shapes):
         raise CheckpointError(f"{where} {HEADLESS}")

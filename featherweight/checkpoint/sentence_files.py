@@ -10,7 +10,7 @@ from typing import Any
 
 from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, read_json, read_list
 from featherweight.errors import CheckpointError
-from featherweight.model.heads import POOLINGS, SentenceEmbedding
+from featherweight.model.heads import DENSE, LAYERS, POOLINGS, Dense, SentenceEmbedding
 from featherweight.model.positions import context_tokens
 
 MODULES, MODEL = "modules.json", "config_sentence_transformers.json"
@@ -31,7 +31,7 @@ FLAGS = {
 }
 """How releases before 5.2 named the modes of a Pooling module, in the order in which several are put end to end."""
 FLAG = "pooling_mode_"
-READ = "last_hidden_state"
+READ, VECTOR = "last_hidden_state", "sentence_embedding"
 
 
 def made(listing: Listing) -> str | None:
@@ -52,18 +52,35 @@ def made(listing: Listing) -> str | None:
 def embedding(listing: Listing, config: Any) -> SentenceEmbedding:
     """How a text's vector is made; raises CheckpointError for a module, or a setting of one, that is not known here."""
     pooling: tuple[str, ...] = ()
-    normalize, prompt = False, default_prompt(listing)
-    for kind, told in _modules(listing):
-        if kind == "Pooling":
-            pooling, normalize = _poolings(told, listing.where, prompt), False
-        elif kind == "Normalize" and told.get("module_input_name", "sentence_embedding") == "sentence_embedding":
+    dense: list[Dense] = []
+    normalize, prompts = False, named_prompts(listing)
+    for kind, path, told in _modules(listing):
+        of_vector = told.get("module_input_name", VECTOR) == told.get("module_output_name", VECTOR) == VECTOR
+        if kind == "Pooling" and not dense:
+            pooling, normalize = _poolings(told, listing.where, prompted=any(prompts.values())), False
+        elif kind == "Normalize" and of_vector:
             normalize = bool(pooling)
+        elif kind == "Dense" and of_vector and pooling and not normalize:
+            dense.append(_dense(listing, path, told))
         elif kind != "Dropout":  # which does nothing outside of training
-            raise _unknown(listing, kind, "Pooling, Normalize, Dropout")
+            raise _unknown(listing, kind, "Pooling, Dense, Normalize, Dropout, in that order")
     if not pooling:
         raise CheckpointError(f"{listing.where}/{MODULES} names no Pooling module, without which a text has no vector")
-    said = _settings(listing)
-    return SentenceEmbedding(pooling, normalize, _longest(listing, config, said), bool(said.get("do_lower_case")), prompt)
+    said, prompt = _settings(listing), default_prompt(listing)
+    longest, lower = _longest(listing, config, said), bool(said.get("do_lower_case"))
+    return SentenceEmbedding(pooling, normalize, longest, lower, prompt, tuple(dense), prompts)
+
+
+def _dense(listing: Listing, path: str, told: Mapping[str, Any]) -> Dense:
+    """A layer behind the pooling, whose weights the checkpoint carries."""
+    where = f"{listing.where}/{path}"
+    activation = str(told.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    name = activation.rpartition(".")[2]
+    if name not in LAYERS or not activation.startswith("torch."):
+        raise CheckpointError(f"{where}: its activation {activation} is not known here; known: {', '.join(LAYERS)}")
+    if f"{path}/{DENSE}" not in listing.sizes:
+        raise CheckpointError(f"{where} has no {DENSE}, a pickle at most; save it anew by sentence-transformers, which writes one")
+    return Dense(path, name, bool(told.get("use_residual")))
 
 
 def longest(listing: Listing, config: Any) -> int:
@@ -77,7 +94,7 @@ def activation(listing: Listing) -> dict[str, Any]:
 
     Raises CheckpointError for a module behind the model, which is not known here.
     """
-    if (kind := next((kind for kind, _ in _modules(listing)), None)) is not None:
+    if (kind := next((kind for kind, _, _ in _modules(listing)), None)) is not None:
         raise _unknown(listing, kind, "none behind a cross-encoder")
     if default_prompt(listing):
         raise CheckpointError(f"{listing.where}/{MODEL}: a cross-encoder with a prompt of its own is not taken here")
@@ -88,24 +105,30 @@ def activation(listing: Listing) -> dict[str, Any]:
 
 def default_prompt(listing: Listing) -> str:
     """What is put before every text."""
-    told = _json(listing, MODEL)
-    return (told.get("prompts") or {}).get(told.get("default_prompt_name")) or ""
+    return named_prompts(listing).get(_json(listing, MODEL).get("default_prompt_name") or "", "")
+
+
+def named_prompts(listing: Listing) -> dict[str, str]:
+    """What may be put before a text, by name."""
+    told = _json(listing, MODEL).get("prompts") or {}
+    return {str(name): prompt or "" for name, prompt in told.items()}
 
 
 def _json(listing: Listing, name: str) -> dict[str, Any]:
     return read_json(listing, name) if name in listing.sizes else {}
 
 
-def _modules(listing: Listing) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and settings of each module behind the first, which must be the model itself."""
-    listed = [(str(module.get("type")), f"{module.get('path')}/config.json") for module in read_list(listing, MODULES)]
+def _modules(listing: Listing) -> list[tuple[str, str, dict[str, Any]]]:
+    """Kind, folder and settings of each module behind the first, which must be the model itself."""
+    listed = [(str(module.get("type")), str(module.get("path"))) for module in read_list(listing, MODULES)]
     first = listed[0][0] if listed else ""
     if not (first.startswith(OWN) and first.endswith(".Transformer")):
         kind = first.rpartition(".")[2] or "no"
         raise CheckpointError(
             f"{listing.where}: sentence-transformers' {kind} module stands in the place of a model, which is not known here"
         )
-    return [(kind.rpartition(".")[2] if kind.startswith(OWN) else kind, _json(listing, path)) for kind, path in listed[1:]]
+    names = ((kind.rpartition(".")[2] if kind.startswith(OWN) else kind, path) for kind, path in listed[1:])
+    return [(kind, path, _json(listing, f"{path}/config.json")) for kind, path in names]
 
 
 def _unknown(listing: Listing, kind: str, known: str) -> CheckpointError:
@@ -129,9 +152,9 @@ def _settings(listing: Listing, task: str = "feature-extraction", read: str = RE
     return said
 
 
-def _poolings(said: Mapping[str, Any], where: str, prompt: str) -> tuple[str, ...]:
+def _poolings(said: Mapping[str, Any], where: str, *, prompted: bool) -> tuple[str, ...]:
     """The modes of a Pooling module: named, as releases from 5.2 on write them, else flags, else the mean."""
-    if said.get("include_prompt") is False and prompt:
+    if said.get("include_prompt") is False and prompted:
         raise CheckpointError(f"{where}: its pooling leaves the prompt out (include_prompt false), which is not done here")
     named = said.get("pooling_mode")
     modes = [named] if isinstance(named, str) else list(named or ())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from featherweight.distillation.spec import DistillSpec, StackMap
 from featherweight.errors import RecipeError
 from featherweight.model.architecture import Role, family_of, stacks
+from featherweight.model.heads import forwarded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Matcher:
             for module in self.steady:
                 module.eval()  # maps are told after dropout, and a dropped entry would look like a disagreement
         with captured(self.teachers if teacher else self.students) as states:
-            output = model(**inputs, output_attentions=self.spec.attention_weight > 0)
+            output = forwarded(model, inputs, output_attentions=self.spec.attention_weight > 0)
         return output, states
 
     def loss(self, of_student: tuple[Any, list[Tensor]], of_teacher: tuple[Any, list[Tensor]], real: Mapping[Role, Tensor]) -> Any:

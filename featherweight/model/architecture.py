@@ -307,9 +307,9 @@ def _reads_both_ways(config: PreTrainedConfig) -> bool:
     return encoder_classes(config)[1] is not None
 
 
-def embeds_by_decoder(config: PreTrainedConfig) -> bool:
-    """Whether vectors are made of what a decoder reads."""
-    return bool(getattr(config, EMBEDDING, None)) and not _reads_both_ways(config)
+def answers_by_decoder(config: PreTrainedConfig) -> bool:
+    """Whether vectors or labels are made of what a decoder reads."""
+    return task_of(config) in HEADED and not _reads_both_ways(config)
 
 
 def task_of(config: PreTrainedConfig) -> Task:
@@ -331,13 +331,23 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
         return f"its head ({kinds[0]}) answers for no task that is known here; known heads: {', '.join(_HEADS)}"
     if any(kind.endswith("EncoderModel") for kind in kinds) and not _reads_both_ways(config):
         return f"it is the encoder of an encoder-decoder alone ({kinds[0]}), which is not taken; give the whole model"
-    if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and not _reads_both_ways(config):
-        return f"it labels texts with a decoder ({kinds[0]}); of such models only encoders are taken"
-    if any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds) and (reason := _labels_refusal(config)):
+    labels = any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds)
+    if labels and (reason := _by_decoder_refusal(config, kinds[0]) or _labels_refusal(config)):
         return reason
     named = scored_by(config)
     if named and config.num_labels == 1 and not named.endswith(ACTIVATIONS):
         return f"its scores go through {named}, which is not done here; known: {', '.join(ACTIVATIONS)}"
+    return None
+
+
+def _by_decoder_refusal(config: PreTrainedConfig, kind: str) -> str | None:
+    """Why labels are not taken from a model that is no encoder; None of decoders that give them as most do."""
+    if _reads_both_ways(config):
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return f"it labels texts with an encoder-decoder ({kind}), which is not taken; take an encoder or a decoder"
+    if config.model_type not in auto_names().MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in OWN_LABELS:
+        return f"how it labels texts ({kind}) is not known here; take an encoder, or a decoder such as a Llama"
     return None
 
 
@@ -378,20 +388,22 @@ def medium_refusal(config: PreTrainedConfig) -> str | None:
     return f"{named} is none that transformers reads or writes texts with alone; take a language model"
 
 
+OWN_LABELS = ("cohere_compass_text", "ctrl", "gemma3", "modernbert-decoder", "qwen3_5", "xlnet")
+"""Model types of decoders whose labels are no `score` of the last token that is read, or that see images too."""
 _NOT_TAKEN = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
 
-_ROLES: Mapping[Task, tuple[Role, ...]] = {
-    "text-generation": ("decoder",),
-    "text2text-generation": ("encoder", "decoder"),
-    "fill-mask": ("encoder",),
-    **dict.fromkeys(HEADED, ("encoder",)),
+_ROLES: Mapping[Task, tuple[tuple[Role, ...], ...]] = {
+    "text-generation": (("decoder",),),
+    "text2text-generation": (("encoder", "decoder"),),
+    "fill-mask": (("encoder",),),
+    **dict.fromkeys(HEADED, (("encoder",), ("decoder",))),
 }
 
 
 def model_types(task: Task) -> tuple[str, ...]:
     """The model types of the table that are made for `task`."""
-    return tuple(name for name, layouts in LAYOUTS.items() if tuple(layout.role for layout in layouts) == _ROLES[task])
+    return tuple(name for name, layouts in LAYOUTS.items() if tuple(layout.role for layout in layouts) in _ROLES[task])
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

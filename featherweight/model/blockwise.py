@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import Block, attention_options, auto_class, blocks, stacks
+from featherweight.model.heads import forwarded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Run:
                     replaced.enter_context(_answering(block.module, outputs[number]))
             replaced.callback(self.block.module.register_forward_hook(_stop).remove)
             try:
-                self.model(**moved(self.batches[number], self.model.device))
+                forwarded(self.model, moved(self.batches[number], self.model.device))
             except _Stopped as stopped:
                 return stopped.output
         raise AssertionError(f"{self.block.name} was not called in the model's forward")

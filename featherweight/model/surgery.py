@@ -171,10 +171,16 @@ def resized_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTr
     require_resizable(config, values)
     new = config.to_dict() | dict(values)
     if not _uneven_llama(config, new):
-        return type(config).from_dict(new)
+        return of_the_same(config, type(config).from_dict(new))
     for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
         new.pop(key, None)
-    return MistralConfig.from_dict(new | {"sliding_window": None})
+    return of_the_same(config, MistralConfig.from_dict(new | {"sliding_window": None}))
+
+
+def of_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTrainedConfig:
+    """`other`, of the same checkpoint as `config`: it has what lies beside it."""
+    other.name_or_path = config.name_or_path
+    return other
 
 
 def require_resizable(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:

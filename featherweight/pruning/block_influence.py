@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import Role, stacks
+from featherweight.model.heads import forwarded
 from featherweight.text.model_inputs import inputs_and_labels, real_positions
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def block_influence(model: PreTrainedModel, examples: Tensor) -> dict[Role, list
         real = real_positions(inputs, labels)
         for stack in found:
             with torch.inference_mode(), _cosines([block.module for block in stack.blocks]) as cosines:
-                model(**inputs)
+                forwarded(model, inputs)
             sums[stack.role] += torch.stack([cosine[real[stack.role]].double().sum().cpu() for cosine in cosines])
             counts[stack.role] += int(real[stack.role].sum())
     return {role: (1 - total / counts[role]).tolist() for role, total in sums.items()}

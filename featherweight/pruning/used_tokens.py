@@ -22,10 +22,11 @@ BATCH = 256
 
 
 def used_in(folders: Iterable[Path], tokenizer: Any, config: PreTrainedConfig) -> set[int]:
-    """Ids of the tokens of all documents: their texts, pairs, and the targets as the tokenizer cuts those."""
-    found: set[int] = set()
+    """Ids of the tokens of all documents: their texts, pairs, and the targets as the tokenizer cuts those; of prompts too."""
     documents = chain.from_iterable(map(read_documents, folders))
     sentence = SentenceEmbedding.of(config)
+    prompts = [text for text in sentence.prompts.values() if text]
+    found = _ids(tokenizer(prompts, verbose=False)) if prompts else set()
     while batch := list(islice(documents, BATCH)):
         texts = [sentence.prepared(text) for one in batch for text in (one.text, one.pair) if text]
         found |= _ids(tokenizer(texts, verbose=False))

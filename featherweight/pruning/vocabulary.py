@@ -152,7 +152,8 @@ def smaller(config: PreTrainedConfig, kept: list[int]) -> PreTrainedConfig:
     """The config of the model with these tokens alone, whose ids it names at their new places."""
     told = with_places(config.to_dict(), {old: new for new, old in enumerate(kept)})
     sizes = [key for key in ("vocab_size", "decoder_vocab_size") if getattr(config, key, None)]
-    return type(config).from_dict(told | dict.fromkeys((config.attribute_map.get(key, key) for key in sizes), len(kept)))
+    told |= dict.fromkeys((config.attribute_map.get(key, key) for key in sizes), len(kept))
+    return surgery.of_the_same(config, type(config).from_dict(told))
 
 
 def _ids(blocks: Tensor, config: PreTrainedConfig) -> Tensor:

@@ -16,6 +16,7 @@ from featherweight.errors import RecipeError, StageError
 from featherweight.model import surgery
 from featherweight.model.architecture import blocks, dimensions
 from featherweight.model.facts import CheckpointFacts
+from featherweight.model.heads import forwarded
 from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
@@ -129,7 +130,7 @@ def activations(model: PreTrainedModel, examples: Tensor) -> Tensor:
     squares = [torch.zeros(model.config.hidden_size, dtype=torch.float64, device=model.device) for _ in watched]
     with torch.inference_mode(), _adding_squares(watched, squares):
         for part in examples.split(BATCH):
-            model(**inputs_and_labels(model.config, part.to(model.device))[0])
+            forwarded(model, inputs_and_labels(model.config, part.to(model.device))[0])
     return sum((square.sqrt() for square in squares), torch.zeros_like(squares[0])).float().cpu()
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.blockwise import moved
+from featherweight.model.heads import forwarded
 from featherweight.model.matrices import matrices
 from featherweight.text.model_inputs import unpadded_inputs
 
@@ -48,7 +49,7 @@ def importances(model: PreTrainedModel, blocks: Tensor) -> Mapping[str, Tensor]:
             if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) in names:
                 here.callback(module.register_forward_pre_hook(watch(names[id(module.weight)])).remove)
         for inputs in unpadded_inputs(model.config, blocks, TOGETHER):
-            model(**moved(inputs, model.device))
+            forwarded(model, moved(inputs, model.device))
     return {name: _weighed(total / counts[name]) for name, total in sums.items()}
 
 

@@ -50,7 +50,8 @@ def signature(task: Task) -> ModelSignature:
     texts = Schema([ColSpec(AnyType())])
     if task == "feature-extraction":
         vectors = Schema([TensorSpec(numpy.dtype("float32"), (-1, -1))])
-        return ModelSignature(texts, vectors, ParamSchema([ParamSpec("truncate", "boolean", True)]))
+        params = [ParamSpec("truncate", "boolean", True), ParamSpec("prompt_name", "string", None)]
+        return ModelSignature(texts, vectors, ParamSchema(params))
     if task in HEADED:
         params = [ParamSpec("truncate", "boolean", False)]
         params += [ParamSpec("aggregate", "boolean", True)] if task == "token-classification" else []

@@ -32,20 +32,24 @@ class Labeller(ServedEngine):
         self.task = task_of(self.config)
         self._open()
 
-    def __call__(self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool | None = True) -> Any:
+    def __call__(
+        self, texts: Sequence[Any], truncate: bool | None = None, aggregate: bool | None = True, prompt_name: str | None = None
+    ) -> Any:
         """An answer to each text, or pair of texts.
 
         feature-extraction: a vector, float32 [texts, width]. text-classification: `label` and `score` of the likeliest label, and
         the `scores` of all, by their places too where labels share a name; a checkpoint of one label (a reranker) has one `score`.
         token-classification: the entities of each text, with `entity`, `score`, `word`, `start` and `end`; tokens by themselves
         where `aggregate` is false.
-        truncate: whether a text that is too long is cut; by default of embeddings, as their files ask for, and of no others.
+        prompt_name: of the prompts that a checkpoint of vectors has (query, document ...), the one before each text; by default the
+        one that its files name for all. truncate: whether a text that is too long is cut; by default of embeddings, as their files
+        ask for, and of no others.
         Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
         """
         self._require_few(texts)
-        require_kinds(truncate=(truncate, bool), aggregate=(aggregate, bool))
+        require_kinds(truncate=(truncate, bool), aggregate=(aggregate, bool), prompt_name=(prompt_name, str))
         cut = self.task == "feature-extraction" if truncate is None else truncate
-        told = [self._encode(one, cut) for one in texts]
+        told = [self._encode(one, cut, prompt_name) for one in texts]
         answers = self._outputs(told)
         if self.task == "feature-extraction":
             return _vectors(answers)
@@ -54,15 +58,17 @@ class Labeller(ServedEngine):
         whole = aggregate is not False
         return [entities(self.config, text, one, rows, whole) for text, one, rows in zip(texts, told, answers, strict=True)]
 
-    def _encode(self, given: Any, cut: bool) -> Any:
+    def _encode(self, given: Any, cut: bool, prompt: str | None) -> Any:
         text, pair = _parts(given)
+        if prompt is not None and self.task != "feature-extraction":
+            raise DataError(f"prompt_name is for embeddings, and this model is one for {self.task}; leave it out")
         if pair is not None and self.task != "text-classification":
             raise DataError(f"two texts are asked of a model for {self.task}, which reads one; give a text")
         self._require_text(text, pair or "", cut=cut)
         longest = self._longest if cut else None
         offsets = self.task == "token-classification"
         options = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if offsets else {}
-        told = encoded(self.config, self._tokenizer, text, pair, longest, **options)
+        told = encoded(self.config, self._tokenizer, text, pair, longest, prompt, **options)
         if len(told["input_ids"]) > self.max_tokens:
             otherwise = "" if cut else ", or truncate"
             raise DataError(

@@ -61,7 +61,7 @@ class ServedVariant(PythonModel):
     def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[Any]:
         """What follows each prompt, or what is said next in each conversation. params: max_new_tokens, stop_at_end, adapter.
 
-        Of encoders a vector for each text, its labels, or the entities in it. params: truncate, aggregate.
+        Of encoders a vector for each text, its labels, or the entities in it. params: truncate, aggregate, prompt_name.
         """
         answering = self._generators[context]
         try:

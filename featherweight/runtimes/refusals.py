@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from featherweight.model.architecture import embeds_by_decoder, family_of
+from featherweight.model.architecture import answers_by_decoder, family_of, task_of
 from featherweight.model.decoding import OWN_ATTENTION, WITHOUT_KEYS_AND_VALUES, other_layers
 from featherweight.model.positions import rotary_kinds
 from featherweight.runtimes.spec import ComputeType, ExportSpec
@@ -68,11 +68,13 @@ def gpu_refusal(engine: str, compute_type: str) -> str:
     return f"{engine} {compute_type} needs a CUDA GPU, and there is none here; take a CPU type such as int8"
 
 
-def vectors_refusal(engine: str, config: Any) -> str | None:
-    """Why an engine whose embeddings are encoders' makes none of this model: it is a decoder. None for others."""
-    if not embeds_by_decoder(config):
+def answers_refusal(engine: str, config: Any) -> str | None:
+    """Why an engine that answers by vectors or labels of encoders gives none of this model: it is a decoder. None for others."""
+    if not answers_by_decoder(config):
         return None
-    return f"{engine} makes vectors with encoders alone, and {config.model_type} is a decoder; take another engine"
+    what = "makes vectors" if task_of(config) == "feature-extraction" else "labels texts"
+    others = "openvino, torch-aoti, torch-compile or torch"
+    return f"{engine} {what} with encoders alone here, and {config.model_type} is a decoder; take {others}"
 
 
 def rotary_length_refusal(engine: str, config: Any) -> str | None:
@@ -92,7 +94,7 @@ def keys_and_values_refusal(engine: str, config: Any) -> str | None:
 
 def other_layers_refusal(engine: str, config: Any) -> str | None:
     """Why an engine that keeps keys and values of every layer does not serve a decoder with other layers; None where it does."""
-    others = other_layers(config) if family_of(config) == "causal" else []
+    others = other_layers(config) if family_of(config) == "causal" or answers_by_decoder(config) else []
     if not others:
         return None
     layers = f"layers of {' and '.join(others)}"

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import family_of, task_of
-from featherweight.model.heads import read
+from featherweight.model.heads import read_states
 from featherweight.runtimes.batched import answered, label_logprobs, scored
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.spec import HEADED
@@ -52,13 +52,11 @@ class StepGraphModel(LoadedModel):
 
     def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
         import torch
-        from transformers.modeling_outputs import ModelOutput
 
         inputs = packed_inputs(self.config, ids, types)
         lengths = torch.tensor([len(row) for row in ids])
         found = self._read(inputs["input_ids"], inputs.get("token_type_ids"), lengths)
-        name = "last_hidden_state" if task_of(self.config) == "feature-extraction" else "logits"
-        return read(self.config, ModelOutput({name: found}), inputs)
+        return read_states(self.config, found, inputs)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         import torch

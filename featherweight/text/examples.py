@@ -77,10 +77,21 @@ def _whole(config: PreTrainedConfig, tokenizer: Any, document: Document, length:
     return Example(list(told["input_ids"]), size, types=types_of(told), labels=labels)
 
 
-def encoded(config: PreTrainedConfig, tokenizer: Any, text: str, pair: str | None, length: int | None, **options: Any) -> Any:
-    """What the tokenizer makes of a text or two, as its files say, cut to `length` tokens (None: not cut)."""
+def encoded(
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    text: str,
+    pair: str | None,
+    length: int | None,
+    prompt: str | None = None,
+    **options: Any,
+) -> Any:
+    """What the tokenizer makes of a text or two, as its files say, cut to `length` tokens (None: not cut).
+
+    prompt: the name of one that stands before the text.
+    """
     cut = {} if length is None else {"truncation": True, "max_length": length}
-    return tokenizer(SentenceEmbedding.of(config).prepared(text), pair, verbose=False, **cut, **options)
+    return tokenizer(SentenceEmbedding.of(config).prepared(text, prompt), pair, verbose=False, **cut, **options)
 
 
 def types_of(told: Mapping[str, Any]) -> list[int]:

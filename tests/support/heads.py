@@ -21,14 +21,16 @@ HEADS = {
 
 
 def head_model(model_type: str, task: str, vocabulary: int, **changes: Any) -> Any:
-    """A random encoder of that type with the head of that task: 2 layers, 4 heads of 8 channels."""
+    """A random encoder, or decoder, of that type with the head of that task: 2 layers, 4 heads of 8 channels."""
     import torch
     import transformers
 
     spread = {"initializer_range": 0.1, "pad_token_id": 0, "vocab_size": vocabulary, "max_position_embeddings": 64}
     labels = {"id2label": dict(enumerate(TAGS)), "label2id": {tag: place for place, tag in enumerate(TAGS)}}
     given = labels if task == "token-classification" else {}
-    config = transformers.AutoConfig.for_model(model_type, **SIZES[LIKE.get(model_type, model_type)] | spread | given | changes)
+    config = transformers.AutoConfig.for_model(
+        model_type, **SIZES.get(LIKE.get(model_type, model_type), {}) | spread | given | changes
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, HEADS[task]).from_config(config).eval()

@@ -159,14 +159,14 @@ def tokens(folder: Path, texts: list[Any]) -> tuple[list[list[int]], list[list[i
 
 @pytest.mark.parametrize(
     ("module", "wrong"),
-    [("Dense", "go through sentence-transformers' Dense module"), ("Pooling", "pooling 'strange' is not known here")],
+    [("LSTM", "go through sentence-transformers' LSTM module"), ("Pooling", "pooling 'strange' is not known here")],
 )
 def test_what_is_not_known_of_the_files_is_refused(tmp_path: Path, module: str, wrong: str) -> None:
     source = heads.sentence_files(heads.head_checkpoint("bert", "feature-extraction", tmp_path / "made"))
-    if module == "Dense":
+    if module == "LSTM":
         kinds = [
             *json.loads((source / "modules.json").read_text()),
-            {"path": "3_Dense", "type": "sentence_transformers.models.Dense"},
+            {"path": "3_LSTM", "type": "sentence_transformers.models.LSTM"},
         ]
         (source / "modules.json").write_text(json.dumps(kinds))
     else:
@@ -220,7 +220,7 @@ def test_a_head_that_is_not_taken_is_named_in_the_plan_before_its_tensors(tmp_pa
     source = family_checkpoint("bart", tmp_path / "made")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["BartForSequenceClassification"]}))
-    with pytest.raises(CheckpointError, match=r"it labels texts with a decoder \(BartForSequenceClassification\)"):
+    with pytest.raises(CheckpointError, match=r"it labels texts with an encoder-decoder \(BartForSequenceClassification\)"):
         read_facts(LoadSpec(source=str(source)))
 
 

@@ -28,15 +28,19 @@ from tests.support import heads
 from tests.support.families import family_checkpoint
 
 pytestmark = pytest.mark.slow
+DECODER = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
+"""Whose own forward takes one text at a time."""
 MADE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vectors": ("feature-extraction", None, {}),
     "decoder": ("feature-extraction", None, {}),
     "labels": ("text-classification", heads.labelled, {"num_labels": 2}),
     "pairs": ("text-classification", heads.paired, {"num_labels": 1}),
     "tags": ("token-classification", heads.tagged, {}),
+    "decoder labels": ("text-classification", heads.labelled, DECODER | {"num_labels": 2}),
 }
 VECTORS = ("vectors", "decoder")
 METHODS = (("vectors", "gptq"), ("decoder", "gptq"), ("pairs", "gptq"), ("tags", "awq"), ("vectors", "qat"), ("labels", "qat"))
+METHODS += (("decoder labels", "gptq"), ("decoder labels", "awq"))
 KINDS = pytest.mark.parametrize("kind", MADE)
 
 
@@ -51,7 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if kind == "decoder":
             source = heads.sentence_files(family_checkpoint("qwen3", folder / "made"), pooling_mode_lasttoken=True)
         else:
-            source = heads.head_checkpoint("bert", task, folder / "made", documents and documents(200), **changes)
+            told = {"model_type": "bert"} | changes
+            source = heads.head_checkpoint(told.pop("model_type"), task, folder / "made", documents and documents(200), **told)
         if kind == "vectors":
             heads.sentence_files(source)
         (folder / "loaded").mkdir()
@@ -93,7 +98,9 @@ def test_a_student_learns_what_its_teacher_answers(made: Any, tmp_path: Path, ki
     for name, steps in (("untrained", 1), ("trained", 80)):
         out = tmp_path / name
         out.mkdir()
-        matched: dict[str, Any] = {"hidden_weight": 0.1, "attention_weight": 0.1} if kind in ("labels", "decoder") else {}
+        matched: dict[str, Any] = (
+            {"hidden_weight": 0.1, "attention_weight": 0.1} if kind in ("labels", "decoder", "decoder labels") else {}
+        )
         spec = DistillSpec(layers=1, steps=steps, batch=16, sequence=16, learning_rate=1e-3, kl_weight=0.8, **matched)
         metrics = distill(spec, checkpoint=checkpoint, text=text, out=out)
         assert metrics["parameters"] < metrics["parameters_teacher"]

@@ -18,12 +18,12 @@ from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import (
     SILU,
     activation_refusal,
+    answers_refusal,
     cache_refusal,
     compute_type_refusal,
     float_of_rounded_refusal,
     gpu_refusal,
     on_cpu_refusal,
-    vectors_refusal,
 )
 from featherweight.runtimes.spec import FLOATS, SIXTEEN_BITS, ComputeType, ExportSpec
 from featherweight.spec import Task
@@ -130,7 +130,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
             return f"CTranslate2 reads {model.facts.model_type} models as encoders, and this one writes; take another engine"
         if spec.workers > 1 and family_of(model.config) == "encoder":
             return "workers: they write texts side by side, and an encoder answers at once; leave them out"
-        return vectors_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
+        return answers_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus

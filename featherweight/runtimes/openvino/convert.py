@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="the .xml to write; its .bin is written beside it")
     parser.add_argument("--task", required=True, choices=sorted(CLASSES))
+    parser.add_argument("--every-token", action="store_true", help="labels behind each, of which a decoder's own forward takes one")
     parser.add_argument("--attention", help="how transformers computes it, where PyTorch's fused kernel does not")
     options = parser.parse_args()
     say = speaker()
@@ -45,7 +46,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     try:
         without_telemetry()
-        convert(options.checkpoint, options.out, options.task, options.attention, say)
+        convert(options.checkpoint, options.out, options.task, options.attention, say, every_token=options.every_token)
     except Exception as error:
         say(error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
         return 1
@@ -69,7 +70,7 @@ def without_telemetry() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def convert(checkpoint: Path, out: Path, task: str, attention: str | None, say: Say) -> None:
+def convert(checkpoint: Path, out: Path, task: str, attention: str | None, say: Say, *, every_token: bool = False) -> None:
     """Write the graph of a checkpoint. Raises KeyError for weights that this transformers, or the graph, does not find."""
     import openvino
     import torch
@@ -78,7 +79,7 @@ def convert(checkpoint: Path, out: Path, task: str, attention: str | None, say: 
     model = load(checkpoint, task, attention)
     say(note="tracing the graph")
     with torch.no_grad():
-        graph = decoder(model) if task == DECODER else encoder(model)
+        graph = decoder(model) if task == DECODER else encoder(model, every_token)
     if (checkpoint / QUANTIZED).is_file():
         say(note="packing the integers")
         pack(graph, model, checkpoint)
@@ -103,9 +104,11 @@ def load(checkpoint: Path, task: str, attention: str | None = None) -> Any:
     return model.eval()
 
 
-def encoder(model: Any) -> Any:
-    """The graph of an encoder: ids and mask in, hidden states or logits out."""
+def encoder(model: Any, every_token: bool = False) -> Any:
+    """The graph of what answers a text at once: ids and mask in, hidden states or logits out."""
     import torch
+
+    model.config.use_cache = False
 
     types = ["token_type_ids"] if (getattr(model.config, "type_vocab_size", None) or 0) > 1 else []
     names = ["input_ids", "attention_mask", *types]
@@ -116,7 +119,8 @@ def encoder(model: Any) -> Any:
             self.model = model
 
         def forward(self, *told: Any) -> Any:
-            return self.model(**dict(zip(names, told, strict=True)))[0]
+            inputs = dict(zip(names, told, strict=True))
+            return model.score(model.base_model(**inputs)[0]) if every_token else model(**inputs)[0]
 
     mask = torch.ones(BATCH, NEW, dtype=torch.int64)
     mask[0, -1] = 0

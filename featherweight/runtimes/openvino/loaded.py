@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
 from featherweight.model.architecture import family_of, task_of
-from featherweight.model.heads import read
+from featherweight.model.heads import read_states
 from featherweight.runtimes.batched import answered, scored
 from featherweight.runtimes.build_process import other_python
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
@@ -100,12 +100,9 @@ class OpenvinoModel(LoadedModel):
         return answered(self.config, self.limits.max_batch, ids, types, self._answers)
 
     def _answers(self, ids: Tokens, types: Tokens) -> Tensor:
-        from transformers.modeling_outputs import ModelOutput
-
         inputs = packed_inputs(self.config, ids, types)
-        name = "last_hidden_state" if task_of(self.config) == "feature-extraction" else "logits"
         told = {one: rows.tolist() for one, rows in inputs.items()}
-        return read(self.config, ModelOutput({name: _tensor(self._call("answers", inputs=told))}), inputs)
+        return read_states(self.config, _tensor(self._call("answers", inputs=told)), inputs)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         tokens: Tokens = [[] for _ in prompts]

@@ -18,7 +18,6 @@ from featherweight.runtimes.refusals import (
     fp8_refusal,
     keys_and_values_refusal,
     other_layers_refusal,
-    vectors_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -146,12 +145,8 @@ class Openvino(Runtime[OpenvinoSpec]):
 
 
 def _kept_refusal(config: PreTrainedConfig) -> str | None:
-    """Decoders that make vectors, and those that keep something else than keys and values."""
-    return (
-        vectors_refusal("OpenVINO", config)
-        or keys_and_values_refusal("OpenVINO", config)
-        or other_layers_refusal("OpenVINO", config)
-    )
+    """Decoders that keep something else than keys and values."""
+    return keys_and_values_refusal("OpenVINO", config) or other_layers_refusal("OpenVINO", config)
 
 
 def _batching_refusal(config: PreTrainedConfig) -> str | None:

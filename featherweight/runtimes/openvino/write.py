@@ -14,6 +14,7 @@ from featherweight.checkpoint.saving import copy_tokenizer, save_model
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
 from featherweight.model.architecture import attention_options, task_of
+from featherweight.model.heads import by_last_token
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.build_process import other_python, run_build
@@ -47,6 +48,7 @@ def write(spec: OpenvinoSpec, source: Source, out: Path) -> None:
         (out / FOLDER).mkdir()
         command = [str(python("openvino")), str(Path(convert.__file__).resolve()), str(checkpoint), str(out / FOLDER / MODEL)]
         command += ["--task", task_of(source.config), *_attention(source.config)]
+        command += ["--every-token"] if by_last_token(source.config) else []
         if error := run_build("OpenVINO", "graph", command, other_python(), source.progress):
             raise StageError(f"OpenVINO cannot take this checkpoint ({error}); take another engine")
     copy_tokenizer(source.checkpoint, out)

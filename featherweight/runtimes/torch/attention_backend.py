@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from featherweight.model.architecture import family_of
+from featherweight.model.heads import forwarded
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def _passes(model: Any) -> Iterator[tuple[Pass, Any]]:
         yield "step", lambda: model(ids[:, :1], past_key_values=caches[0], use_cache=True)
         return
     if family == "encoder":
-        yield "prompt", lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        yield "prompt", lambda: forwarded(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         return
     yield "prompt", lambda: model.get_encoder()(ids)
     encoded, cache = model.get_encoder()(ids), EncoderDecoderCache(*caches)

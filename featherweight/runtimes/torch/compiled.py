@@ -10,6 +10,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import task_of
+from featherweight.model.heads import forwarded, read_states, states
 from featherweight.model.positions import AFTER_PADDING
 from featherweight.runtimes.torch.eager import TorchModel
 from featherweight.spec import HEADED
@@ -38,7 +39,7 @@ class CompiledTorchModel(TorchModel):
         replayed = "reduce-overhead" if self.served_on() == CUDA else None
         self.step = torch.compile(self._next, dynamic=False, fullgraph=True, mode=replayed)
         self.read = torch.compile(self._likeliest, dynamic=False, fullgraph=True)
-        self.label = torch.compile(super()._answers, dynamic=True)
+        self.label = torch.compile(self._states, dynamic=True)
 
     def attention(self) -> dict[str, str]:
         """Not asked: a graph is given other masks than the modules that it was made of."""
@@ -86,11 +87,15 @@ class CompiledTorchModel(TorchModel):
             return self.read(ids.clone()), self._now()
 
     def _answers(self, inputs: dict[str, Tensor]) -> Tensor:
-        """One graph for texts of all lengths."""
+        """One graph for texts of all lengths; what is made of its states is not in it, which may be read from files."""
         import torch
 
         with torch.inference_mode(False), torch.no_grad():
-            return self.label({name: tensor.clone() for name, tensor in inputs.items()})
+            told = {name: tensor.clone() for name, tensor in inputs.items()}
+            return read_states(self.model.config, self.label(told), told)
+
+    def _states(self, inputs: dict[str, Tensor]) -> Tensor:
+        return states(self.model.config, forwarded(self.model, inputs))
 
     def _cache(self, batch: int, tokens: int) -> Any:
         """An empty static cache for `batch` sequences of `tokens`, the same object each time: a graph is tied to it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import ToolchainError
+from featherweight.model.heads import forwarded
 from featherweight.model.matrices import matrices
 from featherweight.text.model_inputs import example_blocks, unpadded_inputs
 
@@ -36,7 +37,7 @@ def input_ranges(model: PreTrainedModel, names: Iterable[str], source: Path, tex
     blocks = example_blocks(source, model.config, text, length, BLOCKS, seed)
     with observed(model, set(names)) as graphs, torch.no_grad():
         for inputs in unpadded_inputs(model.config, blocks, 1):
-            model(**inputs)
+            forwarded(model, inputs)
     return {path: _range(graph) for path, graph in graphs.items()}
 
 

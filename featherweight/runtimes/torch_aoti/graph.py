@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from featherweight.errors import StageError
-from featherweight.model.heads import takes_types
+from featherweight.model.heads import forwarded, states, takes_types
 from featherweight.model.positions import context_tokens
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _logits(model: Any, ids: Tensor, places: Tensor, kept: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """What an encoder answers at every position of ids [batch, tokens]; lengths: of each text without padding."""
+    """What is said at every position of ids [batch, tokens] by what answers texts at once; lengths: of each without padding."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -102,8 +102,7 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, types: Tensor, lengths: Tensor) -> Tensor:
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         told = {"token_type_ids": types} if takes_types(self.model.config) else {}
-        answers: Tensor = self.model(input_ids=ids, attention_mask=mask, **told)[0]
-        return answers
+        return states(self.model.config, forwarded(self.model, {"input_ids": ids, "attention_mask": mask, **told}))
 
 
 class Attention:

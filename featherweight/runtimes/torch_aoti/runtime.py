@@ -15,7 +15,6 @@ from featherweight.runtimes.refusals import (
     other_layers_refusal,
     own_attention_refusal,
     rotary_length_refusal,
-    vectors_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -82,8 +81,7 @@ class TorchAoti(Runtime[TorchAotiSpec]):
     def model_refusal(self, spec: TorchAotiSpec, model: Candidate) -> str | None:
         config = model.config
         return (
-            vectors_refusal(self.name, config)
-            or keys_and_values_refusal(self.name, config)
+            keys_and_values_refusal(self.name, config)
             or other_layers_refusal(self.name, config)
             or own_attention_refusal(self.name, config)
             or rotary_length_refusal(self.name, config)

@@ -10,10 +10,10 @@ from featherweight.model.architecture import attention_cap
 from featherweight.model.positions import sliding_window
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
+    answers_refusal,
     compiler_refusal,
     float_of_rounded_refusal,
     rotary_length_refusal,
-    vectors_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -89,7 +89,7 @@ class Tvm(Runtime[TvmSpec]):
     def model_refusal(self, spec: TvmSpec, model: Candidate) -> str | None:
         """Model types that were not tried, and what its attention here does not compute."""
         kind, config = model.facts.model_type, model.config
-        if reason := vectors_refusal("TVM", config):
+        if reason := answers_refusal("TVM", config):
             return reason
         if kind not in (*DECODERS, *ENCODERS):
             return f"TVM's graphs here were tried with {', '.join((*DECODERS, *ENCODERS))}, not with {kind}; take another engine"
