@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from featherweight.checkpoint.adapters import base_of, has_adapter, merge
-from featherweight.checkpoint.fetching import WORK, source_of
+from featherweight.checkpoint.fetching import HUB, WORK, source_of
 from featherweight.checkpoint.files import Listing, copy, find_weights, link, needed_files
 from featherweight.checkpoint.gguf import convert_gguf, gguf_file
 from featherweight.checkpoint.inspection import CheckpointInfo, inspect_checkpoint
@@ -18,7 +18,7 @@ from featherweight.checkpoint.sanity import require_sane
 from featherweight.checkpoint.settling import settle
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import saving
-from featherweight.checkpoint.tokenizer import require_same_tokenizer
+from featherweight.checkpoint.tokenizer import by_its_file_alone, known_by_its_name, require_same_tokenizer
 from featherweight.checkpoint.unpacking import read_config, unpack
 from featherweight.errors import CheckpointError
 from featherweight.progress import Progress
@@ -50,9 +50,15 @@ def adopt(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress
     folder, settled = settle(found, spec, work, progress)
     with named(folder, str(found)):
         info, unpacked = _adopt_folder(folder, spec, out, progress)
+    tokenizer = by_its_file_alone(out) if _known_by_its_name(spec) else found
     with named(out, str(found)):
-        require_same_tokenizer(found, out, trust_remote_code=spec.trust_remote_code)
+        require_same_tokenizer(tokenizer, out, trust_remote_code=spec.trust_remote_code)
     return Adopted(info, settled, unpacked)
+
+
+def _known_by_its_name(spec: LoadSpec) -> bool:
+    kind, place = source_of(spec)[0], str(spec.source)
+    return kind == HUB and known_by_its_name(place.removeprefix(HUB).partition("@")[0])
 
 
 def _adopt_adapted(found: Path, spec: LoadSpec, work: Path, out: Path, progress: Progress) -> Adopted:

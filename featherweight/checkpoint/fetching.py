@@ -17,6 +17,7 @@ from featherweight.progress import Progress
 from featherweight.store.artifact import content_digest
 
 WORK = ".fetch"
+HUB = "hf:"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def look_at(spec: LoadSpec) -> Listing | Path | None:
 
 SOURCES = {
     "s3://": Source(fetch_s3, identify_s3, look_s3),
-    "hf:": Source(fetch_hf, identify_hf, look_hf),
+    HUB: Source(fetch_hf, identify_hf, look_hf),
     "models:": Source(fetch_registered, identify_registered, look_registered),
     "": Source(fetch_local, identify_local, local_path),
 }

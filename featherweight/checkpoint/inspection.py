@@ -20,7 +20,7 @@ from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
 from featherweight.model.architecture import answers_by_decoder, class_by_type, family_of, head_class, head_refusal, task_of
-from featherweight.model.decoding import decoder_refusal, language_refusal, windows_refusal
+from featherweight.model.decoding import decoder_refusal, language_refusal, random_refusal, windows_refusal
 from featherweight.spec import Task
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def require_described(listing: Listing, trust_remote_code: bool) -> None:
 
 def config_refusal(config: PreTrainedConfig) -> str | None:
     """Why no model of this configuration is taken, whatever the weights are, in one line; None where one is."""
-    return _layers_refusal(config) or windows_refusal(config) or decoder_refusal(config) or language_refusal(config)
+    asked = (_layers_refusal, windows_refusal, decoder_refusal, language_refusal, random_refusal)
+    return next((reason for ask in asked if (reason := ask(config))), None)
 
 
 def _layers_refusal(config: PreTrainedConfig) -> str | None:

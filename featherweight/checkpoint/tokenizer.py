@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import Listing, has_tokenizer
+from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, has_tokenizer
 from featherweight.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
@@ -27,6 +29,27 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def known_by_its_name(repository: str) -> bool:
+    """Whether transformers reads the tokenizer of a repository of the hub by its tokenizer.json alone, whatever class it names.
+
+    It does so for a few whose files are known to name a wrong one; of a copy in a folder it cannot know.
+    """
+    from transformers.models.auto.tokenization_auto import MODEL_IDS_TO_TOKENIZERS_BACKEND
+
+    return any(fnmatchcase(repository.lower(), pattern) for pattern in MODEL_IDS_TO_TOKENIZERS_BACKEND)
+
+
+def by_its_file_alone(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the tokenizer.json in a folder describes; the folder says so itself from now on."""
+    from transformers import TokenizersBackend
+
+    found = TokenizersBackend.from_pretrained(folder, local_files_only=True)
+    path = folder / TOKENIZER_CONFIG
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(told | {"tokenizer_class": "TokenizersBackend"}, indent=2) + "\n")
+    return found
 
 
 def require_same_tokenizer(

@@ -66,6 +66,18 @@ def language_refusal(config: PreTrainedConfig) -> str | None:
     return f"config.json names no default_language, without which an xmod model reads nothing; it has {', '.join(config.languages)}"
 
 
+def random_refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot be taken whose attention is drawn anew each time that it reads a text (Reformer's and YOSO's hashes)."""
+    told = config.to_dict()
+    if config.model_type == "reformer" and "lsh" in (told.get("attn_layers") or ()) and told.get("hash_seed") is None:
+        return (
+            "a reformer model hashes anew each time that it reads, so that it never answers alike; say a hash_seed in config.json"
+        )
+    if config.model_type == "yoso" and told.get("use_expectation") is False:
+        return "a yoso model hashes anew each time that it reads, so that it never answers alike; say use_expectation: true"
+    return None
+
+
 WINDOWS = {
     "sliding_attention": ("sliding_window", "use_sliding_window: false makes it nothing"),
     "chunked_attention": ("attention_chunk_size", "it is null or left out"),

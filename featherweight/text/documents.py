@@ -33,6 +33,11 @@ class Document:
         """All that tells it from other documents."""
         return self.text if self.pair is None else f"{self.text}\n{self.pair}"
 
+    @property
+    def judged(self) -> bool:
+        """Whether something else belongs to the whole of its text."""
+        return self.target is not None or self.pair is not None or self.label is not None
+
 
 def write_documents(folder: Path, documents: list[Document]) -> None:
     """Write a text folder: `documents.jsonl`, one {"id", "text"} a line, and what else it has."""

@@ -45,13 +45,13 @@ class Record:
 
     def _words(self, key: str) -> str:
         """A text, or one of words in a list."""
-        value = self.value.get(key) if isinstance(self.value, Mapping) else None
+        value = _under(self.value, key)
         if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
             return self._whole(" ".join(value), f"'{key}'")
         return self._text(key, "field")
 
     def _label(self, key: str) -> Label:
-        value = self.value.get(key) if isinstance(self.value, Mapping) else None
+        value = _under(self.value, key)
         if isinstance(value, bool):
             return int(value)
         if isinstance(value, str | int) or (isinstance(value, list) and all(isinstance(one, str | int) for one in value)):
@@ -61,7 +61,7 @@ class Record:
         raise self.without_text(key, "label", "label")
 
     def _text(self, key: str, option: str) -> str:
-        value = self.value.get(key) if isinstance(self.value, Mapping) else None
+        value = _under(self.value, key)
         if isinstance(value, str):
             return self._whole(value, f"'{key}'")
         raise self.without_text(key, option)
@@ -90,6 +90,14 @@ class Record:
         else:
             found = f"found: {listed(self.value)}"
         return DataError(f"{self.name} {self.where} has no {what} under '{key}' ({found}); set data.{option}, or leave it out")
+
+
+def _under(value: Any, key: str) -> Any:
+    """What stands under a key, or under one in another with a dot between, as `translation.en`; None where nothing does."""
+    if not isinstance(value, Mapping) or key in value:
+        return value[key] if isinstance(value, Mapping) else None
+    first, _, rest = key.partition(".")
+    return _under(value.get(first), rest) if rest else None
 
 
 def _is_conversation(value: Any) -> bool:
@@ -132,9 +140,9 @@ def _parts(record: Record, data: DataSpec) -> Iterable[Record]:
     value = record.value
     if not isinstance(value, dict):
         return [record]
-    if data.field in value:
-        words = data.label is not None and _are_words(value[data.field])
-        return _columns(record, data) if isinstance(value[data.field], (list, dict)) and not words else [record]
+    if (found := _under(value, data.field)) is not None or data.field in value:
+        words = data.label is not None and _are_words(found)
+        return _columns(record, data) if isinstance(found, (list, dict)) and not words else [record]
     lists = {key: items for key, items in value.items() if isinstance(items, list) and items and _are_records(items)}
     if any(isinstance(items, list) and items and not _are_records(items) for items in value.values()):
         lists = {key: items for key, items in lists.items() if not isinstance(items[0], str)}  # names of what stands in the others
@@ -162,7 +170,7 @@ def _numbered(record: Record, key: str, items: list[Any]) -> Iterator[Record]:
 def _columns(record: Record, data: DataSpec) -> Iterable[Record]:
     """Columns by name, as pandas writes a table: each a list, or an object of values by row."""
     names = list(data.columns.values())
-    columns = [_cells(record.value.get(name)) for name in names]
+    columns = [_cells(_under(record.value, name)) for name in names]
     lengths = {len(column) for column in columns}
     if len(lengths) > 1:
         raise DataError(f"{record.name} {record.where} has columns of different lengths: {listed(names)}")
@@ -387,7 +395,8 @@ def read_parquet(name: str, path: Path, data: DataSpec) -> Iterator[Document]:
     wanted = list(data.columns.values())
     try:
         with ParquetFile(path) as file:
-            _require_columns(name, file.schema_arrow.names, data)
+            names, paths = file.schema_arrow.names, [file.schema.column(place).path for place in range(len(file.schema.names))]
+            _require_columns(name, [*names, *(path for path in paths if path in wanted and path not in names)], data)
             rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024, columns=wanted))
             for number, row in enumerate(rows, 1):
                 yield Record(name, number, f"row {number}", row).document(data)

@@ -46,7 +46,7 @@ def read_source(source: str, data: DataSpec) -> Source:
         documents = _distinct(_capped(files, data))
     if not documents.documents:
         raise DataError(f"{source} holds no text; expected at least one document that is not blank")
-    if len(documents.documents) < 3:
+    if len(documents.documents) < 3 and not any(document.judged for document in documents.documents):
         chunks = _distinct(chunk for document in documents.documents for chunk in _chunks(document))
         return replace(chunks, duplicates=chunks.duplicates + documents.duplicates)
     return documents

@@ -12,7 +12,8 @@ Format = Literal["text", "json", "csv", "parquet"]
 class DataSpec(Spec):
     """Text, split by whole documents. `evaluation` and `calibration` are shares held out of `source`, or sources of their own.
 
-    field, target: the key or column of the text; `target` is what a seq2seq model is to make of it (a translation, a summary).
+    field, target: the key or column of the text, `translation.en` for one in another; `target` is what a seq2seq model is to make
+    of it (a translation, a summary).
     pair, label: those of the second of two texts that are judged together, and of what a classifier is to say: a label, several, or
     one for each word of a text that is words between spaces or in a list.
     format: what the files are, where their content is not to tell it: JSON that is to be read as prose, say.

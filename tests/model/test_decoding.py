@@ -17,6 +17,7 @@ from featherweight.model.decoding import (
     cache_name,
     decoder_refusal,
     language_refusal,
+    random_refusal,
     windows_refusal,
 )
 
@@ -35,6 +36,19 @@ KINDS: dict[str, tuple[str | None, dict[str, Any]]] = {
         "num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}),
     "openai-gpt": (None, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "right"),
+    [
+        ("reformer", {"hash_seed": None}, {"hash_seed": 1}),
+        ("reformer", {"attn_layers": ["local", "lsh"]}, {"attn_layers": ["local", "local"]}),
+        ("yoso", {"use_expectation": False}, {}),
+    ],
+)
+def test_attention_that_is_drawn_anew_is_refused(kind: str, told: dict[str, Any], right: dict[str, Any]) -> None:
+    assert "hashes anew each time" in str(random_refusal(AutoConfig.for_model(kind, **told)))
+    assert random_refusal(AutoConfig.for_model(kind, **right)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

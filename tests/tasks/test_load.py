@@ -30,6 +30,7 @@ from tests.conftest import S3Server
 from tests.support.families import family_checkpoint
 from tests.support.gguf_files import write_gguf
 from tests.support.stores import empty_store
+from tests.support.tokenizers import byte_level
 
 PROMPT = "Once upon a time"
 
@@ -343,6 +344,24 @@ def test_a_hub_repository_is_downloaded_once_and_only_what_is_needed(hub: type[H
     out.mkdir()
     load(spec("hf:org/tiny"), out=out)
     assert hub.served == []
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_transformers_knows_by_its_repository(hub: type[Hub], out: Path, monkeypatch: pytest.MonkeyPatch):
+    """A few name a class that is wrong, which transformers passes by as it knows them; a copy in a folder has no such name."""
+    from transformers.models.auto import tokenization_auto
+
+    from featherweight.checkpoint.tokenizer import load_tokenizer
+
+    known = byte_level()
+    known.save_pretrained(hub.root)
+    told = json.loads((hub.root / "tokenizer_config.json").read_text())
+    (hub.root / "tokenizer_config.json").write_text(json.dumps(told | {"tokenizer_class": "LlamaTokenizerFast"}))
+    monkeypatch.setattr(tokenization_auto, "MODEL_IDS_TO_TOKENIZERS_BACKEND", ["org/ti*"])
+    text = "The river and the stone"
+    assert load_tokenizer(hub.root)(text).input_ids != known(text).input_ids
+    load(spec("hf:org/tiny"), out=out)
+    assert load_tokenizer(out)(text).input_ids == known(text).input_ids
 
 
 @pytest.mark.slow

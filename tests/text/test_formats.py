@@ -137,6 +137,22 @@ def test_a_target_is_read_beside_the_text(tmp_path: Path) -> None:
         assert [(one.text, one.target) for one in found] == rows
 
 
+def test_what_lies_in_an_object_is_named_with_a_dot(tmp_path: Path) -> None:
+    """As collections of translations have it."""
+    pairs = [{"en": "a house", "de": "ein Haus"}, {"en": "a tree", "de": "ein Baum"}]
+    lines = [{"id": place, "translation": pair} for place, pair in enumerate(pairs)]
+    contents = {
+        "a.parquet": parquet({"translation": pairs, "id": [0, 1]}),
+        "a.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
+        "a.json": json.dumps({"translation": {name: [pair[name] for pair in pairs] for name in ("en", "de")}}).encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        data = DataSpec(source="-", field="translation.en", target="translation.de")
+        found = read_source(str(tmp_path / name), data).documents
+        assert [(one.text, one.target) for one in found] == [(pair["en"], pair["de"]) for pair in pairs]
+
+
 def archive(make: Callable[..., object]) -> bytes:
     sink = io.BytesIO()
     if make is zipfile.ZipFile:
