@@ -39,8 +39,10 @@ BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 FROZEN = {
-    **dict.fromkeys(("funnel", "longformer"), "cuts or pads each text to whole blocks"),
+    **dict.fromkeys(("funnel", "longformer", "reformer"), "cuts or pads each text to whole blocks"),
+    "blt": "cuts each text into patches",
     **dict.fromkeys(("tapas", "yoso"), "counts rows by each text"),
+    "longcat_flash": "asks each text which experts it needs",
     "jetmoe": "reads the weights of the experts that were chosen",
     "aria_text": "multiplies with experts by an operation that OpenVINO does not know",
 }
