@@ -11,7 +11,7 @@ import pytest
 from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.torch.quantized_runtime import READ_TYPES, READ_WEIGHTS
+from featherweight.runtimes.torch.quantized_runtime import NO_LINEAR, READ_TYPES, READ_WEIGHTS
 from featherweight.runtimes.vllm.known import float_refusal, left_out_refusal
 
 USUAL = {
@@ -266,6 +266,16 @@ def test_what_vllm_ends_with_an_error_at_is_refused(kind: str, told: dict[str, A
 def test_an_activation_that_vllm_rounds_is_not_served_as_float32() -> None:
     assert "compute_type: bfloat16" in (float_refusal("apertus", "float32") or "")
     assert float_refusal("apertus", "bfloat16") is None and float_refusal("llama", "float32") is None
+
+
+@pytest.mark.parametrize("kind", NO_LINEAR)
+def test_blocks_without_a_linear_are_not_packed(kind: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 16, "embedding_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    assert not any(type(part).__name__ == "Linear" for name, part in model.named_modules() if ".layer" in name)
+    assert "packs Linear alone" in refusal("torchao-int4", model_type=kind)
 
 
 @pytest.mark.parametrize("kind", [*READ_WEIGHTS, *READ_TYPES])

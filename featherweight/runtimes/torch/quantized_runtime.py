@@ -33,6 +33,8 @@ READ_WEIGHTS = ("mamba", "falcon_mamba", "jamba", "deepseek_v4")
 """The same of their layers' weights, which nothing that is packed has as numbers."""
 READ_TYPES = ("mamba2", "xlstm", "axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")
 """Those that ask a layer for the type of its weights, of which torch's own packed layers know nothing."""
+NO_LINEAR = ("ibert", "squeezebert")
+"""Those whose blocks are made of other layers than torch.nn's Linear, which alone are packed."""
 
 
 class QuantizedTorchSpec(ExportSpec):
@@ -107,6 +109,8 @@ class QuantizedTorch(Runtime[QuantizedTorchSpec]):
             return f"the head of a {kind} model is joined with other weights, and {self.name}'s is packed; take another engine"
         if kind in READ_WEIGHTS or (self.name in ("torch-dynamic", "torch-static") and kind in READ_TYPES):
             return f"transformers reads the weights of a {kind} model's layers itself, and {self.name}'s are packed; take another"
+        if kind in NO_LINEAR:
+            return f"the blocks of a {kind} model have layers of their own, and {self.name} packs Linear alone; take another engine"
         return experts_refusal(model.facts)
 
 
