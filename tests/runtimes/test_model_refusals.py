@@ -106,7 +106,7 @@ def test_ctranslate2_scales_whole_heads_where_rotary_embeddings_scale_a_part(kin
     assert f"this {kind}'s rotary embeddings ({scaled}) scale what they rotate" in found if scaled else not found
 
 
-@pytest.mark.parametrize("kind", ["layoutlm", "qwen3_moe", "trocr"])
+@pytest.mark.parametrize("kind", ["flaubert", "xlm", "layoutlm", "qwen3_moe", "trocr"])
 def test_graphs_that_cannot_be_served_from_are_refused(kind: str) -> None:
     assert f"Optimum's graph of a {kind} model" in refusal("onnxruntime", model_type=kind)
 
@@ -242,6 +242,7 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
     ("kind", "told", "reason"),
     [
         ("hrm_text", {}, "reads a prompt in both directions"),
+        ("dbrx", {}, "while it loads its experts"),
         ("cohere2", {"sliding_window": 63}, "one token beyond its window of 63; serve at most 63"),
         ("cohere2", {"sliding_window": 64}, ""),
         ("cohere2", {"sliding_window": 63, "layer_types": ["full_attention"]}, ""),

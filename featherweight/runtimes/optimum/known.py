@@ -14,6 +14,7 @@ from featherweight.model.positions import rotary_kinds
 from featherweight.system.toolchains import text_of
 
 REFUSED = {
+    **dict.fromkeys(("flaubert", "xlm"), "adds to each word what it has learned of another, as token types that nobody gave"),
     "layoutlm": "reads the places of words on a page, which a text does not have",
     "qwen3_moe": "holds one expert's weights for all",
     "trocr": "writes no texts",

@@ -69,6 +69,8 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
         return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
     if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
         return "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
+    if kind == "dbrx":
+        return "vLLM's dbrx ends with an error while it loads its experts; take another engine"
     if kind == "hrm_text":
         return "vLLM's hrm_text reads a prompt in both directions, and transformers from left to right; take another engine"
     return _window_refusal(kind, config, tokens) or _longrope_refusal(kind, config, tokens)
