@@ -42,7 +42,7 @@ FROZEN = {
     **dict.fromkeys(("funnel", "longformer", "reformer"), "cuts or pads each text to whole blocks"),
     "blt": "cuts each text into patches",
     **dict.fromkeys(("tapas", "yoso"), "counts rows by each text"),
-    "longcat_flash": "asks each text which experts it needs",
+    **dict.fromkeys(("dbrx", "longcat_flash"), "asks each text which experts it needs"),
     "jetmoe": "reads the weights of the experts that were chosen",
     "aria_text": "multiplies with experts by an operation that OpenVINO does not know",
 }
