@@ -87,7 +87,7 @@ def rotary_length_refusal(engine: str, config: Any) -> str | None:
 
 def keys_and_values_refusal(engine: str, config: Any) -> str | None:
     """Why an engine whose compiled step has a place for keys and values does not serve a model that keeps none; None for others."""
-    if config.model_type not in WITHOUT_KEYS_AND_VALUES:
+    if config.model_type not in WITHOUT_KEYS_AND_VALUES or family_of(config) != "causal":
         return None
     return f"a {config.model_type} model keeps no keys and values, for which {engine}'s step has its place; take another engine"
 

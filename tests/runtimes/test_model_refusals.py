@@ -115,6 +115,8 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
     for engine in ("torch-compile", "openvino"):
         assert "a mamba2 model keeps no keys and values" in refusal(engine, model_type="mamba2")
     assert not refusal("torch-compile")
+    both_ways = {"model_type": "xlm", "architectures": ["XLMWithLMHeadModel"]}
+    assert refusal("torch-compile", **both_ways, causal=True) and not refusal("torch-compile", **both_ways, causal=False)
 
 
 @pytest.mark.parametrize(

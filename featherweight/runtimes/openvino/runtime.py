@@ -45,6 +45,7 @@ FROZEN = {
     **dict.fromkeys(("dbrx", "longcat_flash"), "asks each text which experts it needs"),
     "jetmoe": "reads the weights of the experts that were chosen",
     "aria_text": "multiplies with experts by an operation that OpenVINO does not know",
+    **dict.fromkeys(("flaubert", "xlm"), "uses an operation that OpenVINO does not know"),
 }
 """What model types compute by each text, of which a trace keeps that of one, or nothing."""
 
