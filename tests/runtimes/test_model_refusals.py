@@ -245,6 +245,8 @@ def test_longrope_on_vllm_is_served_where_it_rotates_as_transformers_does(told: 
     [
         ("hrm_text", {}, "reads a prompt in both directions"),
         ("dbrx", {}, "while it loads its experts"),
+        ("mamba2", {"n_groups": 8}, "in 8 groups, and transformers as a whole"),
+        ("mamba2", {"n_groups": 1}, ""),
         ("cohere2", {"sliding_window": 63}, "one token beyond its window of 63; serve at most 63"),
         ("cohere2", {"sliding_window": 64}, ""),
         ("cohere2", {"sliding_window": 63, "layer_types": ["full_attention"]}, ""),

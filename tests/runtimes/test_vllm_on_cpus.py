@@ -152,3 +152,16 @@ def test_a_model_that_no_module_serves_is_refused(packages: Path) -> None:
         assert refusal(**asked) is None, "vLLM runs transformers' own module"
         assert "no module for mpt models" in (refusal(**asked, layer_types=["conv", "full_attention"]) or "")
     assert refusal(architectures=["LlamaForCausalLM"]) is None
+
+
+def test_the_module_of_a_model_type_may_have_another_name(packages: Path) -> None:
+    modeling = packages / "transformers" / "models" / "openai" / "modeling_openai.py"
+    modeling.parent.mkdir(parents=True)
+    modeling.write_text("class OpenAIGPTLMHeadModel: ...")
+    asked = {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"]}
+    assert refusal(**asked) == "vLLM has no module for openai-gpt models; take another engine"
+
+
+def test_experts_without_gates_are_refused(packages: Path) -> None:
+    assert "experts on CPUs are gated" in (refusal(model_type="nemotron_h", layers_block_type=["linear_attention", "moe"]) or "")
+    assert refusal(model_type="nemotron_h", layers_block_type=["linear_attention", "mlp"]) is None

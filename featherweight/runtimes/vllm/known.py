@@ -49,10 +49,18 @@ def unknown_refusal(kind: str, config: Any) -> str | None:
     known, named = modules_by_architecture(), getattr(config, "architectures", None) or ()
     if not known or not named or any(name in known for name in named):
         return None
-    source = text_of("vllm", f"transformers/models/{kind}/modeling_{kind}.py")
+    module = _module(kind)
+    source = text_of("vllm", f"transformers/models/{module}/modeling_{module}.py")
     taken_over = any(one in source for one in BACKENDS) and kind not in NOT_TAKEN_OVER and not other_layers(config)
     served = taken_over or not source
     return None if served else f"vLLM has no module for {kind} models; take another engine"
+
+
+def _module(kind: str) -> str:
+    """transformers' name for the module of a model type."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    return str(model_type_to_module_name(kind))
 
 
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
@@ -70,6 +78,8 @@ def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
         return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
     if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
         return "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
+    if kind == "mamba2" and getattr(config, "n_groups", 1) > 1:
+        return f"vLLM norms a mamba2's states in {config.n_groups} groups, and transformers as a whole; take another engine"
     if kind == "dbrx":
         return "vLLM's dbrx ends with an error while it loads its experts; take another engine"
     if kind == "hrm_text":

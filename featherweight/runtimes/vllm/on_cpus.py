@@ -41,7 +41,7 @@ OTHERS = "take another engine"
 
 def refusal(config: Any) -> str | None:
     """Why a model is not served from a CPU; None where it is."""
-    refusals = (_sparse_refusal, _heads_refusal, _scan_refusal, _router_refusal, _chunk_refusal)
+    refusals = (_sparse_refusal, _heads_refusal, _scan_refusal, _router_refusal, _experts_refusal, _chunk_refusal)
     return next((reason for refused in refusals if (reason := refused(config))), None)
 
 
@@ -109,6 +109,14 @@ def _router_refusal(config: Any) -> str | None:
     if otherwise is None or SOFTMAX_ALONE not in text_of("vllm", ROUTER):
         return None
     return f"vLLM's router on CPUs chooses the experts of {config.model_type} models {otherwise}; {OTHERS}"
+
+
+def _experts_refusal(config: Any) -> str | None:
+    """Of Nemotron-H, some of which have layers of experts."""
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or ()
+    if config.model_type != "nemotron_h" or "moe" not in kinds:
+        return None
+    return f"vLLM's experts on CPUs are gated, and those of this nemotron_h are not; {OTHERS}"
 
 
 def _chunk_refusal(config: Any) -> str | None:
