@@ -50,11 +50,12 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         cached.cache_clear()
 
 
-def refusal(**told: Any) -> str | None:
+def refusal(compute_type: str = "float32", **told: Any) -> str | None:
     values = {"model_type": "llama", "is_encoder_decoder": False, "max_position_embeddings": 256, "hidden_size": 128, **told}
     config = Values({"class": "LlamaConfig", "names": {}, "values": values})
     runtime = RUNTIMES["vllm"]
-    return runtime.model_refusal(runtime.spec.model_validate({"engine": "vllm"}), Candidate(CheckpointFacts(config), 128))
+    spec = runtime.spec.model_validate({"engine": "vllm", "compute_type": compute_type})
+    return runtime.model_refusal(spec, Candidate(CheckpointFacts(config), 128))
 
 
 def test_heads_that_its_attention_has_no_kernel_for_are_refused(packages: Path) -> None:
@@ -165,3 +166,17 @@ def test_the_module_of_a_model_type_may_have_another_name(packages: Path) -> Non
 def test_experts_without_gates_are_refused(packages: Path) -> None:
     assert "experts on CPUs are gated" in (refusal(model_type="nemotron_h", layers_block_type=["linear_attention", "moe"]) or "")
     assert refusal(model_type="nemotron_h", layers_block_type=["linear_attention", "mlp"]) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "compute_type", "reason"),
+    [
+        ("kimi_linear", "bfloat16", "on GPUs alone"),
+        ("qwen3_next", "float32", "in bfloat16 alone; take compute_type: bfloat16"),
+        ("qwen3_next", "bfloat16", ""),
+        ("qwen3_5_text", "bfloat16", "wants torchvision"),
+    ],
+)
+def test_linear_attention_without_kernels_for_cpus_is_refused(packages: Path, kind: str, compute_type: str, reason: str) -> None:
+    found = refusal(compute_type, model_type=kind) or ""
+    assert reason in found if reason else not found

@@ -28,6 +28,12 @@ ROUTED_OTHERWISE = {
     "minimax_m2": "by softmax alone, and not by sigmoid",
 }
 """How its router for CPUs chooses experts of model types whose modules ask for more."""
+IN_BFLOAT16 = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+"""Model types whose gated delta nets it computes on CPUs in no other type."""
+IN_TRITON = ("kimi_linear", "olmo_hybrid")
+"""Model types whose linear attention it has for GPUs alone."""
+WITH_PICTURES = ("qwen3_5_moe_text", "qwen3_5_text")
+"""Model types whose module reads pictures too, by torchvision, which its toolchain leaves out: its wheels are for CUDA."""
 BLOCK = 128
 """Tokens of a block of its cache: a chunk of attention is so many blocks."""
 TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
@@ -39,8 +45,10 @@ MIXER, SCAN, KERNELS = "mamba.mamba_mixer import", "selective_scan_fwd", "vllm/_
 OTHERS = "take another engine"
 
 
-def refusal(config: Any) -> str | None:
-    """Why a model is not served from a CPU; None where it is."""
+def refusal(config: Any, compute_type: str) -> str | None:
+    """Why a model is not served from a CPU in a type; None where it is."""
+    if reason := _linear_attention_refusal(config.get_text_config().model_type, compute_type):
+        return reason
     refusals = (_sparse_refusal, _heads_refusal, _scan_refusal, _router_refusal, _experts_refusal, _chunk_refusal)
     return next((reason for refused in refusals if (reason := refused(config))), None)
 
@@ -48,6 +56,16 @@ def refusal(config: Any) -> str | None:
 def wants_bfloat16(compute_type: str) -> bool:
     """Whether it is served in bfloat16 here: on CPUs with AMX its kernel for W8A8 reads no float32, and dies of float16."""
     return compute_type == "int8" and "amx_tile" in describe().cpu_features
+
+
+def _linear_attention_refusal(kind: str, compute_type: str) -> str | None:
+    if kind in WITH_PICTURES and modules_by_architecture() and not text_of("vllm", "torchvision/__init__.py"):
+        return f"vLLM's module for {kind} models wants torchvision, which its toolchain for CPUs leaves out; {OTHERS}"
+    if kind in IN_TRITON:
+        return f"vLLM computes the linear attention of {kind} models on GPUs alone; {OTHERS}"
+    if kind in IN_BFLOAT16 and compute_type != "bfloat16":
+        return f"vLLM computes the linear attention of {kind} models on CPUs in bfloat16 alone; take compute_type: bfloat16"
+    return None
 
 
 def _sparse_refusal(config: Any) -> str | None:

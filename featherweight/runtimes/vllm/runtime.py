@@ -156,7 +156,7 @@ class Vllm(Runtime[VllmSpec]):
             return reason
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
-        return on_cpus.refusal(model.config) if model.device == CPU else None
+        return on_cpus.refusal(model.config, spec.compute_type) if model.device == CPU else None
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         if found := capabilities.emulated(machine.gpus):
