@@ -219,6 +219,35 @@ def test_a_decoder_that_reads_both_ways_makes_vectors_through_the_layers_behind_
     assert (opened_vectors(out) - gemma_vectors(source, TEXTS)).abs().max() < 1e-5
 
 
+def test_masks_of_both_ways_are_those_that_transformers_makes(tmp_path: Path) -> None:
+    """OpenVINO's graph is given them: windows in both directions, and padding that sees itself."""
+    import torch
+    from transformers import AutoModel
+
+    from featherweight.runtimes.openvino.convert import both_ways
+
+    model = AutoModel.from_pretrained(embedding_gemma(tmp_path / "made")).eval()
+    ids = torch.randint(5, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        ours = model(input_ids=ids, attention_mask=both_ways(mask, model.config.sliding_window)).last_hidden_state
+    assert (ours - theirs)[mask.bool()].abs().max() < 1e-5
+    assert ours.isfinite().all()
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(RUNTIMES["openvino"].missing() is not None, reason=str(RUNTIMES["openvino"].missing()))
+def test_openvino_makes_vectors_of_decoders_with_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_parity, "open_worker", InProcess)
+    source = loaded(embedding_gemma(tmp_path / "made"), tmp_path / "out", "feature-extraction")
+    write_documents(tmp_path / "text", [Document(str(place), one) for place, one in enumerate(TEXTS * 3)])
+    _, metrics = exported(source, tmp_path / "text", tmp_path / "served", engine="openvino", precision="int8")
+    assert metrics["parity_mean_abs"] < metrics["parity_bound"]
+    assert metrics["parity_weights_max_abs"] < 1e-3
+
+
 def test_layers_behind_the_pooling_stay_through_the_stages(tmp_path: Path) -> None:
     import torch
 

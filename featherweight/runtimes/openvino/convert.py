@@ -109,7 +109,6 @@ def encoder(model: Any, every_token: bool = False) -> Any:
     import torch
 
     model.config.use_cache = False
-
     types = ["token_type_ids"] if (getattr(model.config, "type_vocab_size", None) or 0) > 1 else []
     names = ["input_ids", "attention_mask", *types]
 
@@ -120,6 +119,8 @@ def encoder(model: Any, every_token: bool = False) -> Any:
 
         def forward(self, *told: Any) -> Any:
             inputs = dict(zip(names, told, strict=True))
+            if getattr(model.config, "use_bidirectional_attention", False) and model.config.model_type == "gemma3_text":
+                inputs["attention_mask"] = both_ways(inputs["attention_mask"], model.config.sliding_window)
             return model.score(model.base_model(**inputs)[0]) if every_token else model(**inputs)[0]
 
     mask = torch.ones(BATCH, NEW, dtype=torch.int64)
@@ -129,6 +130,19 @@ def encoder(model: Any, every_token: bool = False) -> Any:
     hidden = model.config.architectures and not hasattr(model, "get_output_embeddings")
     name_ends(graph, names, ["last_hidden_state" if hidden else "logits"], {name: [-1, -1] for name in names})
     return graph
+
+
+def both_ways(mask: Any, window: int) -> dict[str, Any]:
+    """Where the tokens of a Gemma 3 that reads both ways look, by kind of layer, bool [batch, 1, tokens, tokens].
+
+    transformers asks a function about each place, which no trace keeps; masks that are made already it takes as they are.
+    """
+    import torch
+
+    places = torch.arange(mask.shape[1])
+    apart = (places[:, None] - places[None]).abs()
+    there = mask.bool()[:, None, None] | (apart == 0)  # padding that saw nothing would be no number
+    return {"full_attention": there, "sliding_attention": there & (apart < window)}
 
 
 def decoder(model: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import CONFIG, copy, link
+from featherweight.checkpoint.files import CONFIG, Listing, copy, link
 from featherweight.checkpoint.saving import copy_tokenizer, save_model
 from featherweight.errors import StageError
 from featherweight.grid import GRIDS
@@ -76,9 +76,8 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     (twin / serving.weights).mkdir(parents=True)
     for path in (served / serving.weights).iterdir():
         link(path, twin / serving.weights / path.name)
-    for path in served.iterdir():
-        if path.is_file() and path.name != FILE:
-            link(path, twin / path.name)
+    for name in Listing.of(served).sizes.keys() - {FILE}:
+        link(served / name, twin / name)
     replace(serving, options={}).write(twin)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featherweight.checkpoint.files import link
+from featherweight.checkpoint.files import Listing, link
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.onnx import pack
@@ -66,9 +66,8 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     for path in (served / serving.weights).iterdir():
         into = twin / serving.weights / path.name
         pack.in_float(path, into) if path.suffix == ".onnx" else link(path, into)
-    for path in served.iterdir():
-        if path.is_file() and path.name != FILE:
-            link(path, twin / path.name)
+    for name in Listing.of(served).sizes.keys() - {FILE}:
+        link(served / name, twin / name)
     serving.write(twin)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)
