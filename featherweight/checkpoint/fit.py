@@ -18,6 +18,8 @@ IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.(?:weigh
 BESIDE = re.compile(r"(?:^|\.)(?:norm\.weight|rotary_emb\.inv_freq)$")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
 ROWS = "embed_tokens.weight"
+USUAL = re.compile(r"(?:module\.|base_model\.model\.)?(?:model\.)?(?:layers|embed_tokens|norm|lm_head|rotary_emb)\.")
+"""What the names of a Llama's tensors begin with, those of a wrapped one and of its base model too."""
 WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -47,7 +49,7 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
             )
         if place and asked is not None:
             found.setdefault(int(place[1]), set()).add(place[2])
-        unknown |= asked is None and not BESIDE.search(name)
+        unknown |= not USUAL.match(name) or (asked is None and not BESIDE.search(name))
     if found and not unknown:
         _require_layers(where, found, count)
     return bool(found) and not unknown

@@ -275,7 +275,12 @@ def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any])
         missing = [name for name in missing if not _BESIDE.search(name)]
         unexpected = [name for name in unexpected if not _HEADS.search(name)]
     if missing:
-        raise CheckpointError(f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}; copy it again")
+        beside = (
+            f"; there is {unexpected[0]}{_more(unexpected)}, of another model: they do not belong together" if unexpected else ""
+        )
+        raise CheckpointError(
+            f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}{beside or '; copy it again'}"
+        )
     if mismatched:
         name, found, wanted = mismatched[0]
         raise CheckpointError(

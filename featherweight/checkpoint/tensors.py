@@ -82,6 +82,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} must hold a mapping of names to tensors{under}; it was not loaded: save the model's state_dict alone"
         )
+    odd = next((name for name, tensor in state.items() if tensor.is_meta or tensor.layout != torch.strided), None)
+    if odd is not None:
+        what = "without values (meta)" if state[odd].is_meta else f"in the layout {state[odd].layout}"
+        raise CheckpointError(f"{path}: tensor {odd} was saved {what}; save the model by save_pretrained")
     return state
 
 

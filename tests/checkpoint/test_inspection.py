@@ -346,6 +346,16 @@ def test_a_pickle_is_inspected_where_allowed_and_never_run(folder: Path, tiny_ch
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(("kind", "told"), [("meta", r"without values \(meta\)"), ("sparse", "in the layout torch.sparse_coo")])
+def test_a_pickled_tensor_that_holds_no_plain_values_is_named(tmp_path: Path, kind: str, told: str):
+    import torch
+
+    tensor = torch.ones(2, 2)
+    torch.save({"a": tensor, "b": tensor.to("meta") if kind == "meta" else tensor.to_sparse()}, tmp_path / PICKLE)
+    with pytest.raises(CheckpointError, match=f"tensor b was saved {told}; save the model by save_pretrained"):
+        tensors.load_pickle(tmp_path / PICKLE)
+
+
 CUSTOM = """
 from transformers import LlamaConfig, LlamaForCausalLM
 class TinyConfig(LlamaConfig):

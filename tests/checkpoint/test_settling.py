@@ -264,6 +264,15 @@ def test_pickles_are_renamed_as_they_are_converted(change: Callable[[str], str],
     assert torch.equal(logits(out), expected)
 
 
+def test_names_of_another_model_are_told_beside_those_that_are_missing(tmp_path: Path) -> None:
+    folder = llama(tmp_path / "found", tied=True)
+    rename(folder, lambda name: f"student.{name}")
+    with pytest.raises(
+        CheckpointError, match=r"is missing \(and \d+ more\); there is student\.model\.\S+ .*do not belong together"
+    ):
+        read_facts(LoadSpec(source=str(folder)))
+
+
 def test_errors_after_a_renaming_name_the_users_path(tmp_path: Path, out: Path) -> None:
     folder = llama(tmp_path / "source", tied=True)
     rename(folder, lambda name: f"module.{name}")
