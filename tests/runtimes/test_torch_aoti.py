@@ -191,6 +191,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 48, "no_rope_layers": [1, 1]},
     "phimoe": {"sliding_window": WINDOW, "num_local_experts": 4},
     "mixtral": {"num_local_experts": 4},
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 1, "num_hidden_layers": 4},
     "afmoe": {"sliding_window": WINDOW, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
 }
 SIZED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -198,13 +199,14 @@ SIZED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_layer_sees_is_what_its_configuration_says(kind: str) -> None:
-    """Windows that are told to the mask alone (Phi-3.5-MoE), chunks (Llama 4), sinks (gpt-oss), and flags of routers, ignored."""
+    """Windows that are told to the mask alone (Phi-3.5-MoE), chunks (Llama 4), sinks (gpt-oss), layers that are used
+    again and again (HRM), and flags of routers, ignored."""
     import torch
 
     from featherweight.runtimes.torch_aoti.graph import Decoder, Step, layer_shapes
     from tests.support.families import tiny_model
 
-    model = tiny_model(kind, vocab_size=99, **SIZED, head_dim=8, **KINDS[kind])
+    model = tiny_model(kind, vocab_size=99, **SIZED | {"head_dim": 8} | KINDS[kind])
     texts, places = torch.randint(3, 99, (2, 40)), torch.arange(40)
     with torch.no_grad():
         whole, layers = model(texts, use_cache=False).logits, layer_shapes(model)
