@@ -90,6 +90,12 @@ def test_compressed_keys_have_kernels_of_their_own_where_vllm_keeps_them_so(
     assert reason in found if reason else not found
 
 
+def test_compressed_keys_are_handed_apart_from_their_rotary_part(packages: Path) -> None:
+    for kind, apart in (("deepseek_v2", True), ("minicpm3", False)):
+        values = {"model_type": kind, "is_encoder_decoder": False, **COMPRESSED}
+        assert on_cpus.rotates_heads_apart(Values({"class": "", "names": {}, "values": values})) is apart
+
+
 def test_experts_that_its_router_on_cpus_does_not_choose_as_the_model_does_are_refused(packages: Path) -> None:
     assert refusal(model_type="ernie4_5_moe") == (
         "vLLM's router on CPUs chooses the experts of ernie4_5_moe models without the bias that is learned for it "

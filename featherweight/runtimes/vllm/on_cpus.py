@@ -34,6 +34,8 @@ IN_TRITON = ("kimi_linear", "olmo_hybrid")
 """Model types whose linear attention it has for GPUs alone."""
 WITH_PICTURES = ("qwen3_5_moe_text", "qwen3_5_text")
 """Model types whose module reads pictures too, by torchvision, which its toolchain leaves out: its wheels are for CUDA."""
+HEADS_APART = ("lfm2", "lfm2_moe")
+"""Model types whose modules hand their heads apart to rotary embeddings, as those with compressed keys do."""
 BLOCK = 128
 """Tokens of a block of its cache: a chunk of attention is so many blocks."""
 TABLES = ("_TEXT_GENERATION_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
@@ -56,6 +58,12 @@ def refusal(config: Any, compute_type: str) -> str | None:
 def wants_bfloat16(compute_type: str) -> bool:
     """Whether it is served in bfloat16 here: on CPUs with AMX its kernel for W8A8 reads no float32, and dies of float16."""
     return compute_type == "int8" and "amx_tile" in describe().cpu_features
+
+
+def rotates_heads_apart(config: Any) -> bool:
+    """Whether rotary embeddings are given a model's heads apart: its kernel for CPUs turns other numbers then than those."""
+    config = config.get_text_config()
+    return config.model_type in HEADS_APART or bool(getattr(config, "kv_lora_rank", None) and config.model_type in latent_types())
 
 
 def _linear_attention_refusal(kind: str, compute_type: str) -> str | None:

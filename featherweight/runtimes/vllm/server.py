@@ -13,13 +13,15 @@ from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import EngineServer, Limits
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
-from featherweight.runtimes.vllm.on_cpus import wants_bfloat16
+from featherweight.runtimes.vllm.on_cpus import rotates_heads_apart, wants_bfloat16
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
 from featherweight.system.toolchains import python
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version")
 """Not /v1/models, which tells where the weights lie."""
+IN_PYTORCH = '{"custom_ops": ["-rotary_embedding"]}'
+"""Rotary embeddings by vLLM's own lines of PyTorch, not by its kernel for CPUs."""
 
 
 def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> EngineServer:
@@ -77,7 +79,8 @@ def arguments(served: Path, weights: Path, options: Mapping[str, str], limits: L
         "--kv-cache-memory-bytes": _cache_bytes(weights, limits.max_tokens, limits.max_batch),
         "--tensor-parallel-size": options.get("tensor_parallel_size", "1"),
     }
-    return [*(str(part) for pair in told.items() for part in pair), "--enforce-eager", "--disable-log-stats"]
+    given = [*(str(part) for pair in told.items() for part in pair), "--enforce-eager", "--disable-log-stats"]
+    return given if gpus() or not rotates_heads_apart(load_config(weights)) else [*given, "--compilation-config", IN_PYTORCH]
 
 
 def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
