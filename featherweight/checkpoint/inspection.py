@@ -196,7 +196,11 @@ def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
     found = task_of(config)
     if task is not None and task != found:
         kind = (config.architectures or [config.model_type])[0]
-        raise CheckpointError(f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}")
+        reranker = (found, task) == ("text-generation", "text-classification")
+        otherwise = ", or give a reranker of two words' logits as a classifier (its score: their difference)" if reranker else ""
+        raise CheckpointError(
+            f"{folder} is a model for {found} ({kind}), but the recipe's task is {task}; set task: {found}{otherwise}"
+        )
 
 
 def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:

@@ -172,9 +172,10 @@ def resized_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTr
     new = config.to_dict() | dict(values)
     if not _uneven_llama(config, new):
         return of_the_same(config, type(config).from_dict(new))
-    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
+    for key in ("model_type", "attention_bias", "mlp_bias", "pretraining_tp"):
         new.pop(key, None)
-    return of_the_same(config, MistralConfig.from_dict(new | {"sliding_window": None}))
+    named = [kind.replace("Llama", "Mistral", 1) for kind in config.architectures or []]  # what its head is for
+    return of_the_same(config, MistralConfig.from_dict(new | {"sliding_window": None, "architectures": named or None}))
 
 
 def of_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> PreTrainedConfig:

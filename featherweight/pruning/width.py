@@ -17,11 +17,12 @@ from featherweight.model import surgery
 from featherweight.model.architecture import blocks, dimensions
 from featherweight.model.facts import CheckpointFacts
 from featherweight.model.heads import forwarded
+from featherweight.model.parent import Parent
 from featherweight.pruning.counts import kept_channels
 from featherweight.pruning.importance import BATCH, Group, Member, importance, keep_best
 from featherweight.pruning.interface import Pruned, Pruner, PruningInput
 from featherweight.pruning.spec import Criterion, PruneSpec
-from featherweight.spec import ModelSize, Positive, Share
+from featherweight.spec import HEADED, ModelSize, Positive, Share
 from featherweight.text.model_inputs import inputs_and_labels
 
 if TYPE_CHECKING:
@@ -182,4 +183,11 @@ def check(spec: WidthSpec, facts: CheckpointFacts) -> None:
     surgery.require_resizable(facts.config, _sizes(facts.config, target_size(spec, facts.config)))
 
 
-WIDTH = Pruner(WidthSpec, prune, check=check)
+def _refusal(_: WidthSpec, parent: Parent) -> str | None:
+    """Vectors that are narrower are compared with none, and what labels are made of is cut by nobody."""
+    if parent.task not in HEADED:
+        return None
+    return f"{parent.task} + width: what it answers is made of the whole hidden state; prune heads, channels or layers instead"
+
+
+WIDTH = Pruner(WidthSpec, prune, refusal=_refusal, check=check)

@@ -19,12 +19,12 @@ from featherweight.registry.labeller import Labeller, scored
 from featherweight.runtimes import answer_parity
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.examples import packed_inputs
 from tests.support import heads
-from tests.support.families import SIZES
+from tests.support.families import SIZES, family_checkpoint
 from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 from tests.tasks.test_heads import exported, loaded, opened, opened_vectors, tokens
@@ -137,6 +137,12 @@ def test_the_plan_names_the_task_and_the_engines_that_do_not_take_it(tmp_path: P
         assert "labels texts with encoders alone here, and qwen3 is a decoder; take openvino, torch-aoti" in str(refusal)
     for engine in ("llama.cpp", "vllm", "onnxruntime-genai"):
         assert RUNTIMES[engine].task_refusal("text-classification")
+
+
+def test_a_reranker_that_writes_yes_or_no_is_told_what_to_give_instead(tmp_path: Path) -> None:
+    source = family_checkpoint("qwen3", tmp_path / "made")
+    with pytest.raises(CheckpointError, match=r"set task: text-generation, or give a reranker of two words' logits as a classif"):
+        read_facts(LoadSpec(source=str(source), task="text-classification"))
 
 
 def test_labels_that_are_given_otherwise_are_refused(tmp_path: Path) -> None:
@@ -294,3 +300,53 @@ def test_a_layer_behind_the_pooling_that_is_stored_as_a_pickle_is_refused(tmp_pa
     (source / "3_Dense" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"3_Dense has no model.safetensors, a pickle at most; save it anew by"):
         read_facts(LoadSpec(source=str(source), task="feature-extraction"))
+
+
+@pytest.mark.parametrize("head", ["labels", "vectors"])
+def test_a_llama_whose_heads_are_pruned_keeps_what_it_is_for(tmp_path: Path, head: str) -> None:
+    """It is described as a Mistral then, whose class has the same head."""
+    from featherweight.pruning.spec import PruneSpec
+    from tasks.prune import prune
+
+    task: Task = "text-classification" if head == "labels" else "feature-extraction"
+    source = heads.head_checkpoint("llama", task, tmp_path / "made", num_key_value_heads=4, **HEADS["labels"][1])
+    if head == "vectors":
+        heads.sentence_files(source)
+    loaded(source, tmp_path / "loaded", task)
+    write_documents(tmp_path / "text", heads.labelled(40))
+    (tmp_path / "out").mkdir()
+    spec = PruneSpec.of(ratio=0.25, samples=8, sequence=16, finetune=None)
+    prune(spec, checkpoint=tmp_path / "loaded", calibration=tmp_path / "text", out=tmp_path / "out")
+    config = load_config(tmp_path / "out")
+    assert (config.model_type, task_of(config)) == ("mistral", task)
+    assert opened_vectors(tmp_path / "out").isfinite().all()
+
+
+def test_a_narrower_hidden_state_is_refused_in_the_plan() -> None:
+    from featherweight.model.parent import Parent
+    from featherweight.pruning.spec import PruneSpec
+
+    for task in HEADED:
+        assert "prune heads, channels or layers" in str(PruneSpec.of(method="width").refusal(Parent(task, "qwen3")))
+    assert PruneSpec.of(method="width").refusal(Parent("text-generation", "qwen3")) is None
+
+
+@pytest.mark.parametrize("head", ["labels", "tags"])
+def test_aotinductor_is_given_what_is_said_behind_every_token(tmp_path: Path, head: str) -> None:
+    """As torch.export hands it over, at other lengths than the ones that it was traced with."""
+    import torch
+
+    from featherweight.model.heads import read_states
+    from featherweight.runtimes.torch_aoti import graph
+
+    source = made(tmp_path / "made", head)
+    right, out = alone(source, HEADS[head][0], TEXTS), loaded(source, tmp_path / "out", HEADS[head][0])
+    model, (ids, types) = load_model(out).eval(), tokens(out, TEXTS)
+    inputs = packed_inputs(model.config, ids, types)
+    with torch.no_grad():
+        program = graph.programs(model, None)["read"].module()
+        lengths = torch.tensor([len(row) for row in ids])
+        found = program(inputs["input_ids"], torch.zeros_like(inputs["input_ids"]), lengths)
+        rows = read_states(model.config, found, inputs)
+    for ours, theirs in zip(rows, right, strict=True):
+        assert torch.allclose(logits(ours[: len(theirs)].tolist(), head), theirs, atol=1e-5)
