@@ -303,12 +303,23 @@ def _shards(listing: Listing, index: str, *, pickled: bool = False) -> Weights:
 def read_json(listing: Listing, name: str) -> dict[str, Any]:
     """A JSON object of the checkpoint."""
     if name not in listing.sizes:
-        found = (hint for file, hint in _WITHOUT_CONFIG.items() if name == CONFIG and file in listing.sizes)
-        raise CheckpointError(f"{listing.where} has no {name}; {next(found, 'is it a Hugging Face checkpoint?')}")
+        instead = _instead_of_config(listing) if name == CONFIG else "is it a Hugging Face checkpoint?"
+        raise CheckpointError(f"{listing.where} has no {name}; {instead}")
     value = _parse(listing, name)
     if not isinstance(value, dict):
         raise CheckpointError(f"{listing.where}/{name} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def _instead_of_config(listing: Listing) -> str:
+    """What to do about a folder that has no config.json."""
+    found = next((file for file in _WITHOUT_CONFIG if file in listing.sizes), "")
+    modules = _parse(listing, found) if found == "modules.json" else None
+    first = modules[0] if isinstance(modules, list) and modules else None
+    kind = str(first.get("type")).rpartition(".")[2] if isinstance(first, dict) else "Transformer"
+    if kind != "Transformer":
+        return f"its vectors come from sentence-transformers' {kind} module, and not from a transformer; take a model that has one"
+    return _WITHOUT_CONFIG.get(found, "is it a Hugging Face checkpoint?")
 
 
 def read_list(listing: Listing, name: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.files import Listing, read_json
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.sentence_files import embedding, made
 from featherweight.errors import CheckpointError
@@ -99,6 +99,13 @@ PROMPTED = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
 def test_what_is_not_done_here_is_refused_by_name(tmp_path: Path, files: Files, pooling: Files, wrong: str) -> None:
     with pytest.raises(CheckpointError, match=wrong):
         embedding(written(tmp_path, files, **pooling), bert())
+
+
+@pytest.mark.parametrize("kind", ["StaticEmbedding", "WordEmbeddings", "Router"])
+def test_vectors_that_come_from_no_transformer_are_told_where_there_is_no_config(tmp_path: Path, kind: str) -> None:
+    """Their first module lies in a folder of its own, of which a config.json would be copied up in vain."""
+    with pytest.raises(CheckpointError, match=f"has no config.json; its vectors come from sentence-transformers' {kind} module"):
+        read_json(written(tmp_path, own(kind, "Normalize")), "config.json")
 
 
 @pytest.mark.parametrize("kind", ["SparseEncoder", "MultiVectorEncoder"])
