@@ -38,7 +38,7 @@ from featherweight.checkpoint.inspection import require_described, require_outpu
 from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import grid_told, method_of
-from featherweight.checkpoint.sanity import require_sane
+from featherweight.checkpoint.sanity import require_embedded, require_sane
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.facts import CheckpointFacts, Values
@@ -148,6 +148,7 @@ def _facts(answer: Mapping[str, Any], folder: Path, told: Mapping[str, Any], lis
         if not require_fit(listing.where, Values(answer["config"]), shapes):
             require_loadable(listing.where, folder, head, shapes)
         answer["config"]["values"].update(head)
+    require_embedded(listing, told.get("vocab_size"))
     return CheckpointFacts(
         Values(answer["config"]),
         Values({"values": answer["generation"], "names": {}}),

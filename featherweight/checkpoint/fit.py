@@ -60,6 +60,14 @@ def beyond_vocabulary(size: int) -> str:
     return f"the vocabulary has {size} tokens; say one of them there, or null"
 
 
+def beyond_embedding(most: int, rows: int) -> str:
+    """What is wrong with a tokenizer whose last token is `most`, and the way out of it."""
+    return (
+        f"the tokenizer has ids up to {most}, but the embedding has only {rows} rows; resize it (resize_token_embeddings) and save "
+        "the model anew, or take the tokens beyond it out of the tokenizer's files"
+    )
+
+
 def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:
     """What is there of one layer is there of all."""
     wanted = set[str]().union(*found.values())

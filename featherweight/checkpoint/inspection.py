@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
-from featherweight.checkpoint.fit import beyond_vocabulary
+from featherweight.checkpoint.fit import beyond_embedding, beyond_vocabulary
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
@@ -317,10 +317,7 @@ def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
     if size == 0:
         raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
     if size > rows:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has ids up to {size - 1}, but the embedding has only {rows} rows; "
-            "tokenizer and weights do not belong together"
-        )
+        raise CheckpointError(f"{folder}: {beyond_embedding(size - 1, rows)}")
 
 
 def _describe(model: PreTrainedModel, folder: Path, weights: Weights, size_bytes: int) -> CheckpointInfo:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from featherweight.checkpoint.files import CONFIG, INDEX, TOKENIZER_CONFIG, WEIGHTS, Listing, find_weights, read_header, read_json
+from featherweight.checkpoint.fit import beyond_embedding
 from featherweight.checkpoint.generation_faults import require_followable
 from featherweight.checkpoint.quantized_formats import method_of, require_packed, require_readable
 from featherweight.errors import CheckpointError
@@ -48,6 +49,13 @@ def require_sane(listing: Listing) -> None:
         far = max(ids, default=0)
         if far > LARGEST_ID:
             raise CheckpointError(f"{listing.where}/{name} has the token id {far}; no vocabulary is so large; copy it again")
+
+
+def require_embedded(listing: Listing, rows: Any) -> None:
+    """Raise CheckpointError where tokenizer.json has tokens beyond an embedding of so many rows, as far as that is known."""
+    far = max((max(ids, default=0) for name, ids in _ids(listing) if name == "tokenizer.json"), default=0)
+    if isinstance(rows, int) and far >= rows > 0:
+        raise CheckpointError(f"{listing.where}: {beyond_embedding(far, rows)}")
 
 
 def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from featherweight.checkpoint.files import Listing
-from featherweight.checkpoint.sanity import require_sane
+from featherweight.checkpoint.sanity import require_embedded, require_sane
 from featherweight.errors import CheckpointError
 
 
@@ -135,3 +135,13 @@ def test_a_configuration_that_is_too_large_is_not_read(folder: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"{name} has 21,474,836,480 bytes; none is so large"):
             require_sane(Listing.of(folder))
         (folder / name).write_bytes(whole)
+
+
+def test_tokens_beyond_the_embedding(folder: Path) -> None:
+    """As of a padding token that was added without a row of its own."""
+    require_embedded(Listing.of(folder), 320)
+    require_embedded(Listing.of(folder), None)
+    with pytest.raises(
+        CheckpointError, match=r"ids up to 319, but the embedding has only 319 rows; resize it \(resize_token_embedd"
+    ):
+        require_embedded(Listing.of(folder), 319)
