@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(name, parameter, transposed) of every weight matrix: those of the blocks, embeddings and head. A tied one comes once.
+    """(name, parameter, transposed) of every weight matrix: those of the blocks, embeddings and head.
 
+    A tied one comes once, under the name that it is stored by, wherever the head stands (CamemBERT's is before the embedding).
     transposed: the parameter holds a row in each column, as GPT-2's Conv1D does.
     """
     from transformers.pytorch_utils import Conv1D
@@ -32,7 +33,12 @@ def matrices(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, bool]]
         if parameter is None or id(parameter) in seen or not (id(parameter) in vocabulary or module in body):
             continue
         seen.add(id(parameter))
-        yield f"{name}.weight", parameter, isinstance(module, Conv1D)
+        yield _stored_name(model, f"{name}.weight"), parameter, isinstance(module, Conv1D)
+
+
+def _stored_name(model: PreTrainedModel, name: str) -> str:
+    source = (getattr(model, "all_tied_weights_keys", None) or {}).get(name, name)
+    return source if model.get_parameter(source) is model.get_parameter(name) else name
 
 
 def _in_blocks(model: PreTrainedModel) -> Iterator[nn.Module]:

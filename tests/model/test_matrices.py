@@ -169,3 +169,14 @@ def test_the_names_of_the_vocabulary_are_stored(checkpoint: Any, text: Path, tmp
     told = json.loads((tmp_path / "quantization.json").read_text())
     assert told["heads"] == sorted(HEADS["gpt_neox"])
     assert "embed_out.weight" in load_file(tmp_path / "model.safetensors"), "in the files, its head keeps the name it always had"
+
+
+@pytest.mark.parametrize("kind", ["camembert", "roberta", "xlm-roberta"])
+def test_a_tied_matrix_is_known_by_the_name_that_it_is_stored_by(kind: str) -> None:
+    """CamemBERT and XLM-R have their head before their embedding."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **sizes, tie_word_embeddings=True))
+    vocabulary = [name for name, parameter, _ in matrices(model) if parameter.shape[0] == 32]
+    assert vocabulary == ["roberta.embeddings.word_embeddings.weight"]
