@@ -19,7 +19,7 @@ from featherweight.model.heads import SentenceEmbedding
 # What transformers calls the parts of the heads that fill masks.
 _MASKED_HEAD = re.compile(
     r"(^|\.)(cls\.predictions|lm_head|lm_predictions|mlm|vocab_\w+|generator_(predictions|lm_head)|pred_layer)\."
-    r"|^(module\.)?(predictions|head|decoder)\."
+    r"|^(module\.)?(predictions|head|decoder(?!\.layers))\."
 )
 DEFAULT = "no modules.json says how embeddings are made: the mean of all tokens, as sentence-transformers does then"
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # What encoders were pre-trained with beside their masked-language-model head, and decoders by reinforcement, and need no more.
-_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship)\.|^v_head\.")
+_BESIDE = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.|^v_head\.")
 # Constants that transformers once stored with the weights and makes anew now.
 _CONSTANTS = re.compile(
     r"(^|\.)((attn|attention)\.bias|masked_bias|causal_mask|inv_freq|position_ids|token_type_ids|version|_float_tensor)$"

@@ -488,8 +488,14 @@ def attention_cap(config: Any) -> float | None:
 
 
 def head_class(config: PreTrainedConfig) -> Any:
-    """The very class that `auto_class` chooses; None where transformers has none for this config."""
-    return auto_class(config)._model_mapping.get(type(config), None)
+    """The very class that `auto_class` chooses; None where transformers has none for this config.
+
+    Where it has several (Funnel's, with and without a decoder), the one that the config names, else the first, as it does itself.
+    """
+    made = auto_class(config)._model_mapping.get(type(config), None)
+    if not isinstance(made, tuple | list):
+        return made
+    return next((one for one in made if one.__name__ in (config.architectures or [])), made[0])
 
 
 def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:

@@ -50,6 +50,16 @@ def test_every_big_matrix_of_a_block_is_accounted_for(model_type: str) -> None:
         assert {module for module in block.module.modules() if isinstance(module, nn.Linear)} == known
 
 
+def test_of_several_classes_the_one_that_the_config_names_is_taken() -> None:
+    from transformers import FunnelConfig
+
+    from featherweight.model.architecture import head_class
+
+    named = {name: head_class(FunnelConfig(architectures=[name])).__name__ for name in ("FunnelBaseModel", "FunnelModel")}
+    assert named == {"FunnelBaseModel": "FunnelBaseModel", "FunnelModel": "FunnelModel"}
+    assert head_class(FunnelConfig(architectures=["Another"])).__name__ == "FunnelModel"
+
+
 def test_an_unknown_structure_is_refused_by_name() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
