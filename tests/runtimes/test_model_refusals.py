@@ -273,6 +273,13 @@ def test_an_activation_that_vllm_rounds_is_not_served_as_float32() -> None:
     assert float_refusal("apertus", "bfloat16") is None and float_refusal("llama", "float32") is None
 
 
+def test_texts_of_two_types_are_refused_where_the_graph_is_told_none() -> None:
+    told = {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]}
+    assert "is told no token types, of which this one has 2" in refusal("onnxruntime", **told, type_vocab_size=2)
+    assert not refusal("onnxruntime", **told, type_vocab_size=1)
+    assert not refusal("onnxruntime", model_type="roberta", architectures=["RobertaForMaskedLM"], type_vocab_size=2)
+
+
 @pytest.mark.parametrize("kind", NO_LINEAR)
 def test_blocks_without_a_linear_are_not_packed(kind: str) -> None:
     from transformers import AutoConfig, AutoModel

@@ -9,8 +9,9 @@ import re
 from functools import cache
 from typing import Any
 
-from featherweight.model.architecture import attention_cap
+from featherweight.model.architecture import attention_cap, task_of
 from featherweight.model.positions import rotary_kinds
+from featherweight.spec import HEADED
 from featherweight.system.toolchains import text_of
 
 REFUSED = {
@@ -20,6 +21,8 @@ REFUSED = {
     "trocr": "writes no texts",
 }
 """Of the types that it exports, those whose graph is none to serve from."""
+WITHOUT_TYPES = ("camembert", "roberta", "xlm-roberta")
+"""Of them, those whose graph is told no token types: most checkpoints have one, and lose nothing."""
 EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntime/utils.py"
 
 
@@ -40,6 +43,9 @@ def left_out_refusal(config: Any) -> str | None:
         return f"Optimum's graphs leave out the soft cap on attention that this {kind} has; take another engine"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return f"Optimum's graphs leave out that this {kind} scales attention by the number of the layer; take another engine"
+    types = getattr(config, "type_vocab_size", None) or 1
+    if kind in WITHOUT_TYPES and types > 1 and task_of(config) in HEADED:
+        return f"Optimum's graph of a {kind} is told no token types, of which this one has {types}; take another engine"
     if kind in REFUSED:
         return f"Optimum's graph of a {kind} model {REFUSED[kind]}; take another engine"
     heads = {getattr(config, name, None) for name in ("encoder_attention_heads", "decoder_attention_heads")}
