@@ -19,6 +19,7 @@ from featherweight.system.processes import end_group, end_with_parent
 from featherweight.system.toolchains import python
 
 ROOT = Path(__file__).resolve().parents[1]
+START = ROOT / "featherweight" / "runtimes" / "vllm" / "start.py"
 SOCKET = "CONFORMANCE_VLLM_SOCKET"
 """Names the socket to the processes of the cells."""
 
@@ -33,7 +34,7 @@ def forking() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
-        command = [str(toolchain), str(Path(__file__).with_name("vllm_fork.py")), address]
+        command = [str(toolchain), str(Path(__file__).with_name("vllm_fork.py")), address, str(START)]
         with Path(folder, "log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -57,7 +58,7 @@ def forking() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """What vLLM reads as it is imported; each server is given its own before it starts."""
     told = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    told |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    told |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     return os.environ | told
 
 

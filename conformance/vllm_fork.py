@@ -4,7 +4,7 @@ Listens on a socket of this machine. A connection sends a line of JSON, the argu
 file that it is to write to; it is told the process that serves, and at its end the exit code and the CPU seconds that it took.
 The server ends with the connection.
 
-Usage: python vllm_fork.py SOCKET
+Usage: python vllm_fork.py SOCKET START, the file featherweight/runtimes/vllm/start.py
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import array
 import importlib
 import json
-import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -40,7 +40,7 @@ def main() -> None:
     """Import, say so, and fork for whoever connects."""
     for name in WARM:
         importlib.import_module(name)
-    _start_quickly()
+    runpy.run_path(sys.argv[2])["import_once"]()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(sys.argv[1])
         listening.listen()
@@ -52,15 +52,6 @@ def main() -> None:
                 listening.close()
                 _watch(connection)
             connection.close()
-
-
-def _start_quickly() -> None:
-    """vLLM asks a model class what it can, and computes, in processes that import all anew, for CUDA's sake: 10 s each."""
-    from vllm.model_executor.models import registry
-    from vllm.v1.engine import utils
-
-    vars(registry)["_run_in_subprocess"] = lambda ask: ask()
-    vars(utils)["get_mp_context"] = lambda: multiprocessing.get_context("fork")
 
 
 def _watch(connection: socket.socket) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,24 @@ INFO: 127.0.0.1:1 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error
 )
 def test_what_a_server_said_is_its_root_error_and_of_a_bare_assertion_what_was_asserted(end: str, root: str) -> None:
     assert said(TRACEBACK.format(end=end)) == f"it said: {root}"
+
+
+@pytest.mark.parametrize(("cpu", "started"), [(True, "asked here, fork"), (False, "asked elsewhere, spawn")])
+def test_a_server_on_a_cpu_starts_no_process_that_imports_vllm_anew(cpu: bool, started: str, tmp_path: Path) -> None:
+    """By a stand-in for vLLM that tells how it would start them."""
+    entry = "import multiprocessing\nfrom ....model_executor.models import registry\nfrom ....v1.engine import utils\n"
+    entry += "def main():\n    ask = registry._run_in_subprocess(lambda: 'asked here')\n"
+    entry += "    print(ask, utils.get_mp_context().get_start_method(), sep=', ')\n"
+    spawning = "import multiprocessing\ndef get_mp_context():\n    return multiprocessing.get_context('spawn')\n"
+    files = {
+        "entrypoints/launchers/api_server/entry.py": entry,
+        "platforms.py": f"class current_platform:\n    is_cpu = staticmethod(lambda: {cpu})\n",
+        "model_executor/models/registry.py": "def _run_in_subprocess(ask):\n    return 'asked elsewhere'\n",
+        "v1/engine/utils.py": spawning,
+    }
+    for name, text in files.items():
+        (tmp_path / "vllm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "vllm" / name).write_text(text)
+    command = [sys.executable, str(Path(server.__file__).with_name("start.py"))]
+    told = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == started

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.line import LOOK_S, Ask, Line, Written, side_by_side
-from featherweight.runtimes.vllm.server import arguments, environment, program, sampling
+from featherweight.runtimes.vllm.server import arguments, environment, sampling
 from featherweight.system.device import Device
 from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
+from featherweight.system.toolchains import python
 
 if TYPE_CHECKING:
     import httpx
@@ -63,7 +65,7 @@ class VllmModel(LoadedModel):
     def _start(self, told: list[str], surroundings: dict[str, str]) -> subprocess.Popen[bytes]:
         """The server, leader of a process group, which writes what it says to `self.log`."""
         return subprocess.Popen(
-            [*program(), *told],
+            [str(python("vllm")), str(Path(__file__).with_name("start.py")), *told],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
