@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "infra" / "toolchains"
-PACKAGES = ("featherweight", "tasks", "flows")
 SUPPORTED = ((3, 11), (3, 12))
 
 
@@ -182,7 +182,11 @@ def say(text: str) -> None:
 
 
 def make_venv(environment: Environment) -> None:
-    """An empty virtual environment of the running Python, unless there is one of that version already."""
+    """An empty virtual environment of the running Python, unless there is one of that version already.
+
+    It keeps the byte code of what is imported in it, whatever PYTHONDONTWRITEBYTECODE says: without, each of a run's many processes
+    would compile torch for itself.
+    """
     if environment.python.exists() and _version(environment.python) == platform.python_version():
         return
     command = [sys.executable, "-m", "venv", "--clear", str(environment.folder)]
@@ -191,6 +195,8 @@ def make_venv(environment: Environment) -> None:
     if result.returncode:
         reason = " ".join((result.stderr or result.stdout).split())
         raise SetupFailure(f"python3 -m venv failed (on Debian: apt install python3-venv): {reason[-300:]}")
+    places = sysconfig.get_path("purelib", "venv", {"base": str(environment.folder), "platbase": str(environment.folder)})
+    Path(places, "keep_byte_code.pth").write_text("import sys; sys.dont_write_bytecode = False\n")
 
 
 def _version(python: Path) -> str:
@@ -212,8 +218,8 @@ def uv_environment(main: Environment) -> dict[str, str]:
 
 
 def install(environment: Environment, main: Environment, variables: dict[str, str]) -> None:
-    """Fill a virtual environment with uv, byte code compiled; raises SetupFailure with uv's own reason."""
-    uv = [str(main.python), "-m", "uv", "pip", "install", "--python", str(environment.python), "--compile-bytecode"]
+    """Fill a virtual environment with uv; raises SetupFailure with uv's own reason."""
+    uv = [str(main.python), "-m", "uv", "pip", "install", "--python", str(environment.python)]
     *attempts, last = torch_backends(variables)
     for backend in attempts:
         try:
@@ -226,8 +232,6 @@ def install(environment: Environment, main: Environment, variables: dict[str, st
 
 def run(command: list[str], variables: dict[str, str]) -> None:
     """Run an installer, its progress shown but not its list of packages; raises SetupFailure with its reason."""
-    # Compiled explicitly, whatever the caller's Python does: without byte code every process recompiles torch for itself.
-    variables = {name: value for name, value in variables.items() if name != "PYTHONDONTWRITEBYTECODE"}
     lines: list[str] = []
     with subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         for line in shown(process.stdout or ()):
@@ -298,12 +302,6 @@ def warn(environment: Environment, error: str) -> None:
     say(f"  `{again}` tries again; everything else works without it.")
 
 
-def compile_own(main: Environment) -> None:
-    """Byte code of our own packages; the editable install compiles none of it."""
-    folders = [str(ROOT / name) for name in PACKAGES]
-    subprocess.run([str(main.python), "-m", "compileall", "-q", *folders], check=False)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--extras", default="dev", help="extras of pyproject.toml to install (default: dev)")
@@ -324,7 +322,6 @@ def main() -> int:
     except SetupFailure as failure:
         say(f"FAILED: {failure}")
         return 1
-    compile_own(environment)
     if changed:
         say(f"done in {time.monotonic() - started:.0f} s")
     return 0

@@ -81,6 +81,15 @@ def test_the_installers_reason_fits_one_line():
     assert bootstrap.reason(lines) == "error: Failed to fetch `x` cause: dns error"
 
 
+def test_an_environment_keeps_the_byte_code_of_what_it_imports(tmp_path):
+    environment = bootstrap.Environment("other", tmp_path / "other", tmp_path / "other.json", "", (), ())
+    bootstrap.make_venv(environment)
+    (tmp_path / "imported.py").write_text("")
+    told = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tmp_path)}
+    subprocess.run([str(environment.python), "-c", "import imported"], env=told, check=True)
+    assert list(tmp_path.glob("__pycache__/imported.*.pyc"))
+
+
 @pytest.fixture
 def broken(tmp_path, monkeypatch):
     """A toolchain that wants a package which no index has, and the main environment to install it with."""
