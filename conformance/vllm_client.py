@@ -58,7 +58,7 @@ def forking() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     """What vLLM reads as it is imported; each server is given its own before it starts."""
     told = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    told |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    told |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     return os.environ | told
 
 

@@ -91,6 +91,8 @@ def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         # "nobind" takes OMP_NUM_THREADS; the default would pin threads to cores that other processes may be using.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # The engine's process computes itself, and starts no worker for it.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
