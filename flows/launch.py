@@ -33,7 +33,9 @@ def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> 
         with prefect_server(root) as server, shown(view, workspace.root) as progress:
             view.say(f"Prefect UI while this runs: {masked(server.url)}")
             from flows.optimize import optimize_flow
+            from tasks.parent_run import connect
 
+            connect(workspace)  # both servers make their tables at the same time
             server.wait()
             told = optimize_flow(str(recipe), list(overrides), workspace=str(root), progress=str(progress.path))
             return OptimizationResult.from_dict(told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from featherweight.system.machine import available_cores, physical_cores
 
@@ -13,6 +13,9 @@ AS_GOOD = 1.03
 """Within this factor of the best latency a count of threads is as good, and the smaller one is taken."""
 HOPELESS = 1.5
 """A count that is this many times slower than another is not tried again."""
+
+NEAR = 1.15
+"""Within this factor of the best latencies one count of threads for all is as good, where switching costs tens of seconds."""
 
 
 def thread_counts(wanted: tuple[int, ...] | None, slow: bool) -> list[int]:
@@ -43,3 +46,14 @@ def best_count(probe: Probe) -> int:
     """The number of threads with the best latency; of two within 3 % of it, the smaller."""
     best = best_latency_s(probe)
     return min(count for count, times in probe.items() if min(times) <= AS_GOOD * best)
+
+
+def common_count(probes: Collection[Probe]) -> int | None:
+    """The one number of threads that is near the best in each probe; None where there is none."""
+    tried = set[int].intersection(*map(set, probes)) if probes else set[int]()
+
+    def behind(count: int) -> float:
+        return max(min(probe[count]) / best_latency_s(probe) for probe in probes)
+
+    nearest = min(sorted(tried), key=behind, default=None)
+    return nearest if nearest is not None and behind(nearest) <= NEAR else None

@@ -17,7 +17,7 @@ from featherweight.measure.measurement import Measurement, Quality
 from featherweight.measure.references import matches
 from featherweight.measure.spec import RequestsSpec
 from featherweight.measure.speed import Shape, Speed
-from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, thread_counts
+from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, common_count, thread_counts
 from featherweight.progress import Progress
 from featherweight.runtimes.benchmarks import hits
 from featherweight.runtimes.catalog import RUNTIMES
@@ -268,9 +268,12 @@ class MeasuredVariant:
 
 
 def _likely(like: Measurement | None, shapes: list[Shape]) -> dict[Shape, int]:
-    """The numbers of threads of another measurement; none where it has not timed all of it."""
+    """The numbers of threads of another measurement, one for all where that is near; none where it has not timed all of it."""
     timed = like.timed if like else {}
-    return {shape: timed[shape].threads for shape in shapes} if timed.keys() >= {*shapes} else {}
+    if not timed.keys() >= {*shapes}:
+        return {}
+    common = common_count([timed[shape].probe for shape in shapes])
+    return {shape: common or timed[shape].threads for shape in shapes}
 
 
 def _same_questions(known: Measurement, workload: Workload) -> bool:
