@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from featherweight.system.machine import available_cores, physical_cores
 
@@ -14,7 +14,7 @@ AS_GOOD = 1.03
 HOPELESS = 1.5
 """A count that is this many times slower than another is not tried again."""
 
-NEAR = 1.15
+NEAR = 1.2
 """Within this factor of the best latencies one count of threads for all is as good, where switching costs tens of seconds."""
 
 
@@ -48,12 +48,12 @@ def best_count(probe: Probe) -> int:
     return min(count for count, times in probe.items() if min(times) <= AS_GOOD * best)
 
 
-def common_count(probes: Collection[Probe]) -> int | None:
-    """The one number of threads that is near the best in each probe; None where there is none."""
+def common_count(probes: Collection[Mapping[int, tuple[float, ...]]]) -> int | None:
+    """The one number of threads that is near the best in each Probe; None where there is none."""
     tried = set[int].intersection(*map(set, probes)) if probes else set[int]()
 
     def behind(count: int) -> float:
-        return max(min(probe[count]) / best_latency_s(probe) for probe in probes)
+        return max(min(probe[count]) / best_latency_s(dict(probe)) for probe in probes)
 
     nearest = min(sorted(tried), key=behind, default=None)
     return nearest if nearest is not None and behind(nearest) <= NEAR else None

@@ -162,8 +162,8 @@ def test_a_server_is_forked_of_one_that_was_imported_and_ends_with_its_cell(tmp_
     (package / "entry.py").write_text("import sys, time\ndef main():\n    print(sys.argv[1:], flush=True)\n    time.sleep(60)\n")
     address, start = tmp_path / "socket", tmp_path / "start.py"
     start.write_text("def import_once():\n    pass\n")
-    told = f"import sys; sys.argv = ['', {str(address)!r}, {str(start)!r}]; from conformance import vllm_fork as fork; fork.WARM = (); "
-    told += "fork.main()"
+    told = f"import sys; sys.argv = ['', {str(address)!r}, {str(start)!r}]; "
+    told += "from conformance import vllm_fork as fork; fork.WARM = (); fork.main()"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{vllm_client.ROOT}"}
     with subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, env=environment) as process:
         try:

@@ -31,6 +31,6 @@ def test_of_counts_that_are_as_good_the_smallest_is_taken():
 def test_one_count_for_all_where_it_is_near_the_best_of_each():
     one, eight = {1: (1.0, 1.1), 2: (1.05,)}, {1: (3.0,), 2: (2.0, 2.5)}
     assert common_count([one, eight]) == 2
-    assert common_count([{1: (1.0,), 2: (1.2,)}, eight]) is None
+    assert common_count([{1: (1.0,), 2: (1.3,)}, eight]) is None
     assert common_count([one, {}]) is None and common_count([]) is None
     assert common_count([one, one]) == 1
