@@ -35,7 +35,8 @@ def launch(recipe: Path, overrides: tuple[str, ...], root: Path, view: View) -> 
             from flows.optimize import optimize_flow
             from tasks.parent_run import connect
 
-            connect(workspace)  # both servers make their tables at the same time
+            if server.process:
+                connect(workspace)  # which makes its tables while the server makes its own
             server.wait()
             told = optimize_flow(str(recipe), list(overrides), workspace=str(root), progress=str(progress.path))
             return OptimizationResult.from_dict(told)
