@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -20,6 +21,8 @@ from tests.support.comparisons import measurement
 
 pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (extra 'benchmarks')")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed (extra 'benchmarks')")
+# Its absl closes what was standard error when it was imported, pytest's file, as soon as another library sets logging up anew.
+importlib.import_module("absl.logging").get_absl_handler().python_handler.stream = sys.__stderr__
 
 WANTED = ["The cat sat on the mat.", "It's 5 o'clock, isn't it?", "Größe zählt – sagt man", "a b c d e f"]
 WRITTEN = ["The cat sat on a mat .", "It is 5 o'clock, is it?", "Größe zählt, sagt man", ""]
