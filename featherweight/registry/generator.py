@@ -12,7 +12,6 @@ from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.registry.served_engine import ServedEngine, require_kinds
 from featherweight.runtimes.generation_settings import GenerationSettings
-from featherweight.text.tokens import Frame
 
 Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64
@@ -28,7 +27,6 @@ class Generator(ServedEngine):
 
     def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
         super().__init__(served, threads, max_tokens, max_batch)
-        self._frame = Frame.of(self._tokenizer)
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
         self._adapters = tuple(kept_adapters(served))
@@ -105,16 +103,10 @@ class Generator(ServedEngine):
         if not isinstance(prompt, str):
             _require_messages(prompt)
         self._require_text(*([prompt] if isinstance(prompt, str) else _said(prompt)))
-        ids = self._ids(prompt) if isinstance(prompt, str) else self._conversation(prompt)
+        ids = list(self._tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
         return ids
-
-    def _ids(self, prompt: str) -> list[int]:
-        """As the tokenizer frames a text; but a causal prompt is not closed by an end token, as the text goes on."""
-        if self._family != "causal":
-            return list(self._tokenizer(prompt)["input_ids"])
-        return [*self._frame.lead, *self._tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         """As the checkpoint's chat template writes it, up to where the assistant begins; the template puts BOS where it belongs."""

@@ -54,9 +54,9 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def prompt_ids(folder: Path, prompt: str) -> list[int]:
-    """As transformers begins it; an end token behind a prompt would end it before it began."""
-    ids = tokenizer_of(folder)(prompt)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer_of(folder).eos_token_id else ids
+    """As transformers frames it, an end token behind it too where the tokenizer puts one."""
+    ids: list[int] = tokenizer_of(folder)(prompt)["input_ids"]
+    return ids
 
 
 def chat_ids(folder: Path) -> list[int]:
