@@ -25,6 +25,25 @@ from featherweight.grid import grid_named
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 
 
+HISTORY_SUFFIX = ".history"
+"""Behind a model's name: that of the registered model which holds its history."""
+
+
+def registrable(name: str) -> str:
+    """A name that MLflow registers, and that a reference such as NAME/3 or NAME@champion can be told from; else ValueError."""
+    if name.endswith(HISTORY_SUFFIX):
+        raise ValueError(f"'{name}' cannot name a registered model: '{HISTORY_SUFFIX}' ends the names of those that hold histories")
+    if not re.fullmatch(r"\w[\w .-]{0,199}", name) or name != name.strip():
+        raise ValueError(
+            f"'{name}' cannot name a registered model; take letters, digits, '_', and behind the first also '-', '.' and spaces, "
+            "at most 200 of them"
+        )
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(registrable)]
+
+
 # Far above anything that a machine can do, far below what overflows on the way there.
 Positive = Annotated[int, Field(gt=0, le=10**15)]
 

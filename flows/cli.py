@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import math
 import os
@@ -495,7 +496,9 @@ def watch(
 def deploy(
     model: ModelArg,
     to: Annotated[str, typer.Option("--to", help="folder (with a start script), compose, kserve, vllm (Kubernetes) or oci.")],
-    out: Annotated[Path | None, typer.Option(help="The new folder; deployed/NAME-VERSION where omitted.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The new folder; deployed/NAME, of a version deployed/NAME-VERSION, where omitted.")
+    ] = None,
     image: Annotated[str, typer.Option(help="What a container runs; vLLM's own, or 'featherweight' (infra/Dockerfile).")] = "",
     storage: Annotated[str, typer.Option(help="Where a cluster finds the folder: pvc://CLAIM/PATH, s3://... or oci://...")] = "",
     workspace: WorkspaceOpt = HERE,
@@ -609,6 +612,9 @@ def run() -> None:
             _json_of_failure("the command line was refused; standard error says why", end.code)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = f" for {error.filename}" if error.filename else ""
+            _fail(error, f"{error.strerror}{place}; make room, and the same command goes on where it was", 6)
         text = one_line(error, 300)
         _fail(error, f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)
 

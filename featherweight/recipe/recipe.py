@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from featherweight.checkpoint.spec import OfAdapter
 from featherweight.distillation.spec import DistillSpec
@@ -13,7 +13,7 @@ from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe.search.spec import SearchSpec, spread
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
-from featherweight.spec import Name, Spec, Task
+from featherweight.spec import ModelName, Name, Spec, Task
 from featherweight.system.device import Wanted
 from featherweight.text.spec import DataSpec
 from featherweight.training.spec import TrainSpec
@@ -72,15 +72,6 @@ class VariantsSpec(Spec):
         return value
 
 
-def _registrable(name: str) -> str:
-    """A name that MLflow registers, and that a reference such as NAME/3 or NAME@champion can be told from."""
-    wrong = sorted(set("/:@%'\"`\\") & set(name))
-    if wrong or not name.isprintable() or name.strip() != name or name.strip(".") == "" or len(name) > 200:
-        what = f"{wrong[0]} in it" if wrong else "such a name"
-        raise ValueError(f"no model can be registered with {what}; take letters, digits, '-', '_', '.' and at most 200 of them")
-    return name
-
-
 class PromoteSpec(Spec):
     """The registered model, and how far the winner goes by itself: nowhere, 'staging' or 'production'.
 
@@ -89,7 +80,7 @@ class PromoteSpec(Spec):
     smoke: ask the new champion something on its engine, and go back to the former where it does not answer.
     """
 
-    model: Annotated[str, AfterValidator(_registrable)]
+    model: ModelName
     stage: Literal["none", "staging", "production"] = "production"
     out_of_band: Literal["undo", "keep", "tell"] = "undo"
     approval: Literal["none", "required"] = "none"

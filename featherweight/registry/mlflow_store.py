@@ -18,6 +18,7 @@ from featherweight.registry.keys import Keys
 from featherweight.registry.versions import MARK, NAME, TAG, RegisteredModel
 from featherweight.registry.vouching import unvouched
 from featherweight.registry.witness import seen_from_here
+from featherweight.spec import HISTORY_SUFFIX
 from featherweight.store.mlflow_errors import NO_RIGHT
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ SIGNED = f"{TAG}entry_signature"
 QUARANTINED = f"{TAG}quarantined."
 HISTORY = f"{TAG}history"
 HISTORY_OF = f"{TAG}history_of"
-SUFFIX = ".history"
 SOURCE = "featherweight:/history"
 WITHOUT_STAGES = ("FEATURE_DISABLED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
 CLASHED = "BAD_REQUEST"
@@ -145,7 +145,7 @@ class MlflowStore:
 
         try:
             holder = self.client.get_registered_model(self.model)
-            self._history = holder.tags.get(HISTORY) or f"{holder.name}{SUFFIX}"
+            self._history = holder.tags.get(HISTORY) or f"{holder.name}{HISTORY_SUFFIX}"
             return holder
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -243,7 +243,7 @@ def read_all(client: MlflowClient) -> list[RegisteredModel]:
     for one in _sound(all_pages(client.search_model_versions)):
         versions.setdefault(one.name, []).append(one)
     holders = served_models(client)
-    names = {one.name: one.tags.get(HISTORY) or f"{one.name}{SUFFIX}" for one in holders}
+    names = {one.name: one.tags.get(HISTORY) or f"{one.name}{HISTORY_SUFFIX}" for one in holders}
     entries = {one.name: _readable_entries(client, one, names[one.name], versions.get(names[one.name], [])) for one in holders}
     return [_model(one, versions.get(one.name, []), entries[one.name]) for one in holders]
 
@@ -254,7 +254,7 @@ def served_models(client: MlflowClient) -> list[MlflowModel]:
 
 
 def _holds_history(model: MlflowModel) -> bool:
-    return HISTORY_OF in model.tags or model.name.endswith(SUFFIX)
+    return HISTORY_OF in model.tags or model.name.endswith(HISTORY_SUFFIX)
 
 
 def refuse_renamed(client: MlflowClient, model: str) -> None:

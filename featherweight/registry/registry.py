@@ -22,11 +22,12 @@ from featherweight.registry.commit import Decide, commit, complete
 from featherweight.registry.decisions import refusal_decision, rollback_decision, transition_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
 from featherweight.registry.keys import Keys
-from featherweight.registry.mlflow_store import SUFFIX, MlflowStore, create_model, read_all, refuse_renamed, served_models, set_once
+from featherweight.registry.mlflow_store import MlflowStore, create_model, read_all, refuse_renamed, served_models, set_once
 from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
 from featherweight.registry.packed_text import packed
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
+from featherweight.spec import registrable
 from featherweight.store.mlflow_errors import MISSING, mlflow_explained
 from featherweight.store.served_folder import FILE as SERVING
 from featherweight.store.served_folder import Serving
@@ -516,10 +517,10 @@ def _version_tags(winner: WinnerRecord, engine: str, logged: LoggedModel) -> dic
 
 
 def _check_name(model: str) -> None:
-    if not re.fullmatch(r"\w[\w .-]*", model):
-        raise GateError(f"'{model}' cannot name a registered model; use letters, digits, spaces, '-', '_' and '.'")
-    if model.endswith(SUFFIX):
-        raise GateError(f"'{model}' cannot name a registered model: '{SUFFIX}' ends the names of those that hold histories")
+    try:
+        registrable(model)
+    except ValueError as error:
+        raise GateError(str(error)) from error
 
 
 def _check_words(to: str, who: str, why: str) -> None:

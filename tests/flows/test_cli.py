@@ -107,6 +107,18 @@ def test_a_deleted_experiment_is_told_by_a_look_for_checkpoints_too(tmp_path: Pa
     assert f"experiment '{demo['name']}' was deleted in MLflow" in done.stderr.splitlines()[-1]
 
 
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import cli
+
+    def full() -> None:
+        with Path("/dev/full").open("w") as device:
+            device.write("x" * 2**16)
+
+    monkeypatch.setattr(cli, "app", full)
+    line = refused(command_here("variants", cwd=tmp_path), 6)
+    assert line == "featherweight: No space left on device; make room, and the same command goes on where it was"
+
+
 @pytest.mark.slow
 def test_passwords_of_addresses_are_not_shown(tmp_path: Path) -> None:
     recipe, address = str(RECIPES / "demo.yaml"), "://ada:hunter2@127.0.0.1:9"

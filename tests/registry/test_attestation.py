@@ -17,10 +17,11 @@ from featherweight.registry.gate import GatesRefused
 from featherweight.registry.history import History
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import from_registry, verify
-from featherweight.registry.mlflow_store import ENTRY, SIGNED, SOURCE, SUFFIX
+from featherweight.registry.mlflow_store import ENTRY, SIGNED, SOURCE
 from featherweight.registry.out_of_band import look
 from featherweight.registry.promotion import gated_transition
 from featherweight.registry.witness import seen_from_here
+from featherweight.spec import HISTORY_SUFFIX
 from featherweight.store.workspace import Workspace, local_path
 from flows.audit import audit_registry
 from tests.support.registering import MODEL, Bench, desk
@@ -177,7 +178,7 @@ def written(desk: Bench, who: str, keys: Keys | None = None) -> None:
     client, seen = desk.registry.client, desk.registry.model(MODEL)
     entry = placed(seen.transition(seen.pick("2"), "production", who, "looks right", ()), seen.history).to_json()
     tags = {ENTRY: entry, **({SIGNED: keys.sign(entry)} if keys else {})}
-    client.create_model_version(f"{MODEL}{SUFFIX}", SOURCE, tags=tags, await_creation_for=0)
+    client.create_model_version(f"{MODEL}{HISTORY_SUFFIX}", SOURCE, tags=tags, await_creation_for=0)
 
 
 def test_an_entry_that_no_trusted_key_signed_decides_nothing(desk: Bench, keys: Keys) -> None:
@@ -186,7 +187,7 @@ def test_an_entry_that_no_trusted_key_signed_decides_nothing(desk: Bench, keys: 
     desk.registry.transition(MODEL, "1", "production", who="ada", why="first")
     written(desk, "ada")
     desk.registry.client.set_registered_model_alias(MODEL, "champion", "2")
-    desk.registry.client.delete_model_version_tag(f"{MODEL}{SUFFIX}", "1", SIGNED)  # as if none had ever been signed
+    desk.registry.client.delete_model_version_tag(f"{MODEL}{HISTORY_SUFFIX}", "1", SIGNED)  # as if none had ever been signed
     assert desk.registry.model(MODEL).unvouched == (2,)
     with pytest.raises(IntegrityError, match="history entry 2 is signed by no key that is trusted here; nothing is decided on it"):
         desk.registry.transition(MODEL, "2", "archived", who="ada", why="x")

@@ -111,7 +111,7 @@ def test_unknown_run_registers_nothing(desk: Bench) -> None:
     assert desk.state() == before
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a:b", "it's", "-x"])
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "it's", "-x", "x.history"])
 def test_impossible_model_names_are_refused(desk: Bench, name: str) -> None:
     with pytest.raises(GateError, match="cannot name a registered model"):
         desk.registry.register(desk.winner(model=name))
