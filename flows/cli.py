@@ -496,9 +496,7 @@ def watch(
 def deploy(
     model: ModelArg,
     to: Annotated[str, typer.Option("--to", help="folder (with a start script), compose, kserve, vllm (Kubernetes) or oci.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The new folder; deployed/NAME, of a version deployed/NAME-VERSION, where omitted.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder; deployed/NAME[-VERSION] where omitted.")] = None,
     image: Annotated[str, typer.Option(help="What a container runs; vLLM's own, or 'featherweight' (infra/Dockerfile).")] = "",
     storage: Annotated[str, typer.Option(help="Where a cluster finds the folder: pvc://CLAIM/PATH, s3://... or oci://...")] = "",
     workspace: WorkspaceOpt = HERE,
