@@ -106,7 +106,7 @@ def test_ctranslate2_scales_whole_heads_where_rotary_embeddings_scale_a_part(kin
     assert f"this {kind}'s rotary embeddings ({scaled}) scale what they rotate" in found if scaled else not found
 
 
-@pytest.mark.parametrize("kind", ["flaubert", "xlm", "layoutlm", "qwen3_moe", "trocr"])
+@pytest.mark.parametrize("kind", ["flaubert", "xlm", "layoutlm", "longformer", "qwen3_moe", "trocr"])
 def test_graphs_that_cannot_be_served_from_are_refused(kind: str) -> None:
     assert f"Optimum's graph of a {kind} model" in refusal("onnxruntime", model_type=kind)
 

@@ -17,6 +17,7 @@ from featherweight.system.toolchains import text_of
 REFUSED = {
     **dict.fromkeys(("flaubert", "xlm"), "adds to each word what it has learned of another, as token types that nobody gave"),
     "layoutlm": "reads the places of words on a page, which a text does not have",
+    "longformer": "wants to be told which tokens all others see, which a text does not say",
     "qwen3_moe": "holds one expert's weights for all",
     "trocr": "writes no texts",
 }
