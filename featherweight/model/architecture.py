@@ -334,8 +334,7 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
     labels = any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds)
     if labels and (reason := _by_decoder_refusal(config, kinds[0]) or _labels_refusal(config)):
         return reason
-    named = scored_by(config)
-    if named and config.num_labels == 1 and not named.endswith(ACTIVATIONS):
+    if config.num_labels == 1 and (named := scored_by(config)) and not named.endswith(ACTIVATIONS):
         return f"its scores go through {named}, which is not done here; known: {', '.join(ACTIVATIONS)}"
     return None
 

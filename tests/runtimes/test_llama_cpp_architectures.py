@@ -12,7 +12,8 @@ import numpy
 import pytest
 
 from conformance.tiny import HEAD as WIDTH
-from conformance.tiny import TRAITS, WINDOW, Case, configuration, make, write_text
+from conformance.sizes import WINDOW
+from conformance.tiny import TRAITS, Case, configuration, make, write_text
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT

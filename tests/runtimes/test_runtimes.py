@@ -19,7 +19,7 @@ from featherweight.runtimes import client
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import by_length, windows_at_once
-from featherweight.runtimes.vllm.loaded import _ERROR
+from featherweight.runtimes.vllm.loaded import said
 from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
 from tests.support.waiting import all_end
@@ -289,7 +289,8 @@ def test_the_root_error_of_a_server_is_found_in_its_log():
         "WARNING [utils.py:2] could cause errors like `OSError: [Errno 24] Too many open files`\n"
         "torch.OutOfMemoryError: 3 GiB\n"
     )
-    assert _ERROR.findall(log) == ["RuntimeError: Unsupported head_dim=16", "torch.OutOfMemoryError: 3 GiB"]
+    assert said(log) == "it said: torch.OutOfMemoryError: 3 GiB"
+    assert said(log.rpartition("torch.")[0]) == "it said: RuntimeError: Unsupported head_dim=16"
 
 
 def test_the_servers_cache_is_sized_by_the_model(tmp_path):

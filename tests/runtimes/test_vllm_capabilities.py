@@ -123,8 +123,8 @@ def test_groups_are_not_cut_apart():
     assert parallel.groups_refusal(2, {name: (GRIDS["int4"], columns) for name, (_, columns) in rows.items()}) is None
 
 
-def test_the_server_is_told_its_parts(monkeypatch, tmp_path):
-    monkeypatch.setattr(server, "_cache_bytes", lambda *_: 2**26)
+def test_the_server_is_told_its_parts(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     engine = object.__new__(VllmModel)
     engine.weights = engine.served = tmp_path
     engine.options, engine.limits = {"tensor_parallel_size": "2"}, Limits(threads=1)
