@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import pytest
 
-from conformance.tiny import HEAD as WIDTH
 from conformance.sizes import WINDOW
+from conformance.tiny import HEAD as WIDTH
 from conformance.tiny import TRAITS, Case, configuration, make, write_text
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import parity
