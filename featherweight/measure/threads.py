@@ -37,7 +37,7 @@ def _powers(cores: int) -> Iterator[int]:
         count *= 2
 
 
-def best_latency_s(probe: Probe) -> float:
+def best_latency_s(probe: Mapping[int, tuple[float, ...]]) -> float:
     """The shortest of all; infinite where nothing was tried."""
     return min((min(times) for times in probe.values()), default=math.inf)
 
@@ -53,7 +53,7 @@ def common_count(probes: Collection[Mapping[int, tuple[float, ...]]]) -> int | N
     tried = set[int].intersection(*map(set, probes)) if probes else set[int]()
 
     def behind(count: int) -> float:
-        return max(min(probe[count]) / best_latency_s(dict(probe)) for probe in probes)
+        return max(min(probe[count]) / best_latency_s(probe) for probe in probes)
 
     nearest = min(sorted(tried), key=behind, default=None)
     return nearest if nearest is not None and behind(nearest) <= NEAR else None

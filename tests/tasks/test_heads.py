@@ -270,6 +270,16 @@ def test_several_texts_at_once_are_answered_as_each_alone(
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=0.02 if engine == "torch-dynamic" else 1e-5)
 
 
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "embedding_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
 @pytest.mark.parametrize("model_type", ["convbert", "fnet", "mobilebert", "nystromformer"])
 def test_texts_are_not_padded_where_a_model_sees_padding(model_type: str) -> None:
     """transformers' own answers to a text alone; beside a longer one its masked padding changes them."""
@@ -279,17 +289,9 @@ def test_texts_are_not_padded_where_a_model_sees_padding(model_type: str) -> Non
     from featherweight.runtimes.batched import answered
     from featherweight.text.examples import packed_inputs
 
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "embedding_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     bottleneck = {"intra_bottleneck_size": 32, "num_feedforward_networks": 1} if model_type == "mobilebert" else {}
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes | bottleneck, architectures=["Model"])).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **TINY | bottleneck, architectures=["Model"])).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     ids = [[7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [9, 8, 7]]
@@ -314,15 +316,7 @@ def test_what_is_pooled_without_being_asked_for_is_left_out(model_type: str) -> 
 
     from featherweight.model.architecture import auto_class
 
-    sizes = {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "embedding_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    config = AutoConfig.for_model(model_type, **sizes, architectures=["Model"])
+    config = AutoConfig.for_model(model_type, **TINY, architectures=["Model"])
     with torch.no_grad():
         found = auto_class(config).from_config(config)(input_ids=torch.tensor([[7, 8, 9]]))
     assert found.last_hidden_state.shape == (1, 3, 32)
