@@ -25,7 +25,7 @@ def used_in(folders: Iterable[Path], tokenizer: Any, config: PreTrainedConfig) -
     """Ids of the tokens of all documents: their texts, pairs, and the targets as the tokenizer cuts those; of prompts too."""
     documents = chain.from_iterable(map(read_documents, folders))
     sentence = SentenceEmbedding.of(config)
-    prompts = [text for text in sentence.prompts.values() if text]
+    prompts = [text for name in sentence.prompts if (text := sentence.prepared("", name))]
     found = _ids(tokenizer(prompts, verbose=False)) if prompts else set()
     while batch := list(islice(documents, BATCH)):
         texts = [sentence.prepared(text) for one in batch for text in (one.text, one.pair) if text]

@@ -350,3 +350,17 @@ def test_aotinductor_is_given_what_is_said_behind_every_token(tmp_path: Path, he
         rows = read_states(model.config, found, inputs)
     for ours, theirs in zip(rows, right, strict=True):
         assert torch.allclose(logits(ours[: len(theirs)].tolist(), head), theirs, atol=1e-5)
+
+
+def test_the_tokens_of_a_prompt_are_kept_as_it_is_read(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    from featherweight.model.heads import SentenceEmbedding
+    from featherweight.pruning.used_tokens import used_in
+    from tests.support import tokenizers
+
+    tokenizer = tokenizers.byte_level()
+    config = LlamaConfig(**SentenceEmbedding(lower_case=True, prompts={"query": "XQ"}).settings())
+    write_documents(tmp_path / "text", [Document("0", "the tree")])
+    found = used_in([tmp_path / "text"], tokenizer, config)
+    assert {*tokenizer("xq")["input_ids"]} <= found and not {*tokenizer("XQ")["input_ids"]} <= found
