@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from featherweight.model.architecture import Family
 from featherweight.runtimes.optimum import known
 from featherweight.runtimes.tvm.runtime import DECODERS, ENCODERS
-from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
+from featherweight.runtimes.vllm.installed import modules_by_architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

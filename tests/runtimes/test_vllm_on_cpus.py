@@ -14,7 +14,7 @@ from featherweight.model.facts import CheckpointFacts, Values
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
-from featherweight.runtimes.vllm import on_cpus, server
+from featherweight.runtimes.vllm import installed, on_cpus, server
 from featherweight.system import toolchains
 from featherweight.system.machine import describe
 
@@ -22,17 +22,17 @@ HEADS = "class Backend:\n    @classmethod\n    def get_supported_head_sizes(cls)
 REGISTRY = '_TEXT_GENERATION_MODELS = {"LlamaForCausalLM": ("llama", "L"), "MambaForCausalLM": ("mamba", "M")}\n'
 LATENT = 'class C:\n    def is_deepseek_mla(self):\n        return self.model_type in ("deepseek_v2", "kimi_k2")\n'
 FILES = {
-    on_cpus.ATTENTION: HEADS,
-    on_cpus.LATENT_ATTENTION: HEADS.replace("[64, 32]", "[576]"),
-    on_cpus.LATENT_TYPES[0]: LATENT,
+    installed.ATTENTION: HEADS,
+    installed.LATENT_ATTENTION: HEADS.replace("[64, 32]", "[576]"),
+    installed.LATENT_TYPES[0]: LATENT,
     on_cpus.PLATFORM: f"raise NotImplementedError('{on_cpus.SPARSE}.')\n",
     on_cpus.ROUTER: f"{on_cpus.SOFTMAX_ALONE}\n",
-    on_cpus.REGISTRY: REGISTRY,
+    installed.REGISTRY: REGISTRY,
     "vllm/model_executor/models/llama.py": "from vllm.layers import Linear",
     "vllm/model_executor/models/mamba.py": "from vllm.layers.mamba.mamba_mixer import MambaMixer",
     "vllm/_C.abi3.so": "causal_conv1d",
 }
-CACHED = (on_cpus.widths, on_cpus.latent_types, on_cpus.modules_by_architecture, toolchains.holds_text)
+CACHED = (installed.widths, installed.latent_types, installed.modules_by_architecture, toolchains.holds_text)
 
 
 @pytest.fixture

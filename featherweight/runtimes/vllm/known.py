@@ -8,7 +8,7 @@ from typing import Any
 from featherweight.model.decoding import other_layers
 from featherweight.model.positions import rotary_switch, sliding_window
 from featherweight.runtimes.refusals import SILU, activation_refusal
-from featherweight.runtimes.vllm.on_cpus import modules_by_architecture
+from featherweight.runtimes.vllm.installed import modules_by_architecture
 from featherweight.system.toolchains import text_of
 
 ONE_ACTIVATION = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), SILU)
