@@ -13,7 +13,7 @@ import yaml
 
 from featherweight.runtimes.catalog import RUNTIMES
 from tests.support.command import command_here
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.families import PLAIN_WORDS, family_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow, pytest.mark.usefixtures("named_prefect")]
 
@@ -49,9 +49,8 @@ RULED_OUT = {"t5": "genai", "bert": "ct2"}
 
 def write_pairs(path: Path) -> None:
     """Sentences, each with its words in the other order."""
-    words = [word for word in WORDS.split() if word.isalpha()]
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(words, k=24)) for _ in range(60)]
+    texts = [" ".join(draw.choices(PLAIN_WORDS, k=24)) for _ in range(60)]
     lines = [json.dumps({"text": text, "turned": " ".join(reversed(text.split()))}) for text in texts]
     path.write_text("\n".join(lines))
 

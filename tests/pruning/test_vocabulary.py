@@ -21,12 +21,12 @@ from featherweight.spec import Task
 from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import example_blocks, inputs_and_labels
 from tests.support import tokenizers as small
-from tests.support.families import WORDS, tiny_model
+from tests.support.families import PLAIN_WORDS, tiny_model
 from tests.support.heads import head_checkpoint
 from tests.support.pruning import SMALL, pruned
 from tests.support.slow_tokenizers import slow_checkpoint
 
-FEW = [word for word in WORDS.split() if word.isalpha()][:16]
+FEW = PLAIN_WORDS[:16]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from featherweight.text.documents import Document, write_documents
 from featherweight.text.model_inputs import IGNORED, example_blocks, window_inputs
 from tasks.export import export
 from tasks.quantize import quantize
-from tests.support.families import WORDS, alone_inputs, family_checkpoint
+from tests.support.families import PLAIN_WORDS, alone_inputs, family_checkpoint
 from tests.support.gptq_formula import reference_gptq
 from tests.support.serving_models import serving_spec
 from tests.tasks.test_families import opened, score, windows_of
@@ -42,9 +42,8 @@ STILL = {"steps": 2, "batch": 2, "learning_rate": 1e-9}
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentences in no order, and shorter ones for their translations."""
-    words = [word for word in WORDS.split() if word.isalpha()]
-    draws = torch.randint(len(words), (40, 20), generator=torch.Generator().manual_seed(0)).tolist()
-    sentences = [[words[word] for word in draw[: 6 + place % 14]] for place, draw in enumerate(draws)]
+    draws = torch.randint(len(PLAIN_WORDS), (40, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    sentences = [[PLAIN_WORDS[word] for word in draw[: 6 + place % 14]] for place, draw in enumerate(draws)]
     folder = tmp_path_factory.mktemp("text")
     write_documents(folder, [Document(str(i), " ".join(one), " ".join(one[-1:3:-1])) for i, one in enumerate(sentences)])
     return folder

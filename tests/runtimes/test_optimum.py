@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -174,15 +173,12 @@ def test_an_encoder_decoder_computes_writes_and_ends_as_pytorch(tmp_path: Path) 
 
     from featherweight.runtimes.generation_settings import GenerationSettings
     from featherweight.runtimes.interface import Limits
-    from featherweight.text.documents import Document, write_documents
     from tasks.compile import compile
-    from tests.support.families import WORDS, family_checkpoint
+    from tests.support.families import family_checkpoint, write_words
 
-    checkpoint, text, out = family_checkpoint("t5", tmp_path / "checkpoint"), tmp_path / "text", tmp_path / "out"
+    checkpoint, text, out = family_checkpoint("t5", tmp_path / "checkpoint"), write_words(tmp_path / "text"), tmp_path / "out"
     settings = json.loads((checkpoint / "generation_config.json").read_text()) | {"repetition_penalty": 1.3}
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
-    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
     out.mkdir()
     metrics = compile(spec(optimize="O3", max_tokens=48), checkpoint=checkpoint, calibration=text, out=out)
     assert metrics["parity_max_abs"] < 1e-3

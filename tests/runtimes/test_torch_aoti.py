@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +14,13 @@ from featherweight.model.decoding import OWN_ATTENTION
 from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Grids, Limits, LoadedModel
+from featherweight.runtimes.interface import Grids, Limits
 from featherweight.runtimes.torch_aoti import constants
 from featherweight.runtimes.torch_aoti.loaded import require_torch
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import Machine, describe
-from featherweight.text.documents import Document, write_documents
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.compiling import LABELS, check_labels, check_texts, compiled, configuration
+from tests.support.families import tiny_model
 from tests.support.serving_models import serving_spec
 
 AOTI = RUNTIMES["torch-aoti"]
@@ -37,12 +35,6 @@ WRAPPER = """\
     [[maybe_unused]] auto& constant1 = constants_->at(1);
     cpp_fused_mm_1((const float*)(buf1.data_ptr()), (const float*)(constant1.data_ptr()), s27);
 """
-
-
-def config(**told: Any) -> Any:
-    found = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=256, pad_token_id=0, **told)
-    found.get_text_config, found.to_dict = lambda: found, lambda: told
-    return found
 
 
 @pytest.mark.parametrize(
@@ -61,7 +53,7 @@ def config(**told: Any) -> Any:
     ],
 )
 def test_models_that_no_graph_of_one_form_computes_are_refused(told: dict[str, Any], reason: str | None) -> None:
-    found = AOTI.model_refusal(SPEC, Candidate(CheckpointFacts(config(**told)), 64))
+    found = AOTI.model_refusal(SPEC, Candidate(CheckpointFacts(configuration(**told)), 64))
     assert (found is None) if reason is None else reason in str(found)
 
 
@@ -131,58 +123,26 @@ def test_what_a_step_reads_is_told_by_the_manifest(tmp_path: Path) -> None:
     }
     told = {"tables": ["model.embed.weight"], "constants": {"read": {}, "step": views}}
     (tmp_path / "manifest.json").write_text(json.dumps(told))
-    held = {one.role: (one.size_bytes, one.rows) for one in AOTI.held_tensors(tmp_path, Serving("torch-aoti"), config())}
+    held = {one.role: (one.size_bytes, one.rows) for one in AOTI.held_tensors(tmp_path, Serving("torch-aoti"), configuration())}
     assert held == {"row": (160, 10), "step": (256, 2)}
-
-
-def compiled(kind: str, folder: Path, **changes: Any) -> tuple[Path, LoadedModel]:
-    """A tiny checkpoint, compiled and held to PyTorch, and the engine that serves it."""
-    from tasks.compile import compile
-
-    checkpoint, text, out = family_checkpoint(kind, folder / "checkpoint", **changes), folder / "text", folder / "out"
-    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
-    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
-    out.mkdir()
-    metrics = compile(serving_spec(engine="torch-aoti", max_tokens=96), checkpoint=checkpoint, calibration=text, out=out)
-    assert metrics["parity_max_abs"] < 1e-4
-    return checkpoint, AOTI.loaded_model()(out, Serving.read(out), Limits(1, 96, 4))
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 def test_a_decoder_writes_as_pytorch_across_the_parts_of_its_cache(tmp_path: Path) -> None:
-    """Grouped heads, prompts of two lengths in one call, and texts that cross 64 places; on two threads as well."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    checkpoint, engine = compiled("llama", tmp_path)
+    """Grouped heads, prompts of two lengths in one call, and texts that cross 64 places."""
+    checkpoint, engine = compiled(serving_spec(engine="torch-aoti", max_tokens=96), "llama", tmp_path)
     packages = {path.name for path in (tmp_path / "out" / "aoti").iterdir()}
     assert packages == {"read.pt2", "step.pt2", "weights.safetensors", "manifest.json"}
-    model, prompts = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5], [6]]
-    theirs = []
-    for prompt in prompts:
-        made = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        theirs.append(made[0, len(prompt) :].tolist())
-    assert engine.generate(prompts, 12).tokens == theirs
-    engine.set_threads(2)
-    assert engine.generate(prompts, 12).tokens == theirs
+    check_texts(checkpoint, engine, [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5], [6]])
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> None:
-    """Labels of texts of several lengths in one batch, the shorter ones padded."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    checkpoint, engine = compiled("bert", tmp_path, architectures=["BertForSequenceClassification"], num_labels=3)
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
-    texts = [[1, 9, 8, 7, 2], [1, 12, 2], [1, *range(6, 30), 2]]
-    found = engine.outputs(texts, [[0] * len(text) for text in texts])
-    for text, rows in zip(texts, found, strict=True):
-        assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
+    check_labels(*compiled(serving_spec(engine="torch-aoti", max_tokens=96), "bert", tmp_path, **LABELS))
 
 
 WINDOW = 24
@@ -204,7 +164,6 @@ def test_what_a_layer_sees_is_what_its_configuration_says(kind: str) -> None:
     import torch
 
     from featherweight.runtimes.torch_aoti.graph import Decoder, Step, layer_shapes
-    from tests.support.families import tiny_model
 
     model = tiny_model(kind, vocab_size=99, **SIZED | {"head_dim": 8} | KINDS[kind])
     texts, places = torch.randint(3, 99, (2, 40)), torch.arange(40)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,25 +15,18 @@ from featherweight.model.facts import CheckpointFacts
 from featherweight.runtimes import code_levels, doctor
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Grids, Limits, LoadedModel
+from featherweight.runtimes.interface import Grids
 from featherweight.store.served_folder import Serving
 from featherweight.system import toolchains
 from featherweight.system.device import CPU
 from featherweight.system.machine import Machine, describe
-from featherweight.text.documents import Document, write_documents
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.compiling import LABELS, check_labels, check_texts, compiled, configuration
 from tests.support.serving_models import serving_spec
 
 TVM = RUNTIMES["tvm"]
 ABSENT = TVM.unwritable()
 AVX2 = Machine("Linux", "x86_64", "some", frozenset({"avx2", "fma"}), 2, 2, 2**33, ())
 AVX512 = Machine(**vars(AVX2) | {"cpu_features": AVX2.cpu_features | {"avx512f", "avx512bw", "avx512vl"}})
-
-
-def config(**told: Any) -> Any:
-    found = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=256, pad_token_id=0, **told)
-    found.get_text_config, found.to_dict = lambda: found, lambda: told
-    return found
 
 
 @pytest.mark.parametrize(
@@ -56,7 +47,7 @@ def config(**told: Any) -> Any:
 def test_models_that_it_does_not_compute_are_refused(told: dict[str, Any], reason: str | None) -> None:
     import re
 
-    candidate = Candidate(CheckpointFacts(config(**told)), 64)
+    candidate = Candidate(CheckpointFacts(configuration(**told)), 64)
     found = TVM.model_refusal(serving_spec(engine="tvm"), candidate)
     assert (found is None) if reason is None else re.search(reason, str(found))
 
@@ -130,59 +121,26 @@ def test_what_it_reads_is_what_lies_in_its_file(tmp_path: Path) -> None:
 
     save_file({"model.embed.weight": torch.zeros(10, 4), "model.up.weight": torch.zeros(1, 4, 16)}, tmp_path / "p.safetensors")
     (tmp_path / "manifest.json").write_text(json.dumps({"tables": ["model.embed.weight"]}))
-    held = {one.role: (one.size_bytes, one.rows) for one in TVM.held_tensors(tmp_path, Serving("tvm"), config())}
+    held = {one.role: (one.size_bytes, one.rows) for one in TVM.held_tensors(tmp_path, Serving("tvm"), configuration())}
     assert held == {"row": (160, 10), "step": (256, 1)}
-
-
-def compiled(kind: str, folder: Path, precision: str = "float32", **changes: Any) -> tuple[Path, LoadedModel]:
-    """A tiny checkpoint, compiled and held to PyTorch, and the engine that serves it."""
-    from tasks.compile import compile
-
-    checkpoint, text, out = family_checkpoint(kind, folder / "checkpoint", **changes), folder / "text", folder / "out"
-    words, drawn = [word for word in WORDS.split() if word.isalpha()], random.Random(0)
-    write_documents(text, [Document(str(i), " ".join(drawn.choices(words, k=60))) for i in range(4)])
-    out.mkdir()
-    metrics = compile(
-        serving_spec(engine="tvm", precision=precision, max_tokens=96), checkpoint=checkpoint, calibration=text, out=out
-    )
-    assert metrics["parity_max_abs"] < 1e-4
-    assert {path.name for path in (out / "tvm").iterdir()} == {"model.so", "parameters.safetensors", "manifest.json"}
-    return checkpoint, TVM.loaded_model()(out, Serving.read(out), Limits(1, 96, 4))
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 def test_a_decoder_writes_as_pytorch_across_the_parts_of_its_cache(tmp_path: Path) -> None:
-    """Grouped heads of 8 channels, prompts of two lengths in one call, and texts that cross 64 places; on two threads as well."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    checkpoint, engine = compiled("llama", tmp_path)
-    model, prompts = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5]]
-    theirs = []
-    for prompt in prompts:
-        made = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        theirs.append(made[0, len(prompt) :].tolist())
-    assert engine.generate(prompts, 12).tokens == theirs
-    engine.set_threads(2)
-    assert engine.generate(prompts, 12).tokens == theirs
+    """Grouped heads of 8 channels, prompts of two lengths in one call, and texts that cross 64 places."""
+    checkpoint, engine = compiled(serving_spec(engine="tvm", max_tokens=96), "llama", tmp_path)
+    files = {path.name for path in (tmp_path / "out" / "tvm").iterdir()}
+    assert files == {"model.so", "parameters.safetensors", "manifest.json"}
+    check_texts(checkpoint, engine, [[9, 8, 7] * 20, [12, 5, 9] * 20, [4, 5]])
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 def test_an_encoder_answers_each_text_as_if_it_were_alone(tmp_path: Path) -> None:
-    """Labels of texts of several lengths in one batch, the shorter ones padded."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    checkpoint, engine = compiled("bert", tmp_path, architectures=["BertForSequenceClassification"], num_labels=3)
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
-    texts = [[1, 9, 8, 7, 2], [1, 12, 2], [1, *range(6, 30), 2]]
-    found = engine.outputs(texts, [[0] * len(text) for text in texts])
-    for text, rows in zip(texts, found, strict=True):
-        assert torch.tensor(rows).flatten().allclose(model(torch.tensor([text])).logits.flatten(), atol=1e-5)
+    check_labels(*compiled(serving_spec(engine="tvm", max_tokens=96), "bert", tmp_path, **LABELS))
 
 
 @pytest.mark.engine
@@ -192,7 +150,7 @@ def test_integers_are_computed_with_as_the_floats_that_they_stand_for(tmp_path: 
     """A tied head as well; `compiled` holds it to PyTorch with the rounded weights."""
     from safetensors.torch import load_file
 
-    compiled("llama", tmp_path, "int8", tie_word_embeddings=True)
+    compiled(serving_spec(engine="tvm", precision="int8", max_tokens=96), "llama", tmp_path, tie_word_embeddings=True)
     out = tmp_path / "out"
     kinds = {str(one.dtype) for one in load_file(out / "tvm" / "parameters.safetensors").values() if one.ndim == 3}
     assert Serving.read(out).grid == "int8" and kinds == {"torch.int8"}

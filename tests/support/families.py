@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ WORDS = """
 once upon a time there was little fox bear wolf hare met in the wood and they ran sang ate slept played were was glad sad
 old young big small red brown under over by near tree river hill house day night number 0 1 2 3 4 5 6 7 8 9 . , !
 """
+PLAIN_WORDS = [word for word in WORDS.split() if word.isalpha()]
+"""Without numbers and marks."""
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
 
@@ -102,10 +105,21 @@ def word_tokenizer(model_type: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=256, **names)
 
 
+def sentence(start: int, length: int) -> str:
+    """So many words in their order, from a place that depends on `start`."""
+    return " ".join(PLAIN_WORDS[(3 * start + step) % len(PLAIN_WORDS)] for step in range(length))
+
+
+def write_words(folder: Path) -> Path:
+    """A text of four documents of 60 words in no order."""
+    drawn = random.Random(0)
+    write_documents(folder, [Document(str(i), " ".join(drawn.choices(PLAIN_WORDS, k=60))) for i in range(4)])
+    return folder
+
+
 def write_pairs(folder: Path) -> Path:
     """A text of 24 lines of 20 words, and of each its translation into the same words backwards."""
-    words = [word for word in WORDS.split() if word.isalpha()]
-    lines = [" ".join(words[(3 * start + step) % len(words)] for step in range(20)) for start in range(24)]
+    lines = [sentence(start, 20) for start in range(24)]
     write_documents(folder, [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(lines)])
     return folder
 

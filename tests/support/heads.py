@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.text.documents import Document, write_documents
-from tests.support.families import LIKE, SIZES, WORDS, word_tokenizer
+from tests.support.families import LIKE, PLAIN_WORDS, SIZES, word_tokenizer
 
 ANIMALS = ("fox", "bear", "wolf", "hare")
-OTHERS = [word for word in WORDS.split() if word.isalpha() and word not in ANIMALS]
+OTHERS = [word for word in PLAIN_WORDS if word not in ANIMALS]
 TAGS = ("O", "B-ANIMAL", "I-ANIMAL")
 HEADS = {
     "feature-extraction": "AutoModel",

@@ -28,7 +28,7 @@ from featherweight.text.tokens import Frame, Window
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.quantize import quantize
-from tests.support.families import WORDS, family_checkpoint
+from tests.support.families import family_checkpoint, sentence
 from tests.support.serving_models import serving_spec
 
 SEQ2SEQ = ("t5", "mt5", "mbart", "m2m_100", "marian")
@@ -40,9 +40,8 @@ EngineName = Literal["torch", "ctranslate2"]
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentences and their translations into the same words backwards."""
-    words = [word for word in WORDS.split() if word.isalpha()]
     folder = tmp_path_factory.mktemp("text")
-    sentences = [" ".join(words[(3 * start + step) % len(words)] for step in range(9 + start % 5)) for start in range(12)]
+    sentences = [sentence(start, 9 + start % 5) for start in range(12)]
     pairs = [Document(str(i), line, " ".join(reversed(line.split()))) for i, line in enumerate(sentences)]
     write_documents(folder, pairs)
     return folder

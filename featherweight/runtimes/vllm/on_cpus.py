@@ -82,7 +82,7 @@ def refusal(config: Any, compute_type: str) -> str | None:
     """Why a model is not served from a CPU in a type, by the first rule that applies; None where it is."""
     asked = Asked(config, compute_type)
     rule = next((rule for rule in RULES if rule.applies(asked)), None)
-    return rule and f"{rule.reason(asked)}; {rule.way_out}"
+    return None if rule is None else f"{rule.reason(asked)}; {rule.way_out}"
 
 
 def wants_bfloat16(compute_type: str) -> bool:
