@@ -69,7 +69,8 @@ class _Teller(Teller):
         told = f"{version.model} version {version.version} ({version.variant} on {version.tag('engine')})"
         curl = f"curl {self._address}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
         facts = {"model": version.model, "version": version.version, "variant": version.variant, "engine": version.tag("engine")}
-        measured = {"threads": backend.copy.threads, "batch": backend.copy.batch, "device": backend.copy.serving.device}
+        batching = {"batch": backend.copy.batching.max_batch, "batch_window_s": backend.copy.batching.window_s}
+        measured = {"threads": backend.copy.threads, **batching, "device": backend.copy.serving.device}
         self.tell("ready", f"ready: {told} at {self._address}", url=self._address, **facts, **measured, example=curl)
         if not self.as_json:
             print(curl, flush=True)

@@ -15,7 +15,8 @@ from featherweight.measure.speed import Speed
 from featherweight.progress import Metrics, Progress
 from featherweight.runtimes.bytes_read import bytes_read
 from featherweight.runtimes.lossless import hold_same, speculates, without_speculation
-from featherweight.runtimes.measuring import MeasuredVariant, ask_in_turns, take_turns
+from featherweight.runtimes.measuring import MeasuredVariant, take_turns
+from featherweight.runtimes.requests import ask_in_turns
 from featherweight.runtimes.workload import Workload
 from featherweight.store.served_folder import Serving, same_files
 from featherweight.system.device import CUDA

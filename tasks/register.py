@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from featherweight.errors import GateError, IntegrityError
-from featherweight.measure.goals import Decision, judged_threads
+from featherweight.measure.goals import Decision, judged_batching, judged_threads
 from featherweight.measure.spec import BASELINE
 from featherweight.progress import Metrics, Progress
 from featherweight.recipe.recipe import RegisterSpec
@@ -165,5 +165,6 @@ def _winner(
         constraints=spec.constraints.model_dump(exclude_none=True),
         objective=spec.objective,
         threads=judged_threads(spec.objective, measured.metrics),
+        batching=judged_batching(measured.metrics),
         model_id=model_id,
     )

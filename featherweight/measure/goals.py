@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
+from featherweight.measure.batching import UNMEASURED, Batching
 from featherweight.measure.figures import mebibytes, milliseconds, percent, plain, points, seconds, share, times, with_interval
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate
@@ -184,6 +185,12 @@ def judged_threads(objective: str, metrics: Metrics) -> int:
     at = f"prompt_{named}" if kind == "ttft" else judged_batch(objective, metrics)
     at = "requests" if "threads_requests" in metrics else at
     return int(metrics.get(f"threads_{at}", 1))
+
+
+def judged_batching(metrics: Metrics) -> Batching:
+    """How requests are answered together: as was chosen where they came at a rate, else up to the largest batch that was timed."""
+    largest = int(metrics.get("max_batch_requests", max(measured_batches(metrics), default=UNMEASURED.max_batch)))
+    return Batching(largest, metrics.get("batch_window_s_requests", 0.0))
 
 
 def bound_shown(constraint: str, bound: float) -> str:

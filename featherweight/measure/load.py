@@ -10,6 +10,8 @@ from itertools import accumulate, chain
 from random import Random
 from typing import Any
 
+from featherweight.measure.batching import Batching, Trial
+from featherweight.measure.request import Request
 from featherweight.measure.statistics import Estimate, correlation_time, quantile_estimate, share_of
 
 QUANTILES = (0.5, 0.95, 0.99)
@@ -25,35 +27,19 @@ def arrivals(rate: float, count: int, seed: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Request:
-    """Seconds since its round began: when it came, when its first token was there, when it was answered.
-
-    None where that never came: it was given up.
-    """
-
-    came_s: float
-    first_s: float | None
-    answered_s: float | None
-
-    @property
-    def latency_s(self) -> float:
-        """From its coming to its answer, the waiting included; infinite where there was none."""
-        return math.inf if self.answered_s is None else self.answered_s - self.came_s
-
-    @property
-    def ttft_s(self) -> float:
-        """From its coming to its first token; infinite where it was given up."""
-        return math.inf if self.first_s is None or self.answered_s is None else self.first_s - self.came_s
-
-
-@dataclass(frozen=True)
 class Load:
-    """Requests at `rate` a second, answered with `new_tokens` each by an engine of `threads` threads, in rounds."""
+    """Requests at `rate` a second, answered with `new_tokens` each by an engine of `threads` threads, in rounds.
+
+    new_tokens: 0 of an encoder, which answers at once. batching: how they were answered together, None where that was not kept;
+    tried: what the ways that were tried took.
+    """
 
     rate: float
     threads: int
     new_tokens: int
     rounds: tuple[tuple[Request, ...], ...]
+    batching: Batching | None = None
+    tried: tuple[Trial, ...] = ()
 
     @property
     def requests(self) -> list[Request]:
@@ -73,17 +59,23 @@ class Load:
         return share_of(sum(map(sum, answered)) / together, len(self.requests) / together)
 
     @property
-    def tokens_per_s(self) -> float:
-        """New tokens of all that was answered, a second, from the first request of each round to its last answer."""
+    def served_per_s(self) -> float:
+        """Requests that were answered, a second, from the first of each round to its last answer."""
         answered = [[one for one in requests if one.answered_s is not None] for requests in self.rounds]
         spans = (max(one.answered_s or 0.0 for one in ones) - ones[0].came_s for ones in answered if ones)
-        return sum(map(len, answered)) * self.new_tokens / (sum(spans) or math.inf)
+        return sum(map(len, answered)) / (sum(spans) or math.inf)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What was answered, a second: requests, and new tokens where there are any."""
+        served = self.served_per_s
+        return {"served_per_s": served} | ({"tokens_per_s": served * self.new_tokens} if self.new_tokens else {})
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Its figures with their intervals; those of waiting may be infinite."""
         found = {"done": self.done}
-        for kind in ("latency_s", "ttft_s"):
+        for kind in ("latency_s", "ttft_s") if self.new_tokens else ("latency_s",):
             waits = [[getattr(one, kind) for one in requests] for requests in self.rounds]
             found |= {f"p{round(100 * share)}_{kind}": quantile_estimate(waits, share) for share in QUANTILES}
         return found
@@ -92,7 +84,9 @@ class Load:
     def from_json(cls, tree: Mapping[str, Any]) -> Load:
         """The inverse of `dataclasses.asdict` and a trip through JSON."""
         rounds = tuple(tuple(Request(**one) for one in requests) for requests in tree["rounds"])
-        return cls(**{**tree, "rounds": rounds})
+        batching = Batching(**tree["batching"]) if tree.get("batching") else None
+        tried = tuple(Trial(Batching(**one["batching"]), one["wait_s"]) for one in tree.get("tried", ()))
+        return cls(**{**tree, "rounds": rounds, "batching": batching, "tried": tried})
 
 
 def rate_name(rate: float) -> str:

@@ -260,11 +260,13 @@ class Comparison:
         for load in loads:
             for name, estimate in load.estimates.items():
                 figures |= _bounded(f"{name}_{load.at}", estimate)
-            figures[f"tokens_per_s_{load.at}"] = load.tokens_per_s
+            figures |= {f"{name}_{load.at}": value for name, value in load.rates.items()}
         for name in loads[0].estimates if loads else ():
             if name != "done":
                 figures |= _bounded(f"{name}_requests", worst([load.estimates[name] for load in loads]))
         figures |= {"threads_requests": loads[0].threads} if loads else {}
+        if loads and (batching := loads[0].batching):
+            figures |= {"max_batch_requests": batching.max_batch, "batch_window_s_requests": batching.window_s}
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def metrics(self) -> dict[str, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from featherweight.measure.batching import TRIAL_S
 from featherweight.measure.load import rate_name
 from featherweight.measure.speed import Shape
 from featherweight.measure.statistics import examples_to_show, trials_to_show, values_to_show
@@ -82,6 +84,7 @@ class LengthSpec(Spec):
 
 Rate = Annotated[float, Field(gt=0, le=10**5)]
 Wait = Annotated[float, Field(gt=0, le=10**5)]
+Window = Annotated[float, Field(ge=0, le=10)]
 
 
 def _several(value: Any) -> Any:
@@ -94,13 +97,17 @@ class RequestsSpec(Spec):
     the other.
 
     rounds: into so many parts they are split, by turns with the baseline. patience_s: one whose answer is not begun by then is
-    given up. Prompts are of half to all of the workload's `prompt_tokens`, answers of all of its `new_tokens`.
+    given up. Prompts are of half to all of the workload's `prompt_tokens`, answers of all of its `new_tokens`; an encoder's answers
+    are vectors or labels. max_batch: the most that are answered together, by default each of the workload's `batch_sizes`;
+    batch_window_s: how long a batch that is not full waits for others. Of several each variant gets the best, and is served so.
     """
 
     rate: Annotated[tuple[Rate, ...], Field(min_length=1), BeforeValidator(_several)]
     seconds: Wait = 30
     rounds: Annotated[int, Field(ge=1, le=100)] = 3
     patience_s: Wait = 30
+    max_batch: Annotated[tuple[Positive, ...], BeforeValidator(_several)] = ()
+    batch_window_s: Annotated[tuple[Window, ...], Field(min_length=1), BeforeValidator(_several)] = (0.0, 0.01)
 
     @model_validator(mode="after")
     def _distinct_rates(self) -> RequestsSpec:
@@ -112,6 +119,17 @@ class RequestsSpec(Spec):
     def count(self, rate: float) -> int:
         """How many requests come at a rate in a round."""
         return math.ceil(rate * self.seconds / self.rounds)
+
+    @property
+    def trial_count(self) -> int:
+        """How many come, at the highest rate, in a trial of how they are answered together."""
+        rate = max(self.rate)
+        return min(self.count(rate), math.ceil(rate * TRIAL_S))
+
+    def trials_s(self, batch_sizes: Collection[int]) -> float:
+        """So long the trials of a variant take at most."""
+        ways = len(set(self.max_batch or batch_sizes)) + len(set(self.batch_window_s)) - 1
+        return ways * self.trial_count / max(self.rate) if ways > 1 else 0.0
 
 
 class WorkloadSpec(Spec):
@@ -126,7 +144,7 @@ class WorkloadSpec(Spec):
     changed_answers: compare the texts that it writes with the original's; not by default.
     benchmarks: tasks whose accuracy is measured, by name. references: hold what a seq2seq model writes against `data.target`.
     lengths: other lengths of prompts, such as [512, 2048], for each of which the time to the first token is measured.
-    requests: how long requests wait that come at a rate, with as many answered together as the largest of `batch_sizes`.
+    requests: how long requests wait that come at a rate.
     """
 
     quiet = frozenset({"changed_answers", "benchmarks", "references", "lengths", "requests"})
@@ -162,6 +180,11 @@ class WorkloadSpec(Spec):
     def batches(self) -> list[Shape]:
         """What is timed at each batch size."""
         return [Shape(size, self.prompt_tokens, self.new_tokens) for size in self.batch_sizes]
+
+    @property
+    def most_at_once(self) -> int:
+        """The most sequences that are ever answered together."""
+        return max(*self.batch_sizes, *(self.requests.max_batch if self.requests else ()), 0)
 
     @property
     def long_prompts(self) -> list[Shape]:

@@ -215,7 +215,9 @@ def _measuring(spec: WorkloadSpec, sides: Sequence[ModelSize]) -> Work:
         steps += -(-texts // max(spec.batch_sizes)) * new_tokens
     tokens += sum(one.prompt_tokens + one.new_tokens for one in spec.lengths) * generations
     steps += sum(one.new_tokens for one in spec.lengths) * generations
-    came_s = len(spec.requests.rate) * spec.requests.seconds * len(sides) if spec.requests else 0.0
+    came_s = 0.0
+    if asked := spec.requests:
+        came_s = len(asked.rate) * asked.seconds * len(sides) + asked.trials_s(spec.batch_sizes)
     weights = FLOAT_BYTES * sum(size.parameters for size in sides)
     generated = sum(_forward(size, tokens) for size in sides)
     asked_tokens, asked_steps = _benchmarks(spec)

@@ -100,8 +100,10 @@ def expand(recipe: Recipe, machine: Machine | None = None, facts: Facts = Facts(
         raise RecipeError(reason)
     told = facts.of(recipe)
     numbers = baseline_type(told, machine.memory_bytes)
-    if told and (reason := workload_refusal(recipe.workload, told) or memory_refusal(told.size, machine.memory_bytes, numbers)):
-        raise RecipeError(reason)
+    if told:
+        reason = workload_refusal(recipe.workload, told, recipe.constraints)
+        if reason := reason or memory_refusal(told.size, machine.memory_bytes, numbers):
+            raise RecipeError(reason)
     roots = {node.id: node for node in _roots(recipe, where, numbers)}
     nodes = dict(roots)
     size, students = facts.size(recipe), {name: one.size for name, one in facts.by_source.items()}

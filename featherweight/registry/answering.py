@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Answering = Generator | Labeller
 
 
-def open_answering(served: Path, **config: int) -> Answering:
-    """The engine of a served folder, started. config: threads, max_tokens, max_batch."""
+def open_answering(served: Path, **config: Any) -> Answering:
+    """The engine of a served folder, started. config: threads, max_tokens, max_batch, batch_window_s."""
     return (Labeller if served_task(served) in HEADED else Generator)(served, **config)
 
 

@@ -12,6 +12,8 @@ from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.registry.served_engine import ServedEngine, require_kinds
 from featherweight.runtimes.generation_settings import GenerationSettings
+from featherweight.runtimes.interface import Limits
+from featherweight.store.served_folder import verified_tokens
 
 Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64
@@ -25,8 +27,10 @@ class Generator(ServedEngine):
     max_tokens: room for a prompt and its new tokens; by default as many as were verified. Raises StageError for more.
     """
 
-    def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
-        super().__init__(served, threads, max_tokens, max_batch)
+    def __init__(
+        self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8, batch_window_s: float = 0.0
+    ) -> None:
+        super().__init__(served, Limits(threads, max_tokens or verified_tokens(served), max_batch, batch_window_s))
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
         self._adapters = tuple(kept_adapters(served))
@@ -71,9 +75,8 @@ class Generator(ServedEngine):
 
     def _generate(self, prompts: list[list[int]], new_tokens: int, stop_at_end: bool, adapter: str | None) -> list[list[int]]:
         with self._running() as worker:
-            if self._family == "encoder":
-                return worker.generate(prompts, new_tokens)
-            return worker.answer(prompts, new_tokens, self._settings.values if stop_at_end else {}, adapter)
+            settings = self._settings.values if stop_at_end and self._family != "encoder" else {}
+            return worker.answer(prompts, new_tokens, settings, adapter)
 
     def _require_adapter(self, name: str | None) -> None:
         if name is not None and name not in self._adapters:

@@ -14,6 +14,8 @@ from featherweight.model.heads import by_label
 from featherweight.model.positions import context_tokens
 from featherweight.registry.entities import entities
 from featherweight.registry.served_engine import ServedEngine, require_kinds
+from featherweight.runtimes.interface import Limits
+from featherweight.store.served_folder import verified_tokens
 from featherweight.text.examples import encoded, types_of
 
 Rows = list[list[float]]
@@ -23,11 +25,13 @@ class Labeller(ServedEngine):
     """A served encoder's engine and tokenizer: a vector for each text, its labels, or the entities in it.
 
     Answers are those of sentence-transformers' `encode`, or of transformers' pipeline for the task. Safe to call from several
-    threads, which take turns. max_tokens: the longest text; by default as many tokens as were verified.
+    threads, whose texts are answered together. max_tokens: the longest text; by default as many tokens as were verified.
     """
 
-    def __init__(self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8) -> None:
-        super().__init__(served, threads, max_tokens, max_batch)
+    def __init__(
+        self, served: Path, threads: int = 1, max_tokens: int | None = None, max_batch: int = 8, batch_window_s: float = 0.0
+    ) -> None:
+        super().__init__(served, Limits(threads, max_tokens or verified_tokens(served), max_batch, batch_window_s))
         self.config = load_config(served)
         self.task = task_of(self.config)
         self._open()

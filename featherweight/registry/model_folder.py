@@ -32,7 +32,7 @@ def write_model_folder(
     engine: str,
     digest: str,
     size_bytes: int,
-    config: dict[str, int],
+    config: dict[str, float],
     lineage: str,
     model_id: str,
     run_id: str,

@@ -49,7 +49,7 @@ class ServedVariant(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Start the engine, where keys are trusted here on files that one of them signed, and read a server's requests with it.
 
-        model_config: threads, max_tokens (prompt and new ones), max_batch.
+        model_config: threads, max_tokens (prompt and new ones), max_batch, batch_window_s.
         """
         served, config = Path(context.artifacts["served"]), context.model_config or {}
         require_signed(served.parents[1], Keys.here())

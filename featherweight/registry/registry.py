@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from featherweight.errors import GateError, IntegrityError, ServiceError, one_line
+from featherweight.measure.batching import UNMEASURED, Batching
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import ATTESTATION, sign_folder, statement
 from featherweight.registry.commit import Decide, commit, complete
@@ -57,7 +58,8 @@ class WinnerRecord:
     metrics: the variant's measurement. lineage: JSON of a featherweight.lineage.LineageGraph.
     checkpoint, evaluation: digests of the checkpoint it was made from and of the text it was measured on.
     constraints, objective: the recipe's, so that promotion can judge by the registry alone.
-    threads, max_tokens: how the engine is opened when the model is loaded; by default for as many tokens as were verified.
+    threads, batching, max_tokens: how the engine is opened when the model is loaded; by default for as many tokens as were
+    verified.
     model_id: the variant's LoggedModel (`Registry.log_variant`), to hold the weights; made here if not given.
     """
 
@@ -75,8 +77,15 @@ class WinnerRecord:
     constraints: Mapping[str, float] = field(default_factory=dict)
     objective: str = "speedup@1"
     threads: int = 1
+    batching: Batching = UNMEASURED
     max_tokens: int | None = None
     model_id: str | None = None
+
+    @property
+    def opened(self) -> dict[str, float]:
+        """The same as MLflow keeps it beside the model."""
+        told = {"threads": self.threads, "max_batch": self.batching.max_batch, "batch_window_s": self.batching.window_s}
+        return told | ({"max_tokens": self.max_tokens} if self.max_tokens else {})
 
 
 @dataclass(frozen=True)
@@ -390,7 +399,7 @@ class Registry:
                 engine=engine,
                 digest=winner.digest,
                 size_bytes=size,
-                config={"threads": winner.threads, **({"max_tokens": winner.max_tokens} if winner.max_tokens else {})},
+                config=winner.opened,
                 lineage=winner.lineage,
                 model_id=logged.model_id,
                 run_id=winner.run_id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError, StageError, one_line
 from featherweight.runtimes.client import Worker, open_worker
-from featherweight.store.served_folder import verified_tokens
+from featherweight.runtimes.interface import Limits
 
 MOST_AT_ONCE = 10_000
 """Texts of one request: those of others wait until they are answered."""
@@ -25,14 +26,11 @@ KINDS: dict[type, str] = {Integral: "a whole number", bool: "true or false", str
 
 
 class ServedEngine:
-    """The engine's process, the tokenizer, and the limits that it is opened for.
+    """The engine's process, the tokenizer, and the limits that it is opened for."""
 
-    max_tokens: the longest sequence; by default as many tokens as were verified.
-    """
-
-    def __init__(self, served: Path, threads: int, max_tokens: int | None, max_batch: int) -> None:
-        self.served, self.threads, self.max_batch = served, threads, max_batch
-        self.max_tokens = max_tokens or verified_tokens(served)
+    def __init__(self, served: Path, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+        self.max_tokens, self.max_batch = limits.max_tokens, limits.max_batch
         self._tokenizer: Any = load_tokenizer(served)
         # Four times, for what a tokenizer takes out of a text before it cuts it.
         self._most_characters = self.max_tokens * 4 * max(map(len, self._tokenizer.get_vocab()), default=1)
@@ -70,7 +68,7 @@ class ServedEngine:
         """The running engine; starts it where there is none."""
         with self._starting:
             if self._worker is None:
-                self._worker = open_worker(self.served, self.threads, self.max_tokens, self.max_batch)
+                self._worker = open_worker(self.served, *astuple(self.limits))
             return self._worker
 
     @contextmanager

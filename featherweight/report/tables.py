@@ -76,6 +76,9 @@ ROOFLINE = (
 )
 
 
+SERVED = ", and when it is served"
+
+
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
     batches = result.batch_sizes
@@ -126,7 +129,9 @@ def columns(result: OptimizationResult) -> list[Column]:
         Column(
             "attention", "PyTorch's kernels for the prompt, and for a step", lambda row: row.attention or MISSING, lambda _: 0.0
         ),
-        _metric("threads, requests", "of the engine under them, and when it is served", "threads_requests", plain),
+        _metric("largest batch, requests", f"so many are answered together{SERVED}", "max_batch_requests", plain),
+        _metric("batch window, requests", f"so long a batch waits for others{SERVED}", "batch_window_s_requests", milliseconds),
+        _metric("threads, requests", f"of the engine under them{SERVED}", "threads_requests", plain),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
     return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
@@ -176,6 +181,7 @@ def _requests(often: str) -> list[Column]:
         _bounded(f"answered, {at}", "share of the requests that were answered (95 % CI)", f"done_{key}", share),
         _metric(f"TTFT p50, {at}", "median of their time to first token", f"p50_ttft_s_{key}", milliseconds),
         _metric(f"TTFT p99, {at}", "99th percentile of their time to first token", f"p99_ttft_s_{key}", milliseconds),
+        _metric(f"answered/s, {at}", "requests per second that were answered", f"served_per_s_{key}", plain),
         _metric(f"tokens/s, {at}", "new tokens per second of all that was answered", f"tokens_per_s_{key}", rate),
     ]
 

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from featherweight.errors import StageError, ToolchainError
+from featherweight.measure.batching import Batching
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Acceptance, Generation, Timing, Tokens
+from featherweight.runtimes.interface import Acceptance, Generation, Timing, Tokens, alike
 from featherweight.store.served_folder import Serving, require_verified, verified_tokens
 from featherweight.system import device
 from featherweight.system.child_process import ChildProcess, Message, error_of
@@ -26,25 +27,27 @@ START_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 1800.0
 
 
-def open_worker(served: Path, threads: int, max_tokens: int | None = None, max_batch: int = 8) -> Worker:
+def open_worker(
+    served: Path, threads: int, max_tokens: int | None = None, max_batch: int = 8, batch_window_s: float = 0.0
+) -> Worker:
     """Start the engine that `served/serving.json` names, with `threads` threads, and wait until it is ready.
 
     max_tokens: longest sequence (prompt and new tokens, or scored window), by default what was verified.
-    max_batch: most sequences generated at once.
+    max_batch: most sequences generated at once. batch_window_s: how long those of several calls wait for others to join them.
     Raises ToolchainError where this machine has no such engine, StageError where it does not start, or where the folder was
     verified for shorter sequences only.
     """
-    return Worker(served, threads, max_tokens or verified_tokens(served), max_batch)
+    return Worker(served, threads, max_tokens or verified_tokens(served), max_batch, batch_window_s)
 
 
 class Worker:
     """A running engine, closed by `close()` or at the end of a `with`. `startup_s` is the time until it was ready.
 
-    Several threads may call at once: texts that they ask for (`answer`) are written together, other calls take turns.
+    Several threads may call at once: texts that they ask for (`answer`, `outputs`) are answered together, other calls take turns.
     device: where the engine says that it serves from.
     """
 
-    def __init__(self, served: Path, threads: int, max_tokens: int, max_batch: int) -> None:
+    def __init__(self, served: Path, threads: int, max_tokens: int, max_batch: int, batch_window_s: float) -> None:
         serving = Serving.read(served)
         self.engine = serving.engine
         require_verified(serving, max_tokens)
@@ -54,7 +57,7 @@ class Worker:
             raise ToolchainError(f"this model was verified on a GPU and is served from one, and {reason}")
         self.max_tokens, self.max_batch, self.threads = max_tokens, max_batch, threads
         began = monotonic()
-        command = [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch)]
+        command = [*_command(served.resolve()), *_limits(threads, max_tokens, max_batch, batch_window_s)]
         self._child = ChildProcess(command, environment(threads))
         self._numbers, self._turn, self._reading = count(), threading.Condition(), False
         self._replies: dict[int, Message] = {}
@@ -87,7 +90,11 @@ class Worker:
         longest = max(map(len, ids), default=0)
         if longest > self.max_tokens:
             raise StageError(f"the worker was opened for sequences of {self.max_tokens} tokens, not for {longest}")
-        found: list[list[list[float]]] = self._call("outputs", ids, types)
+        found: list[list[list[float]]] = [[] for _ in ids]
+        for batch in alike(ids, self.max_batch):
+            rows = self._call("outputs", [ids[index] for index in batch], [types[index] for index in batch])
+            for index, row in zip(batch, rows, strict=True):
+                found[index] = row
         return found
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
@@ -101,12 +108,20 @@ class Worker:
         return tokens
 
     def under_load(
-        self, prompts: Tokens, new_tokens: int, times_s: Sequence[float], patience_s: float
+        self,
+        prompts: Tokens,
+        new_tokens: int,
+        times_s: Sequence[float],
+        patience_s: float,
+        batching: Batching,
+        *,
+        headed: bool = False,
     ) -> list[tuple[float | None, float | None]]:
         """When each prompt, asked for at its time, had its first token, and when its last. See LoadedModel.under_load."""
         self._require_room(prompts, new_tokens, at_once=1)
         longest_s = max(times_s, default=0.0) + patience_s + CALL_TIMEOUT_S
-        found = self._call("under_load", prompts, new_tokens, times_s, patience_s, timeout_s=longest_s)
+        told = prompts, new_tokens, times_s, patience_s, batching.max_batch, batching.window_s, headed
+        found = self._call("under_load", *told, timeout_s=longest_s)
         return [(first, last) for first, last in found]
 
     def adapt(self, name: str | None) -> None:
@@ -256,8 +271,9 @@ def _command(served: Path) -> list[str]:
     return [sys.executable, "-m", "featherweight.runtimes.worker", str(served), "--parent", str(os.getpid())]
 
 
-def _limits(threads: int, max_tokens: int, max_batch: int) -> list[str]:
-    return ["--threads", str(threads), "--max-tokens", str(max_tokens), "--max-batch", str(max_batch)]
+def _limits(threads: int, max_tokens: int, max_batch: int, batch_window_s: float) -> list[str]:
+    told = {"threads": threads, "max-tokens": max_tokens, "max-batch": max_batch, "batch-window-s": batch_window_s}
+    return [word for name, value in told.items() for word in (f"--{name}", str(value))]
 
 
 def _doing(name: str) -> str:

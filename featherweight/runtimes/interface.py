@@ -110,6 +110,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """It writes matrix by matrix what `Source.model` reads from files, so that a large model need not fit in memory."""
     devices: tuple[Device, ...] = (CPU,)
     """Where it can serve from."""
+    joins: bool = False
+    """A text joins those that it is writing, so that none waits for a batch to fill."""
     speculates: tuple[str, ...] = ()
     """The methods of speculation (runtimes/speculation.py) that it writes by."""
 
@@ -241,11 +243,15 @@ class Runtime(ABC, Generic[SpecOf]):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine must hold at once: sequences of `max_tokens` (prompt and new tokens), `max_batch` of them."""
+    """What an engine must hold at once: sequences of `max_tokens` (prompt and new tokens), `max_batch` of them.
+
+    batch_window_s: so long those wait for others whose batch is not full (see Line).
+    """
 
     threads: int
     max_tokens: int = 512
     max_batch: int = 8
+    batch_window_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -348,23 +354,18 @@ class LoadedModel(ABC):
         Here batch after batch: the first, and whoever is alike and waits as well, `limits.max_batch` at most. An engine that lets
         a text join those that it is writing says so by a method of its own.
         """
-        while batch := self.next_batch(line, wait=True):
+        while batch := line.next_batch(self.limits.max_batch, idle=True):
             try:
                 self.write_batch(batch, line).tell(line, batch)
             except Exception as error:
                 line.failed(batch, error)
 
-    def next_batch(self, line: Line, wait: bool) -> list[Ask]:
-        """The first that waits, and those that are like it; empty where nobody does. wait: see Line.next."""
-        first = line.next(wait=wait)
-        batch = [first] if first else []
-        while first and len(batch) < self.limits.max_batch and (other := line.next(first.alike)):
-            batch.append(other)
-        return batch
-
     def write_batch(self, batch: list[Ask], line: Line) -> Written:
         """What such a batch is answered with."""
         first, prompts, began = batch[0], [ask.prompt for ask in batch], line.now
+        if first.types is not None:
+            rows = self.outputs(prompts, [ask.types or [] for ask in batch])
+            return Written(rows, done := line.now, done)
         self.take_adapter(first.adapter)
         if first.settings:
             tokens = self.answer(prompts, first.new_tokens, dict(first.settings))
@@ -373,14 +374,24 @@ class LoadedModel(ABC):
         return Written(generation.tokens, began + generation.timing.ttft_s, line.now)
 
     def under_load(
-        self, prompts: Tokens, new_tokens: int, times_s: list[float], patience_s: float
+        self,
+        prompts: Tokens,
+        new_tokens: int,
+        times_s: list[float],
+        patience_s: float,
+        most: int,
+        window_s: float,
+        headed: bool = False,
     ) -> list[tuple[float | None, float | None]]:
         """Ask for a greedy text behind each prompt at its time, whatever is still being answered; see Schedule.times.
 
-        patience_s: so long an answer may take to begin.
+        patience_s: so long an answer may take to begin. most, window_s: see Line. headed: vectors or labels are asked for.
         """
-        asks = [Ask(prompt, new_tokens, until=at + patience_s) for prompt, at in zip(prompts, times_s, strict=True)]
-        line = Schedule(asks, times_s)
+        asks = [
+            Ask(prompt, new_tokens, types=[0] * len(prompt) if headed else None, came=at, until=at + patience_s)
+            for prompt, at in zip(prompts, times_s, strict=True)
+        ]
+        line = Schedule(asks, times_s, most=most, window_s=window_s)
         self.converse(line)
         return line.times
 

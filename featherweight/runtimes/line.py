@@ -13,6 +13,7 @@ from typing import Any
 
 LOOK_S = 0.001
 """How often the line is looked at while there is room for more than is being written."""
+NOW, ENDLESSLY = -math.inf, math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +21,22 @@ class Ask:
     """One text that is asked for: at most `new_tokens` behind a prompt.
 
     settings: those of a checkpoint (GenerationSettings.values); without any, greedily just so many tokens. adapter: see
-    LoadedModel.adapt. until: by the line's clock; where it is not begun by then it is given up.
+    LoadedModel.adapt. types: where vectors or labels are asked for (LoadedModel.outputs), those of its tokens. came, until: by the
+    line's clock; where it is not begun by then it is given up.
     """
 
     prompt: list[int]
     new_tokens: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    types: list[int] | None = None
+    came: float = 0.0
     until: float = math.inf
 
     def alike(self, other: Ask) -> bool:
-        """Whether an engine that pads nothing can answer the two in one batch."""
+        """Whether an engine can answer the two in one batch: texts are padded for vectors and labels alone."""
+        if self.types is not None or other.types is not None:
+            return self.types is not None and other.types is not None
         return (len(self.prompt), *self._wanted) == (len(other.prompt), *other._wanted)
 
     @property
@@ -39,10 +45,15 @@ class Ask:
 
 
 class Line(ABC):
-    """Those that wait, in the order in which they came."""
+    """Those that wait, in the order in which they came.
 
-    def __init__(self) -> None:
+    most: so many are answered at once, or as many as the engine was opened for where that is less. window_s: so long the first of
+    a batch that is not full waits for others, from when it came; an engine that lets a text join others waits for nobody.
+    """
+
+    def __init__(self, most: float = math.inf, window_s: float = 0.0) -> None:
         self.waiting: deque[Ask] = deque()
+        self.most, self.window_s = most, window_s
 
     @property
     @abstractmethod
@@ -50,15 +61,15 @@ class Line(ABC):
         """Seconds, by its clock."""
 
     @abstractmethod
-    def come(self, wait: bool) -> Sequence[Ask]:
-        """Those that have come since it was last asked; where it is to wait at least one, unless no more will come."""
+    def come(self, until: float) -> Sequence[Ask]:
+        """Those that have come since it was last asked; where nobody has, the next, if somebody comes until then by the clock."""
 
     @abstractmethod
     def begun(self, asks: Iterable[Ask], at: float) -> None:
         """Their first tokens were there at `at`."""
 
     @abstractmethod
-    def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
+    def done(self, ask: Ask, tokens: list[Any], at: float | None = None) -> None:
         """It is answered, `at` by the clock, now by default."""
 
     @abstractmethod
@@ -69,21 +80,35 @@ class Line(ABC):
     def given_up(self, ask: Ask) -> None:
         """It was not begun in time."""
 
-    def next(self, fits: Callable[[Ask], bool] = lambda ask: True, *, wait: bool = False, overtaking: bool = True) -> Ask | None:
+    def next(self, fits: Callable[[Ask], bool] = lambda ask: True, *, until: float = NOW, overtaking: bool = True) -> Ask | None:
         """Take the first that fits, of those that have come; overtaking: others may stand before it. None where none does.
 
-        wait: where nobody is there, until somebody comes, unless no more will come.
+        until: where none does, wait for one up to then by the clock; ENDLESSLY until one comes, unless no more will come.
         """
+        came = self.come(NOW)
         while True:
-            came = self.come(wait and not self.waiting)
             self.waiting.extend(came)
             self._give_up()
-            if self.waiting or not wait or not came:
-                break
-        found = next(filter(fits, self.waiting if overtaking else list(self.waiting)[:1]), None)
-        if found is not None:
-            self.waiting.remove(found)
-        return found
+            found = next(filter(fits, self.waiting if overtaking else list(self.waiting)[:1]), None)
+            if found is not None:
+                self.waiting.remove(found)
+                return found
+            if self.now >= until or not (came := self.come(until)):
+                return None
+
+    def next_batch(self, most: int, idle: bool) -> list[Ask]:
+        """The first that waits, and those that are like it, `most` in all; none where nobody does. idle: there is nothing else to
+        do than to wait, for the first and for others in its window; else a batch whose window is still open is left in the line.
+        """
+        first = self.next(until=ENDLESSLY if idle else NOW)
+        batch, most = [first] if first else [], int(min(most, self.most))
+        closes = first.came + self.window_s if first else NOW
+        while first and len(batch) < most and (other := self.next(first.alike, until=closes if idle else NOW)):
+            batch.append(other)
+        if not idle and len(batch) < most and self.now < closes:
+            self.waiting.extendleft(reversed(batch))
+            return []
+        return batch
 
     def _give_up(self) -> None:
         for ask in [one for one in self.waiting if self.now > one.until]:
@@ -93,9 +118,11 @@ class Line(ABC):
 
 @dataclass(frozen=True)
 class Written:
-    """The texts of a batch; and by the line's clock, when all had their first tokens, and their last."""
+    """The texts of a batch, or the rows of an encoder's answers; and by the line's clock, when all had their first tokens, and
+    their last.
+    """
 
-    tokens: list[list[int]]
+    tokens: list[list[Any]]
     first_s: float
     last_s: float
 
@@ -142,8 +169,11 @@ class Schedule(Line):
         times_s: Sequence[float],
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
+        *,
+        most: float = math.inf,
+        window_s: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(most, window_s)
         self._coming = deque(zip(times_s, asks, strict=True))
         self._asks = list(asks)
         self._clock, self._sleep, self._zero = clock, sleep, clock()
@@ -154,11 +184,12 @@ class Schedule(Line):
     def now(self) -> float:
         return self._clock() - self._zero
 
-    def come(self, wait: bool) -> list[Ask]:
+    def come(self, until: float) -> list[Ask]:
         by, found = self.now, list[Ask]()
-        if wait and self._coming and self._coming[0][0] > by:
-            by = self._coming[0][0]
-            self._sleep(by - self.now)
+        awaited = min(until, self._coming[0][0] if self._coming else math.inf)
+        if by < awaited < math.inf:
+            by = awaited
+            self._sleep(max(0.0, by - self.now))
         while self._coming and self._coming[0][0] <= by:
             found.append(self._coming.popleft()[1])
         return found
@@ -166,7 +197,7 @@ class Schedule(Line):
     def begun(self, asks: Iterable[Ask], at: float) -> None:
         self._first |= dict.fromkeys(asks, at)
 
-    def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
+    def done(self, ask: Ask, tokens: list[Any], at: float | None = None) -> None:
         self._answered[ask] = self.now if at is None else at
 
     def failed(self, asks: Iterable[Ask], error: Exception) -> None:

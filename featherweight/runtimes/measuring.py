@@ -12,10 +12,9 @@ from typing import Any
 
 from featherweight.errors import StageError
 from featherweight.measure.agreement import embedding_quality, label_quality, score_quality
-from featherweight.measure.load import Load, Request, arrivals
+from featherweight.measure.load import Load
 from featherweight.measure.measurement import Measurement, Quality
 from featherweight.measure.references import matches
-from featherweight.measure.spec import RequestsSpec
 from featherweight.measure.speed import Shape, Speed
 from featherweight.measure.threads import HOPELESS, Probe, best_count, best_latency_s, common_count, thread_counts
 from featherweight.progress import Progress
@@ -68,7 +67,7 @@ class MeasuredVariant:
         self.slow = RUNTIMES[self.engine].slow_to_switch
         self.taken = _likely(like, self.shapes) if self.slow and not workload.spec.threads else {}
         self.counts = [self.taken[self.shapes[0]]] if self.taken else thread_counts(workload.spec.threads, self.slow)
-        asked = served, self.counts[0], workload.max_tokens, max(workload.spec.batch_sizes), progress
+        asked = served, self.counts[0], workload.max_tokens, workload.spec.most_at_once, progress
         self.worker = stack.enter_context(kept_worker(*asked, fresh=self.known is None) if keep else started(*asked))
         before = self.known.timed if self.known else {}
         self.warmup_s = {(shape, speed.threads): speed.warmup_s for shape, speed in before.items()}
@@ -148,14 +147,6 @@ class MeasuredVariant:
     def fullest(self) -> Shape:
         """What is timed of the most texts at once: requests that come by themselves are answered at its number of threads."""
         return max(self.workload.spec.batches, key=lambda shape: shape.batch_size)
-
-    def asked(self, rate: float, turn: int) -> tuple[Request, ...]:
-        """What a round's requests waited. The same of every variant, and their times too."""
-        spec, prompts = self.workload.spec, self.workload.asked(rate, turn)
-        assert spec.requests is not None
-        came = arrivals(rate, len(prompts), seed=turn)
-        times = self.worker.under_load(prompts, spec.new_tokens, came, spec.requests.patience_s)
-        return tuple(Request(at, first, last) for at, (first, last) in zip(came, times, strict=True))
 
     def timed_texts(self) -> tuple[list[list[int]], dict[int, float]]:
         """What it writes where it is timed, and by batch size so many tokens a pass over a text, where it drafts and tells."""
@@ -294,32 +285,12 @@ def take_turns(sides: Collection[MeasuredVariant], shape: Shape, progress: Progr
     first = next(iter(turns))
     rounds = first.workload.spec.rounds
     for turn in range(rounds):
-        for side in _order(turns, turn):
+        for side in by_turns(turns, turn):
             turns[side].append(side.turn(shape))
         progress.step(turn + 1, rounds, **first.live(shape, turns[first]))
     return [side.speed(shape, turns[side]) for side in sides]
 
 
-def ask_in_turns(
-    variant: MeasuredVariant, baseline: MeasuredVariant, requests: RequestsSpec, progress: Progress
-) -> list[tuple[Load, Load]]:
-    """Requests at each rate by turns: what those of each side wait."""
-    sides = list(dict.fromkeys((variant, baseline)))
-    new_tokens, found = variant.workload.spec.new_tokens, []
-    for side in sides:
-        side.prepare(side.fullest)
-    for rate in requests.rate:
-        rounds: dict[MeasuredVariant, list[tuple[Request, ...]]] = {side: [] for side in sides}
-        progress.note(f"{rate:g} requests a second")
-        for turn in range(requests.rounds):
-            for side in _order(sides, turn):
-                rounds[side].append(side.asked(rate, turn))
-            progress.step(turn + 1, requests.rounds)
-        loads = {side: Load(rate, side.threads(side.fullest), new_tokens, tuple(told)) for side, told in rounds.items()}
-        found.append((loads[variant], loads[baseline]))
-    return found
-
-
-def _order(sides: Collection[MeasuredVariant], turn: int) -> list[MeasuredVariant]:
+def by_turns(sides: Collection[MeasuredVariant], turn: int) -> list[MeasuredVariant]:
     """One of each side by turns, so that what slows the machine slows both; who begins alternates too."""
     return list(sides) if turn % 2 == 0 else list(sides)[::-1]

@@ -19,15 +19,19 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.gpu_memory import GpuMemory
 from featherweight.runtimes.interface import Limits, LoadedModel
-from featherweight.runtimes.line import Ask, Line
+from featherweight.runtimes.line import ENDLESSLY, Ask, Line
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import Channel, Message, Messages, failure
 from featherweight.system.device import CPU
 from featherweight.system.processes import end_children
+
+JOINED = ("answer", "outputs")
+"""Calls whose texts are answered together with those of others."""
 
 
 def main() -> None:
@@ -36,17 +40,18 @@ def main() -> None:
     parser.add_argument("served", type=Path)
     for name in ("parent", "threads", "max-tokens", "max-batch"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--batch-window-s", type=float, required=True)
     options = parser.parse_args()
     replies = Channel.claim_stdout()
     calls = Calls(options.parent)
-    limits = Limits(options.threads, options.max_tokens, options.max_batch)
+    limits = Limits(options.threads, options.max_tokens, options.max_batch, options.batch_window_s)
     reply, engine = _load(options.served, limits)
     calls.engine = engine
     _send(replies, reply)
     call = calls.messages.get() if engine else None
     while engine and call:
-        if call["name"] == "answer":
-            line = Calling(call, calls.messages, replies)
+        if call["name"] in JOINED:
+            line = Calling(call, calls.messages, replies, limits.batch_window_s)
             _converse(engine, line)
             call = line.next_call
         else:
@@ -80,7 +85,7 @@ class Calls:
             if not chunk:
                 break
             for message in arriving.feed(chunk):
-                self.messages.put(message)
+                self.messages.put(message | {"came": time.monotonic()})
         self._end()
 
     def _end(self) -> None:
@@ -98,40 +103,41 @@ class Calling(Line):
     nobody joins any more.
     """
 
-    def __init__(self, call: Message, messages: SimpleQueue[Message], replies: Channel) -> None:
-        super().__init__()
+    def __init__(self, call: Message, messages: SimpleQueue[Message], replies: Channel, window_s: float) -> None:
+        super().__init__(window_s=window_s)
         self.next_call: Message | None = None
         self._messages, self._replies = messages, replies
         self._places: dict[Ask, tuple[int, int]] = {}
-        self._answers: dict[int, list[list[int] | None]] = {}
-        self._take(call)
+        self._answers: dict[int, list[list[Any] | None]] = {}
+        self.waiting.extend(self._take(call))
 
-    def _take(self, call: Message) -> None:
-        prompts, *others = call["arguments"]
-        self._answers[call["id"]] = [None] * len(prompts)
-        asks = [Ask(prompt, *others) for prompt in prompts]
+    def _take(self, call: Message) -> list[Ask]:
+        asks = _asks(call)
+        self._answers[call["id"]] = [None] * len(asks)
         self._places |= {ask: (call["id"], place) for place, ask in enumerate(asks)}
-        self.waiting.extend(asks)
+        return asks
 
     @property
     def now(self) -> float:
         return time.monotonic()
 
-    def come(self, wait: bool) -> Sequence[Ask]:
-        """They are put into the line at once; nobody is waited for."""
+    def come(self, until: float) -> Sequence[Ask]:
+        """For others in a batch's window it waits; for the first of a batch it never does, but ends."""
+        found = list[Ask]()
         with suppress(Empty):
             while self.next_call is None:
-                call = self._messages.get_nowait()
-                if call["name"] == "answer":
-                    self._take(call)
+                patience = until - self.now if until < ENDLESSLY and not found else 0.0
+                call = self._messages.get(timeout=patience) if patience > 0 else self._messages.get_nowait()
+                if call["name"] in JOINED:
+                    found += self._take(call)
                 else:
                     self.next_call = call
-        return ()
+        return found
 
     def begun(self, asks: Iterable[Ask], at: float) -> None:
         """Nobody is told before a text is whole."""
 
-    def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
+    def done(self, ask: Ask, tokens: list[Any], at: float | None = None) -> None:
         number, place = self._places.pop(ask)
         if number not in self._answers:  # another text of its call has failed
             return
@@ -154,6 +160,13 @@ class Calling(Line):
     def all_failed(self, error: Exception) -> None:
         """So it is with whoever has no answer yet."""
         self.failed(list(self._places), error)
+
+
+def _asks(call: Message) -> list[Ask]:
+    if call["name"] == "outputs":
+        return [Ask(ids, 0, types=types, came=call["came"]) for ids, types in zip(*call["arguments"], strict=True)]
+    prompts, new_tokens, settings, adapter = call["arguments"]
+    return [Ask(prompt, new_tokens, settings, adapter, came=call["came"]) for prompt in prompts]
 
 
 def _converse(engine: LoadedModel, line: Calling) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from featherweight.errors import RecipeError, StageError
 from featherweight.measure.benchmark_files import writes
-from featherweight.measure.spec import WorkloadSpec
+from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
 from featherweight.measure.speed import Shape
 from featherweight.model.architecture import Family, family_of, task_of
 from featherweight.model.facts import CheckpointFacts
@@ -172,13 +172,13 @@ def _questions(
     return tuple(window.ids[: spec.prompt_tokens] for window in windows), ()
 
 
-def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts) -> str | None:
-    """Why the checkpoint does not hold the workload; None where it does."""
+def workload_refusal(spec: WorkloadSpec, facts: CheckpointFacts, constraints: ConstraintsSpec) -> str | None:
+    """Why the checkpoint does not hold the workload, or what is asked of it; None where it does."""
     if spec.changed_answers and family_of(facts.config) == "encoder":
         task = task_of(facts.config)
         return f"workload.changed_answers: a model for {task} writes no text whose change could be counted; leave it out"
-    if spec.requests and family_of(facts.config) == "encoder":
-        return "workload.requests: they are asked of models that write texts, and an encoder answers at once; leave them out"
+    if constraints.max_p99_request_ttft_s is not None and family_of(facts.config) == "encoder":
+        return "constraints.max_p99_request_ttft_s: an encoder writes no tokens; bound max_p95_request_s or max_p99_request_s"
     if spec.benchmarks and family_of(facts.config) != "causal":
         return "workload.benchmarks: they are asked of models that go on from a text (text-generation); leave them out"
     context = context_tokens(facts.config)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from featherweight.errors import GateError
 from featherweight.measure import goals
+from featherweight.measure.batching import Batching
 from featherweight.measure.goals import choose_winner, judge, judged_batch
-from featherweight.measure.load import Load, Request
+from featherweight.measure.load import Load
 from featherweight.measure.measurement import Comparison, Plain
 from featherweight.measure.relaxing import nearest
+from featherweight.measure.request import Request
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.speed import Speed
 from featherweight.registry.gate import promotion_gate
@@ -199,6 +201,9 @@ def test_what_requests_wait_may_be_bounded_at_every_rate_or_at_some():
     metrics = variants["quick"].metrics()
     assert goals.request_rates(metrics) == ["2.5", "5"]
     assert goals.judged_threads("speedup@1", metrics) == 3, "served as it was asked"
+    assert goals.judged_batching(metrics) == Batching(8), "the largest that was timed, where nobody chose"
+    chosen = {**metrics, "max_batch_requests": 2.0, "batch_window_s_requests": 0.01}
+    assert goals.judged_batching(chosen) == Batching(2, 0.01)
     assert goals.bound_shown("max_p99_request_s.2.5", 0.3) == "300 ms"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.errors import IntegrityError, StageError
-from featherweight.measure.load import Load, Request, arrivals
+from featherweight.measure.batching import Batching, Trial
+from featherweight.measure.load import Load, arrivals
 from featherweight.measure.measurement import FILE, Comparison, Measurement, Quality
+from featherweight.measure.request import Request
 from featherweight.measure.speed import Speed, quantile
 from featherweight.measure.statistics import (
     bootstrap_difference,
@@ -225,6 +228,9 @@ def test_other_lengths_of_prompts_and_the_energy_have_figures_of_their_own():
         Comparison(side(0.1), measurement()).metrics()
 
 
+TRIED = (Trial(Batching(8), 2.0), Trial(Batching(4), 1.0))
+
+
 def load(waits_s: list[float | None], rate: float = 4.0) -> Load:
     """Two rounds of requests that came a second after each other, and began to be answered after half of what they waited."""
     requests = [
@@ -232,7 +238,7 @@ def load(waits_s: list[float | None], rate: float = 4.0) -> Load:
         for at, wait in enumerate(waits_s)
     ]
     middle = len(requests) // 2
-    return Load(rate, 2, 16, (tuple(requests[:middle]), tuple(requests[middle:])))
+    return Load(rate, 2, 16, (tuple(requests[:middle]), tuple(requests[middle:])), Batching(4, 0.01), TRIED)
 
 
 def test_requests_at_a_rate_have_figures_of_their_own():
@@ -247,9 +253,23 @@ def test_requests_at_a_rate_have_figures_of_their_own():
     assert metrics["done_rate_4"] == 1.0 and metrics["threads_requests"] == 2
     spans = (199 + waits[199]) + (199 + waits[399])
     assert metrics["tokens_per_s_rate_4"] == pytest.approx(400 * 16 / spans)
+    assert metrics["served_per_s_rate_4"] == pytest.approx(400 / spans)
+    assert (metrics["max_batch_requests"], metrics["batch_window_s_requests"]) == (4, 0.01)
     assert not any("request" in key or "rate_" in key for key in comparison().metrics())
     with pytest.raises(StageError, match="asked at different rates"):
         Comparison(ours, measurement()).metrics()
+
+
+def test_an_encoders_requests_have_no_first_token_and_those_of_before_no_way_of_answering_together():
+    one = replace(load([1.0] * 400), new_tokens=0)
+    metrics = Comparison(replace(measurement(), loads=(one,)), replace(measurement(), loads=(one,))).metrics()
+    assert metrics["p99_latency_s_rate_4"] == 1.0 and metrics["served_per_s_rate_4"] == 1.0
+    assert not any("ttft_s_rate" in key or "ttft_s_requests" in key or "tokens_per_s_rate" in key for key in metrics)
+    tree = json.loads(json.dumps(asdict(one)))
+    assert Load.from_json(tree) == one
+    before = Load.from_json({key: value for key, value in tree.items() if key not in ("batching", "tried")})
+    old = Comparison(replace(measurement(), loads=(before,)), replace(measurement(), loads=(before,))).metrics()
+    assert "max_batch_requests" not in old and "threads_requests" in old
 
 
 def test_who_is_never_answered_has_waited_for_ever_and_no_figure_hides_it():
@@ -258,7 +278,7 @@ def test_who_is_never_answered_has_waited_for_ever_and_no_figure_hides_it():
     assert metrics["done_rate_4"] == 0.97
     assert metrics["p95_latency_s_rate_4"] == 1.0 and "p99_latency_s_rate_4" not in metrics
     assert "p99_ttft_s_requests" not in metrics and all(map(math.isfinite, metrics.values()))
-    assert one.tokens_per_s == pytest.approx(388 * 16 / (200 + 188))
+    assert one.rates["tokens_per_s"] == pytest.approx(388 * 16 / (200 + 188))
 
 
 def test_requests_come_as_poisson_has_it_and_the_same_each_time():

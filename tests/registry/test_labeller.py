@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import DataError
+from featherweight.measure.batching import Batching
 from featherweight.registry import served_engine
 from featherweight.registry.answering import signature
 from featherweight.registry.generator import prompts_of
@@ -96,6 +99,24 @@ def test_labels_and_scores_are_those_of_the_pipeline(served: Any, opened: Any, k
         scores = {row["label"]: row["score"] for row in rows}
         assert answer["scores"] == pytest.approx(scores, abs=1e-5)
         assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["label"]]
+
+
+@pytest.mark.engine
+def test_texts_of_several_threads_are_answered_together_as_each_alone_and_at_set_times(served: Any) -> None:
+    asked = [[text] for text in TEXTS] + [TEXTS * 3]
+    labels = Labeller(served("labels"), max_tokens=64, max_batch=4, batch_window_s=0.01)
+    alone = [labels(texts) for texts in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(labels, asked))
+    assert [[row["label"] for row in rows] for rows in together] == [[row["label"] for row in rows] for rows in alone]
+    for ours, right in zip(chain(*together), chain(*alone), strict=True):
+        assert ours["scores"] == pytest.approx(right["scores"], abs=1e-5)
+    with labels._running() as worker:
+        assert worker.outputs([], []) == []
+        came = [0.0, 0.001, 0.002]
+        times = worker.under_load([[5, 6], [5], [7, 8, 9]], 0, came, 600.0, Batching(2, 0.01), headed=True)
+        assert all(at <= first == last for at, (first, last) in zip(came, times, strict=True))
+    labels.close()
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import pytest
 
 from featherweight.errors import GateError
 from featherweight.measure.goals import CONSTRAINTS
-from featherweight.measure.load import Load, Request
+from featherweight.measure.load import Load
 from featherweight.measure.measurement import Comparison, Quality
+from featherweight.measure.request import Request
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.speed import Speed
 from featherweight.registry.remeasurement import ANYWHERE, Drift, Remeasurement, Then

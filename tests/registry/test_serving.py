@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from featherweight.errors import IntegrityError, ServiceError
+from featherweight.measure.batching import Batching
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import build
 from featherweight.registry.model_folder import CODE, SERVED
@@ -318,7 +319,7 @@ def test_it_is_served_as_it_was_measured_by_code_of_this_installation(desk: Benc
     (source / CODE.name).write_text("raise SystemExit('code of somebody else')")
     (source / "MLmodel").write_text("flavors: {}")
     copy = copied(desk)
-    assert (copy.threads, copy.batch, copy.max_tokens) == (3, 1, 512)
+    assert (copy.threads, copy.batching, copy.max_tokens) == (3, Batching(1), 512)
     assert (copy.folder / CODE.name).read_bytes() == CODE.read_bytes()
     assert copy.folder.parent.stat().st_mode & 0o077 == 0
 

@@ -10,11 +10,12 @@ from threading import Semaphore
 
 import pytest
 
+from featherweight.measure.batching import Batching
 from featherweight.measure.load import arrivals
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import Generation, Limits, LoadedModel, Timing, Tokens
-from featherweight.runtimes.line import Ask, Schedule, Written, side_by_side
+from featherweight.runtimes.line import ENDLESSLY, NOW, Ask, Schedule, Written, side_by_side
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import write_served
 from featherweight.store.served_folder import Serving
@@ -57,9 +58,9 @@ class Batched(LoadedModel):
         return Generation([[7] * new_tokens for _ in prompts], Timing(self.batch_s / 2, self.batch_s))
 
 
-def asked(engine: Batched, lengths: list[int], times: list[float], patience_s: float = 1e9) -> Schedule:
-    asks = [Ask([1] * length, 4, until=at + patience_s) for length, at in zip(lengths, times, strict=True)]
-    line = Schedule(asks, times, engine.clock, engine.clock.sleep)
+def asked(engine: Batched, lengths: list[int], times: list[float], patience_s: float = 1e9, **batching: float) -> Schedule:
+    asks = [Ask([1] * length, 4, came=at, until=at + patience_s) for length, at in zip(lengths, times, strict=True)]
+    line = Schedule(asks, times, engine.clock, engine.clock.sleep, **batching)
     engine.converse(line)
     return line
 
@@ -82,6 +83,33 @@ def test_who_is_alike_is_answered_together_the_others_later_and_nobody_before_he
     assert [last for _, last in line.times] == pytest.approx([1.0, 2.0, 3.0, 2.0, 2.0, 6.0])
 
 
+def test_a_batch_that_is_not_full_waits_for_its_window_from_when_its_first_came_and_never_holds_more_than_it_may():
+    engine = Batched(Clock(), 1.0, most=8)
+    line = asked(engine, [5] * 6, [0.0, 0.2, 0.6, 1.2, 1.25, 9.0], most=2, window_s=0.5)
+    assert engine.batches == [[5, 5], [5, 5], [5], [5]], "the third came long ago once the engine is free, and takes who is there"
+    assert [last for _, last in line.times] == pytest.approx([1.2, 1.2, 2.2, 2.2, 3.2, 10.5])
+    engine = Batched(Clock(), 1.0, most=8)
+    line = asked(engine, [5, 6, 5], [0.0, 0.1, 0.4], window_s=0.5)
+    assert engine.batches == [[5, 5], [6]] and line.times[0][1] == pytest.approx(1.5), "another length closes no window"
+
+
+def test_a_batch_whose_window_is_open_stays_in_the_line_of_an_engine_that_has_something_to_do():
+    clock = Clock()
+    asks = [Ask([1], 1, came=at) for at in (0.0, 0.125, 0.25)]
+    line = Schedule(asks, [0.0, 0.125, 0.25], clock, clock.sleep, window_s=0.5)
+    clock.now += 0.125
+    assert line.next_batch(8, idle=False) == [] and list(line.waiting) == asks[:2]
+    clock.now += 0.375
+    assert line.next_batch(8, idle=False) == asks
+    line = Schedule(asks, [0.0, 0.0, 0.0], clock, clock.sleep, most=2, window_s=0.5)
+    assert line.next_batch(8, idle=False) == asks[:2], "it is full"
+
+
+def test_vectors_are_asked_together_at_any_lengths_and_never_with_texts():
+    text, short, long = Ask([1], 4), Ask([1], 0, types=[0]), Ask([1, 2], 0, types=[0, 0])
+    assert short.alike(long) and not text.alike(short) and not short.alike(text)
+
+
 def test_a_request_that_is_not_begun_in_time_is_given_up_and_holds_nobody_up() -> None:
     engine = Batched(Clock(), 1.0)
     line = asked(engine, [5, 5, 5, 5], [0.0, 0.1, 0.2, 1.9], patience_s=1.5)
@@ -93,8 +121,9 @@ def test_a_line_waits_for_the_next_and_ends_after_the_last() -> None:
     clock, ask = Clock(), Ask([1], 1)
     line = Schedule([ask], [2.5], clock, clock.sleep)
     assert line.next() is None and line.now == 0.0
-    assert line.next(wait=True) is ask and line.now == 2.5
-    assert line.next(wait=True) is None
+    assert line.next(until=1.0) is None and line.now == 1.0
+    assert line.next(until=ENDLESSLY) is ask and line.now == 2.5
+    assert line.next(until=ENDLESSLY) is None
 
 
 def test_others_wait_behind_the_first_where_nobody_may_overtake() -> None:
@@ -119,14 +148,18 @@ def test_batches_side_by_side_are_no_more_than_there_are_workers_and_each_is_tol
             gate.release()
 
     def take(idle: bool) -> list[Ask]:
-        ask = line.next(wait=idle)
+        ask = line.next(until=ENDLESSLY if idle else NOW)
         return [ask] if ask else []
 
     side_by_side(line, 2, take, write)
     assert line.times == [(1.0 + n, 2.0 + n) if n != 4 else (None, None) for n in range(6)]
     failing = Schedule([Ask([1], 1)], [0.0])
+
+    def take_failing(idle: bool) -> list[Ask]:
+        return failing.next_batch(1, idle)
+
     with pytest.raises(ZeroDivisionError):
-        side_by_side(failing, 2, lambda idle: [ask] if (ask := failing.next(wait=idle)) else [], lambda batch: 1 // 0)
+        side_by_side(failing, 2, take_failing, lambda batch: 1 // 0)
 
 
 # Real engines
@@ -150,13 +183,13 @@ def served(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_facto
 def test_an_engine_answers_who_asks_at_set_times_and_from_several_threads_as_it_answers_one_alone(served: Path) -> None:
     draw = random.Random(0)
     prompts = [[draw.randrange(3, 200) for _ in range(draw.randint(3, 6))] for _ in range(12)]
-    with open_worker(served, 1, 64, max_batch=3) as worker:
+    with open_worker(served, 1, 64, max_batch=3, batch_window_s=0.001) as worker:
         alone = [worker.generate([prompt], 8)[0] for prompt in prompts]
         with ThreadPoolExecutor(len(prompts)) as pool:
             together = list(pool.map(lambda prompt: worker.answer([prompt], 8, {})[0], prompts))
         assert together == alone
         came = arrivals(200.0, len(prompts), seed=1)
-        times = worker.under_load(prompts, 8, came, patience_s=600.0)
+        times = worker.under_load(prompts, 8, came, 600.0, Batching(2, 0.001))
         assert all(
             first is not None and last is not None and at <= first <= last for at, (first, last) in zip(came, times, strict=True)
         )

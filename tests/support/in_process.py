@@ -20,10 +20,12 @@ class InProcess:
     loaded: type[LoadedModel] | None = None
     """Stands in for the engine's own LoadedModel."""
 
-    def __init__(self, served: Path, threads: int = 1, max_tokens: int = 512, max_batch: int = 8) -> None:
+    def __init__(
+        self, served: Path, threads: int = 1, max_tokens: int = 512, max_batch: int = 8, batch_window_s: float = 0.0
+    ) -> None:
         serving = Serving.read(served)
         loaded = self.loaded or RUNTIMES[serving.engine].loaded_model()
-        self.model = loaded(served, serving, Limits(threads, max_tokens, max_batch))
+        self.model = loaded(served, serving, Limits(threads, max_tokens, max_batch, batch_window_s))
 
     def score(self, windows: Sequence[Window]) -> list[list[float]]:
         sources, ids = [window.source for window in windows], [window.ids for window in windows]

@@ -15,6 +15,7 @@ import pytest
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import IntegrityError, RecipeError, StageError
+from featherweight.measure.batching import Batching, best_batching
 from featherweight.measure.measurement import FILE, Comparison
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.progress import Progress
@@ -203,7 +204,7 @@ def test_a_workload_that_does_not_fit_the_context_is_refused_before_anything_sta
 
 @pytest.mark.engine
 def test_long_prompts_are_timed_in_turns_too_and_requests_that_come_at_a_rate(baseline, ctranslate2, text, tmp_path):
-    requests = {"rate": [50, 100], "seconds": 0.1, "rounds": 2, "patience_s": 600}
+    requests = {"rate": [50, 100], "seconds": 0.1, "rounds": 2, "patience_s": 600, "max_batch": [1, 2], "batch_window_s": 0.001}
     less = {"windows": 2, "batch_sizes": (1,), "rounds": 2, "lengths": [100], "requests": requests, "changed_answers": None}
     spec = WorkloadSpec(**SPEC.model_dump() | less)
     alone, beside = tmp_path / "alone", tmp_path / "beside"
@@ -222,6 +223,11 @@ def test_long_prompts_are_timed_in_turns_too_and_requests_that_come_at_a_rate(ba
         one.came_s for one in comparison.baseline.loads[1].requests
     ]
     assert metrics["done_rate_100"] == 1.0 and metrics["p50_latency_s_rate_50"] > 0 and metrics["threads_requests"] == 1
+    tries = [load.tried for load in comparison.variant.loads]
+    assert tries[0] == tries[1] and {one.batching for one in tries[0]} <= {Batching(1, 0.001), Batching(2, 0.001)}
+    assert comparison.variant.loads[0].batching == best_batching(tries[0])
+    assert metrics["max_batch_requests"] in (1, 2) and metrics["batch_window_s_requests"] == 0.001
+    assert comparison.baseline.loads[0].tried == Comparison.read(alone).variant.loads[0].tried, "known from before"
     assert comparison.baseline.startup_s == Comparison.read(alone).variant.startup_s, "known from before"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.measure.measurement import Comparison, Measurement
-from featherweight.measure.spec import ChangedAnswersSpec, ReferencesSpec, WorkloadSpec
+from featherweight.measure.spec import ChangedAnswersSpec, ReferencesSpec, RequestsSpec, WorkloadSpec
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
@@ -178,12 +178,17 @@ def test_the_workload_means_for_each_family_what_it_does(checkpoint: Any, text: 
     asked = {"changed_answers": ChangedAnswersSpec(prompts=3, new_tokens=4)} if kind == "t5" else {}
     if asked and find_spec("sacrebleu"):
         asked |= {"references": ReferencesSpec(texts=5, new_tokens=7, metrics=("bleu", "chrf"))}
+    if kind == "bert":
+        asked["requests"] = RequestsSpec(rate=100, seconds=0.1, rounds=2, patience_s=600, batch_window_s=(0, 0.001))
     spec = spec.model_copy(update=asked)
     metrics = evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=out)
     counted = 10 if kind == "t5" else 8
     assert metrics["tokens_per_s_2"] == pytest.approx(2 * counted / metrics["p50_latency_s_2"])
     assert 0 < metrics["ttft_s_2"] <= metrics["p50_latency_s_2"] * (1 + 1e-9), "the last bit is that of two ways to halve"
     assert metrics["bits_per_byte"] > 0 and metrics["windows"] == 4
+    if kind == "bert":
+        assert metrics["done_rate_100"] == 1.0 and metrics["p50_latency_s_rate_100"] > 0 and metrics["served_per_s_rate_100"] > 0
+        assert "p50_ttft_s_rate_100" not in metrics, "it writes no tokens"
     if kind == "t5":
         model, tokenizer = load_reference(checkpoint("t5")), load_tokenizer(checkpoint("t5"))
         written = [greedy(model, one.source)[:4] for one in scoring_windows(checkpoint("t5"), model.config, text, 28, 3)]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def engine_server(copy: VerifiedCopy, socket: Path) -> EngineServer:
 def server_of(copy: VerifiedCopy, socket: Path) -> EngineServer:
     """The same, whatever this machine is."""
     runtime = RUNTIMES[copy.serving.engine]
-    limits = Limits(copy.threads, copy.max_tokens, copy.batch)
+    limits = Limits(copy.threads, copy.max_tokens, copy.batching.max_batch, copy.batching.window_s)
     return runtime.server(copy.served, copy.version.model, limits, socket) or _scoring_server(copy, limits, socket)
 
 
@@ -138,7 +139,7 @@ def _scoring_server(copy: VerifiedCopy, limits: Limits, socket: Path) -> EngineS
     """MLflow's scoring server of the verified folder."""
     from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH, SERVING_MODEL_CONFIG
 
-    config = {"threads": limits.threads, "max_tokens": limits.max_tokens, "max_batch": limits.max_batch}
+    config = asdict(limits)
     program = ["-m", "uvicorn", "--factory", PROGRAM, "--no-access-log", "--log-level", "warning"]
     return EngineServer(
         command=(sys.executable, *program, "--uds", str(socket)),

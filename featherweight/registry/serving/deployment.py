@@ -47,6 +47,7 @@ class Deployment:
     example: tuple[str, Mapping[str, Any]]
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str = ""
+    batch_window_s: float = 0.0
 
     @property
     def reference(self) -> str:
@@ -58,6 +59,12 @@ class Deployment:
         """What a comment tells of it, in one line whatever it is called."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return visible(f"{self.reference}: {self.variant} on {self.engine}, {threads}")
+
+    @property
+    def batches(self) -> str:
+        """How requests are answered together, in words."""
+        waiting = f" that wait {1000 * self.batch_window_s:g} ms for others" if self.batch_window_s else ""
+        return f"batches of up to {self.batch}{waiting}"
 
 
 def deployment_of(registry: Registry, copy: VerifiedCopy) -> Deployment:
@@ -76,7 +83,8 @@ def deployment_of(registry: Registry, copy: VerifiedCopy) -> Deployment:
         digest=version.digest,
         device=copy.serving.device,
         threads=copy.threads,
-        batch=copy.batch,
+        batch=copy.batching.max_batch,
+        batch_window_s=copy.batching.window_s,
         max_tokens=copy.max_tokens,
         memory_bytes=math.ceil(HEADROOM * (metrics.get("peak_memory_bytes", 0.0) + SERVER_BYTES)),
         command=("python3", *words[:at], *words[at + 2 :]),
@@ -103,7 +111,7 @@ def start_script(deployment: Deployment, sums: str) -> str:
     return "\n".join(
         [
             "#!/bin/sh",
-            f"# {deployment.head}, batches of up to {deployment.batch}, {deployment.max_tokens} tokens.",
+            f"# {deployment.head}, {deployment.batches}, {deployment.max_tokens} tokens.",
             "set -eu",
             'cd "$(dirname "$0")"',
             f'{{ {checked}; }} || {{ echo "$PWD holds other files than were deployed" >&2; exit 9; }}',

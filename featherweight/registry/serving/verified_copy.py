@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featherweight.errors import IntegrityError, ServiceError
-from featherweight.measure.goals import OBJECTIVE, judged_threads, measured_batches
+from featherweight.measure.batching import Batching
+from featherweight.measure.goals import OBJECTIVE, judged_batching, judged_threads
 from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import BY_MLFLOW, attested, folder_faults
 from featherweight.registry.keys import Keys
@@ -30,13 +31,14 @@ OWNER = "owner"
 class VerifiedCopy:
     """A version, and an MLflow model's folder with its verified files.
 
-    threads: what was measured to be best at what its objective is judged at. batch: the largest that was measured.
+    threads: what was measured to be best at what its objective is judged at. batching: what was chosen under requests at a rate,
+    else the largest batch that was measured.
     """
 
     version: RegisteredVersion
     folder: Path
     threads: int
-    batch: int
+    batching: Batching
     max_tokens: int
     task: Task
 
@@ -133,7 +135,7 @@ def _copy_of(version: RegisteredVersion, folder: Path, graph: LineageGraph) -> V
         version=version,
         folder=folder,
         threads=judged_threads(objective, graph.metrics),
-        batch=max(measured_batches(graph.metrics), default=8),
+        batching=judged_batching(graph.metrics),
         max_tokens=verified_tokens(folder / SERVED),
         task=served_task(folder / SERVED),
     )

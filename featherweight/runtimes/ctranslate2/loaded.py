@@ -68,7 +68,7 @@ class CTranslate2Model(LoadedModel):
             side_by_side(
                 line,
                 self.workers,
-                lambda idle: self.next_batch(line, wait=idle),
+                lambda idle: line.next_batch(self.limits.max_batch, idle),
                 lambda batch: self.write_batch(batch, line),
             )
 

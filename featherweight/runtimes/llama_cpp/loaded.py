@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
 from featherweight.runtimes.interface import Acceptance, Generation, LoadedModel, Timing, Tokens
-from featherweight.runtimes.line import Ask, Line
+from featherweight.runtimes.line import ENDLESSLY, NOW, Ask, Line
 from featherweight.runtimes.llama_cpp import library
 from featherweight.runtimes.llama_cpp.adapter_files import FILE as ADAPTER_FILE
 from featherweight.runtimes.llama_cpp.draft import AT_ONCE, Draft, Entry
@@ -180,7 +181,7 @@ class LlamaCppModel(LoadedModel):
         asked: dict[Place, Ask] = {}
 
         def more(idle: bool) -> Place | None:
-            ask = line.next(lambda ask: idle or ask.adapter == self.adapter, wait=idle, overtaking=False)
+            ask = line.next(lambda ask: idle or ask.adapter == self.adapter, until=ENDLESSLY if idle else NOW, overtaking=False)
             if ask is None:
                 return None
             wanted = GenerationSettings(dict(ask.settings))
@@ -192,7 +193,7 @@ class LlamaCppModel(LoadedModel):
             asked[place] = ask
             return place
 
-        for place in self._written(more):
+        for place in self._written(more, line.most):
             ask = asked[place]
             if len(place.written) == 1:
                 line.begun([ask], line.now)
@@ -200,12 +201,13 @@ class LlamaCppModel(LoadedModel):
                 line.done(ask, GenerationSettings(dict(ask.settings)).cut(place.written, ask.new_tokens))
                 del asked[place]
 
-    def _written(self, more: Callable[[bool], Place | None]) -> Iterator[Place]:
+    def _written(self, more: Callable[[bool], Place | None], most: float = math.inf) -> Iterator[Place]:
         """Each place as often as it has another token, until it is whole. more: the next one, where there is one; told whether
-        there are no others."""
+        there are no others. most: so many at once, where that is less than there is room for."""
+        slots = range(int(min(most, self.limits.max_batch)))
         active: dict[int, Place] = {}
         while True:
-            for slot in (slot for slot in range(self.limits.max_batch) if slot not in active):
+            for slot in (slot for slot in slots if slot not in active):
                 if (place := more(not active)) is None:
                     break
                 self.forget(slot)

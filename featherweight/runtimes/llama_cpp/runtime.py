@@ -65,6 +65,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
     writing_s = 4
     weight_s = 1e-7
     streams = True
+    joins = True
     speculates = ("ngram", "draft")
 
     def write(self, spec: LlamaCppSpec, source: Source, out: Path) -> None:

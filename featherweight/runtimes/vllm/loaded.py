@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, GenerationSettings
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens
-from featherweight.runtimes.line import LOOK_S, Ask, Line, Written, side_by_side
+from featherweight.runtimes.line import ENDLESSLY, LOOK_S, NOW, Ask, Line, Written, side_by_side
 from featherweight.runtimes.vllm.server import arguments, environment, sampling
 from featherweight.system.device import Device
 from featherweight.system.processes import GroupWatch, end_with_parent, held_port, tree_peak_bytes
@@ -186,10 +186,11 @@ class VllmModel(LoadedModel):
         """Each text is a request of its own, and the server lets it join those that it is writing."""
 
         def take(idle: bool) -> list[Ask]:
-            ask = line.next(wait=idle)
+            ask = line.next(until=ENDLESSLY if idle else NOW)
             return [ask] if ask else []
 
-        side_by_side(line, MOST_OPEN, take, lambda batch: self._stream(batch[0], line))
+        most = MOST_OPEN if line.most >= self.limits.max_batch else int(line.most)
+        side_by_side(line, most, take, lambda batch: self._stream(batch[0], line))
 
     def _stream(self, ask: Ask, line: Line) -> Written | None:
         """The text of a request; None where it did not begin in time."""

@@ -66,6 +66,7 @@ class Vllm(Runtime[VllmSpec]):
     streams = True
     writing_s = measuring_s = 45
     slow_to_switch = True
+    joins = True
     devices = (CPU, CUDA)
 
     def write(self, spec: VllmSpec, source: Source, out: Path) -> None:
