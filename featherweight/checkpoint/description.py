@@ -13,18 +13,24 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint import gguf_settings
 from featherweight.checkpoint.asking import asked
 from featherweight.checkpoint.files import CONFIG, Listing, read_json
+from featherweight.checkpoint.gguf_header import read_gguf
+from featherweight.checkpoint.gguf_settings import configuration, misplaced
 from featherweight.checkpoint.inspection import built, config_refusal, quiet
-from featherweight.checkpoint.opening import GENERATION, generation_config, starting_token
+from featherweight.checkpoint.opening import GENERATION, generation_config, load_config, starting_token
 from featherweight.errors import CheckpointError, nearest, one_line
 from featherweight.model import architecture, facts
 from featherweight.model.architecture import head_refusal, medium_refusal
 from featherweight.model.facts import describe
 from featherweight.model.positions import rotary_kinds
 from featherweight.store.artifact import content_digest, file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 PLAIN_ROTATIONS = ("default", "mrope")
@@ -55,21 +61,19 @@ def _key(folder: Path, gguf: str | None) -> str:
     """Of all that an answer depends on: the files, the code, and transformers."""
     named = [folder / name for name in ((gguf,) if gguf else ("config.json", GENERATION))]
     files = [gguf, *(path.read_bytes().hex() if path.is_file() else None for path in named)]
-    code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__, architecture.__file__)]
+    code = [file_sha256(Path(str(module))) for module in (__file__, facts.__file__, architecture.__file__, gguf_settings.__file__)]
     return content_digest([files, code, version("transformers")])
 
 
 def read(folder: Path, gguf: str | None) -> dict[str, Any]:
     """The same in this process; a reason under `error` where transformers refuses."""
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    named = {"gguf_file": gguf} if gguf else {}
     if reason := None if gguf else _unknown_type(folder):
         return {"error": reason}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
+            config = _of_gguf(folder, gguf) if gguf else load_config(folder)
         if reason := medium_refusal(config) or (None if head_refusal(config) else config_refusal(config)):
             return {"error": reason, "refused": True}
         if reason := _unknown_activation(config):
@@ -82,6 +86,14 @@ def read(folder: Path, gguf: str | None) -> dict[str, Any]:
         return {"error": one_line(error), "refused": True}
     except Exception as error:  # a config can fail in as many ways as there are architectures
         return {"error": built(error, folder)}
+
+
+def _of_gguf(folder: Path, name: str) -> PreTrainedConfig:
+    header = read_gguf(Listing.of(folder), name)
+    config = configuration(folder, name, header)
+    if reason := misplaced(config, header):
+        raise CheckpointError(reason)
+    return config
 
 
 def _generation(folder: Path, config: Any, *, beside: bool) -> dict[str, Any]:

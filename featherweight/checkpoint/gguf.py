@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import Listing, adapter_files, has_weights
+from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import join, only_model, parts_of, whole_header
 from featherweight.checkpoint.gguf_rotary import rotary_scaling
+from featherweight.checkpoint.gguf_settings import configuration, misplaced
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
 from featherweight.checkpoint.saving import save_tokenizer
@@ -53,14 +55,15 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
     stage leaves them. Returns `quantized_layers`, those, and `dequantized_layers`, those of other types; nothing for a float file.
     """
     parts = parts_of(file)
-    scaling = rotary_scaling(parts, whole_header(parts))
+    header = whole_header(parts)
+    scaling = rotary_scaling(parts, header)
     with _reading(file):
         whole = file if len(parts) == 1 else join(parts, work / "whole.gguf")
         tokenizer = gguf_tokenizer(whole)
     save_tokenizer(tokenizer, out, called=str(file))  # before the weights, which take minutes
     progress.note(f"dequantizing {file.name}")
     with _reading(file):
-        model, info = _read(whole)
+        model, info = _read(whole, header)
         quantized, types = _integers(whole, model)
     if scaling:
         model.config.rope_parameters |= scaling
@@ -80,19 +83,25 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read as a GGUF checkpoint: {one_line(error)}") from error
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, header: GgufHeader) -> Any:
     """The model, and what loading it tells."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
+    config = configuration(file.parent, file.name, header)
+    if reason := misplaced(config, header):
+        raise CheckpointError(reason)
     loading: Any = AutoModelForCausalLM.from_pretrained
     return loading(
         file.parent,
+        config=config,
         gguf_file=file.name,
         # Without this the weights may stay packed, and the model cannot be saved.
         quantization_config=GgufConfig(dequantize=True),

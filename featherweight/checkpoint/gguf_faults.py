@@ -11,8 +11,8 @@ from featherweight.errors import CheckpointError
 KIND, TOKENIZER = "general.type", "tokenizer.ggml.model"
 MODEL = "model"
 WORDS, BYTES = "tokenizer.ggml.pre", "gpt2"
-CUTTERS = ("llama", BYTES, "t5")
-"""llama.cpp's names of what transformers builds tokenizers of: SentencePiece's merges, byte-level BPE, unigrams."""
+CUTTERS = ("llama", BYTES)
+"""llama.cpp's names of what tokenizers are built of: SentencePiece's merges, byte-level BPE."""
 BLOCK = re.compile(r"\bblk\.(\d+)\.")
 
 

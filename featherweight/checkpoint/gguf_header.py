@@ -18,7 +18,7 @@ _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _MAGIC = b"GGUF"
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
 TOKENS = "tokenizer.ggml.tokens"
 LISTS = (TOKENS, *(f"tokenizer.ggml.{name}" for name in ("scores", "token_type", "merges")))
@@ -65,10 +65,19 @@ class GgufHeader:
         return value[12:].decode("utf-8", "replace") if int.from_bytes(value[:4], "little") == _STRING and value else None
 
     def number(self, key: str) -> float | None:
-        """A setting that is a number; None where it is not there, or something else."""
+        """A setting that is a number, or a truth; None where it is not there, or something else."""
+        found = None if self._kind(key) == _ARRAY else self.numbers(key)
+        return found[0] if found else None
+
+    def numbers(self, key: str) -> list[float] | None:
+        """A setting that is an array of numbers, or one number; None where it is not there, or something else."""
         value = self.settings.get(key, b"")
-        layout = _NUMBERS.get(int.from_bytes(value[:4], "little")) if value else None
-        return float(struct.unpack(f"<{layout}", value[4:])[0]) if layout else None
+        kind, begin = (value[4:8], 16) if self._kind(key) == _ARRAY else (value[:4], 4)
+        layout = _NUMBERS.get(int.from_bytes(kind, "little")) if value else None
+        return [float(one) for (one,) in struct.iter_unpack(f"<{layout}", value[begin:])] if layout else None
+
+    def _kind(self, key: str) -> int:
+        return int.from_bytes(self.settings.get(key, b"")[:4], "little")
 
     def sketch(self) -> bytes:
         """A file with all that this header says of the model but for the tokenizer's lists, and one number for each tensor."""

@@ -41,21 +41,21 @@ WHOLE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
 """Those of which a word that is a token is that token, however its merges go."""
 
 
+def name_of(said: str | None, architecture: str) -> str:
+    """The name of a file's way to cut; of one of before there were names, that of the models of its architecture."""
+    return said or ("qwen2" if architecture.startswith("qwen") else "gpt-2")
+
+
 def cuts_of(name: str) -> tuple[str, ...] | None:
     """The expressions of a name; None where it is not known."""
     return next((cuts for names, cuts in CUTS.items() if name in names), None)
 
 
 def cut_as_named(tokenizer: Any, name: str) -> None:
-    """Have a byte-level tokenizer of the tokenizers library cut as that name says; left as it is where nobody knows it.
-
-    Nor is the first space of a text lost where it is read back, as transformers has it for what is called a Llama.
-    """
+    """Have a byte-level tokenizer of the tokenizers library cut as that name says, which is one of CUTS."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
-    if (cuts := cuts_of(name)) is None:
-        return
-    steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts_of(name) or ()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.model.ignore_merges = name in WHOLE

@@ -66,11 +66,11 @@ def write_gguf(
         array = tensor.numpy()
         count = heads.get(name.split(".")[-2])
         if count:
-            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            array = array.reshape(count, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         kind = next((kind for part, kind in (kinds or {}).items() if part in name and array.ndim == 2), "F32")
         kept = getattr(gguf.GGMLQuantizationType, kind)
         array = array if kind == "F32" else packed(array, kept)
-        writers[place % parts].add_tensor(str(mapping.get_name(name, try_suffixes=(".weight",))), array, raw_dtype=kept)
+        writers[place % parts].add_tensor(str(mapping.get_name(name, try_suffixes=(".weight", ".bias"))), array, raw_dtype=kept)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", numpy.array(factors, dtype=numpy.float32))
     for one in writers:
