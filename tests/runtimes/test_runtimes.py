@@ -19,8 +19,6 @@ from featherweight.runtimes import client
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.client import open_worker
 from featherweight.runtimes.interface import by_length, windows_at_once
-from featherweight.runtimes.vllm.loaded import said
-from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
 from tests.support.waiting import all_end
 
@@ -281,21 +279,3 @@ def test_batches_hold_sequences_of_one_length():
     batches = list(by_length([[1], [1, 2], [3], [4], [5, 6]], most=2))
     assert batches == [[0, 2], [3], [1, 4]]
     assert windows_at_once(256, 32000) == 4 and windows_at_once(2048, 128_000) == 1
-
-
-def test_the_root_error_of_a_server_is_found_in_its_log():
-    log = (
-        "(Engine pid=7) ERROR 11-21 02:33:14 [core.py:1512] RuntimeError: Unsupported head_dim=16\n"
-        "WARNING [utils.py:2] could cause errors like `OSError: [Errno 24] Too many open files`\n"
-        "torch.OutOfMemoryError: 3 GiB\n"
-    )
-    assert said(log) == "it said: torch.OutOfMemoryError: 3 GiB"
-    assert said(log.rpartition("torch.")[0]) == "it said: RuntimeError: Unsupported head_dim=16"
-
-
-def test_the_servers_cache_is_sized_by_the_model(tmp_path):
-    config = {"model_type": "llama", "num_attention_heads": 32, "hidden_size": 4096}
-    config |= {"num_hidden_layers": 32, "num_key_value_heads": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    per_token = 2 * 4 * 32 * 8 * 128
-    assert _cache_bytes(tmp_path, 256, 8) == 2 * (8 * 2 + 2) * 128 * per_token

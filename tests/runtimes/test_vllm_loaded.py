@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from featherweight.model.facts import Values, describe
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Limits
@@ -24,16 +25,14 @@ BLOCK, PAIR = 128, 2 * 4
 
 
 @pytest.mark.parametrize(("kind", "heads", "width"), [("gpt2", 4, 2048), ("bloom", 4, 2048), ("llama", 2, 2048)])
-def test_the_cache_has_room_for_the_batch_whatever_a_config_calls_its_heads(
-    kind: str, heads: int, width: int, tmp_path: Path
-) -> None:
+def test_the_cache_has_room_for_the_batch_whatever_a_config_calls_its_heads(kind: str, heads: int, width: int) -> None:
     from transformers import AutoConfig
 
     sizes = {"gpt2": {"n_embd": heads * width, "n_head": heads}, "bloom": {"hidden_size": heads * width, "n_head": heads}}
     grouped = {"hidden_size": 4 * width, "num_attention_heads": 4, "num_key_value_heads": heads, "num_hidden_layers": 3}
     told = {"n_layer": 3} | sizes[kind] if kind in sizes else grouped
-    AutoConfig.for_model(kind, **told).save_pretrained(tmp_path)
-    assert _cache_bytes(tmp_path, 256, 8) == 2 * (8 * 2 + 2) * BLOCK * PAIR * 3 * heads * width
+    config = Values(describe(AutoConfig.for_model(kind, **told)))
+    assert _cache_bytes(config, Limits(1, 256, 8)) == 2 * (8 * 2 + 2) * BLOCK * PAIR * 3 * heads * width
 
 
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -111,6 +110,16 @@ INFO: 127.0.0.1:1 - "POST /v1/completions HTTP/1.1" 500 Internal Server Error
 )
 def test_what_a_server_said_is_its_root_error_and_of_a_bare_assertion_what_was_asserted(end: str, root: str) -> None:
     assert said(TRACEBACK.format(end=end)) == f"it said: {root}"
+
+
+def test_the_root_error_of_a_server_is_found_in_its_log() -> None:
+    log = (
+        "(Engine pid=7) ERROR 11-21 02:33:14 [core.py:1512] RuntimeError: Unsupported head_dim=16\n"
+        "WARNING [utils.py:2] could cause errors like `OSError: [Errno 24] Too many open files`\n"
+        "torch.OutOfMemoryError: 3 GiB\n"
+    )
+    assert said(log) == "it said: torch.OutOfMemoryError: 3 GiB"
+    assert said(log.rpartition("torch.")[0]) == "it said: RuntimeError: Unsupported head_dim=16"
 
 
 @pytest.mark.parametrize(("cpu", "started"), [(True, "asked here, fork"), (False, "asked elsewhere, spawn")])

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.opening import load_config
+from featherweight.checkpoint.description import described
 from featherweight.errors import StageError
+from featherweight.model.facts import Values
 from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import EngineServer, Limits
@@ -69,18 +70,19 @@ def arguments(served: Path, weights: Path, options: Mapping[str, str], limits: L
             f"its int8 was written for a CPU without AMX or a GPU, in {kind}, which vLLM cannot compute here; "
             "export it on this machine"
         )
+    config = Values(described(weights)["config"])
     told = {
         "--model": weights,
         "--tokenizer": served,
-        "--dtype": options.get("dtype", "float32"),
+        "--dtype": kind,
         "--max-model-len": limits.max_tokens,
         "--max-num-seqs": limits.max_batch,
         "--kv-cache-dtype": options.get("kv_cache_dtype", "auto"),
-        "--kv-cache-memory-bytes": _cache_bytes(weights, limits.max_tokens, limits.max_batch),
+        "--kv-cache-memory-bytes": _cache_bytes(config, limits),
         "--tensor-parallel-size": options.get("tensor_parallel_size", "1"),
     }
     given = [*(str(part) for pair in told.items() for part in pair), "--enforce-eager", "--disable-log-stats"]
-    return given if gpus() or not rotates_heads_apart(load_config(weights)) else [*given, "--compilation-config", IN_PYTORCH]
+    return given if gpus() or not rotates_heads_apart(config) else [*given, "--compilation-config", IN_PYTORCH]
 
 
 def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -100,10 +102,10 @@ def environment(options: Mapping[str, str], threads: int) -> dict[str, str]:
     }
 
 
-def _cache_bytes(folder: Path, max_tokens: int, max_batch: int) -> int:
+def _cache_bytes(config: Any, limits: Limits) -> int:
     """A key-value cache that holds the batch twice over, in blocks of 128 tokens and float32, at least 64 MiB."""
-    config = load_config(folder).get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
+    config = config.get_text_config()  # which knows GPT-2's n_head and BLOOM's n_layer by these names, too
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
     per_token = 2 * 4 * config.num_hidden_layers * heads * (head_width(config) or 0)
-    blocks = max_batch * -(-max_tokens // 128) + 2
+    blocks = limits.max_batch * -(-limits.max_tokens // 128) + 2
     return max(2 * blocks * 128 * per_token, 2**26)
