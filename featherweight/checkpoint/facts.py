@@ -34,7 +34,7 @@ from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import parts_of, whole_header
 from featherweight.checkpoint.gguf_rotary import rotary_scaling
 from featherweight.checkpoint.heads import head_changes
-from featherweight.checkpoint.inspection import require_described, require_output_head, require_task
+from featherweight.checkpoint.inspection import require_described, require_head, require_output_head, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.quantized_formats import grid_told, method_of
@@ -143,7 +143,7 @@ def _facts(answer: Mapping[str, Any], folder: Path, told: Mapping[str, Any], lis
     if shapes is not None and method is None:
         head = head_changes(listing, Values(answer["config"]), shapes)[0]
         settled = Values({**answer["config"], "values": answer["config"]["values"] | head})
-        require_task(listing.where, settled, None)
+        require_head(listing.where, settled)
         require_output_head(listing.where, settled, shapes)
         if not require_fit(listing.where, Values(answer["config"]), shapes):
             require_loadable(listing.where, folder, head, shapes)

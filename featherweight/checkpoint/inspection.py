@@ -189,10 +189,15 @@ def built(error: Exception, folder: Path) -> str:
     return f"it knows no {entry} '{name}'" if entry else reason(error)
 
 
-def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
-    """Refuse a model that is made for another task."""
+def require_head(where: Path | str, config: Any) -> None:
+    """Refuse a model whose head nothing here answers by."""
     if reason := head_refusal(config):
-        raise CheckpointError(f"{folder}: {reason}")
+        raise CheckpointError(f"{where}: {reason}")
+
+
+def require_task(folder: Path | str, config: Any, task: Task | None) -> None:
+    """Refuse a model that is made for another task, or for none."""
+    require_head(folder, config)
     found = task_of(config)
     if task is not None and task != found:
         kind = (config.architectures or [config.model_type])[0]
