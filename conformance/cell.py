@@ -59,8 +59,8 @@ UNFUSED = {"onnxruntime": {"optimize": None}}
 """What an engine is told where it refuses what it does by default, and says so."""
 MUCH = 0.1
 """The share of a model's matrices that may stay in float where it is called quantized."""
-OTHER_ROUNDING = ("torch-static",)
-"""Engines that round by ranges of their own, so that the parity gate alone knows what they are to compute."""
+OTHER_ROUNDING = ("torch-static", "torch-dynamic", "torchao-int8-dynamic")
+"""Engines that round activations by ranges of their own, so that the parity gate alone knows what they are to compute."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ HEAD = """# What each engine serves
 Every model type of text that transformers opens, in tiny and with random weights, and the traits that no default shows, through
 every engine: loaded, quantized to int8 per row, served from float32 and from int8. Held to transformers' eager float32 (SDPA where
 eager is not the model's) are log-probabilities up to {tokens} tokens, round every window and rotary edge, and texts of {new} tokens
-after three prompts, with two ends of text in generation_config.json. Made by `make conformance` on {date} with
+after three prompts, with two ends of text in generation_config.json. (PyTorch's engines that round activations are held to it with
+its activations rounded by the same ranges, and their weights to it as it is.) Made by `make conformance` on {date} with
 {versions}.
 
 `=` exact: within 0.001 nats, the order of float additions · `≈` within the bound of what the engine rounds · `r` refused in one

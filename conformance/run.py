@@ -20,8 +20,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch  # noqa: F401 - what every cell needs is imported before the processes part
+import transformers.generation
+import transformers.modeling_utils  # noqa: F401
+
 import tasks.load
-import tasks.quantize  # noqa: F401 - what every cell needs is imported before the processes part
+import tasks.quantize  # noqa: F401
 from conformance import cell, vllm_client
 from conformance.cell import LOAD, QUANTIZE, Folders
 from conformance.outcome import KINDS, Matrix, Outcome, bytes_of, stamp

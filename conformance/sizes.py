@@ -114,6 +114,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"], "hash_seed": 0, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 96],
         "attention_head_size": HEAD, "feed_forward_size": INNER,
     },
+    "rembert": {"input_embedding_size": 64, "output_embedding_size": HIDDEN},
     "squeezebert": {"embedding_size": HIDDEN},
     "xlm": {"emb_dim": HIDDEN},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "use_mamba_kernels": False},

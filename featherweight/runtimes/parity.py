@@ -9,8 +9,9 @@ Compared are, in float32 on the CPU:
 Each stretch of positions, between edges and quarters of the length, keeps the bound by itself: an error that sets in late is not
 averaged away. What was verified is recorded in serving.json, and no engine is opened for more.
 
-A static engine (one range per layer) is compared with a model that rounds its activations by the same ranges: what the rounding
-itself costs is a matter of quality and not of parity. How far apart the two may be: featherweight/runtimes/bounds.py.
+PyTorch's engines that round activations, by one range per layer or per token, are compared with a model that rounds them likewise:
+what the rounding itself costs is a matter of quality and not of parity. How far apart the two may be:
+featherweight/runtimes/bounds.py.
 """
 
 from __future__ import annotations

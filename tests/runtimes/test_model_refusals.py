@@ -280,6 +280,11 @@ def test_texts_of_two_types_are_refused_where_the_graph_is_told_none() -> None:
     assert not refusal("onnxruntime", model_type="roberta", architectures=["RobertaForMaskedLM"], type_vocab_size=2)
 
 
+def test_what_is_rounded_at_ties_is_not_passed_on_again_and_again() -> None:
+    assert "take torchao-int8 or torch-static" in refusal("torchao-int8-dynamic", model_type="hrm_text")
+    assert not refusal("torchao-int8", model_type="hrm_text") and not refusal("torch-dynamic", model_type="hrm_text")
+
+
 @pytest.mark.parametrize("kind", NO_LINEAR)
 def test_blocks_without_a_linear_are_not_packed(kind: str) -> None:
     from transformers import AutoConfig, AutoModel

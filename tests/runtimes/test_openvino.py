@@ -57,6 +57,15 @@ def test_encoder_decoders_and_what_a_trace_freezes_are_refused() -> None:
     assert "are others for longer texts" in str(OPENVINO.model_refusal(spec(), Candidate(CheckpointFacts(config), 64)))
 
 
+def test_the_matrices_of_entities_are_not_packed_for_texts() -> None:
+    def refused(precision: str, **told: bool) -> str:
+        facts = CheckpointFacts(AutoConfig.for_model("luke", **told))
+        return OPENVINO.model_refusal(spec(precision=precision), Candidate(facts, 64)) or ""
+
+    assert "take precision: float32" in refused("int8") and not refused("float32")
+    assert not refused("int8", use_entity_aware_attention=False)
+
+
 def test_texts_alone_are_batched_as_they_come() -> None:
     for kind, refused in (("bert", True), ("llama", False)):
         config = AutoConfig.for_model(kind)

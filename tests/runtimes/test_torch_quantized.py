@@ -152,6 +152,19 @@ def test_a_token_alone_is_computed_as_quantize_dynamic_computes_it():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("engine", ["torch-dynamic", "torchao-int8-dynamic"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_reference_rounds_inputs_as_the_layer_does(engine, tokens):
+    """What it costs is many times what is left between the two."""
+    m = matrix(GRIDS["int8"])
+    x = torch.randn(1, tokens, 72) * torch.logspace(-2, 2, tokens)[:, None]
+    format = pack.FORMATS[engine]
+    layer, floats = format.layer()(m)(x), nn.functional.linear(x, dequantized(m), m.bias)
+    simulated = nn.functional.linear(format.rounding()(x), dequantized(m), m.bias)
+    assert (layer - simulated).abs().max() < 1e-5 * x.abs().max()
+    assert (layer - floats).abs().max() > 1e-3 * x.abs().max()
+
+
 def test_an_outlier_costs_the_other_tokens_nothing():
     m = matrix(GRIDS["int8"])
     x = torch.randn(8, 72)

@@ -114,6 +114,17 @@ def test_sparse_attention_is_refused_but_for_the_one_that_has_kernels_for_amx(
         assert bool(refusal(model_type="deepseek_v4", index_topk=512)) is refused
 
 
+def test_modules_that_it_has_for_gpus_alone_are_refused(packages: Path) -> None:
+    told = {"model_type": "qwen4_exp_text", "architectures": ["Qwen4ExpForCausalLM"]}
+    registry = REGISTRY + '_TRANSFORMERS_SUPPORTED_MODELS = {"Qwen4ExpForCausalLM": ("vllm.models.qwen4_exp", "Q")}\n'
+    (packages / installed.REGISTRY).write_text(registry)
+    for folder, refused in (("nvidia", True), ("cpu", False)):
+        (packages / "vllm" / "models" / "qwen4_exp" / folder).mkdir(parents=True)
+        (packages / "vllm" / "models" / "qwen4_exp" / "__init__.py").write_text("from .nvidia.model import *\n")
+        (packages / "vllm" / "models" / "qwen4_exp" / folder / "model.py").write_text("class Q: ...\n")
+        assert ("module for qwen4_exp_text models for GPUs alone" in (refusal(**told) or "")) is refused
+
+
 def test_chunks_that_are_no_blocks_of_its_cache_are_refused(packages: Path) -> None:
     chunks = {"model_type": "llama4_text", "layer_types": ["chunked_attention", "full_attention"]}
     assert refusal(**chunks, attention_chunk_size=8192) is None

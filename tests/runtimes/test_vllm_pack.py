@@ -16,7 +16,7 @@ from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.recipe.refusals import machine_refusal
-from featherweight.runtimes.bounds import FP8, HALF, INT8_ACTIVATIONS, Bound
+from featherweight.runtimes.bounds import APPROXIMATED, FP8, HALF, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.parity import Reference, bound_of, load_reference
@@ -211,7 +211,7 @@ def test_narrow_heads_have_no_fp8_cache_on_a_cpu(text: Path, tmp_path: Path, mon
     ("options", "grid", "bound"),
     [({"compute_type": "int8"}, "int8", INT8_ACTIVATIONS), ({"compute_type": "fp8"}, "fp8", FP8),
      ({"compute_type": "w4a16", "dtype": "float16"}, "int4", HALF), ({"kv_cache_dtype": "fp8"}, None, FP8),
-     ({"compute_type": "w4a16", "dtype": "float16", "kv_cache_dtype": "fp8"}, "int4", FP8)],
+     ({"compute_type": "w4a16", "dtype": "float16", "kv_cache_dtype": "fp8"}, "int4", FP8), ({"gelu": "erf"}, None, APPROXIMATED)],
 )  # fmt: skip
 def test_bounds_follow_what_is_rounded_at_run_time(options: dict[str, str], grid: str | None, bound: object) -> None:
     assert bound_of(Serving("vllm", options=options, grid=grid)) == bound

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from featherweight.runtimes.torch.linear import Matrix
 
@@ -38,6 +38,12 @@ class Format:
         if self.vocabulary:
             return linear.StaticLinear if self.activations == "static" else linear.DynamicLinear
         return linear.torchao_dynamic if self.activations == "dynamic" else linear.weight_only
+
+    def rounding(self) -> Callable[[Tensor], Tensor]:
+        """What rounds the inputs of a layer of `dynamic` activations as that layer does."""
+        from featherweight.runtimes.torch import linear
+
+        return linear.rounded_by_torch if self.vocabulary else linear.rounded_by_torchao
 
 
 FORMATS = {

@@ -90,6 +90,14 @@ def torchao_dynamic(matrix: Matrix) -> nn.Module:
     return TorchaoLinear(tensor, matrix.bias, matrix.q.shape[1])
 
 
+def rounded_by_torchao(x: Tensor) -> Tensor:
+    """What the layers of `torchao_dynamic` multiply with in the place of `x`."""
+    from torchao.quantization import PerRow
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+
+    return Int8Tensor.from_hp(x, PerRow(), reduce_range=x.device.type == CPU and saturates()).dequantize()
+
+
 class DynamicLinear(nn.Module):
     """The kernel of `torch.ao.quantization.quantize_dynamic`, given one range per token.
 
@@ -109,12 +117,24 @@ class DynamicLinear(nn.Module):
         return torch.ops.quantized.linear_unpack(self.packed)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[-1]:
-            y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
-        else:
-            peak = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-            y = torch.ops.quantized.linear_dynamic(x / peak, self.packed, self.reduce_range).mul_(peak)
+        peak = _peaks(x)
+        y = torch.ops.quantized.linear_dynamic(x if peak is None else x / peak, self.packed, self.reduce_range)
+        y = y if peak is None else y.mul_(peak)
         return y if self.bias is None else y.add_(self.bias)
+
+
+def _peaks(x: Tensor) -> Tensor | None:
+    """The largest number of each token; None of a single one, which has a range of its own."""
+    return None if x.numel() == x.shape[-1] else x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def rounded_by_torch(x: Tensor) -> Tensor:
+    """What a `DynamicLinear` multiplies with in the place of `x`."""
+    peak = _peaks(x)
+    one = x if peak is None else x / peak
+    scale, zero_point = torch._choose_qparams_per_tensor(one, saturates())
+    rounded = torch.fake_quantize_per_tensor_affine(one, scale, zero_point, 0, 127 if saturates() else 255)
+    return rounded if peak is None else rounded * peak
 
 
 def _quantized_tensor(matrix: Matrix) -> Tensor:

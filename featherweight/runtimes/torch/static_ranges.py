@@ -54,7 +54,15 @@ def observed(model: PreTrainedModel, names: set[str]) -> Iterator[dict[str, Any]
 def simulated(model: PreTrainedModel, ranges: Mapping[str, InputRange]) -> Iterator[None]:
     """`model` with every layer's input rounded as a static engine rounds it, and computed in float: what it should compute."""
     layers = {path: model.get_submodule(path) for path in ranges}
-    with replaced({path: (layer, _rounded(layer.forward, ranges[path])) for path, layer in layers.items()}):
+    with replaced({path: (layer, _behind(_within(ranges[path]), layer.forward)) for path, layer in layers.items()}):
+        yield
+
+
+@contextmanager
+def simulated_by_token(model: PreTrainedModel, names: set[str], rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The same of an engine that finds the ranges as it reads: `rounded` is what it makes of a layer's input."""
+    layers = linear_layers(model, names)
+    with replaced({path: (layer, _behind(rounded, layer.forward)) for path, (layer, _) in layers.items()}):
         yield
 
 
@@ -109,13 +117,14 @@ def _prepare(linear: nn.Linear) -> Any:
     return prepare_pt2e(graph, quantizer)
 
 
-def _rounded(forward: Callable[[Tensor], Tensor], here: InputRange) -> Callable[[Tensor], Tensor]:
+def _within(here: InputRange) -> Callable[[Tensor], Tensor]:
     import torch
 
-    def compute(x: Tensor) -> Tensor:
-        return forward(torch.fake_quantize_per_tensor_affine(x, here.scale, here.zero_point, 0, here.most))
+    return lambda x: torch.fake_quantize_per_tensor_affine(x, here.scale, here.zero_point, 0, here.most)
 
-    return compute
+
+def _behind(rounded: Callable[[Tensor], Tensor], forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: forward(rounded(x))
 
 
 def _flattened(graph: Any) -> Callable[[Tensor], Tensor]:

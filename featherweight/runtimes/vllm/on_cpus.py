@@ -106,6 +106,14 @@ def _is_sparse(asked: Asked) -> bool:
     return bool(asked.told("index_topk")) and SPARSE in text_of("vllm", PLATFORM) and not has_kernels
 
 
+def _is_for_gpus(asked: Asked) -> bool:
+    """Some modules are kept apart by makers of hardware, in a folder for each."""
+    modules = (modules_by_architecture().get(name, "") for name in asked.architectures)
+    folders = [module.replace(".", "/") for module in modules if module.startswith("vllm.models.")]
+    apart = any(text_of("vllm", f"{folder}/__init__.py") for folder in folders)
+    return apart and not any(text_of("vllm", f"{folder}/cpu/model.py") for folder in folders)
+
+
 def _has_heads_without_kernel(asked: Asked) -> bool:
     """Without attention there are no heads."""
     known, width = _known_widths(asked), _width(asked)
@@ -169,6 +177,11 @@ RULES = (
         _is_sparse,
         lambda asked: f"vLLM's attention on CPUs looks at all tokens, and {asked.kind} models at those that they choose",
         "platforms/cpu.py: get_attn_backend_cls",
+    ),
+    Rule(
+        _is_for_gpus,
+        lambda asked: f"vLLM has its module for {asked.kind} models for GPUs alone",
+        "models: the folders of inkling, minimax_m3, qwen4_exp",
     ),
     Rule(
         _has_heads_without_kernel,

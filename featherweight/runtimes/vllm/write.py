@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CACHE_WINDOWS, CACHE_TOKENS = 32, 256
 """How much of the calibration text sets the scales of an fp8 cache."""
+OTHER_GELU = ("bloom",)
+"""Model types whose GELU it computes by the error function where transformers takes the hyperbolic tangent."""
 ROUNDED_HERE = {"int8": "int8", "w8a16": "int8", "w4a16": "int4-g32", "fp8": "fp8"}
 """Grids by compute type, where no quantize stage chose them; the head stays in float."""
 
@@ -62,6 +64,8 @@ def _options(spec: VllmSpec, source: Source) -> dict[str, str]:
         # The kernels for 4- and 8-bit weights in front of float activations know no float32, and on CUDA none of the others do.
         halved = spec.compute_type in ("w8a16", "w4a16") or source.device == CUDA
         options["dtype"] = "float16" if halved else "bfloat16" if on_cpus.wants_bfloat16(spec.compute_type) else "float32"
+    if source.config.model_type in OTHER_GELU:
+        options["gelu"] = "erf"
     if spec.kv_cache:
         options["kv_cache_dtype"] = spec.kv_cache
     if spec.tensor_parallel_size > 1:
