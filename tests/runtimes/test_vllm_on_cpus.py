@@ -15,6 +15,7 @@ from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.vllm import installed, on_cpus, server
+from featherweight.runtimes.vllm.known import BACKENDS
 from featherweight.system import toolchains
 from featherweight.system.machine import describe
 
@@ -101,6 +102,7 @@ def test_experts_that_its_router_on_cpus_does_not_choose_as_the_model_does_are_r
         "vLLM's router on CPUs chooses the experts of ernie4_5_moe models without the bias that is learned for it "
         "(e_score_correction_bias); take another engine"
     )
+    assert "by softmax alone" in (refusal(model_type="minimax_m3_vl_text") or "")
     (packages / on_cpus.ROUTER).write_text("scores = sigmoid(logits)")
     assert refusal(model_type="ernie4_5_moe") is None
 
@@ -123,6 +125,15 @@ def test_modules_that_it_has_for_gpus_alone_are_refused(packages: Path) -> None:
         (packages / "vllm" / "models" / "qwen4_exp" / "__init__.py").write_text("from .nvidia.model import *\n")
         (packages / "vllm" / "models" / "qwen4_exp" / folder / "model.py").write_text("class Q: ...\n")
         assert ("module for qwen4_exp_text models for GPUs alone" in (refusal(**told) or "")) is refused
+
+
+def test_a_count_of_experts_by_another_name_is_not_taken_over(packages: Path) -> None:
+    for kind, refused in (("aria_text", True), ("granitemoe", False)):
+        module = packages / "transformers" / "models" / kind.removesuffix("_text")
+        module.mkdir(parents=True)
+        (module / f"modeling_{module.name}.py").write_text(f"    {BACKENDS[0]}\n")
+        found = refusal(model_type=kind, architectures=["OtherForCausalLM"]) or ""
+        assert ("no module for aria_text models" in found) is refused
 
 
 def test_chunks_that_are_no_blocks_of_its_cache_are_refused(packages: Path) -> None:

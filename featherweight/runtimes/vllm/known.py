@@ -35,10 +35,10 @@ WANTED = {
 
 BACKENDS = ("_supports_attention_backend = True", "ALL_ATTENTION_FUNCTIONS.get_interface(")
 """What stands in transformers' module of a model that vLLM runs without one of its own: either will do."""
-NOT_TAKEN_OVER = ("blt", "cohere_compass_text", "diffllama", "jetmoe", "minimax", "modernbert-decoder", "phimoe")
+NOT_TAKEN_OVER = ("aria_text", "blt", "cohere_compass_text", "diffllama", "jetmoe", "minimax", "modernbert-decoder", "phimoe")
 """Model types that say so, and that vLLM cannot take over: whose attention is computed by the module itself in some layer, for
 several modules of one layer, over keys that are repeated for each expert, or with rotary embeddings along three axes; whose head
-has a name of its own, or whose router says other things than the rest."""
+has a name of its own, whose router says other things than the rest, or that name the count of experts otherwise (moe_topk)."""
 
 
 def unknown_refusal(kind: str, config: Any) -> str | None:

@@ -27,6 +27,7 @@ ROUTED_OTHERWISE = {
     "ernie4_5_moe": "without the bias that is learned for it (e_score_correction_bias)",
     "laguna": "by softmax alone, and not by sigmoid",
     "minimax_m2": "by softmax alone, and not by sigmoid",
+    "minimax_m3_vl_text": "by softmax alone, and not by sigmoid",
 }
 """How its router for CPUs chooses experts of model types whose modules ask for more."""
 WITH_PICTURES = ("qwen3_5_moe_text", "qwen3_5_text")
