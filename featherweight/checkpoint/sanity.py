@@ -62,7 +62,7 @@ def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
     """Refuse what is no name of the floats that the weights are stored in."""
     key = next((key for key in ("dtype", "torch_dtype") if told.get(key) is not None), "")
     name = told.get(key)
-    if key and (not isinstance(name, str) or name.removeprefix("torch.") not in TYPES):
+    if key and (name not in TYPES):
         raise CheckpointError(f"{listing.where}/{CONFIG}: {key} is {name!r}, and must be one of {', '.join(TYPES)}, or left out")
 
 

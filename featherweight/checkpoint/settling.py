@@ -42,6 +42,8 @@ PARALLEL, ADAPTED = "module", "base_model.model"
 
 AS_RUN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "chunk_size_feed_forward": 0}
 """What a model is to give beside its logits, and in what form: nothing is read here but them, which are the same."""
+EMPTY = "quantization_config"
+"""What stands for packed weights to engines where it is there at all; without a value it stands for none."""
 CODE = ("attn_implementation", "_attn_implementation", "experts_implementation")
 """Entries of config.json of whose code is to compute it, which may not be on this machine; an engine has its own."""
 
@@ -148,7 +150,8 @@ def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple
     for name in needed_files(listing, weights, trust_remote_code=spec.trust_remote_code):
         if name not in rewritten:
             _symlink(found / name, folder / name)
-    (folder / CONFIG).write_text(json.dumps(read_config(found) | dict(settlement.config), indent=2) + "\n")
+    config = read_config(found) | dict(settlement.config)
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if (k, v) != (EMPTY, None)}, indent=2) + "\n")
     if settlement.names or settlement.values or weights.pickled:
         _write_weights(found, weights, settlement, model.all_tied_weights_keys, folder, progress)
     else:
@@ -202,7 +205,8 @@ def _settlement(stored: Stored, model: PreTrainedModel, head: Mapping[str, Any],
 def as_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json has to say otherwise of how the model runs."""
     told = {name: value for name, value in AS_RUN.items() if name in config and config[name] != value}
-    return told | {name: None for name in CODE if config.get(name) is not None}
+    without = [EMPTY] if EMPTY in config and config[EMPTY] is None else []
+    return told | dict.fromkeys([*without, *(name for name in CODE if config.get(name) is not None)])
 
 
 def _decoder_start(folder: Path, config: Any) -> dict[str, int]:

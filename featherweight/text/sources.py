@@ -169,11 +169,28 @@ def _path_files(path: Path, pattern: str) -> list[tuple[str, Path]]:
 
 def _folder_files(folder: Path, pattern: str, source: str) -> list[tuple[str, Path]]:
     """Files that `pattern` matches; hidden ones are left out."""
+    if "**" in pattern:
+        _require_reached(folder, source)
     names = (path.relative_to(folder) for path in folder.glob(pattern) if path.is_file())
     files = sorted((name.as_posix(), folder / name) for name in names if not any(p.startswith(".") for p in name.parts))
     if not files:
         raise DataError(f"{source} holds no file that matches '{pattern}'; set data.pattern")
     return files
+
+
+def _require_reached(folder: Path, source: str) -> None:
+    """Refuse what `**` passes by without a word: folders that may not be read, and links to folders that lie elsewhere."""
+    closed: list[OSError] = []
+    for place, folders, _ in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                shown = path.relative_to(folder).as_posix()
+                raise DataError(
+                    f"{source} holds {shown}, a link to a folder elsewhere, which is not followed; put the folder there"
+                )
+    if closed:
+        raise DataError(f"{source}: {closed[0].filename} cannot be read ({closed[0].strerror}); mend its permissions, or move it")
 
 
 def source_fingerprint(data: DataSpec) -> str:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from featherweight.spec import Positive, Share, Spec, Split
 
 Format = Literal["text", "json", "csv", "parquet"]
+
+
+def globbed(pattern: str) -> str:
+    """A pattern that `Path.glob` takes; else ValueError, before any folder is looked into."""
+    try:
+        next(Path(os.devnull).glob(pattern), None)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"'{pattern}' is no pattern of names below the source ({error}); take one such as **/*.txt") from error
+    return pattern
 
 
 class DataSpec(Spec):
@@ -20,7 +33,7 @@ class DataSpec(Spec):
     """
 
     source: str
-    pattern: str = "**/*"
+    pattern: Annotated[str, AfterValidator(globbed)] = "**/*"
     field: str = "text"
     target: str | None = None
     pair: str | None = None

@@ -72,6 +72,7 @@ def in_shards(place: str, *more: str) -> Callable[[Path], None]:
         (configured(model_type="whisper", architectures=["WhisperModel"], is_encoder_decoder=True), "a whisper model"),
         (configured(dtype="auto"), "dtype is 'auto', and must be one of float32, float16"),
         (configured(dtype={"": "float16"}), "dtype is {'': 'float16'}"),
+        (configured(dtype="torch.float16"), "dtype is 'torch.float16', and must be one of float32, float16"),
         (configured(rms_norm_eps=float("nan")), "rms_norm_eps is NaN"),
         (configured(pad_token_id=512), "config.json: pad_token_id is 512, and the vocabulary has 320 tokens; say one"),
         (marked, "begins with a byte order mark; save it as plain UTF-8"),

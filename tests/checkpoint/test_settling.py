@@ -209,9 +209,12 @@ def test_how_a_model_runs_is_left_to_who_runs_it(tmp_path: Path, out: Path) -> N
     """Code that is not on this machine, outputs beside the logits, or these in another form."""
     folder = llama(tmp_path / "found", tied=True)
     wanted = logits(folder)
-    configure(folder, attn_implementation="flash_attention_2", return_dict=False, output_hidden_states=True)
+    configure(
+        folder, attn_implementation="flash_attention_2", return_dict=False, output_hidden_states=True, quantization_config=None
+    )
     taken(folder, out)
     told = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in told
     assert (told["attn_implementation"], told["return_dict"], told["output_hidden_states"]) == (None, True, False)
     assert torch.equal(logits(out), wanted)
 

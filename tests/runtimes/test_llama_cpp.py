@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -104,6 +107,17 @@ def test_an_imatrix_weighs_the_own_kinds_alone() -> None:
 
 
 @pytest.mark.slow
+def test_a_special_token_of_minus_one_is_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Of padding, as many a Llama's config.json says; the `gguf` library stopped at it."""
+    copytree(tiny_checkpoint, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"pad_token_id": -1}))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    Vocabulary(tmp_path / "m", config["vocab_size"]).write(writer, "default")
+    assert not any("padding" in name for name in writer.kv_data[0])
+    assert any("eos_token_id" in name for name in writer.kv_data[0])
+
+
 @pytest.mark.parametrize(("body", "head"), [("int8-g32", "int8-g32"), ("int4-g32", None)])
 def test_a_written_file_is_read_back_as_the_same_integers(
     body: str, head: str | None, tiny_checkpoint: Path, tmp_path: Path

@@ -57,6 +57,8 @@ def test_a_type_that_ctranslate2_reads_as_an_encoder_writes_nothing_there() -> N
         ({"model_type": "phi3", "original_max_position_embeddings": 4096}, "two context lengths differ"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "no layers of linear attention"),
         ({"clip_qkv": 8.0}, "overlooks what llama does to queries and keys"),
+        ({"hidden_act": "quick_gelu"}, "makes no quick_gelu, which is this llama's activation"),
+        ({"hidden_act": "gelu_new"}, ""),
     ],
 )
 def test_the_graph_of_genai_is_refused_where_its_builder_makes_another(told: dict[str, Any], reason: str) -> None:

@@ -145,6 +145,25 @@ def test_folder_with_pattern_skips_hidden_files(tmp_path):
     assert {document.id.split("#")[0] for document in documents} == {"b.md", "sub/a.md"}
 
 
+@pytest.mark.parametrize("pattern", ["/etc/*", "**.txt", ""])
+def test_a_pattern_that_is_none_is_refused_in_the_recipe(pattern):
+    with pytest.raises(ValueError, match="is no pattern of names below the source"):
+        DataSpec(source="-", pattern=pattern)
+
+
+def test_a_linked_folder_elsewhere_is_not_passed_by_in_silence(tmp_path):
+    for name in ("data", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(prose(len(name)))
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
+    data = DataSpec(source=str(tmp_path / "data"))
+    assert read_source(data.source, data).documents
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="holds more, a link to a folder elsewhere, which is not followed; put the folder there"):
+        source_fingerprint(data)
+    assert read_source(data.source, DataSpec(source="-", pattern="*.txt")).documents
+
+
 def test_max_bytes_takes_a_spread_of_files_up_to_the_cap(tmp_path):
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(prose(number, 100))

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.files import CONFIG
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.runtimes.llama_cpp import library
 
@@ -26,6 +27,7 @@ SAMPLES = (
     "def f(x):\n    return {'a': x ** 2, 'b': [1_000, 3.14]}  # DON'T\r\n",
 )
 SENTENCEPIECE, BYTES = "llama", "gpt2"
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 PREPARED = ("default", "llama-bpe", "qwen2", "smollm", "gpt-2", "llama3", "tekken")
 """llama.cpp's names of the ways to cut a text before its pieces are merged; the first that agrees with transformers is taken."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -63,7 +65,14 @@ class Vocabulary:
             writer.add_token_scores(self._scores(pieces))
             writer.add_add_space_prefix('"Prepend"' in json.dumps(self.told.get("normalizer")))
         logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates that it does not follow
-        SpecialVocab(self.checkpoint, load_merges=self.kind == BYTES, n_vocab=self.rows).add_to_gguf(writer, quiet=True)
+        special = SpecialVocab(self.checkpoint, self.kind == BYTES, self._special(), self.rows)
+        special.add_to_gguf(writer, quiet=True)
+
+    def _special(self) -> list[str]:
+        """The kinds of special tokens of which `gguf` is to look for one: it stops at the -1 that stands for none."""
+        told = json.loads((self.checkpoint / CONFIG).read_text(encoding="utf-8"))
+        ids = {kind: told.get(f"{kind}_token_id") for kind in SPECIAL}
+        return [kind for kind, number in ids.items() if not isinstance(number, int) or number >= 0]
 
     def _pieces(self) -> tuple[list[str], list[int]]:
         """Text and type of each row of the embedding; rows without a token are named and never written."""

@@ -185,7 +185,14 @@ def _function_refusal(model: Candidate) -> str | None:
     if "linear_attention" in (getattr(model.config, "layer_types", None) or ()):
         why = f"makes no layers of linear attention (Mamba), which this {kind} has"
         return f"onnxruntime-genai's model builder {why}; take another engine"
+    names = (getattr(model.config, entry, None) for entry in ("hidden_activation", "hidden_act", "activation_function"))
+    if (told := next(filter(None, names), None)) and told not in ACTIVATIONS:
+        return f"onnxruntime-genai's model builder makes no {told}, which is this {kind}'s activation; take another engine"
     return None
+
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
+"""Of transformers' names those that its builder makes (make_activation)."""
 
 
 def _blocks_refusal(grid: Grid) -> str | None:
