@@ -35,7 +35,8 @@ Run = Callable[[Plan, Outcomes], Outcomes]
 def run_searched(recipe: Recipe, plan: Plan, facts: Facts, parent: ParentRun, run: Run) -> Outcomes:
     """The outcome of every node, 'passed-over' of those that the search did not come to. Raises what an essential node raises."""
     begun = time.monotonic()
-    outcomes = dict(run(_part(plan, _shared(plan)), {}))
+    outcomes = dict(run(_part(plan, _first(plan) if recipe.advice else ()), {}))
+    outcomes |= run(_part(plan, _shared(plan) - outcomes.keys()), outcomes)
     study = _study(recipe, plan, outcomes, parent)
     before = study.seconds
     work = _Work(plan, run, study, outcomes, parent, _search(recipe, plan, facts, study), lambda: before + time.monotonic() - begun)
@@ -143,6 +144,12 @@ def _search(recipe: Recipe, plan: Plan, facts: Facts, study: Study) -> Search:
 def _part(plan: Plan, ids: Iterable[str]) -> Plan:
     wanted = set(ids)
     return replace(plan, nodes={id: node for id, node in plan.nodes.items() if id in wanted})
+
+
+def _first(plan: Plan) -> set[str]:
+    """What makes the first variant, which advice has put there as what can be served soonest."""
+    variant = next((one for one in plan.variants if one.name != BASELINE), plan.variants[0])
+    return {*plan.path("gate"), *plan.path(variant.served)}
 
 
 def _shared(plan: Plan) -> set[str]:

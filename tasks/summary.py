@@ -13,8 +13,9 @@ from featherweight.errors import GateError, StageError, ToolchainError
 from featherweight.measure.goals import Decision
 from featherweight.measure.measurement import Comparison, Measurement
 from featherweight.measure.relaxing import nearest
-from featherweight.measure.spec import BASELINE
+from featherweight.measure.spec import BASELINE, WorkloadSpec
 from featherweight.model.sparsity import Sparsity
+from featherweight.progress import Metrics
 from featherweight.recipe.plan import Node, Plan, Variant
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe
@@ -23,6 +24,7 @@ from featherweight.report.overruled import advice_line
 from featherweight.report.page import render_report
 from featherweight.report.result import GateRow, NodeRow, OptimizationResult, Status, VariantRow, gate_rows
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.spec import Spec
 from featherweight.store.artifact import Manifest
 from featherweight.store.mlflow_errors import mlflow_explained
 from featherweight.store.served_folder import Serving
@@ -82,6 +84,7 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
             *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros)) if note),
             *([serving.length_note] if serving.length_note else []),
             *(note for note in (_device_note(plan, serving), _numbers_note(variant, serving)) if note),
+            *(note for note in (_windows_note(plan.nodes[variant.measured].spec, metrics),) if note),
             *_judgements(plan, variant, outcomes),
         ),
         device=serving.device,
@@ -102,6 +105,14 @@ def _device_note(plan: Plan, serving: Serving) -> str | None:
     """What is to be known of a comparison across devices, which the recipe has asked for."""
     other = plan.nodes[BASELINE].device or serving.device
     return None if other == serving.device else f"served from {serving.device}, and compared with the baseline on {other}"
+
+
+def _windows_note(asked: Spec, metrics: Metrics) -> str | None:
+    """What is to be known of a quality that was measured on far less text than the recipe asks for."""
+    found = metrics.get("windows")
+    if found is None or not isinstance(asked, WorkloadSpec) or 2 * found >= asked.windows:
+        return None
+    return f"quality was measured on {found:.0f} windows, not {asked.windows}: the evaluation text holds no more; give more text"
 
 
 def _numbers_note(variant: Variant, serving: Serving) -> str | None:

@@ -7,7 +7,8 @@ Sources, as a recipe's `data.source` (and `data.evaluation`, `data.calibration` 
   xz, Zstandard) and in any Unicode encoding with a byte order mark, UTF-8 without one. Anything else is refused;
 - a folder: each file that `pattern` matches, read as above;
 - `s3://bucket/key-or-prefix/`: the same, from S3.
-A source of fewer than three documents cannot be split, so it is cut at blank lines into documents of 2000 to 4000 characters.
+A document that is over a tenth of the text, or one of fewer than three, would be most of a split: it is cut at blank lines into
+documents of 2000 to 4000 characters.
 
 Splits hold whole documents. A document's place comes from a hash of its normalized text and the seed: it does not move when
 documents are added, beyond the few at the border. Exact copies are dropped; near copies stay in training.

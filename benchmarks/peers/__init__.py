@@ -1,10 +1,14 @@
 """What Featherweight makes of a checkpoint beside what other tools make of it by their own commands, in one run, by turns.
 
 Each side is an engine in a process and an environment of its own, with as many threads, and writes as many tokens behind the same
-prompts, greedily. Told are tokens per second, the ratio to PyTorch's eager float32 of the same round (median of the rounds, 95 %
-bootstrap interval), the share of tokens before the text is another than eager's, and the size. Of Featherweight's own variants the
-change in bits per byte is told too, which other tools do not measure. What cannot be made or run is told with its reason.
-Environments lie in `build/peers`; set PEERS_MODEL to a folder to take another checkpoint than stories15M's.
+prompts, greedily. Told are tokens per second, of a long prompt the seconds to its first token, the ratio to PyTorch's eager float32
+of the same round (median of the rounds, 95 % bootstrap interval), the share of tokens before the text is another than eager's, and
+the size. Of Featherweight's own variants the change in bits per byte is told too, which other tools do not measure. What cannot be
+made or run is told with its reason.
+
+Environments lie in `build/peers`. PEERS_MODEL is what to take in place of stories15M: a folder, a GGUF file, or the name of a shape
+in which random weights are drawn (qwen2.5-0.5b, t5-small, mbart-large-50); PEERS_TEXT, the text that the quality is measured on;
+PEERS_ROUNDS, how many rounds. The same command goes on with what an earlier one made.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.peers.subjects import DECODER, ENCODER_DECODER, Subject, subject
 from featherweight.errors import one_line
 from featherweight.measure.statistics import bootstrap_median_ratio
 from featherweight.system import toolchains
@@ -29,117 +34,150 @@ from featherweight.system import toolchains
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PLACE = ROOT / "build" / "peers"
-PROMPT, NEW, BATCHES, ROUNDS, MAX_TOKENS = 32, 64, (1, 8), 9, 256
-OURS = {
-    "gptq8/genai-int8": "ours: gptq int8, ONNX Runtime GenAI",
-    "gptq8-g32/genai-int8": "ours: gptq int8-g32, ONNX Runtime GenAI",
-    "gptq4/genai-int4": "ours: gptq int4-g32, ONNX Runtime GenAI",
-    "rtn8/ctranslate2-int8": "ours: rtn int8, CTranslate2",
-}
-"""Featherweight's variants that are compared, as they are called in the recipe beside this file."""
-FILES = {"rtn8-g32/q8": "llama.cpp Q8_0", "rtn4-g32/q4": "llama.cpp Q4_0", "q4k": "llama.cpp Q4_K"}
-"""GGUF files, which Featherweight wrote, for llama.cpp's own server."""
+ROUNDS = int(os.environ.get("PEERS_ROUNDS", "9"))
+BASE = "PyTorch eager float32"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked for at once: sequences, tokens of each prompt, tokens to write behind it."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def name(self) -> str:
+        """By which its figures are called."""
+        return f"prefill_{self.prompt}" if self.new == 1 else str(self.batch)
+
+
+CASES = (Case(1, 32, 64), Case(8, 32, 64), Case(1, 512, 1))
 
 
 @dataclass
 class Peer:
-    """A side. kind: of clients.py. made_by: the command that makes its folder, by the Python of its environment.
+    """A side. kind: of clients.py. made_by: the commands that make its folder, {out}, by the Python of its environment.
 
     environment: a file of requirements beside this one, or a toolchain; None for the main environment.
     """
 
     name: str
     kind: str
-    made_by: tuple[str, ...] = ()
+    made_by: tuple[tuple[str, ...], ...] = ()
     environment: str | None = None
     folder: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def others(model: Path) -> list[Peer]:
+def others(subject: Subject) -> list[Peer]:
     """Other tools on the checkpoint, by the commands that their documentation names."""
-    export = ("-m", "optimum.commands.optimum_cli", "export", "openvino", "-m", str(model), "--task", "text-generation-with-past")
-    builder = ("-m", "onnxruntime_genai.models.builder", "-i", str(model), "-e", "cpu", "-c", str(PLACE / "cache"))
-    olive = ("-m", "olive", "optimize", "-m", str(model), "--device", "cpu", "--provider", "CPUExecutionProvider")
-    converter = ("-m", "ctranslate2.converters.transformers", "--model", str(model), "--quantization", "int8", "--force")
+    model = str(subject.folder)
+    converter = ("-m", "ctranslate2.converters.transformers", "--model", model, "--quantization", "int8", "--force")
+    both = [
+        Peer(BASE, "eager", folder=subject.folder),
+        Peer("torch.compile float32", "torch_compile", folder=subject.folder),
+        Peer("CTranslate2's converter, int8", "ctranslate2", ((*converter, "--output_dir", "{out}"),)),
+    ]
+    return both + (_of_decoders(model) if subject.task == DECODER else _of_encoder_decoders(model))
+
+
+def _of_decoders(model: str) -> list[Peer]:
+    export = ("-m", "optimum.commands.optimum_cli", "export", "openvino", "-m", model, "--task", "text-generation-with-past")
+    builder = ("-m", "onnxruntime_genai.models.builder", "-i", model, "-e", "cpu", "-c", str(PLACE / "cache"), "-o", "{out}")
+    olive = ("-m", "olive", "optimize", "-m", model, "--device", "cpu", "--provider", "CPUExecutionProvider", "-o", "{out}")
+    four = ("--weight-format", "int4", "--group-size", "32")
     return [
-        Peer("PyTorch eager float32", "eager", folder=model),
-        Peer("torch.compile float32", "torch_compile", folder=model),
-        Peer("vLLM bfloat16", "vllm", environment="vllm", folder=model),
-        Peer("CTranslate2's converter, int8", "ctranslate2", (*converter, "--output_dir")),
-        Peer("ONNX Runtime GenAI's builder, int8", "genai", (*builder, "-p", "int8", "-o")),
-        Peer("ONNX Runtime GenAI's builder, int4", "genai", (*builder, "-p", "int4", "-o")),
-        Peer("Olive 0.13, int8", "genai", (*olive, "--precision", "int8", "-o"), "olive.txt"),
-        Peer("Olive 0.13, int4", "genai", (*olive, "--precision", "int4", "-o"), "olive.txt"),
-        Peer("optimum-intel, OpenVINO int8", "openvino", (*export, "--weight-format", "int8"), "openvino.txt"),
-        Peer(
-            "optimum-intel, OpenVINO int4", "openvino", (*export, "--weight-format", "int4", "--group-size", "32"), "openvino.txt"
-        ),
+        Peer("vLLM bfloat16", "vllm", environment="vllm", folder=Path(model)),
+        Peer("ONNX Runtime GenAI's builder, int8", "genai", ((*builder, "-p", "int8"),)),
+        Peer("ONNX Runtime GenAI's builder, int4", "genai", ((*builder, "-p", "int4"),)),
+        Peer("Olive 0.13, int8", "genai", ((*olive, "--precision", "int8"),), "olive.txt"),
+        Peer("Olive 0.13, int4", "genai", ((*olive, "--precision", "int4"),), "olive.txt"),
+        Peer("optimum-intel, OpenVINO int8", "openvino", ((*export, "--weight-format", "int8", "{out}"),), "openvino.txt"),
+        Peer("optimum-intel, OpenVINO int4", "openvino", ((*export, *four, "{out}"),), "openvino.txt"),
+    ]
+
+
+def _of_encoder_decoders(model: str) -> list[Peer]:
+    cli, task = ("-m", "optimum.commands.optimum_cli"), ("--task", "text2text-generation-with-past")
+    export = (*cli, "export", "onnx", "-m", model, *task)
+    quantize = (*cli, "onnxruntime", "quantize", "--avx512_vnni", "--per_channel", "--onnx_model", "{out}.float", "-o", "{out}")
+    openvino = (*cli, "export", "openvino", "-m", model, *task, "--weight-format", "int8", "{out}")
+    return [
+        Peer("Optimum O3, ONNX Runtime float32", "optimum", ((*export, "--optimize", "O3", "{out}"),), "optimum"),
+        Peer("Optimum, ONNX Runtime int8", "optimum", ((*export, "{out}.float"), quantize), "optimum"),
+        Peer("optimum-intel, OpenVINO int8", "openvino", (openvino,), "openvino.txt"),
     ]
 
 
 def benchmark() -> Mapping[str, Any]:
     """The figures of every side."""
-    model = Path(os.environ.get("PEERS_MODEL", ROOT.parent / "shared" / "models" / "stories15M")).absolute()
-    if not model.is_dir():
-        raise SystemExit(f"{model} is no folder; set PEERS_MODEL to a checkpoint of a causal language model")
-    PLACE.mkdir(parents=True, exist_ok=True)
-    peers = [*others(model), *ours(model)]
-    sides = {peer.name: started for peer in peers if (started := _started(peer, model))}
+    chosen = subject(os.environ.get("PEERS_MODEL", str(ROOT.parent / "shared" / "models" / "stories15M")), PLACE / "models")
+    cases = [case for case in CASES if case.prompt + case.new <= chosen.positions]
+    peers = [*others(chosen), *ours(chosen, cases)]
+    sides = {peer.name: started for peer in peers if (started := _started(peer, chosen, cases))}
     try:
-        taken = _by_turns(sides, model)
+        taken = _by_turns(sides, chosen, cases)
     finally:
         for side in sides.values():
             side.close()
-    base = "PyTorch eager float32"
     return {
-        "model": model.name,
+        "model": chosen.name,
+        "random_weights": chosen.random,
         "threads": _threads(),
-        "workload": {"prompt_tokens": PROMPT, "new_tokens": NEW, "batch_sizes": BATCHES, "rounds": ROUNDS},
-        "sides": [_figures(peer, taken.get(peer.name), taken[base]) for peer in peers],
+        "rounds": ROUNDS,
+        "cases": {case.name: asdict(case) for case in cases},
+        "sides": [_figures(peer, taken.get(peer.name), taken[BASE], cases) for peer in peers],
     }
 
 
-def ours(model: Path) -> Iterator[Peer]:
-    """Featherweight's own, made by one optimization, and the GGUF files among them."""
-    workspace = PLACE / "workspace"
-    command = [
-        str(Path(sys.executable).with_name("featherweight")),
-        "optimize",
-        str(HERE / "recipe.yaml"),
-        "--json",
-        "-w",
-        str(workspace),
-    ]
-    data = os.environ.get("PEERS_TEXT", str(ROOT.parent / "shared" / "data" / "tinystories-excerpt"))
-    told = subprocess.run(
-        [*command, "--set", f"checkpoint.source={model}", "--set", f"data.source={data}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    rows = {row["name"]: row for row in json.loads(told.stdout)["variants"]}
+def ours(subject: Subject, cases: list[Case]) -> Iterator[Peer]:
+    """Featherweight's own, made by one optimization, and GGUF files among them, for llama.cpp's own server."""
+    workspace = PLACE / "workspaces" / subject.name
+    workspace.mkdir(parents=True, exist_ok=True)
+    told: dict[str, Any] = {"checkpoint.source": subject.folder}
+    told |= {"workload.max_tokens": max(case.prompt + case.new for case in cases)}
+    if subject.task == ENCODER_DECODER:
+        told |= {"data.source": _pairs(workspace / "pairs.jsonl")}
+    elif not subject.random:
+        told |= {"data.source": os.environ.get("PEERS_TEXT", str(ROOT.parent / "shared" / "data" / "tinystories-excerpt"))}
+    command = [str(Path(sys.executable).with_name("featherweight")), "optimize", str(HERE / subject.recipe), "--json"]
+    sets = [word for key, value in told.items() for word in ("--set", f"{key}={value}")]
+    ran = subprocess.run([*command, "-w", str(workspace), *sets], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     folders = {
         json.loads(file.read_text())["node"]: file.parent for file in workspace.glob("artifacts/*/artifacts/artifact/manifest.json")
     }
-    for name, title in {**OURS, **FILES}.items():
-        row = rows[name]
-        notes = {
-            "quality_change": row["metrics"].get("quality_change"),
-            "interval": [row["metrics"].get(f"quality_change_{end}") for end in ("low", "high")],
-        }
-        if row["status"] not in ("winner", "loser"):
-            notes = {"reason": row["reason"]}
-        kind, folder = ("llama_cpp", folders[name] / "model.gguf") if name in FILES else ("featherweight", folders[name])
-        yield Peer(title, kind, folder=folder, notes=notes)
+    for row in json.loads(ran.stdout)["variants"]:
+        name, metrics = row["name"], row["metrics"]
+        if name == "baseline":
+            continue
+        notes: dict[str, Any] = {"reason": row["reason"]}
+        if row["status"] in ("winner", "loser"):
+            ends = [metrics.get(f"quality_change_{end}") for end in ("low", "high")]
+            notes = {} if subject.random else {"quality_change": metrics.get("quality_change"), "interval": ends}
+        file = folders[name] / "model.gguf" if name in folders else None
+        if file and file.exists():
+            yield Peer(f"llama.cpp {name}", "llama_cpp", folder=file, notes=notes)
+        else:
+            yield Peer(f"ours: {name}", "featherweight", folder=folders.get(name), notes=notes)
+
+
+def _pairs(file: Path) -> Path:
+    """Texts and what is to come of them, which random weights make nothing of."""
+    rows = [
+        {"source": f"The river runs by house number {index}.", "target": f"House {index} stands at the river."}
+        for index in range(200)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 class Side:
     """A client at work."""
 
-    def __init__(self, peer: Peer, python: Path) -> None:
+    def __init__(self, peer: Peer, python: Path, cases: list[Case]) -> None:
         assert peer.folder is not None
-        numbers = map(str, (_threads(), MAX_TOKENS, max(BATCHES)))
+        numbers = map(str, (_threads(), max(case.prompt + case.new for case in cases), max(case.batch for case in cases)))
         self.log = (PLACE / f"{_slug(peer.name)}.log").open("w")
         self.process = subprocess.Popen(
             [str(python), str(HERE / "clients.py"), peer.kind, str(peer.folder), *numbers],
@@ -167,17 +205,17 @@ class Side:
         self.process.wait()
 
 
-def _started(peer: Peer, model: Path) -> Side | None:
+def _started(peer: Peer, subject: Subject, cases: list[Case]) -> Side | None:
     print(f"{peer.name} ...", file=sys.stderr, flush=True)
     try:
         python = _python(peer.environment)
         if peer.made_by:
-            peer.folder = _made(peer, python)
+            peer.folder = _made(peer, python, subject)
         if "reason" in peer.notes:
             return None
-        side = Side(peer, python)
-        for batch in BATCHES:  # the first of each batch size compiles, or fills what is kept
-            side.write(_prompts(model, batch, 0), NEW)
+        side = Side(peer, python, cases)
+        for case in cases:  # the first of each compiles, or fills what is kept
+            side.write(_prompts(subject, case, 0), case.new)
         return side
     except (OSError, subprocess.CalledProcessError) as error:
         peer.notes["reason"] = one_line(str(error).replace(f"{ROOT}/", ""), 300)
@@ -200,62 +238,77 @@ def _python(environment: str | None) -> Path:
     return place / "bin" / "python"
 
 
-def _made(peer: Peer, python: Path) -> Path:
-    """The folder that the peer's own command writes."""
-    out = PLACE / "made" / _slug(peer.name)
+def _made(peer: Peer, python: Path, subject: Subject) -> Path:
+    """The folder that the peer's own commands write."""
+    out = PLACE / "made" / subject.name / _slug(peer.name)
+    commands = [[word.format(out=out) for word in command] for command in peer.made_by]
     if not (out / "made.txt").exists():
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        log = PLACE / f"{_slug(peer.name)}.made.log"
+        log = out.with_suffix(".log")
         with log.open("w") as file:
-            done = subprocess.run([str(python), *peer.made_by, str(out)], stdout=file, stderr=file, env=_environment(), cwd=PLACE)
+            for command in commands:
+                done = subprocess.run([str(python), *command], stdout=file, stderr=file, env=_environment(), cwd=PLACE)
+                if done.returncode:
+                    break
         if done.returncode or not any(out.glob("*")):
             raise OSError(f"its command wrote nothing, with exit code {done.returncode}: {_last(log)}")
-        (out / "made.txt").write_text(" ".join(peer.made_by))
+        (out / "made.txt").write_text("\n".join(map(" ".join, commands)))
     configs = [*out.glob("genai_config.json"), *out.glob("*/genai_config.json")]
     return configs[0].parent if configs else out
 
 
-def _by_turns(sides: Mapping[str, Side], model: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """Every round, batch size and side; the sides in another order each time."""
-    taken: dict[str, dict[int, list[dict[str, Any]]]] = {name: {batch: [] for batch in BATCHES} for name in sides}
+Taken = dict[str, list[dict[str, Any]]]
+"""By case, what came of each round."""
+
+
+def _by_turns(sides: Mapping[str, Side], subject: Subject, cases: list[Case]) -> dict[str, Taken]:
+    """Every round, case and side; the sides in another order each time."""
+    taken: dict[str, Taken] = {name: {case.name: [] for case in cases} for name in sides}
     for turn in range(1, ROUNDS + 1):
-        for batch in BATCHES:
-            names, prompts = list(sides), _prompts(model, batch, turn)
+        for case in cases:
+            names, prompts = list(sides), _prompts(subject, case, turn)
             Random(turn).shuffle(names)
             for name in names:
-                taken[name][batch].append(sides[name].write(prompts, NEW))
+                taken[name][case.name].append(sides[name].write(prompts, case.new))
         print(f"round {turn} of {ROUNDS}", file=sys.stderr, flush=True)
     return taken
 
 
-def _prompts(model: Path, batch: int, seed: int) -> list[list[int]]:
-    size = json.loads((model / "config.json").read_text())["vocab_size"]
-    draw = Random(1000 * batch + seed)
-    return [[draw.randrange(size // 10, size) for _ in range(PROMPT)] for _ in range(batch)]
+def _prompts(subject: Subject, case: Case, seed: int) -> list[list[int]]:
+    size = json.loads((subject.folder / "config.json").read_text())["vocab_size"]
+    draw = Random(1000 * case.batch + seed)
+    return [[draw.randrange(size // 10, size) for _ in range(case.prompt)] for _ in range(case.batch)]
 
 
-def _figures(peer: Peer, taken: dict[int, list[dict[str, Any]]] | None, base: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def _figures(peer: Peer, taken: Taken | None, base: Taken, cases: list[Case]) -> dict[str, Any]:
     if taken is None:
         return {"name": peer.name, **peer.notes}
     found: dict[str, Any] = {"name": peer.name, "size_bytes": _size(peer), **peer.notes}
-    for batch in BATCHES:
-        seconds, theirs = ([one["seconds"] for one in rows[batch]] for rows in (taken, base))
-        ratio = bootstrap_median_ratio(theirs, seconds, seed=batch)
-        found[f"speedup_{batch}"] = [round(one, 3) for one in (ratio.value, ratio.low, ratio.high)]
-        found[f"tokens_per_s_{batch}"] = round(batch * NEW / statistics.median(seconds), 1)
-    texts = [text for batch in BATCHES for row in taken[batch] for text in row["tokens"]]
-    if odd := [text for text in texts if (text if isinstance(text, int) else len(text)) != NEW]:
-        raise SystemExit(f"{peer.name} wrote a text of another length than {NEW} tokens: {odd[0]}")
-    if not isinstance(texts[0], int):
-        theirs = [text for batch in BATCHES for row in base[batch] for text in row["tokens"]]
-        found["same_tokens"] = round(statistics.mean(map(_same, texts, theirs)), 3)
-    return found
+    shares = []
+    for case in cases:
+        rows, theirs = taken[case.name], base[case.name]
+        seconds, eager = ([one["seconds"] for one in turns] for turns in (rows, theirs))
+        ratio = bootstrap_median_ratio(eager, seconds, seed=case.batch)
+        found[f"speedup_{case.name}"] = [round(one, 3) for one in (ratio.value, ratio.low, ratio.high)]
+        if case.new == 1:
+            found[f"seconds_{case.name}"] = round(statistics.median(seconds), 4)
+            continue
+        found[f"tokens_per_s_{case.name}"] = round(case.batch * case.new / statistics.median(seconds), 1)
+        shares += _shares(peer, rows, theirs, case.new)
+    return found | ({"same_tokens": round(statistics.mean(shares), 3)} if shares else {})
+
+
+def _shares(peer: Peer, rows: list[dict[str, Any]], theirs: list[dict[str, Any]], new: int) -> list[float]:
+    """Of each text the share of tokens before the first that is not eager's; none where the engine tells no tokens."""
+    texts, eager = ([text for row in turns for text in row["tokens"]] for turns in (rows, theirs))
+    if odd := [text for text in texts if (text if isinstance(text, int) else len(text)) != new]:
+        raise SystemExit(f"{peer.name} wrote a text of another length than {new} tokens: {odd[0]}")
+    return [] if isinstance(texts[0], int) else [_same(one, other) for one, other in zip(texts, eager, strict=True)]
 
 
 def _same(text: list[int], other: list[int]) -> float:
-    """The share of tokens before the first that differs."""
-    return next((at for at, (one, two) in enumerate(zip(text, other, strict=True)) if one != two), NEW) / NEW
+    return next((at for at, (one, two) in enumerate(zip(text, other, strict=True)) if one != two), len(text)) / len(text)
 
 
 def _size(peer: Peer) -> int:

@@ -24,20 +24,37 @@ Write = Callable[[Tokens, int], "Tokens | list[int]"]
 def eager(folder: str, threads: int, tokens: int, batch: int, compiled: bool = False) -> Write:
     """transformers' `generate` in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
+    kind: Any = getattr(transformers, f"AutoModelFor{_head(folder)}")
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     if compiled:
         model.generation_config.cache_implementation = "static"
         model.forward = torch.compile(model.forward)
+    return _generating(model)
+
+
+def _head(folder: str) -> str:
+    """As the names of transformers' classes end."""
+    return "Seq2SeqLM" if _config(folder).get("is_encoder_decoder") else "CausalLM"
+
+
+def _config(folder: str) -> dict[str, Any]:
+    return dict(json.loads((Path(folder) / "config.json").read_text()))
+
+
+def _generating(model: Any) -> Write:
+    """By the `generate` of transformers, which ends at nothing but the length."""
+    import torch
+
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
 
     def write(prompts: Tokens, new: int) -> Tokens:
         ids = torch.tensor(prompts)
-        lengths = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        lengths = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
         with torch.inference_mode():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)[:, ids.shape[1] :].tolist()
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)[:, -new:].tolist()
 
     return write
 
@@ -69,17 +86,22 @@ def genai(folder: str, threads: int, tokens: int, batch: int) -> Write:
 
 
 def ctranslate2(folder: str, threads: int, tokens: int, batch: int) -> Write:
-    """CTranslate2's generator, on the folder that its converter wrote."""
+    """CTranslate2's generator or translator, on the folder that its converter wrote."""
     import ctranslate2 as ct2
 
-    generator = ct2.Generator(folder, device="cpu", intra_threads=threads, inter_threads=1)
-    pieces = json.loads((Path(folder) / "vocabulary.json").read_text())
+    shared = Path(folder) / "shared_vocabulary.json"
+    pieces = json.loads((shared if shared.exists() else Path(folder) / "vocabulary.json").read_text())
     ids = {piece: index for index, piece in enumerate(pieces)}
+    how = {"device": "cpu", "intra_threads": threads, "inter_threads": 1}
+    generator = ct2.Translator(folder, **how) if shared.exists() else ct2.Generator(folder, **how)
 
     def write(prompts: Tokens, new: int) -> Tokens:
+        texts = [[pieces[one] for one in row] for row in prompts]
+        if shared.exists():
+            told = {"max_decoding_length": new, "min_decoding_length": new, "end_token": [], "beam_size": 1}
+            return [[ids[piece] for piece in one.hypotheses[0]] for one in generator.translate_batch(texts, **told)]
         told = {"max_length": new, "min_length": new, "end_token": [], "include_prompt_in_result": False}
-        found = generator.generate_batch([[pieces[one] for one in row] for row in prompts], **told)
-        return [[ids[piece] for piece in one.sequences[0]] for one in found]
+        return [[ids[piece] for piece in one.sequences[0]] for one in generator.generate_batch(texts, **told)]
 
     return write
 
@@ -108,18 +130,20 @@ def llama_cpp(file: str, threads: int, tokens: int, batch: int) -> Write:
 
 def openvino(folder: str, threads: int, tokens: int, batch: int) -> Write:
     """optimum-intel's model, as `optimum-cli export openvino` wrote it."""
-    import torch
-    from optimum.intel import OVModelForCausalLM
+    from optimum import intel
 
-    model = OVModelForCausalLM.from_pretrained(folder, ov_config={"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
-    model.generation_config.eos_token_id = None
+    kind = getattr(intel, f"OVModelFor{_head(folder)}")
+    return _generating(kind.from_pretrained(folder, ov_config={"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}))
 
-    def write(prompts: Tokens, new: int) -> Tokens:
-        ids = torch.tensor(prompts)
-        lengths = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)[:, ids.shape[1] :].tolist()
 
-    return write
+def optimum(folder: str, threads: int, tokens: int, batch: int) -> Write:
+    """Optimum's model on ONNX Runtime, as `optimum-cli` wrote it."""
+    from onnxruntime import SessionOptions
+    from optimum import onnxruntime
+
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    return _generating(getattr(onnxruntime, f"ORTModelFor{_head(folder)}").from_pretrained(folder, session_options=options))
 
 
 def vllm(folder: str, threads: int, tokens: int, batch: int) -> Write:
@@ -145,7 +169,8 @@ def featherweight(folder: str, threads: int, tokens: int, batch: int) -> Write:
     return worker.generate
 
 
-KINDS = {one.__name__: one for one in (eager, torch_compile, genai, ctranslate2, llama_cpp, openvino, vllm, featherweight)}
+ALL = (eager, torch_compile, genai, ctranslate2, llama_cpp, openvino, optimum, vllm, featherweight)
+KINDS = {one.__name__: one for one in ALL}
 
 
 def main() -> None:

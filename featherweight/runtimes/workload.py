@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
-from featherweight.errors import RecipeError, StageError
+from featherweight.errors import DataError, RecipeError, StageError
 from featherweight.measure.benchmark_files import writes
 from featherweight.measure.spec import ConstraintsSpec, WorkloadSpec
 from featherweight.measure.speed import Shape
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Value = TypeVar("Value")
+FEWEST_WINDOWS = 2
+"""Of text, so that a loss of quality has an interval."""
 APART = 16
 """Tokens of the text that are left out between the beginnings that are gone on from: a piece is no shorter than that."""
 
@@ -66,7 +68,7 @@ class Workload:
     def read(cls, spec: WorkloadSpec, folder: Path, evaluation: Path) -> Workload:
         """The windows of a text folder, in the tokens of the model in `folder` and no longer than its context.
 
-        Raises RecipeError for a workload that does not fit it.
+        Raises RecipeError for a workload that does not fit it, DataError for a text that is too short to judge by.
         """
         from transformers import AutoConfig
 
@@ -76,6 +78,11 @@ class Workload:
             raise RecipeError(reason)
         length = min(spec.window_tokens, context)
         windows = scoring_windows(folder, config, evaluation, length, spec.windows)
+        if len(windows) < min(spec.windows, FEWEST_WINDOWS):
+            raise DataError(
+                f"the evaluation text fills one window of at most {length} tokens, by which no loss of quality can be told; give "
+                "more text, or a larger data.evaluation"
+            )
         questions, references = _questions(spec, folder, config, evaluation) if spec.asked_texts else ((), ())
         written = 0 if family == "encoder" else spec.written_tokens
         other = max((one.prompt_tokens + (one.new_tokens if written else 0) for one in spec.long_prompts), default=0)

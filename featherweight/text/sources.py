@@ -24,6 +24,8 @@ STDLIB = "python-stdlib"
 _STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib-dynload"}
 )
+LARGEST = 0.1
+"""The share of a text beyond which a document is cut: whole, it would be most of a split, or of none."""
 _CHUNK = (2000, 4000)
 _PARAGRAPH = re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL)
 
@@ -46,10 +48,16 @@ def read_source(source: str, data: DataSpec) -> Source:
         documents = _distinct(_capped(files, data))
     if not documents.documents:
         raise DataError(f"{source} holds no text; expected at least one document that is not blank")
-    if len(documents.documents) < 3 and not any(document.judged for document in documents.documents):
-        chunks = _distinct(chunk for document in documents.documents for chunk in _chunks(document))
-        return replace(chunks, duplicates=chunks.duplicates + documents.duplicates)
-    return documents
+    chunks = _distinct(_shares(documents.documents))
+    return replace(chunks, duplicates=chunks.duplicates + documents.duplicates)
+
+
+def _shares(documents: list[Document]) -> Iterator[Document]:
+    """Documents as they can be held out: in pieces where one is too much of the text, as each of a few is."""
+    most = 0 if len(documents) < 3 else max(LARGEST * sum(len(one.text) for one in documents), _CHUNK[1])
+    judged = any(document.judged for document in documents)
+    for document in documents:
+        yield from _chunks(document) if len(document.text) > most and not judged else (document,)
 
 
 def _distinct(documents: Iterator[Document]) -> Source:

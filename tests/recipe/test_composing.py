@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from featherweight.errors import RecipeError
+from featherweight.measure.spec import WorkloadSpec
 from featherweight.model.facts import CheckpointFacts
 from featherweight.recipe.advice.advice import advise
 from featherweight.recipe.advice.candidates import Question
@@ -28,11 +30,17 @@ def seconds(plan: Plan) -> dict[str, float]:
     return {id: SECONDS.get(node.stage, 1.0) + (30 if "-mix" in id else 0) for id, node in plan.nodes.items()}
 
 
-def composed(facts: CheckpointFacts, budget_s: float, text: str | None = None, max_loss: float = 0.01) -> Composed:
+def composed(
+    facts: CheckpointFacts,
+    budget_s: float,
+    text: str | None = None,
+    max_loss: float = 0.01,
+    cost: Callable[[Plan], dict[str, float]] = seconds,
+) -> Composed:
     there = machine()
     roofs = Roofs(CPU, there.memory_bytes, 2e10, dict.fromkeys(("float32", "float16", "int8", "fp8"), 5e11))
     question = Question("models/small", facts, facts.task, there, roofs, max_loss=max_loss, here=False)
-    return compose(advise(question), budget_s, text, seconds)
+    return compose(advise(question), budget_s, text, cost)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +75,24 @@ def test_what_takes_longer_than_the_budget_is_searched() -> None:
     assert poor.recipe.variants == rich.recipe.variants and len(poor.recipe.variants or ()) > 5
     assert rich.seconds == poor.seconds > 150
     assert "it ends after 150 s" in poor.text and "All of it would take about" in rich.text and "it ends" not in rich.text
+
+
+def test_a_workload_is_shortened_until_the_first_variant_is_measured_in_good_time() -> None:
+    """Beside some 70 s for the rest, two measurements cost 2 s for each new token."""
+
+    def by_tokens(plan: Plan) -> dict[str, float]:
+        whole = {id: node.spec for id, node in plan.nodes.items() if id.endswith("/evaluate")}
+        return seconds(plan) | {id: 2.0 * spec.new_tokens for id, spec in whole.items() if isinstance(spec, WorkloadSpec)}
+
+    shapes = {}
+    for budget in (3000, 1000, 300, 30):
+        workload = composed(SMALL, budget, cost=by_tokens).recipe.workload
+        shapes[budget] = workload.new_tokens, workload.windows, workload.rounds
+    assert shapes == {3000: (128, 60, 5), 1000: (64, 60, 5), 300: (32, 30, 3), 30: (32, 30, 3)}
+    told = composed(SMALL, 300, cost=by_tokens).text
+    assert (
+        "# Shortened, so that several variants are measured within the budget; with more time: new_tokens 128, windows 60." in told
+    )
 
 
 def test_without_a_text_it_says_which_is_taken() -> None:

@@ -173,8 +173,8 @@ def test_a_search_keeps_its_budget_once_it_knows_its_pace(
     truth: dict[str, tuple[float, float]], budget: float, pace: float
 ) -> None:
     search, spent = searched(truth, budget, pace)
-    first = pace * (1 + 1 + 2 + 10)
-    assert spent <= max(budget, first) + 1e-9
+    first, measured = pace * (1 + 1 + 2 + 10), pace * 10 if search.failed else 0  # the first that does not fail, however late
+    assert spent <= max(budget, first) + measured + 1e-9
     if truth and budget > 30 * pace * len(NAMES):
         assert search.measured.keys() > {BASELINE}
 
@@ -208,6 +208,15 @@ def test_where_nothing_may_win_what_comes_nearest_is_measured_all_the_same() -> 
     assert search.fate(NAMES[-1]).startswith("cannot win: quality loss")
     failing, _ = searched({}, 10**6)
     assert failing.measured.keys() == {BASELINE} and failing.failed == set(NAMES)
+
+
+def test_a_first_variant_that_fails_is_no_end_of_a_search_that_has_time_to_look_at_others() -> None:
+    truth = {name: (4.0, 0.0) for name in NAMES[2:]}
+    search, spent = searched(truth, 15.0)
+    assert search.failed == set(NAMES[:2]) and search.measured.keys() == {BASELINE, NAMES[2]}
+    assert spent > 15.0, "the first that can be served is measured in any case"
+    gone, spent = searched({}, 6.0)
+    assert 0 < len(gone.failed) < len(NAMES) and spent <= 6.0
 
 
 def test_what_a_short_look_rules_out_is_said_with_its_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree
@@ -30,6 +31,7 @@ from featherweight.runtimes.llama_cpp.write import packed, write_file
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import load_reference, write_served
 from featherweight.store.served_folder import Serving
+from tests.support import tokenizers as small
 from tests.support.families import family_checkpoint, write_pairs
 from tests.support.in_process import InProcess
 
@@ -251,6 +253,18 @@ def test_a_cache_in_8_bits_wants_heads_of_whole_blocks(tmp_path: Path) -> None:
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(RecipeError, match="q8_0 holds whole blocks of 32, and these heads are 8 wide; leave it out"):
         write_served(spec(kv_cache="q8_0"), checkpoint=checkpoint, calibration=tmp_path, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("made", "kind"), [(small.byte_level, "gpt2"), (small.sentencepiece, "llama")])
+def test_whether_a_tokenizer_spells_in_bytes_is_told_by_how_it_cuts_and_not_by_its_fallback(
+    made: Callable[[], Any], kind: str, tmp_path: Path
+) -> None:
+    """transformers says byte_fallback of every tokenizer that it reads out of a GGUF file, GPT-2's kind too."""
+    made().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"model": told["model"] | {"byte_fallback": True}}))
+    assert Vocabulary(tmp_path, 512).kind == kind
 
 
 @served

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.checkpoint.tokenizer import load_tokenizer
+from featherweight.errors import DataError
 from featherweight.measure.spec import WorkloadSpec
 from featherweight.measure.speed import Shape
 from featherweight.pruning.spec import PruneSpec
@@ -64,8 +65,17 @@ def test_windows_stand_for_the_same_bytes_and_covered_ones_lose_nothing(served: 
 
 
 def test_the_same_tokenizer_is_given_the_same_windows(served: tuple[Path, Path], tmp_path: Path) -> None:
-    workload = Workload.read(SPEC, served[0], text(tmp_path / "text", KNOWN))
+    workload = Workload.read(SPEC, served[0], text(tmp_path / "text", KNOWN, OTHER))
     assert workload.for_served(served[0], served[0]) is workload
+
+
+def test_one_window_of_text_says_nothing_of_a_loss(served: tuple[Path, Path], tmp_path: Path) -> None:
+    short = text(tmp_path / "text", KNOWN)
+    with pytest.raises(
+        DataError, match="fills one window of at most 16 tokens, by which no loss of quality can be told; give more text"
+    ):
+        Workload.read(SPEC, served[0], short)
+    assert len(Workload.read(SPEC.model_copy(update={"windows": 1}), served[0], short).windows) == 1
 
 
 @pytest.mark.engine

@@ -126,6 +126,9 @@ def test_the_first_look_comes_before_the_baseline_is_measured_which_is_measured_
     search(parent(), usual := Engine())
     looks = [id for id in usual.ran if id.endswith("/glance")]
     assert looks[0] == f"{BASELINE}/glance" and usual.ran.index(looks[1]) < usual.ran.index(f"{BASELINE}/evaluate")
+    advised = RECIPE.model_copy(update={"advice": {PLAN.variants[1].name: 10.0}})
+    run_searched(advised, PLAN, Facts(), parent(), soon := Engine())
+    assert soon.ran.index(PLAN.variants[1].served) < soon.ran.index(f"{BASELINE}/glance"), "what advice has put first"
     useless = Engine(fails="rtn-int8/ctranslate2-int8")
     only = Recipe.model_validate(
         {**RECIPE.model_dump(mode="json"), "variants": [{"quantize": "rtn-int8", "serve": "ctranslate2-int8"}]}

@@ -115,6 +115,18 @@ def test_one_long_file_is_cut_at_blank_lines(tmp_path):
     assert len({document.id for document in documents}) == len(documents)
 
 
+def test_files_of_which_one_is_most_of_the_text_are_held_out_by_their_bytes(tmp_path):
+    (tmp_path / "README").write_text("What lies here.")
+    (tmp_path / "LICENSE").write_text("All rights are given.")
+    (tmp_path / "notes.txt").write_text(prose(7, 500))
+    (tmp_path / "train.txt").write_text("\n\n".join(prose(n, 60) for n in range(800)))
+    splits = split_text(DataSpec(source=str(tmp_path), evaluation=0.2, calibration=0.2))
+    sizes = [splits.metrics(split)["bytes"] for split in SPLITS]
+    assert all(0.1 < size / sum(sizes) < 0.3 for size in sizes[1:])
+    whole = {document.id for split in SPLITS for document in getattr(splits, split)}
+    assert {"README", "LICENSE", "notes.txt"} < whole and "train.txt#1" in whole
+
+
 def test_chunks_respect_lines_without_blank_ones(tmp_path):
     (tmp_path / "log.txt").write_text("\n".join(prose(n, 10) for n in range(200)))
     documents = read_source(str(tmp_path / "log.txt"), DataSpec(source="-")).documents

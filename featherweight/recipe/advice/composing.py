@@ -16,6 +16,7 @@ import yaml
 
 from featherweight.errors import RecipeError
 from featherweight.measure.figures import percent, rate
+from featherweight.measure.spec import BASELINE
 from featherweight.model.positions import context_tokens
 from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec
@@ -37,6 +38,10 @@ STRETCH = 3.0
 """How many times the allowed loss may be expected of what is faster than all that keeps it: larger models lose less."""
 OTHER_WAYS = 2
 """Grids that other methods are tried for."""
+FIRST = 1 / 3
+"""Of the budget, at most, until the first variant is measured as a whole: the workload is shortened for it."""
+SHORTER: tuple[Mapping[str, int], ...] = ({}, {"new_tokens": 64}, {"new_tokens": 32, "windows": 30, "rounds": 3})
+"""Caps of the workload, one row after another where a model is large for its budget."""
 SAMPLE_BYTES = 1_000_000
 """Of the standard library's source, where no text is given."""
 
@@ -105,14 +110,37 @@ def compose(
     if not tries:
         raise RecipeError(f"no recipe can be made of the advice: {advice.headline}")
     question = advice.question
-    facts = Facts({question.source: question.facts})
-    plan = expand(Recipe.model_validate(_tree(question, tries, text)), question.machine, facts)
+    plan = _plan(question, tries, text)
     able = {variant.name for variant in plan.variants}
     chosen = [one for one in tries if one.name in able] or tries[:1]
     left_out = {one.name: plan.ruled_out.get(one.name, "ruled out") for one in tries if one.name not in able}
-    took = sum((seconds or (lambda plan: _estimated(plan, question)))(plan).values())
-    tree = _tree(question, chosen, text, None if UNSURE * took <= budget_s else budget_s)
+    cost = seconds or (lambda plan: _estimated(plan, question))
+    took, caps = sum(cost(plan).values()), SHORTER[0]
+    searched = budget_s if UNSURE * took > budget_s else None
+    if searched:
+        caps, took = _shortened(question, chosen, text, budget_s, cost)
+    tree = _tree(question, chosen, text, searched, caps)
     return Composed(Recipe.model_validate(tree), _written(advice, tree, chosen, left_out, took, budget_s, text), took, left_out)
+
+
+def _plan(question: Question, tries: list[Try], text: str | None, caps: Mapping[str, int] = SHORTER[0]) -> Plan:
+    tree = _tree(question, tries, text, caps=caps)
+    return expand(Recipe.model_validate(tree), question.machine, Facts({question.source: question.facts}))
+
+
+def _shortened(
+    question: Question, tries: list[Try], text: str | None, budget_s: float, cost: Callable[[Plan], Mapping[str, float]]
+) -> tuple[Mapping[str, int], float]:
+    """The first caps by which the first variant is measured in good time, or the last; and the seconds of all that is planned."""
+    for caps in SHORTER:
+        plan = _plan(question, tries, text, caps)
+        took = cost(plan)
+        first = {
+            id for name in (BASELINE, tries[0].name) for one in plan.variants if one.name == name for id in plan.path(one.measured)
+        }
+        if sum(took[id] for id in first) <= FIRST * budget_s:
+            break
+    return caps, sum(took.values())
 
 
 def _estimated(plan: Plan, question: Question) -> dict[str, float]:
@@ -172,8 +200,10 @@ def _cheapest(question: Question, row: Row) -> QuantizeSpec | None:
     return next((known[name] for name in QUANTIZERS if name in known), row.quantize)
 
 
-def _tree(question: Question, tries: list[Try], text: str | None, budget_s: float | None = None) -> dict[str, Any]:
-    """The recipe, without comments. budget_s: within which it is searched; None where all of it is measured."""
+def _tree(
+    question: Question, tries: list[Try], text: str | None, budget_s: float | None = None, caps: Mapping[str, int] = SHORTER[0]
+) -> dict[str, Any]:
+    """The recipe, without comments. budget_s: within which it is searched; None where all of it is measured. caps: see SHORTER."""
     stages: dict[str, dict[str, Any]] = {"quantize": {}, "compile": {}, "export": {}}
     for one in tries:
         if one.quantize is not None:
@@ -190,7 +220,7 @@ def _tree(question: Question, tries: list[Try], text: str | None, budget_s: floa
         "stages": {stage: made for stage, made in stages.items() if made},
         "variants": [_line(one) for one in tries],
         **({} if budget_s is None else {"search": {"budget": f"{budget_s:.0f}s"}}),
-        "workload": _workload(question),
+        "workload": _workload(question, caps),
         **({} if question.max_loss is None else {"constraints": {"max_quality_loss": question.max_loss}}),
         "objective": f"speedup@{question.asked.sequences}",
         "advice": {one.name: round(one.speed, 1) for one in sorted(tries, key=lambda one: _rank(question, one), reverse=True)},
@@ -221,14 +251,16 @@ def _data(text: str | None) -> dict[str, Any]:
     return {"source": text, "evaluation": 0.2, "calibration": 0.2}
 
 
-def _workload(question: Question) -> dict[str, Any]:
-    """The question's own lengths, as far as the context goes, in windows that small models and texts fill."""
+def _workload(question: Question, caps: Mapping[str, int]) -> dict[str, Any]:
+    """The question's own lengths, as far as the context and `caps` go, in windows that small models and texts fill."""
     context, asked = context_tokens(question.facts.config), question.asked
     prompt = min(asked.prompt_tokens, max(1, context // 4))
     told: dict[str, Any] = {"prompt_tokens": prompt, "batch_sizes": sorted({1, 8, asked.sequences})}
     if question.task in ("text-generation", "text2text-generation"):
         told["new_tokens"] = min(asked.new_tokens, max(1, context // 4))
-    return told | {"windows": 100 if question.task in HEADED else 60, "window_tokens": max(2, min(256, context))}
+    told |= {"windows": 100 if question.task in HEADED else 60, "window_tokens": max(2, min(256, context))}
+    fewer = {key: min(most, told.get(key, most)) for key, most in caps.items() if key in told or key == "rounds"}
+    return told | fewer
 
 
 def name_of(source: str) -> str:
@@ -260,12 +292,21 @@ def _written(
         sections["data"] = (
             _comment("No text was given: the source of Python's standard library, as in recipes/demo.yaml.") + sections["data"]
         )
+    if asked := _longer(advice.question, tree["workload"]):
+        sections["workload"] = _comment(asked) + sections["workload"]
     sections["advice"] = (
         _comment("Tokens per second that were expected, what was to win first; the report holds it against what came.")
         + sections["advice"]
     )
     sections["variants"] = "variants:\n" + "".join(f"{_comment(_of(one), '  ')}  - {_flow(_line(one))}\n" for one in tries)
     return "".join(_comment(line) for line in head) + "\n" + "\n".join(sections.values())
+
+
+def _longer(question: Question, workload: Mapping[str, Any]) -> str:
+    """What the workload would be with time enough; empty where it is that."""
+    whole = _workload(question, SHORTER[0])
+    less = [f"{key} {value}" for key, value in whole.items() if workload[key] != value]
+    return f"Shortened, so that several variants are measured within the budget; with more time: {', '.join(less)}." if less else ""
 
 
 def _of(one: Try) -> str:

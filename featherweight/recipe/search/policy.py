@@ -177,11 +177,16 @@ class Search:
         return Step("measure", self.variants[name]) if name else None
 
     def _look(self, waiting: list[str]) -> Step | None:
-        """A variant to look at, where there is time for it, and to measure it or what waits for that."""
+        """A variant to look at, where there is time for it, and to measure it or what waits for that.
+
+        Until one could be served, what there is time to look at is looked at; the first, which costs least, in any case.
+        """
         tried = self.glances.keys() | self.measured.keys() | self.failed
         untried = sorted((name for name in self.variants if name not in tried), key=self._cost)
-        able = [name for name in untried if self._fits(Step("glance", self.variants[name]), waiting[:1] or [name])]
-        chosen = able if tried - {BASELINE} else able or untried[:1]
+        chosen = [name for name in untried if self._fits(Step("glance", self.variants[name]), waiting[:1] or [name])]
+        if not chosen and not self.glances:
+            chosen = [name for name in untried if self._cost(name) <= self.budget - self.spent]
+            chosen = chosen or ([] if self.failed else untried[:1])
         return Step("glance", self.variants[self.suggest(chosen)]) if chosen else None
 
     def _fits(self, step: Step, then: list[str]) -> bool:

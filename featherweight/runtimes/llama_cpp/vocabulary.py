@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import CONFIG
+from featherweight.checkpoint.pieces import Pieces
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.runtimes.llama_cpp import library
 
@@ -41,8 +42,9 @@ class Vocabulary:
         file = checkpoint / "tokenizer.json"
         self.told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         model = self.told.get("model", {})
-        merged = model.get("type") == "BPE"
-        self.kind = (SENTENCEPIECE if model.get("byte_fallback") else BYTES) if merged else None
+        pieces = Pieces(self.told)
+        bytes_beside = model.get("type") == "BPE" and pieces.falls_back_to_bytes and not pieces.byte_level
+        self.kind = SENTENCEPIECE if bytes_beside else BYTES if model.get("type") == "BPE" else None
 
     @property
     def ways(self) -> tuple[str, ...]:
