@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.gguf import convert_gguf
+from featherweight.progress import Progress
+
 DECODER, ENCODER_DECODER = "text-generation", "text2text-generation"
 
 
@@ -63,7 +66,7 @@ SHAPES: dict[str, Callable[[], Any]] = {"qwen2.5-0.5b": qwen2, "t5-small": t5_sm
 
 
 def subject(source: str, place: Path) -> Subject:
-    """A subject: a name out of SHAPES, which is made in `place`, a folder, or a GGUF file, which transformers unpacks there."""
+    """A subject: a name out of SHAPES, which is made in `place`, a folder, or a GGUF file, which is unpacked there."""
     if source in SHAPES:
         folder = _made(place / source, lambda folder: _draw(source, folder))
     elif source.endswith(".gguf"):
@@ -116,10 +119,6 @@ def _tokenizer(size: int) -> Any:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """A GGUF file in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    """A GGUF file in float32, as a run of Featherweight loads it: transformers writes none that it has read."""
+    folder.mkdir(parents=True)
+    convert_gguf(file, folder, folder, Progress())
