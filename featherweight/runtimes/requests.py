@@ -16,7 +16,7 @@ def ask_in_turns(
     variant: MeasuredVariant, baseline: MeasuredVariant, requests: RequestsSpec, progress: Progress
 ) -> list[tuple[Load, Load]]:
     """Requests at each rate by turns: what those of each side wait, answered together as it was chosen for that side."""
-    askers = {side: _Asker(side, requests, progress) for side in (variant, baseline)}
+    askers = {side: _Asker(side, requests, progress) for side in dict.fromkeys((variant, baseline))}
     found = []
     for rate in requests.rate:
         rounds: dict[MeasuredVariant, list[tuple[Request, ...]]] = {side: [] for side in askers}

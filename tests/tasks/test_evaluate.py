@@ -210,7 +210,10 @@ def test_long_prompts_are_timed_in_turns_too_and_requests_that_come_at_a_rate(ba
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     for folder in (alone, beside):
         folder.mkdir()
-    evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=alone)
+    heard = Recorder()
+    evaluate(spec, served=baseline, baseline=baseline, evaluation=text, out=alone, progress=heard)
+    tries = [note for note in heard.notes if "at once" in note]
+    assert len(tries) == len(set(tries)) > 0, "who is measured beside itself is tried once"
     metrics = evaluate(spec, served=ctranslate2, baseline=baseline, evaluation=text, out=beside, baseline_measurement=alone)
     comparison = Comparison.read(beside)
     for side in (comparison.variant, comparison.baseline):
