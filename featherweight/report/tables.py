@@ -81,37 +81,57 @@ SERVED = ", and when it is served"
 
 def columns(result: OptimizationResult) -> list[Column]:
     """The numeric columns of a result's tables, those left out that no variant has a value for."""
-    batches = result.batch_sizes
-    scored, counted = SCORED[result.task], "tokens read" if result.task in ("fill-mask", *HEADED) else "new tokens"
     title = f"Δ {result.quality.replace('bits per byte', 'bits/byte')} (95 % CI)"
-    found = [_metric(title, f"change of {result.quality} against the baseline", "quality_change", brief=True)]
-    for batch in batches:
-        at = f"batch {batch}"
-        found += [
-            _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup_{batch}", times, brief=True),
-            _metric(f"tokens/s, {at}", f"{counted} per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
-            _metric(f"TTFT, {at}", "time to first token", f"ttft_s_{batch}", milliseconds),
-            _metric(f"p50, {at}", "median latency of a generation", f"p50_latency_s_{batch}", milliseconds),
-            _metric(
-                f"p95, {at}", "95th percentile of the latency", f"p95_latency_s_{batch}", milliseconds, brief=batch == batches[0]
-            ),
-            _metric(f"p99, {at}", "99th percentile of the latency", f"p99_latency_s_{batch}", milliseconds),
-            _metric(f"between tokens, {at}", "of one sequence, after the first", f"inter_token_s_{batch}", milliseconds),
-            _metric(f"J/token, {at}", JOULES, f"joules_per_token_{batch}", plain),
-            _bounded(f"speculation ×, {at} (95 % CI)", SPECULATION, f"speculation_speedup_{batch}", times),
-            _metric(f"tokens a pass, {at}", "over a text, with what was drafted", f"tokens_per_pass_{batch}", plain),
-        ]
-    for tokens in result.prompt_lengths:
-        found += _long_prompts(tokens)
-    for often in result.request_rates:
-        found += _requests(often)
-    found += [
+    found = [
+        _metric(title, f"change of {result.quality} against the baseline", "quality_change", brief=True),
+        *(column for batch in result.batch_sizes for column in _of_batch(result, batch)),
+        *(column for tokens in result.prompt_lengths for column in _long_prompts(tokens)),
+        *(column for often in result.request_rates for column in _requests(often)),
+        *_costs(),
+        *_quality(result),
+        *_serving(result),
+    ]
+    return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
+
+
+def _of_batch(result: OptimizationResult, batch: int) -> list[Column]:
+    """Generations of so many sequences together."""
+    at, counted = f"batch {batch}", "tokens read" if result.task in ("fill-mask", *HEADED) else "new tokens"
+    return [
+        _metric(f"speed ×, {at}", "tokens/s over the baseline's", f"speedup_{batch}", times, brief=True),
+        _metric(f"tokens/s, {at}", f"{counted} per second, all sequences together", f"tokens_per_s_{batch}", rate, brief=True),
+        _metric(f"TTFT, {at}", "time to first token", f"ttft_s_{batch}", milliseconds),
+        _metric(f"p50, {at}", "median latency of a generation", f"p50_latency_s_{batch}", milliseconds),
+        _metric(
+            f"p95, {at}",
+            "95th percentile of the latency",
+            f"p95_latency_s_{batch}",
+            milliseconds,
+            brief=batch == result.batch_sizes[0],
+        ),
+        _metric(f"p99, {at}", "99th percentile of the latency", f"p99_latency_s_{batch}", milliseconds),
+        _metric(f"between tokens, {at}", "of one sequence, after the first", f"inter_token_s_{batch}", milliseconds),
+        _metric(f"J/token, {at}", JOULES, f"joules_per_token_{batch}", plain),
+        _bounded(f"speculation ×, {at} (95 % CI)", SPECULATION, f"speculation_speedup_{batch}", times),
+        _metric(f"tokens a pass, {at}", "over a text, with what was drafted", f"tokens_per_pass_{batch}", plain),
+    ]
+
+
+def _costs() -> list[Column]:
+    """Space, memory, its bandwidth, and the time to start."""
+    return [
         _metric("size", "weights on disk", "size_bytes", mebibytes, brief=True),
         _metric("peak memory", "of the serving process, where its weights lie", "peak_memory_bytes", mebibytes, brief=True),
         _metric("start", "until it can serve: its process, its libraries, its weights", "startup_s", seconds),
         _metric("host memory", "peak in main memory beside the GPU's", "peak_host_memory_bytes", mebibytes),
         _metric("tensors", "peak of the GPU's memory that PyTorch's own count knows", "peak_tensor_bytes", mebibytes),
         _metric("roofline, batch 1", ROOFLINE, "roofline_1", share),
+    ]
+
+
+def _quality(result: OptimizationResult) -> list[Column]:
+    scored = SCORED[result.task]
+    return [
         _metric("bits/byte", scored, "bits_per_byte", lambda value: _number(value, ".4f")),
         _metric("perplexity", f"per token, {scored}", "perplexity", lambda value: _number(value, ".3f")),
         _metric("embedding distance", scored, "embedding_distance", lambda value: _number(value, ".5f")),
@@ -125,6 +145,12 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("rank agreement", RANKS, "rank_agreement", lambda value: _number(value, ".4f")),
         _metric("parity", "largest difference of log-probabilities to the PyTorch source", "parity", lambda v: _number(v, ".2g")),
         _metric("zeros", "share of zeros in the pruned matrices", "zero_share", share),
+    ]
+
+
+def _serving(result: OptimizationResult) -> list[Column]:
+    """Where, by which kernels and how many threads it was served."""
+    return [
         Column("device", "where it was served", _device, lambda row: float(row.device != "cpu"), brief=_on_gpu(result)),
         Column(
             "attention", "PyTorch's kernels for the prompt, and for a step", lambda row: row.attention or MISSING, lambda _: 0.0
@@ -134,7 +160,6 @@ def columns(result: OptimizationResult) -> list[Column]:
         _metric("threads, requests", f"of the engine under them{SERVED}", "threads_requests", plain),
         Column("threads", "found best, per batch size", _threads, lambda row: max(row.threads.values(), default=math.nan)),
     ]
-    return [column for column in found if any(column.text(row) != MISSING for row in result.measured)]
 
 
 def _metric(title: str, meaning: str, key: str, show: Callable[[float], str] | None = None, brief: bool = False) -> Column:
