@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,14 @@ from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.spec import seconds_of
 from flows.advise import share_of
 from flows.cli import app
+from tests.support.headers import CONFIG, headers_alone, safetensors
 
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
-CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-
-
-def safetensors(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    """A file of zeros."""
-    header, end = {}, 0
-    for name, (rows, columns) in shapes.items():
-        header[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [end, end := end + 4 * rows * columns]}
-    told = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(told)) + told + bytes(end))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return headers_alone(tmp_path_factory.mktemp("tiny"))
-
-
-def headers_alone(folder: Path) -> Path:
-    """A Llama of which nothing but the headers tells anything."""
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text("{}")
-    body = {f"model.layers.{i}.mlp.{name}_proj.weight": (96, 64) for i in (0, 1) for name in ("up", "gate")}
-    safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": (64, 64), **body})
-    return folder
 
 
 def told(*arguments: str) -> dict[str, Any]:

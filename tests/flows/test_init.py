@@ -14,7 +14,7 @@ from featherweight.recipe.reading import load_recipe
 from flows import init
 from flows.cli import app
 from flows.composed import Wanted, budget_of, machine_named, text_named, use_of
-from tests.flows.test_advise import headers_alone
+from tests.support.headers import headers_alone
 
 
 @pytest.fixture(scope="module")

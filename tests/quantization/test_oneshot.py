@@ -29,8 +29,7 @@ from tasks.export import export
 from tasks.quantize import quantize
 from tests.support.families import PLAIN_WORDS, alone_inputs, family_checkpoint
 from tests.support.gptq_formula import reference_gptq
-from tests.support.serving_models import serving_spec
-from tests.tasks.test_families import opened, score, windows_of
+from tests.support.serving_models import opened, score, serving_spec, windows_of
 
 NOT_CAUSAL = (*model_types("text2text-generation"), *model_types("fill-mask"))
 SMOOTHINGS = [*(("awq", kind) for kind in NOT_CAUSAL), *(("smoothquant", kind) for kind in NOT_CAUSAL if kind in PRE_NORM)]

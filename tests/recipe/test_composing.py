@@ -21,7 +21,7 @@ from featherweight.report.overruled import advice_line
 from featherweight.report.page import render_report
 from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.system.device import CPU
-from tests.recipe.test_advice import SMALL, encoder, machine, t5
+from tests.support.advising import SMALL, encoder, machine, t5
 
 SECONDS = {"evaluate": 20.0, "compile": 10.0, "export": 10.0, "quantize": 5.0, "sensitivity": 300.0}
 

@@ -17,23 +17,11 @@ from pydantic import ValidationError
 from featherweight.errors import IntegrityError
 from featherweight.measure.goals import choose_winner
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
-from featherweight.progress import Metrics
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.search.policy import Goal, Pace, Search, Step
 from featherweight.recipe.search.study import Study, Told
-
-SPACE = {
-    "quantize": {"method": ["rtn", "gptq"], "grid": ["int8", "int4-g32"], "head": ["int8", None]},
-    "export": [{"engine": "ctranslate2", "compute_type": ["float32", "int8"]}, {"engine": "torch-dynamic"}],
-}
-TREE: dict[str, Any] = {
-    "name": "searched",
-    "checkpoint": {"train": {}},
-    "data": {"source": "python-stdlib"},
-    "search": {"budget": "5m", "space": SPACE},
-    "promote": {"model": "searched"},
-}
+from tests.support.searching import TREE, figures
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -111,14 +99,6 @@ def test_the_plan_has_a_short_look_beside_every_measurement() -> None:
 PLAN = expand(recipe())
 NAMES = [one.name for one in PLAN.variants if one.name != BASELINE]
 GOAL = Goal(ConstraintsSpec(max_quality_loss=0.02), "speedup@1")
-
-
-def figures(speed: float, loss: float, spread: float) -> Metrics:
-    """A made-up measurement, and its intervals."""
-    return {
-        **{"speedup_1": speed, "speedup_1_low": speed * (1 - spread), "speedup_1_high": speed * (1 + spread)},
-        **{"quality_change": loss, "quality_change_low": loss - spread / 50, "quality_change_high": loss + spread / 50},
-    }
 
 
 def searched(

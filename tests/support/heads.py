@@ -7,12 +7,18 @@ import random
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.opening import load_config
+from featherweight.checkpoint.spec import LoadSpec
+from featherweight.spec import Task
+from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from tests.support.families import LIKE, PLAIN_WORDS, SIZES, word_tokenizer
+from tests.support.serving_models import opened
 
 ANIMALS = ("fox", "bear", "wolf", "hare")
 OTHERS = [word for word in PLAIN_WORDS if word not in ANIMALS]
 TAGS = ("O", "B-ANIMAL", "I-ANIMAL")
+TEXTS = ["the fox sang", "once upon a time there was a little bear in the wood and they ran", "ran", "the old hare, the wolf"]
 HEADS = {
     "feature-extraction": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
@@ -133,3 +139,33 @@ def tagged(count: int, seed: int = 0) -> list[Document]:
         tags = ["O" if not here else "B-ANIMAL" if first else "I-ANIMAL" for here, first in zip(animals, begins, strict=True)]
         found.append(Document(f"{seed}/{place}", " ".join(words), label=list(tags)))
     return found
+
+
+def loaded(source: Path, out: Path, task: Task) -> Path:
+    """`source` as the load stage leaves it."""
+    from tasks.load import load
+
+    out.mkdir()
+    load(LoadSpec(source=str(source), task=task), out=out)
+    return out
+
+
+def opened_vectors(folder: Path) -> Any:
+    """What the engine of a served folder, PyTorch's if it has none yet, makes of TEXTS."""
+    import torch
+
+    if not (folder / "serving.json").exists():
+        Serving("torch").write(folder)
+    ids, types = tokens(folder, TEXTS)
+    return torch.tensor(opened(folder).outputs(ids, types))[:, 0]
+
+
+def tokens(folder: Path, texts: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids and types of texts, or of pairs of them, cut to 24 tokens."""
+    from featherweight.checkpoint.tokenizer import load_tokenizer
+    from featherweight.text.examples import encoded, types_of
+
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    parts = [one if isinstance(one, tuple) else (one, None) for one in texts]
+    told = [encoded(config, tokenizer, first, second, 24) for first, second in parts]
+    return [list(one["input_ids"]) for one in told], [types_of(one) for one in told]

@@ -11,8 +11,12 @@ from featherweight.grid import GRIDS, Grid
 from featherweight.model.matrices import heads, matrices, move_to_grid, rows_of
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.runtimes.parity import load_reference
+from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
+from featherweight.text.model_inputs import scoring_windows
+from featherweight.text.tokens import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,3 +134,28 @@ def write_text(folder: Path, text: str) -> Path:
 def serving_spec(engine: str, **keys: Any) -> Any:
     """What a recipe says of an alternative that `engine` serves, in the engine's own spec."""
     return RUNTIMES[engine].spec.model_validate({"engine": engine, **keys})
+
+
+def exported(checkpoint: Path, text: Path, out: Path, **spec: Any) -> tuple[Path, dict[str, float]]:
+    """What a checkpoint is served from by the engine of `spec`, and the metrics of its export."""
+    from tasks.export import export
+
+    out.mkdir()
+    return out, dict(export(serving_spec(**spec), checkpoint=checkpoint, calibration=text, out=out))
+
+
+def opened(folder: Path, batch: int = 8) -> LoadedModel:
+    """The engine of a served folder, in this process: a worker for each would spend most of the time importing."""
+    serving = Serving.read(folder)
+    return RUNTIMES[serving.engine].loaded_model()(folder, serving, Limits(threads=1, max_tokens=64, max_batch=batch))
+
+
+def score(engine: LoadedModel, windows: list[Window]) -> list[list[float]]:
+    """Log-probabilities of the tokens of each window, given its source where it has one."""
+    return engine.logprobs_given([window.ids for window in windows], [window.source for window in windows])
+
+
+def windows_of(checkpoint: Path, text: Path, limit: int = 6) -> tuple[Any, list[Window]]:
+    """PyTorch's model of a checkpoint, and windows of up to 32 tokens that its quality is measured on."""
+    model = load_reference(checkpoint)
+    return model, scoring_windows(checkpoint, model.config, text, 32, limit)

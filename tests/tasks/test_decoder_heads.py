@@ -25,13 +25,12 @@ from featherweight.text.documents import Document, write_documents
 from featherweight.text.examples import packed_inputs
 from tests.support import heads
 from tests.support.families import SIZES, family_checkpoint
+from tests.support.heads import TEXTS, loaded, opened_vectors, tokens
 from tests.support.in_process import InProcess
-from tests.support.serving_models import serving_spec
-from tests.tasks.test_heads import exported, loaded, opened, opened_vectors, tokens
+from tests.support.serving_models import exported, opened, serving_spec
 
 pytestmark = pytest.mark.slow
 
-TEXTS = ["the fox sang", "once upon a time there was a little bear in the wood and they ran", "ran", "the old hare, the wolf"]
 HEADS: dict[str, tuple[Task, dict[str, Any]]] = {
     "labels": ("text-classification", {"num_labels": 3}),
     "number": ("text-classification", {"num_labels": 1}),

@@ -18,7 +18,6 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.quantization.spec import QuantizeSpec
 from featherweight.registry.generator import Generator
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.runtimes.parity import load_reference
 from featherweight.runtimes.workload import Workload
 from featherweight.store.served_folder import Serving
@@ -29,7 +28,7 @@ from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.quantize import quantize
 from tests.support.families import family_checkpoint, sentence
-from tests.support.serving_models import serving_spec
+from tests.support.serving_models import exported, opened, score, serving_spec, windows_of
 
 SEQ2SEQ = ("t5", "mt5", "mbart", "m2m_100", "marian")
 ENCODERS = ("bert", "distilbert", "roberta")
@@ -61,24 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def served(checkpoint: Path, text: Path, out: Path, engine: EngineName = "torch") -> Path:
-    out.mkdir()
-    export(serving_spec(engine=engine), checkpoint=checkpoint, calibration=text, out=out)
-    return out
-
-
-def opened(folder: Path) -> LoadedModel:
-    """The engine of a served folder, in this process: a worker for each would spend most of the time importing."""
-    serving = Serving.read(folder)
-    return RUNTIMES[serving.engine].loaded_model()(folder, serving, Limits(threads=1, max_tokens=64))
-
-
-def score(engine: LoadedModel, windows: list[Window]) -> list[list[float]]:
-    return engine.logprobs_given([window.ids for window in windows], [window.source for window in windows])
-
-
-def windows_of(checkpoint: Path, text: Path, limit: int = 6) -> tuple[Any, list[Window]]:
-    model = load_reference(checkpoint)
-    return model, scoring_windows(checkpoint, model.config, text, 32, limit)
+    return exported(checkpoint, text, out, engine=engine)[0]
 
 
 def labelled(window: Window, mask: int | None) -> dict[str, Any]:

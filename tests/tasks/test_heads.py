@@ -18,20 +18,17 @@ from featherweight.model.architecture import task_of
 from featherweight.runtimes import answer_parity
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
-from featherweight.runtimes.interface import Limits, LoadedModel
 from featherweight.spec import Task
-from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
-from tasks.export import export
 from tasks.load import load
 from tests.support import heads
 from tests.support.families import family_checkpoint
+from tests.support.heads import TEXTS, loaded, opened_vectors, tokens
 from tests.support.in_process import InProcess
-from tests.support.serving_models import serving_spec
+from tests.support.serving_models import exported, opened, serving_spec
 
 pytestmark = pytest.mark.slow
 
-TEXTS = ["the fox sang", "once upon a time there was a little bear in the wood and they ran", "ran", "the old hare, the wolf"]
 MADE: dict[str, tuple[Task, Any, dict[str, Any]]] = {
     "vectors": ("feature-extraction", None, {}),
     "labels": ("text-classification", heads.labelled, {"num_labels": 2}),
@@ -69,22 +66,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return folder
 
     return get
-
-
-def loaded(source: Path, out: Path, task: Task) -> Path:
-    out.mkdir()
-    load(LoadSpec(source=str(source), task=task), out=out)
-    return out
-
-
-def exported(checkpoint: Path, text: Path, out: Path, **spec: Any) -> tuple[Path, dict[str, float]]:
-    out.mkdir()
-    return out, dict(export(serving_spec(**spec), checkpoint=checkpoint, calibration=text, out=out))
-
-
-def opened(folder: Path, batch: int = 8) -> LoadedModel:
-    serving = Serving.read(folder)
-    return RUNTIMES[serving.engine].loaded_model()(folder, serving, Limits(threads=1, max_tokens=64, max_batch=batch))
 
 
 @pytest.fixture
@@ -136,25 +117,6 @@ def test_a_whole_masked_model_beside_the_files_of_sentence_transformers_makes_ve
     assert task_of(load_config(out)) == "feature-extraction"
     ours, theirs = opened_vectors(out), mean_vectors(source, TEXTS)
     assert (ours - theirs).abs().max() < 1e-5
-
-
-def opened_vectors(folder: Path) -> Any:
-    import torch
-
-    if not (folder / "serving.json").exists():
-        Serving("torch").write(folder)
-    ids, types = tokens(folder, TEXTS)
-    return torch.tensor(opened(folder).outputs(ids, types))[:, 0]
-
-
-def tokens(folder: Path, texts: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
-    from featherweight.checkpoint.tokenizer import load_tokenizer
-    from featherweight.text.examples import encoded, types_of
-
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    parts = [one if isinstance(one, tuple) else (one, None) for one in texts]
-    told = [encoded(config, tokenizer, first, second, 24) for first, second in parts]
-    return [list(one["input_ids"]) for one in told], [types_of(one) for one in told]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from featherweight.store.artifact import ArtifactRef, content_digest
 from tasks.outcome import Outcome, Outcomes
 from tasks.parent_run import ParentRun
 from tasks.searching import STATE, run_searched
-from tests.recipe.test_search import TREE, figures
+from tests.support.searching import TREE, figures
 from tests.support.stores import new_workspace
 
 RECIPE = Recipe.model_validate(
