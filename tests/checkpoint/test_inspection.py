@@ -18,8 +18,9 @@ from featherweight.checkpoint import inspection, tensors
 from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS, Listing, find_weights, missing_part, needed_files
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.errors import CheckpointError
+from tests.support.paths import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
+MODELS = SHARED / "models"
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from featherweight.store.workspace import Workspace
 from flows import cli
 from flows.cli import app
 from tests.support.command import command_here
+from tests.support.paths import ROOT
 from tests.support.registering import empty_store
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 
 def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from flows.mcp_server import Reading, server
+from tests.support.paths import ROOT
 from tests.support.registering import MODEL, Bench, desk
 
 pytestmark = pytest.mark.slow
 mcp = pytest.importorskip("mcp")
 
 __all__ = ["desk"]
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+RECIPE = str(ROOT / "recipes" / "demo.yaml")
 
 
 def asked(root: Path, *calls: tuple[str, dict[str, Any]]) -> tuple[Any, list[Any]]:

@@ -23,24 +23,17 @@ from featherweight.registry.remeasurement import Remeasurement
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.store.workspace import Workspace
 from flows.remeasure import rebuilt
-from tests.support.command import command_here
+from tests.support.command import COMMAND, command_here, featherweight
+from tests.support.paths import TINY_RECIPE
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.slow]
-
-RECIPE = Path(__file__).parents[1] / "support" / "tiny.yaml"
-COMMAND = str(Path(sys.executable).with_name("featherweight"))
-
-
-def featherweight(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    return subprocess.run([COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the tiny recipe has run; `result.json` holds what it printed."""
     folder = tmp_path_factory.mktemp("optimize")
-    finished = featherweight("optimize", str(RECIPE), "--json", cwd=folder)
+    finished = featherweight("optimize", str(TINY_RECIPE), "--json", cwd=folder)
     assert finished.returncode == 0, finished.stderr
     (folder / "result.json").write_text(finished.stdout)
     (folder / "progress.txt").write_text(finished.stderr)
@@ -137,7 +130,7 @@ def test_it_says_what_it_does(done: Path) -> None:
 
 @pytest.mark.usefixtures("named_prefect")
 def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
-    again = command_here("optimize", str(RECIPE), "--json", cwd=done)
+    again = command_here("optimize", str(TINY_RECIPE), "--json", cwd=done)
     assert again.returncode == 0, again.stderr
     second = json.loads(again.stdout)
     acting = {"register", "promote"}
@@ -152,7 +145,7 @@ def test_the_second_run_recomputes_nothing(done: Path, result: dict) -> None:
 @pytest.mark.usefixtures("named_prefect")
 def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
     hot = ["--set", "stages.prune.half.finetune.learning_rate=1e9", "--set", "variants=[{prune: half, serve: ct2}]"]
-    failed = command_here("optimize", str(RECIPE), *hot, "--json", cwd=done)
+    failed = command_here("optimize", str(TINY_RECIPE), *hot, "--json", cwd=done)
     assert failed.returncode == 5
     assert failed.stderr.splitlines()[-1].startswith("featherweight: no variant was made, and nothing registered")
     told = json.loads(failed.stdout)
@@ -166,7 +159,7 @@ def test_where_every_variant_fails_nothing_is_registered(done: Path) -> None:
 @pytest.mark.usefixtures("named_prefect")
 def test_where_no_variant_keeps_the_constraints_nothing_is_registered(done: Path) -> None:
     strict = ["--set", "constraints.max_size_bytes=1", "--set", "promote.model=strict", "--set", "variants=[{serve: ct2}]"]
-    ended = command_here("optimize", str(RECIPE), *strict, "--json", cwd=done)
+    ended = command_here("optimize", str(TINY_RECIPE), *strict, "--json", cwd=done)
     assert ended.returncode == 8, ended.stderr
     assert "no variant keeps the constraints" in ended.stderr.splitlines()[-1]
     assert json.loads(ended.stdout)["registered"] == ""
@@ -212,7 +205,7 @@ def test_a_rebuild_is_of_the_versions_own_recipe_on_the_fresh_text(done: Path) -
 
 
 def test_plan_knows_what_is_cached(done: Path) -> None:
-    shown = json.loads(command_here("plan", str(RECIPE), "--json", cwd=done).stdout)
+    shown = json.loads(command_here("plan", str(TINY_RECIPE), "--json", cwd=done).stdout)
     assert {node["basis"] for node in shown["nodes"]} <= {"cached", "measured", "estimated"}
     # a toolchain that is not here costs two, the registration and the promotion are done each time
     assert sum(node["basis"] == "cached" for node in shown["nodes"]) >= len(shown["nodes"]) - 4
@@ -233,9 +226,9 @@ finally:
 def test_what_is_cached_is_known_without_prefect_and_mlflow(done: Path) -> None:
     """Prefect's results are read as Prefect itself reads them, here in the test's process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
-    command = [sys.executable, "-c", LIGHT_PLAN, str(RECIPE)]
+    command = [sys.executable, "-c", LIGHT_PLAN, str(TINY_RECIPE)]
     seen = subprocess.run(command, cwd=done, env=environment, capture_output=True, text=True, timeout=300)
-    theirs = json.loads(command_here("plan", str(RECIPE), "--json", cwd=done).stdout)
+    theirs = json.loads(command_here("plan", str(TINY_RECIPE), "--json", cwd=done).stdout)
     assert (seen.returncode, seen.stderr.strip()) == (0, "")
     assert [node["basis"] for node in json.loads(seen.stdout)["nodes"]] == [node["basis"] for node in theirs["nodes"]]
 
@@ -263,7 +256,7 @@ def test_the_command_line_runs_the_flow_that_deployments_run(done: Path) -> None
         query = "select flow.name, flow_run.parameters from flow join flow_run on flow_run.flow_id = flow.id"
         runs = [(name, json.loads(parameters)) for name, parameters in prefect.execute(query)]
     assert {name for name, _ in runs} == {"optimize"}
-    assert {parameters["recipe"] for _, parameters in runs} == {str(RECIPE)}
+    assert {parameters["recipe"] for _, parameters in runs} == {str(TINY_RECIPE)}
     assert all(parameters.keys() <= set(inspect.signature(optimize_flow.fn).parameters) for _, parameters in runs)
 
 
@@ -281,7 +274,7 @@ def test_the_champion_answers(done: Path) -> None:
 @pytest.mark.usefixtures("named_prefect")
 def test_a_kill_resumes_without_recomputing(tmp_path: Path) -> None:
     """SIGKILL once the checkpoint is trained, again a little later; what was done stays done."""
-    options = ["optimize", str(RECIPE), "--json", "--set", "variants=[{serve: [ct2]}, {quantize: gptq8, serve: ort8}]"]
+    options = ["optimize", str(TINY_RECIPE), "--json", "--set", "variants=[{serve: [ct2]}, {quantize: gptq8, serve: ort8}]"]
     finished: set[str] = set()
     own_server = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

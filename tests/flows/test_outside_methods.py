@@ -27,8 +27,8 @@ from tasks import cache_key, code_slice
 from tasks.prune import prune
 from tasks.quantize import quantize
 from tests.conftest import STORY
+from tests.support.paths import SUPPORT
 
-SUPPORT = Path(__file__).parents[1] / "support"
 RECIPE: dict[str, Any] = {
     "name": "outside-methods",
     "checkpoint": {"source": "checkpoint"},

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.conftest import STORY
-from tests.flows.test_optimize import featherweight
+from tests.support.command import featherweight
+from tests.support.paths import SUPPORT
 
-SUPPORT = Path(__file__).parents[1] / "support"
 RECIPE: dict[str, Any] = {
     "name": "outside",
     "checkpoint": {"source": "checkpoint"},

@@ -13,6 +13,7 @@ from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.system.progress_channel import ProgressChannel
 from flows.progress_view import LiveView, NodeState, PlainView, View, _fit, shown
+from tests.support.paths import TINY_RECIPE
 
 MESSAGES = [
     ("started", {"node": "checkpoint"}),
@@ -25,7 +26,7 @@ MESSAGES = [
 
 @pytest.fixture
 def plan() -> Plan:
-    return expand(load_recipe(Path(__file__).parents[1] / "support" / "tiny.yaml"))
+    return expand(load_recipe(TINY_RECIPE))
 
 
 def test_plain_lines_tell_start_progress_time_left_and_end(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from featherweight.recipe.recipe import Recipe
 from featherweight.registry.lineage import LineageGraph, LineageNode
 from featherweight.report.result import NodeRow, OptimizationResult, VariantRow
 from flows.reproduce import _compared, recipe_of
-from tests.flows.test_optimize import RECIPE
+from tests.support.paths import TINY_RECIPE
 
 NAME = "two/half/qat4/ort4"
 
@@ -25,7 +25,7 @@ def graph() -> LineageGraph:
         return LineageNode(id, stage, {}, f"digest of {id}", "", "", {}, {}, {"prefect": "0.1"}, {}, "", "")
 
     nodes = (node("checkpoint", "train"), node("two", "distill"), node(NAME, "compile"), node(f"{NAME}/evaluate", "evaluate"))
-    return LineageGraph(NAME, "d", recipe_text(load_recipe(RECIPE)), "older", "run", "", {"bits_per_byte": 2.0}, nodes)
+    return LineageGraph(NAME, "d", recipe_text(load_recipe(TINY_RECIPE)), "older", "run", "", {"bits_per_byte": 2.0}, nodes)
 
 
 def test_the_recipe_is_of_the_variant_alone_and_promotes_nothing() -> None:

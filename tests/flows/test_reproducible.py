@@ -12,8 +12,7 @@ import pytest
 
 from featherweight.text.documents import Document, write_documents
 from tests.support.every_stage import digests
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,9 @@ import psutil
 import pytest
 
 from featherweight.registry.lineage import build
-from tests.registry.test_pyfunc import NEW, PROMPTS, greedy, torch_folder
+from featherweight.store.served_folder import Serving
 from tests.support.registering import METRICS, MODEL, Bench, desk
+from tests.support.serving_models import NEW, PROMPTS, written
 from tests.support.waiting import all_end
 
 pytestmark = [
@@ -30,7 +32,8 @@ __all__ = ["desk"]
 
 def test_the_champion_answers_who_has_the_token_until_it_is_stopped(desk: Bench, tiny_checkpoint: Path) -> None:
     out = desk.root / "served"
-    torch_folder(tiny_checkpoint, out, out)
+    shutil.copytree(tiny_checkpoint, out, dirs_exist_ok=True)
+    Serving("torch").write(out)
     ref, manifest = desk.publish(out, "served")
     graph = build([(ref, manifest)], ref.digest, variant="one", recipe="", run_id=desk.run_id, metrics=METRICS)
     desk.registry.register(replace(desk.record("one", ref, graph), max_tokens=128))
@@ -49,7 +52,7 @@ def test_the_champion_answers_who_has_the_token_until_it_is_stopped(desk: Bench,
         where = f"{ready['url']}/invocations"
         assert httpx.post(where, json=asked, timeout=300).status_code == 401
         answer = httpx.post(where, json=asked, timeout=300, headers={"Authorization": f"Bearer {'t' * 20}"})
-        assert answer.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
+        assert answer.json() == {"predictions": [written(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
     finally:
         server.terminate()
         said, _ = server.communicate(timeout=300)

@@ -22,6 +22,7 @@ from flows.watch_schedule import _deployment, parameters_of
 from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, require_own_run, tell
 from tasks.claims import Patience
 from tasks.stages import stage_named
+from tests.support.paths import ROOT
 from tests.support.waiting import name_of_ended, until
 
 
@@ -229,7 +230,7 @@ def test_a_written_checkpoint_starts_a_look_and_what_fails_is_told(harness: Path
     from infra.automations import notification, put
     from tasks.claims import Claim
 
-    deployed = yaml.safe_load((Path(__file__).parents[2] / "infra" / "prefect.yaml").read_text())["deployments"]
+    deployed = yaml.safe_load((ROOT / "infra" / "prefect.yaml").read_text())["deployments"]
     (trigger,) = next(one["triggers"] for one in deployed if one["name"] == "watch")
     parameters = {"source": "s3://bucket/checkpoints", "recipe": "recipe.yaml"}
     triggers = [DeploymentEventTrigger.model_validate(trigger)]

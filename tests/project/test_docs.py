@@ -9,7 +9,7 @@ import pytest
 
 from featherweight.errors import FeatherweightError
 from infra.site import build, reference
-from tests.project.test_house_rules import ROOT
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 GITHUB = ROOT / "infra" / "github"
 ACTION = yaml.safe_load((GITHUB / "action.yaml").read_text())
 BIN = Path(sys.executable).parent

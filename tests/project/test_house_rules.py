@@ -18,8 +18,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from featherweight.recipe.reading import load_recipe
+from tests.support.command import check_featherweight
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("featherweight", "tasks", "flows")
 # Seconds of import each; whoever uses them imports them in the function that does.
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "great_expectations", "ctranslate2", "onnx", "onnxruntime"}
@@ -221,21 +222,6 @@ def test_the_readmes_commands_exist(words):
         assert shutil.which(program) or program in (".", "cd", "export", "pip", "git"), f"what is {program}?"
 
 
-def check_featherweight(words: list[str]) -> None:
-    """The sub-command, every option given to it and every recipe named exist."""
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    command = [words[0]] if words and not words[0].startswith("-") else []
-    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
-    assert result.exit_code == 0, result.output
-    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.output))
-    assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known
-    assert all((ROOT / word).exists() for word in words if word.startswith("recipes/"))
-
-
-# The one place, what asks the driver and torch about GPUs for the doctor, and where NVIDIA's library is sought.
 MAY_SAY_CUDA = re.compile(r"featherweight/(system/(device|gpu|gpu_bandwidth)|runtimes/(gpu_findings|torch/cuda_report))\.py")
 LIBRARIES_OF_CUDA = {"onnxruntime-genai-cuda", "/usr/local/cuda*/lib64"}
 

@@ -29,9 +29,9 @@ import yaml
 
 from featherweight.errors import ServiceError
 from featherweight.system.processes import held_port
+from tests.support.paths import ROOT
 from tests.support.waiting import until
 
-ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 SPEC = importlib.util.spec_from_file_location("stack", INFRA / "stack.py")
 assert SPEC and SPEC.loader

@@ -14,8 +14,8 @@ import pytest
 
 import featherweight
 from featherweight.system import shipped
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CODE = ("featherweight", "tasks", "flows")
 
 

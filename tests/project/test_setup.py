@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 SPEC = importlib.util.spec_from_file_location("bootstrap", ROOT / "infra" / "bootstrap.py")
 assert SPEC and SPEC.loader
 bootstrap = importlib.util.module_from_spec(SPEC)

@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.project.test_house_rules import ROOT, check_featherweight
+from tests.support.command import check_featherweight
+from tests.support.paths import ROOT
 
 WHOLE = pytest.mark.skipif("FEATHERWEIGHT_TUTORIAL" not in os.environ, reason="minutes; FEATHERWEIGHT_TUTORIAL=1 runs it")
 STARTS = [pytest.mark.slow, pytest.mark.server, pytest.mark.engine]

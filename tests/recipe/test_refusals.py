@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,10 @@ from featherweight.recipe.refusals import Chosen, machine_refusal, refusal
 from featherweight.runtimes.spec import CompileSpec, ExportSpec
 from featherweight.runtimes.torch import runtime
 from featherweight.system.machine import Gpu, Machine
+from tests.support.paths import ROOT
 from tests.support.serving_models import serving_spec
 
-METHODS = Path(__file__).parents[2] / "docs" / "methods.md"
+METHODS = ROOT / "docs" / "methods.md"
 
 
 def serve(text: str) -> CompileSpec | ExportSpec:

@@ -30,8 +30,7 @@ from featherweight.store import artifact
 from featherweight.store.workspace import Workspace, local_path
 from featherweight.system.processes import end_group, held_port
 from flows.deploy import deploy
-from tests.registry.test_serving import MEASURED, promoted, register
-from tests.support.registering import MODEL, Bench, desk
+from tests.support.registering import MEASURED, MODEL, Bench, desk, promoted, register
 
 pytestmark = pytest.mark.slow
 

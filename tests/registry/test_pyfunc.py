@@ -27,14 +27,13 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.processes import end_group, held_port
 from featherweight.system.servers import await_url
 from featherweight.text.documents import Document, write_documents
+from tests.support.paths import ROOT
 from tests.support.registering import METRICS, MODEL, Bench, bench
-from tests.support.serving_models import serving_spec
+from tests.support.serving_models import NEW, PROMPTS, serving_spec, written
 from tests.support.waiting import all_end, running
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
-NEW = 12
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
 TALK = [{"role": "user", "content": "Once upon"}, {"role": "user", "content": "a time"}]
 TOLD = "user: Once upon user: a time "
@@ -97,17 +96,6 @@ def workers(of: psutil.Process | None = None) -> list[psutil.Process]:
     return running("featherweight.runtimes.worker", of)
 
 
-def greedy(checkpoint: Path, prompt: str, new: int) -> str:
-    """What transformers itself generates."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(prompt)["input_ids"]
-    full = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
-    return tokenizer.decode(full, skip_special_tokens=True)[len(prompt) :]
-
-
 ENGINES = {"torch": torch_folder, "ctranslate2": ctranslate2_folder, "onnxruntime-genai": genai_folder}
 
 
@@ -117,7 +105,7 @@ def test_champion_of_every_engine_answers(desk: Bench, tiny_checkpoint: Path, lo
     name = promote(desk, tiny_checkpoint, f"every-{engine}", ENGINES[engine])
     model = load(name)
     answers = model.predict(PROMPTS, params={"max_new_tokens": NEW, "stop_at_end": False})
-    assert answers == [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS]
+    assert answers == [written(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS]
     assert desk.registry.champion(name).tag("engine") == engine
 
 
@@ -218,7 +206,7 @@ def test_model_says_what_it_needs(desk: Bench, torch_model: str) -> None:
     assert f"torch=={torch.__version__.partition('+')[0]}" in lines
     assert [line.partition("==")[0] for line in lines[:4]] == ["mlflow", "pandas", "transformers", "featherweight"]
     described = (served.parents[1] / "MLmodel").read_text()
-    assert str(Path(__file__).parents[2]) not in described
+    assert str(ROOT) not in described
     size = sum(path.stat().st_size for path in served.iterdir())
     assert f"model_size_bytes: {size}" in described
     assert Manifest.read(served).digest == desk.registry.get(torch_model, "champion").digest
@@ -299,16 +287,16 @@ def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tin
             asked = {"inputs": PROMPTS[:2], "params": {"max_new_tokens": NEW, "stop_at_end": False}}
             reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=300)
             assert reply.status_code == 200, reply.text
-            assert reply.json() == {"predictions": [greedy(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
+            assert reply.json() == {"predictions": [written(tiny_checkpoint, prompt, NEW) for prompt in PROMPTS[:2]]}
             framed = {"dataframe_split": {"columns": ["prompt"], "data": [[PROMPTS[0]]]}, "params": asked["params"]}
             reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=framed, timeout=300)
-            assert reply.json()["predictions"] == [greedy(tiny_checkpoint, PROMPTS[0], NEW)]
+            assert reply.json()["predictions"] == [written(tiny_checkpoint, PROMPTS[0], NEW)]
             as_openai_takes_it = {"messages": TALK, **asked["params"]}
             for body in (as_openai_takes_it, {"dataframe_records": [{"messages": TALK}], "params": asked["params"]}):
                 reply = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=300)
                 assert reply.status_code == 200, reply.text
                 found = reply.json()  # MLflow puts nothing around the answer to the first
-                assert (found if isinstance(found, list) else found["predictions"]) == [greedy(tiny_checkpoint, TOLD, NEW)]
+                assert (found if isinstance(found, list) else found["predictions"]) == [written(tiny_checkpoint, TOLD, NEW)]
             wrong = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"inputs": [["a"], 3]}, timeout=300)
             assert wrong.status_code == 400
             room, shape = "this model is served with room for 128 tokens", "a prompt is a text, or a conversation"
@@ -319,6 +307,3 @@ def test_mlflow_serves_the_champion_over_http(desk: Bench, torch_model: str, tin
         finally:
             end_group(server)
     assert all_end(*engines)
-
-
-ROOT = Path(__file__).resolve().parents[2]

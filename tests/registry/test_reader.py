@@ -28,11 +28,12 @@ from flows.mcp_server import Reading
 from flows.ui import ByHand
 from tasks.summary import past_result
 from tests.support.mlflow_server import mlflow_server
+from tests.support.paths import ROOT
 from tests.support.registering import MODEL, Bench, bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 ADMIN, READER, SECRET = "admin", "reader", "a long password"
-SETTINGS = Path(__file__).parents[2] / "mlflow" / "basic_auth.ini"
+SETTINGS = ROOT / "mlflow" / "basic_auth.ini"
 
 
 def become(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from featherweight.system.locks import locked_file
 from featherweight.system.progress_channel import ProgressChannel
 from tasks.parent_run import open_parent_run
 from tests.conftest import S3Server
+from tests.support.paths import TINY_RECIPE
 from tests.support.registering import MODEL, Bench
 from tests.support.stores import new_workspace
 
@@ -124,7 +125,7 @@ def test_while_an_optimization_runs_nothing_goes(shelf: Shelf) -> None:
 
 
 def test_an_optimization_holds_its_workspace(shelf: Shelf) -> None:
-    recipe = load_recipe(Path(__file__).parents[1] / "support" / "tiny.yaml")
+    recipe = load_recipe(TINY_RECIPE)
     with open_parent_run(recipe, expand(recipe), shelf.workspace, ProgressChannel(), {}):
         assert "in this workspace" in shelf.collect(remove=True).held
     assert not shelf.collect().held

@@ -23,7 +23,6 @@ import pytest
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.measure.batching import Batching
 from featherweight.registry.keys import Keys
-from featherweight.registry.lineage import build
 from featherweight.registry.model_folder import CODE, SERVED
 from featherweight.registry.serving import backend, following, verified_copy
 from featherweight.registry.serving.following import Follower
@@ -32,7 +31,8 @@ from featherweight.registry.serving.reasons import reason
 from featherweight.runtimes.interface import EngineServer
 from featherweight.store.workspace import local_path
 from flows.listening import answering, listening
-from tests.support.registering import METRICS, MODEL, Bench, desk
+from tests.support.paths import ROOT, SUPPORT
+from tests.support.registering import MEASURED, MODEL, Bench, desk, promoted, register
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -41,20 +41,7 @@ __all__ = ["desk"]
 
 REQUESTS = int(os.environ.get("FEATHERWEIGHT_TEST_REQUESTS", "400"))
 """How many requests the swap is tried under at least; ask for 2000 to try harder."""
-ROOT = Path(__file__).parents[2]
-STUB = ROOT / "tests" / "support" / "stub_server.py"
-MEASURED = METRICS | {"threads_1": 3.0}
-
-
-def register(desk: Bench, name: str) -> str:
-    """A version that can be served, as far as the registry is asked."""
-    ref, manifest = desk.artifact(name)
-    graph = build([(ref, manifest)], ref.digest, variant=name, recipe="name: test", run_id=desk.run_id, metrics=MEASURED)
-    return desk.registry.register(desk.record(name, ref, graph)).version
-
-
-def promoted(desk: Bench, version: str) -> None:
-    desk.registry.transition(MODEL, version, "production", who="ada", why="a test")
+STUB = SUPPORT / "stub_server.py"
 
 
 @pytest.fixture

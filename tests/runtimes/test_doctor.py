@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,6 +15,7 @@ from featherweight.runtimes import doctor
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.system import device
 from featherweight.system.machine import Machine
+from tests.support.paths import ROOT
 
 QUIET = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL")
 AVX2_ONLY = Machine("Linux", "x86_64", "Some CPU", frozenset({"avx2", "fma"}), 2, 2, 24 * 2**30, ())
@@ -103,8 +103,7 @@ def test_imports_nothing_heavy():
         "import sys; from featherweight.runtimes.doctor import diagnose; diagnose();"
         "print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules])"
     )
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
 
 

@@ -28,6 +28,7 @@ from featherweight.runtimes.llama_cpp.tensors import Tensors
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import write_served
 from tests.support.in_process import InProcess
+from tests.support.paths import ROOT
 from tests.support.tokenizers import byte_level
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -177,7 +178,7 @@ def test_what_it_computes_is_not_refused(kind: str, changes: dict[str, Any], tok
 
 
 def test_the_page_names_every_type() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "methods.md").read_text()
     told = page.partition("### What llama.cpp's files are written for")[2].partition("\n### ")[0]
     assert [kind for kind in ARCHITECTURES if f"`{kind}`" not in told] == []
 

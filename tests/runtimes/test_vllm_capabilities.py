@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +16,9 @@ from featherweight.runtimes.vllm.capabilities import FP8_CACHE, RULES, rule
 from featherweight.runtimes.vllm.loaded import VllmModel
 from featherweight.system import toolchains
 from featherweight.system.machine import Gpu, Machine
+from tests.support.paths import ROOT
 from tests.support.serving_models import serving_spec
 
-ROOT = Path(__file__).resolve().parents[2]
 GENERATIONS = {
     "sm_75": (7, 5),
     "sm_80": (8, 0),

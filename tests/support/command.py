@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
@@ -14,6 +15,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+
+from tests.support.paths import ROOT
+
+COMMAND = str(Path(sys.executable).with_name("featherweight"))
+
+
+def featherweight(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What a process of the command prints in a folder, and how it ends."""
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.run([COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 def command_here(*arguments: str, cwd: Path, **changed: str) -> subprocess.CompletedProcess[str]:
@@ -45,3 +56,20 @@ def _results_in(folder: Path) -> AbstractContextManager[object]:
     from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
     return temporary_settings({PREFECT_LOCAL_STORAGE_PATH: folder / ".featherweight" / "prefect" / "storage"})
+
+
+def check_featherweight(words: list[str]) -> None:
+    """The sub-command, every option given to it and every recipe named exist."""
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    command = [words[0]] if words and not words[0].startswith("-") else []
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", result.output))
+    assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known
+    assert all((ROOT / word).exists() for word in words if word.startswith("recipes/"))
+
+
+# The one place, what asks the driver and torch about GPUs for the doctor, and where NVIDIA's library is sought.

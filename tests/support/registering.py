@@ -33,6 +33,8 @@ METRICS = {
     "peak_memory_bytes": 5000.0,
 }
 
+MEASURED = METRICS | {"threads_1": 3.0}
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -139,3 +141,15 @@ def plain_versions(client: MlflowClient, model: str, count: int) -> None:
     for number in range(1, count + 1):
         tags = {"featherweight.digest": f"d{number}", "featherweight.variant": f"v{number}"}
         client.create_model_version(model, "featherweight:/nothing", tags=tags, await_creation_for=0)
+
+
+def register(desk: Bench, name: str) -> str:
+    """A version that can be served, as far as the registry is asked."""
+    ref, manifest = desk.artifact(name)
+    graph = build([(ref, manifest)], ref.digest, variant=name, recipe="name: test", run_id=desk.run_id, metrics=MEASURED)
+    return desk.registry.register(desk.record(name, ref, graph)).version
+
+
+def promoted(desk: Bench, version: str) -> None:
+    """Make a version the champion."""
+    desk.registry.transition(MODEL, version, "production", who="ada", why="a test")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+PROMPTS = ["Once upon a time", "It was heavy, and", "'What"]
+NEW = 12
+"""What served models are asked to write on, and how many tokens."""
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
 GROUPED = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2}
 # Two heads of 16 at hidden size 72: as after pruning, and no multiple of any block. Where the hidden size is a multiple of the
@@ -159,3 +162,14 @@ def windows_of(checkpoint: Path, text: Path, limit: int = 6) -> tuple[Any, list[
     """PyTorch's model of a checkpoint, and windows of up to 32 tokens that its quality is measured on."""
     model = load_reference(checkpoint)
     return model, scoring_windows(checkpoint, model.config, text, 32, limit)
+
+
+def written(checkpoint: Path, prompt: str, new: int) -> str:
+    """What transformers itself writes behind a prompt, greedily and without an end."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(prompt)["input_ids"]
+    full = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
+    return tokenizer.decode(full, skip_special_tokens=True)[len(prompt) :]

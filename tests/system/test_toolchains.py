@@ -7,6 +7,7 @@ import pytest
 
 from featherweight.errors import ToolchainError
 from featherweight.system import toolchains
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def _install(folder: Path) -> Path:
 
 def test_lies_in_the_repository_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("FEATHERWEIGHT_TOOLCHAINS", raising=False)
-    assert toolchains.location() == Path(__file__).resolve().parents[2] / ".toolchains"
+    assert toolchains.location() == ROOT / ".toolchains"
 
 
 def test_ready(folder):

@@ -17,8 +17,8 @@ from tasks.cache_key import code_digest
 from tasks.code_slice import slice_of
 from tasks.evaluate import evaluate
 from tasks.export import export
+from tests.support.cache_keys import forget
 from tests.support.serving_models import serving_spec
-from tests.tasks.test_code_slice import forget
 
 ENGINES = ("ctranslate2", "torchao-int8", "vllm")
 FOLDERS = {"ctranslate2": "ctranslate2", "torchao-int8": "torch", "vllm": "vllm", "onnxruntime-genai": "onnx_genai"}

@@ -27,8 +27,9 @@ from tasks import cache_key, code_slice
 from tasks.code_slice import INERT, OURS, SILENT, slice_of
 from tasks.stages import stage_named
 from tests.conftest import STORY
+from tests.support.cache_keys import forget
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, Spec] = {
     "rtn": QuantizeSpec.of(),
     "gptq": QuantizeSpec.of(method="gptq"),
@@ -44,13 +45,6 @@ METHODS: dict[str, Spec] = {
     "attention": PruneSpec.of(method="attention", kv_heads=1),
     "sparse": PruneSpec.of(method="sparse"),
 }
-
-
-def forget() -> None:
-    """As in a new process."""
-    for cached in (code_slice.read_module, code_slice.file_of, code_slice.definition, code_slice.state_of_files):
-        cached.cache_clear()
-    cache_key.code_digest.cache_clear()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from tasks import on_ray
 from tasks.on_ray import Cluster, ray_cluster
 from tasks.parent_run import ParentRun
 from tests.support import ray_stages
+from tests.support.paths import ROOT
 from tests.support.stores import new_workspace
 from tests.support.waiting import until
 
@@ -74,7 +75,7 @@ def two_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster as Nodes
 
     nodes, before = Nodes(), dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     for processors in (0, 1, 1):
         nodes.add_node(num_cpus=processors, include_dashboard=False)
     os.environ["RAY_ADDRESS"] = nodes.address

@@ -24,8 +24,9 @@ from featherweight.pruning.spec import PruneSpec
 from featherweight.text.documents import Document, write_documents
 from featherweight.training.losses import mean_loss
 from tasks.prune import prune
+from tests.support.paths import SHARED
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "llm_pruner"
+REFERENCE = SHARED / "reference" / "llm_pruner"
 METHODS = {
     "taylor_vectorize_sum": "vectorize",
     "taylor_param_first_sum": "param_first",

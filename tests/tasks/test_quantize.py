@@ -30,8 +30,8 @@ from featherweight.text.documents import Document, write_documents
 from featherweight.text.tokens import token_blocks
 from tasks.quantize import quantize
 from tests.support.gptq_formula import reference_gptq
+from tests.support.paths import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 EMBEDDING = "model.embed_tokens.weight"
 TIED = [name for name in QUANTIZERS if name != "spinquant"]
 """Methods that take a tied head."""

@@ -16,6 +16,7 @@ from featherweight.training import loop
 from featherweight.training.losses import mean_loss
 from featherweight.training.plan import HeldOut, TrainingPlan
 from featherweight.training.state import FILE, Record
+from tests.support.paths import ROOT
 
 BLOCKS = torch.randint(64, (12, 16), generator=torch.Generator().manual_seed(0))
 # A run of 12 steps with dropout, held-out text and split batches; argv: the scratch folder, where the weights go, and the step
@@ -63,7 +64,7 @@ def model(seed: int = 0, dropout: float = 0.2) -> torch.nn.Module:
 
 def start(scratch: Path, out: Path, last: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, str(scratch), str(out), str(last)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
