@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_what_can_be_served_soonest_stands_first_and_costly_ways_last() -> None:
     assert names.index("gptq8/onnxruntime-genai-int8") < next(i for i, name in enumerate(names) if "-mix" in name)
     assert next(iter(made.recipe.advice or {})) == "rtn8/onnxruntime-genai-int8"
     assert not any(name.startswith("torch-static") for name in made.recipe.advice or {})
+
+
+def test_floats_of_16_bits_are_not_called_unrounded() -> None:
+    lines = composed(SMALL, 10_000).text.splitlines()
+    said = {line.strip("- {}"): before for before, line in pairwise(lines) if line.startswith("  - {serve")}
+    assert said["serve: llama.cpp-float16"].startswith("  # floats of 16 bits: ")
+    assert said["serve: ctranslate2-float32"].startswith("  # no rounding at all: ")
 
 
 def test_what_takes_longer_than_the_budget_is_searched() -> None:

@@ -189,7 +189,9 @@ def _loss(row: Row) -> float:
 
 
 def _why(row: Row) -> str:
-    return "no rounding at all" if row.offer.grid is None else "another engine or grid"
+    if row.offer.grid is not None:
+        return "another engine or grid"
+    return "no rounding at all" if row.offer.width == 4 else "floats of 16 bits"
 
 
 def _cheapest(question: Question, row: Row) -> QuantizeSpec | None:
