@@ -140,6 +140,17 @@ def test_answers_are_those_of_transformers(
             engines[engine].answer(prompts, NEW, values)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_penalties_leave_the_first_word_behind_a_prompt_with_bos(
+    engines: dict[str, LoadedModel], model: Any, prompts: list[list[int]], engine: str
+) -> None:
+    """CTranslate2 gives a prompt back that penalties are to see, but for its BOS: the first new token was taken off with it."""
+    asked = [[0, *prompts[0]], [0, *prompts[1]], prompts[0]]
+    right = [expected(model, prompt, [1], repetition_penalty=1.3) for prompt in asked]
+    assert engines[engine].answer(asked, NEW, {"eos_token_id": 1, "repetition_penalty": 1.3}) == right
+
+
 def test_a_text_for_each_prompt_comes_back_whatever_else_the_checkpoint_asks_for(
     checkpoint: Path, model: Any, prompts: list[list[int]], tmp_path: Path
 ) -> None:

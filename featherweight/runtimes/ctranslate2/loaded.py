@@ -46,6 +46,7 @@ class CTranslate2Model(LoadedModel):
         self.seq2seq = (self.weights / SHARED).exists() or (self.weights / "target_vocabulary.json").exists()
         self.vocabulary = self._tokens("target" if self.seq2seq else "")
         self.sources = self._tokens("source") if self.seq2seq else self.vocabulary
+        self.first = json.loads((self.weights / "config.json").read_text()).get("bos_token")
         kind = ctranslate2.Translator if self.seq2seq else ctranslate2.Generator
         self.generator: Any = kind(
             str(self.weights),
@@ -195,7 +196,8 @@ class CTranslate2Model(LoadedModel):
         whole = options.get("repetition_penalty", 1.0) != 1.0 or options.get("no_repeat_ngram_size", 0) > 0
         options |= {"max_length": new_tokens + whole * (len(prompts[0]) - 1), "include_prompt_in_result": whole}
         results = self.generator.generate_batch(starts, **options)
-        return [list(result.sequences_ids[0])[whole * len(prompts[0]) :] for result in results]
+        begun = [whole * (len(start) - (start[0] == self.first)) for start in starts]  # it does not give its own first token back
+        return [list(result.sequences_ids[0])[count:] for count, result in zip(begun, results, strict=True)]
 
     def _translate(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
         ids = {token: index for index, token in enumerate(self.vocabulary)}
