@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
@@ -16,6 +16,7 @@ from featherweight.runtimes.bytes_read import HeldTensor
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
+from featherweight.runtimes.openvino import convert
 from featherweight.runtimes.openvino.bytes_read import graph_tensors
 from featherweight.runtimes.openvino.loaded import properties
 from featherweight.runtimes.openvino.write import _attention
@@ -57,13 +58,13 @@ def test_encoder_decoders_and_what_a_trace_freezes_are_refused() -> None:
     assert "are others for longer texts" in str(OPENVINO.model_refusal(spec(), Candidate(CheckpointFacts(config), 64)))
 
 
-def test_the_matrices_of_entities_are_not_packed_for_texts() -> None:
-    def refused(precision: str, **told: bool) -> str:
-        facts = CheckpointFacts(AutoConfig.for_model("luke", **told))
-        return OPENVINO.model_refusal(spec(precision=precision), Candidate(facts, 64)) or ""
-
-    assert "take precision: float32" in refused("int8") and not refused("float32")
-    assert not refused("int8", use_entity_aware_attention=False)
+def test_weights_that_no_text_is_answered_with_are_told_from_those_that_are() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    entities = {"entity_vocab_size": 4, "entity_emb_size": 8}
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("luke", **sizes, **entities)).eval()
+    attention = "luke.encoder.layer.0.attention.self"
+    names = [f"{attention}.{name}.weight" for name in ("query", "e2e_query", "w2e_query")]
+    assert convert.idle(model, names) == set(names[1:]) and not convert.idle(model, [])
 
 
 def test_texts_alone_are_batched_as_they_come() -> None:

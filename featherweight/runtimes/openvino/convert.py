@@ -263,7 +263,8 @@ def keep_state(graph: Any, pairs: Mapping[str, str]) -> None:
 def pack(graph: Any, model: Any, checkpoint: Path) -> None:
     """Put the integers and scales of a quantize stage in the place of the float weights that they stand for.
 
-    A constant is known by its bytes: those of a parameter, or of its transpose. Raises KeyError where one has no place.
+    A constant is known by its bytes: those of a parameter, or of its transpose. Raises KeyError where one that a text is answered
+    with has no place.
     """
     from safetensors import safe_open
 
@@ -277,9 +278,22 @@ def pack(graph: Any, model: Any, checkpoint: Path) -> None:
                 weight = rounded(name, bits[name], stored.get_tensor(f"{name}.q"), stored.get_tensor(f"{name}.scales"))
                 replace(node, weight, turned=turned)
                 unused.discard(name)
-    if unused:
-        raise KeyError(f"the graph has no place for the quantized weight {min(unused)}")
+    if lost := unused - idle(model, sorted(unused)):
+        raise KeyError(f"the graph has no place for the quantized weight {min(lost)}")
     graph.validate_nodes_and_infer_types()
+
+
+def idle(model: Any, names: list[str]) -> set[str]:
+    """Of these weights, those that no answer to a text depends on: a decoder's to its encoder, LUKE's for entities."""
+    import torch
+
+    if not names:
+        return set()
+    with torch.enable_grad():
+        weights = [model.get_parameter(name).requires_grad_() for name in names]
+        answer = model(input_ids=torch.full((1, NEW), 5))[0]
+        slopes = torch.autograd.grad(answer.sum(), weights, allow_unused=True)
+    return {name for name, slope in zip(names, slopes, strict=True) if slope is None}
 
 
 def places(model: Any, names: Iterable[str]) -> dict[bytes, tuple[str, bool]]:

@@ -144,8 +144,6 @@ class Openvino(Runtime[OpenvinoSpec]):
             return reason
         if spec.precision == "float32":
             return None
-        if kind == "luke" and getattr(model.config, "use_entity_aware_attention", False):
-            return f"a {kind}'s matrices for entities have no place in OpenVINO's graph of a text; take precision: float32"
         return experts_refusal(model.facts) or _groups_refusal(spec, model)
 
 
