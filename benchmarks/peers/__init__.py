@@ -8,7 +8,8 @@ made or run is told with its reason.
 
 Environments lie in `build/peers`. PEERS_MODEL is what to take in place of stories15M: a folder, a GGUF file, or the name of a shape
 in which random weights are drawn (qwen2.5-0.5b, t5-small, mbart-large-50); PEERS_TEXT, the text that the quality is measured on;
-PEERS_ROUNDS, how many rounds. The same command goes on with what an earlier one made.
+PEERS_ROUNDS, how many rounds; PEERS_VARIANTS, the recipe's variants in place of those of its file. The same command goes on with
+what an earlier one made.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ def ours(subject: Subject, cases: list[Case]) -> Iterator[Peer]:
         told |= {"data.source": _pairs(workspace / "pairs.jsonl")}
     elif not subject.random:
         told |= {"data.source": os.environ.get("PEERS_TEXT", str(ROOT.parent / "shared" / "data" / "tinystories-excerpt"))}
+    if variants := os.environ.get("PEERS_VARIANTS"):
+        told |= {"variants": variants}
     command = [str(Path(sys.executable).with_name("featherweight")), "optimize", str(HERE / subject.recipe), "--json"]
     sets = [word for key, value in told.items() for word in ("--set", f"{key}={value}")]
     ran = subprocess.run([*command, "-w", str(workspace), *sets], cwd=ROOT, stdout=subprocess.PIPE, text=True)
