@@ -150,7 +150,10 @@ def ours(subject: Subject, cases: list[Case]) -> Iterator[Peer]:
     folders = {
         json.loads(file.read_text())["node"]: file.parent for file in workspace.glob("artifacts/*/artifacts/artifact/manifest.json")
     }
-    for row in json.loads(ran.stdout)["variants"]:
+    result = json.loads(ran.stdout or "{}")
+    if "variants" not in result:
+        raise SystemExit(f"featherweight optimize {subject.recipe} made nothing, with exit code {ran.returncode}")
+    for row in result["variants"]:
         name, metrics = row["name"], row["metrics"]
         if name == "baseline":
             continue
