@@ -111,6 +111,7 @@ def test_bounds_follow_what_the_engine_does_with_activations(monkeypatch):
     int8 = {"compute_type": "int8"}
     assert bound_of(Serving("onnxruntime-genai")) == EXACT
     assert bound_of(Serving("onnxruntime-genai", grid="int4-g32")) == INT8_ACTIVATIONS
+    assert bound_of(Serving("onnxruntime-genai", grid="int4-g32", options={"activations": "float32"})) == EXACT
     assert bound_of(Serving("ctranslate2", options={"compute_type": "float32"}, grid="int8")) == EXACT
     assert bound_of(Serving("vllm", grid="int8")) == INT8_ACTIVATIONS
     assert bound_of(Serving("ctranslate2", options={"compute_type": "int8_float16"}, grid="int8")) == INT8_ACTIVATIONS

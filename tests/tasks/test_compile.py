@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
+from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.onnx import pack
 from featherweight.runtimes.onnx_genai import patches, stretches
@@ -108,6 +109,21 @@ def test_two_bits_are_served_as_the_very_integers(checkpoints, text, tmp_path, g
     np.testing.assert_array_equal(weights, wanted_weights)
     assert metrics["parity_weights_max_abs"] < 1e-4
     assert metrics["parity_mean_abs"] <= metrics["parity_bound"]
+
+
+@pytest.mark.engine
+def test_products_of_float_activations_lose_nothing_but_what_the_weights_lost(checkpoints, text, tmp_path):
+    spec = serving_spec(engine="onnxruntime-genai", precision="int4", accuracy_level=1)
+    metrics = compile(spec, checkpoint=checkpoints["llama"], calibration=text, out=tmp_path)
+    assert metrics["parity_max_abs"] <= metrics["parity_bound"] == EXACT.value
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    levels = {one.i for node in nodes if node.op_type == "MatMulNBits" for one in node.attribute if one.name == "accuracy_level"}
+    assert levels == {1} and Serving.read(tmp_path).options == {"activations": "float32"}
+
+
+def test_a_level_of_accuracy_says_nothing_of_floats():
+    assert "accuracy_level" in serving_spec(engine="onnxruntime-genai").unread
+    assert "accuracy_level" not in genai("int8").unread
 
 
 @pytest.mark.engine

@@ -45,23 +45,24 @@ class Products:
 
     ranges: of the inputs of layers by their path, where they are fixed. signed: whether a product by ranges is given signed
     weights. Without VNNI its kernel adds pairs of such products in int16, which cuts off what does not fit; that of unsigned ones,
-    which is slower, does not.
+    which is slower, does not. accuracy_level: MatMulNBits', see INT8_ACTIVATIONS.
     """
 
     activations: Activations = "blocks"
+    accuracy_level: int = INT8_ACTIVATIONS
     signed: bool = True
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
 
 
-def pack(built: Path, out: Path, rows: QuantizedRows) -> None:
-    """Write the float32 decoder in `built` to `out` with quantized weights wherever `rows` knows them.
+def pack(built: Path, out: Path, rows: QuantizedRows, how: Products = Products()) -> None:
+    """Write the float32 decoder in `built` to `out` with quantized weights wherever `rows` knows them, multiplied as `how` says.
 
     Raises StageError where a quantized weight has no place in the graph, or would share a matrix with one on another grid.
     """
     import onnx_ir
 
     model = onnx_ir.load(built / MODEL)
-    pack_graph(model, rows)
+    pack_graph(model, rows, how)
     rows.require_all_used("ONNX Runtime GenAI")
     onnx_ir.save(model, out / MODEL, external_data=DATA, size_threshold_bytes=SMALL_BYTES)
 
@@ -190,7 +191,7 @@ class _Packer:
 
     def _by_blocks(self, node: ir.Node, weight: ir.Value, matrix: Packable) -> ir.Node:
         (rows, columns), attributes = matrix.shape, _layout(matrix)
-        attributes |= {"K": columns, "N": rows, "accuracy_level": INT8_ACTIVATIONS}
+        attributes |= {"K": columns, "N": rows, "accuracy_level": self.how.accuracy_level}
         return self._contrib("MatMulNBits", [node.inputs[0], *self._store(weight, matrix)], node, attributes)
 
     def _by_fixed_range(self, node: ir.Node, stored: list[ir.Value], here: Any) -> Iterator[ir.Node]:

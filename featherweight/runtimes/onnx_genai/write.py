@@ -39,14 +39,15 @@ def write(spec: GenaiSpec, source: Source, out: Path) -> None:
         body, head = (GRIDS[name] for name in ROUNDED_HERE[spec.precision])
         source.quantized = round_to_nearest(source.model, body, head, source.room)
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
-    _write_graph(source, out, rows)
+    _write_graph(source, out, rows, pack.Products(accuracy_level=spec.accuracy_level))
     copy_tokenizer(source.checkpoint, out)
     if source.quantized:
         source.move_to_grid()
-    Serving("onnxruntime-genai", grid=source.grid).write(out)
+    options = {"activations": "float32"} if spec.accuracy_level == pack.FLOAT_ACTIVATIONS else {}
+    Serving("onnxruntime-genai", options=options, grid=source.grid).write(out)
 
 
-def _write_graph(source: Source, out: Path, rows: QuantizedRows | None) -> None:
+def _write_graph(source: Source, out: Path, rows: QuantizedRows | None, how: pack.Products) -> None:
     """The decoder graph with its weights, and genai_config.json."""
     if rows is None:
         build_decoder(source.checkpoint, out, device=source.device, model=source.model)
@@ -55,7 +56,7 @@ def _write_graph(source: Source, out: Path, rows: QuantizedRows | None) -> None:
     built.mkdir()
     fused = _one_grid_per_attention(rows.quantized)
     build_decoder(source.checkpoint, built, fuse_qkv=fused, device=source.device, model=source.model)
-    pack.pack(built, out, rows)
+    pack.pack(built, out, rows, how)
     shutil.move(built / "genai_config.json", out)
     shutil.rmtree(built)
 
