@@ -45,9 +45,10 @@ class BenchmarkSpec(Spec):
     file: a JSON object each line, as the task's own data set has them. labels: a file of the right answers, a number each line.
     limit: only the first so many. examples: a file as `file`, of which so many `shots` stand in front of each prompt.
     new_tokens: of a task that has texts written, the most of each. filter: of one that reads its answer in several ways, which.
+    chat: ask as a user in a conversation, by the checkpoint's chat template; the examples are earlier turns of it.
     """
 
-    quiet = frozenset({"examples", "shots", "new_tokens", "filter"})
+    quiet = frozenset({"examples", "shots", "new_tokens", "filter", "chat"})
 
     task: str | None = None
     file: str
@@ -57,6 +58,7 @@ class BenchmarkSpec(Spec):
     shots: Positive | None = None
     new_tokens: Positive = 256
     filter: str | None = None
+    chat: bool = False
 
     @model_validator(mode="after")
     def _examples_and_shots(self) -> BenchmarkSpec:

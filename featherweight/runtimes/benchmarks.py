@@ -14,9 +14,12 @@ from featherweight.errors import RecipeError, one_line
 from featherweight.measure.benchmark_files import HARNESS, WRITTEN, documents, shots, task_file
 from featherweight.measure.spec import BenchmarkSpec
 from featherweight.runtimes.client import Worker
+from featherweight.runtimes.generation_settings import GenerationSettings
 
 KINDS = ("multiple_choice", "loglikelihood", WRITTEN)
 SPLIT, FRONT = "local", "front"
+SHOTS_SEED = 1234
+"""The harness's own for the examples in front: what every variant is asked is the same, and what `lm_eval` asks."""
 COUNTED = ("acc", "exact_match")
 """The metrics that are 1 for a right answer and 0 for another."""
 
@@ -29,10 +32,11 @@ def hits(worker: Worker, folder: Path, benchmarks: Mapping[str, BenchmarkSpec]) 
     folder: has the tokenizer. Raises RecipeError for a task of another kind, DataError for a file that is no such task's.
     """
     tokenizer = load_tokenizer(folder)
-    return {name: _hits(worker, tokenizer, one.task or name, one) for name, one in benchmarks.items()}
+    settings = GenerationSettings.read(folder)
+    return {name: _hits(worker, tokenizer, settings, one.task or name, one) for name, one in benchmarks.items()}
 
 
-def _hits(worker: Worker, tokenizer: Any, name: str, spec: BenchmarkSpec) -> tuple[float, ...]:
+def _hits(worker: Worker, tokenizer: Any, settings: GenerationSettings, name: str, spec: BenchmarkSpec) -> tuple[float, ...]:
     from lm_eval.evaluator import evaluate
 
     from featherweight.runtimes.harness_model import HarnessModel
@@ -42,9 +46,14 @@ def _hits(worker: Worker, tokenizer: Any, name: str, spec: BenchmarkSpec) -> tup
     kind = tasks["tasks"][name].config.output_type
     if kind not in KINDS:
         raise RecipeError(f"workload.benchmarks: {name} is a task of {kind}; take one of {' or '.join(KINDS)}")
-    model = HarnessModel(worker, tokenizer, greedy=kind == "loglikelihood")
+    if spec.chat and not tokenizer.chat_template:
+        raise RecipeError(
+            f"workload.benchmarks: {name} is to be asked as a chat, and the checkpoint has no chat template; leave chat out"
+        )
+    model = HarnessModel(worker, tokenizer, kind == "loglikelihood", settings)
+    told = {"apply_chat_template": spec.chat, "fewshot_as_multiturn": spec.chat}
     with _silent():
-        found = evaluate(lm=model, task_dict=tasks, bootstrap_iters=0, log_samples=True)
+        found = evaluate(lm=model, task_dict=tasks, bootstrap_iters=0, log_samples=True, **told)
     return _right(name, found["samples"][name], spec.filter)
 
 
@@ -82,6 +91,9 @@ def local_task(name: str, rows: list[dict[str, Any]], spec: BenchmarkSpec) -> An
     if stated.get("output_type") == WRITTEN:
         local["generation_kwargs"] = {**stated.get("generation_kwargs", {}), "max_gen_toks": spec.new_tokens}
     try:
-        return TaskManager(include_defaults=False).load([stated | local])
+        tasks = TaskManager(include_defaults=False).load([stated | local])
     except KeyError as error:
         raise RecipeError(f"workload.benchmarks.{name}: its file lacks what the task reads: {one_line(error)}") from error
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(SHOTS_SEED)
+    return tasks

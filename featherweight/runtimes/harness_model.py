@@ -10,19 +10,26 @@ from lm_eval.api.model import TemplateLM
 
 from featherweight.errors import StageError
 from featherweight.runtimes.client import Worker
+from featherweight.runtimes.generation_settings import SAMPLING, GenerationSettings
 
 AT_ONCE = 16
 """Texts that are scored in one call, between which progress could be told and an engine may stop."""
+NO_SETTINGS = GenerationSettings({})
+NOT_FOLLOWED = {"do_sample", "max_length", "max_new_tokens", *SAMPLING}
 Pair = tuple[tuple[str, str], list[int], list[int]]
 
 
 class HarnessModel(TemplateLM):
     """Scores texts by a worker, cut into tokens and, where they are too long, on the left as the harness's own HFLM does."""
 
-    def __init__(self, worker: Worker, tokenizer: Any, greedy: bool) -> None:
-        """greedy: whether what would be written is asked for too, which costs a generation for each text."""
+    def __init__(self, worker: Worker, tokenizer: Any, greedy: bool, settings: GenerationSettings = NO_SETTINGS) -> None:
+        """greedy: whether what would be written is asked for too, which costs a generation for each text. settings: of the
+        checkpoint, followed as HFLM does where it has texts written: all but their lengths and what is drawn by chance.
+        """
         super().__init__()
         self.worker, self.tokenizer, self.greedy = worker, tokenizer, greedy
+        kept = {name: value for name, value in settings.values.items() if name not in NOT_FOLLOWED}
+        self.settings = kept | {"eos_token_id": list(dict.fromkeys([*settings.ends, self.eot_token_id]))}
 
     @property
     def eot_token_id(self) -> int:
@@ -39,6 +46,16 @@ class HarnessModel(TemplateLM):
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls it by, where it has a chat template put around a prompt."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the checkpoint's template writes it, up to where the assistant begins or goes on."""
+        going_on = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **going_on))
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         """(summed log-probability of the continuation, whether it is what would be written) of each."""
@@ -92,11 +109,11 @@ class HarnessModel(TemplateLM):
 
     def _texts(self, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
         """Those of like lengths go together."""
-        found, ends = [""] * len(prompts), {"eos_token_id": self.eot_token_id}
+        found = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda index: (new_tokens[index], len(prompts[index])))
         for start in range(0, len(order), self.worker.max_batch):
             batch = order[start : start + self.worker.max_batch]
-            rows = self.worker.answer([prompts[index] for index in batch], new_tokens[batch[-1]], ends)
+            rows = self.worker.answer([prompts[index] for index in batch], new_tokens[batch[-1]], self.settings)
             for index, row in zip(batch, rows, strict=True):
                 found[index] = str(self.tokenizer.decode(row[: new_tokens[index]], skip_special_tokens=True))
         return found

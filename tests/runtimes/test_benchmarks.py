@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import DataError, RecipeError
 from featherweight.measure.benchmark_files import amount, documents, fingerprint, require, shots, writes
 from featherweight.measure.spec import BenchmarkSpec, WorkloadSpec
+from featherweight.runtimes.interface import Tokens
 from featherweight.store.served_folder import Serving
+from tests.support.in_process import InProcess
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra 'benchmarks')")
 
@@ -115,6 +118,53 @@ def test_a_worker_writes_what_the_harness_has_written(sums: BenchmarkSpec, tiny_
         else samples[0]["arguments"]["gen_args_0"]["arg_0"]
     )
     assert front.count("Question: ") == 3, "two examples stand in front"
+
+
+def test_every_variant_is_asked_with_the_same_examples_in_front(sums: BenchmarkSpec) -> None:
+    from featherweight.runtimes.benchmarks import local_task
+
+    drawn = [local_task("gsm8k", documents(sums), sums)["tasks"]["gsm8k"].sampler.sample(2) for _ in range(4)]
+    assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
+
+
+class Recorded(InProcess):
+    """One that keeps what it is asked to write behind."""
+
+    engine, max_tokens, max_batch = "torch", 512, 8
+
+    def __init__(self, served: Path) -> None:
+        super().__init__(served)
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+
+    def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any], adapter: str | None = None) -> Tokens:
+        self.asked += [(prompt, settings) for prompt in prompts]
+        return super().answer(prompts, new_tokens, settings, adapter)
+
+
+def test_a_chat_has_the_examples_as_earlier_turns_and_ends_where_the_checkpoint_ends_its_turns(
+    sums: BenchmarkSpec, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from featherweight.runtimes.benchmarks import hits
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "chat"))
+    told = {"eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "max_length": 20}
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    Serving("torch").write(folder)
+    worker: Any = Recorded(folder)
+    chat = {"sums": sums.model_copy(update={"chat": True, "limit": 1})}
+    with pytest.raises(RecipeError, match="has no chat template; leave chat out"):
+        hits(worker, folder, chat)
+    template = (
+        "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    assert len(hits(worker, folder, chat)["sums"]) == 1
+    (prompt, settings), *others = worker.asked
+    asked = load_tokenizer(folder).decode(prompt)
+    assert not others
+    assert asked.count("<user>") == 3 and asked.count("<assistant>") == 3 and asked.rstrip().endswith("<assistant>")
+    assert settings.pop("repetition_penalty") == 1.1
+    assert list(settings) == ["eos_token_id"] and set(settings["eos_token_id"]) >= {2, 5}
 
 
 def test_an_answer_that_is_read_in_several_ways_is_counted_in_the_one_that_is_asked_for() -> None:
