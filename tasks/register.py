@@ -60,17 +60,16 @@ def register(
     The other inputs are every artifact of the plan by its node's id: the winner's lineage is among them. Without a winner
     nothing is registered.
     """
-    decision = read_decision(inputs["decide"])
-    registry = Registry(parent.workspace.tracking_uri)
+    finished = _Finished(spec, inputs, artifacts, read_decision(inputs["decide"]), parent)
+    decision, registry = finished.decision, Registry(parent.workspace.tracking_uri)
     progress.note("logging the variants")
-    registry.log_datasets(parent.run_id, _datasets(inputs, artifacts))
-    logged = _log_variants(spec, inputs, artifacts, decision, registry, parent.run_id)
+    registry.log_datasets(parent.run_id, finished.texts())
+    logged = finished.log_variants(registry)
     if decision.winner is None:
         record = Registration(spec.model, reason=decision.summary)
     else:
         progress.note(f"registering {decision.winner}")
-        winner = _winner(spec, inputs, artifacts, decision, parent, logged[decision.winner])
-        record = _record(register_winner(registry, winner), decision)
+        record = _record(register_winner(registry, finished.winner(decision.winner, logged[decision.winner])), decision)
         look(registry, record.model)
     (out / FILE).write_text(json.dumps(asdict(record), indent=1))
     return {"logged_models": len(logged), "new_versions": float(record.new)}
@@ -93,78 +92,80 @@ def _record(version: RegisteredVersion, decision: Decision) -> Registration:
     return Registration(version.model, version.variant, version.version, version.digest, version.uri, version.new, decision.summary)
 
 
-def _datasets(inputs: Mapping[str, Path], artifacts: Mapping[str, ArtifactRef]) -> dict[str, tuple[str, str]]:
-    """Digest and source of every text that went in, by its node."""
-    texts = {id: Manifest.read(inputs[id]) for id in artifacts if id.startswith("text/")}
-    return {id: (text.digest, source_of(text.spec) or id) for id, text in texts.items()}
+@dataclass(frozen=True)
+class _Finished:
+    """What a run leaves to be registered: the plan's inputs and artifacts by node id, and what was decided of them."""
 
+    spec: RegisterSpec
+    inputs: Mapping[str, Path]
+    artifacts: Mapping[str, ArtifactRef]
+    decision: Decision
+    parent: ParentRun
 
-def _log_variants(
-    spec: RegisterSpec,
-    inputs: Mapping[str, Path],
-    artifacts: Mapping[str, ArtifactRef],
-    decision: Decision,
-    registry: Registry,
-    run_id: str,
-) -> dict[str, str]:
-    """A LoggedModel for every measured variant; their ids by name."""
-    ids = {}
-    text = _datasets(inputs, artifacts).get(EVALUATION)
-    for name, (served, measured) in spec.nodes.items():
-        if measured not in artifacts:
-            continue
-        serving = Serving.read(inputs[served])
-        fate = "baseline" if name == BASELINE else "winner" if name == decision.winner else "loser"
-        reason = decision.summary if name == decision.winner else decision.reasons.get(name, "")
-        ids[name] = registry.log_variant(
-            run_id,
-            name,
-            artifacts[measured].metrics,
-            {"engine": serving.engine, "grid": serving.grid or "float"},
-            {"featherweight.status": fate, "featherweight.reason": reason[:4000]},
-            Measured(artifacts[measured].run_id, EVALUATION, *text) if text else None,
+    def texts(self) -> dict[str, tuple[str, str]]:
+        """Digest and source of every text that went in, by its node."""
+        texts = {id: Manifest.read(self.inputs[id]) for id in self.artifacts if id.startswith("text/")}
+        return {id: (text.digest, source_of(text.spec) or id) for id, text in texts.items()}
+
+    def log_variants(self, registry: Registry) -> dict[str, str]:
+        """A LoggedModel for every measured variant; their ids by name."""
+        text, ids = self.texts().get(EVALUATION), {}
+        for name, (served, measured) in self.spec.nodes.items():
+            if measured not in self.artifacts:
+                continue
+            serving, ref = Serving.read(self.inputs[served]), self.artifacts[measured]
+            ids[name] = registry.log_variant(
+                self.parent.run_id,
+                name,
+                ref.metrics,
+                {"engine": serving.engine, "grid": serving.grid or "float"},
+                self._fate(name),
+                Measured(ref.run_id, EVALUATION, *text) if text else None,
+            )
+        return ids
+
+    def _fate(self, name: str) -> dict[str, str]:
+        """What became of a variant, and why, as tags."""
+        won = name == self.decision.winner
+        fate = "baseline" if name == BASELINE else "winner" if won else "loser"
+        reason = self.decision.summary if won else self.decision.reasons.get(name, "")
+        return {"featherweight.status": fate, "featherweight.reason": reason[:4000]}
+
+    def lineage(self, name: str) -> LineageGraph:
+        """Of a variant that was decided for."""
+        served, measured = (self.artifacts[id] for id in self.spec.nodes[name])
+        return build(
+            [(ref, Manifest.read(self.inputs[id])) for id, ref in self.artifacts.items()],
+            served.digest,
+            variant=name,
+            recipe=self.spec.recipe,
+            run_id=self.parent.run_id,
+            flow_run_id=self.parent.tags.get("featherweight.prefect_flow_run", ""),
+            measured=measured.digest,
+            decided=self.artifacts["decide"].digest,
+            reason=self.decision.summary,
+            metrics=measured.metrics,
         )
-    return ids
 
-
-def _winner(
-    spec: RegisterSpec,
-    inputs: Mapping[str, Path],
-    artifacts: Mapping[str, ArtifactRef],
-    decision: Decision,
-    parent: ParentRun,
-    model_id: str,
-) -> WinnerRecord:
-    """What the registry is told about the winner."""
-    assert decision.winner is not None
-    served, measured = (artifacts[id] for id in spec.nodes[decision.winner])
-    graph = build(
-        [(ref, Manifest.read(inputs[id])) for id, ref in artifacts.items()],
-        served.digest,
-        variant=decision.winner,
-        recipe=spec.recipe,
-        run_id=parent.run_id,
-        flow_run_id=parent.tags.get("featherweight.prefect_flow_run", ""),
-        measured=measured.digest,
-        decided=artifacts["decide"].digest,
-        reason=decision.summary,
-        metrics=measured.metrics,
-    )
-    return WinnerRecord(
-        model=spec.model,
-        variant=decision.winner,
-        digest=served.digest,
-        served=inputs[spec.nodes[decision.winner][0]],
-        run_id=parent.run_id,
-        metrics=measured.metrics,
-        lineage=graph.to_json(),
-        recipe=spec.recipe,
-        checkpoint=artifacts["checkpoint"].digest,
-        evaluation=artifacts[EVALUATION].digest,
-        machine=graph.hardware,
-        constraints=spec.constraints.model_dump(exclude_none=True),
-        objective=spec.objective,
-        threads=judged_threads(spec.objective, measured.metrics),
-        batching=judged_batching(measured.metrics),
-        model_id=model_id,
-    )
+    def winner(self, name: str, model_id: str) -> WinnerRecord:
+        """What the registry is told about the winner. model_id: of its LoggedModel."""
+        spec, graph, (served, measured) = self.spec, self.lineage(name), self.spec.nodes[name]
+        metrics = self.artifacts[measured].metrics
+        return WinnerRecord(
+            model=spec.model,
+            variant=name,
+            digest=self.artifacts[served].digest,
+            served=self.inputs[served],
+            run_id=self.parent.run_id,
+            metrics=metrics,
+            lineage=graph.to_json(),
+            recipe=spec.recipe,
+            checkpoint=self.artifacts["checkpoint"].digest,
+            evaluation=self.artifacts[EVALUATION].digest,
+            machine=graph.hardware,
+            constraints=spec.constraints.model_dump(exclude_none=True),
+            objective=spec.objective,
+            threads=judged_threads(spec.objective, metrics),
+            batching=judged_batching(metrics),
+            model_id=model_id,
+        )
