@@ -10,7 +10,6 @@ from featherweight.runtimes.torch.offers import NATIVE_16_BITS
 from featherweight.system.device import CPU, Device
 from featherweight.system.machine import Machine
 
-AVX512 = "avx512f"
 _CPU = Reach(0.47, 0.30, 1e-4, 2e-3, "benchmarks/advice.md: vllm float32")
 _CUDA = Reach(0.75, 0.50, 2.5e-5, 1.5e-3, "assumed: CUDA graphs take the launches of kernels away")
 
