@@ -50,7 +50,7 @@ def write(spec: OptimumSpec, source: Source, out: Path) -> None:
         if source.quantized:
             source.move_to_grid()
         ranges = _ranges(source) if rows is not None and spec.activations == "static" else {}
-        pack_graphs(built, out / FOLDER, rows, Products(spec.activations, signed, ranges))
+        pack_graphs(built, out / FOLDER, rows, Products(spec.activations, signed=signed, ranges=ranges))
     copy_tokenizer(source.checkpoint, out)
     options: dict[str, str] = {"optimize": spec.optimize} if spec.optimize else {}
     if source.quantized:
