@@ -11,7 +11,8 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.plan import ESSENTIAL, Node, Plan, expand
+from featherweight.recipe.nodes import Node
+from featherweight.recipe.plan import ESSENTIAL, Plan, expand
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.report.result import OptimizationResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from featherweight.recipe.cost import Cost
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.recipe.refusals import gib
 from tasks.forecast import PlanForecast
 from tasks.run_node import method

@@ -19,7 +19,8 @@ from flows.terminal import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from featherweight.recipe.plan import Node, Plan
+    from featherweight.recipe.nodes import Node
+    from featherweight.recipe.plan import Plan
 
 MARKS = {
     "waiting": ("·", "dim"),

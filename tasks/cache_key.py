@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.store.artifact import content_digest
 from featherweight.system import toolchains
 from featherweight.system.kept import keep, kept

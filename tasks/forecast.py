@@ -10,7 +10,8 @@ from featherweight.errors import FeatherweightError, RecipeError, told
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Cost, estimate
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.plan import Node, Plan, expand
+from featherweight.recipe.nodes import Node
+from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal
 from featherweight.spec import ModelSize

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import DivergenceError, FeatherweightError, ServiceError, StageError, told
 from featherweight.masking import masked, masked_tree
 from featherweight.progress import Metrics, Progress
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.report.loss_curve import loss_page
 from featherweight.runtimes.kept_worker import kept_cpu_s
 from featherweight.store.artifact import ArtifactRef, Manifest, describe_files, merkle_digest

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import ServiceError, StageError, ToolchainError, Unreachable
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.runtimes.kept_worker import keep_workers
 from featherweight.store.artifact import content_digest
 from featherweight.store.mlflow_errors import mlflow_explained

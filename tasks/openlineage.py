@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from featherweight.errors import ServiceError
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.registry.openlineage import Kind, emit, stage_event
 from featherweight.store.artifact import ArtifactRef
 from tasks.parent_run import ParentRun

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from featherweight.errors import ToolchainError, told
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.store.artifact import ArtifactRef
 
 Status = Literal["done", "cached", "failed", "skipped", "blocked", "passed-over"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from featherweight.errors import FeatherweightError, IntegrityError, ServiceError, StageError, Unreachable
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.spec import Spec
 from featherweight.store.artifact import ArtifactRef, content_digest
 from featherweight.store.mlflow_errors import mlflow_explained

@@ -13,7 +13,8 @@ from contextvars import copy_context
 from functools import partial
 from threading import Event
 
-from featherweight.recipe.plan import Node, Plan
+from featherweight.recipe.nodes import Node
+from featherweight.recipe.plan import Plan
 from featherweight.system.device import CPU, Place, at
 from featherweight.system.processes import end_children
 from tasks.outcome import Outcome, Outcomes

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from featherweight.progress import Metrics
-from featherweight.recipe.plan import Node
+from featherweight.recipe.nodes import Node
 from featherweight.store.artifact import content_digest
 from featherweight.system.device import CUDA
 from tasks.cache_key import hardware, library_versions, made_by

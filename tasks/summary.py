@@ -16,7 +16,8 @@ from featherweight.measure.relaxing import nearest
 from featherweight.measure.spec import BASELINE, WorkloadSpec
 from featherweight.model.sparsity import Sparsity
 from featherweight.progress import Metrics
-from featherweight.recipe.plan import Node, Plan, Variant
+from featherweight.recipe.nodes import Node
+from featherweight.recipe.plan import Plan, Variant
 from featherweight.recipe.reading import recipe_text
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.promotion import Promotion

@@ -18,7 +18,8 @@ from featherweight.pruning.catalog import PRUNERS
 from featherweight.pruning.spec import PruneSpec
 from featherweight.quantization.catalog import QUANTIZERS
 from featherweight.quantization.spec import QuantizeSpec, SensitivitySpec
-from featherweight.recipe.plan import Node, Plan
+from featherweight.recipe.nodes import Node
+from featherweight.recipe.plan import Plan
 from featherweight.recipe.refusals import FLOAT_BYTES
 from featherweight.recipe.sizes import sizes
 from featherweight.runtimes.catalog import BASELINE, RUNTIMES

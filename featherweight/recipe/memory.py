@@ -22,7 +22,7 @@ from featherweight.spec import ModelSize
 from featherweight.system.device import CUDA
 
 if TYPE_CHECKING:
-    from featherweight.recipe.plan import Node
+    from featherweight.recipe.nodes import Node
 
 HELD = {
     "prune": 3,

@@ -9,7 +9,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.spec import ModelSize
 
 if TYPE_CHECKING:
-    from featherweight.recipe.plan import Node
+    from featherweight.recipe.nodes import Node
 
 
 def sizes(nodes: Mapping[str, Node], size: ModelSize, students: Mapping[str, ModelSize] | None = None) -> dict[str, ModelSize]:
