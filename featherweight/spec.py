@@ -85,7 +85,8 @@ class ModelSize:
     """How large a model is: its weights, the matrices among them, and the columns of those in the blocks, all together.
 
     packed: the weights have to be unpacked when they are loaded. table: the weights of its embedding; widest: the columns of the
-    widest matrix in a block; layers: the blocks; each 0 where it is not known. in_files: its weights can stay in the checkpoint's
+    widest matrix in a block; layers: the blocks; outside: the weights outside of the blocks' matrices, an untied head's too; each 0
+    where it is not known. in_files: its weights can stay in the checkpoint's
     files, as those of dense decoders can (checkpoint/streamed.py).
     """
 
@@ -97,6 +98,12 @@ class ModelSize:
     widest: int = 0
     layers: int = 0
     in_files: bool = True
+    outside: int = 0
+
+    @property
+    def in_blocks(self) -> int:
+        """The weights of the matrices in its blocks."""
+        return self.parameters - (self.outside or self.table)
 
     def kept(self, *, depth: float = 1.0, hidden: float = 1.0, channels: float = 1.0, heads: float = 1.0) -> ModelSize:
         """About what is left of it where so large a share of its layers, hidden size, MLP channels and heads stays.
@@ -114,6 +121,7 @@ class ModelSize:
             table=table,
             widest=round(self.widest * channels),
             layers=round(self.layers * depth),
+            outside=round(self.outside * hidden),
         )
 
 

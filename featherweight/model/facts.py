@@ -135,13 +135,14 @@ class CheckpointFacts:
         hidden, layers, vocabulary, inner = (getattr(config, name, None) or 0 for name in _SIZES)
         table = vocabulary * hidden
         if rows:
-            columns = [columns for _, columns in rows.values()]
+            columns, outside = [columns for _, columns in rows.values()], self.parameters - sum(map(prod, rows.values()))
             stays = not packed and not self.sparse and not self.experts and self.task == "text-generation"
-            return ModelSize(self.parameters, len(rows) + 1, sum(columns), packed, table, max(columns), layers, stays)
+            return ModelSize(self.parameters, len(rows) + 1, sum(columns), packed, table, max(columns), layers, stays, outside)
         body = layers * hidden * (4 * hidden + 3 * (inner or 4 * hidden))
         heads = table * (1 if getattr(config, "tie_word_embeddings", True) else 2)
         parameters = body + heads or self.size_bytes // 4
-        return ModelSize(parameters, 7 * layers + 1, layers * (6 * hidden + inner), packed, table, inner or 4 * hidden, layers)
+        columns_in_all = layers * (6 * hidden + inner)
+        return ModelSize(parameters, 7 * layers + 1, columns_in_all, packed, table, inner or 4 * hidden, layers, outside=heads)
 
     @property
     def rows_and_columns(self) -> dict[str, tuple[int, int]]:

@@ -168,7 +168,8 @@ class Quantizer(Generic[SpecT]):
     smooth: for a method that smooths: scales the channels of the model in place, before its own or another's `choose`.
     refusal: why it cannot handle a checkpoint, in one line that names both; asked by the plan, and again once the model type is
         known. Of a spec of another method, too, where that one smooths with it or starts from it: then it reads the shared keys.
-    operations: floating-point operations that it takes for a model of so many parameters.
+    operations: floating-point operations that it takes for a model of so many parameters; in_blocks: for so many in its blocks,
+        since embedding and head take none.
     column_s: seconds for each column of each matrix, where it goes through them one by one.
     starts_training: training may begin from its integers; it reads none but the shared keys.
     losses: share by which a grid raised bits per byte, by its name: what advice expects (benchmarks/README.md, ptq).
@@ -184,6 +185,7 @@ class Quantizer(Generic[SpecT]):
     smooth: Callable[[QuantizationInput[SpecT]], None] | None = None
     refusal: Callable[[SpecT, Parent], str | None] = nothing_refused
     operations: Callable[[SpecT, int], float] = no_operations
+    in_blocks: bool = False
     starts_training: bool = False
     column_s: float = 0.0
     streams: bool = False

@@ -126,7 +126,8 @@ class QuantizeSpec(NamedSpec):
 
     def operations(self, size: ModelSize) -> float:
         seen = 2.0 * size.parameters * self.samples * self.sequence if self.scale == IMATRIX else 0.0
-        return seen + sum(QUANTIZERS[name].operations(self, size.parameters) for name in self.methods)
+        chosen = [QUANTIZERS[name] for name in self.methods]
+        return seen + sum(one.operations(self, size.in_blocks if one.in_blocks else size.parameters) for one in chosen)
 
     @property
     def sensitivity(self) -> SensitivitySpec | None:
