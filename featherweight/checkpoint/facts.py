@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors, require_same_use
+from featherweight.checkpoint.conversion import named
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.dry_run import require_loadable
 from featherweight.checkpoint.fetching import look_at
@@ -24,6 +25,7 @@ from featherweight.checkpoint.files import (
     adapter_files,
     check_length,
     find_weights,
+    has_weights,
     read_json,
     require_indexed,
     require_tokenizer,
@@ -31,7 +33,7 @@ from featherweight.checkpoint.files import (
 from featherweight.checkpoint.fit import require_fit
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
 from featherweight.checkpoint.gguf_header import GgufHeader
-from featherweight.checkpoint.gguf_parts import parts_of, whole_header
+from featherweight.checkpoint.gguf_parts import models_among, parts_of, whole_header
 from featherweight.checkpoint.gguf_rotary import rotary_scaling
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_head, require_output_head, require_task
@@ -74,9 +76,10 @@ def facts_for_any_task(spec: LoadSpec) -> CheckpointFacts:
         raise KnownAtLoad(f"{spec.source} has to be fetched first")
     if isinstance(seen, Listing):
         return _of_listing(seen, spec)
-    if (gguf := gguf_file(seen)) is not None:
-        return _of_gguf(gguf)
-    return _of_adapted(seen, spec) if has_adapter(seen, spec) else _of_folder(seen, spec)
+    with named(seen, spec.source):
+        if (gguf := gguf_file(seen)) is not None:
+            return _of_gguf(gguf)
+        return _of_adapted(seen, spec) if has_adapter(seen, spec) else _of_folder(seen, spec)
 
 
 def facts_of(folder: Path, config: PreTrainedConfig) -> CheckpointFacts:
@@ -114,7 +117,8 @@ def _of_folder(folder: Path, spec: LoadSpec) -> CheckpointFacts:
 
 def _of_listing(listing: Listing, spec: LoadSpec) -> CheckpointFacts:
     """Files far away, whose headers can be read there."""
-    if CONFIG not in listing.sizes or adapter_files(listing):
+    alone = not has_weights(listing) and bool(models_among(listing.sizes))
+    if CONFIG not in listing.sizes or adapter_files(listing) or alone:
         raise KnownAtLoad(f"{listing.where} holds no plain checkpoint, and is looked into once it is here")
     told = _require_plain(listing, spec)
     weights = find_weights(listing, allow_pickle=spec.allow_pickle)

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.arrivals import Arrival
-from featherweight.checkpoint.files import COMPANIONS, CONFIG, INDEX, WEIGHTS, Listing, files_of, is_companion
+from featherweight.checkpoint.files import (
+    COMPANIONS,
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Listing,
+    adapter_files,
+    files_of,
+    has_weights,
+    is_companion,
+)
+from featherweight.checkpoint.gguf_parts import models_among
 from featherweight.checkpoint.identity import content_identity, may_be_read, read_by_the_product
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, ServiceError, one_line
@@ -32,9 +43,20 @@ def _snapshot(spec: LoadSpec, names: list[str] | None) -> Path:
 
     repo, revision = _repository(spec)
     patterns = names or [CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", SPARSITY, *COMPANIONS]
-    return Path(
+    folder = Path(
         snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=names is None, **_hub_places())
     )
+    _gguf(spec, Listing.of(folder))
+    return folder
+
+
+def _gguf(spec: LoadSpec, listing: Listing) -> list[str]:
+    """The parts of the one GGUF model that a repository holds in the place of other weights; CheckpointError for several."""
+    models = set() if has_weights(listing) or adapter_files(listing) else models_among(listing.sizes)
+    if len(models) > 1:
+        get = f"hf download {_repository(spec)[0]} {min(models)[0]}"
+        raise CheckpointError(f"{spec.source} holds {len(models)} GGUF models; fetch one ({get}), and give its path")
+    return [name for parts in models for name in parts]
 
 
 def _repository(spec: LoadSpec) -> tuple[str, str]:
@@ -64,7 +86,11 @@ def look_hf(spec: LoadSpec) -> Listing | Path:
     """The files on the hub, read as far as is asked for; the cached folder where it is out of reach. Raises ServiceError."""
     with _hub_explained(spec):
         info = _hub_info(spec)
-        return _snapshot(spec, None) if info is None else _hub_listing(spec, info, _read_hub)
+        if info is None:
+            return _snapshot(spec, None)
+    listing = _hub_listing(spec, info, _read_hub)
+    _gguf(spec, listing)
+    return listing
 
 
 def _read_hub(spec: LoadSpec, revision: str, name: str, length: int) -> bytes:
@@ -103,6 +129,8 @@ def _hub_names(spec: LoadSpec) -> list[str] | None:
     if info is None:
         return None
     listing = _hub_listing(spec, info, _download_hub)
+    if gguf := _gguf(spec, listing):
+        return gguf
     return files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
 
 

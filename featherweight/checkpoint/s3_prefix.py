@@ -53,7 +53,7 @@ def _wanted(listing: Listing, spec: LoadSpec) -> list[str]:
     if not listing.sizes:
         raise ServiceError(f"{listing.where} holds no objects; check the prefix (it is case-sensitive)")
     gguf = only_model(listing.sizes)
-    if gguf and CONFIG not in listing.sizes:
+    if gguf and (CONFIG not in listing.sizes or not (has_weights(listing) or ADAPTER in listing.sizes)):
         return list(gguf)
     names = files_of(listing, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     problem = missing_part(listing) if has_weights(listing) else None

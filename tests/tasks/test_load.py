@@ -391,6 +391,20 @@ def test_a_hub_repository_that_is_none_is_refused(hub: type[Hub], out: Path):
 
 
 @pytest.mark.slow
+def test_a_gguf_model_on_the_hub_is_fetched_and_several_are_refused(hub: type[Hub], out: Path, tiny_checkpoint: Path):
+    """Beside a config.json too, as many repositories of GGUF files have one."""
+    (hub.root / "model.safetensors").unlink()
+    write_gguf(hub.root / "m.gguf", tiny_checkpoint)
+    load(spec("hf:org/tiny"), out=out)
+    assert set(hub.served) == {"m.gguf"}
+    write_gguf(hub.root / "n.gguf", tiny_checkpoint)
+    hub.commit = "f" * 40
+    with pytest.raises(
+        CheckpointError, match=r"hf:org/tiny holds 2 GGUF models; fetch one \(hf download org/tiny m\.gguf\), and give"
+    ):
+        read_facts(spec("hf:org/tiny"))
+
+
 def test_a_pickle_on_the_hub_is_refused_before_it_is_downloaded(hub: type[Hub], out: Path):
     pickled(hub.root, shards=False)
     assert "checkpoint.allow_pickle: true" in refusal("hf:org/tiny", out)
