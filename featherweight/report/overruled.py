@@ -9,6 +9,9 @@ from featherweight.measure.figures import rate
 from featherweight.measure.goals import judged_batch
 from featherweight.report.result import MEASURED, OptimizationResult, VariantRow
 
+NEAR = 2.0
+"""A speed within this factor of what was expected is what the advice said."""
+
 
 def advice_line(result: OptimizationResult, expected: Mapping[str, float]) -> str:
     """One line; empty for a recipe without advice.
@@ -20,7 +23,11 @@ def advice_line(result: OptimizationResult, expected: Mapping[str, float]) -> st
         return ""
     batch = judged_batch(result.objective, ())
     if result.winner == first:
-        return f"measurement agreed with the advice: {_figures(result.row(first), expected, batch)}"
+        row = result.row(first)
+        agreed = (
+            "agreed with the advice" if _near(row, expected, batch) else "chose what the advice expected first, at another speed"
+        )
+        return f"measurement {agreed}: {_figures(row, expected, batch)}"
     told = f"measurement overruled the advice: it expected {first} first ({_fate(result.row(first), expected, batch)})"
     if result.winner in expected:
         return f"{told}; first is {_figures(result.row(result.winner), expected, batch)}"
@@ -32,6 +39,12 @@ def _fate(row: VariantRow | None, expected: Mapping[str, float], batch: int) -> 
     if row is None:
         return "it was not run"
     return f"{_figures(row, expected, batch)}, {row.reason}" if row.status in MEASURED else f"{row.status}: {row.reason}"
+
+
+def _near(row: VariantRow | None, expected: Mapping[str, float], batch: int) -> bool:
+    assert row is not None
+    wanted, found = expected[row.name], row.get(f"tokens_per_s_{batch}")
+    return max(wanted, found) <= NEAR * min(wanted, found)
 
 
 def _figures(row: VariantRow | None, expected: Mapping[str, float], batch: int) -> str:

@@ -135,6 +135,8 @@ def test_the_report_tells_where_measurement_overruled_advice(tmp_path: Path) -> 
     assert line.startswith("measurement overruled the advice: it expected a first") and "quality loss +2 %" in line
     assert "b, 60 tokens/s expected and 70 measured" in line
     assert advice_line(replace(result, winner="a"), expected).startswith("measurement agreed")
+    far = advice_line(replace(result, winner="a"), {**expected, "a": 7695.0})
+    assert far.startswith("measurement chose what the advice expected first, at another speed: a, 7695 tokens/s expected and 90")
     stays = advice_line(replace(result, winner="baseline"), expected)
     assert "expected a first (a, 80 tokens/s expected and 90 measured" in stays and stays.endswith(
         "nothing that it advised keeps the constraints"
