@@ -126,6 +126,7 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
     [
         ("torch-compile", "mpt", "makes no whole graph of transformers' mpt: it counts on the host what it has read"),
         ("torch-compile", "minimax", "keeps what it has read in a cache of its own; take another engine"),
+        ("torch-aoti", "hrm_text", "compiled step of a hrm_text writes other tokens"),
         ("openvino", "longformer", "transformers' longformer cuts or pads each text to whole blocks; take another engine"),
         ("openvino", "longcat_flash", "asks each text which experts it needs"),
         ("openvino", "jetmoe", "is a trace, and transformers' jetmoe reads the weights of the experts that were chosen"),
