@@ -459,7 +459,12 @@ def watch(
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="The recipe for each new checkpoint.")] = None,
     every: Annotated[float, typer.Option(help="Seconds between looks.", min=1)] = 60.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, optimize what is due, and end.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Tell how all arrivals stand, the quarantined with the reason.")] = False,
+    status: Annotated[
+        bool,
+        typer.Option(
+            "--status", help="Tell how all arrivals stand, the quarantined with the reason; with SOURCE also those that wait."
+        ),
+    ] = False,
     take: Annotated[str, typer.Option(help="Of a training run's checkpoints: every, every:N, best or best:METRIC.")] = "every",
     settle: Annotated[float, typer.Option(help="Seconds for which a new checkpoint must not have changed.")] = 10.0,
     tries: Annotated[
@@ -477,10 +482,10 @@ def watch(
 
     patience = Patience(tries=tries)
     if status:
-        _tell_arrivals(arrivals_status(workspace, patience), as_json)
+        _tell_arrivals(arrivals_status(workspace, patience, source, take, settle), as_json)
         return
     if not source or recipe is None:
-        raise RecipeError("featherweight watch wants a SOURCE and --recipe, or --status alone")
+        raise RecipeError("featherweight watch wants a SOURCE and --recipe, or --status")
     parameters = parameters_of(source, recipe, tuple(overrides), workspace, take, settle, patience)
     if not once:
         serve_watch(parameters, workspace, every, view_for(quiet))

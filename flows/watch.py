@@ -18,6 +18,7 @@ from featherweight.registry.out_of_band import look as look_at
 from featherweight.registry.registry import Registry
 from featherweight.store.workspace import Workspace
 from flows.optimize import optimize_flow
+from flows.watch_schedule import not_ready
 from tasks.claim_runs import ClaimRuns, reason_of, sign_own_run, tell
 from tasks.claims import Claim, Patience, claim_key
 from tasks.parent_run import ambient, connect
@@ -59,7 +60,7 @@ def watch_flow(
     return [
         *_moved(place, wanted.promote.model),
         *told.values(),
-        *({"source": one.source, "status": one.state, "reason": one.reason} for one in seen if not one.identity),
+        *not_ready(seen),
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.checkpoint.arrivals import Seen, look
 from featherweight.checkpoint.training_runs import Policy
 from featherweight.errors import RecipeError
 from featherweight.masking import masked
@@ -62,14 +63,22 @@ def serve_watch(parameters: dict[str, Any], root: Path, every_s: float, view: Vi
         serve(looks, _deployment(root), pause_on_shutdown=False, print_starting_message=False)
 
 
-def arrivals_status(root: Path, patience: Patience) -> list[dict[str, Any]]:
-    """How every arrival stands that was ever claimed in a workspace, or at the Prefect server that the environment names."""
+def arrivals_status(root: Path, patience: Patience, source: str, take: str, settle_s: float) -> list[dict[str, Any]]:
+    """How every arrival stands that was ever claimed in a workspace, or at the Prefect server that the environment names; and
+    those at `source`, where one is given, that are not taken yet, or never.
+    """
+    unready = not_ready(look(source, root / "arrivals", settle_s, Policy.of(take).taken)) if source else []
     configure(root)
     with prefect_server(root) as server:
         from tasks.claim_runs import ClaimRuns
 
         server.wait()
-        return [claim.to_dict(patience) for claim in ClaimRuns("").claims(patience).values()]
+        return [*(claim.to_dict(patience) for claim in ClaimRuns("").claims(patience).values()), *unready]
+
+
+def not_ready(seen: list[Seen]) -> list[dict[str, Any]]:
+    """What waits for something, or is left out, and why."""
+    return [{"source": one.source, "status": one.state, "reason": one.reason} for one in seen if not one.identity]
 
 
 def parameters_of(

@@ -15,10 +15,11 @@ from uuid import UUID
 import pytest
 import yaml
 
+from featherweight.checkpoint import arrivals
 from featherweight.errors import CheckpointError, GateError
 from featherweight.store.workspace import Workspace
 from featherweight.system.processes import process_name
-from flows.watch_schedule import _deployment, parameters_of
+from flows.watch_schedule import _deployment, not_ready, parameters_of
 from tasks.claim_runs import ARRIVAL, PROCESS, ClaimRuns, require_own_run, tell
 from tasks.claims import Patience
 from tasks.stages import stage_named
@@ -113,6 +114,8 @@ def test_one_that_fails_costs_itself_only_and_is_quarantined(
     assert next(one["error"] for one in first if "bad" in one["source"]).endswith("/bad has no such model")
     assert statuses(look(drop, recipe, root, **impatient))["bad"] == "failed"
     assert statuses(look(drop, recipe, root, **impatient)) == {"bad": "quarantined", "good": "done", "nonsense": "waiting"}
+    (waiting,) = not_ready(arrivals.look(str(drop), root / "arrivals", 0.05))
+    assert waiting["source"].endswith("nonsense") and waiting["status"] == "waiting" and waiting["reason"]
     claims = ClaimRuns("").claims(Patience(**impatient), "arrived").values()
     (quarantined,) = [one for one in claims if one.count("FAILED")]
     told = quarantined.to_dict(Patience(**impatient))
