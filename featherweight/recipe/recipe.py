@@ -159,6 +159,17 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
+    def _measures_texts(self) -> Recipe:
+        served = {**self.stages.compile, **self.stages.export}
+        changing = [name for name, spec in served.items() if spec.changes_texts_alone]
+        if changing and self.workload.changed_answers is None:
+            raise ValueError(
+                f"{changing[0]} writes other texts than its scores tell of; say workload.changed_answers, such as "
+                "{prompts: 100, new_tokens: 32}, and constraints.max_changed_answers where it matters"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapts_text(self) -> Recipe:
         if self.checkpoint.adapters and self.task != "text-generation":
             raise ValueError(

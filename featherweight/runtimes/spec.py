@@ -65,6 +65,11 @@ class ServingSpec(NamedSpec):
     def kinds(cls) -> tuple[type[Self], ...]:
         return tuple(dict.fromkeys(kind for name in RUNTIMES if (kind := cls.kind(name))))
 
+    @property
+    def changes_texts_alone(self) -> bool:
+        """Whether it writes other texts than its scores tell of, so that its loss shows in changed answers alone."""
+        return False
+
     def served_on(self, where: Device) -> Device:
         """The device that it is served from, where a recipe says `where` for all."""
         return where if self.device == "auto" else self.device

@@ -16,7 +16,8 @@ from featherweight.runtimes.interface import Generation, LoadedModel, Timing, To
 from featherweight.runtimes.line import Line, side_by_side
 from featherweight.system.device import CPU, CUDA, Device
 
-SHARED = "shared_vocabulary.json"
+SHARED, SOURCES, TARGETS = "shared_vocabulary.json", "source_vocabulary.json", "target_vocabulary.json"
+"""Vocabularies of an encoder-decoder: one for both of its sides, or one each."""
 FOLLOWED = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
 FOLLOWED |= {"bad_words_ids", "suppress_tokens", "min_length", "min_new_tokens", "forced_bos_token_id"}
 FOLLOWED |= BEAMS
@@ -26,7 +27,8 @@ PATIENCE = 4
 class CTranslate2Model(LoadedModel):
     """A converted folder (model.bin, config.json, vocabularies). A seq2seq model has a vocabulary of sources and one of targets.
 
-    options: `compute_type` (float32); `first_token`, the id that every target begins with, if any; `workers`, 1.
+    options: `compute_type` (float32); `first_token`, the id that every target begins with, if any; `workers`, 1; `shortlist`, where
+    texts are written in the tokens of a vocabulary map alone.
     """
 
     follows = FOLLOWED
@@ -43,7 +45,7 @@ class CTranslate2Model(LoadedModel):
             most = self.limits.max_batch
             self.encoder = Encoder(self.weights, self.served, self.device, self.threads, compute_type, most)
             return
-        self.seq2seq = (self.weights / SHARED).exists() or (self.weights / "target_vocabulary.json").exists()
+        self.seq2seq = (self.weights / SHARED).exists() or (self.weights / TARGETS).exists()
         self.vocabulary = self._tokens("target" if self.seq2seq else "")
         self.sources = self._tokens("source") if self.seq2seq else self.vocabulary
         self.first = json.loads((self.weights / "config.json").read_text()).get("bos_token")
@@ -204,5 +206,6 @@ class CTranslate2Model(LoadedModel):
         forced = self.options.get("first_token")
         prefix = None if forced is None else [[self.vocabulary[int(forced)]]] * len(prompts)
         options |= {"max_decoding_length": new_tokens, "max_input_length": 0, "target_prefix": prefix}
+        options |= {"use_vmap": "shortlist" in self.options}
         results = self.generator.translate_batch(self._spelt(prompts), **options)
         return [[ids[token] for token in result.hypotheses[0][:new_tokens]] for result in results]

@@ -52,14 +52,21 @@ class CTranslate2Spec(ExportSpec):
     its int8 on a CPU, so it is not offered). On CUDA also int8_float16 and int8_bfloat16, which are its own, bfloat16 and float16.
     reduce_range: 7 bits; 'auto' means where it is served from a CPU that has no VNNI. int8 only.
     workers: so many batches are written at once, each with as many threads; a batch alone is split among them.
+    shortlist: of an encoder-decoder, write in the commonest tokens of the calibration text's targets and, for each token of the
+    source, as many that go with it. Scores do not show what that changes: `workload.changed_answers` does.
     """
 
-    quiet = ExportSpec.quiet | {"workers"}
+    quiet = ExportSpec.quiet | {"workers", "shortlist"}
 
     engine: Literal["ctranslate2"]
     compute_type: ComputeType = "float32"
     reduce_range: bool | Literal["auto"] = "auto"
     workers: int = Field(1, ge=1, le=256)
+    shortlist: int | None = Field(None, ge=1, le=10_000)
+
+    @property
+    def changes_texts_alone(self) -> bool:
+        return self.shortlist is not None
 
 
 class CTranslate2(Runtime[CTranslate2Spec]):
@@ -82,12 +89,12 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         write(spec, source, out)
 
     def check(self, spec: CTranslate2Spec, source: Source, served: Path) -> Metrics:
-        from featherweight.runtimes.ctranslate2.write import check_weights
+        from featherweight.runtimes.ctranslate2.write import check_weights, check_whole
 
         reference = source.reference()
         weights = check_weights(source, reference, served) if spec.compute_type == "int8" else {}
         source.release()
-        return {**weights, **reference.check(served)}
+        return {**weights, **(check_whole(reference, served) if spec.shortlist else reference.check(served))}
 
     def bound(self, serving: Serving) -> Bound:
         """int8 per token: 0.81 nats at most and 0.071 on average with VNNI or a 7-bit grid; 3.6 and 0.21 on AVX2 without."""
@@ -128,6 +135,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
             return f"CTranslate2's converter does not know {model.facts.model_type} models; take another engine"
         if model.facts.model_type in ENCODERS and family_of(model.config) == "causal":
             return f"CTranslate2 reads {model.facts.model_type} models as encoders, and this one writes; take another engine"
+        if spec.shortlist and family_of(model.config) != "seq2seq":
+            return f"shortlist: it goes by the source of a text, which {model.facts.model_type} models have not; leave it out"
         if spec.workers > 1 and family_of(model.config) == "encoder":
             return "workers: they write texts side by side, and an encoder answers at once; leave them out"
         return answers_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
@@ -140,6 +149,12 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         if device == CPU:
             return on_cpu_refusal(self.name, spec.compute_type) if spec.compute_type in CUDA_ONLY else None
         return cublas.refusal() if machine == describe() else None
+
+    def served_note(self, serving: Serving) -> str | None:
+        most = serving.options.get("shortlist")
+        return (
+            most and f"writes in the commonest tokens and {most} for each token of the source; changed answers show what it costs"
+        )
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
         if machine.int8_dot_product:

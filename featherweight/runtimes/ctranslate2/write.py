@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +13,17 @@ from typing import TYPE_CHECKING
 from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.checkpoint.streamed import mapped_model
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.grid import GRIDS, Grid
 from featherweight.model.architecture import LAYOUTS, task_of
 from featherweight.model.padding import without_padding
+from featherweight.model.positions import context_tokens
 from featherweight.progress import Metrics
-from featherweight.runtimes.bounds import EXACT
+from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.ctranslate2.encoder import write_head
+from featherweight.runtimes.ctranslate2.loaded import SHARED, SOURCES, TARGETS
 from featherweight.runtimes.ctranslate2.pack import convert
+from featherweight.runtimes.ctranslate2.shortlist import write_shortlist
 from featherweight.runtimes.packing import QuantizedRows
 from featherweight.runtimes.parity import Reference
 from featherweight.runtimes.spec import SIXTEEN_BITS
@@ -27,7 +32,7 @@ from featherweight.store.mapped import give_back_heap
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, Device
 from featherweight.system.machine import INT8_DOT, cpu_features
-from featherweight.text.model_inputs import decoder_prefix
+from featherweight.text.model_inputs import decoder_prefix, token_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +55,19 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
     convert(model, source.checkpoint, out / FOLDER, rows, floats)
     if task_of(model.config) in HEADED:
         write_head(source.model, out / FOLDER)
+    if spec.shortlist:
+        _write_shortlist(spec.shortlist, source, out / FOLDER)
     copy_tokenizer(source.checkpoint, out)
     Serving("ctranslate2", FOLDER, _options(spec, model), source.grid).write(out)
+
+
+def _write_shortlist(most: int, source: Source, folder: Path) -> None:
+    """From the calibration text's targets. Special tokens, such as those of languages, are in every list."""
+    shared = folder / SHARED
+    spelt = [json.loads((file if file.exists() else shared).read_text()) for file in (folder / SOURCES, folder / TARGETS)]
+    tokenizer = load_tokenizer(source.checkpoint)
+    pairs = token_pairs(source.calibration, tokenizer, context_tokens(source.config), source.seed)
+    write_shortlist(folder, pairs, *spelt, most, [one for one in sorted(tokenizer.all_special_ids) if one < len(spelt[1])])
 
 
 def grid_here(spec: CTranslate2Spec, device: Device = CPU) -> Grid:
@@ -71,7 +87,15 @@ def _options(spec: CTranslate2Spec, model: PreTrainedModel) -> dict[str, str]:
         options["first_token"] = str(prefix[1])
     if spec.workers > 1:
         options["workers"] = str(spec.workers)
-    return options
+    return options | ({"shortlist": str(spec.shortlist)} if spec.shortlist else {})
+
+
+def check_whole(reference: Reference, served: Path) -> Metrics:
+    """The same as `Reference.check` where texts are written in a shortlist: held to PyTorch with the whole vocabulary."""
+    serving = Serving.read(served)
+    options = {name: value for name, value in serving.options.items() if name != "shortlist"}
+    whole = replace(serving, options=options)
+    return _check_twin(reference, served, whole, lambda out: _link_all(served / FOLDER, out))
 
 
 def check_weights(source: Source, reference: Reference, served: Path) -> Metrics:
@@ -80,26 +104,32 @@ def check_weights(source: Source, reference: Reference, served: Path) -> Metrics
     Of a model whose weights stay in its files, which would be four times as large there, a few layers at a time between its
     embedding and its head, so that every layer is looked at.
     """
+    in_float = Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).on(Serving.read(served).device)
     if not source.streams or source.config.model_type not in LAYOUTS:
-        return {"parity_weights_max_abs": _check_twin(reference, served, lambda out: _link_all(served / FOLDER, out))}
+        found = _check_twin(reference, served, in_float, lambda out: _link_all(served / FOLDER, out), EXACT)
+        return {"parity_weights_max_abs": found["parity_max_abs"]}
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
-    found = []
+    largest = []
     for layers in source.parts():
         part = Reference.of(source.computing(layers), source.checkpoint, source.calibration, source.max_tokens)
-        found.append(_check_twin(part, served, partial(_convert_part, source, rows, layers)))
-    return {"parity_weights_max_abs": max(found)}
+        found = _check_twin(part, served, in_float, partial(_convert_part, source, rows, layers), EXACT)
+        largest.append(found["parity_max_abs"])
+    return {"parity_weights_max_abs": max(largest)}
 
 
-def _check_twin(reference: Reference, served: Path, write_weights: Callable[[Path], None]) -> float:
+def _check_twin(
+    reference: Reference, served: Path, serving: Serving, write_weights: Callable[[Path], None], bound: Bound | None = None
+) -> Metrics:
+    """Compare with what is served otherwise, by other weights or other options."""
     twin = served / "twin"
     twin.mkdir()
     write_weights(twin / FOLDER)
     copy_tokenizer(served, twin)
-    Serving("ctranslate2", FOLDER, {"compute_type": "float32"}).on(Serving.read(served).device).write(twin)
+    serving.write(twin)
     give_back_heap()  # what the conversion has left free
-    measured = reference.check(twin, EXACT)
+    measured = reference.check(twin, bound)
     shutil.rmtree(twin)
-    return measured["parity_max_abs"]
+    return measured
 
 
 def _link_all(folder: Path, out: Path) -> None:
