@@ -64,10 +64,12 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
 def _write_shortlist(most: int, source: Source, folder: Path) -> None:
     """From the calibration text's targets. Special tokens, such as those of languages, are in every list."""
     shared = folder / SHARED
-    spelt = [json.loads((file if file.exists() else shared).read_text()) for file in (folder / SOURCES, folder / TARGETS)]
+    files = (file if file.exists() else shared for file in (folder / SOURCES, folder / TARGETS))
+    sources, targets = (json.loads(file.read_text()) for file in files)
     tokenizer = load_tokenizer(source.checkpoint)
     pairs = token_pairs(source.calibration, tokenizer, context_tokens(source.config), source.seed)
-    write_shortlist(folder, pairs, *spelt, most, [one for one in sorted(tokenizer.all_special_ids) if one < len(spelt[1])])
+    special = [one for one in sorted(tokenizer.all_special_ids) if one < len(targets)]
+    write_shortlist(folder, pairs, sources, targets, most, special)
 
 
 def grid_here(spec: CTranslate2Spec, device: Device = CPU) -> Grid:

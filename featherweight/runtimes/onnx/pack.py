@@ -49,9 +49,9 @@ class Products:
     """
 
     activations: Activations = "blocks"
-    accuracy_level: int = INT8_ACTIVATIONS
     signed: bool = True
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
+    accuracy_level: int = INT8_ACTIVATIONS
 
 
 def pack(built: Path, out: Path, rows: QuantizedRows, how: Products = Products()) -> None:
