@@ -73,6 +73,23 @@ def test_settings_that_an_engine_does_not_follow_are_refused_before_it_is_writte
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "lead", "refused"),
+    [
+        ({"repetition_penalty": 1.1}, [], True),
+        ({"no_repeat_ngram_size": 2}, [1], True),
+        ({"repetition_penalty": 1.1}, [0], False),
+        ({"suppress_tokens": [3]}, [], False),
+    ],
+)
+def test_penalties_that_miss_the_first_token_of_a_prompt_are_refused(asked: dict[str, Any], lead: list[int], refused: bool) -> None:
+    """CTranslate2 counts none: where no BOS stands there, another token that may be written again."""
+    from featherweight.runtimes.ctranslate2.runtime import penalty_refusal
+
+    reason = penalty_refusal(GenerationSettings({"eos_token_id": 1, **asked}), lead)
+    assert ("does not count a prompt's first token" in str(reason)) == refused
+
+
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> Any:
     from transformers import AutoModelForCausalLM

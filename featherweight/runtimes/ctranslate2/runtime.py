@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from featherweight.errors import RecipeError
 from featherweight.model.architecture import attention_cap, family_of
 from featherweight.model.positions import head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, SATURATING, Bound, sixteen_bits
 from featherweight.runtimes.ctranslate2 import cublas
+from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.known_models import names_in
 from featherweight.runtimes.refusals import (
@@ -84,8 +86,14 @@ class CTranslate2(Runtime[CTranslate2Spec]):
     devices = (CPU, CUDA)
 
     def write(self, spec: CTranslate2Spec, source: Source, out: Path) -> None:
+        from featherweight.checkpoint.tokenizer import load_tokenizer
         from featherweight.runtimes.ctranslate2.write import write
+        from featherweight.text.tokens import Frame
 
+        if family_of(source.config) == "causal":
+            lead = Frame.of(load_tokenizer(source.checkpoint)).lead
+            if reason := penalty_refusal(GenerationSettings.read(source.checkpoint), lead):
+                raise RecipeError(reason)
         write(spec, source, out)
 
     def check(self, spec: CTranslate2Spec, source: Source, served: Path) -> Metrics:
@@ -239,6 +247,23 @@ def _head_refusal(grids: Grids, spec: CTranslate2Spec) -> str | None:
     if spec.reduce_range is True and spec.compute_type == "int8" and finest > 63:
         return "reduce_range wants weights on the grid int8-reduced, and a second rounding is not done here"
     return None
+
+
+PENALTIES = frozenset({"repetition_penalty", "no_repeat_ngram_size"})
+
+
+def penalty_refusal(settings: GenerationSettings, lead: list[int]) -> str | None:
+    """Why a checkpoint's penalties are not followed: CTranslate2 does not count the first token of a prompt.
+
+    lead: what its tokenizer puts before a text, which nobody misses where it is no end.
+    """
+    told = sorted(PENALTIES.intersection(settings.values))
+    if not told or (lead and lead[0] not in settings.ends):
+        return None
+    return (
+        f"CTranslate2 does not count a prompt's first token in {told[0]}, which this checkpoint's generation_config.json asks for, "
+        "and its tokenizer begins texts with no token that could be missed; take another engine, or take it out of that file"
+    )
 
 
 CTRANSLATE2 = CTranslate2()
