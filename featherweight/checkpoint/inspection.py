@@ -22,6 +22,7 @@ from featherweight.errors import CheckpointError, one_line, reason
 from featherweight.model.architecture import answers_by_decoder, class_by_type, family_of, head_class, head_refusal, task_of
 from featherweight.model.decoding import decoder_refusal, language_refusal, random_refusal, windows_refusal
 from featherweight.spec import Task
+from featherweight.system.bars import hidden_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -266,7 +267,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with hidden_bars():
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

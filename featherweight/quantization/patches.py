@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from featherweight.system.bars import hidden_bars
 from featherweight.system.device import torch_device
 
 MODULES = ("llmcompressor", "compressed_tensors")
@@ -49,18 +50,15 @@ def quiet() -> Iterator[None]:
     """llm-compressor draws a bar per layer, logs each module, and switches the tokenizers' threads off for good."""
     import llmcompressor  # noqa: F401 (importing it sets its log up, so that comes before switching it off)
     from loguru import logger
-    from tqdm import tqdm
 
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    shown = tqdm.__init__
-    tqdm.__init__ = lambda bar, *args, **options: shown(bar, *args, **(options | {"disable": True}))
     for module in MODULES:
         logger.disable(module)
     try:
-        yield
+        with hidden_bars():
+            yield
     finally:
-        tqdm.__init__ = shown
         for module in MODULES:
             logger.enable(module)
         if threads is None:
