@@ -86,6 +86,12 @@ class DataParallelGroup:
         assert self._accelerator
         return self._accelerator.gather(row[None].to(self._accelerator.device)).cpu()
 
+    def end(self) -> None:
+        """Part once all have come here: a process whose fellow has gone is aborted by gloo, whatever it has done."""
+        if self._accelerator and self.size > 1:
+            self._accelerator.wait_for_everyone()
+            self._accelerator.end_training()
+
     def _sum(self, tensor: Tensor) -> Tensor:
         assert self._accelerator
         return self._accelerator.reduce(tensor, reduction="sum")

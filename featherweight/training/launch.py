@@ -152,11 +152,13 @@ def main(request: Path) -> int:
 
 
 def _run(request: Message, progress: Progress) -> dict[str, float]:
-    DataParallelGroup()  # chooses this process's device before anything is put on one
+    group = DataParallelGroup()  # chooses this process's device before anything is put on one
     folders = {name: Path(path) for name, path in request["folders"].items()}
     spec = _load(request["kind"])(**request["spec"])
     peak = device.GpuPeak()
-    return dict(_load(request["function"])(spec, **folders, seed=request["seed"], progress=progress)) | peak.metrics()
+    metrics = dict(_load(request["function"])(spec, **folders, seed=request["seed"], progress=progress)) | peak.metrics()
+    group.end()
+    return metrics
 
 
 def _load(reference: str) -> Any:

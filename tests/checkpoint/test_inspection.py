@@ -85,10 +85,10 @@ def test_it_says_what_the_checkpoint_is(tiny_checkpoint: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared models on this machine")
+@pytest.mark.skipif(not MODELS.is_dir(), reason="no shared models on this machine")
 @pytest.mark.parametrize(("name", "parameters"), [("stories260K", 260_032), ("stories15M", 15_191_712)])
 def test_it_accepts_a_real_checkpoint(name: str, parameters: int):
-    info = inspect_checkpoint(SHARED / name)
+    info = inspect_checkpoint(MODELS / name)
     assert (info.parameters, info.tied) == (parameters, True)
 
 

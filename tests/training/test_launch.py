@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from featherweight.spec import Spec
 from featherweight.system.processes import WORKERS_PEAK, highest, tree_peak_bytes
 from featherweight.training.data_parallel import leads
 from featherweight.training.launch import run_in_processes
+from featherweight.training.threads import cores
 from tests.support.waiting import until
 
 
@@ -54,6 +56,16 @@ def work(spec: AskedSpec, *, out: Path, seed: int, progress: Progress) -> Metric
     return {"steps": 2.0}
 
 
+def linger(spec: AskedSpec, *, out: Path, seed: int, progress: Progress) -> Metrics:
+    """The first process writes, as it ends, whether the second is done, which takes longer."""
+    if leads():
+        atexit.register(lambda: (out / "seen").write_text(str((out / "done").exists())))
+    else:
+        time.sleep(1)
+        (out / "done").touch()
+    return {}
+
+
 def ask(tmp_path: Path, fail: str = "", heard: Progress | None = None) -> Metrics:
     return run_in_processes(f"{__name__}:work", AskedSpec(fail=fail), {"out": tmp_path}, 7, 1, heard or Heard())
 
@@ -79,6 +91,13 @@ def test_errors_are_raised_as_they_were(tmp_path: Path) -> None:
         ask(tmp_path, "unexpected")
     with pytest.raises(StageError, match=r"work: its process ended with exit status \d+; its last words: "):
         ask(tmp_path, "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_a_process_that_is_done_waits_for_its_fellow(tmp_path: Path) -> None:
+    run_in_processes(f"{__name__}:linger", AskedSpec(), {"out": tmp_path}, 7, 2, Heard())
+    assert (tmp_path / "seen").read_text() == "True"
 
 
 def test_more_processes_than_cores_are_refused(tmp_path: Path) -> None:
