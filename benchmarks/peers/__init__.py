@@ -8,8 +8,8 @@ made or run is told with its reason.
 
 Environments lie in `build/peers`. PEERS_MODEL is what to take in place of stories15M: a folder, a GGUF file, or the name of a shape
 in which random weights are drawn (qwen2.5-0.5b, t5-small, mbart-large-50); PEERS_TEXT, the text that the quality is measured on;
-PEERS_ROUNDS, how many rounds; PEERS_VARIANTS, the recipe's variants in place of those of its file. The same command goes on with
-what an earlier one made.
+PEERS_ROUNDS, how many rounds; PEERS_VARIANTS, the recipe's variants in place of those of its file; PEERS_WITHOUT, other tools that
+are left out, by the beginnings of their names between commas. The same command goes on with what an earlier one made.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def benchmark() -> Mapping[str, Any]:
     """The figures of every side."""
     chosen = subject(os.environ.get("PEERS_MODEL", str(ROOT.parent / "shared" / "models" / "stories15M")), PLACE / "models")
     cases = [case for case in CASES if case.prompt + case.new <= chosen.positions]
-    peers = [*others(chosen), *ours(chosen, cases)]
+    left_out = tuple(filter(None, os.environ.get("PEERS_WITHOUT", "").split(",")))
+    peers = [*(peer for peer in others(chosen) if not peer.name.startswith(left_out)), *ours(chosen, cases)]
     sides = {peer.name: started for peer in peers if (started := _started(peer, chosen, cases))}
     try:
         taken = _by_turns(sides, chosen, cases)
