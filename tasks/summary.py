@@ -63,7 +63,7 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
     ref, served = outcomes[variant.measured].artifact, outcomes[variant.served].artifact
     folder = parent.workspace.materialize(served, check=False)
     serving = Serving.read(folder)
-    metrics = dict(ref.metrics)
+    metrics, asked = dict(ref.metrics), plan.nodes[variant.measured].spec
     won = variant.name == decision.winner
     zeros = served_zeros(plan, variant, outcomes, parent)
     if zeros:
@@ -84,8 +84,11 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
         notes=(
             *(note for note in (RUNTIMES[serving.engine].served_note(serving), _zeros_note(serving, zeros)) if note),
             *([serving.length_note] if serving.length_note else []),
-            *(note for note in (_device_note(plan, serving), _numbers_note(variant, serving)) if note),
-            *(note for note in (_windows_note(plan.nodes[variant.measured].spec, metrics),) if note),
+            *(
+                note
+                for note in (_device_note(plan, serving), _numbers_note(variant, serving), _windows_note(asked, metrics))
+                if note
+            ),
             *_judgements(plan, variant, outcomes),
         ),
         device=serving.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import sysconfig
@@ -48,16 +49,18 @@ def read_source(source: str, data: DataSpec) -> Source:
         documents = _distinct(_capped(files, data))
     if not documents.documents:
         raise DataError(f"{source} holds no text; expected at least one document that is not blank")
-    chunks = _distinct(_shares(documents.documents))
+    most = _longest_whole(documents.documents)
+    if all(len(document.text) <= most for document in documents.documents):
+        return documents
+    chunks = _distinct(part for one in documents.documents for part in ([one] if len(one.text) <= most else _chunks(one)))
     return replace(chunks, duplicates=chunks.duplicates + documents.duplicates)
 
 
-def _shares(documents: list[Document]) -> Iterator[Document]:
-    """Documents as they can be held out: in pieces where one is too much of the text, as each of a few is."""
-    most = 0 if len(documents) < 3 else max(LARGEST * sum(len(one.text) for one in documents), _CHUNK[1])
-    judged = any(document.judged for document in documents)
-    for document in documents:
-        yield from _chunks(document) if len(document.text) > most and not judged else (document,)
+def _longest_whole(documents: list[Document]) -> float:
+    """Characters of a document that is held out whole: each of a few would be too much of the text, as is a long one of many."""
+    if any(document.judged for document in documents):
+        return math.inf
+    return 0 if len(documents) < 3 else max(LARGEST * sum(len(one.text) for one in documents), _CHUNK[1])
 
 
 def _distinct(documents: Iterator[Document]) -> Source:

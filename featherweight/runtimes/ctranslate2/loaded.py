@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -18,10 +19,19 @@ from featherweight.system.device import CPU, CUDA, Device
 
 SHARED, SOURCES, TARGETS = "shared_vocabulary.json", "source_vocabulary.json", "target_vocabulary.json"
 """Vocabularies of an encoder-decoder: one for both of its sides, or one each."""
+ALONE = "vocabulary.json"
+"""That of a decoder."""
 FOLLOWED = LENGTHS | {"do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"}
 FOLLOWED |= {"bad_words_ids", "suppress_tokens", "min_length", "min_new_tokens", "forced_bos_token_id"}
 FOLLOWED |= BEAMS
 PATIENCE = 4
+
+
+def vocabulary(weights: Path, file: str) -> list[str]:
+    """The tokens by id: those of SOURCES or TARGETS, which may be SHARED, or of a decoder ALONE."""
+    path = weights / file
+    found: list[str] = json.loads((path if path.exists() or file == ALONE else weights / SHARED).read_text())
+    return found
 
 
 class CTranslate2Model(LoadedModel):
@@ -46,8 +56,8 @@ class CTranslate2Model(LoadedModel):
             self.encoder = Encoder(self.weights, self.served, self.device, self.threads, compute_type, most)
             return
         self.seq2seq = (self.weights / SHARED).exists() or (self.weights / TARGETS).exists()
-        self.vocabulary = self._tokens("target" if self.seq2seq else "")
-        self.sources = self._tokens("source") if self.seq2seq else self.vocabulary
+        self.vocabulary = vocabulary(self.weights, TARGETS if self.seq2seq else ALONE)
+        self.sources = vocabulary(self.weights, SOURCES) if self.seq2seq else self.vocabulary
         self.first = json.loads((self.weights / "config.json").read_text()).get("bos_token")
         kind = ctranslate2.Translator if self.seq2seq else ctranslate2.Generator
         self.generator: Any = kind(
@@ -78,11 +88,6 @@ class CTranslate2Model(LoadedModel):
     def served_on(self) -> Device:
         engine = self.encoder.encoder if self.encoder else self.generator
         return CUDA if engine.device == CUDA else CPU
-
-    def _tokens(self, side: str) -> list[str]:
-        """The vocabulary of the sources, of the targets, or of a decoder alone."""
-        path = self.weights / (f"{side}_vocabulary.json" if side else "vocabulary.json")
-        return json.loads((path if path.exists() or not side else self.weights / SHARED).read_text())
 
     def unload(self) -> None:
         self.encoder = self.generator = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,7 @@ from featherweight.model.positions import context_tokens
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, Bound
 from featherweight.runtimes.ctranslate2.encoder import write_head
-from featherweight.runtimes.ctranslate2.loaded import SHARED, SOURCES, TARGETS
+from featherweight.runtimes.ctranslate2.loaded import SOURCES, TARGETS, vocabulary
 from featherweight.runtimes.ctranslate2.pack import convert
 from featherweight.runtimes.ctranslate2.shortlist import write_shortlist
 from featherweight.runtimes.packing import QuantizedRows
@@ -63,9 +62,7 @@ def write(spec: CTranslate2Spec, source: Source, out: Path) -> None:
 
 def _write_shortlist(most: int, source: Source, folder: Path) -> None:
     """From the calibration text's targets. Special tokens, such as those of languages, are in every list."""
-    shared = folder / SHARED
-    files = (file if file.exists() else shared for file in (folder / SOURCES, folder / TARGETS))
-    sources, targets = (json.loads(file.read_text()) for file in files)
+    sources, targets = vocabulary(folder, SOURCES), vocabulary(folder, TARGETS)
     tokenizer = load_tokenizer(source.checkpoint)
     pairs = token_pairs(source.calibration, tokenizer, context_tokens(source.config), source.seed)
     special = [one for one in sorted(tokenizer.all_special_ids) if one < len(targets)]
