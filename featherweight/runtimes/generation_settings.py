@@ -6,12 +6,15 @@ sampling. Measurements do not follow them: what is timed and compared is the mod
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.opening import GENERATION, generation_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
@@ -125,6 +128,34 @@ class GenerationSettings:
             return tokens[:place]
         last = min(forced) if isinstance(forced, list) else forced
         return tokens[: new_tokens - 1] + ([] if last in ends else [last])
+
+
+def chosen_text(
+    logits: Callable[[list[int]], Tensor], prompt: list[int], new_tokens: int, settings: GenerationSettings
+) -> list[int]:
+    """What is written behind `prompt`, each token chosen as `chooser` does, up to an end (included) or `new_tokens` tokens.
+
+    `logits` is given the tokens that it has not read yet and returns those of the next one, float32 (1, vocabulary).
+    """
+    choose, written, unread = chooser(settings, len(prompt)), list(prompt), list(prompt)
+    while True:
+        unread = [choose(written, logits(unread))]
+        written += unread
+        if unread[0] in settings.ends or len(written) == len(prompt) + new_tokens:
+            return written[len(prompt) :]
+
+
+def chooser(settings: GenerationSettings, prompt: int) -> Callable[[list[int], Tensor], int]:
+    """Chooses the token behind a text, `prompt` tokens of which were given, by its logits, (1, vocabulary), as `generate` does."""
+    import torch
+
+    processed, sampled = processors(settings, prompt), settings.values.get("do_sample")
+
+    def choose(text: list[int], logits: Tensor) -> int:
+        scores = processed(torch.tensor([text]), logits)
+        return int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
+
+    return choose
 
 
 def processors(settings: GenerationSettings, prompt: int) -> Any:

@@ -10,11 +10,11 @@ from ctypes import c_float, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.errors import StageError
-from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chooser
 from featherweight.runtimes.interface import Acceptance, Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.line import ENDLESSLY, NOW, Ask, Line
 from featherweight.runtimes.llama_cpp import library
@@ -304,7 +304,7 @@ def _one_by_one(places: list[Place]) -> Callable[[bool], Place | None]:
 
 def _place(prompt: list[int], new_tokens: int, settings: GenerationSettings) -> Place:
     """One that is written as settings ask for it."""
-    choose = _likeliest if set(settings.values) <= LENGTHS else _choosing(settings)
+    choose = _likeliest if set(settings.values) <= LENGTHS else _choosing(settings, len(prompt))
     return Place(list(prompt), new_tokens, choose, frozenset(settings.ends))
 
 
@@ -312,16 +312,9 @@ def _likeliest(place: Place, logits: ndarray) -> int:
     return int(logits.argmax())
 
 
-def _choosing(settings: GenerationSettings) -> Choose:
+def _choosing(settings: GenerationSettings, prompt: int) -> Choose:
     """By transformers' own processors, which are made once a text."""
-    made: list[Any] = []
+    import torch
 
-    def choose(place: Place, logits: ndarray) -> int:
-        import torch
-
-        if not made:
-            made.append(processors(settings, len(place.tokens) - len(place.written)))
-        scores = made[0](torch.tensor([place.tokens]), torch.from_numpy(logits.copy())[None])
-        return int(torch.multinomial(scores.softmax(-1), 1) if settings.values.get("do_sample") else scores.argmax())
-
-    return choose
+    choose = chooser(settings, prompt)
+    return lambda place, logits: choose(place.tokens, torch.from_numpy(logits.copy())[None])

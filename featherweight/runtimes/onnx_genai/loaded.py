@@ -7,12 +7,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import StageError
-from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chosen_text
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
 from featherweight.system.device import CPU, CUDA, Device
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from torch import Tensor
 
 
 class GenaiModel(LoadedModel):
@@ -112,24 +113,19 @@ class GenaiModel(LoadedModel):
         """Greedy text by GenAI itself where only its end is asked for, else each token chosen here from GenAI's logits."""
         if set(settings.values) <= LENGTHS:
             return self.generate(prompts, new_tokens).tokens
-        return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
+        return [self._chosen(prompt, new_tokens, settings) for prompt in prompts]
 
-    def _choose(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
+    def _chosen(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
         import torch
 
         self._spare([prompt])
-        chosen = processors(settings, len(prompt))
-        generator, written = self._generator(1, len(prompt) + new_tokens), list(prompt)
-        generator.append_tokens([prompt])
-        while True:
-            scores = torch.from_numpy(generator.get_logits()[:, -1].astype("float32"))
-            scores = chosen(torch.tensor([written]), scores)
-            sampled = settings.values.get("do_sample")
-            token = int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
-            written.append(token)
-            if token in settings.ends or len(written) == len(prompt) + new_tokens:
-                return written[len(prompt) :]
-            generator.append_tokens([[token]])
+        generator = self._generator(1, len(prompt) + new_tokens)
+
+        def logits(unread: list[int]) -> Tensor:
+            generator.append_tokens([unread])
+            return torch.from_numpy(generator.get_logits()[:, -1].astype("float32"))
+
+        return chosen_text(logits, prompt, new_tokens, settings)
 
     def _generator(self, batch: int, length: int) -> Any:
         """A greedy generator for `batch` sequences of `length` tokens in all."""

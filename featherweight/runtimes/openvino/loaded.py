@@ -14,7 +14,7 @@ from featherweight.model.architecture import family_of, task_of
 from featherweight.model.heads import read_states
 from featherweight.runtimes.batched import answered, scored
 from featherweight.runtimes.build_process import other_python
-from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chosen_text
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.runtimes.openvino import serve
 from featherweight.runtimes.speculation import speculation_of
@@ -26,7 +26,7 @@ from featherweight.text.examples import packed_inputs
 from featherweight.text.model_inputs import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -136,22 +136,19 @@ class OpenvinoModel(LoadedModel):
             return tokens
         if set(settings.values) <= LENGTHS:
             return self.generate(prompts, new_tokens).tokens
-        return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
+        return [chosen_text(self._behind(), prompt, new_tokens, settings) for prompt in prompts]
 
-    def _choose(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
-        import torch
+    def _behind(self) -> Callable[[list[int]], Tensor]:
+        """The logits behind a text that is read piece by piece, from its first token on."""
+        read = 0
 
-        chosen, written, unread = processors(settings, len(prompt)), list(prompt), len(prompt)
-        while True:
-            past = len(written) - unread
-            scores = _tensor(self._call("next_logits", ids=[written[past:]], past=past))
-            scores = chosen(torch.tensor([written]), scores)
-            sampled = settings.values.get("do_sample")
-            token = int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
-            written.append(token)
-            if token in settings.ends or len(written) == len(prompt) + new_tokens:
-                return written[len(prompt) :]
-            unread = 1
+        def logits(unread: list[int]) -> Tensor:
+            nonlocal read
+            told = self._call("next_logits", ids=[unread], past=read)
+            read += len(unread)
+            return _tensor(told)
+
+        return logits
 
 
 def properties(options: Mapping[str, str], threads: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from featherweight.checkpoint.opening import generation_config, load_config
 from featherweight.model.architecture import family_of, task_of
 from featherweight.model.heads import read
 from featherweight.runtimes.batched import answered, label_logprobs, scored
-from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, processors
+from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chosen_text
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length
 from featherweight.spec import HEADED
 from featherweight.system.device import CPU, CUDA, Device
@@ -123,25 +123,19 @@ class OptimumModel(LoadedModel):
         """Greedy text where only its end is asked for, else each token chosen by transformers' own processors of logits."""
         if set(settings.values) <= LENGTHS | ({"forced_bos_token_id"} if self.family == "seq2seq" else set()):
             return self.generate(prompts, new_tokens).tokens
-        return [self._choose(prompt, new_tokens, settings) for prompt in prompts]
+        return [self._chosen(prompt, new_tokens, settings) for prompt in prompts]
 
-    def _choose(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
+    def _chosen(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
         import numpy
         import torch
 
-        seq2seq = self.family == "seq2seq"
-        before = self.prefix[:1] if seq2seq else prompt
-        chosen, written = processors(settings, len(before)), list(before)
         steps = self._steps(numpy.array([prompt], dtype=numpy.int64))
-        steps.ids = numpy.array([before], dtype=numpy.int64)
-        while True:
-            scores = chosen(torch.tensor([written]), torch.from_numpy(steps.logits()).float())
-            sampled = settings.values.get("do_sample")
-            token = int(torch.multinomial(scores.softmax(-1), 1) if sampled else scores.argmax())
-            written.append(token)
-            if token in settings.ends or len(written) == len(before) + new_tokens:
-                return written[len(before) :]
-            steps.ids = numpy.array([[token]], dtype=numpy.int64)
+
+        def logits(unread: list[int]) -> Tensor:
+            steps.ids = numpy.array([unread], dtype=numpy.int64)
+            return torch.from_numpy(steps.logits()).float()
+
+        return chosen_text(logits, self.prefix[:1] if self.family == "seq2seq" else prompt, new_tokens, settings)
 
     def _steps(self, prompts: ndarray) -> _Steps:
         import numpy
