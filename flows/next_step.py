@@ -99,7 +99,7 @@ class Standing:
             yield Step(f"featherweight optimize {first}", "make it, measure it, register the winner")
         if not self.recipes and not run:
             yield Step("featherweight init", "six questions, and a recipe")
-            yield Step("featherweight demo", "or the whole of it on a small model that is trained here, in ten minutes")
+            yield Step("featherweight demo", "or the whole of it on a small model that is trained here, in about five minutes")
         yield from (Step(f"featherweight serve {one.name}", "serve the champion") for one in self._in("production"))
 
     def _to_decide(self) -> Iterator[Step]:

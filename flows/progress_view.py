@@ -46,20 +46,23 @@ class NodeState:
     values: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     loop_since: float = 0.0
+    loop_from: int = 0
 
     def detail(self) -> str:
         """Progress of the main loop with the time left, or the last note."""
         if self.status != "running" or not self.total:
             return self.note
         values = " ".join(f"{name} {value:.4g}" for name, value in self.values.items())
-        elapsed = time.monotonic() - self.loop_since
-        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
-        return f"{self.done}/{self.total} {values} ~{left:.0f} s left"
+        told, made = f"{self.done}/{self.total} {values}".rstrip(), self.done - self.loop_from
+        if not made:  # what the first one took began before it was heard of
+            return told
+        left = (time.monotonic() - self.loop_since) / made * (self.total - self.done)
+        return f"{told} ~{left:.0f} s left"
 
     def step(self, done: int, total: int, values: Mapping[str, float]) -> None:
         """The main loop is at `done` of `total`."""
         if not self.total or done < self.done:
-            self.loop_since = time.monotonic()
+            self.loop_since, self.loop_from = time.monotonic(), done
         self.done, self.total, self.values = done, total, values
 
 

@@ -29,7 +29,7 @@ def plan() -> Plan:
     return expand(load_recipe(TINY_RECIPE))
 
 
-def test_plain_lines_tell_start_progress_time_left_and_end(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_tell_start_progress_and_end(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     view = PlainView(every_s=0)
     view.begin(plan)
     for kind, value in MESSAGES:
@@ -38,10 +38,21 @@ def test_plain_lines_tell_start_progress_time_left_and_end(plan: Plan, capsys: p
     assert "8 variants" in lines[0]
     assert "start    checkpoint" in lines[1]
     assert "1/4 loss 3.25" in lines[2]
-    assert "s left" in lines[2]
+    assert "left" not in lines[2]
     assert lines[3].endswith("checkpoint  saving")
     assert "done     checkpoint" in lines[4]
     assert lines[5].endswith("no room")
+
+
+def test_time_left_is_told_once_a_step_was_seen_from_its_start(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that is heard of began before: its time is not known, and the next ones tell how long one takes."""
+    clock = iter((100.0, 130.0, 130.0))
+    monkeypatch.setattr("flows.progress_view.time.monotonic", lambda: next(clock))
+    state = NodeState(plan.nodes["checkpoint"], "running")
+    state.step(2, 10, {})
+    assert state.detail() == "2/10"
+    state.step(5, 10, {})
+    assert state.detail() == "5/10 ~50 s left"
 
 
 def test_the_live_table_shows_every_status(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
