@@ -40,6 +40,7 @@ PROMPTS = (5, 40, TOKENS - NEW)
 LOAD, QUANTIZE = "load", "quantize int8"
 FLOAT, INT8 = "float32", "int8"
 OPTIONS: dict[tuple[str, str], dict[str, str]] = {
+    ("torchscript", INT8): {"precision": "int8"},
     ("ctranslate2", INT8): {"compute_type": "int8"},
     ("onnxruntime", INT8): {"precision": "int8"},
     ("onnxruntime-genai", INT8): {"precision": "int8"},
@@ -59,7 +60,7 @@ UNFUSED = {"onnxruntime": {"optimize": None}}
 """What an engine is told where it refuses what it does by default, and says so."""
 MUCH = 0.1
 """The share of a model's matrices that may stay in float where it is called quantized."""
-OTHER_ROUNDING = ("torch-static", "torch-dynamic", "torchao-int8-dynamic")
+OTHER_ROUNDING = ("torch-static", "torch-dynamic", "torchao-int8-dynamic", "torchscript")
 """Engines that round activations by ranges of their own, so that the parity gate alone knows what they are to compute."""
 
 
@@ -289,7 +290,7 @@ def _held(runtime: Any, spec: Any, source: Source, out: Path) -> Outcome:
     reference = _reference(source.model.float(), checkpoint, source.calibration) if rounded_here else kept(checkpoint)
     vouched = dict(runtime.check(spec, source, out))
     replace(Serving.read(out), max_tokens=TOKENS).write(out)
-    measured = vouched if spec.engine in OTHER_ROUNDING else dict(reference.check(out))
+    measured = vouched if spec.engine in OTHER_ROUNDING and Serving.read(out).grid else dict(reference.check(out))
     reason = _answers_otherwise(reference, checkpoint, out)
     _engine(out).close()
     shutil.rmtree(out)

@@ -23,7 +23,7 @@ class ModelFamily:
     """A model type of transformers with the head that its kind is measured by; `engines` name it as theirs.
 
     Where none does, it is PyTorch's alone, and those' who trace what PyTorch computes, whatever it is (OpenVINO, torch-compile,
-    torch-aoti).
+    torch-aoti, torchscript).
     """
 
     model_type: str

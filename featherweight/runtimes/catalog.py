@@ -16,6 +16,7 @@ RUNTIMES: Catalog[Runtime] = Catalog(
         "torch": "featherweight.runtimes.torch.runtime:TORCH",
         "torch-compile": "featherweight.runtimes.torch.runtime:TORCH_COMPILE",
         "torch-aoti": "featherweight.runtimes.torch_aoti.runtime:TORCH_AOTI",
+        "torchscript": "featherweight.runtimes.torchscript.runtime:TORCHSCRIPT",
         "torch-dynamic": "featherweight.runtimes.torch.quantized_runtime:TORCH_DYNAMIC",
         "torch-static": "featherweight.runtimes.torch.quantized_runtime:TORCH_STATIC",
         "torchao-int8": "featherweight.runtimes.torch.quantized_runtime:TORCHAO_INT8",

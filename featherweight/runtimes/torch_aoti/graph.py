@@ -172,7 +172,7 @@ def _shares(scores: Tensor, sinks: Tensor | None, tokens: int) -> Tensor:
 def _refuse_unknown(mask: Any, told: dict[str, Any]) -> None:
     other = [name for name, value in told.items() if value is not None and name not in (*HARMLESS, *KNOWN)]
     if mask is not None or other:
-        raise StageError(f"the attention that AOTInductor is given here knows no {'mask' if mask is not None else other[0]}")
+        raise StageError(f"the attention that is put in its place here knows no {'mask' if mask is not None else other[0]}")
 
 
 @contextmanager
