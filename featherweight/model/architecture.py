@@ -334,7 +334,8 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
     labels = any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds)
     if labels and (reason := _by_decoder_refusal(config, kinds[0]) or _labels_refusal(config)):
         return reason
-    if config.num_labels == 1 and (named := scored_by(config)) and not named.endswith(ACTIVATIONS):
+    named = scored_by(config) if config.num_labels == 1 else ""
+    if named and not (named.startswith("torch.") and named.endswith(ACTIVATIONS)):
         return f"its scores go through {named}, which is not done here; known: {', '.join(ACTIVATIONS)}"
     return None
 

@@ -58,4 +58,4 @@ def _kind(token: Entity) -> str:
 def _joined(text: str, group: Sequence[Entity]) -> Entity:
     start, end = group[0].start, group[-1].end
     score = math.fsum(one.score for one in group) / len(group)
-    return Entity(_kind(group[0]), score, text[start:end], start, end)
+    return Entity(group[0].entity.split("-", 1)[-1], score, text[start:end], start, end)  # S- and E- are places too

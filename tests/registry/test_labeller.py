@@ -144,6 +144,16 @@ def test_entities_are_those_of_the_pipeline(served: Any, opened: Any, aggregate:
         assert all(one["word"] == text[one["start"] : one["end"]] for one in ours)
 
 
+@pytest.mark.parametrize("names", [("O", "S-ANIMAL", "E-ANIMAL"), ("O", "L-a-b", "U-a-b"), ("B-O", "b-ANIMAL", "I-ANIMAL")])
+def test_entities_of_other_schemes_are_named_as_the_pipeline_names_them(served: Any, opened: Any, names: Any) -> None:
+    right, ours = pipeline(served("tags"), "token-classification", aggregation_strategy="simple"), opened("tags")
+    right.model.config.id2label = ours.config.id2label = dict(enumerate(names))
+    for found, theirs in zip(ours(TEXTS), right(TEXTS), strict=True):
+        assert [(one["entity"], one["start"], one["end"]) for one in found] == [
+            (one["entity_group"], one["start"], one["end"]) for one in theirs
+        ]
+
+
 def test_what_is_no_text_is_refused(opened: Any) -> None:
     labels = opened("labels")
     for wrong in (3, None, {"pair": "a"}, ["a", "b", "c"], "half \ud83d"):

@@ -289,6 +289,7 @@ def test_what_is_pooled_without_being_asked_for_is_left_out(model_type: str) -> 
     [
         ({"id2label": {1: "bad", 2: "good"}}, "id2label names the labels 1, 2, and there are 0 to 1"),
         ({"num_labels": 1, "sbert_ce_default_activation_function": "torch.nn.Tanh"}, "its scores go through torch.nn.Tanh"),
+        ({"num_labels": 1, "sentence_transformers": {"activation_fn": "own.Identity"}}, "its scores go through own.Identity"),
     ],
 )
 def test_labels_that_cannot_be_answered_are_told_by_the_config(told: dict[str, Any], wrong: str) -> None:
