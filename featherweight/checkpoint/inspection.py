@@ -313,18 +313,24 @@ def _more(names: list[Any]) -> str:
 
 def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
     """The tokenizer loads, and none of its ids lies outside the embedding."""
+    ids = tokenizer_ids(folder, trust_remote_code=trust_remote_code)
+    if ids > rows:
+        raise CheckpointError(f"{folder}: {beyond_embedding(ids - 1, rows)}")
+
+
+def tokenizer_ids(folder: Path, *, trust_remote_code: bool) -> int:
+    """One more than the largest id of the folder's tokenizer. Raises CheckpointError where it does not load, or has none."""
     from transformers import AutoTokenizer
 
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     except Exception as error:  # each tokenizer family fails in its own way
         raise CheckpointError(f"{folder}: the tokenizer does not load: {reason(error)}") from error
-    if size == 0:
+    if ids == 0:
         raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
-    if size > rows:
-        raise CheckpointError(f"{folder}: {beyond_embedding(size - 1, rows)}")
+    return ids
 
 
 def _describe(model: PreTrainedModel, folder: Path, weights: Weights, size_bytes: int) -> CheckpointInfo:

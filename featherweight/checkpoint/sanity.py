@@ -18,6 +18,7 @@ LARGEST = 10_000_000_000
 TYPES = ("float32", "float16", "bfloat16", "float64")
 TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 DEEPEST = 64
+TOKENIZER = "tokenizer.json"
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
 _APART = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_[AB])|base_layer|modules_to_save)\.")
@@ -40,6 +41,7 @@ def require_sane(listing: Listing) -> None:
     if header is not None:
         require_packed(told, header, listing.where)
     _require_type(listing, told)
+    _require_one_cut(listing)
     require_followable(listing)
     for name in (CONFIG, "generation_config.json"):
         if name in listing.sizes:
@@ -53,9 +55,19 @@ def require_sane(listing: Listing) -> None:
 
 def require_embedded(listing: Listing, rows: Any) -> None:
     """Raise CheckpointError where tokenizer.json has tokens beyond an embedding of so many rows, as far as that is known."""
-    far = max((max(ids, default=0) for name, ids in _ids(listing) if name == "tokenizer.json"), default=0)
+    far = max((max(ids, default=0) for name, ids in _ids(listing) if name == TOKENIZER), default=0)
     if isinstance(rows, int) and far >= rows > 0:
         raise CheckpointError(f"{listing.where}: {beyond_embedding(far, rows)}")
+
+
+def _require_one_cut(listing: Listing) -> None:
+    """Refuse a tokenizer that leaves out merges by chance, as it is for training: it cuts a text otherwise each time."""
+    model = read_json(listing, TOKENIZER).get("model") if TOKENIZER in listing.sizes else None
+    if isinstance(model, dict) and model.get("dropout"):
+        raise CheckpointError(
+            f"{listing.where}/{TOKENIZER}: its BPE has a dropout of {model['dropout']}, by which it cuts a text otherwise each "
+            'time; write "dropout": null there to serve the model'
+        )
 
 
 def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
@@ -141,12 +153,12 @@ def _ids(listing: Listing) -> Iterator[tuple[str, list[int]]]:
     if TOKENIZER_CONFIG in listing.sizes:
         added = read_json(listing, TOKENIZER_CONFIG).get("added_tokens_decoder")
         yield TOKENIZER_CONFIG, [int(one) for one in added if one.isdigit()] if isinstance(added, dict) else []
-    if "tokenizer.json" in listing.sizes:
-        tree = read_json(listing, "tokenizer.json")
+    if TOKENIZER in listing.sizes:
+        tree = read_json(listing, TOKENIZER)
         model, added = tree.get("model"), tree.get("added_tokens")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        yield "tokenizer.json", _integers(vocabulary.values() if isinstance(vocabulary, dict) else ())
-        yield "tokenizer.json", _integers(one.get("id") for one in added or () if isinstance(one, dict))
+        yield TOKENIZER, _integers(vocabulary.values() if isinstance(vocabulary, dict) else ())
+        yield TOKENIZER, _integers(one.get("id") for one in added or () if isinstance(one, dict))
 
 
 def _integers(values: Iterable[Any]) -> list[int]:

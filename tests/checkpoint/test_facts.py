@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,57 @@ def in_shards(place: str, *more: str) -> Callable[[Path], None]:
         (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys([*tensors, *more], place)}))
 
     return change
+
+
+def in_json(name: str, **entries: object) -> Callable[[Path], None]:
+    """Entries more, or others, of a file that may not be there yet."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+
+    return change
+
+
+def dropping(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    in_json("tokenizer.json", model=model | {"dropout": 0.1})(folder)
+
+
+BEYOND = "the tokenizer has ids up to 320, but the embedding has only 320 rows"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_json("tokenizer_config.json", extra_special_tokens={"image_token": "<image>"}), BEYOND),
+        (in_json("tokenizer_config.json", additional_special_tokens=["<image>"]), BEYOND),
+        (in_json("tokenizer_config.json", pad_token="[PAD]"), BEYOND),
+        (in_json("special_tokens_map.json", pad_token="[PAD]"), BEYOND),
+        (in_json("added_tokens.json", **{"<image>": 320}), BEYOND),
+        (in_json("tokenizer_config.json", tokenizer_class="T5Tokenizer"), "the tokenizer does not load: "),
+        (in_json("tokenizer.json", pre_tokenizer={"type": "Martian"}), "the tokenizer does not load: "),
+        (
+            dropping,
+            'tokenizer.json: its BPE has a dropout of 0.1, by which it cuts a text otherwise each time; write "dropout": null',
+        ),
+    ],
+)
+def test_tokenizers(change: Callable[[Path], None], reason: str, folder: Path) -> None:
+    """Each was told at load alone, after a plan that promised to serve it."""
+    change(folder)
+    assert reason in told(folder)
+
+
+def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder: Path) -> None:
+    asked = (
+        "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import require_loadable_tokenizer\n"
+        "require_loadable_tokenizer(Path(sys.argv[1]), 320)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "require_loadable_tokenizer(Path(sys.argv[1]), 319)"
+    )
+    told = subprocess.run([sys.executable, "-c", asked, str(folder)], capture_output=True, text=True, check=False)
+    assert told.stderr.splitlines()[-1].endswith("or take the tokens beyond it out of the tokenizer's files")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.system.machine import Machine
+from tests.support import headers
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +155,7 @@ def write_folder(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[i
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(json.dumps(headers.TOKENIZER))
     return folder
 
 

@@ -1,0 +1,55 @@
+"""What transformers makes of a folder's tokenizer, before any weight is read: that it loads, and which ids it gives.
+
+Added tokens come from four files and from a class of transformers', so that nothing but loading tells. That takes an import of
+transformers, for which another Python is asked, once for the same files; where torch is here already, this one is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint import asking, inspection
+from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, companions, read_json
+from featherweight.checkpoint.fit import beyond_embedding
+from featherweight.errors import CheckpointError
+from featherweight.store.artifact import content_digest, file_sha256
+
+
+def require_loadable_tokenizer(folder: Path, rows: int | None) -> None:
+    """Raise CheckpointError for a tokenizer that does not load, or that has ids beyond an embedding of so many rows.
+
+    rows: None where they are not known. A tokenizer that wants code of its own to run is left for loading to tell.
+    """
+    listing = Listing.of(folder)
+    if TOKENIZER_CONFIG in listing.sizes and read_json(listing, TOKENIZER_CONFIG).get("auto_map"):
+        return
+    told = judged(folder) if "torch" in sys.modules else asking.asked(__name__, [str(folder)], _key(folder, listing))
+    if "error" in told:
+        raise CheckpointError(f"{folder}: {told['error']}")
+    if rows is not None and told["ids"] > rows:
+        raise CheckpointError(f"{folder}: {beyond_embedding(told['ids'] - 1, rows)}")
+
+
+def judged(folder: Path) -> dict[str, Any]:
+    """The same in this process: how many `ids` there are, or an `error`."""
+    try:
+        return {"ids": inspection.tokenizer_ids(folder, trust_remote_code=False)}
+    except CheckpointError as error:
+        return {"error": str(error).removeprefix(f"{folder}: ")}
+
+
+def _key(folder: Path, listing: Listing) -> str:
+    """Of all that an answer depends on: the files, the code, and the libraries. Which others there are tells only an error."""
+    read = [name for name in companions(listing.sizes) if not name.endswith(".safetensors")]
+    files = {name: file_sha256(folder / name) for name in (CONFIG, *read)}
+    code = [file_sha256(Path(str(module))) for module in (__file__, inspection.__file__)]
+    return content_digest([files, code, version("transformers"), version("tokenizers")])
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment] # what Python takes for "not to be found"
+    print(json.dumps(judged(Path(sys.argv[1]))))
