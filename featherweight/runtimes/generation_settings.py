@@ -118,16 +118,17 @@ class GenerationSettings:
         )
 
     def cut(self, tokens: list[int], new_tokens: int) -> list[int]:
-        """The written tokens before the first end; a forced end takes the place of the last one that there is room for.
+        """The written tokens up to the first end, which is kept: a tokenizer that does not call it special leaves it in the text.
 
-        One that is no end itself is written there as any other token is.
+        Of `new_tokens` that there is room for a forced end takes the last place, whether it is an end itself or not. An engine may
+        leave an end out where there is but one: a text that is shorter came to it.
         """
         ends, forced = self.ends, self.values.get("forced_eos_token_id")
         place = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         if forced is None or place < new_tokens - 1:
-            return tokens[:place]
-        last = min(forced) if isinstance(forced, list) else forced
-        return tokens[: new_tokens - 1] + ([] if last in ends else [last])
+            left_out = ends if place == len(tokens) < new_tokens and len(ends) == 1 else []
+            return [*tokens[: place + 1], *left_out]
+        return [*tokens[: new_tokens - 1], min(forced) if isinstance(forced, list) else forced]
 
 
 def chosen_text(

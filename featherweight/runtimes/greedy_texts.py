@@ -26,7 +26,8 @@ def greedy_tokens(worker: Worker, prompts: Sequence[list[int]], new_tokens: Sequ
 
 
 def spelt(folder: Path, written: Sequence[list[int]], new_tokens: int, *, special: bool) -> tuple[str, ...]:
-    """Texts of up to `new_tokens` tokens or their end, in the tokenizer of `folder`. special: spell special tokens out."""
+    """Texts of up to `new_tokens` tokens or their end, in the tokenizer of `folder`. special: spell special ones out, no end."""
     tokenizer, settings = load_tokenizer(folder), GenerationSettings.read(folder)
     ended = [settings.cut(tokens[:new_tokens], new_tokens) for tokens in written]
+    ended = [tokens[:-1] if special and tokens and tokens[-1] in settings.ends else tokens for tokens in ended]
     return tuple(str(tokenizer.decode(tokens, skip_special_tokens=not special)) for tokens in ended)

@@ -335,7 +335,7 @@ class LoadedModel(ABC):
         """
 
     def answer(self, prompts: Tokens, new_tokens: int, settings: dict[str, Any]) -> Tokens:
-        """What follows each prompt where a checkpoint's generation settings are followed: `new_tokens` at most, no end token.
+        """What follows each prompt where a checkpoint's generation settings are followed: `new_tokens` at most, with an end token.
 
         settings: GenerationSettings.values. Raises StageError for one that this engine does not follow.
         """

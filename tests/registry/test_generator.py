@@ -75,9 +75,8 @@ def written(folder: Path, ids: list[int], **options: Any) -> list[int]:
 
 
 def answer(folder: Path, ids: list[int], **options: Any) -> str:
+    """With the end token in it, which is no special one."""
     tokenizer, new = tokenizer_of(folder), written(folder, ids, **options)
-    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    new = next((new[:place] for place, token in enumerate(new) if token in ends), new)
     before = tokenizer.decode(ids, skip_special_tokens=True)
     return tokenizer.decode(ids + new, skip_special_tokens=True)[len(before) :]
 

@@ -113,7 +113,7 @@ def written(model: Any, prompt: list[int], **options: Any) -> list[int]:
 
 def expected(model: Any, prompt: list[int], ends: list[int], **options: Any) -> list[int]:
     row = written(model, prompt, eos_token_id=ends, **options)
-    return next((row[:place] for place, token in enumerate(row) if token in ends), row)
+    return next((row[: place + 1] for place, token in enumerate(row) if token in ends), row)
 
 
 def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
@@ -151,7 +151,7 @@ def test_answers_are_those_of_transformers(
     right = [expected(model, prompt, ends, **options) for prompt in prompts]
     if set(values) <= engines[engine].follows:
         assert engines[engine].answer(prompts, NEW, values) == right
-        assert name != "two ends" or len(right[0]) == 5
+        assert name != "two ends" or len(right[0]) == 6
     else:
         with pytest.raises(StageError, match=f"does not follow {sorted(set(values) - engines[engine].follows)[0]}"):
             engines[engine].answer(prompts, NEW, values)
@@ -246,14 +246,18 @@ def test_what_says_nothing_new_is_no_setting(tmp_path: Path) -> None:
     ("forced", "tokens", "cut"),
     [
         (7, [4, 5, 6], [4, 5, 7]),
-        (2, [4, 5, 6], [4, 5]),
+        (2, [4, 5, 6], [4, 5, 2]),
         ([9, 7], [4, 5, 6], [4, 5, 7]),
-        ([9, 2], [4, 5, 6], [4, 5]),
-        (7, [4, 2, 6], [4]),
+        ([9, 2], [4, 5, 6], [4, 5, 2]),
+        (7, [4, 2, 6], [4, 2]),
+        (7, [4], [4, 2]),
+        (None, [4, 2, 6], [4, 2]),
+        (None, [4], [4, 2]),
+        (None, [4, 5, 6], [4, 5, 6]),
         (7, [4, 5, 2], [4, 5, 7]),
     ],
 )
-def test_a_forced_end_that_ends_nothing_is_written(forced: int | list[int], tokens: list[int], cut: list[int]) -> None:
+def test_a_text_has_its_end_and_a_forced_one_is_written(forced: Any, tokens: list[int], cut: list[int]) -> None:
     """As transformers does: of several the first is likeliest, as all are equally so."""
     assert GenerationSettings({"eos_token_id": 2, "forced_eos_token_id": forced}).cut(tokens, 3) == cut
 

@@ -285,7 +285,7 @@ def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, t
     end = expected[0][4]
     settings = {"eos_token_id": [end, expected[3][7]]}
     ended = loaded.answer(prompts, 12, settings)
-    assert ended == [GenerationSettings(settings).cut(row, 12) for row in expected] and len(ended[0]) <= 4
+    assert ended == [GenerationSettings(settings).cut(row, 12) for row in expected] and len(ended[0]) <= 5
     penalized = loaded.answer(prompts[:1], 12, {"repetition_penalty": 1.8})
     ids = torch.tensor([prompts[0]])
     theirs = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, repetition_penalty=1.8)

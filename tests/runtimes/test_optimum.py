@@ -189,7 +189,7 @@ def test_an_encoder_decoder_computes_writes_and_ends_as_pytorch(tmp_path: Path) 
         ids = torch.tensor([prompt])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)[0, 1:].tolist()
         ends = theirs.index(2) if 2 in theirs else len(theirs)
-        assert found == theirs[:ends]
+        assert found == theirs[: ends + 1]
 
 
 @pytest.mark.engine

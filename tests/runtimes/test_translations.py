@@ -78,8 +78,7 @@ def score(model: Any, source: list[int], target: list[int], length_penalty: floa
     """What a beam search makes the most of: the sum of the log-probabilities over the length to that power."""
     import torch
 
-    end = [model.config.eos_token_id] if len(target) < NEW else []
-    labels = torch.tensor([target + end])
+    labels = torch.tensor([target])
     with torch.no_grad():
         loss = model(input_ids=torch.tensor([source]), labels=labels).loss
     return -float(loss) * labels.shape[1] / labels.shape[1] ** length_penalty

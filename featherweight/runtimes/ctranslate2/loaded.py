@@ -186,6 +186,8 @@ class CTranslate2Model(LoadedModel):
         shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
         return {
             "end_token": settings.ends,
+            # A search of several texts would count it in their lengths, by which it chooses.
+            "return_end_token": values.get("num_beams", 1) == 1,
             "beam_size": values.get("num_beams", 1),
             "length_penalty": values.get("length_penalty", 1.0),
             # transformers goes on until nothing better can come; CTranslate2 until it has so many times the beams.
