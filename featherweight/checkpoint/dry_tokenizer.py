@@ -12,41 +12,47 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint import asking, inspection
+from featherweight.checkpoint import asking, inspection, tokenizer
 from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, companions, read_json
 from featherweight.checkpoint.fit import beyond_embedding
 from featherweight.errors import CheckpointError
 from featherweight.store.artifact import content_digest, file_sha256
 
 
-def require_loadable_tokenizer(folder: Path, rows: int | None) -> None:
-    """Raise CheckpointError for a tokenizer that does not load, or that has ids beyond an embedding of so many rows.
+def tokenizer_lead(folder: Path, rows: int | None) -> tuple[int, ...] | None:
+    """The ids that the folder's tokenizer puts before every text; None where only running it tells.
 
-    rows: None where they are not known. A tokenizer that wants code of its own to run is left for loading to tell.
+    Raises CheckpointError for a tokenizer that does not load, or that has ids beyond an embedding of so many rows (None: not
+    known). One that wants code of its own to run is left for loading to tell.
     """
     listing = Listing.of(folder)
     if TOKENIZER_CONFIG in listing.sizes and read_json(listing, TOKENIZER_CONFIG).get("auto_map"):
-        return
+        return None
     told = judged(folder) if "torch" in sys.modules else asking.asked(__name__, [str(folder)], _key(folder, listing))
     if "error" in told:
         raise CheckpointError(f"{folder}: {told['error']}")
     if rows is not None and told["ids"] > rows:
         raise CheckpointError(f"{folder}: {beyond_embedding(told['ids'] - 1, rows)}")
+    return None if told["lead"] is None else tuple(told["lead"])
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """The same in this process: how many `ids` there are, or an `error`."""
+    """The same in this process: how many `ids` there are and the `lead`, or an `error`."""
     try:
-        return {"ids": inspection.tokenizer_ids(folder, trust_remote_code=False)}
+        opened, ids = inspection.opened_tokenizer(folder)
     except CheckpointError as error:
         return {"error": str(error).removeprefix(f"{folder}: ")}
+    try:
+        return {"ids": ids, "lead": tokenizer.framed(opened)[0]}
+    except Exception:  # each tokenizer family fails in its own way, and this one only where a text is cut
+        return {"ids": ids, "lead": None}
 
 
 def _key(folder: Path, listing: Listing) -> str:
     """Of all that an answer depends on: the files, the code, and the libraries. Which others there are tells only an error."""
     read = [name for name in companions(listing.sizes) if not name.endswith(".safetensors")]
     files = {name: file_sha256(folder / name) for name in (CONFIG, *read)}
-    code = [file_sha256(Path(str(module))) for module in (__file__, inspection.__file__)]
+    code = [file_sha256(Path(str(module))) for module in (__file__, inspection.__file__, tokenizer.__file__)]
     return content_digest([files, code, version("transformers"), version("tokenizers")])
 
 

@@ -16,7 +16,7 @@ from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adap
 from featherweight.checkpoint.conversion import named
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.dry_run import require_loadable
-from featherweight.checkpoint.dry_tokenizer import require_loadable_tokenizer
+from featherweight.checkpoint.dry_tokenizer import tokenizer_lead
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
     CONFIG,
@@ -67,18 +67,20 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
     require_adapters(spec)
     facts = facts_for_any_task(spec)
     require_task(spec.source, facts.config, spec.task)
-    _require_tokenizer_of(spec, facts)
-    return facts
+    return replace(facts, lead=_lead(spec, facts))
 
 
-def _require_tokenizer_of(spec: LoadSpec, facts: CheckpointFacts) -> None:
-    """Raise CheckpointError for what the tokenizer of a checkpoint that lies here is found to be only by loading it."""
+def _lead(spec: LoadSpec, facts: CheckpointFacts) -> tuple[int, ...] | None:
+    """What the tokenizer puts before every text, of a checkpoint that lies here; None of others.
+
+    Raises CheckpointError for what the tokenizer is found to be only by loading it.
+    """
     seen = look_at(spec)
     if not isinstance(seen, Path) or gguf_file(seen) is not None or has_adapter(seen, spec):
-        return
+        return None
     rows = getattr(facts.config.get_text_config(), "vocab_size", None)
     with named(seen, spec.source):
-        require_loadable_tokenizer(seen, rows if isinstance(rows, int) else None)
+        return tokenizer_lead(seen, rows if isinstance(rows, int) else None)
 
 
 def facts_for_any_task(spec: LoadSpec) -> CheckpointFacts:

@@ -80,7 +80,8 @@ def inspect_checkpoint(
     model = dry_load(folder, shapes, task, trust_remote_code=trust_remote_code)
     _check_vocabulary(folder, _rows(model), trust_remote_code)
     if check_values:
-        require_finite(folder, weights)
+        read = model.state_dict().keys()
+        require_finite(folder, weights, unless=lambda name: name not in read and _CONSTANTS.search(name) is not None)
     return _describe(model, folder, weights, sum(listing.sizes[name] for name in weights.files))
 
 
@@ -313,13 +314,13 @@ def _more(names: list[Any]) -> str:
 
 def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
     """The tokenizer loads, and none of its ids lies outside the embedding."""
-    ids = tokenizer_ids(folder, trust_remote_code=trust_remote_code)
+    ids = opened_tokenizer(folder, trust_remote_code=trust_remote_code)[1]
     if ids > rows:
         raise CheckpointError(f"{folder}: {beyond_embedding(ids - 1, rows)}")
 
 
-def tokenizer_ids(folder: Path, *, trust_remote_code: bool) -> int:
-    """One more than the largest id of the folder's tokenizer. Raises CheckpointError where it does not load, or has none."""
+def opened_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, int]:
+    """The folder's tokenizer, and one more than its largest id. Raises CheckpointError where it does not load, or has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -330,7 +331,7 @@ def tokenizer_ids(folder: Path, *, trust_remote_code: bool) -> int:
         raise CheckpointError(f"{folder}: the tokenizer does not load: {reason(error)}") from error
     if ids == 0:
         raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
-    return ids
+    return tokenizer, ids
 
 
 def _describe(model: PreTrainedModel, folder: Path, weights: Weights, size_bytes: int) -> CheckpointInfo:

@@ -85,12 +85,17 @@ def rounded_when_run(settings: Mapping[str, Any]) -> list[str]:
     return ["activations"] * activations + ["keys and values"] * bool(settings.get("kv_cache_scheme"))
 
 
-def require_readable(config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for a format that is not read here, before any weight is."""
+def require_readable(config: Mapping[str, Any], where: str, *, floats: bool = False) -> None:
+    """Raise CheckpointError for a format that is not read here, before any weight is. floats: all that the files hold are."""
     method, settings = method_of(config), config["quantization_config"]
     instead = "give the float checkpoint"
     if method == UNNAMED:
         raise CheckpointError(f"{where}: quantization_config names no quant_method; take it out if the weights are floats")
+    if method not in READERS and floats:
+        raise CheckpointError(
+            f"{where}: quantization_config names the quant_method '{method}', and the weights are floats; take it out of "
+            "config.json"
+        )
     if method not in READERS:
         raise CheckpointError(f"{where}: the weights are quantized already ({method}); known: {', '.join(READERS)}; {instead}")
     known = FORMS[method][1]

@@ -16,6 +16,8 @@ LARGEST_ID = 10_000_000
 """Tokenizers make room for every id up to the largest; the largest vocabulary that was seen has a million."""
 LARGEST = 10_000_000_000
 TYPES = ("float32", "float16", "bfloat16", "float64")
+STORED = ("F64", "F32", "F16", "BF16")
+"""The same floats as safetensors calls them."""
 TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 DEEPEST = 64
 TOKENIZER = "tokenizer.json"
@@ -37,7 +39,8 @@ def require_sane(listing: Listing) -> None:
     tensors = None if header is None else len(header)
     _require_plain(listing, header or {})
     if method_of(told) is not None:
-        require_readable(told, listing.where)
+        floats = header is not None and all(str(entry.get("dtype")) in STORED for entry in header.values())
+        require_readable(told, listing.where, floats=floats)
     if header is not None:
         require_packed(told, header, listing.where)
     _require_type(listing, told)

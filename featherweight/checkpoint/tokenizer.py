@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def framed(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind every text: seen on a short one, in which it marks what it has added."""
+    found: Any = tokenizer("a", return_special_tokens_mask=True)
+    ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
+    lead = len(list(takewhile(bool, added)))
+    tail = len(list(takewhile(bool, added[lead:][::-1])))
+    return ids[:lead], ids[len(ids) - tail :]
 
 
 def known_by_its_name(repository: str) -> bool:

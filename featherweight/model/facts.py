@@ -80,7 +80,8 @@ class CheckpointFacts:
     config: transformers' configuration, or `Values` of one. generation: its generation_config.json, likewise; None where unknown.
     shapes: of the stored tensors by name; None where only loading tells. quantized: how its weights are packed ('gptq', 'gguf').
     grids: of the stored matrices whose integers stay as they are. sparse: it has zeros that are to stay.
-    tokenizer: the class that its tokenizer_config.json names, None where it names none.
+    tokenizer: the class that its tokenizer_config.json names, None where it names none. lead: the ids that it puts before every
+    text, None where they are not known.
     sized: whether the sizes in `config` are those of the model; those of one that is still to be pruned are not known.
     """
 
@@ -93,6 +94,7 @@ class CheckpointFacts:
     sparse: bool = False
     sized: bool = True
     tokenizer: str | None = None
+    lead: tuple[int, ...] | None = None
 
     @property
     def task(self) -> Task:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, chain, islice, pairwise, takewhile
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from featherweight.checkpoint.tokenizer import framed
 from featherweight.errors import DataError
 from featherweight.text.documents import shuffled_documents
 
@@ -50,12 +51,8 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
-        """Seen on a short text, in which the tokenizer marks what it has added."""
-        found: Any = tokenizer("a", return_special_tokens_mask=True)
-        ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
-        lead = len(list(takewhile(bool, added)))
-        tail = len(list(takewhile(bool, added[lead:][::-1])))
-        return cls(ids[:lead], ids[len(ids) - tail :])
+        """Those of a tokenizer."""
+        return cls(*framed(tokenizer))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.files import INDEX, WEIGHTS
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import load_pickle
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
 
 
@@ -108,12 +109,13 @@ def test_tokenizers(change: Callable[[Path], None], reason: str, folder: Path) -
 
 def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder: Path) -> None:
     asked = (
-        "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import require_loadable_tokenizer\n"
-        "require_loadable_tokenizer(Path(sys.argv[1]), 320)\n"
+        "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import tokenizer_lead\n"
+        "assert tokenizer_lead(Path(sys.argv[1]), 320) == (int(sys.argv[2]),)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "require_loadable_tokenizer(Path(sys.argv[1]), 319)"
+        "tokenizer_lead(Path(sys.argv[1]), 319)"
     )
-    told = subprocess.run([sys.executable, "-c", asked, str(folder)], capture_output=True, text=True, check=False)
+    (lead,) = load_tokenizer(folder)("a")["input_ids"][:1]
+    told = subprocess.run([sys.executable, "-c", asked, str(folder), str(lead)], capture_output=True, text=True, check=False)
     assert told.stderr.splitlines()[-1].endswith("or take the tokens beyond it out of the tokenizer's files")
 
 
@@ -126,6 +128,10 @@ def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder
         (configured(dtype="auto"), "dtype is 'auto', and must be one of float32, float16"),
         (configured(dtype={"": "float16"}), "dtype is {'': 'float16'}"),
         (configured(dtype="torch.float16"), "dtype is 'torch.float16', and must be one of float32, float16"),
+        (
+            configured(quantization_config={"quant_method": "hqq"}),
+            "names the quant_method 'hqq', and the weights are floats; take it",
+        ),
         (configured(rms_norm_eps=float("nan")), "rms_norm_eps is NaN"),
         (configured(pad_token_id=512), "config.json: pad_token_id is 512, and the vocabulary has 320 tokens; say one"),
         (marked, "begins with a byte order mark; save it as plain UTF-8"),

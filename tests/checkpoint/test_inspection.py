@@ -301,6 +301,16 @@ def test_values_are_read_only_on_request(folder: Path):
     assert inspect_checkpoint(folder, check_values=False).layers == 2
 
 
+def test_a_constant_that_transformers_makes_anew_may_hold_what_it_likes(folder: Path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    stored = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((8,), torch.nan)}
+    save_file(tensors | stored, folder / WEIGHTS, {"format": "pt"})
+    assert inspect_checkpoint(folder).layers == 2
+
+
 def test_a_bad_value_is_found_in_any_chunk(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tensors, "_CHUNK", 100)
     poison(float("nan"))(folder)

@@ -85,6 +85,14 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         (facts({"model_type": "xglm"}), {"engine": "torch"}, {}, None),
         (facts(generation={"num_beams": 1, "guidance_scale": 2.0}), {"engine": "ctranslate2"}, {}, "not follow guidance_scale"),
         (facts(generation={"guidance_scale": 2.0}), {"engine": "ctranslate2"}, {"prune": {"ratio": 0.5}}, "guidance_scale"),
+        (
+            facts(generation={"repetition_penalty": 1.1}, lead=()),
+            {"engine": "ctranslate2"},
+            {},
+            "does not count a prompt's first token",
+        ),
+        (facts(generation={"repetition_penalty": 1.1}, lead=(1,)), {"engine": "ctranslate2"}, {}, None),
+        (facts(generation={"repetition_penalty": 1.1}), {"engine": "ctranslate2"}, {}, None),
         (facts(GPT2), {"engine": "vllm", "compute_type": "int8"}, {}, "a gpt2's are Conv1D"),
         (facts({"intermediate_size": 88}), {"engine": "vllm", "compute_type": "w4a16"}, {}, "has 88 columns, and int4-g32"),
         (facts(GPT2), {"engine": "torch"}, {"quantize": {"method": "gptq"}}, "those of a 'gpt2' model are Conv1D"),
@@ -182,7 +190,10 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names no model_type"),
         ({"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}, "wants code of its own"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}, r"quantized already \(aqlm\)"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}},
+            r"quant_method .aqlm., and the weights are floats",
+        ),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 5}}, "of 5 bits are not read here"),
     ],
 )

@@ -147,7 +147,8 @@ class CTranslate2(Runtime[CTranslate2Spec]):
             return f"shortlist: it goes by the source of a text, which {model.facts.model_type} models have not; leave it out"
         if spec.workers > 1 and family_of(model.config) == "encoder":
             return "workers: they write texts side by side, and an encoder answers at once; leave them out"
-        return answers_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
+        reason = answers_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
+        return reason or _penalties_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
@@ -250,6 +251,13 @@ def _head_refusal(grids: Grids, spec: CTranslate2Spec) -> str | None:
 
 
 PENALTIES = frozenset({"repetition_penalty", "no_repeat_ngram_size"})
+
+
+def _penalties_refusal(model: Candidate) -> str | None:
+    """The same in the plan, where it is known what the tokenizer puts before a text."""
+    lead, told = model.facts.lead, model.facts.generation
+    known = lead is not None and told is not None and family_of(model.config) == "causal"
+    return penalty_refusal(GenerationSettings.of(told), [*lead]) if lead is not None and known else None
 
 
 def penalty_refusal(settings: GenerationSettings, lead: list[int]) -> str | None:
