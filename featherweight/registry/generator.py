@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.kept_adapters import kept_adapters
+from featherweight.checkpoint.opening import generation_config, starting_token
 from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
 from featherweight.registry.served_engine import ServedEngine, require_kinds
@@ -34,6 +35,7 @@ class Generator(ServedEngine):
         self._family = _family(served)
         self._settings = GenerationSettings.read(served)
         self._adapters = tuple(kept_adapters(served))
+        self._start = [starting_token(generation_config(served))] if self._family == "seq2seq" else []
         self._open()
 
     def __call__(
@@ -132,9 +134,12 @@ class Generator(ServedEngine):
         return prompt
 
     def _decode(self, prompt: list[int], new: list[int]) -> str:
-        """The text of the new tokens in their place, so that a leading space is kept."""
+        """The text of the new tokens in their place, so that a leading space is kept.
+
+        Targets of a seq2seq model are read with the token that they begin with, which a tokenizer may not call special.
+        """
         if self._family == "seq2seq":
-            return self._text(new)
+            return self._text(self._start + new)
         before, after = self._text(prompt), self._text(prompt + new)
         return after[len(before) :]
 

@@ -12,10 +12,12 @@ import pandas
 import pytest
 
 from featherweight.errors import DataError
+from featherweight.registry import served_engine
 from featherweight.registry.generator import Generator, prompts_of
 from featherweight.registry.smoke import ask
 from featherweight.store.served_folder import Serving
-from tests.support import serving_models, tokenizers
+from tests.support import families, serving_models, tokenizers
+from tests.support.in_process import InProcess
 
 TEMPLATE = "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}stone:{% endif %}"
 TALK = [{"role": "user", "content": "The river?"}, {"role": "stone", "content": "漢字"}, {"role": "user", "content": "and the"}]
@@ -120,3 +122,19 @@ def test_a_smoke_request_fits_what_was_verified(served: Path, tmp_path: Path) ->
     short = shutil.copytree(served, tmp_path / "short")
     Serving("torch", max_tokens=6).write(short)
     ask(short)
+
+
+def test_a_start_token_that_is_no_special_one_is_read_as_transformers_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = families.family_checkpoint("t5", tmp_path / "t5", decoder_start_token_id=6)
+    Serving("torch").write(folder)
+    monkeypatch.setattr(served_engine, "open_worker", InProcess)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), tokenizer_of(folder)
+    ids = torch.tensor([tokenizer("the old river")["input_ids"]])
+    found = tokenizer.decode(model.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert found.startswith(tokenizer.decode([6]))
+    assert Generator(folder, max_tokens=32)(["the old river"], 6) == [found]
