@@ -73,7 +73,7 @@ def answers_refusal(engine: str, config: Any) -> str | None:
     if not answers_by_decoder(config):
         return None
     what = "makes vectors" if task_of(config) == "feature-extraction" else "labels texts"
-    others = "openvino, torch-aoti, torch-compile or torch"
+    others = "openvino, llama.cpp, torch-aoti, torch-compile or torch"
     return f"{engine} {what} with encoders alone here, and {config.model_type} is a decoder; take {others}"
 
 

@@ -133,8 +133,9 @@ def test_the_plan_names_the_task_and_the_engines_that_do_not_take_it(tmp_path: P
     assert facts.task == "text-classification"
     for engine in ("ctranslate2", "tvm", "onnxruntime"):
         refusal = Candidate(facts, 24).refusal(RUNTIMES[engine], serving_spec(engine=engine))
-        assert "labels texts with encoders alone here, and qwen3 is a decoder; take openvino, torch-aoti" in str(refusal)
-    for engine in ("llama.cpp", "vllm", "onnxruntime-genai"):
+        assert "labels texts with encoders alone here, and qwen3 is a decoder; take openvino, llama.cpp, torch" in str(refusal)
+    assert Candidate(facts, 24).refusal(RUNTIMES["llama.cpp"], serving_spec(engine="llama.cpp")) is None
+    for engine in ("vllm", "onnxruntime-genai"):
         assert RUNTIMES[engine].task_refusal("text-classification")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from featherweight.model.positions import context_tokens, head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
+from featherweight.runtimes.llama_cpp.answers import pooling
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
 from featherweight.runtimes.llama_cpp.shapes import (
     CONVOLUTION,
@@ -31,6 +32,8 @@ UNCAPPED = 2.0**20
 
 def describe(writer: GGUFWriter, config: Any) -> None:
     """The keys by which llama.cpp builds a model."""
+    from gguf import PoolingType
+
     known = ARCHITECTURES[config.model_type]
     _add_sizes(writer, config)
     _add_rotary(writer, config)
@@ -41,6 +44,8 @@ def describe(writer: GGUFWriter, config: Any) -> None:
     if attention := getattr(config, "attn_config", None):
         writer.add_max_alibi_bias(attention.alibi_bias_max)
         writer.add_clamp_kqv(attention.clip_qkv or 0.0)
+    if pooled := pooling(config):
+        writer.add_pooling_type(PoolingType[pooled])
     if hasattr(config, "use_parallel_residual"):
         writer.add_parallel_residual(config.use_parallel_residual)
 

@@ -22,6 +22,8 @@ FLOAT32, FLOAT16, Q8_0 = 0, 1, 8
 """ggml's numbers of the types that keys and values are kept in."""
 UNFUSED, FUSED = 0, 1
 """LLAMA_FLASH_ATTN_TYPE_DISABLED."""
+EVERY_TOKEN = 0
+"""LLAMA_POOLING_TYPE_NONE: states behind all tokens, whatever the file says of a text's vector."""
 _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 
 
@@ -93,6 +95,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "llama_get_embeddings": (POINTER(c_float), [c_void_p]),
+    "llama_model_n_embd": (c_int32, [c_void_p]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
 }

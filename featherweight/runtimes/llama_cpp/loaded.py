@@ -13,18 +13,22 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from featherweight.checkpoint.kept_adapters import kept_adapters
+from featherweight.checkpoint.opening import load_config
 from featherweight.errors import StageError
+from featherweight.runtimes.batched import answered
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chooser
 from featherweight.runtimes.interface import Acceptance, Generation, LoadedModel, Timing, Tokens
 from featherweight.runtimes.line import ENDLESSLY, NOW, Ask, Line
 from featherweight.runtimes.llama_cpp import library
 from featherweight.runtimes.llama_cpp.adapter_files import FILE as ADAPTER_FILE
+from featherweight.runtimes.llama_cpp.answers import Answering
 from featherweight.runtimes.llama_cpp.draft import AT_ONCE, Draft, Entry
 from featherweight.runtimes.speculation import DRAFT, Repetitions, next_draft_tokens, speculation_of
 from featherweight.store.served_folder import Serving
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from torch import Tensor
 
 ROWS = 64
 """Positions whose logits are computed at once where all are wanted: of more, the logits would take more than the weights."""
@@ -67,8 +71,8 @@ Choose = Callable[[Place, "ndarray"], int]
 
 
 class LlamaCppModel(LoadedModel):
-    """One GGUF file. options: `dtype`, what keys and values are kept in, or `kv_cache`, q8_0; `speculation`. Threads are switched
-    in place.
+    """One GGUF file. options: `dtype`, what keys and values are kept in, or `kv_cache`, q8_0; `speculation`; `task`, of what
+    answers by vectors or labels. Threads are switched in place.
     """
 
     follows = PROCESSED
@@ -84,11 +88,12 @@ class LlamaCppModel(LoadedModel):
         if not self.model:
             raise StageError(f"llama.cpp cannot load {files[0] if files else self.weights}; export the variant again")
         self.vocabulary: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.answering = Answering(self, load_config(self.served), self.weights) if "task" in self.options else None
         self.adapters = {name: self._adapter(folder) for name, folder in kept_adapters(self.weights).items()}
         self.context = self.api.llama_init_from_model(self.model, self._parameters())
         if not self.context:
             raise StageError(f"llama.cpp makes no context of {self.limits.max_batch} x {self.limits.max_tokens} tokens for it")
-        self.batch = self.api.llama_batch_init(self._at_once, 0, 1)
+        self.batch = self.api.llama_batch_init(self.at_once, 0, 1)
 
     def _adapter(self, folder: Path) -> c_void_p:
         """An adapter, which has to be there before the context is; the model frees it with itself."""
@@ -111,15 +116,17 @@ class LlamaCppModel(LoadedModel):
         return self.limits.max_batch * (1 + (self.speculation.tokens if self.speculation else 0))
 
     @property
-    def _at_once(self) -> int:
+    def at_once(self) -> int:
+        """The most tokens of a pass."""
         return max(AT_ONCE, self._steps)
 
     def _parameters(self) -> library.ContextParameters:
         room = -(-self.limits.max_tokens // PADDED) * PADDED
         told = self.api.llama_context_default_params()
         told.n_ctx, told.n_seq_max = room * self.limits.max_batch, self.limits.max_batch
-        told.n_batch = told.n_ubatch = self._at_once
-        told.n_outputs_max = told.n_outputs_max_per_seq = max(ROWS, self._steps)
+        told.n_batch = told.n_ubatch = self.at_once
+        told.n_outputs_max = told.n_outputs_max_per_seq = self.at_once if self.answering else max(ROWS, self._steps)
+        told.embeddings, told.pooling_type = self.answering is not None, library.EVERY_TOKEN
         told.n_threads = told.n_threads_batch = self.threads
         if "kv_cache" in self.options:
             told.type_k = told.type_v = library.Q8_0
@@ -161,8 +168,16 @@ class LlamaCppModel(LoadedModel):
             scores += (chosen - top - numpy.log(total)).tolist()
         return scores
 
+    def outputs(self, ids: Tokens, types: Tokens) -> list[list[list[float]]]:
+        if self.answering is None:
+            return super().outputs(ids, types)
+        return answered(self.answering.config, self.limits.max_batch, ids, types, self.answering)
+
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
         began, first, waiting = perf_counter(), 0.0, len(prompts)
+        if self.answering:
+            self.outputs(prompts, [[0] * len(prompt) for prompt in prompts])
+            return Generation([[] for _ in prompts], Timing(first, perf_counter() - began))
         places = [Place(list(prompt), new_tokens, _likeliest) for prompt in prompts]
         for place in self._written(_one_by_one(places)):
             waiting -= len(place.written) == 1
@@ -178,6 +193,9 @@ class LlamaCppModel(LoadedModel):
 
     def converse(self, line: Line) -> None:
         """A text joins those that are being written as soon as there is a place, at any length; only another adapter waits."""
+        if self.answering:
+            super().converse(line)
+            return
         asked: dict[Place, Ask] = {}
 
         def more(idle: bool) -> Place | None:
@@ -256,7 +274,7 @@ class LlamaCppModel(LoadedModel):
     def _step(self, active: dict[int, Place]) -> Iterator[tuple[int, ndarray]]:
         """One pass over what is not computed yet, as much as fits, and what is drafted; (slot, logits) of those that are up to
         their last token: of that token, and of each that is drafted behind it."""
-        entries, ready, room = list[Entry](), list[tuple[int, int]](), self._at_once
+        entries, ready, room = list[Entry](), list[tuple[int, int]](), self.at_once
         for slot, place in active.items():
             end = min(len(place.tokens), place.computed + room)
             last = end == len(place.tokens) and end > place.computed
@@ -276,6 +294,22 @@ class LlamaCppModel(LoadedModel):
         """The logits that are wanted: float32 [wanted, vocabulary], valid until the next call."""
         import numpy
 
+        wanted = self._compute(entries)
+        if not wanted:
+            return numpy.empty((0, self.vocabulary), numpy.float32)
+        return numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (wanted, self.vocabulary))
+
+    def states(self, entries: list[Entry]) -> Tensor:
+        """What the layers leave behind each token, in a context that keeps it: float32 [entries, width]."""
+        import numpy
+        import torch
+
+        wanted, width = self._compute(entries), self.api.llama_model_n_embd(self.model)
+        found = numpy.ctypeslib.as_array(self.api.llama_get_embeddings(self.context), (wanted, width))
+        return torch.from_numpy(found.copy())
+
+    def _compute(self, entries: list[Entry]) -> int:
+        """One pass; of how many tokens something is wanted."""
         batch, wanted = self.batch, sum(entry[3] for entry in entries)
         batch.n_tokens = len(entries)
         for at, (token, position, slot, asked) in enumerate(entries):
@@ -283,9 +317,7 @@ class LlamaCppModel(LoadedModel):
             batch.seq_id[at][0], batch.logits[at] = slot, asked
         if status := self.api.llama_decode(self.context, batch):
             raise StageError(f"llama.cpp could not compute {len(entries)} tokens (llama_decode returned {status})")
-        if not wanted:
-            return numpy.empty((0, self.vocabulary), numpy.float32)
-        return numpy.ctypeslib.as_array(self.api.llama_get_logits(self.context), (wanted, self.vocabulary))
+        return wanted
 
     def forget(self, slot: int, start: int = -1) -> None:
         """What was computed of a slot, from position `start` on, by default all."""

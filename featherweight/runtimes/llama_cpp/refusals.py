@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from featherweight.model.architecture import task_of
 from featherweight.model.parent import FEW
 from featherweight.model.positions import head_width, rotary_kinds, rotary_switch, rotated_channels, sliding_window
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
@@ -18,6 +19,7 @@ from featherweight.runtimes.llama_cpp.shapes import (
     key_heads,
     window_period,
 )
+from featherweight.spec import HEADED
 
 if TYPE_CHECKING:
     from featherweight.runtimes.candidate import Candidate
@@ -37,9 +39,15 @@ def refusal(model: Candidate) -> str | None:
     if kind not in ARCHITECTURES:
         return f"no GGUF file is written here for {kind} models; {OTHERS}"
     known = ARCHITECTURES[kind]
-    reason = _activation_refusal(config, known) or _value_refusal(config, known) or _head_refusal(config, known)
-    reason = reason or _layers_refusal(config, known)
+    reason = _direction_refusal(config) or _activation_refusal(config, known) or _value_refusal(config, known)
+    reason = reason or _head_refusal(config, known) or _layers_refusal(config, known)
     return reason or _rotary_refusal(model, known) or _window_refusal(model, known) or _heads_refusal(config, known)
+
+
+def _direction_refusal(config: Any) -> str | None:
+    if getattr(config, "is_causal", True):
+        return None
+    return f"llama.cpp's decoders see what stands before a token, and this model all of a text (is_causal false); {OTHERS}"
 
 
 def _activation_refusal(config: Any, known: Architecture) -> str | None:
@@ -66,7 +74,7 @@ def _told(config: Any, name: str, default: Any) -> Any:
 
 
 def _head_refusal(config: Any, known: Architecture) -> str | None:
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or task_of(config) in HEADED  # whose files hold no head
     if known.tied is None or tied == known.tied:
         return None
     reason = "wants a head of its own, and this model's is its embedding" if tied else "has no head but the embedding"
@@ -132,7 +140,9 @@ def _layers_refusal(config: Any, known: Architecture) -> str | None:
 
 
 def speculation_refusal(config: Any) -> str | None:
-    """Why nothing can be drafted for a model: what a convolution has read is not taken back."""
+    """Why nothing can be drafted for a model: it writes no text, or what a convolution has read is not taken back."""
+    if (task := task_of(config)) in HEADED:
+        return f"speculation: a model for {task} writes no text that could be drafted; leave it out"
     if CONVOLUTION not in (getattr(config, "layer_types", None) or []):
         return None
     return "speculation: llama.cpp cannot take back drafted tokens that layers without attention have read; leave it out"

@@ -15,7 +15,7 @@ from featherweight.runtimes.llama_cpp.blocks import KIND_OF
 from featherweight.runtimes.llama_cpp.own_kinds import OWN
 from featherweight.runtimes.refusals import float_of_rounded_refusal
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.spec import Task
+from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import Device
 from featherweight.system.machine import Machine, describe
@@ -102,7 +102,7 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return offers()
 
     def task_refusal(self, task: Task) -> str | None:
-        return None if task == "text-generation" else "it is written for decoders only; take another engine"
+        return None if task == "text-generation" or task in HEADED else "it is written for decoders only; take another engine"
 
     def grid_refusal(self, grids: Grids, spec: LlamaCppSpec) -> str | None:
         body = grids.body

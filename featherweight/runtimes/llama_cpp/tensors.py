@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import StageError
 from featherweight.model.matrices import matrices
 from featherweight.model.positions import head_width, rotary_kinds, rotated_channels
+from featherweight.runtimes.llama_cpp.answers import head_parameters
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES, Architecture
 from featherweight.runtimes.llama_cpp.refusals import OTHERS
 from featherweight.runtimes.llama_cpp.shapes import attention_scale, key_heads
@@ -29,13 +30,14 @@ class Tensors:
         self.model, self.config = model, model.config
         self.known = ARCHITECTURES[model.config.model_type]
         self._names = _names(self.known, model.config.num_hidden_layers)
+        self._prefix = model.base_model_prefix
 
     def name(self, parameter: str) -> str:
         """llama.cpp's name of a parameter; raises StageError where it has none."""
         known = parameter
         for theirs, other in self.known.names.items():
             known = known.replace(theirs, other)
-        names = (known, known.removeprefix("transformer."))
+        names = (known, known.removeprefix("transformer."), f"{self._prefix}.{known}")
         found = next((one for name in names if (one := self._names.get_name(name, try_suffixes=(".weight", ".bias")))), None)
         if found is None:
             raise StageError(f"llama.cpp's {self.known.name} has no place for {parameter}; {OTHERS}")
@@ -63,6 +65,7 @@ class Tensors:
     def vectors(self) -> Iterator[tuple[str, ndarray]]:
         """(name, values) of what is kept in float32: norms, biases, routers, tables of positions, factors of rotary embeddings."""
         of_matrices = {id(parameter) for _, parameter, _ in (*matrices(self.model), *expert_matrices(self.model))}
+        of_matrices |= {id(parameter) for parameter in head_parameters(self.model).values()}
         for parameter, value in self.model.named_parameters():
             if id(value) not in of_matrices:
                 values, order = self._shifted(parameter, value), self.order(parameter)

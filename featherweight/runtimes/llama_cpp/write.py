@@ -16,18 +16,21 @@ from featherweight.checkpoint.files import link
 from featherweight.checkpoint.saving import copy_tokenizer
 from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
+from featherweight.model.architecture import task_of
 from featherweight.model.matrices import matrices, rows_of
 from featherweight.progress import Metrics
 from featherweight.quantization.imatrix import importances
 from featherweight.runtimes.bounds import EXACT, TABLE
 from featherweight.runtimes.llama_cpp import blocks, library
 from featherweight.runtimes.llama_cpp.adapter_files import write_adapters
+from featherweight.runtimes.llama_cpp.answers import write_head
 from featherweight.runtimes.llama_cpp.architectures import ARCHITECTURES
 from featherweight.runtimes.llama_cpp.keys import describe
 from featherweight.runtimes.llama_cpp.own_kinds import OWN, Stored, round_by_llama_cpp
 from featherweight.runtimes.llama_cpp.tensors import Tensors
 from featherweight.runtimes.llama_cpp.vocabulary import PREPARED, Vocabulary, agrees
 from featherweight.runtimes.speculation import DRAFT
+from featherweight.spec import HEADED
 from featherweight.store.mapped import give_back
 from featherweight.store.served_folder import FILE, Serving
 from featherweight.text.documents import read_documents
@@ -75,6 +78,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
         source.progress.note("llama.cpp's own tokenizer cuts some texts otherwise; it is given token ids")
     write_file(out / MODEL, model, stored, vocabulary, spec.precision, prepared or PREPARED[0])
     copy_tokenizer(source.checkpoint, out)
+    write_head(model, out)
     write_adapters(model, out)
     if source.draft:
         keep_draft(source.draft, out)
@@ -83,6 +87,7 @@ def write(spec: LlamaCppSpec, source: Source, out: Path) -> None:
     options |= {"rounded": OWN[spec.precision]} if spec.precision in OWN else {}
     options |= {"gelu": "table"} if ARCHITECTURES[model.config.model_type].approximates else {}
     options |= {"kv_cache": spec.kv_cache} if spec.kv_cache else {}
+    options |= {"task": task} if (task := task_of(model.config)) in HEADED else {}
     Serving("llama.cpp", options=options, grid=source.grid).write(out)
 
 
@@ -219,7 +224,8 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     for path in served.iterdir():
         if path.is_file() and path.name not in (MODEL, FILE):
             link(path, twin / path.name)
-    Serving("llama.cpp", options={"dtype": "float32"}).write(twin)
+    kept = {name: told for name, told in Serving.read(served).options.items() if name == "task"}
+    Serving("llama.cpp", options={"dtype": "float32"} | kept).write(twin)
     measured = reference.check(twin, TABLE if "gelu" in Serving.read(served).options else EXACT)
     shutil.rmtree(twin)
     return {"parity_weights_max_abs": measured["parity_max_abs"]}
