@@ -13,6 +13,9 @@ MODEL = "model"
 WORDS, BYTES = "tokenizer.ggml.pre", "gpt2"
 CUTTERS = ("llama", BYTES)
 """llama.cpp's names of what tokenizers are built of: SentencePiece's merges, byte-level BPE."""
+UNREAD = {"gpt-oss": "whose experts and scaled rotary embeddings transformers 5.17 cannot read from GGUF files"}
+"""Architectures that transformers names among those that it reads, and cannot."""
+GATE = "ffn_gate_inp_shexp"
 BLOCK = re.compile(r"\bblk\.(\d+)\.")
 
 
@@ -46,6 +49,8 @@ def require_model(header: GgufHeader, where: str) -> None:
             f"{where} has a tokenizer of the kind {cutter!r}, and known are {', '.join(CUTTERS)}; "
             "give the folder that it was made from"
         )
+    if (architecture := header.text(ARCHITECTURE)) in UNREAD:
+        raise CheckpointError(f"{where} is a {architecture}, {UNREAD[architecture]}; give the folder that it was made from")
     cut = header.text(WORDS)
     if cutter == BYTES and cut is not None and cuts_of(cut) is None:
         raise CheckpointError(
@@ -53,6 +58,8 @@ def require_model(header: GgufHeader, where: str) -> None:
             "it would read other tokens than it was trained on; give the folder that it was made from"
         )
     _require_blocks(header, where)
+    _require_kinds(header, where)
+    _require_gates(header, where)
     kinds = {tensor.kind: name for name, tensor in header.tensors.items()}
     if odd := next((kind for kind in kinds if not readable(kind)), None):
         raise CheckpointError(
@@ -67,3 +74,21 @@ def _require_blocks(header: GgufHeader, where: str) -> None:
     told, last = header.number(key), max((int(found[1]) for name in header.tensors if (found := BLOCK.search(name))), default=-1)
     if told is not None and last >= told:
         raise CheckpointError(f"{where} has the block {last}, and {key} is {told:g}; convert the model again")
+
+
+def _require_kinds(header: GgufHeader, where: str) -> None:
+    """Refuse an LFM2 that does not tell which of its layers convolve (no key heads) and which attend."""
+    if header.text(ARCHITECTURE) != "lfm2":
+        return
+    key, blocks = "lfm2.attention.head_count_kv", header.number("lfm2.block_count")
+    told = header.numbers(key) or []
+    if header.number(key) is not None or len(told) != blocks or not any(told):
+        raise CheckpointError(
+            f"{where} does not tell which layers convolve and which attend ({key} has no number for each); convert the model again"
+        )
+
+
+def _require_gates(header: GgufHeader, where: str) -> None:
+    """Refuse gates of shared experts that are matrices: transformers puts a row around each, and fails as it loads them."""
+    if odd := next((name for name, tensor in header.tensors.items() if GATE in name and len(tensor.shape) != 1), None):
+        raise CheckpointError(f"{where}: {odd} is a matrix, where llama.cpp's converter writes a vector; convert the model again")

@@ -168,6 +168,28 @@ def test_blocks_that_are_not_counted_and_tokenizers_of_other_kinds_are_refused()
         require_model(GgufHeader(said | {"tokenizer.ggml.model": text("rwkv")}, tensors), "m.gguf")
 
 
+def test_an_architecture_that_transformers_names_and_cannot_read_is_refused() -> None:
+    """It ended in "only 0-dimensional arrays can be converted to Python scalars"."""
+    said = {"general.architecture": text("gpt-oss"), "tokenizer.ggml.model": text("gpt2")}
+    with pytest.raises(CheckpointError, match=r"m\.gguf is a gpt-oss, whose experts and scaled rotary embeddings transf"):
+        require_model(GgufHeader(said, {"output_norm.weight": GgufTensor(0, (4,), 0, 16)}), "m.gguf")
+
+
+def test_an_lfm2_tells_which_layers_convolve_and_gates_of_shared_experts_are_vectors() -> None:
+    """transformers ended in "'int' object is not iterable", and in a shape that does not fit."""
+    said = {"general.architecture": text("lfm2"), "tokenizer.ggml.model": text("gpt2")}
+    said |= {"lfm2.block_count": struct.pack("<II", 4, 2)}
+    tensors = {"blk.0.ffn_up.weight": GgufTensor(0, (4,), 0, 16)}
+    heads = {"lfm2.attention.head_count_kv": struct.pack("<IIQII", 9, 4, 2, 0, 8)}
+    require_model(GgufHeader(said | heads, tensors), "m.gguf")
+    for wrong in ({}, {"lfm2.attention.head_count_kv": struct.pack("<II", 4, 8)}):
+        with pytest.raises(CheckpointError, match=r"m\.gguf does not tell which layers convolve and which attend \(lfm2"):
+            require_model(GgufHeader(said | wrong, tensors), "m.gguf")
+    gate = {"blk.0.ffn_gate_inp_shexp.weight": GgufTensor(0, (64, 1), 0, 256)}
+    with pytest.raises(CheckpointError, match=r"m\.gguf: blk\.0\.ffn_gate_inp_shexp\.weight is a matrix, where llama\.cpp's conv"):
+        require_model(GgufHeader(said | heads, tensors | gate), "m.gguf")
+
+
 def test_types_that_nothing_makes_floats_of_are_refused_by_their_tensor() -> None:
     from gguf import GGMLQuantizationType as Type
 

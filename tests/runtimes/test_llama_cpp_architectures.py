@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy
 import pytest
+import torch
 
 from conformance.sizes import WINDOW
 from conformance.tiny import HEAD as WIDTH
@@ -25,8 +27,11 @@ from featherweight.runtimes.llama_cpp.keys import describe
 from featherweight.runtimes.llama_cpp.refusals import block_refusal, refusal
 from featherweight.runtimes.llama_cpp.shapes import attention_scale, inner_width, key_heads, window_period
 from featherweight.runtimes.llama_cpp.tensors import Tensors
+from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
+from featherweight.runtimes.llama_cpp.write import write_file
 from featherweight.runtimes.spec import ExportSpec
-from featherweight.runtimes.writing import write_served
+from featherweight.runtimes.writing import load_reference, write_served
+from tests.support.families import family_checkpoint
 from tests.support.in_process import InProcess
 from tests.support.paths import ROOT
 from tests.support.tokenizers import byte_level
@@ -70,7 +75,6 @@ def test_every_fact_is_one_of_something(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_parameter_has_a_place_of_its_own_and_every_row_comes_once(kind: str) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -308,3 +312,17 @@ def test_tiny_models_of_the_families_are_what_pytorch_computes(
     metrics = write_served(spec, checkpoint=checkpoint, calibration=text, out=out)
     bound = APPROXIMATED if ARCHITECTURES[chosen.model_type].approximates else EXACT
     assert metrics.get("parity_weights_max_abs", metrics["parity_max_abs"]) < bound.value
+
+
+def test_the_gate_of_shared_experts_is_a_vector_as_who_reads_the_file_wants_it(tmp_path: Path) -> None:
+    """It was a matrix of one row, which transformers puts a row around: the file could not be loaded again."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    checkpoint = family_checkpoint("qwen2_moe", tmp_path / "checkpoint", **sizes, **experts)
+    model = load_reference(checkpoint)
+    file = tmp_path / "m.gguf"
+    write_file(file, model, {}, Vocabulary(checkpoint, model.config.vocab_size), "float32")
+    (gate,) = (one for one in gguf.GGUFReader(file).tensors if "shexp" in one.name and "gate_inp" in one.name)
+    assert list(gate.shape) == [32]
+    right = model.get_parameter("model.layers.0.mlp.shared_expert_gate.weight")[0]
+    assert torch.equal(torch.from_numpy(gate.data.copy()), right)

@@ -11,21 +11,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from featherweight.errors import RecipeError, ToolchainError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CheckpointFacts
 from featherweight.progress import Progress
-from featherweight.runtimes import doctor, parity
+from featherweight.runtimes import answer_parity, doctor, parity
 from featherweight.runtimes.build_process import run_build
 from featherweight.runtimes.candidate import Candidate
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.interface import Grids
 from featherweight.runtimes.optimum import known, mends, write
+from featherweight.runtimes.writing import write_served
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA
 from featherweight.system.machine import Gpu, Machine, describe
+from tests.support.families import write_pairs
+from tests.support.heads import head_checkpoint, loaded, opened_vectors, sentence_files
 from tests.support.in_process import InProcess
 from tests.support.serving_models import serving_spec
 
@@ -219,3 +222,39 @@ def test_rounded_weights_are_served_as_they_are_by_every_product(tmp_path: Path,
         assert metrics["parity_weights_max_abs"] < 1e-4, activations
         assert 0 < metrics["parity_mean_abs"] < metrics["parity_bound"], activations
         assert Serving.read(out).grid == "int8" and "laid out for" in str(OPTIMUM.served_note(Serving.read(out)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "changes", "served"),
+    [
+        ("qwen3", "Qwen3Model", {}, True),
+        ("bert", "BertModel", {}, True),
+        ("qwen3", "Qwen3Model", {"is_causal": False}, False),
+        ("gemma3_text", "Gemma3TextModel", {}, False),
+        ("qwen3", "Qwen3ForSequenceClassification", {}, False),
+    ],
+)
+def test_vectors_by_decoders_are_those_of_the_types_that_were_tried(
+    kind: str, architecture: str, changes: dict[str, Any], served: bool
+) -> None:
+    embedding = {"sentence_embedding": {"pooling": ["lasttoken"]}} if architecture.endswith("Model") else {}
+    config = AutoConfig.for_model(kind, architectures=[architecture], **embedding, **changes)
+    refused = known.vectors_refusal(config)
+    assert refused is None if served else "with encoders alone here" in str(refused)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_vectors_by_a_decoder_are_pytorchs(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_parity, "open_worker", InProcess)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1}
+    source = sentence_files(head_checkpoint("qwen3", "feature-extraction", tmp_path / "source", **shape))
+    checkpoint = loaded(source, tmp_path / "checkpoint", "feature-extraction")
+    out, asked = tmp_path / "out", spec(optimize=None, precision=precision, max_tokens=24)
+    out.mkdir()
+    metrics = write_served(asked, checkpoint=checkpoint, calibration=write_pairs(tmp_path / "text"), out=out)
+    assert metrics["parity_mean_abs"] < metrics["parity_bound"]
+    bound = 1e-4 if precision == "float32" else 0.1
+    assert (opened_vectors(out) - opened_vectors(checkpoint)).abs().max() < bound

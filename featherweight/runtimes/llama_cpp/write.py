@@ -57,6 +57,8 @@ SAMPLES, SEQUENCE = 64, 128
 """Blocks of calibration text, and their tokens, that tell which columns carry much: as many as a quantize stage reads."""
 TEXTS = 8
 """Documents of the calibration text that the file's tokenizer is tried with."""
+ONE_ROW = "shared_expert_gate.weight"
+"""What transformers keeps as a matrix of one row, and llama.cpp's files, and who reads them, as a vector."""
 SAME, OTHER = "same", "other"
 """Whether the file's own tokenizer cuts texts into the checkpoint's ids."""
 
@@ -194,10 +196,16 @@ def _tensors(model: PreTrainedModel, stored: Stored, floats: str) -> Iterator[En
     for parameter, weight, transposed in matrices(model):
         kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, transposed, floats))
         made = partial(_in_order, make, tensors.order(parameter))
-        yield Entry(tensors.name(parameter), tuple(rows_of(weight, transposed).shape), kind, made)
+        entry = Entry(tensors.name(parameter), tuple(rows_of(weight, transposed).shape), kind, made)
+        yield _one_row(entry) if parameter.endswith(ONE_ROW) else entry
     for name, parameter, weight, rows in tensors.experts():
         kind, make = stored.get(parameter) or (kind_of_floats, partial(_floats, weight, False, floats))
         yield Entry(name, tuple(weight[:, rows].shape), kind, partial(_part, make, rows))
+
+
+def _one_row(entry: Entry) -> Entry:
+    """A matrix of one row as a vector."""
+    return Entry(entry.name, entry.shape[1:], entry.kind, lambda: entry.make()[0])
 
 
 def _floats(weight: nn.Parameter, transposed: bool, kind: str) -> ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from featherweight.model.architecture import attention_cap, task_of
 from featherweight.model.positions import rotary_kinds
+from featherweight.runtimes.refusals import answers_refusal
 from featherweight.spec import HEADED
 from featherweight.system.toolchains import text_of
 
@@ -24,6 +25,8 @@ REFUSED = {
 """Of the types that it exports, those whose graph is none to serve from."""
 WITHOUT_TYPES = ("camembert", "roberta", "xlm-roberta")
 """Of them, those whose graph is told no token types: most checkpoints have one, and lose nothing."""
+VECTORS = ("llama", "mistral", "qwen2", "qwen3")
+"""Decoders whose graphs of vectors were tried; those of labels read one text at a time."""
 EXPORTED, FUSED = "optimum/exporters/onnx/model_configs.py", "optimum/onnxruntime/utils.py"
 
 
@@ -35,6 +38,13 @@ def refusal(model_type: str, level: str | None) -> str | None:
     if level and fused and _normal(model_type) not in fused:
         return f"Optimum knows no fusions for {model_type} models; say optimize: null"
     return None
+
+
+def vectors_refusal(config: Any) -> str | None:
+    """Why a decoder's answers are not those of its graph; None where they are, and for all that is no decoder that answers."""
+    if task_of(config) == "feature-extraction" and config.model_type in VECTORS and getattr(config, "is_causal", True):
+        return None
+    return answers_refusal("Optimum", config)
 
 
 def left_out_refusal(config: Any) -> str | None:

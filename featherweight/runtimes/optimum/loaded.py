@@ -80,7 +80,8 @@ class OptimumModel(LoadedModel):
         from transformers.modeling_outputs import ModelOutput
 
         inputs = packed_inputs(self.config, ids, types)
-        found = self.graphs[MODEL](**{name: tensor.numpy() for name, tensor in inputs.items()})
+        places = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"]).contiguous()  # which decoders are told
+        found = self.graphs[MODEL](position_ids=places.numpy(), **{name: tensor.numpy() for name, tensor in inputs.items()})
         tensors = {name: torch.from_numpy(value.numpy()) for name, value in found.items()}
         return read(self.config, ModelOutput(tensors), inputs)
 

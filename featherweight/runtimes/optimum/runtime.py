@@ -11,7 +11,7 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT, HALF, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.optimum import known
-from featherweight.runtimes.refusals import answers_refusal, cuda_package_refusal, float_of_rounded_refusal, fp8_refusal
+from featherweight.runtimes.refusals import cuda_package_refusal, float_of_rounded_refusal, fp8_refusal
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.store.served_folder import Serving
 from featherweight.system.device import CPU, CUDA, Device
@@ -118,7 +118,7 @@ class Optimum(Runtime[OptimumSpec]):
 
     def model_refusal(self, spec: OptimumSpec, model: Candidate) -> str | None:
         """A model that Optimum does not export, or of which it knows no fusions, by its own lists, or whose graph is another."""
-        refused = answers_refusal("Optimum", model.config) or known.refusal(model.facts.model_type, spec.optimize)
+        refused = known.vectors_refusal(model.config) or known.refusal(model.facts.model_type, spec.optimize)
         return refused or known.left_out_refusal(model.config)
 
 
