@@ -45,9 +45,9 @@ class _Asker:
 
     @property
     def _windows_s(self) -> tuple[float, ...]:
-        """An engine that lets a text join those that it is writing fills no batch."""
-        windows = self.requests.batch_window_s
-        return (min(windows),) if RUNTIMES[self.side.engine].joins else windows
+        """An engine that lets a text join those that it is writing fills no batch. What answers at once is answered in batches."""
+        windows, joins = self.requests.batch_window_s, RUNTIMES[self.side.engine].joins
+        return (min(windows),) if joins and self.side.workload.task not in HEADED else windows
 
     def _tries(self) -> tuple[Trial, ...]:
         """Trials at the highest rate, of requests that are not those of the measurement; or those of before."""

@@ -60,7 +60,8 @@ def test_users_are_answered_greedily_where_transformers_would(
     command = server.engine_server(folder, "model", Limits(1, 64, 4), tmp_path / "socket").command
     told = dict(pairwise(command))
     assert json.loads(told["--override-generation-config"]) == chosen
-    assert told["--generation-config"] == str(folder)
+    assert told["--generation-config"] == "auto", "named by its path, its max_new_tokens cut what a request asked for"
+    assert told["--model"] == str(folder)
 
 
 @pytest.mark.parametrize("setting", [{"min_new_tokens": 5}, {"forced_eos_token_id": 2}, {"min_p": 0.1, "do_sample": True}])

@@ -32,7 +32,8 @@ def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> Engi
     """
     serving, chosen = Serving.read(served), sampling(GenerationSettings.read(served))
     told = ["--served-model-name", name, "--uds", str(socket)]
-    told += ["--generation-config", str(served), "--override-generation-config", json.dumps(chosen)]
+    # "auto" is the file beside the weights too; where it is named, its max_new_tokens bounds what requests may ask for.
+    told += ["--generation-config", "auto", "--override-generation-config", json.dumps(chosen)]
     return EngineServer(
         command=(
             *program(),
