@@ -30,14 +30,13 @@ class Tensors:
         self.model, self.config = model, model.config
         self.known = ARCHITECTURES[model.config.model_type]
         self._names = _names(self.known, model.config.num_hidden_layers)
-        self._prefix = model.base_model_prefix
 
     def name(self, parameter: str) -> str:
         """llama.cpp's name of a parameter; raises StageError where it has none."""
         known = parameter
         for theirs, other in self.known.names.items():
             known = known.replace(theirs, other)
-        names = (known, known.removeprefix("transformer."), f"{self._prefix}.{known}")
+        names = (known, known.removeprefix("transformer."), f"{self.model.base_model_prefix}.{known}")
         found = next((one for name in names if (one := self._names.get_name(name, try_suffixes=(".weight", ".bias")))), None)
         if found is None:
             raise StageError(f"llama.cpp's {self.known.name} has no place for {parameter}; {OTHERS}")
