@@ -18,6 +18,8 @@ from featherweight.store.served_folder import verified_tokens
 
 Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64
+MESSAGE = ("role", "content")
+"""What a message of a conversation has."""
 
 
 class Generator(ServedEngine):
@@ -157,6 +159,8 @@ def prompts_of(model_input: Any) -> list[Any]:
     if not len(model_input.columns):
         return []
     name = "messages" if "messages" in model_input.columns else model_input.columns[0]
+    if name == MESSAGE[0]:  # of which MLflow keeps the first column: a text would be written behind the word 'user'
+        raise DataError("messages are given as rows, which are texts each; a conversation stands under 'messages', as one list")
     cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
     if name == "messages":
         if any(isinstance(cell, str) for cell in cells):
@@ -173,8 +177,7 @@ def _said(messages: Sequence[Message]) -> list[str]:
 
 def _require_messages(messages: Any) -> None:
     right = isinstance(messages, Sequence) and bool(messages)
-    keys = ("role", "content")
-    if not right or not all(isinstance(one, Mapping) and all(isinstance(one.get(key), str) for key in keys) for one in messages):
+    if not right or not all(isinstance(one, Mapping) and all(isinstance(one.get(key), str) for key in MESSAGE) for one in messages):
         raise DataError("a prompt is a text, or a conversation: a list of messages with a 'role' and a 'content', both texts")
 
 

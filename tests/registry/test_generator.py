@@ -115,6 +115,9 @@ def test_prompts_come_in_every_shape_that_mlflow_gives() -> None:
     for one in ({"messages": TALK}, pandas.DataFrame({"messages": TALK}), pandas.DataFrame({"messages": [TALK]})):
         assert prompts_of(one) == [TALK]
     assert prompts_of(pandas.DataFrame({"messages": [TALK, TALK[:1]]})) == [TALK, TALK[:1]]
+    for rows in (pandas.DataFrame(TALK), pandas.DataFrame(TALK)[["role"]]):  # MLflow keeps the first column
+        with pytest.raises(DataError, match="a conversation stands under 'messages', as one list"):
+            prompts_of(rows)
 
 
 @pytest.mark.parametrize("served", ["closed"], indirect=True)
