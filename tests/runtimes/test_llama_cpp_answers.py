@@ -75,7 +75,7 @@ def test_decoders_answer_as_pytorch_does(
     [
         ("qwen3", {"is_causal": False}, "and this model all of a text"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention None alone"),
-        ("olmo2", {}, "wants a head of its own"),
+        ("olmo2", {}, "wants a head of its own, and a model for feature-extraction has none"),
         ("bert", {}, "no GGUF file is written here for bert models"),
     ],
 )

@@ -74,7 +74,10 @@ def _told(config: Any, name: str, default: Any) -> Any:
 
 
 def _head_refusal(config: Any, known: Architecture) -> str | None:
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or task_of(config) in HEADED  # whose files hold no head
+    if (task := task_of(config)) in HEADED:
+        none = f"llama.cpp's {known.name} wants a head of its own, and a model for {task} has none; {OTHERS}"
+        return none if known.tied is False else None
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     if known.tied is None or tied == known.tied:
         return None
     reason = "wants a head of its own, and this model's is its embedding" if tied else "has no head but the embedding"
