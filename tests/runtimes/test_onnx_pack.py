@@ -131,3 +131,44 @@ def test_what_two_graphs_hold_lies_once(rounded: Any, tmp_path: Path) -> None:
     assert len({place["offset"] for place in places[0].values()}) == 3
     assert (tmp_path / DATA).stat().st_size == 2 * 320 * 32 * 4 + 32 * 32 * 4, "nothing twice, and no room lost between small ones"
     numpy.testing.assert_array_equal(computed(tmp_path / "first.onnx")[1], computed(tmp_path / "second.onnx")[1])
+
+
+@pytest.mark.parametrize("behind", ["nothing", "soft cap", "two sources"])
+def test_a_text_is_written_by_the_last_logits_alone(behind: str, tmp_path: Path) -> None:
+    """What is done to each logit behind the head stays; where the head is not found, nothing is written."""
+    drawn = numpy.random.default_rng(0)
+    held = {
+        "table": drawn.normal(size=(11, 6)),
+        "norm": drawn.normal(size=6),
+        "head": drawn.normal(size=(6, 11)),
+        "cap": numpy.array(3.0),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["looked up"]),
+        helper.make_node("Mul", ["looked up", "norm"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "head"], ["logits" if behind == "nothing" else "products"]),
+    ]
+    if behind == "soft cap":
+        nodes += [helper.make_node("Div", ["products", "cap"], ["shares"]), helper.make_node("Tanh", ["shares"], ["bent"])]
+        nodes += [helper.make_node("Mul", ["bent", "cap"], ["logits"])]
+    if behind == "two sources":
+        nodes += [helper.make_node("ReduceSum", ["hidden"], ["sum"]), helper.make_node("Add", ["products", "sum"], ["logits"])]
+    weights = [numpy_helper.from_array(array.astype(numpy.float32), name) for name, array in held.items()]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", 11])
+    made = helper.make_model(
+        helper.make_graph(nodes, "some", [ids], [logits], weights), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    made.ir_version = 10
+    onnx.save(made, tmp_path / pack.MODEL)
+    assert pack.last_logits(tmp_path / pack.MODEL, tmp_path / pack.WRITING) is (behind != "two sources")
+    if behind == "two sources":
+        assert not (tmp_path / pack.WRITING).exists()
+        return
+    texts = numpy.array([[3, 1, 4], [2, 7, 1]])
+    every, last = (
+        onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, {"ids": texts})[0]
+        for name in (pack.MODEL, pack.WRITING)
+    )
+    assert last.shape == (2, 1, 11)
+    numpy.testing.assert_array_equal(last, every[:, -1:])

@@ -17,6 +17,7 @@ from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.runtimes.bounds import EXACT
 from featherweight.runtimes.catalog import RUNTIMES
+from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.onnx import pack
 from featherweight.runtimes.onnx_genai import patches, stretches
 from featherweight.runtimes.onnx_genai.write import build_decoder
@@ -137,8 +138,24 @@ def test_a_tied_embedding_and_head_are_stored_once(checkpoints, text, tmp_path):
     assert sum(tensor.dims[0] == 320 for tensor in model.graph.initializer) == 2  # integers and scales, of 320 tokens
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "genai_config.json", "generation_config.json", "model.onnx", "model.onnx.data",
-        "serving.json", "tokenizer.json", "tokenizer_config.json",
+        "serving.json", "tokenizer.json", "tokenizer_config.json", "writing.onnx",
     ]  # fmt: skip
+
+
+@pytest.mark.engine
+def test_scores_are_of_all_positions_and_texts_of_the_last_over_the_same_weights(checkpoints, text, tmp_path):
+    """The graph that writes is loaded in the place of the one that scores, and that one again; each tells the same as before."""
+    compile(genai("int8"), checkpoint=checkpoints["untied"], calibration=text, out=tmp_path)
+    graphs = [onnx.load(tmp_path / name, load_external_data=False) for name in ("model.onnx", "writing.onnx")]
+    assert [one.type.tensor_type.shape.dim[1].dim_value for graph in graphs for one in graph.graph.output[:1]] == [0, 1]
+    engine = RUNTIMES["onnxruntime-genai"].loaded_model()(tmp_path, Serving.read(tmp_path), Limits(1, 64, 4))
+    prompts, windows = [[9, 8, 7, 12], [5, 6, 11, 3], [4, 5]], [[9, 8, 7, 12, 5], [4, 5]]
+    written, scores = engine.generate(prompts, 6).tokens, engine.logprobs(windows)
+    assert [len(row) for row in scores] == [4, 1]
+    assert engine.generate(prompts, 6).tokens == written and engine.logprobs(windows) == scores
+    (tmp_path / "writing.onnx").unlink()
+    whole = RUNTIMES["onnxruntime-genai"].loaded_model()(tmp_path, Serving.read(tmp_path), Limits(1, 64, 4))
+    assert whole.generate(prompts, 6).tokens == written and whole.logprobs(windows) == scores
 
 
 @pytest.mark.engine

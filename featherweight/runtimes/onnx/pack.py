@@ -26,6 +26,9 @@ Activations = Literal["blocks", "dynamic", "static"]
 """What activations are rounded to int8 by: blocks of a row, one range for all that a product is given, or one fixed before."""
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+WRITING = "writing.onnx"
+"""The graph of the same weights that texts are written by: of a prompt it computes the last position's logits alone."""
+HEADS = ("MatMul", "MatMulNBits")
 CONTRIB = "com.microsoft"
 FLOAT_ACTIVATIONS = 1
 """MatMulNBits' accuracy_level that computes in float32."""
@@ -94,6 +97,66 @@ def in_float(path: Path, out: Path) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, out)
+
+
+def last_logits(path: Path, out: Path) -> bool:
+    """Write the decoder at `path` to `out` with logits of the last position alone; the weights stay in the data file beside `path`.
+
+    What the head multiplies is cut to that position: the vocabulary is the widest product of all. False, and nothing written, where
+    the head is not found.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    head = _head(graph)
+    if head is None:
+        return False
+    place = next(index for index, node in enumerate(graph.node) if node is head)
+    names = [f"writing.{name}" for name in ("last", "first_axis", "row", "rows")]
+    last, axes, row, rows = names
+    graph.initializer.append(helper.make_tensor(last, TensorProto.INT64, [], [-1]))
+    graph.initializer.append(helper.make_tensor(axes, TensorProto.INT64, [1], [1]))
+    cut = [helper.make_node("Gather", [head.input[0], last], [row], axis=1), helper.make_node("Unsqueeze", [row, axes], [rows])]
+    head.input[0] = rows
+    for at, node in enumerate(cut):
+        graph.node.insert(place + at, node)
+    for output in graph.output:
+        if output.name == LOGITS:
+            output.type.tensor_type.shape.dim[1].dim_value = 1
+    outputs = _behind(graph, head)
+    stale = [one for one in graph.value_info if one.name in outputs]
+    for one in stale:
+        graph.value_info.remove(one)
+    onnx.save(model, out)
+    return True
+
+
+LOGITS = "logits"
+
+
+def _head(graph: Any) -> Any:
+    """The product that makes the logits, found upwards from them through what is done to each number by itself."""
+    makers = {name: node for node in graph.node for name in node.output}
+    stored, node = {one.name for one in graph.initializer}, makers.get(LOGITS)
+    while node is not None and node.op_type not in HEADS:
+        above = [name for name in node.input if name and name not in stored and name in makers and not _is_fixed(makers[name])]
+        node = makers[above[0]] if len(above) == 1 else None
+    return node
+
+
+def _is_fixed(node: Any) -> bool:
+    return node.op_type == "Constant"
+
+
+def _behind(graph: Any, head: Any) -> set[str]:
+    """The outputs of a node and of all that is computed of them, whose sizes change with its own."""
+    found = set(head.output)
+    for node in graph.node:  # in the order in which they are computed
+        if found & set(node.input):
+            found |= set(node.output)
+    return found
 
 
 def _float_nodes(node: Any, floats: Mapping[str, str]) -> Iterator[Any]:

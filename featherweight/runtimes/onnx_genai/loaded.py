@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import StageError
 from featherweight.runtimes.generation_settings import LENGTHS, PROCESSED, GenerationSettings, chosen_text
 from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
+from featherweight.runtimes.onnx.pack import MODEL, WRITING
 from featherweight.system.device import CPU, CUDA, Device
 
 if TYPE_CHECKING:
@@ -22,10 +23,14 @@ class GenaiModel(LoadedModel):
     GenAI always stops at an end token, which must be one of the vocabulary. Here nothing may stop it, so it is told that the
     last token, the rarest, is the end, and padding, which it passes over in prompts; where a text holds that one, or the model
     writes it, the one before it takes its place.
+
+    Texts are written by a graph of its own, which computes of a prompt the last logits alone; it is loaded in the place of the one
+    that scores, and that one in its place, so that the weights are held once.
     """
 
     spoilt: frozenset[int] = frozenset()
     follows = PROCESSED
+    writing = True
 
     def load(self) -> None:
         import onnxruntime_genai
@@ -43,14 +48,25 @@ class GenaiModel(LoadedModel):
     def _overlay(self) -> dict[str, Any]:
         # A single number replaces the file's end tokens; a list would be merged into theirs.
         session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
-        return {"eos_token_id": self.stopper, "pad_token_id": self.stopper, "decoder": {"session_options": session}}
+        graph = WRITING if self.writing and (self.weights / WRITING).is_file() else MODEL
+        decoder = {"session_options": session, "filename": graph}
+        return {"eos_token_id": self.stopper, "pad_token_id": self.stopper, "decoder": decoder}
 
     def unload(self) -> None:
         del self.model
 
+    def _turn_to(self, writing: bool) -> None:
+        """Load the graph that texts are written by, or the one that scores."""
+        if writing == self.writing:
+            return
+        self.writing = writing
+        if (self.weights / WRITING).is_file():
+            self.set_threads(self.threads)
+
     def logprobs(self, windows: Tokens) -> list[list[float]]:
         import numpy
 
+        self._turn_to(writing=False)
         scores: list[list[float]] = [[] for _ in windows]
         for batch in by_length(windows, windows_at_once(self.limits.max_tokens, self.vocabulary)):
             self._spare([windows[index] for index in batch])
@@ -84,6 +100,7 @@ class GenaiModel(LoadedModel):
         self.set_threads(self.threads)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Generation:
+        self._turn_to(writing=True)
         while True:
             self._spare(prompts)
             tokens, timing = self._generate(prompts, new_tokens)
@@ -118,6 +135,7 @@ class GenaiModel(LoadedModel):
     def _chosen(self, prompt: list[int], new_tokens: int, settings: GenerationSettings) -> list[int]:
         import torch
 
+        self._turn_to(writing=True)
         self._spare([prompt])
         generator = self._generator(1, len(prompt) + new_tokens)
 

@@ -40,6 +40,7 @@ def write(spec: GenaiSpec, source: Source, out: Path) -> None:
         source.quantized = round_to_nearest(source.model, body, head, source.room)
     rows = QuantizedRows.of(source.model, source.quantized) if source.quantized else None
     _write_graph(source, out, rows, pack.Products(accuracy_level=spec.accuracy_level))
+    pack.last_logits(out / pack.MODEL, out / pack.WRITING)
     copy_tokenizer(source.checkpoint, out)
     if source.quantized:
         source.move_to_grid()
@@ -117,7 +118,7 @@ def check_weights(reference: Reference, served: Path) -> Metrics:
     twin.mkdir()
     pack.in_float(served / pack.MODEL, twin / pack.MODEL)
     for path in served.iterdir():
-        if path.is_file() and path.name != pack.MODEL:
+        if path.is_file() and path.name not in (pack.MODEL, pack.WRITING):
             link(path, twin / path.name)
     measured = reference.check(twin, EXACT)
     shutil.rmtree(twin)
