@@ -280,6 +280,8 @@ def test_a_file_says_what_scales_and_caps_its_models_have() -> None:
     assert told_of("qwen2, rope yarn")["rope_scaling_attn_factors"] == pytest.approx(1.0)
     long = told_of("phi3, rope longrope")
     assert long["context_length"] == 64 and long["rope_scaling_attn_factors"] > 1
+    for name, tokens in (("qwen2", 48), ("phi3", 48), ("qwen2, no window", 256), ("gemma3_text", 256)):
+        assert told_of(name)["context_length"] == tokens, "a window that llama.cpp lacks ends what the file is good for"
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")

@@ -35,7 +35,7 @@ def describe(writer: GGUFWriter, config: Any) -> None:
     from gguf import PoolingType
 
     known = ARCHITECTURES[config.model_type]
-    _add_sizes(writer, config)
+    _add_sizes(writer, config, known)
     _add_rotary(writer, config)
     _add_windows(writer, config, known)
     for name, method in known.keys.items():
@@ -50,8 +50,8 @@ def describe(writer: GGUFWriter, config: Any) -> None:
         writer.add_parallel_residual(config.use_parallel_residual)
 
 
-def _add_sizes(writer: GGUFWriter, config: Any) -> None:
-    writer.add_context_length(rotary_switch(config) or min(context_tokens(config), LONGEST))
+def _add_sizes(writer: GGUFWriter, config: Any, known: Architecture) -> None:
+    writer.add_context_length(_context(config, known))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(inner_width(config))
@@ -107,6 +107,12 @@ def _add_yarn(writer: GGUFWriter, config: Any, told: Mapping[str, Any]) -> None:
     writer.add_rope_scaling_factor(told["factor"])
     writer.add_rope_scaling_orig_ctx_len(told.get("original_max_position_embeddings") or config.max_position_embeddings)
     writer.add_rope_scaling_attn_factors(wanted / (0.1 * math.log(told["factor"]) + 1))
+
+
+def _context(config: Any, known: Architecture) -> int:
+    """So many tokens llama.cpp computes as the model does: up to where its rotary embeddings change, or a window that it lacks."""
+    window = None if has_windows(config, known) else sliding_window(config)
+    return min(rotary_switch(config) or context_tokens(config), window or LONGEST, LONGEST)
 
 
 def _add_windows(writer: GGUFWriter, config: Any, known: Architecture) -> None:
