@@ -55,7 +55,9 @@ def test_advice_and_a_plan_of_a_folder_without_a_recipe(checkpoint: Path, tmp_pa
     )
     assert (away["device"], away["speeds_from"], away["ctranslate2_or_vllm"]["engine"]) == ("cuda", "data sheet of L4", "vllm")
     plan = told("plan", str(checkpoint), "--workspace", str(tmp_path / "none"), "--budget", "1h", "--set", "device=cpu")
-    assert "rtn8/ctranslate2-int8" in plan["variants"] and not (tmp_path / "none").exists()
+    served = {name.rpartition("/")[2] for name in plan["variants"]}
+    assert served & {"ctranslate2-int8", "ctranslate2-float32"}  # int8 where the CPU sums its products exactly
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from featherweight.store.served_folder import Serving
 from tests.support.families import word_tokenizer
 
 TEXT: dict[str, Any] = {
-    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "max_position_embeddings": 64},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }

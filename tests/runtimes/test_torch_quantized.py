@@ -171,7 +171,7 @@ def test_an_outlier_costs_the_other_tokens_nothing():
     x[3] *= 1000
     exact, quiet = nn.functional.linear(x, dequantized(m), m.bias), [row for row in range(8) if row != 3]
     error = (DynamicLinear(m)(x) - exact)[quiet].abs().max()
-    assert error < 0.5 < 10 < (torchs_own(m)(x) - exact)[quiet].abs().max()
+    assert error < 1 < 10 < (torchs_own(m)(x) - exact)[quiet].abs().max()
 
 
 def test_tokens_of_zeros_are_numbers():

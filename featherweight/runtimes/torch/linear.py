@@ -133,7 +133,7 @@ def rounded_by_torch(x: Tensor) -> Tensor:
     peak = _peaks(x)
     one = x if peak is None else x / peak
     scale, zero_point = torch._choose_qparams_per_tensor(one, saturates())
-    rounded = torch.fake_quantize_per_tensor_affine(one, scale, zero_point, 0, 127 if saturates() else 255)
+    rounded = torch.fake_quantize_per_tensor_affine(one, scale, zero_point, 0, 255)
     return rounded if peak is None else rounded * peak
 
 
