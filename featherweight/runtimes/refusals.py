@@ -6,13 +6,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featherweight.model.architecture import answers_by_decoder, family_of, task_of
 from featherweight.model.decoding import OWN_ATTENTION, WITHOUT_KEYS_AND_VALUES, other_layers
 from featherweight.model.positions import rotary_kinds
 from featherweight.runtimes.spec import ComputeType, ExportSpec
+from featherweight.spec import Task
 from featherweight.system.device import CUDA, Device
+
+if TYPE_CHECKING:
+    from featherweight.runtimes.interface import Grids
 
 SILU: tuple[str, ...] = ("silu", "swish")
 """The names that transformers has for it."""
@@ -39,6 +43,19 @@ def cache_refusal(engine: str, spec: ExportSpec) -> str | None:
 def float_of_rounded_refusal(precision: str) -> str:
     """Why rounded weights are not served as floats."""
     return f"{precision} would store rounded weights at full size, no smaller and no faster than unrounded ones"
+
+
+def rows_of_8_bits_refusal(holds: str, grids: Grids) -> str | None:
+    """Why an engine whose products are of 8-bit integers of one scale per row does not take these grids; None where it does."""
+    every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
+    other = next((grid for grid in every if grid.kind != "int" or grid.bits != 8 or grid.group_size), None)
+    return f"{holds}, not {other.name}; take another engine" if other else None
+
+
+def both_stacks_refusal(engine: str, task: Task) -> str | None:
+    """Why an engine whose graphs are of one stack of layers has no encoder-decoders; None for other tasks."""
+    encoder_decoder = f"{engine}'s graphs here are of decoders and of encoders, not of both in one; take another engine"
+    return encoder_decoder if task == "text2text-generation" else None
 
 
 def fp8_refusal() -> str:

@@ -256,8 +256,9 @@ PENALTIES = frozenset({"repetition_penalty", "no_repeat_ngram_size"})
 def _penalties_refusal(model: Candidate) -> str | None:
     """The same in the plan, where it is known what the tokenizer puts before a text."""
     lead, told = model.facts.lead, model.facts.generation
-    known = lead is not None and told is not None and family_of(model.config) == "causal"
-    return penalty_refusal(GenerationSettings.of(told), [*lead]) if lead is not None and known else None
+    if lead is None or told is None or family_of(model.config) != "causal":
+        return None
+    return penalty_refusal(GenerationSettings.of(told), [*lead])
 
 
 def penalty_refusal(settings: GenerationSettings, lead: list[int]) -> str | None:

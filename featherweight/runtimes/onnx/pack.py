@@ -28,6 +28,7 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 WRITING = "writing.onnx"
 """The graph of the same weights that texts are written by: of a prompt it computes the last position's logits alone."""
+LOGITS = "logits"
 HEADS = ("MatMul", "MatMulNBits")
 CONTRIB = "com.microsoft"
 FLOAT_ACTIVATIONS = 1
@@ -131,9 +132,6 @@ def last_logits(path: Path, out: Path) -> bool:
         graph.value_info.remove(one)
     onnx.save(model, out)
     return True
-
-
-LOGITS = "logits"
 
 
 def _head(graph: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from featherweight.runtimes.code_levels import GENERIC, level
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
+    both_stacks_refusal,
     compiler_refusal,
     float_of_rounded_refusal,
     keys_and_values_refusal,
@@ -74,8 +75,7 @@ class TorchAoti(Runtime[TorchAotiSpec]):
         return offers(device)
 
     def task_refusal(self, task: Task) -> str | None:
-        encoder_decoder = "AOTInductor's graphs here are of decoders and of encoders, not of both in one; take another engine"
-        return encoder_decoder if task == "text2text-generation" else None
+        return both_stacks_refusal("AOTInductor", task)
 
     def grid_refusal(self, grids: Grids, spec: TorchAotiSpec) -> str | None:
         return None if grids.body is None else float_of_rounded_refusal("float32")

@@ -5,7 +5,6 @@ It runs in a process of its own: a trace takes the model's attention out, and le
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from featherweight.checkpoint.opening import load_config
 from featherweight.model.architecture import family_of
 from featherweight.runtimes.build_process import build_here
 from featherweight.runtimes.torch.storage import FILE as PACKED
+from featherweight.store.artifact import file_sha256
 from featherweight.store.served_folder import Serving
 from featherweight.system.child_process import Channel
 
@@ -43,7 +43,7 @@ def build(checkpoint: Path, out: Path, channel: Channel) -> None:
     module = traced(model, layers)
     channel.send({"note": "writing the graphs"})
     torch.jit.save(module, str(out / MODEL))
-    told = {"torch": torch.__version__, "sha256": digest(out / MODEL), "saturates": saturates()}
+    told = {"torch": torch.__version__, "sha256": file_sha256(out / MODEL), "saturates": saturates()}
     held = [asdict(one) for one in _held(checkpoint)]
     (out / MANIFEST).write_text(json.dumps(told | {"layers": [asdict(one) for one in layers or []], "held": held}, indent=1))
 
@@ -64,12 +64,6 @@ def _held(checkpoint: Path) -> Iterator[HeldTensor]:
     if (checkpoint / PACKED).is_file():
         return packed_tensors(checkpoint, FORMATS[ROUNDED], config)
     return checkpoint_tensors(checkpoint, Serving("torchscript"), config)
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.opening import load_config
 from featherweight.errors import IntegrityError, StageError
 from featherweight.runtimes.step_graph import StepGraphModel
-from featherweight.runtimes.torchscript.build import MANIFEST, MODEL, digest
+from featherweight.runtimes.torchscript.build import MANIFEST, MODEL
+from featherweight.store.artifact import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ class TorchScriptModel(StepGraphModel):
         import torch
 
         told = json.loads((self.weights / MANIFEST).read_text())
-        if digest(self.weights / MODEL) != told["sha256"]:
+        if file_sha256(self.weights / MODEL) != told["sha256"]:
             raise IntegrityError(f"{self.weights / MODEL} is not the file that was written; compile the variant again")
         if "rounded" in self.options:
             _require_products(told["saturates"])

@@ -12,11 +12,13 @@ from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
+    both_stacks_refusal,
     float_of_rounded_refusal,
     keys_and_values_refusal,
     other_layers_refusal,
     own_attention_refusal,
     rotary_length_refusal,
+    rows_of_8_bits_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -86,17 +88,14 @@ class TorchScript(Runtime[TorchScriptSpec]):
         return offers(device)
 
     def task_refusal(self, task: Task) -> str | None:
-        encoder_decoder = "TorchScript's graphs here are of decoders and of encoders, not of both in one; take another engine"
-        return encoder_decoder if task == "text2text-generation" else None
+        return both_stacks_refusal("TorchScript", task)
 
     def grid_refusal(self, grids: Grids, spec: TorchScriptSpec) -> str | None:
         if grids.body is None:
             return None
         if spec.precision == "float32":
             return float_of_rounded_refusal("float32")
-        every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
-        other = next((grid for grid in every if grid.kind != "int" or grid.bits != 8 or grid.group_size), None)
-        return f"its int8 product has one scale per row of 8-bit weights, not {other.name}; take another engine" if other else None
+        return rows_of_8_bits_refusal("its int8 product has one scale per row of 8-bit weights", grids)
 
     def model_refusal(self, spec: TorchScriptSpec, model: Candidate) -> str | None:
         """What a static cache does not hold, what a trace would freeze, and what torch-dynamic's layers are not put into."""

@@ -11,9 +11,11 @@ from featherweight.model.positions import sliding_window
 from featherweight.runtimes.interface import Grids, Runtime
 from featherweight.runtimes.refusals import (
     answers_refusal,
+    both_stacks_refusal,
     compiler_refusal,
     float_of_rounded_refusal,
     rotary_length_refusal,
+    rows_of_8_bits_refusal,
 )
 from featherweight.runtimes.spec import CompileSpec
 from featherweight.spec import Task
@@ -73,18 +75,14 @@ class Tvm(Runtime[TvmSpec]):
         return offers(device)
 
     def task_refusal(self, task: Task) -> str | None:
-        encoder_decoder = "TVM's graphs here are of decoders and of encoders, not of both in one; take another engine"
-        return encoder_decoder if task == "text2text-generation" else None
+        return both_stacks_refusal("TVM", task)
 
     def grid_refusal(self, grids: Grids, spec: TvmSpec) -> str | None:
         if grids.body is None:
             return None
         if spec.precision == "float32":
             return float_of_rounded_refusal("float32")
-        every = [grid for grid in (grids.body, grids.head, grids.finer) if grid]
-        other = next((grid for grid in every if grid.kind != "int" or grid.bits != 8 or grid.group_size), None)
-        holds = "TVM's kernels here hold 8-bit integers of one scale per row"
-        return f"{holds}, not {other.name}; take another engine" if other else None
+        return rows_of_8_bits_refusal("TVM's kernels here hold 8-bit integers of one scale per row", grids)
 
     def model_refusal(self, spec: TvmSpec, model: Candidate) -> str | None:
         """Model types that were not tried, and what its attention here does not compute."""
