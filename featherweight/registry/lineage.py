@@ -381,7 +381,6 @@ def facts(lineage: Lineage) -> dict[str, str]:
     """What a version is, by the name of each fact."""
     graph, root = lineage.graph, lineage.graph.checkpoint
     machine = next((node.machine for node in reversed(graph.nodes) if node.machine), {})
-    versions = next((node.environment for node in reversed(graph.nodes) if node.environment), {})
     named = f" ({', '.join(lineage.aliases)})" if lineage.aliases else ""
     return {
         "model": f"{lineage.model} version {lineage.version}{named}, {lineage.stage}",
@@ -392,11 +391,16 @@ def facts(lineage: Lineage) -> dict[str, str]:
         "data": ", ".join(f"{name} {digest[:12]}" for name, digest in graph.data.items()) or "none",
         "recipe": f"sha256 {hashlib.sha256(graph.recipe.encode()).hexdigest()[:12]}, {len(graph.recipe.splitlines())} lines",
         "code": graph.commit,
-        "libraries": ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown",
+        "libraries": ", ".join(_libraries(graph)) or "unknown",
         "machine": ", ".join(f"{name} {value}" for name, value in machine.items()) or "unknown",
         "MLflow run": graph.run_id,
         "Prefect run": graph.flow_run_id or "none",
     }
+
+
+def _libraries(graph: LineageGraph) -> list[str]:
+    """All that shaped the result, whichever stage they belong to; what two stages had in two versions stands there in both."""
+    return sorted({f"{name} {version}" for node in graph.nodes for name, version in node.environment.items()})
 
 
 def _source(root: LineageNode) -> str:
@@ -436,9 +440,8 @@ def number_lines(graph: LineageGraph) -> list[str]:
 
 def history_lines(history: Iterable[Transition]) -> list[str]:
     """The transitions, a line each and one for each gate."""
-    lines = [
-        f"{entry.when[:19]}Z  {entry.source} → {entry.target}  by {entry.who}: {entry.why}"
-        + "".join(f"\n    {'✓' if gate.passed else '✗'} {gate.gate}: {gate.reason}" for gate in entry.gates)
-        for entry in history
-    ]
+    lines: list[str] = []
+    for entry in history:
+        lines.append(f"{entry.when[:19]}Z  {entry.source} → {entry.target}  by {entry.who}: {entry.why}")
+        lines += [f"    {'✓' if gate.passed else '✗'} {gate.gate}: {gate.reason}" for gate in entry.gates]
     return lines or ["never promoted"]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from featherweight.checkpoint.files import link
+from featherweight.measure.batching import Batching
 from featherweight.registry.answering import signature
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.spec import HEADED, Task
@@ -24,6 +25,13 @@ def requirements(engine: str, task: Task = "text-generation") -> list[str]:
     """The distributions that serve a variant of `engine`, at the versions installed here, without a '+cpu' of a local build."""
     behind = ("torch",) if task in HEADED and "torch" not in RUNTIMES[engine].requirements else ()
     return [f"{name}=={version(name).partition('+')[0]}" for name in (*_COMMON, *RUNTIMES[engine].requirements, *behind)]
+
+
+def opened(threads: int, batching: Batching) -> dict[str, float]:
+    """How an engine is opened, as MLflow keeps it beside a model: what stands there may be given otherwise at loading, and nothing
+    else may.
+    """
+    return {"threads": threads, "max_batch": batching.max_batch, "batch_window_s": batching.window_s}
 
 
 def write_model_folder(

@@ -24,7 +24,7 @@ from featherweight.registry.decisions import refusal_decision, rollback_decision
 from featherweight.registry.history import WHY_LIMIT, Entry, GateResult, History, StageName, Transition
 from featherweight.registry.keys import Keys
 from featherweight.registry.mlflow_store import MlflowStore, create_model, read_all, refuse_renamed, served_models, set_once
-from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, write_model_folder
+from featherweight.registry.model_folder import LINEAGE, SERVED, link_tree, opened, write_model_folder
 from featherweight.registry.packed_text import packed
 from featherweight.registry.versions import CHAMPION, NAME, TAG, RegisteredModel, RegisteredVersion
 from featherweight.registry.witness import lost, witness, witnessed_fault
@@ -84,8 +84,7 @@ class WinnerRecord:
     @property
     def opened(self) -> dict[str, float]:
         """The same as MLflow keeps it beside the model."""
-        told = {"threads": self.threads, "max_batch": self.batching.max_batch, "batch_window_s": self.batching.window_s}
-        return told | ({"max_tokens": self.max_tokens} if self.max_tokens else {})
+        return opened(self.threads, self.batching) | ({"max_tokens": self.max_tokens} if self.max_tokens else {})
 
 
 @dataclass(frozen=True)

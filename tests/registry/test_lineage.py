@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from featherweight.errors import GateError, IntegrityError
+from featherweight.registry.history import GateResult
 from featherweight.registry.lineage import LineageGraph, LineageNode, build, code_commit, from_registry, source_of, verify
 from featherweight.registry.mlflow_store import ENTRY
 from featherweight.store.artifact import ArtifactRef, Manifest
@@ -183,6 +184,22 @@ def test_text_shows_the_tree_the_numbers_and_the_history(desk: Bench) -> None:
 
 def verdicts(desk: Bench) -> dict[str, tuple[str, str]]:
     return {one.part: (one.state, one.reason) for one in verify(from_registry(desk.registry, MODEL, "1"), desk.registry)}
+
+
+def test_text_names_the_libraries_of_every_stage_and_a_line_for_each_gate(desk: Bench) -> None:
+    made = chain(desk)
+    decided = desk.artifact(
+        "decide", "decide", parents={"w8/ct2": made["w8/ct2/evaluate"][1].digest}, environment={"great-expectations": "1.24"}
+    )
+    told = {"run_id": desk.run_id, "measured": made["w8/ct2/evaluate"][1].digest, "decided": decided[1].digest}
+    graph = build([*made.values(), decided], made["w8/ct2"][1].digest, variant="w8/ct2", recipe=RECIPE, **told)
+    desk.registry.register(desk.record("w8/ct2", made["w8/ct2"][0], graph))
+    judged = GateResult("max_quality_loss", True, "quality loss +0.5 %, allowed +1.0 %")
+    desk.registry.transition(MODEL, "1", "production", who="ada", why="a test", gates=[judged])
+    lines = from_registry(desk.registry, MODEL, "1").to_text().splitlines()
+    assert "libraries    great-expectations 1.24, torch 2.13" in lines
+    assert lines[-2].endswith("none → production  by ada: a test")
+    assert lines[-1] == "    ✓ max_quality_loss: quality loss +0.5 %, allowed +1.0 %"
 
 
 def test_verify_finds_everything_in_order(desk: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -19,6 +20,9 @@ from typing import Any
 
 import httpx
 import pytest
+from mlflow.models import Model
+from mlflow.pyfunc.scoring_server import SERVING_MODEL_CONFIG
+from mlflow.utils.model_utils import _get_overridden_pyfunc_model_config
 
 from featherweight.errors import IntegrityError, ServiceError
 from featherweight.measure.batching import Batching
@@ -309,6 +313,24 @@ def test_it_is_served_as_it_was_measured_by_code_of_this_installation(desk: Benc
     assert (copy.threads, copy.batching, copy.max_tokens) == (3, Batching(1), 512)
     assert (copy.folder / CODE.name).read_bytes() == CODE.read_bytes()
     assert copy.folder.parent.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_mlflow_takes_every_measured_setting_of_a_served_version(
+    desk: Bench, monkeypatch: pytest.MonkeyPatch, signed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It leaves out, with a warning in its log, each that the model's own file does not name."""
+    if signed:
+        monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(desk.root / "keys"))
+        Keys.here().make()
+    register(desk, "one")
+    copy = copied(desk)
+    server = backend.server_of(copy, desk.root / "socket")
+    asked = json.loads(server.environment[SERVING_MODEL_CONFIG])
+    assert asked == {"threads": 3, "max_batch": 1, "batch_window_s": 0.0}
+    kept = Model.load(str(copy.folder)).flavors["python_function"]["config"]
+    log = logging.getLogger("test")
+    assert _get_overridden_pyfunc_model_config(kept, asked, log) == asked and not caplog.records
 
 
 TAMPERINGS = {

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +131,19 @@ def server_of(copy: VerifiedCopy, socket: Path) -> EngineServer:
     """The same, whatever this machine is."""
     runtime = RUNTIMES[copy.serving.engine]
     limits = Limits(copy.threads, copy.max_tokens, copy.batching.max_batch, copy.batching.window_s)
-    return runtime.server(copy.served, copy.version.model, limits, socket) or _scoring_server(copy, limits, socket)
+    return runtime.server(copy.served, copy.version.model, limits, socket) or _scoring_server(copy, socket)
 
 
-def _scoring_server(copy: VerifiedCopy, limits: Limits, socket: Path) -> EngineServer:
+def _scoring_server(copy: VerifiedCopy, socket: Path) -> EngineServer:
     """MLflow's scoring server of the verified folder."""
     from mlflow.pyfunc.scoring_server import _SERVER_MODEL_PATH, SERVING_MODEL_CONFIG
 
-    config = asdict(limits)
     program = ["-m", "uvicorn", "--factory", PROGRAM, "--no-access-log", "--log-level", "warning"]
     return EngineServer(
         command=(sys.executable, *program, "--uds", str(socket)),
         environment={
             _SERVER_MODEL_PATH: str(copy.folder),
-            SERVING_MODEL_CONFIG: json.dumps(config),
+            SERVING_MODEL_CONFIG: json.dumps(copy.opened),
             "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": str(int(ANSWER_S)),
         },
         paths=PATHS,

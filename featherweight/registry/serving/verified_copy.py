@@ -16,7 +16,7 @@ from featherweight.registry.answering import served_task
 from featherweight.registry.attestation import BY_MLFLOW, attested, folder_faults
 from featherweight.registry.keys import Keys
 from featherweight.registry.lineage import LineageGraph, read_graph
-from featherweight.registry.model_folder import SERVED, write_model_folder
+from featherweight.registry.model_folder import SERVED, opened, write_model_folder
 from featherweight.registry.registry import RegisteredVersion, Registry
 from featherweight.registry.versions import RegisteredModel
 from featherweight.spec import Task
@@ -46,6 +46,11 @@ class VerifiedCopy:
     def served(self) -> Path:
         """The engine's files."""
         return self.folder / SERVED
+
+    @property
+    def opened(self) -> dict[str, float]:
+        """The settings of the copy as MLflow takes them; for `max_tokens` the folder itself is asked."""
+        return opened(self.threads, self.batching)
 
     @property
     def serving(self) -> Serving:
@@ -150,7 +155,7 @@ def _write_around(copy: VerifiedCopy, lineage: str, run_id: str) -> None:
             engine=copy.serving.engine,
             digest=copy.version.digest,
             size_bytes=0,
-            config={},
+            config=copy.opened,
             lineage=lineage,
             model_id=copy.version.tag("model_id"),
             run_id=run_id,
