@@ -126,6 +126,7 @@ def settings(plain: list[list[int]]) -> dict[str, dict[str, Any]]:
         "n-grams": {"no_repeat_ngram_size": 1},
         "suppressed": {"suppress_tokens": [third, plain[1][1]]},
         "bad words": {"bad_words_ids": words},
+        "an end as a bad word": {"bad_words_ids": [[plain[0][5]], [third]]},
         "shortest": {"min_new_tokens": 12},
         "shortest with prompt": {"min_length": 20},
         "begin": {"begin_suppress_tokens": [plain[0][0], plain[1][0]]},
@@ -155,6 +156,31 @@ def test_answers_are_those_of_transformers(
     else:
         with pytest.raises(StageError, match=f"does not follow {sorted(set(values) - engines[engine].follows)[0]}"):
             engines[engine].answer(prompts, NEW, values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"length_penalty": 2.0},
+        {"length_penalty": 0.0},
+        {"length_penalty": -1.0},
+        {"early_stopping": True},
+        {"forced_eos_token_id": "end"},
+    ],
+)
+def test_texts_that_are_searched_for_together_count_their_end(
+    engines: dict[str, LoadedModel], model: Any, prompts: list[list[int]], asked: dict[str, Any]
+) -> None:
+    """CTranslate2 weighed them by lengths without it, and one that a forced end closes by the length without that."""
+    found = []
+    for place in range(4, 16):
+        end = written(model, prompts[0], eos_token_id=None)[place]
+        options = {"num_beams": 3, **asked} | ({"forced_eos_token_id": end} if "forced_eos_token_id" in asked else {})
+        right = [expected(model, prompt, [end], **options) for prompt in prompts]
+        found.append(engines["ctranslate2"].answer(prompts, NEW, {"eos_token_id": end, **options}) == right)
+    assert all(found)
 
 
 @pytest.mark.slow

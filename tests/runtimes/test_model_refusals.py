@@ -306,3 +306,22 @@ def test_layers_whose_weights_transformers_reads_itself_are_not_packed(kind: str
     assert re.search(r"self\.\w+\.weight\b|\(nn\.Linear\):", source)
     assert "reads the weights" in refusal("torch-dynamic", model_type=kind)
     assert bool(refusal("torchao-int8", model_type=kind)) == (kind in READ_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "reason"),
+    [
+        ({"repetition_penalty": 1.2}, 2, "one that ends a text too, in repetition_penalty"),
+        ({"no_repeat_ngram_size": 1}, 2, "in no_repeat_ngram_size"),
+        ({"no_repeat_ngram_size": 2}, 2, ""),
+        ({"repetition_penalty": 1.2}, 0, ""),
+    ],
+)
+def test_penalties_that_miss_the_end_that_targets_begin_with_are_refused(asked: dict[str, Any], start: int, reason: str) -> None:
+    """BART's targets begin with </s>, which transformers penalizes from the first token on; CTranslate2 ended too soon."""
+    told = {"model_type": "bart", "is_encoder_decoder": True, "architectures": ["BartForConditionalGeneration"]}
+    config = Values({"class": "BartConfig", "names": {}, "values": USUAL | told})
+    generation = Values({"values": {"eos_token_id": 2, "decoder_start_token_id": start} | asked, "names": {}})
+    spec = RUNTIMES["ctranslate2"].spec.model_validate({"engine": "ctranslate2"})
+    found = RUNTIMES["ctranslate2"].model_refusal(spec, Candidate(CheckpointFacts(config, generation), 128)) or ""
+    assert reason in found if reason else not found

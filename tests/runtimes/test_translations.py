@@ -105,6 +105,20 @@ def test_a_text_is_transformers_or_a_better_one(translator: Any, kind: str, engi
     assert len(others) <= 1
 
 
+def test_a_shortest_length_counts_the_token_that_a_target_begins_with(translator: Any) -> None:
+    """CTranslate2 let a text end a token later."""
+    import torch
+
+    model, loaded = translator("t5", "ctranslate2")
+    source = torch.tensor([sources(model)[0]])
+    plain = model.generate(source, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, 1:].tolist()
+    for place, end in enumerate(plain):
+        asked = {"eos_token_id": end, "min_length": place + 1}
+        right = model.generate(source, max_new_tokens=NEW, do_sample=False, **asked)[0, 1:].tolist()
+        settings = GenerationSettings(asked)
+        assert loaded.answer(source.tolist(), NEW, settings.values) == [settings.cut(right, NEW)]
+
+
 def test_one_beam_makes_its_companions_mean_nothing() -> None:
     from transformers import GenerationConfig
 

@@ -156,7 +156,8 @@ class CTranslate2Model(LoadedModel):
         tokens: Tokens = [[] for _ in prompts]
         for batch in by_length(prompts, self.limits.max_batch):
             some = [prompts[index] for index in batch]
-            options = self._options(settings, 0 if self.seq2seq else len(some[0]), new_tokens)
+            options = self._options(settings, 1 if self.seq2seq else len(some[0]), new_tokens)
+            options |= {"num_hypotheses": options["beam_size"], "return_scores": True} if weighed else {}
             forced = self._forced(settings, some[0])
             rows = self._forced_on(forced, some, new_tokens, options) if forced else write(some, new_tokens, options)
             for index, row in zip(batch, rows, strict=True):
@@ -181,13 +182,14 @@ class CTranslate2Model(LoadedModel):
         share = min(values.get("top_p", 1.0), 1.0)
         sampled = {"sampling_topk": values.get("top_k", 50), "sampling_topp": share} if share > 0 else {"sampling_topk": 1}
         sampled |= {"sampling_temperature": values.get("temperature", 1.0)}
-        words = [[token] for token in values.get("suppress_tokens", [])] + values.get("bad_words_ids", [])
+        ends = settings.ends
+        words = [word for word in values.get("bad_words_ids", []) if word not in [[end] for end in ends]]  # an end is no word
+        words += [[token] for token in values.get("suppress_tokens", [])]
         words = [word for word in words if min(word) >= 0 and max(word) < len(self.vocabulary)]  # others are never written
         shortest = max(values.get("min_length", 0) - prompt, values.get("min_new_tokens", 0))
         return {
-            "end_token": settings.ends,
-            # A search of several texts would count it in their lengths, by which it chooses.
-            "return_end_token": values.get("num_beams", 1) == 1,
+            "end_token": ends,
+            "return_end_token": True,  # counted in the lengths that a search of several texts chooses by
             "beam_size": values.get("num_beams", 1),
             "length_penalty": values.get("length_penalty", 1.0),
             # transformers goes on until nothing better can come; CTranslate2 until it has so many times the beams.
@@ -206,7 +208,8 @@ class CTranslate2Model(LoadedModel):
         options |= {"max_length": new_tokens + whole * (len(prompts[0]) - 1), "include_prompt_in_result": whole}
         results = self.generator.generate_batch(starts, **options)
         begun = [whole * (len(start) - (start[0] == self.first)) for start in starts]  # it does not give its own first token back
-        return [list(result.sequences_ids[0])[count:] for count, result in zip(begun, results, strict=True)]
+        rows = [result.sequences_ids[_best(result.sequences_ids, result, options)] for result in results]
+        return [list(row)[count:] for count, row in zip(begun, rows, strict=True)]
 
     def _translate(self, prompts: Tokens, new_tokens: int, options: dict[str, Any]) -> Tokens:
         ids = {token: index for index, token in enumerate(self.vocabulary)}
@@ -215,4 +218,16 @@ class CTranslate2Model(LoadedModel):
         options |= {"max_decoding_length": new_tokens, "max_input_length": 0, "target_prefix": prefix}
         options |= {"use_vmap": "shortlist" in self.options}
         results = self.generator.translate_batch(self._spelt(prompts), **options)
-        return [[ids[token] for token in result.hypotheses[0][:new_tokens]] for result in results]
+        rows = [[[ids[token] for token in one] for one in result.hypotheses] for result in results]
+        return [found[_best(found, result, options)][:new_tokens] for found, result in zip(rows, results, strict=True)]
+
+
+def _best(found: Tokens, result: Any, options: dict[str, Any]) -> int:
+    """Place of the likeliest of several texts, each to the power of its length: one that has not ended gets a forced end more."""
+    power, ends = options.get("length_penalty", 1.0), options["end_token"]
+
+    def weight(place: int) -> float:
+        length = len(found[place])
+        return float(result.scores[place]) * (length / (length + (found[place][-1:] not in [[end] for end in ends]))) ** power
+
+    return max(range(len(found)), key=weight) if len(found) > 1 else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -148,7 +148,7 @@ class CTranslate2(Runtime[CTranslate2Spec]):
         if spec.workers > 1 and family_of(model.config) == "encoder":
             return "workers: they write texts side by side, and an encoder answers at once; leave them out"
         reason = answers_refusal("CTranslate2", model.config) or _function_refusal(model) or _length_refusal(model)
-        return reason or _penalties_refusal(model)
+        return reason or _penalties_refusal(model) or _search_refusal(model)
 
     def machine_refusal(self, spec: CTranslate2Spec, machine: Machine) -> str | None:
         cuda = spec.compute_type in CUDA_ONLY and not machine.gpus
@@ -251,14 +251,50 @@ def _head_refusal(grids: Grids, spec: CTranslate2Spec) -> str | None:
 
 
 PENALTIES = frozenset({"repetition_penalty", "no_repeat_ngram_size"})
+FORBIDDING = PENALTIES | {"suppress_tokens", "bad_words_ids", "min_length", "min_new_tokens"}
+"""What changes or forbids tokens before one is chosen."""
+
+
+def _search_refusal(model: Candidate) -> str | None:
+    """What a search of several texts at once makes another one by, as CTranslate2 and transformers weigh them.
+
+    CTranslate2 shares out among the other tokens what is forbidden, transformers leaves it lost; it keeps two candidates for
+    each text, which is too few where several tokens end one. A padding token that is forbidden is one that nothing writes.
+    """
+    told = model.facts.generation
+    settings = GenerationSettings.of(told) if told is not None else GenerationSettings({})
+    if "num_beams" not in settings.values:
+        return None
+    padding = [[getattr(told, "pad_token_id", None)]]
+    found = sorted(name for name in FORBIDDING.intersection(settings.values) if settings.values[name] != padding)
+    if not found and len(set(settings.ends)) < 2:
+        return None
+    what = found[0] if found else "several ends of a text (eos_token_id)"
+    return (
+        f"CTranslate2's search of several texts (num_beams) weighs them otherwise than transformers does under {what}, which this "
+        "checkpoint's generation_config.json asks for; take another engine, or take one of the two out of that file"
+    )
 
 
 def _penalties_refusal(model: Candidate) -> str | None:
-    """The same in the plan, where it is known what the tokenizer puts before a text."""
-    lead, told = model.facts.lead, model.facts.generation
-    if lead is None or told is None or family_of(model.config) != "causal":
+    """The same in the plan, where it is known what the tokenizer puts before a text, or what a target begins with."""
+    lead, told, family = model.facts.lead, model.facts.generation, family_of(model.config)
+    if told is None or family == "encoder" or (family == "causal" and lead is None):
         return None
-    return penalty_refusal(GenerationSettings.of(told), [*lead])
+    settings = GenerationSettings.of(told)
+    return penalty_refusal(settings, [*(lead or ())]) if family == "causal" else _start_refusal(settings, told)
+
+
+def _start_refusal(settings: GenerationSettings, told: Any) -> str | None:
+    """That CTranslate2 does not count the token that a target begins with, which matters where it is an end as well."""
+    counted = {"repetition_penalty"} | ({"no_repeat_ngram_size"} if settings.values.get("no_repeat_ngram_size") == 1 else set())
+    found = sorted(counted.intersection(settings.values))
+    if not found or getattr(told, "decoder_start_token_id", None) not in settings.ends:
+        return None
+    return (
+        f"CTranslate2 does not count the token that a target begins with, here one that ends a text too, in {found[0]}, which "
+        "this checkpoint's generation_config.json asks for; take another engine, or take it out of that file"
+    )
 
 
 def penalty_refusal(settings: GenerationSettings, lead: list[int]) -> str | None:
