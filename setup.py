@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("recipes", "infra/toolchains", "infra/bootstrap.py")
+SHIPPED = ("recipes", "infra/toolchains", "infra/bootstrap.py", "infra/build_llama_cpp.py")
 
 
 class WithShipped(build_py):

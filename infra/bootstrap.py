@@ -21,7 +21,7 @@ import sysconfig
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,10 @@ class SetupFailure(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment to make: where, from which arguments of `uv pip install`, and which files decide its content."""
+    """A virtual environment to make: where, from which arguments of `uv pip install`, and which files decide its content.
+
+    build: a script that makes more of it then, and what the script is told; it is of use on CPUs with the same flags alone.
+    """
 
     name: str
     folder: Path
@@ -43,6 +46,7 @@ class Environment:
     package: str
     arguments: tuple[str, ...]
     inputs: tuple[Path, ...]
+    build: tuple[Path, ...] = ()
 
     @property
     def python(self) -> Path:
@@ -51,8 +55,9 @@ class Environment:
     def key(self) -> str:
         """Digest of all that decides what ends up in the environment."""
         digest = hashlib.sha256("\0".join((sys.version, platform.platform(), *self.arguments)).encode())
-        for path in self.inputs:
+        for path in (*self.inputs, *self.build):
             digest.update(_content(path))
+        digest.update((cpu_flags() if self.build else "").encode())
         return digest.hexdigest()
 
     def noted(self) -> dict[str, str]:
@@ -64,7 +69,7 @@ class Environment:
 
     def note(self, error: str = "") -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        fields = {"key": self.key(), "package": self.package, "error": error}
+        fields = {"key": self.key(), "package": self.package, "error": error} | ({"cpu_flags": cpu_flags()} if self.build else {})
         self.record.write_text(json.dumps(fields, indent=1) + "\n")
 
 
@@ -103,8 +108,7 @@ def on_demand(name: str, package: str) -> Environment:
     """A toolchain of two files, NAME.in and NAME.txt."""
     inputs = (LOCKS / f"{name}.in", LOCKS / f"{name}.txt")
     arguments = ("--requirements", str(inputs[0]), "--constraints", str(inputs[1]))
-    folder = toolchains() / name
-    return Environment(name, folder, folder.with_suffix(".json"), package, arguments, inputs)
+    return Environment(name, toolchains() / name, toolchains() / f"{name}.json", package, arguments, inputs)
 
 
 def optimum_environment() -> Environment:
@@ -122,11 +126,18 @@ def openvino_environment() -> Environment:
     return on_demand("openvino", "openvino")
 
 
+def llama_cpp_environment() -> Environment:
+    """llama.cpp compiled for this CPU; the main environment's processes load the library."""
+    made = on_demand("llama.cpp-native", "llama.cpp")
+    return replace(made, build=(ROOT / "infra" / "build_llama_cpp.py", LOCKS / "llama.cpp-native-source.txt"))
+
+
 TOOLCHAINS = {
     "vllm": vllm_environment,
     "optimum": optimum_environment,
     "tvm": tvm_environment,
     "openvino": openvino_environment,
+    "llama.cpp-native": llama_cpp_environment,
 }
 
 
@@ -134,6 +145,12 @@ def has_nvidia_gpu() -> bool:
     """Whether nvidia-smi is there and lists a GPU."""
     path = shutil.which("nvidia-smi")
     return path is not None and "GPU" in subprocess.run([path, "-L"], capture_output=True, text=True).stdout
+
+
+def cpu_flags(told: Path = Path("/proc/cpuinfo")) -> str:
+    """What this CPU can, as the system tells it; empty where it does not."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", told.read_text(), re.MULTILINE) if told.is_file() else None
+    return found[1].strip() if found else ""
 
 
 def _content(path: Path) -> bytes:
@@ -230,6 +247,13 @@ def install(environment: Environment, main: Environment, variables: dict[str, st
     run([*uv, *last, *environment.arguments], variables)
 
 
+def build(environment: Environment, main: Environment) -> None:
+    """Let an environment's script make what no package brings; raises SetupFailure with its reason."""
+    if environment.build:
+        script, *told = environment.build
+        run([str(environment.python), str(script), str(main.python), *map(str, told)], dict(os.environ))
+
+
 def run(command: list[str], variables: dict[str, str]) -> None:
     """Run an installer, its progress shown but not its list of packages; raises SetupFailure with its reason."""
     lines: list[str] = []
@@ -279,6 +303,7 @@ def set_up_toolchain(environment: Environment, main: Environment, retry: bool) -
     try:
         make_venv(environment)
         install(environment, main, uv_environment(main))
+        build(environment, main)
         environment.note()
     except SetupFailure as failure:
         environment.note(str(failure))

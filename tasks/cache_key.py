@@ -72,7 +72,7 @@ def toolchain_versions(node: Node) -> dict[str, str]:
 
 
 def _toolchains(part: Any) -> list[str]:
-    return sorted({name for kind in ("toolchain", "writes_with") if (name := getattr(part, kind, None))})
+    return sorted({name for kind in ("toolchain", "writes_with", "gains_by") if (name := getattr(part, kind, None))})
 
 
 def libraries_of(node: Node) -> tuple[str, ...]:

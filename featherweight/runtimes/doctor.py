@@ -209,7 +209,13 @@ def _differs(version: str | None, pinned: str | None) -> bool:
 def _wanted() -> list[str]:
     """The toolchains that the engines want."""
     runtimes = [RUNTIMES[name] for name in RUNTIMES]
-    return list(dict.fromkeys(toolchain for one in runtimes if (toolchain := one.toolchain or one.writes_with)))
+    wanted = [toolchain for one in runtimes if (toolchain := one.toolchain or one.writes_with)]
+    return list(dict.fromkeys([*wanted, *_optional()]))
+
+
+def _optional() -> dict[str, str]:
+    """The toolchains that make an engine faster, by name, and which."""
+    return {toolchain: one.name for name in RUNTIMES if (toolchain := (one := RUNTIMES[name]).gains_by)}
 
 
 def _toolchains() -> Iterator[Check]:
@@ -217,6 +223,9 @@ def _toolchains() -> Iterator[Check]:
         name = f"toolchain {found.name}"
         if found.ready:
             yield Check(name, "ok", f"{found.package or found.name} at {found.python}")
+        elif found.name in (optional := _optional()):
+            kept = f"not there: {optional[found.name]} is served as its wheel has it" if found.absent else found.reason
+            yield Check(name, "ok" if found.absent else "warn", kept, found.remedy)
         else:
             yield Check(name, "missing", f"{found.reason}; its variants are skipped", found.remedy)
 

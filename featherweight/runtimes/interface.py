@@ -93,6 +93,8 @@ class Runtime(ABC, Generic[SpecOf]):
     """The environment of its own that it runs in, where it cannot live in this one."""
     writes_with: str | None = None
     """The environment of its own that its writer runs in, where what is written is served by this one."""
+    gains_by: str | None = None
+    """The environment of its own that makes it faster where it is there."""
     toolchain_libraries: tuple[str, ...] = ()
     """Distributions of that environment whose versions are told by name; of all others it is told that one has changed."""
     writing_s: float = 5

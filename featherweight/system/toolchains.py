@@ -14,13 +14,14 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from featherweight.errors import ToolchainError
+from featherweight.system.machine import RELEVANT, cpu_features
 from featherweight.system.shipped import environments, in_checkout, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCATION = "FEATHERWEIGHT_TOOLCHAINS"
 REMEDY = "run `make setup`"
 ALL_PACKAGES = "all packages"
-ON_DEMAND = ("openvino", "optimum", "tvm")
+ON_DEMAND = ("openvino", "optimum", "tvm", "llama.cpp-native")
 """Toolchains that `make setup` leaves out; `featherweight doctor --install NAME` installs them."""
 # What set-up leaves in `.toolchains`: NAME.json says with what NAME was installed, or why it could not be.
 RECORD = "{name}.json"
@@ -28,7 +29,7 @@ RECORD = "{name}.json"
 
 @dataclass(frozen=True)
 class ToolchainStatus:
-    """Whether a toolchain can be used; `reason` and `remedy` are empty where it can."""
+    """Whether a toolchain can be used; `reason` and `remedy` are empty where it can. absent: nobody tried to install it."""
 
     name: str
     ready: bool
@@ -36,6 +37,7 @@ class ToolchainStatus:
     package: str = ""
     reason: str = ""
     remedy: str = ""
+    absent: bool = False
 
 
 def location() -> Path:
@@ -61,8 +63,11 @@ def status_of(name: str) -> ToolchainStatus:
     if record.get("error"):
         reason = f"its installation failed: {record['error']}"
         return ToolchainStatus(name, False, python, package, reason, f"{remedy(name)} to try again")
+    if lacking := _lacking(record.get("cpu_flags", "")):
+        reason = f"it was compiled for a CPU with {lacking[0]}, which this one lacks"
+        return ToolchainStatus(name, False, python, package, reason, f"{remedy(name)} to compile it for this one")
     if not python.is_file():
-        return ToolchainStatus(name, False, python, package, f"{python} does not exist", remedy(name))
+        return ToolchainStatus(name, False, python, package, f"{python} does not exist", remedy(name), absent=True)
     return ToolchainStatus(name, True, python, package)
 
 
@@ -129,6 +134,17 @@ def install(name: str) -> None:
     done = subprocess.run(command, env=os.environ | there, check=False)
     if done.returncode or not (found := status_of(name)).ready:
         raise ToolchainError(f"toolchain '{name}' could not be installed" + ("" if done.returncode else f": {found.reason}"))
+
+
+def find(name: str, file: str) -> Path | None:
+    """A file among the packages of a toolchain that is ready; None where it is not, or lacks it."""
+    folders = _packages(name) if status_of(name).ready else ()
+    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+
+
+def _lacking(flags: str) -> list[str]:
+    """Of a CPU's flags those that speed hangs on and this CPU lacks."""
+    return sorted(set(flags.split()).intersection(RELEVANT) - cpu_features())
 
 
 def _packages(name: str) -> tuple[Path, ...]:

@@ -17,6 +17,7 @@ from featherweight.system import shipped
 from tests.support.paths import ROOT
 
 CODE = ("featherweight", "tasks", "flows")
+SCRIPTS = ("infra/bootstrap.py", "infra/build_llama_cpp.py")
 
 
 def test_one_version_stands_in_the_package_and_in_the_list_of_changes() -> None:
@@ -38,7 +39,7 @@ def test_the_wheel_holds_what_the_code_reads(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in (*CODE, "recipes", "infra/toolchains"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("infra/bootstrap.py", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (*SCRIPTS, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True, timeout=300)
@@ -47,7 +48,7 @@ def test_the_wheel_holds_what_the_code_reads(tmp_path: Path) -> None:
     code_files = {path.relative_to(ROOT).as_posix() for name in CODE for path in (ROOT / name).rglob("*") if path.is_file()}
     assert not {name for name in code_files if "__pycache__" not in name} - held
     beside = {path.relative_to(ROOT).as_posix() for place in ("recipes", "infra/toolchains") for path in (ROOT / place).iterdir()}
-    assert {f"featherweight/shipped/{name}" for name in (*beside, "infra/bootstrap.py")} <= held
+    assert {f"featherweight/shipped/{name}" for name in (*beside, *SCRIPTS)} <= held
     assert not [name for name in held if name.startswith(("tests", "benchmarks", "conformance", "infra"))]
 
 

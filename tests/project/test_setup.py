@@ -2,19 +2,30 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from featherweight.runtimes.llama_cpp import library
 from tests.support.paths import ROOT
 
-SPEC = importlib.util.spec_from_file_location("bootstrap", ROOT / "infra" / "bootstrap.py")
-assert SPEC and SPEC.loader
-bootstrap = importlib.util.module_from_spec(SPEC)
-sys.modules["bootstrap"] = bootstrap
-SPEC.loader.exec_module(bootstrap)
+
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "infra" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bootstrap, build_llama_cpp = _script("bootstrap"), _script("build_llama_cpp")
 
 LISTING = """:env:.cert='/certs/ca.crt'
 :env:.find-links='/wheels /more wheels'
@@ -113,6 +124,62 @@ def test_a_failing_toolchain_is_noted_and_retried_on_demand_only(broken, capsys)
     assert not bootstrap.set_up_toolchain(broken, main, retry=False)
     assert "WARNING" in capsys.readouterr().out
     assert bootstrap.set_up_toolchain(broken, main, retry=True)
+
+
+def test_what_is_compiled_for_a_cpu_is_made_again_for_another(tmp_path, monkeypatch):
+    made = bootstrap.llama_cpp_environment()
+    monkeypatch.setattr(bootstrap, "cpu_flags", lambda: "avx2 fma")
+    here = made.key()
+    made = replace(made, record=tmp_path / "record.json")
+    made.note()
+    assert json.loads(made.record.read_text())["cpu_flags"] == "avx2 fma"
+    monkeypatch.setattr(bootstrap, "cpu_flags", lambda: "avx2 fma avx512f")
+    assert made.key() != here
+
+
+def test_the_flags_of_a_cpu_are_read_as_the_system_tells_them(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu avx2\nbugs\t: none\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    assert bootstrap.cpu_flags(tmp_path / "cpuinfo") == "fpu avx2"
+    assert bootstrap.cpu_flags(tmp_path / "none") == ""
+
+
+def test_llama_cpp_is_compiled_of_the_sources_of_the_wheel_that_its_functions_are_known_of():
+    locked = re.findall(r"^xllamacpp==(\S+)", (bootstrap.LOCKS / "llama.cpp-native-source.txt").read_text(), re.MULTILINE)
+    assert locked == [library.TESTED]
+    assert f"xllamacpp=={library.TESTED}" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="cmake and ninja are not installed here")
+def test_libraries_that_are_compiled_find_each_other_where_they_are_put(tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    lists = [
+        "cmake_minimum_required(VERSION 3.14)",
+        "project(llama CXX)",
+        "add_library(ggml ggml.cpp)",
+        "add_library(llama llama.cpp)",
+    ]
+    (sources / "CMakeLists.txt").write_text("\n".join([*lists, "target_link_libraries(llama ggml)"]))
+    (sources / "ggml.cpp").write_text('extern "C" int ggml_answer() { return 41; }')
+    (sources / "llama.cpp").write_text('extern "C" int ggml_answer(); extern "C" int llama_answer() { return ggml_answer() + 1; }')
+    built = build_llama_cpp.compiled(sources, tmp_path / "build")
+    build_llama_cpp.install(built, tmp_path / "packages", "1.2")
+    shutil.rmtree(tmp_path / "build")
+    code = f"import ctypes; print(ctypes.CDLL('{tmp_path}/packages/{library.NATIVE_FILE}').llama_answer())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "42\n"
+    assert (tmp_path / "packages" / "llama_cpp_native-1.2.dist-info" / "METADATA").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="cmake and ninja are not installed here")
+def test_what_does_not_compile_says_why_in_one_line(tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.14)\nproject(llama CXX)\nadd_library(llama llama.cpp)\n"
+    )
+    (tmp_path / "llama.cpp").write_text("int answer() { return forty; }")
+    with pytest.raises(build_llama_cpp.BuildFailure, match=r"^ninja: .*llama.cpp.*error.*forty.*$"):
+        build_llama_cpp.compiled(tmp_path, tmp_path / "build")
 
 
 def test_make_alone_lists_the_verbs():

@@ -43,6 +43,16 @@ def test_without_vnni_reduce_range_is_advised():
     assert {check.state for check in doctor._engines(with_vnni) if check.name == "engine ctranslate2"} == {"ok"}
 
 
+def test_a_toolchain_that_an_engine_only_gains_by_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATHERWEIGHT_TOOLCHAINS", str(tmp_path))
+    found = {check.name: check for check in doctor._toolchains()}["toolchain llama.cpp-native"]
+    assert (found.state, found.remedy) == ("ok", "run `featherweight doctor --install llama.cpp-native`")
+    assert "served as its wheel has it" in found.found
+    (tmp_path / "llama.cpp-native.json").write_text(json.dumps({"error": "no compiler"}))
+    failed = {check.name: check for check in doctor._toolchains()}["toolchain llama.cpp-native"]
+    assert failed.state == "warn" and "no compiler" in failed.found
+
+
 @pytest.mark.slow
 def test_every_engine_of_the_catalog_has_its_line(tmp_path):
     names = [check.name.removeprefix("engine ") for check in doctor.diagnose(tmp_path).checks if check.name.startswith("engine ")]

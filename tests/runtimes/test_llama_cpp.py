@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree
@@ -24,13 +25,15 @@ from featherweight.runtimes.bounds import EXACT, TABLE, Bound
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Grids, Limits
-from featherweight.runtimes.llama_cpp import own_kinds
+from featherweight.runtimes.llama_cpp import library, own_kinds
 from featherweight.runtimes.llama_cpp.blocks import pack
 from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
 from featherweight.runtimes.llama_cpp.write import packed, write_file
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.runtimes.writing import load_reference, write_served
 from featherweight.store.served_folder import Serving
+from featherweight.system import toolchains
+from featherweight.system.machine import Machine
 from tests.support import tokenizers as small
 from tests.support.families import family_checkpoint, write_pairs
 from tests.support.in_process import InProcess
@@ -296,3 +299,30 @@ def test_more_texts_than_places_are_written_as_if_alone(tiny_checkpoint: Path, t
 @pytest.mark.parametrize(("told", "bound"), [({}, EXACT), ({"gelu": "table"}, TABLE)])
 def test_a_table_of_gelu_is_allowed_what_it_explains_and_no_more(told: dict[str, str], bound: Bound) -> None:
     assert ENGINE.bound(Serving("llama.cpp", options={"dtype": "float32", **told})) == bound
+
+
+def test_a_library_that_was_compiled_for_this_cpu_comes_before_the_wheels(tmp_path, monkeypatch) -> None:
+    made = tmp_path / library.NATIVE / "lib" / "python3.11" / "site-packages" / library.NATIVE_FILE
+    for needed in (toolchains.interpreter(tmp_path / library.NATIVE), made):
+        needed.parent.mkdir(parents=True)
+        needed.touch()
+    monkeypatch.setenv(toolchains.LOCATION, str(tmp_path / "none"))
+    assert library.file() != made
+    monkeypatch.setenv(toolchains.LOCATION, str(tmp_path))
+    assert library.file() == made and ENGINE.missing() is None
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    assert ENGINE.missing() is None
+    monkeypatch.setenv(toolchains.LOCATION, str(tmp_path / "none"))
+    assert "run 'pip install xllamacpp==" in str(ENGINE.missing())
+
+
+def test_a_cpu_that_can_more_than_the_library_is_told_how_to_gain_by_it(monkeypatch) -> None:
+    plain = Machine("Linux", "x86_64", "Some CPU", frozenset({"avx2", "fma"}), 2, 2, 24 * 2**30, ())
+    more = replace(plain, cpu_features=plain.cpu_features | {"avx512_vnni"})
+    assert ENGINE.machine_note(plain) is None
+    reason, way_out = ENGINE.machine_note(more) or ("", "")
+    assert "AVX2" in reason and "avx512_vnni" in reason and "featherweight doctor --install llama.cpp-native" in way_out
+    monkeypatch.setattr("featherweight.runtimes.llama_cpp.runtime.describe", lambda: more)
+    monkeypatch.setattr(library, "file", lambda: Path("libllama.so"))
+    monkeypatch.setattr(library, "built_with", lambda: "AVX2, AVX512, AVX512_VNNI")
+    assert ENGINE.machine_note(more) is None

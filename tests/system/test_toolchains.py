@@ -49,6 +49,27 @@ def test_failed_installation_says_why(folder):
     assert not toolchains.status_of("vllm").ready
 
 
+def test_what_was_compiled_for_another_cpu_is_not_used(folder, monkeypatch):
+    _install(folder)
+    (folder / "vllm.json").write_text(json.dumps({"key": "k", "cpu_flags": "fpu avx2 avx512_vnni"}))
+    monkeypatch.setattr(toolchains, "cpu_features", lambda: frozenset({"avx2", "avx512_vnni"}))
+    assert toolchains.status_of("vllm").ready
+    monkeypatch.setattr(toolchains, "cpu_features", lambda: frozenset({"avx2"}))
+    with pytest.raises(ToolchainError, match=r"compiled for a CPU with avx512_vnni, which this one lacks; run `.*` to compile it"):
+        toolchains.python("vllm")
+
+
+def test_a_file_is_found_in_what_is_ready_alone(folder):
+    _install(folder)
+    packages = folder / "vllm" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "library.so").touch()
+    assert toolchains.find("vllm", "library.so") == packages / "library.so"
+    assert toolchains.find("vllm", "other.so") is None
+    (folder / "vllm.json").write_text(json.dumps({"error": "out of memory"}))
+    assert toolchains.find("vllm", "library.so") is None
+
+
 def test_a_damaged_record_does_not_hide_an_installation(folder):
     python = _install(folder)
     (folder / "vllm.json").write_text("{")

@@ -1,4 +1,4 @@
-"""llama.cpp's own C functions, in the library that the wheel `xllamacpp` brings.
+"""llama.cpp's own C functions, in the library that the wheel `xllamacpp` brings, or in that which was compiled for this CPU.
 
 Its server tells no log-probabilities of a prompt; the functions of llama.h do. Two structs are passed by value, whose layout is
 that of one version of the header: it is compared with the defaults that the library itself fills in, before anything is passed.
@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featherweight.errors import ToolchainError
+from featherweight.system import toolchains
 
 MODULE = "xllamacpp"
+NATIVE, NATIVE_FILE = "llama.cpp-native", "llama_cpp_native/libllama.so"
+"""The toolchain that has the same sources compiled for this CPU, and the library in it."""
 TESTED = "2026.10.11549"
 """The version whose header the structs below follow."""
 FLOAT32, FLOAT16, Q8_0 = 0, 1, 8
@@ -110,14 +113,26 @@ CONTEXT_DEFAULTS = {
 """What the library fills in where the structs have its layout."""
 
 
+def file() -> Path | None:
+    """The library: that which was compiled here where there is one, else the wheel's; None where there is neither."""
+    if native := toolchains.find(NATIVE, NATIVE_FILE):
+        return native
+    found = find_spec(MODULE)
+    return next(iter(sorted(Path(found.origin).parent.glob(f"{MODULE}*.so"))), None) if found and found.origin else None
+
+
+def missing() -> str | None:
+    """Why there is no library, and how to get one; None where there is one."""
+    return None if file() else f"{MODULE} is not installed; {remedy()}"
+
+
 @cache
 def library() -> Any:
     """The library, its backend started and its log silenced. Raises ToolchainError where it is absent, or of another layout."""
-    found = find_spec(MODULE)
-    files = sorted(Path(found.origin).parent.glob(f"{MODULE}*.so")) if found and found.origin else []
-    if not files:
-        raise ToolchainError(f"{MODULE} is not installed; {remedy()}")
-    loaded = ctypes.CDLL(str(files[0]))
+    found = file()
+    if found is None:
+        raise ToolchainError(str(missing()))
+    loaded = ctypes.CDLL(str(found))
     try:
         for name, (result, arguments) in FUNCTIONS.items():
             function = getattr(loaded, name)

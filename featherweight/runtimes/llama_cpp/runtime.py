@@ -17,6 +17,7 @@ from featherweight.runtimes.refusals import float_of_rounded_refusal
 from featherweight.runtimes.spec import ExportSpec
 from featherweight.spec import HEADED, Task
 from featherweight.store.served_folder import Serving
+from featherweight.system import toolchains
 from featherweight.system.device import Device
 from featherweight.system.machine import Machine, describe
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 FASTER = ("avx512_vnni", "avx_vnni")
-"""Instructions of the machine that the wheel was not compiled for."""
+"""Instructions that the wheel was not compiled for."""
 
 
 class LlamaCppSpec(ExportSpec):
@@ -59,7 +60,8 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
     name = "llama.cpp"
     spec = LlamaCppSpec
     loads_with = "featherweight.runtimes.llama_cpp.loaded:LlamaCppModel"
-    modules = (library.MODULE,)
+    gains_by = library.NATIVE
+    toolchain_libraries = ("llama-cpp-native",)
     libraries = (library.MODULE, "gguf", "torch", "transformers")
     requirements = (library.MODULE,)
     writing_s = 4
@@ -131,15 +133,18 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return reason or (refusals.block_refusal(model.config) if spec.precision in (*BITS, *OWN) else None)
 
     def missing(self) -> str | None:
-        return f"{library.MODULE} is not installed; {library.remedy()}" if super().missing() else None
+        return library.missing()
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
-        unused = [name for name in FASTER if name in machine.cpu_features]
+        compiled = library.built_with() if machine == describe() and library.file() else "AVX2"
+        unused = [name for name in FASTER if name in machine.cpu_features and name.upper() not in compiled.split(", ")]
         if not unused:
             return None
-        compiled = library.built_with() if machine == describe() else "AVX2"
-        reason = f"its wheel is compiled with {compiled}, and this machine has {unused[0]} too"
-        return reason, "another engine may be faster here at equal quality; the recipe's measurements tell"
+        reason = f"it is compiled with {compiled}, and this machine has {unused[0]} too"
+        return (
+            reason,
+            f"compile it for this CPU (eight minutes of a core): {toolchains.remedy(library.NATIVE)}; or take another engine",
+        )
 
     def served_note(self, serving: Serving) -> str | None:
         own = (
