@@ -24,7 +24,8 @@ class Reach:
 
     memory: share of the bandwidth at which it reads weights. arithmetic: on a CPU share of the speed of a large float32 product
     (above 1 where int8 is faster than that), on a GPU of its data sheet. layer_s, step_s: seconds of a pass for each layer, and
-    once. source: where that comes from.
+    once. source: where that comes from. prompt: share of the arithmetic while a prompt, or an encoder's text, is read, whose many
+    rows are other products than those of a few sequences; 0 where it is the same.
     """
 
     memory: float
@@ -32,6 +33,12 @@ class Reach:
     layer_s: float
     step_s: float = 0.0
     source: str = ASSUMED
+    prompt: float = 0.0
+
+    @property
+    def reading(self) -> float:
+        """Share of the arithmetic while a prompt is read."""
+        return self.prompt or self.arithmetic
 
 
 @dataclass(frozen=True)

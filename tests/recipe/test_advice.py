@@ -110,7 +110,9 @@ def test_encoders_are_not_vllms(architecture: str, task: Task) -> None:
 def test_filling_masks_is_neithers() -> None:
     advice = asked(encoder("bert", "BertForMaskedLM", "fill-mask"), machine())
     assert pick(advice) == ("", "one cannot serve") and advice.ruling.line.startswith("neither")
-    assert advice.recommended and advice.recommended.engine == "onnxruntime"
+    assert advice.recommended and advice.recommended.name == "openvino int8"
+    told = asked(encoder("bert", "BertForMaskedLM", "fill-mask"), replace(machine(), cpu_features=frozenset({"avx2"})))
+    assert told.recommended and told.recommended.engine == "onnxruntime"  # whose products of many rows are the faster ones
 
 
 def test_experts_stay_in_float_and_are_read_as_they_are_asked_for() -> None:
@@ -183,6 +185,55 @@ def test_what_was_measured_here_stands_in_for_what_is_assumed() -> None:
     assert told.recommended is row
     far = asked(SMALL, machine(), before=Before({key: [(size.weights_bytes * 100, 18e9)]}))
     assert next(row for row in far.rows if row.name == "ctranslate2 int8").expected == size
+
+
+def test_what_was_measured_is_found_by_what_a_recipe_leaves_to_its_default() -> None:
+    """A run's recipe is kept with every default in it, and an offer may say none of them."""
+    for engine, keys, name in (
+        ("torchscript", "float32", "torchscript float32"),
+        ("onnxruntime-genai", "float32", "onnxruntime-genai float32"),
+    ):
+        told = asked(SMALL, machine(), before=Before({(engine, keys, None, "cpu"): [(4e8, 15e9)]}, {}))
+        (row,) = [one for one in told.rows if one.engine == engine and one.offer.grid is None]
+        assert row.name == name and row.expected and row.expected.basis == "measured in this workspace", (engine, row)
+
+
+SMOL = llama(30, 576, 1536, 9, 3, config={"vocab_size": 49152}, shapes={"all": (134_515_008,)})
+"""SmolLM2-135M's shape."""
+AVX2, VNNI_ONES = (15.7e9, 1.32e11), (2.65e10, 2.15e11)
+"""(bytes, operations) per second of the machines of benchmarks/README.md, as its eager float32 tells them."""
+
+
+def ratios(features: frozenset[str], roofs: tuple[float, float], work: Asked) -> dict[str, tuple[float, float]]:
+    """Tokens per second and the time to the first token of each offer, beside eager float32's."""
+    there = replace(machine(), cpu_features=features)
+    flops = dict.fromkeys(("float32", "float16", "int8", "fp8"), roofs[1])
+    found = advise(Question("model", SMOL, SMOL.task, there, Roofs(CPU, 2**35, roofs[0], flops), work, here=False))  # type: ignore[arg-type]
+    seen = {row.name: row.expected for row in found.rows if row.expected}
+    eager = seen["torch float32"]
+    return {name: (one.tokens_per_s / eager.tokens_per_s, eager.ttft_s / one.ttft_s) for name, one in seen.items()}
+
+
+def test_what_is_expected_of_openvino_is_what_was_measured_with_and_without_vnni() -> None:
+    """Of benchmarks/README.md, SmolLM2-135M: batch 1, batch 8, the first token behind a prompt of 512."""
+    avx2, vnni = frozenset({"avx2"}), frozenset({"avx2", "avx512f", "avx512_vnni"})
+    for features, roofs, measured in ((avx2, AVX2, (3.9, 2.6, 0.50)), (vnni, VNNI_ONES, (4.4, 4.2, 2.0))):
+        one, eight = (ratios(features, roofs, Asked(16, 64, batch))["openvino int8"][0] for batch in (1, 8))
+        first = ratios(features, roofs, Asked(512, 16, 1))["openvino int8"][1]
+        assert (one, eight, first) == pytest.approx(measured, rel=0.2), features
+        genai = ratios(features, roofs, Asked(512, 16, 1))["onnxruntime-genai int8"][1]
+        assert genai == pytest.approx({avx2: 0.93, vnni: 1.3}[features], rel=0.15)
+        assert not {"openvino int8"} & {row.name for row in asked(SMOL, machine()).rows if "assumed" in row.offer.reach.source}
+
+
+def test_torchscript_is_offered_in_int8_beside_float_on_cpus() -> None:
+    """Its graphs have torch-dynamic's products without transformers' modules around them."""
+    rows = {row.name: row for row in asked(SMALL, replace(machine(), cpu_features=frozenset({"avx2"}))).rows}
+    traced, layers, whole = (rows[name].expected for name in ("torchscript int8", "torch-dynamic on int8", "torchscript float32"))
+    assert traced and layers and whole
+    assert traced.tokens_per_s > 1.1 * layers.tokens_per_s and traced.tokens_per_s > whole.tokens_per_s
+    assert traced.loss == layers.loss > 0.008
+    assert rows["torchscript int8"].serve.model_dump()["precision"] == "int8"
 
 
 def test_another_machine_is_this_one_with_what_is_said_otherwise() -> None:

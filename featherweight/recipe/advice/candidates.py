@@ -204,7 +204,8 @@ def _read_before(question: Question, engine: str, offer: Offer) -> float | None:
 
 
 def _key(question: Question, engine: str, offer: Offer) -> Key:
-    return engine, computes(offer.keys), offer.grid, question.roofs.device
+    serve = _serve(engine, offer, question.max_tokens).model_dump()  # as a recipe is kept, with what is nowhere said
+    return engine, computes(serve), offer.grid, question.roofs.device
 
 
 def _too_large(sees: Expected, roofs: Roofs, offer: Offer) -> str | None:

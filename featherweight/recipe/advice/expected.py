@@ -132,7 +132,7 @@ def _prompt_s(offer: Offer, shape: Shape, roofs: Roofs, asked: Asked, body: floa
     part = shape.encoder or 1.0
     operations = 2 * tokens * shape.body * shape.computed * part + 2 * asked.sequences * shape.head
     read = roofs.read_s(body * part + head, offer.reach.memory)
-    return max(operations / _speed(offer, roofs), read) + _beside(offer, shape)
+    return max(operations / _speed(offer, roofs, offer.reach.reading), read) + _beside(offer, shape)
 
 
 def _step_s(
@@ -142,13 +142,13 @@ def _step_s(
     operations = 2 * sequences * (shape.decoder * shape.computed + shape.head)
     read = body * shape.read(sequences) + head
     if before is not None:  # what was measured holds what a pass takes beside
-        return max((read + cache) / before, operations / _speed(offer, roofs))
+        return max((read + cache) / before, operations / _speed(offer, roofs, offer.reach.arithmetic))
     memory = roofs.read_s(read, offer.reach.memory) + cache / (roofs.bandwidth * offer.reach.memory)
-    return max(memory, operations / _speed(offer, roofs)) + _beside(offer, shape)
+    return max(memory, operations / _speed(offer, roofs, offer.reach.arithmetic)) + _beside(offer, shape)
 
 
-def _speed(offer: Offer, roofs: Roofs) -> float:
-    return roofs.flops[offer.numbers] * offer.reach.arithmetic * offer.parts
+def _speed(offer: Offer, roofs: Roofs, share: float) -> float:
+    return roofs.flops[offer.numbers] * share * offer.parts
 
 
 def _beside(offer: Offer, shape: Shape) -> float:

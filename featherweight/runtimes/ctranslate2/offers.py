@@ -11,8 +11,8 @@ from featherweight.system.machine import Machine
 
 AMPERE = (8, 0)
 """The first compute capability with bfloat16 (CTranslate2's guide, Quantization: bfloat16 wants 8.0)."""
-_FLOAT = Reach(0.55, 0.33, 2e-5, source="benchmarks/advice.md: ctranslate2 float32")
-_INT8 = Reach(0.44, 0.87, 2e-5, source="benchmarks/advice.md: ctranslate2 int8 with VNNI")
+_FLOAT = Reach(0.55, 0.33, 2e-5, source="benchmarks/advice.md: ctranslate2 float32", prompt=0.55)
+_INT8 = Reach(0.44, 0.87, 2e-5, source="benchmarks/advice.md: ctranslate2 int8 with VNNI", prompt=1.27)
 _SATURATING = Reach(0.18, 0.70, 2e-5, source="benchmarks/advice.md: ctranslate2 int8 on AVX2")
 _CUDA = Reach(0.60, 0.40, 2.2e-4, source="benchmarks/gpu.md: CTranslate2 float16, its layers; shares of the roofs assumed")
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from featherweight.runtimes.offers import MIB, Offer, Reach
 
 _FLOAT = Reach(0.45, 0.20, 2e-5)
-_EIGHT = Reach(0.42, 0.40, 2e-5, source="benchmarks/advice.md: llama.cpp Q8_0")
-_FOUR = Reach(0.38, 0.50, 2e-5, source="benchmarks/advice.md: llama.cpp Q4_0")
+_EIGHT = Reach(0.42, 0.40, 2e-5, source="benchmarks/advice.md: llama.cpp Q8_0", prompt=0.55)
+_FOUR = Reach(0.38, 0.50, 2e-5, source="benchmarks/advice.md: llama.cpp Q4_0", prompt=0.60)
 
 
 def offers() -> Iterator[Offer]:

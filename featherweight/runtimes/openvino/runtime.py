@@ -101,7 +101,7 @@ class Openvino(Runtime[OpenvinoSpec]):
     def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
         from featherweight.runtimes.openvino.offers import offers
 
-        return offers(device)
+        return offers(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         if task != "text2text-generation":

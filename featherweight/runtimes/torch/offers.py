@@ -12,7 +12,9 @@ from featherweight.system.machine import Machine
 
 NATIVE_16_BITS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Features of CPUs that multiply in bfloat16; the others turn every number into float32 first, and are slower for it."""
-_EAGER = Reach(0.45, 0.25, 5e-4, source="benchmarks/advice.md: torch float32")
+ROUNDED_LOSS = {True: 0.002, False: 0.0075}
+"""What one range for all activations of a product costs; it has 7 bits where the CPU does not sum 8-bit products exactly."""
+_EAGER = Reach(0.45, 0.12, 5e-4, source="benchmarks/advice.md: torch float32", prompt=0.55)
 _EAGER_CUDA = Reach(0.60, 0.40, 1.05e-3, source="benchmarks/gpu.md: eager float32, its layers; shares of the roofs assumed")
 _DYNAMIC = Reach(0.21, 0.60, 5e-4, source="benchmarks/advice.md: torch-dynamic")
 _UNPACKING = Reach(0.20, 0.20, 7e-4, source="assumed: every weight becomes a float before it is multiplied")
@@ -48,6 +50,7 @@ def quantized(name: str, device: Device, machine: Machine) -> Iterator[Offer]:
     grid = "int4-g32" if form.body.startswith("int4") else "int8"
     rounded = form.activations != "float"
     reach = _DYNAMIC if rounded and device == CPU else replace(_UNPACKING, layer_s=1.5e-3 if device != CPU else 7e-4)
-    loss = {"float": 0.0, "static": 0.05}.get(form.activations, 0.002)
+    one_range = ROUNDED_LOSS[machine.int8_dot_product] if name == "torch-dynamic" else 0.002
+    loss = {"float": 0.0, "static": 0.05}.get(form.activations, one_range)
     held = Offer(reach, {}, grid, "int8", numbers="int8" if rounded else "float32", base=560 * MIB, loss=loss, device=device)
     yield held if form.vocabulary else replace(held, body_bytes=1.0, head_bytes=4.0)

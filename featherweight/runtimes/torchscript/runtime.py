@@ -85,7 +85,7 @@ class TorchScript(Runtime[TorchScriptSpec]):
     def offers(self, device: Device, machine: Machine) -> Iterator[Offer]:
         from featherweight.runtimes.torchscript.offers import offers
 
-        return offers(device)
+        return offers(device, machine)
 
     def task_refusal(self, task: Task) -> str | None:
         return both_stacks_refusal("TorchScript", task)
