@@ -15,7 +15,7 @@ from typing import Any
 
 from featherweight.checkpoint import asking, inspection, settling
 from featherweight.checkpoint.files import CONFIG
-from featherweight.checkpoint.inspection import check_loading, load_dry, model_class, quiet
+from featherweight.checkpoint.inspection import built, check_loading, load_dry, model_class, quiet
 from featherweight.errors import CheckpointError
 from featherweight.store.artifact import content_digest, file_sha256
 
@@ -70,11 +70,20 @@ def _loaded(folder: Path, head: Mapping[str, Any], shapes: Shapes) -> tuple[Any,
             setattr(config, name, value)
         made = model_class(config, folder, False)
         with torch.device("meta"):
-            reads = settling.names_read(list(shapes), made._from_config(config))
+            reads = settling.names_read(list(shapes), _built(made, config, folder))
+        settling.require_once(folder, reads)
         model, info = load_dry(folder, made, config, {reads[name]: shape for name, shape in shapes.items()})
     output = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     missing = [name for name in info["missing_keys"] if name.rpartition(".")[0] not in output]
     return model, {**info, "missing_keys": missing}
+
+
+def _built(made: Any, config: Any, folder: Path) -> Any:
+    """The model; raises CheckpointError, as loading it does, for a configuration that its class makes nothing of."""
+    try:
+        return made._from_config(config)
+    except Exception as error:  # it can fail in as many ways as there are architectures
+        raise CheckpointError(f"{CONFIG} describes no model that transformers can build: {built(error, folder)}") from error
 
 
 def _key(folder: Path, given: str) -> str:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from featherweight.checkpoint.tensor_header import header_fault
 from featherweight.errors import CheckpointError
 from featherweight.model.sparsity import FILE as SPARSITY
 
@@ -367,6 +368,8 @@ def check_length(listing: Listing, name: str) -> dict[str, Any]:
     expected = header_bytes(listing, name) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         _refuse_length(listing, name, str(expected), shorter=size < expected)
+    if fault := header_fault(header):
+        raise CheckpointError(f"{listing.where}/{name} is corrupt ({fault}); copy it again")
     return header
 
 
@@ -378,10 +381,15 @@ def read_header(listing: Listing, name: str) -> dict[str, Any]:
     try:
         header = json.loads(listing.read(name, until)[8:])
         tensors = {key: entry for key, entry in header.items() if key != "__metadata__"}
-        [sum(map(operator.index, entry["data_offsets"]), len(entry["shape"])) for entry in tensors.values()]
+        [len(entry["shape"]) + sum(map(operator.index, _two(*entry["data_offsets"]))) for entry in tensors.values()]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _headless(listing, name) from error
     return tensors
+
+
+def _two(first: int, last: int) -> tuple[int, int]:
+    """Raises TypeError for any other number of them."""
+    return first, last
 
 
 def header_bytes(listing: Listing, name: str) -> int:

@@ -15,11 +15,13 @@ from featherweight.model.architecture import GATED_DECODERS
 
 Shape = tuple[int, ...]
 IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.(?:weight|bias)|\w+_layernorm\.weight)$")
-BESIDE = re.compile(r"(?:^|\.)(?:norm\.weight|rotary_emb\.inv_freq)$")
+BESIDE = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
+LAST = re.compile(r"^(?:module\.|base_model\.model\.)?(?:model\.)?norm\.weight$")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
-ROWS = "embed_tokens.weight"
+ROWS, NORM = "embed_tokens.weight", "norm.weight"
 USUAL = re.compile(r"(?:module\.|base_model\.model\.)?(?:model\.)?(?:layers|embed_tokens|norm|lm_head|rotary_emb)\.")
 """What the names of a Llama's tensors begin with, those of a wrapped one and of its base model too."""
+USUAL_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)?(?:model\.)?")
 WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -28,7 +30,7 @@ SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", 
 def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many.
 
-    Returns whether it could tell: there is nothing under another name.
+    Returns whether it could tell: there is nothing under another name, and nothing under two.
     """
     wanted, count = _asked(config), getattr(config, "num_hidden_layers", 0)
     if not wanted:
@@ -41,7 +43,7 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     for stored, shape in shapes.items():
         name = WRAPPED.sub("", stored)
         place = IN_LAYER.search(name)
-        asked = wanted.get(place[2] if place else ROWS if EMBEDDING.search(name) else "")
+        asked = wanted.get(place[2] if place else ROWS if EMBEDDING.search(name) else NORM if LAST.search(name) else "")
         if asked is not None and shape != asked:
             raise CheckpointError(
                 f"{where}: tensor {stored} has shape {list(shape)}, but {CONFIG} asks for {list(asked)}; "
@@ -52,7 +54,9 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
         unknown |= not USUAL.match(name) or (asked is None and not BESIDE.search(name))
     if found and not unknown:
         _require_layers(where, found, count)
-    return bool(found) and not unknown
+    plain = {USUAL_PREFIX.sub("", WRAPPED.sub("", name)) for name in shapes}
+    whole = NORM in plain or not any("input_layernorm.weight" in names for names in found.values())
+    return bool(found) and not unknown and len(plain) == len(shapes) and whole
 
 
 def beyond_vocabulary(size: int) -> str:
@@ -91,7 +95,7 @@ def _asked(config: Any) -> dict[str, Shape]:
         return {}
     hidden, inner, vocabulary, _, heads, pairs = sizes
     width = getattr(config, "head_dim", None) or hidden // heads
-    asked: dict[str, Shape] = {ROWS: (vocabulary, hidden)}
+    asked: dict[str, Shape] = {ROWS: (vocabulary, hidden), NORM: (hidden,)}
     asked |= {f"self_attn.{name}_proj.weight": (pairs * width, hidden) for name in ("k", "v")}
     asked |= {"self_attn.q_proj.weight": (heads * width, hidden), "self_attn.o_proj.weight": (hidden, heads * width)}
     asked |= {f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")} | {"mlp.down_proj.weight": (hidden, inner)}

@@ -20,6 +20,15 @@ STORED = ("F64", "F32", "F16", "BF16")
 """The same floats as safetensors calls them."""
 TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 DEEPEST = 64
+ROTARY = (
+    "rope_theta",
+    "factor",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+"""What rotary embeddings are divided by, or multiplied with."""
 TOKENIZER = "tokenizer.json"
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _TOKENS = re.compile(r"\w+_token_id")
@@ -44,6 +53,7 @@ def require_sane(listing: Listing) -> None:
     if header is not None:
         require_packed(told, header, listing.where)
     _require_type(listing, told)
+    _require_rotary(listing, told)
     _require_one_cut(listing)
     require_followable(listing)
     for name in (CONFIG, "generation_config.json"):
@@ -79,6 +89,16 @@ def _require_type(listing: Listing, told: Mapping[str, Any]) -> None:
     name = told.get(key)
     if key and (name not in TYPES):
         raise CheckpointError(f"{listing.where}/{CONFIG}: {key} is {name!r}, and must be one of {', '.join(TYPES)}, or left out")
+
+
+def _require_rotary(listing: Listing, told: Mapping[str, Any]) -> None:
+    """Refuse rotary embeddings that are told in no numbers, or by a base that leaves no angles."""
+    parts = [told[key] for key in ("rope_parameters", "rope_scaling") if isinstance(told.get(key), dict)]
+    parts += [one for part in parts for one in part.values() if isinstance(one, dict)]
+    for key, value in [("rope_theta", told.get("rope_theta")), *(item for part in parts for item in part.items())]:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in ROTARY and value is not None and not (number and value > 0):
+            raise CheckpointError(f"{listing.where}/{CONFIG}: {key} is {value!r}, and must be a number above 0")
 
 
 def _require_usual(listing: Listing, told: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ class Stored:
         """As `model` reads the tensors of `folder`, wrappers' names and a missing prefix of the base model allowed for."""
         names = list(read_shapes(Listing.of(folder), folder, weights))
         found = cls(folder, weights, names_read(names, model))
+        require_once(folder, found.reads)
         return replace(found, values=found._overwritten(model))
 
     @property
@@ -124,6 +125,15 @@ def names_read(names: list[str], model: PreTrainedModel) -> dict[str, str]:
         reads = {name: one.removeprefix(prefix) for name, one in reads.items()}
     first = _first_names(model, set(reads.values()))
     return {name: first.get(one, one) for name, one in reads.items()}
+
+
+def require_once(where: Path, reads: Mapping[str, str]) -> None:
+    """Refuse two tensors for one place, of which transformers takes either, without a word."""
+    first: dict[str, str] = {}
+    for name, read in reads.items():
+        if read in first:
+            raise CheckpointError(f"{where}: tensors {first[read]} and {name} are both {read}; leave one of them out")
+        first[read] = name
 
 
 def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple[Path, dict[str, float]]:

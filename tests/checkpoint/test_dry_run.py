@@ -94,3 +94,19 @@ def test_another_python_is_asked_where_torch_is_not_here(tmp_path: Path, monkeyp
     module, arguments, _, given = calls[0]
     assert (module, arguments) == ("featherweight.checkpoint.dry_run", [str(tmp_path)])
     assert set(json.loads(given)["shapes"]) == set(shapes)
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+    """transformers took one of them, and the load stage the other."""
+    shapes = written("gpt2", tmp_path)
+    twice = shapes | {"ln_f.weight": shapes["transformer.ln_f.weight"]}
+    with pytest.raises(CheckpointError, match=r"tensors ln_f.weight and transformer.ln_f.weight are both transformer.ln_f.weight"):
+        require_loadable("given", tmp_path, {}, twice)
+
+
+def test_a_configuration_that_builds_no_model_is_told_of_before_weights_are_read(tmp_path: Path) -> None:
+    shapes = written("gpt2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 0}))
+    with pytest.raises(CheckpointError, match=r"given: config.json describes no model that transformers can build: .*division"):
+        require_loadable("given", tmp_path, {}, shapes)

@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def write_folder(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[i
     folder.mkdir()
     header, end = {}, 0
     for name, shape in shapes.items():
-        size = 4 * shape[0] * shape[-1]
+        size = 4 * prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
@@ -188,7 +189,7 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
     config |= {"num_attention_heads": 4, "use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
     config |= {"intermediate_size": 96}
     shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (96, 64) for layer in range(4)}
-    folder = write_folder(tmp_path / "qwen", config, shapes | {"model.norm.weight": (64, 64)})
+    folder = write_folder(tmp_path / "qwen", config, shapes | {"model.norm.weight": (64,)})
     asked = (
         "import sys\nfrom featherweight.checkpoint.facts import read_facts\nfrom featherweight.checkpoint.spec import LoadSpec\n"
         "from featherweight.model.positions import sliding_window\n"
@@ -197,7 +198,13 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
         "print(len(facts.rows_and_columns), {'torch', 'transformers'} & set(sys.modules))"
     )
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told == ["['Qwen2Config', 48, 32, 28672]", "4 set()"]
+    assert told == ["['Qwen2Config', 48, 32, 24640]", "4 set()"]
+
+
+def test_the_last_norm_is_looked_at_as_the_others_are(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "llama", LLAMA, {"model.layers.0.mlp.up_proj.weight": (96, 64), "model.norm.weight": (32,)})
+    with pytest.raises(CheckpointError, match=r"tensor model.norm.weight has shape \[32\], but config.json asks for \[64\]"):
+        facts_for_any_task(LoadSpec(source=str(folder)))
 
 
 @pytest.mark.parametrize(
