@@ -17,6 +17,7 @@ from featherweight.checkpoint.files import (
     Listing,
     adapter_files,
     base_named,
+    check_length,
     companions,
     find_weights,
     has_tokenizer,
@@ -120,6 +121,8 @@ def adapter_weights(adapter: Path, spec: LoadSpec) -> str:
             f"{adapter} holds its adapter as a pickle ({weights}), which can run code; ask for a safetensors copy, "
             "or set checkpoint.allow_pickle: true to convert it"
         )
+    if weights == ADAPTER_WEIGHTS[0]:
+        check_length(listing, weights)
     return weights
 
 

@@ -25,7 +25,9 @@ from featherweight.checkpoint.files import (
     Weights,
     adapter_files,
     check_length,
+    companions,
     find_weights,
+    has_tokenizer,
     has_weights,
     read_json,
     require_indexed,
@@ -76,11 +78,30 @@ def _lead(spec: LoadSpec, facts: CheckpointFacts) -> tuple[int, ...] | None:
     Raises CheckpointError for what the tokenizer is found to be only by loading it.
     """
     seen = look_at(spec)
-    if not isinstance(seen, Path) or gguf_file(seen) is not None or has_adapter(seen, spec):
+    if not isinstance(seen, Path) or gguf_file(seen) is not None:
         return None
     rows = getattr(facts.config.get_text_config(), "vocab_size", None)
+    rows = rows if isinstance(rows, int) else None
+    if has_adapter(seen, spec):
+        return _lead_of_adapted(seen, spec, facts, rows)
     with named(seen, spec.source):
-        return tokenizer_lead(seen, rows if isinstance(rows, int) else None)
+        return tokenizer_lead(seen, rows)
+
+
+def _lead_of_adapted(adapter: Path, spec: LoadSpec, facts: CheckpointFacts, rows: int | None) -> tuple[int, ...] | None:
+    """The same of the model that an adapter is merged into: by its own tokenizer where it has one, under the base's config."""
+    base = _base_spec(adapter, spec)
+    if not has_tokenizer(Listing.of(adapter)):
+        return _lead(base, facts)
+    seen = look_at(base)
+    if not isinstance(seen, Path) or not (seen / CONFIG).is_file():
+        return None
+    with tempfile.TemporaryDirectory() as place, named(Path(place), spec.source):
+        for name in companions(Listing.of(adapter).sizes):
+            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(place) / name).symlink_to((adapter / name).resolve())
+        (Path(place) / CONFIG).symlink_to((seen / CONFIG).resolve())
+        return tokenizer_lead(Path(place), rows)
 
 
 def facts_for_any_task(spec: LoadSpec) -> CheckpointFacts:
@@ -227,12 +248,18 @@ def _described_by(header: GgufHeader, called: str, scaling: Mapping[str, Any]) -
     return Values(config), Values({"values": answer["generation"], "names": {}})
 
 
+def _base_spec(found: Path, spec: LoadSpec) -> LoadSpec:
+    """How the model is loaded that the adapter in the folder `found` is merged into."""
+    told = base_of(found, spec)
+    plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
+    return spec.model_copy(update=plain)
+
+
 def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     """Those of the model that the adapter is merged into."""
-    told = base_of(found, spec)
+    base = _base_spec(found, spec)
     adapter_weights(found, spec)
-    plain = {"source": told or spec.source, "base": None, "adapter": "ignore" if told is None else None}
-    facts = facts_for_any_task(spec.model_copy(update=plain))
+    facts = facts_for_any_task(base)
     require_same_use(found, facts.config)
     require_factors(found, facts.shapes)
     return replace(facts, quantized=None, grids=dict[str, Grid](), sparse=False)

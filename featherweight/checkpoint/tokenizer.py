@@ -73,7 +73,7 @@ def require_same_tokenizer(
     if isinstance(source, Path):
         if not has_tokenizer(Listing.of(source)):
             return
-        source = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        source = _loaded(source, trust_remote_code)
     try:
         copy = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer family fails in its own way
@@ -85,6 +85,13 @@ def require_same_tokenizer(
                 f"instead of {_short(wanted)}; "
                 "give the checkpoint a tokenizer.json (tokenizer.save_pretrained), or name the file that it needs"
             )
+
+
+def _loaded(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each tokenizer family fails in its own way
+        raise CheckpointError(f"{folder}: the tokenizer does not load: {one_line(error)}") from error
 
 
 def _behaviour(tokenizer: Any, spelt: Any = None) -> Iterator[tuple[str, Any]]:

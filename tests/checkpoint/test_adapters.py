@@ -256,3 +256,51 @@ def test_what_no_weights_of_the_base_stand_for_is_told_in_the_plan(
     for ask in (lambda: read_facts(LoadSpec(source=str(folder))), lambda: taken(folder, out)):
         with pytest.raises(CheckpointError, match=rf"\({next(iter(setting))}\), and so cannot be merged"):
             ask()
+
+
+def damaged(folder: Path) -> None:
+    """A tokenizer of a kind that no library knows."""
+    told = {"version": "1.0", "added_tokens": [], "model": {"type": "Nope", "vocab": {"a": 0}}}
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
+def beyond(folder: Path) -> None:
+    """A tokenizer with an id that the embedding lacks."""
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["vocab"]["far"] = 300
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+@pytest.mark.parametrize(("fault", "reason"), [(damaged, "the tokenizer does not load"), (beyond, "has ids up to 300")])
+def test_the_tokenizer_of_an_adapter_is_opened_in_the_plan(
+    base: Path, adapter: Path, out: Path, tmp_path: Path, fault: Any, reason: str, of_its_own: bool
+) -> None:
+    """Its own, or its base's; loading stopped at it after the weights were merged, or with an error of the library's."""
+    given, model = Path(shutil.copytree(adapter, tmp_path / "lora")), Path(shutil.copytree(base, tmp_path / "base"))
+    if of_its_own:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(base / name, given / name)
+    fault(given if of_its_own else model)
+    spec = LoadSpec(source=str(given), base=str(model))
+    with pytest.raises(CheckpointError, match=rf"{'lora' if of_its_own else 'base'}: the tokenizer.*{reason.split()[-1]}"):
+        read_facts(spec)
+    with pytest.raises(CheckpointError, match=reason):
+        load(spec, out=out)
+
+
+def test_what_an_adapters_own_tokenizer_puts_before_a_text_is_known_in_the_plan(base: Path, adapter: Path, tmp_path: Path) -> None:
+    given = Path(shutil.copytree(adapter, tmp_path / "lora"))
+    assert read_facts(LoadSpec(source=str(given), base=str(base))).lead == (1,)
+    told = json.loads((base / "tokenizer.json").read_text())
+    (given / "tokenizer.json").write_text(json.dumps(told | {"post_processor": None}))
+    shutil.copy(base / "tokenizer_config.json", given / "tokenizer_config.json")
+    assert read_facts(LoadSpec(source=str(given), base=str(base))).lead == ()
+
+
+def test_an_adapter_that_is_cut_short_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    given = Path(shutil.copytree(adapter, tmp_path / "lora"))
+    weights = given / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-30])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is truncated: \d+ of \d+ bytes"):
+        read_facts(LoadSpec(source=str(given), base=str(base)))
