@@ -128,3 +128,19 @@ def test_one_beam_makes_its_companions_mean_nothing() -> None:
         name: asked[name] for name in asked if name in ("temperature", "top_k", "top_p")
     }
     assert "num_beams" in str(GenerationSettings(asked).refusal({"do_sample", "num_beams", "temperature", "top_k", "top_p"}, "ct2"))
+
+
+@pytest.mark.parametrize("asked", [*ASKED, "greedy"])
+@pytest.mark.parametrize("kind", ["t5", "mbart"])
+def test_sources_of_unequal_lengths_are_written_together_as_each_alone(
+    translator: Any, kind: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CTranslate2 pads them, and reads none of the padding; a batch for each length took more than twice as long."""
+    model, engine = translator(kind, "ctranslate2")
+    settings = {"eos_token_id": model.config.eos_token_id} | ASKED.get(asked, {})
+    given = sources(model)
+    alone = [engine.answer([source], NEW, settings)[0] for source in given]
+    sizes, translate = [], engine._translate
+    monkeypatch.setattr(engine, "_translate", lambda prompts, *rest: (sizes.append(len(prompts)), translate(prompts, *rest))[1])
+    assert engine.answer(given, NEW, settings) == alone
+    assert sizes == [4, 4] and len({len(source) for source in given}) == 5

@@ -13,7 +13,7 @@ from featherweight.runtimes.ctranslate2 import cublas
 from featherweight.runtimes.ctranslate2.encoder import HEAD, Encoder
 from featherweight.runtimes.ctranslate2.views import in_memory
 from featherweight.runtimes.generation_settings import BEAMS, LENGTHS, GenerationSettings
-from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, by_length, windows_at_once
+from featherweight.runtimes.interface import Generation, LoadedModel, Timing, Tokens, alike, by_length, windows_at_once
 from featherweight.runtimes.line import Line, side_by_side
 from featherweight.system.device import CPU, CUDA, Device
 
@@ -148,13 +148,17 @@ class CTranslate2Model(LoadedModel):
         return Generation(tokens, Timing(first or total, total))
 
     def write(self, prompts: Tokens, new_tokens: int, settings: GenerationSettings) -> Tokens:
-        """By CTranslate2's own options; a shortest length counts the prompt, so that prompts go by their length."""
+        """By CTranslate2's own options. Sources go together whatever their lengths, which it pads and does not read; a decoder's
+        prompts by their length: a shortest length counts the prompt, and of a longer one the rest is read token by token. So do the
+        sources of a vocabulary map, whose tokens a batch has all in common.
+        """
         write = self._translate if self.seq2seq else self._continue
         # The forced end takes the last place in each of the texts that are weighed against each other.
         weighed = {"forced_eos_token_id", "num_beams"} <= set(settings.values)
         new_tokens = max(1, new_tokens - weighed)
         tokens: Tokens = [[] for _ in prompts]
-        for batch in by_length(prompts, self.limits.max_batch):
+        together = self.seq2seq and "shortlist" not in self.options
+        for batch in (alike if together else by_length)(prompts, self.limits.max_batch):
             some = [prompts[index] for index in batch]
             options = self._options(settings, 1 if self.seq2seq else len(some[0]), new_tokens)
             options |= {"num_hypotheses": options["beam_size"], "return_scores": True} if weighed else {}
