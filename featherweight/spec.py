@@ -110,15 +110,15 @@ class ModelSize:
 
         By a block of usual proportions: a third of its weights is attention's, which the heads share out.
         """
-        table = round(self.table * hidden)
-        body = (self.parameters - self.table) * depth * hidden * ((1 - ATTENTION) * channels + ATTENTION * heads)
+        outside = round((self.outside or self.table) * hidden)
+        body = self.in_blocks * depth * hidden * ((1 - ATTENTION) * channels + ATTENTION * heads)
         inner = self.widest * self.layers
         return replace(
             self,
-            parameters=table + round(body),
+            parameters=outside + round(body),
             matrices=max(1, round(self.matrices * depth)) if self.matrices else 0,
             columns=round(depth * (inner * channels + (self.columns - inner) * hidden)),
-            table=table,
+            table=round(self.table * hidden),
             widest=round(self.widest * channels),
             layers=round(self.layers * depth),
             outside=round(self.outside * hidden),

@@ -113,7 +113,7 @@ def _quantizing(spec: QuantizeSpec, size: ModelSize) -> float:
         return _ends(size)
     group = grid_named(spec.grid).group_size
     scales = FLOAT_BYTES * size.parameters / group if group else 0.0
-    block = (size.parameters - size.table) / max(1, size.layers)
+    block = size.in_blocks / max(1, size.layers)
     return PYTHON_BYTES + scales + max(_ends(size), FLOAT_BYTES * (2 * block + 4 * size.widest**2))
 
 

@@ -17,7 +17,7 @@ from featherweight.quantization.spec import QuantizeSpec
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Speeds, _work, estimate, machine_speeds
 from featherweight.recipe.facts import Facts
-from featherweight.recipe.memory import held_bytes, served_bytes
+from featherweight.recipe.memory import AT_ONCE, PYTHON_BYTES, held_bytes, served_bytes
 from featherweight.recipe.plan import Node, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal, memory_refusal
@@ -215,6 +215,20 @@ def test_eight_billion_weights_are_rounded_and_calibrated_within_24_gib() -> Non
     for method in ("rtn", "gptq"):
         spec = QuantizeSpec.of(method=method, grid="int4-g32" if method == "gptq" else "int8")
         assert held_bytes(Node("x", "quantize", "x", spec), LLAMA_8B) < 24 * 2**30
+
+
+def test_an_untied_head_is_no_part_of_the_blocks() -> None:
+    """A block is what calibration holds and what pruning cuts; head and embedding are there beside it."""
+    spec = QuantizeSpec.of(method="gptq", grid="int4-g32")
+    apart = dataclasses.replace(LLAMA_8B, outside=2 * LLAMA_8B.table)
+    held = [held_bytes(Node("x", "quantize", "x", spec), size) for size in (LLAMA_8B, apart)]
+    largest = max(AT_ONCE * 4 * apart.table, 4 * (2 * apart.in_blocks / 32 + 4 * apart.widest**2))
+    assert held[1] == pytest.approx(2 * PYTHON_BYTES + 4 * apart.parameters / 32 + largest)
+    assert held[1] < held[0]
+    half = apart.kept(depth=0.5)
+    assert half.outside == apart.outside
+    assert half.parameters == pytest.approx(apart.outside + apart.in_blocks / 2)
+    assert apart.kept(hidden=0.5).parameters == pytest.approx(apart.parameters / 2, rel=1e-6)
 
 
 def test_a_plan_for_a_machine_that_is_too_small_is_refused() -> None:

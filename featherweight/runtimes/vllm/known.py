@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from featherweight.model.decoding import other_layers
@@ -63,28 +65,70 @@ def _module(kind: str) -> str:
     return str(model_type_to_module_name(kind))
 
 
+@dataclass(frozen=True)
+class Otherwise:
+    """Where a module computes another model than transformers. when: of a configuration; always where None.
+
+    why: with the places that `kind` and the configuration's values go into.
+    """
+
+    why: str
+    when: Callable[[Any], bool] | None = None
+
+    def refusal(self, kind: str, config: Any) -> str | None:
+        """Why a model of that configuration is refused; None where it is not."""
+        return None if self.when and not self.when(config) else self.why.format(kind=kind, config=config)
+
+
+def _mixed_windows(config: Any) -> bool:
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
+
+
+OTHERWISE = {
+    "dbrx": Otherwise("vLLM's dbrx ends with an error while it loads its experts; take another engine"),
+    "deepseek_v3": Otherwise(
+        "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine",
+        lambda config: getattr(config, "topk_method", None) != "noaux_tc",
+    ),
+    "falcon": Otherwise(
+        "vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine",
+        lambda config: getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size),
+    ),
+    "hrm_text": Otherwise(
+        "vLLM's hrm_text reads a prompt in both directions, and transformers from left to right; take another engine"
+    ),
+    "mamba2": Otherwise(
+        "vLLM norms a mamba2's states in {config.n_groups} groups, and transformers as a whole; take another engine",
+        lambda config: getattr(config, "n_groups", 1) > 1,
+    ),
+    **dict.fromkeys(
+        ("qwen2", "qwen3"),
+        Otherwise("vLLM's {kind} has a sliding window in all layers or in none; take another engine", _mixed_windows),
+    ),
+}
+"""By model type what the module does otherwise; what it leaves out or wants stands above."""
+
+
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
     """Why a model of type `kind` is not served as transformers computes it, over texts of up to `tokens`; None where it is."""
-    if reason := activation_refusal("vLLM", config, kind, ONE_ACTIVATION):
-        return reason
+    otherwise = OTHERWISE.get(kind)
+    return (
+        activation_refusal("vLLM", config, kind, ONE_ACTIVATION)
+        or _keys_refusal(kind, config)
+        or (otherwise.refusal(kind, config) if otherwise else None)
+        or _window_refusal(kind, config, tokens)
+        or _longrope_refusal(kind, config, tokens)
+    )
+
+
+def _keys_refusal(kind: str, config: Any) -> str | None:
+    """By LEFT_OUT and WANTED."""
     if other := next((key for key in LEFT_OUT.get(kind, ()) if getattr(config, key, False)), None):
         return f"vLLM's {kind} knows no {other}; take another engine"
     rotary = getattr(config, "rope_parameters", None) or {}
     if missing := [key for key in WANTED.get(kind, ()) if rotary.get(key, getattr(config, key, None)) is None]:
         return f"vLLM's {kind} wants {' and '.join(missing)} in config.json; say it there, or take another engine"
-    if kind == "falcon" and getattr(config, "ffn_hidden_size", None) not in (None, 4 * config.hidden_size):
-        return f"vLLM's falcon takes no ffn_hidden_size but four times its width, not {config.ffn_hidden_size}; take another engine"
-    if kind in ("qwen2", "qwen3") and len(set(getattr(config, "layer_types", None) or ())) > 1:
-        return f"vLLM's {kind} has a sliding window in all layers or in none; take another engine"
-    if kind == "deepseek_v3" and getattr(config, "topk_method", None) != "noaux_tc":
-        return "vLLM finds a deepseek_v3's experts by topk_method: noaux_tc; say so in its config.json, or take another engine"
-    if kind == "mamba2" and getattr(config, "n_groups", 1) > 1:
-        return f"vLLM norms a mamba2's states in {config.n_groups} groups, and transformers as a whole; take another engine"
-    if kind == "dbrx":
-        return "vLLM's dbrx ends with an error while it loads its experts; take another engine"
-    if kind == "hrm_text":
-        return "vLLM's hrm_text reads a prompt in both directions, and transformers from left to right; take another engine"
-    return _window_refusal(kind, config, tokens) or _longrope_refusal(kind, config, tokens)
+    return None
 
 
 def float_refusal(kind: str, compute_type: str) -> str | None:
