@@ -1,48 +1,30 @@
 """Arrivals: the checkpoints below a folder or an S3 prefix, a hub repository's revisions, a registered model's versions.
 
-Where they are found stands with each kind of source. What is common stands here: an arrival is taken when it is complete and at
-rest, and it is known again by its content. Its content is read once; a note in the workspace remembers it as long as nothing
-that the product reads was written since.
+Where they are found stands with each kind of source, what one is in `arrival`. Here stands how all are looked at: one is taken when
+it is complete and at rest, and it is known again by its content. Its content is read once; a note in the workspace remembers it as
+long as nothing that the product reads was written since.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featherweight.checkpoint.files import Listing, missing_part
+from featherweight.checkpoint.arrival import Arrival
+from featherweight.checkpoint.hub import revisions
 from featherweight.checkpoint.identity import content_identity
+from featherweight.checkpoint.local_folder import folders_below
+from featherweight.checkpoint.registered_model import versions
+from featherweight.checkpoint.s3_prefix import prefixes_below
 from featherweight.errors import CheckpointError, told
 
-DEPTH = 4
 READERS = 4
-DONE = ("trainer_state.json", "_SUCCESS", "DONE", ".done", "done.txt")
-"""What trainers and uploaders write last: transformers' Trainer its state, Hadoop and Spark `_SUCCESS`, scripts the others."""
-
 State = Literal["ready", "waiting", "left out"]
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A checkpoint that may have arrived.
-
-    source: what a recipe's `checkpoint.source` takes. stamp: changes whenever a file that the product may read was written.
-    listing: its files; None where they are not seen from here. problem: why it is never taken from here. fixed: nobody writes to
-    it, by its nature or by its trainer's word. lacking: what is still missing. identify: the digest of its content.
-    """
-
-    source: str
-    stamp: str
-    listing: Listing | None = None
-    problem: str | None = None
-    fixed: bool = False
-    lacking: Callable[[Listing], str | None] = missing_part
-    identify: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,21 +42,11 @@ class Seen:
         return self.arrival.source
 
 
-def is_done(names: Sequence[str]) -> bool:
-    """Whether the trainer says that it has written all."""
-    return any(mark in names for mark in DONE)
-
-
 def arrivals(source: str) -> list[Arrival]:
     """What there is at or below `source`, sorted by name, complete or not; only listings are read.
 
     Raises DataError where a folder is missing, ServiceError where a server refuses or does not answer.
     """
-    from featherweight.checkpoint.hub import revisions
-    from featherweight.checkpoint.local_folder import folders_below
-    from featherweight.checkpoint.registered_model import versions
-    from featherweight.checkpoint.s3_prefix import prefixes_below
-
     kinds = {"s3://": prefixes_below, "hf:": revisions, "models:": versions}
     find = next((kinds[kind] for kind in kinds if source.startswith(kind)), folders_below)
     one_file = source.endswith(".gguf") and find in (prefixes_below, folders_below)

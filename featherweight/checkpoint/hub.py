@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.arrivals import Arrival
+from featherweight.checkpoint.arrival import Arrival
 from featherweight.checkpoint.files import (
     COMPANIONS,
     CONFIG,

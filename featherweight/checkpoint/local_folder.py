@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from featherweight.checkpoint.arrivals import DEPTH, Arrival, is_done
+from featherweight.checkpoint.arrival import DEPTH, Arrival, is_done
 from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, base_named, files_of, has_weights, is_companion
 from featherweight.checkpoint.gguf import gguf_file
 from featherweight.checkpoint.gguf_parts import gguf_identity, lacking_of, models_among, parts_of

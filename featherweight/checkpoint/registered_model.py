@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from featherweight.checkpoint.arrivals import Arrival
+from featherweight.checkpoint.arrival import Arrival
 from featherweight.checkpoint.files import CONFIG, Listing, has_tokenizer
 from featherweight.checkpoint.identity import content_identity
 from featherweight.checkpoint.spec import LoadSpec

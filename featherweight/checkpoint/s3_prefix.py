@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featherweight.checkpoint import s3
-from featherweight.checkpoint.arrivals import DEPTH, Arrival, is_done
+from featherweight.checkpoint.arrival import DEPTH, Arrival, is_done
 from featherweight.checkpoint.files import ADAPTER, CONFIG, Listing, files_of, has_weights, is_companion, missing_part
 from featherweight.checkpoint.gguf_parts import gguf_identity, lacking_of, models_among, names_of_parts, only_model
 from featherweight.checkpoint.identity import may_be_read

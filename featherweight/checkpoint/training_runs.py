@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from featherweight.checkpoint.arrivals import Arrival
+from featherweight.checkpoint.arrival import Arrival
 from featherweight.errors import CheckpointError, RecipeError
 
 TRAINER_STATE = "trainer_state.json"

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from featherweight.checkpoint import arrivals as arriving
-from featherweight.checkpoint.arrivals import Arrival, Seen, arrivals, look
+from featherweight.checkpoint.arrival import Arrival
+from featherweight.checkpoint.arrivals import Seen, arrivals, look
 from featherweight.checkpoint.files import INDEX, WEIGHTS, Listing
 from featherweight.checkpoint.gguf_parts import parts_of
 from featherweight.checkpoint.identity import content_identity
@@ -22,6 +23,7 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.training_runs import Policy, numbered
 from featherweight.errors import CheckpointError, DataError, RecipeError, ServiceError
 from featherweight.progress import Progress
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -334,3 +336,10 @@ def test_what_cannot_be_listed_costs_itself_only(drop: Path, see, monkeypatch: p
     assert seen["huge"].reason.endswith("config.json has 21,474,836,480 bytes; none is so large; copy it again")
     assert "too long" in seen["far"].reason and "Permission denied" in seen["closed"].reason
     assert "GGUF" in seen["none-00000-of-00000.gguf"].reason and "safetensors header" in seen["offsets"].reason
+
+
+def test_kinds_of_sources_know_nothing_of_how_all_are_looked_at() -> None:
+    """Who finds arrivals imports what one is; the list of the kinds stands above them."""
+    kinds = ("hub", "local_folder", "registered_model", "s3_prefix", "training_runs")
+    texts = [(ROOT / "featherweight" / "checkpoint" / f"{kind}.py").read_text() for kind in kinds]
+    assert not [kind for kind, text in zip(kinds, texts, strict=True) if "checkpoint.arrivals" in text]

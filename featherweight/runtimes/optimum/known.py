@@ -11,6 +11,7 @@ from typing import Any
 
 from featherweight.model.architecture import attention_cap, task_of
 from featherweight.model.positions import rotary_kinds
+from featherweight.runtimes.known_models import Otherwise, otherwise_refusal
 from featherweight.runtimes.refusals import answers_refusal
 from featherweight.spec import HEADED
 from featherweight.system.toolchains import text_of
@@ -23,6 +24,18 @@ REFUSED = {
     "trocr": "writes no texts",
 }
 """Of the types that it exports, those whose graph is none to serve from."""
+OTHERWISE = {
+    **{kind: Otherwise(f"Optimum's graph of a {kind} model {why}; take another engine") for kind, why in REFUSED.items()},
+    "falcon": Otherwise(
+        "Optimum cannot export a falcon of the new decoder architecture; take another engine",
+        lambda config: getattr(config, "new_decoder_architecture", False),
+    ),
+    "phi": Otherwise(
+        "Optimum cannot export a phi whose heads share their keys; take another engine",
+        lambda config: getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads),
+    ),
+}
+"""By model type what its graph has otherwise, or not at all."""
 WITHOUT_TYPES = ("camembert", "roberta", "xlm-roberta")
 """Of them, those whose graph is told no token types: most checkpoints have one, and lose nothing."""
 VECTORS = ("llama", "mistral", "qwen2", "qwen3")
@@ -57,17 +70,13 @@ def left_out_refusal(config: Any) -> str | None:
     types = getattr(config, "type_vocab_size", None) or 1
     if kind in WITHOUT_TYPES and types > 1 and task_of(config) in HEADED:
         return f"Optimum's graph of a {kind} is told no token types, of which this one has {types}; take another engine"
-    if kind in REFUSED:
-        return f"Optimum's graph of a {kind} model {REFUSED[kind]}; take another engine"
+    if reason := otherwise_refusal(OTHERWISE, kind, config):
+        return reason
     heads = {getattr(config, name, None) for name in ("encoder_attention_heads", "decoder_attention_heads")}
     if getattr(config, "is_encoder_decoder", False) and None not in heads and len(heads) > 1:
         return f"Optimum cannot export a {kind} whose stacks differ in their heads; take another engine"
-    if kind == "phi" and getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads):
-        return "Optimum cannot export a phi whose heads share their keys; take another engine"
     if "longrope" in rotary_kinds(config):
         return f"Optimum's graphs have not this {kind}'s rotary embeddings (longrope); take another engine"
-    if kind == "falcon" and getattr(config, "new_decoder_architecture", False):
-        return "Optimum cannot export a falcon of the new decoder architecture; take another engine"
     return None
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from featherweight.model.decoding import other_layers
 from featherweight.model.positions import rotary_switch, sliding_window
+from featherweight.runtimes.known_models import Otherwise, otherwise_refusal
 from featherweight.runtimes.refusals import SILU, activation_refusal
 from featherweight.runtimes.vllm.installed import modules_by_architecture
 from featherweight.system.toolchains import text_of
@@ -65,21 +64,6 @@ def _module(kind: str) -> str:
     return str(model_type_to_module_name(kind))
 
 
-@dataclass(frozen=True)
-class Otherwise:
-    """Where a module computes another model than transformers. when: of a configuration; always where None.
-
-    why: with the places that `kind` and the configuration's values go into.
-    """
-
-    why: str
-    when: Callable[[Any], bool] | None = None
-
-    def refusal(self, kind: str, config: Any) -> str | None:
-        """Why a model of that configuration is refused; None where it is not."""
-        return None if self.when and not self.when(config) else self.why.format(kind=kind, config=config)
-
-
 def _mixed_windows(config: Any) -> bool:
     return len(set(getattr(config, "layer_types", None) or ())) > 1
 
@@ -111,11 +95,10 @@ OTHERWISE = {
 
 def left_out_refusal(kind: str, config: Any, tokens: int) -> str | None:
     """Why a model of type `kind` is not served as transformers computes it, over texts of up to `tokens`; None where it is."""
-    otherwise = OTHERWISE.get(kind)
     return (
         activation_refusal("vLLM", config, kind, ONE_ACTIVATION)
         or _keys_refusal(kind, config)
-        or (otherwise.refusal(kind, config) if otherwise else None)
+        or otherwise_refusal(OTHERWISE, kind, config)
         or _window_refusal(kind, config, tokens)
         or _longrope_refusal(kind, config, tokens)
     )
