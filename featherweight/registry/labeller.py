@@ -139,10 +139,16 @@ def _vectors(answers: list[Rows]) -> Any:
     return numpy.array([rows[0] for rows in answers], dtype=numpy.float32)
 
 
+ASKED = "input"
+"""What OpenAI's API calls the texts that vectors are asked of: one, or several, and no pair."""
+
+
 def texts_of(model_input: Any) -> list[Any]:
     """The texts in what MLflow hands to a model: texts, pairs, or rows of `text` and `text_pair`, over HTTP as arrays of numpy."""
     if isinstance(model_input, Mapping):
         told = {name: _plain(value) for name, value in model_input.items()}
+        if told.keys() == {ASKED}:
+            return told[ASKED] if isinstance(told[ASKED], list) else [told[ASKED]]
         columns = [told[name] for name in ("text", "text_pair") if name in told]
         of_several = bool(columns) and all(isinstance(column, list) for column in columns)
         return [one[0] if len(columns) == 1 else one for one in zip(*columns, strict=True)] if of_several else [told]
@@ -155,7 +161,8 @@ def texts_of(model_input: Any) -> list[Any]:
     if not len(model_input.columns):
         return []
     name = "text" if "text" in model_input.columns else model_input.columns[0]
-    return [_plain(cell) for cell in model_input[name].tolist()]
+    cells = [_plain(cell) for cell in model_input[name].tolist()]
+    return cells[0] if name == ASKED and len(cells) == 1 and isinstance(cells[0], list) else cells
 
 
 def _plain(value: Any) -> Any:

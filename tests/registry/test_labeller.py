@@ -212,6 +212,16 @@ def test_texts_come_in_every_shape_that_mlflow_gives() -> None:
     assert texts_of(pandas.DataFrame({0: [["a", "b"]]})) == [["a", "b"]]
 
 
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification"])
+def test_texts_under_input_are_several_and_no_pair(task: Any) -> None:
+    """A request as OpenAI's API has it: it was refused as a pair, or as no text."""
+    from mlflow.pyfunc import _validate_prediction_input
+
+    told = signature(task)
+    for given in (["a", "b"], ["a", "b", "c"], "a"):
+        assert texts_of(_validate_prediction_input({"input": given}, {}, told.inputs, told.params)[0]) == [*given]
+
+
 def test_every_task_has_its_signature() -> None:
     for task, out in (("feature-extraction", "tensor"), ("text-classification", "any"), ("token-classification", "any")):
         told = signature(task).to_dict()  # type: ignore[arg-type]
