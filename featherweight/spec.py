@@ -228,11 +228,12 @@ class NamedSpec(Spec):
 
     @classmethod
     def _refuse_unread(cls, value: dict[str, Any]) -> None:
-        """Raise ValueError for a key that plays no role with this name, but does with another."""
-        foreign = value.keys() - cls.model_fields.keys()
+        """Raise ValueError for a key that plays no role with this name, but does with another; unknown names are told elsewhere."""
+        named, known = value.get(cls.named_by), not cls.model_fields[cls.named_by].is_required()
+        foreign = value.keys() - cls.model_fields.keys() if cls.kind(named) or (named is None and known) else ()
         for key in sorted(foreign) if foreign else ():
             if any(key in kind.model_fields for kind in cls.kinds()):
-                name = value.get(cls.named_by) or cls.model_fields[cls.named_by].default
+                name = named or cls.model_fields[cls.named_by].default
                 raise ValueError(f"{key} plays no role with {cls.named_by} {name}; leave it out")
 
 

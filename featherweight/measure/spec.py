@@ -31,12 +31,17 @@ class ChangedAnswersSpec(Spec):
 ReferenceMetric = Literal["bleu", "chrf", "rouge_l"]
 
 
+def _several(value: Any) -> Any:
+    """One or several."""
+    return [value] if isinstance(value, int | float | str | dict) and not isinstance(value, bool) else value
+
+
 class ReferencesSpec(Spec):
     """Greedy texts of up to `new_tokens` of the first `texts` sources of the held-out text, held against their targets."""
 
     texts: Positive = 100
     new_tokens: Positive = 64
-    metrics: Annotated[tuple[ReferenceMetric, ...], Field(min_length=1)] = get_args(ReferenceMetric)
+    metrics: Annotated[tuple[ReferenceMetric, ...], Field(min_length=1), BeforeValidator(_several)] = get_args(ReferenceMetric)
 
 
 class BenchmarkSpec(Spec):
@@ -87,11 +92,6 @@ class LengthSpec(Spec):
 Rate = Annotated[float, Field(gt=0, le=10**5)]
 Wait = Annotated[float, Field(gt=0, le=10**5)]
 Window = Annotated[float, Field(ge=0, le=10)]
-
-
-def _several(value: Any) -> Any:
-    """One number or several."""
-    return [value] if isinstance(value, int | float) else value
 
 
 class RequestsSpec(Spec):
@@ -153,16 +153,16 @@ class WorkloadSpec(Spec):
 
     prompt_tokens: Positive = 16
     new_tokens: Positive = 64
-    batch_sizes: tuple[Positive, ...] = (1, 8)
+    batch_sizes: Annotated[tuple[Positive, ...], BeforeValidator(_several)] = (1, 8)
     rounds: Positive = 5
     windows: Positive = 60
     window_tokens: SequenceLength = 256
     max_tokens: SequenceLength | None = None
-    threads: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    threads: Annotated[tuple[Positive, ...] | None, Field(min_length=1), BeforeValidator(_several)] = None
     changed_answers: ChangedAnswersSpec | None = None
     benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], BenchmarkSpec] = Field(default={})
     references: ReferencesSpec | None = None
-    lengths: tuple[LengthSpec, ...] = ()
+    lengths: Annotated[tuple[LengthSpec, ...], BeforeValidator(_several)] = ()
     requests: RequestsSpec | None = None
 
     @model_validator(mode="after")

@@ -69,9 +69,19 @@ def _explain(error: ValidationError, tree: Any) -> str:
     where = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] != "extra_forbidden":
-        return f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+        return f"{where}{': ' if where else ''}{_said(first, tree)}{more}"
     known = _known_keys(first["loc"][:-1], tree)
     return f"unknown key '{where}'; {nearest(str(first['loc'][-1]), sorted(known))}{more}"
+
+
+def _said(one: Any, tree: Any) -> str:
+    """What an error says, in the words of YAML where pydantic has those of Python."""
+    if one["type"] in ("tuple_type", "list_type"):
+        return f"must be a list, such as [a, b], not {one['input']!r}"
+    if one["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        known = "" if one["type"] == "dict_type" else ", ".join(_known_keys(one["loc"], tree))
+        return f"must have keys of its own{f' ({known})' if known else ''}, not be {one['input']!r}"
+    return str(one["msg"].removeprefix("Value error, "))
 
 
 def _known_keys(location: tuple[int | str, ...], tree: Any) -> list[str]:
@@ -82,7 +92,7 @@ def _known_keys(location: tuple[int | str, ...], tree: Any) -> list[str]:
             model = model.model_fields[str(part)].annotation
         model, tree = _spec_inside(model), tree[part]
         if isinstance(model, type) and issubclass(model, NamedSpec):
-            model = model.kind(tree.get(model.named_by)) or model
+            model = (model.kind(tree.get(model.named_by)) if isinstance(tree, dict) else None) or model
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, Spec) else []
 
 

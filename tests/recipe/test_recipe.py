@@ -39,6 +39,13 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         recipe.seed = 3  # type: ignore[misc]
 
 
+def test_one_may_stand_where_several_may(write) -> None:
+    workload = load_recipe(write(workload={"threads": 2, "batch_sizes": 1, "lengths": {"prompt_tokens": 100}})).workload
+    assert (workload.threads, workload.batch_sizes) == ((2,), (1,))
+    assert [one.prompt_tokens for one in workload.lengths] == [100]
+    assert load_recipe(write(workload={"lengths": 128})).workload.long_prompts[0].prompt_tokens == 128
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -46,6 +53,16 @@ def test_a_minimal_recipe_is_valid_and_frozen(write) -> None:
         ({"stages": {"quantise": {}}}, "did you mean 'quantize'"),
         ({"stages": {"quantize": {"a": {"metod": "rtn"}}}}, "unknown key 'stages.quantize.a.metod'; did you mean 'method'"),
         ({"stages": {"prune": {"p": {"finetune": {"step": 3}}}}}, "did you mean 'steps'"),
+        (
+            {"stages": {"compile": {"a": {"engine": "llama.cpp", "precision": "int8"}}}},
+            "llama.cpp is made by export, not by compile",
+        ),
+        ({"stages": {"export": {"a": {"engine": "nosuch", "precision": "int8"}}}}, "unknown engine 'nosuch'"),
+        ({"stages": {"export": {"a": {"precision": "int8"}}}}, "stages.export.a.engine: Field required"),
+        ({"stages": {"quantize": "rtn"}}, "stages.quantize: must have keys of its own, not be 'rtn'"),
+        ({"stages": {"quantize": {"a": "rtn"}}}, "stages.quantize.a: must have keys of its own (method, "),
+        ({"variants": "a"}, "variants: must be a list, such as [a, b], not 'a'"),
+        ({"workload": {"batch_sizes": True}}, "workload.batch_sizes: must be a list, such as [a, b], not True"),
         ({"checkpoint": {}}, "exactly one of 'source' and 'train'"),
         ({"objective": "fast"}, "objective: "),
         ({"stages": {"quantize": {"a": {}}, "prune": {"a": {}}}}, "recipe.yaml: the name 'a' stands twice"),
