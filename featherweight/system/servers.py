@@ -57,8 +57,11 @@ def start(command: list[str], log: Path, environment: dict[str, str], user: str 
         )
 
 
-def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float = 120) -> None:
-    """Wait until a server answers; raises ServiceError with the end of its log where it does not."""
+def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, timeout_s: float = 300) -> None:
+    """Wait until a server answers; raises ServiceError with the end of its log once it has ended, or has not answered for so long.
+
+    On a machine with much else to do Prefect's took more than 120 s.
+    """
     import httpx
 
     deadline = time.monotonic() + timeout_s
@@ -72,7 +75,8 @@ def await_url(url: str, process: subprocess.Popen[bytes], what: str, log: Path, 
                     break
             time.sleep(0.1)
     tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-    raise ServiceError(f"the {what} server did not start; see {log}{': ' + tail[0] if tail else ''}")
+    late = "" if process.poll() is not None else f" within {timeout_s:.0f} s"
+    raise ServiceError(f"the {what} server did not start{late}; see {log}{': ' + tail[0] if tail else ''}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
