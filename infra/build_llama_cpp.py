@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-PACKAGE, LIBRARY = "llama_cpp_native", "libllama.so"
+PACKAGE = "llama_cpp_native"
 SHOWN = 20
 """After so many of Ninja's steps a line is printed."""
 SETTINGS = {
@@ -66,10 +66,8 @@ def fetched(pip: Path, requirements: Path, folder: Path) -> tuple[str, Path]:
 
 def compiled(sources: Path, build: Path) -> list[Path]:
     """The shared libraries: llama.cpp's own and those of ggml that it loads."""
-    tools = {
-        name: shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        for name in ("cmake", "ninja")
-    }
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    tools = {name: shutil.which(name, path=places) for name in ("cmake", "ninja")}
     if missing := [name for name, found in tools.items() if found is None]:
         raise BuildFailure(f"{' and '.join(missing)} not found")
     given = [f"-D{name}={value}" for name, value in SETTINGS.items()]

@@ -16,12 +16,12 @@ from featherweight.model.architecture import GATED_DECODERS
 Shape = tuple[int, ...]
 IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+\.(?:weight|bias)|\w+_layernorm\.weight)$")
 BESIDE = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
-LAST = re.compile(r"^(?:module\.|base_model\.model\.)?(?:model\.)?norm\.weight$")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
 ROWS, NORM = "embed_tokens.weight", "norm.weight"
-USUAL = re.compile(r"(?:module\.|base_model\.model\.)?(?:model\.)?(?:layers|embed_tokens|norm|lm_head|rotary_emb)\.")
-"""What the names of a Llama's tensors begin with, those of a wrapped one and of its base model too."""
-USUAL_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)?(?:model\.)?")
+PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)?(?:model\.)?")
+"""What may stand before the names of a Llama's tensors, those of a wrapped one and of its base model too."""
+USUAL = re.compile(r"(?:layers|embed_tokens|norm|lm_head|rotary_emb)\.")
+"""What they begin with behind it."""
 WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -39,11 +39,13 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     if isinstance(pad, int) and not -config.vocab_size <= pad < config.vocab_size:
         raise CheckpointError(f"{where}/{CONFIG}: pad_token_id is {pad}, and {beyond_vocabulary(config.vocab_size)}")
     found: dict[int, set[str]] = {}
+    plain: set[str] = set()
     unknown = False
     for stored, shape in shapes.items():
-        name = WRAPPED.sub("", stored)
+        name = PREFIX.sub("", WRAPPED.sub("", stored))
+        plain.add(name)
         place = IN_LAYER.search(name)
-        asked = wanted.get(place[2] if place else ROWS if EMBEDDING.search(name) else NORM if LAST.search(name) else "")
+        asked = wanted.get(place[2] if place else ROWS if EMBEDDING.search(name) else NORM if name == NORM else "")
         if asked is not None and shape != asked:
             raise CheckpointError(
                 f"{where}: tensor {stored} has shape {list(shape)}, but {CONFIG} asks for {list(asked)}; "
@@ -54,7 +56,6 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
         unknown |= not USUAL.match(name) or (asked is None and not BESIDE.search(name))
     if found and not unknown:
         _require_layers(where, found, count)
-    plain = {USUAL_PREFIX.sub("", WRAPPED.sub("", name)) for name in shapes}
     whole = NORM in plain or not any("input_layernorm.weight" in names for names in found.values())
     return bool(found) and not unknown and len(plain) == len(shapes) and whole
 

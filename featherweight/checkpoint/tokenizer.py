@@ -73,11 +73,8 @@ def require_same_tokenizer(
     if isinstance(source, Path):
         if not has_tokenizer(Listing.of(source)):
             return
-        source = _loaded(source, trust_remote_code)
-    try:
-        copy = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each tokenizer family fails in its own way
-        raise CheckpointError(f"{called or folder}: the saved tokenizer does not load: {one_line(error)}") from error
+        source = _loaded(source, trust_remote_code, f"{source}: the tokenizer")
+    copy = _loaded(folder, trust_remote_code, f"{called or folder}: the saved tokenizer")
     for (what, wanted), (_, found) in zip(_behaviour(source), _behaviour(copy, source), strict=True):
         if wanted != found:
             raise CheckpointError(
@@ -87,11 +84,11 @@ def require_same_tokenizer(
             )
 
 
-def _loaded(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _loaded(folder: Path, trust_remote_code: bool, called: str) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each tokenizer family fails in its own way
-        raise CheckpointError(f"{folder}: the tokenizer does not load: {one_line(error)}") from error
+        raise CheckpointError(f"{called} does not load: {one_line(error)}") from error
 
 
 def _behaviour(tokenizer: Any, spelt: Any = None) -> Iterator[tuple[str, Any]]:

@@ -262,8 +262,8 @@ def _search_refusal(model: Candidate) -> str | None:
     each text, which is too few where several tokens end one. A padding token that is forbidden is one that nothing writes.
     """
     told = model.facts.generation
-    settings = GenerationSettings.of(told) if told is not None else GenerationSettings({})
-    if "num_beams" not in settings.values:
+    settings = GenerationSettings.of(told) if told is not None else None
+    if settings is None or "num_beams" not in settings.values:
         return None
     padding = [[getattr(told, "pad_token_id", None)]]
     found = sorted(name for name in FORBIDDING.intersection(settings.values) if settings.values[name] != padding)

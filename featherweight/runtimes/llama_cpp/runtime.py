@@ -136,8 +136,11 @@ class LlamaCpp(Runtime[LlamaCppSpec]):
         return library.missing()
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
+        more = [name for name in FASTER if name in machine.cpu_features]
+        if not more:  # most often, and the library need not be opened for it
+            return None
         compiled = library.built_with() if machine == describe() and library.file() else "AVX2"
-        unused = [name for name in FASTER if name in machine.cpu_features and name.upper() not in compiled.split(", ")]
+        unused = [name for name in more if name.upper() not in compiled.split(", ")]
         if not unused:
             return None
         reason = f"it is compiled with {compiled}, and this machine has {unused[0]} too"
