@@ -1,4 +1,4 @@
-"""What transformers makes of a folder's tokenizer, before any weight is read: that it loads, and which ids it gives.
+"""What transformers makes of a folder's tokenizer, before any weight is read: that it loads, which ids it gives, whether it chats.
 
 Added tokens come from four files and from a class of transformers', so that nothing but loading tells. That takes an import of
 transformers, for which another Python is asked, once for the same files; where torch is here already, this one is.
@@ -16,14 +16,15 @@ from featherweight.checkpoint import asking, inspection, tokenizer
 from featherweight.checkpoint.files import CONFIG, TOKENIZER_CONFIG, Listing, companions, read_json
 from featherweight.checkpoint.fit import beyond_embedding
 from featherweight.errors import CheckpointError
+from featherweight.model.facts import TokenizerFacts
 from featherweight.store.artifact import content_digest, file_sha256
 
 
-def tokenizer_lead(folder: Path, rows: int | None) -> tuple[int, ...] | None:
-    """The ids that the folder's tokenizer puts before every text; None where only running it tells.
+def tokenizer_facts(folder: Path, rows: int | None) -> TokenizerFacts | None:
+    """What the folder's tokenizer does; None of one that wants code of its own to run, of which loading tells.
 
     Raises CheckpointError for a tokenizer that does not load, or that has ids beyond an embedding of so many rows (None: not
-    known). One that wants code of its own to run is left for loading to tell.
+    known).
     """
     listing = Listing.of(folder)
     if TOKENIZER_CONFIG in listing.sizes and read_json(listing, TOKENIZER_CONFIG).get("auto_map"):
@@ -33,19 +34,21 @@ def tokenizer_lead(folder: Path, rows: int | None) -> tuple[int, ...] | None:
         raise CheckpointError(f"{folder}: {told['error']}")
     if rows is not None and told["ids"] > rows:
         raise CheckpointError(f"{folder}: {beyond_embedding(told['ids'] - 1, rows)}")
-    return None if told["lead"] is None else tuple(told["lead"])
+    lead = None if told["lead"] is None else tuple(told["lead"])
+    return TokenizerFacts(lead, told["end"], frozenset(told["special"]), told["chat"])
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """The same in this process: how many `ids` there are and the `lead`, or an `error`."""
+    """The same in this process, as JSON has it, and how many `ids` there are; or an `error`."""
     try:
         opened, ids = inspection.opened_tokenizer(folder)
     except CheckpointError as error:
         return {"error": str(error).removeprefix(f"{folder}: ")}
+    told = {"ids": ids, "end": opened.eos_token_id, "special": tokenizer.left_out(opened), "chat": tokenizer.chat_fault(opened)}
     try:
-        return {"ids": ids, "lead": tokenizer.framed(opened)[0]}
+        return told | {"lead": tokenizer.framed(opened)[0]}
     except Exception:  # each tokenizer family fails in its own way, and this one only where a text is cut
-        return {"ids": ids, "lead": None}
+        return told | {"lead": None}
 
 
 def _key(folder: Path, listing: Listing) -> str:

@@ -16,7 +16,7 @@ from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adap
 from featherweight.checkpoint.conversion import named
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.dry_run import require_loadable
-from featherweight.checkpoint.dry_tokenizer import tokenizer_lead
+from featherweight.checkpoint.dry_tokenizer import tokenizer_facts
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
     CONFIG,
@@ -46,7 +46,7 @@ from featherweight.checkpoint.quantized_formats import grid_told, method_of
 from featherweight.checkpoint.sanity import require_embedded, require_sane
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.grid import GRIDS, Grid
-from featherweight.model.facts import CheckpointFacts, Values
+from featherweight.model.facts import CheckpointFacts, TokenizerFacts, Values
 from featherweight.model.quantized_weights import DESCRIPTION
 from featherweight.model.sparsity import FILE as SPARSITY
 
@@ -69,11 +69,11 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
     require_adapters(spec)
     facts = facts_for_any_task(spec)
     require_task(spec.source, facts.config, spec.task)
-    return replace(facts, lead=_lead(spec, facts))
+    return replace(facts, opened=_opened(spec, facts))
 
 
-def _lead(spec: LoadSpec, facts: CheckpointFacts) -> tuple[int, ...] | None:
-    """What the tokenizer puts before every text, of a checkpoint that lies here; None of others.
+def _opened(spec: LoadSpec, facts: CheckpointFacts) -> TokenizerFacts | None:
+    """What the tokenizer does of a checkpoint that lies here; None of others.
 
     Raises CheckpointError for what the tokenizer is found to be only by loading it.
     """
@@ -83,16 +83,16 @@ def _lead(spec: LoadSpec, facts: CheckpointFacts) -> tuple[int, ...] | None:
     rows = getattr(facts.config.get_text_config(), "vocab_size", None)
     rows = rows if isinstance(rows, int) else None
     if has_adapter(seen, spec):
-        return _lead_of_adapted(seen, spec, facts, rows)
+        return _opened_of_adapted(seen, spec, facts, rows)
     with named(seen, spec.source):
-        return tokenizer_lead(seen, rows)
+        return tokenizer_facts(seen, rows)
 
 
-def _lead_of_adapted(adapter: Path, spec: LoadSpec, facts: CheckpointFacts, rows: int | None) -> tuple[int, ...] | None:
+def _opened_of_adapted(adapter: Path, spec: LoadSpec, facts: CheckpointFacts, rows: int | None) -> TokenizerFacts | None:
     """The same of the model that an adapter is merged into: by its own tokenizer where it has one, under the base's config."""
     base = _base_spec(adapter, spec)
     if not has_tokenizer(Listing.of(adapter)):
-        return _lead(base, facts)
+        return _opened(base, facts)
     seen = look_at(base)
     if not isinstance(seen, Path) or not (seen / CONFIG).is_file():
         return None
@@ -101,7 +101,7 @@ def _lead_of_adapted(adapter: Path, spec: LoadSpec, facts: CheckpointFacts, rows
             (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(place) / name).symlink_to((adapter / name).resolve())
         (Path(place) / CONFIG).symlink_to((seen / CONFIG).resolve())
-        return tokenizer_lead(Path(place), rows)
+        return tokenizer_facts(Path(place), rows)
 
 
 def facts_for_any_task(spec: LoadSpec) -> CheckpointFacts:

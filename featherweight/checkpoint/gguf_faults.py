@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from featherweight.checkpoint.gguf_header import ARCHITECTURE, GgufHeader
+from featherweight.checkpoint.gguf_header import ARCHITECTURE, MERGES, SCORES, TOKENS, TYPES, GgufHeader
 from featherweight.checkpoint.gguf_words import cuts_of
 from featherweight.errors import CheckpointError
 
@@ -57,6 +57,7 @@ def require_model(header: GgufHeader, where: str) -> None:
             f"{where} cuts texts into words as '{cut}' does ({WORDS}), which neither transformers nor anything here knows: "
             "it would read other tokens than it was trained on; give the folder that it was made from"
         )
+    _require_pieces(header, where)
     _require_blocks(header, where)
     _require_kinds(header, where)
     _require_gates(header, where)
@@ -66,6 +67,18 @@ def require_model(header: GgufHeader, where: str) -> None:
             f"{where}: {kinds[odd]} is of the type {header.tensors[kinds[odd]].type}, which gguf makes no floats of; "
             "quantize the model again, to another type, or give the folder that it was made from"
         )
+
+
+def _require_pieces(header: GgufHeader, where: str) -> None:
+    """Refuse a tokenizer that lacks a list of what it is built of, or whose lists are not of one length."""
+    pieces, wanted = header.count(TOKENS), MERGES if header.text(TOKENIZER) == BYTES else SCORES
+    if not pieces or header.count(wanted) is None:
+        raise CheckpointError(
+            f"{where} has no {wanted if pieces else TOKENS}, which its tokenizer is built of; convert the model again"
+        )
+    for name in (SCORES, TYPES):
+        if (count := header.count(name)) not in (None, pieces):
+            raise CheckpointError(f"{where}: its tokenizer has {pieces} tokens and {count} in {name}; convert the model again")
 
 
 def _require_blocks(header: GgufHeader, where: str) -> None:

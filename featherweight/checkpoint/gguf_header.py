@@ -20,8 +20,7 @@ _MAGIC = b"GGUF"
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
-TOKENS = "tokenizer.ggml.tokens"
-LISTS = (TOKENS, *(f"tokenizer.ggml.{name}" for name in ("scores", "token_type", "merges")))
+LISTS = TOKENS, SCORES, TYPES, MERGES = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 """What has an entry for each of a tokenizer's pieces."""
 
 
@@ -57,7 +56,11 @@ class GgufHeader:
     @property
     def pieces(self) -> int | None:
         """How many pieces its tokenizer has; None where it has no tokenizer."""
-        return int.from_bytes(self.settings[TOKENS][8:16], "little") if TOKENS in self.settings else None
+        return self.count(TOKENS)
+
+    def count(self, key: str) -> int | None:
+        """How many entries a setting has that is an array; None where it is not there, or something else."""
+        return int.from_bytes(self.settings[key][8:16], "little") if self._kind(key) == _ARRAY else None
 
     def text(self, key: str) -> str | None:
         """A setting that is text; None where it is not there, or something else."""

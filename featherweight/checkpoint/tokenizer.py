@@ -41,6 +41,27 @@ def framed(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[:lead], ids[len(ids) - tail :]
 
 
+def left_out(tokenizer: Any) -> list[int]:
+    """The ids that are left out of a text that is read back: special tokens, whatever part they play."""
+    return sorted({*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)})
+
+
+PLAIN = [{"role": role, "content": text} for role, text in (("user", "Hello"), ("assistant", "Yes?"), ("user", "Go on"))]
+"""A conversation as any is."""
+
+
+def chat_fault(tokenizer: Any) -> str | None:
+    """Why the chat template writes no plain conversation, in one line; None where it does, or there is none."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        for said in (PLAIN[:1], PLAIN):
+            tokenizer.apply_chat_template(said, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's own, and raises what it likes
+        return one_line(error)
+    return None
+
+
 def known_by_its_name(repository: str) -> bool:
     """Whether transformers reads the tokenizer of a repository of the hub by its tokenizer.json alone, whatever class it names.
 

@@ -282,20 +282,23 @@ def auto_names() -> Any:
 
 
 def class_by_type(config: PreTrainedConfig) -> str | None:
-    """What transformers opens a decoder with by its model type, where the config names no class that transformers has.
+    """What transformers opens a decoder with by its model type, where what the config names first is no class of that type, or is
+    the base model beside others.
 
-    None where it names one, where there is none for the type, and for what is no decoder: that is opened by its task.
+    None where it is one, where there is none for the type, and for what is no decoder: that is opened by its task.
     """
-    named = [kind for kind in getattr(config, "architectures", None) or [] if _has_class(kind)]
-    if named or family_of(config) != "causal":
+    first, *others = getattr(config, "architectures", None) or [""]
+    taken = first in _classes(config.model_type) and not (others and first == encoder_classes(config)[0])
+    if taken or family_of(config) != "causal":
         return None
     return auto_names().MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
-def _has_class(name: str) -> bool:
-    """Whether transformers has a model of that name."""
+def _classes(model_type: str) -> set[str]:
+    """Names of all of transformers' models of that type."""
     mappings = (made for kind, made in vars(auto_names()).items() if kind.endswith("_MAPPING_NAMES"))
-    return any(name == one or (isinstance(one, tuple | list) and name in one) for made in mappings for one in made.values())
+    found = [made.get(model_type) for made in mappings]
+    return {name for one in found if one for name in ([one] if isinstance(one, str) else one)}
 
 
 def _reads_both_ways(config: PreTrainedConfig) -> bool:

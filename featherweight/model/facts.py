@@ -74,14 +74,29 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class TokenizerFacts:
+    """What a checkpoint's tokenizer does, as opening it tells.
+
+    lead: the ids that it puts before every text, None where it does not tell. end: the token that it calls the end of a text, None
+    where it names none. special: the ids that it leaves out of a text that is read back. chat: why its chat template writes no
+    plain conversation, in one line; None where it does, or there is no template.
+    """
+
+    lead: tuple[int, ...] | None = None
+    end: int | None = None
+    special: frozenset[int] = frozenset()
+    chat: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointFacts:
     """A checkpoint, as far as it tells of itself without its weights.
 
     config: transformers' configuration, or `Values` of one. generation: its generation_config.json, likewise; None where unknown.
     shapes: of the stored tensors by name; None where only loading tells. quantized: how its weights are packed ('gptq', 'gguf').
     grids: of the stored matrices whose integers stay as they are. sparse: it has zeros that are to stay.
-    tokenizer: the class that its tokenizer_config.json names, None where it names none. lead: the ids that it puts before every
-    text, None where they are not known.
+    tokenizer: the class that its tokenizer_config.json names, None where it names none. opened: what opening it tells, None where
+    that is not known.
     sized: whether the sizes in `config` are those of the model; those of one that is still to be pruned are not known.
     """
 
@@ -94,7 +109,12 @@ class CheckpointFacts:
     sparse: bool = False
     sized: bool = True
     tokenizer: str | None = None
-    lead: tuple[int, ...] | None = None
+    opened: TokenizerFacts | None = None
+
+    @property
+    def lead(self) -> tuple[int, ...] | None:
+        """The ids that the tokenizer puts before every text, None where they are not known."""
+        return self.opened.lead if self.opened else None
 
     @property
     def task(self) -> Task:

@@ -46,6 +46,11 @@ class Facts:
             except (KnownAtLoad, ServiceError) as reason:
                 notes.append(f"{spec.source}: what it holds is known once it is loaded: {one_line(reason)}")
                 continue
+            if known.opened and known.opened.chat and known.task == "text-generation":
+                notes.append(
+                    f"{spec.source}: its chat template writes no conversation ({known.opened.chat}), so that prompts alone are "
+                    "answered; mend the template for more"
+                )
             if senses := known.other_senses:
                 notes.append(f"{spec.source}: its text alone is optimized, measured and served, without {' and '.join(senses)}")
         return cls(found, tuple(notes))

@@ -20,6 +20,8 @@ from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import load_pickle
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
+from featherweight.recipe.facts import Facts
+from featherweight.recipe.recipe import Recipe
 
 
 @pytest.fixture
@@ -107,12 +109,33 @@ def test_tokenizers(change: Callable[[Path], None], reason: str, folder: Path) -
     assert reason in told(folder)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template."),
+        ("{{ raise_exception('give a document') }}", "give a document"),
+        ("{% if messages|length > 1 %}{{ raise_exception('one question') }}{% endif %}{{ messages[0].content }}", "one question"),
+        ([{"name": "rag", "template": "{{ messages[0].content }}"}], "multiple chat templates with no default"),
+    ],
+)
+def test_a_chat_template_that_writes_no_conversation_is_told_in_the_plan(
+    template: object, reason: str | None, folder: Path
+) -> None:
+    """It was told by the first conversation that was served; prompts are answered whatever the template is."""
+    in_json("tokenizer_config.json", chat_template=template)(folder)
+    wanted = {"checkpoint": {"source": str(folder)}, "name": "try", "data": {"source": "text"}, "promote": {"model": "try"}}
+    (*notes,) = Facts.read(Recipe.model_validate(wanted)).notes
+    assert [reason in note for note in notes if reason] == ([True] if reason else [])
+    assert bool(notes) == bool(reason)
+
+
 def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder: Path) -> None:
     asked = (
-        "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import tokenizer_lead\n"
-        "assert tokenizer_lead(Path(sys.argv[1]), 320) == (int(sys.argv[2]),)\n"
+        "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import tokenizer_facts\n"
+        "assert tokenizer_facts(Path(sys.argv[1]), 320).lead == (int(sys.argv[2]),)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "tokenizer_lead(Path(sys.argv[1]), 319)"
+        "tokenizer_facts(Path(sys.argv[1]), 319)"
     )
     (lead,) = load_tokenizer(folder)("a")["input_ids"][:1]
     told = subprocess.run([sys.executable, "-c", asked, str(folder), str(lead)], capture_output=True, text=True, check=False)

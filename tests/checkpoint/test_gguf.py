@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -152,20 +153,48 @@ def where(matrix: str) -> str:
     return f"self_attn.{part}" if part in ("v_proj", "o_proj") else f"mlp.{part}"
 
 
-@pytest.mark.slow
 def text(value: str) -> bytes:
     """A setting as a file holds it."""
     return struct.pack("<IQ", 8, len(value)) + value.encode()
 
 
+def listed(*values: str) -> bytes:
+    """One that is a list of texts."""
+    return struct.pack("<IIQ", 9, 8, len(values)) + b"".join(text(value)[4:] for value in values)
+
+
+BYTES = {
+    "tokenizer.ggml.model": text("gpt2"),
+    "tokenizer.ggml.tokens": listed("a", "b", "ab"),
+    "tokenizer.ggml.merges": listed("a b"),
+}
+
+
 def test_blocks_that_are_not_counted_and_tokenizers_of_other_kinds_are_refused() -> None:
-    said = {"general.architecture": text("llama"), "tokenizer.ggml.model": text("gpt2")}
+    said = {"general.architecture": text("llama")} | BYTES
     tensors = {f"blk.{n}.ffn_up.weight": GgufTensor(0, (4,), 0, 16) for n in range(3)}
     require_model(GgufHeader(said | {"llama.block_count": struct.pack("<II", 4, 3)}, tensors), "m.gguf")
     with pytest.raises(CheckpointError, match=r"m\.gguf has the block 2, and llama\.block_count is 2; convert the model again"):
         require_model(GgufHeader(said | {"llama.block_count": struct.pack("<II", 4, 2)}, tensors), "m.gguf")
     with pytest.raises(CheckpointError, match=r"a tokenizer of the kind 'rwkv', and known are llama, gpt2;"):
         require_model(GgufHeader(said | {"tokenizer.ggml.model": text("rwkv")}, tensors), "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"tokenizer.ggml.merges": text("a b")}, "has no tokenizer.ggml.merges, which its tokenizer is built of"),
+        ({"tokenizer.ggml.tokens": listed()}, "has no tokenizer.ggml.tokens, which"),
+        ({"tokenizer.ggml.model": text("llama")}, "has no tokenizer.ggml.scores, which"),
+        ({"tokenizer.ggml.token_type": struct.pack("<IIQ2i", 9, 5, 2, 1, 1)}, "has 3 tokens and 2 in tokenizer.ggml.token_type"),
+    ],
+)
+def test_a_tokenizer_that_lacks_a_part_is_told_by_the_header(wrong: dict[str, bytes], reason: str) -> None:
+    """It was told at load, after a plan that promised to serve it."""
+    tensors = {"output_norm.weight": GgufTensor(0, (4,), 0, 16)}
+    require_model(GgufHeader(BYTES, tensors), "m.gguf")
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        require_model(GgufHeader(BYTES | wrong, tensors), "m.gguf")
 
 
 def test_an_architecture_that_transformers_names_and_cannot_read_is_refused() -> None:
@@ -177,7 +206,7 @@ def test_an_architecture_that_transformers_names_and_cannot_read_is_refused() ->
 
 def test_an_lfm2_tells_which_layers_convolve_and_gates_of_shared_experts_are_vectors() -> None:
     """transformers ended in "'int' object is not iterable", and in a shape that does not fit."""
-    said = {"general.architecture": text("lfm2"), "tokenizer.ggml.model": text("gpt2")}
+    said = {"general.architecture": text("lfm2")} | BYTES
     said |= {"lfm2.block_count": struct.pack("<II", 4, 2)}
     tensors = {"blk.0.ffn_up.weight": GgufTensor(0, (4,), 0, 16)}
     heads = {"lfm2.attention.head_count_kv": struct.pack("<IIQII", 9, 4, 2, 0, 8)}
@@ -195,7 +224,7 @@ def test_types_that_nothing_makes_floats_of_are_refused_by_their_tensor() -> Non
 
     assert [readable(kind) for kind in (Type.F32, Type.IQ1_M, Type.MXFP4, Type.Q8_1, Type.I16)] == [True, True, True, False, False]
     tensors = {"a.weight": GgufTensor(Type.F16, (4,), 0, 8), "b.weight": GgufTensor(Type.Q8_K, (256,), 8, 300)}
-    header = GgufHeader({"tokenizer.ggml.model": text("gpt2")}, tensors)
+    header = GgufHeader(BYTES, tensors)
     with pytest.raises(CheckpointError, match=r"m\.gguf: b\.weight is of the type Q8_K, which gguf makes no floats of"):
         require_model(header, "m.gguf")
 

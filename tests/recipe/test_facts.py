@@ -18,7 +18,7 @@ from featherweight.checkpoint.facts import facts_for_any_task
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError, RecipeError
 from featherweight.grid import GRIDS
-from featherweight.model.facts import CONV1D, CheckpointFacts, Values
+from featherweight.model.facts import CONV1D, CheckpointFacts, TokenizerFacts, Values
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.plan import expand
 from featherweight.recipe.recipe import Recipe
@@ -87,12 +87,12 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         (facts(generation={"num_beams": 1, "guidance_scale": 2.0}), {"engine": "ctranslate2"}, {}, "not follow guidance_scale"),
         (facts(generation={"guidance_scale": 2.0}), {"engine": "ctranslate2"}, {"prune": {"ratio": 0.5}}, "guidance_scale"),
         (
-            facts(generation={"repetition_penalty": 1.1}, lead=()),
+            facts(generation={"repetition_penalty": 1.1}, opened=TokenizerFacts(lead=())),
             {"engine": "ctranslate2"},
             {},
             "does not count a prompt's first token",
         ),
-        (facts(generation={"repetition_penalty": 1.1}, lead=(1,)), {"engine": "ctranslate2"}, {}, None),
+        (facts(generation={"repetition_penalty": 1.1}, opened=TokenizerFacts(lead=(1,))), {"engine": "ctranslate2"}, {}, None),
         (facts(generation={"repetition_penalty": 1.1}), {"engine": "ctranslate2"}, {}, None),
         (
             facts(generation={"num_beams": 4, "no_repeat_ngram_size": 3}),
@@ -110,6 +110,24 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         ),
         (facts(generation={"num_beams": 4, "no_repeat_ngram_size": 3}), {"engine": "torch"}, {}, None),
         (facts(GPT2), {"engine": "vllm", "compute_type": "int8"}, {}, "a gpt2's are Conv1D"),
+        (
+            facts(generation={"eos_token_id": 7}, opened=TokenizerFacts(end=2, special=frozenset({2, 7}))),
+            {"engine": "vllm"},
+            {},
+            "ends a text at the tokenizer's eos_token too (id 2), where transformers goes on",
+        ),
+        (
+            facts(generation={"eos_token_id": [2, 7]}, opened=TokenizerFacts(end=2, special=frozenset({2}))),
+            {"engine": "vllm"},
+            {},
+            "calls token 7, which eos_token_id names, no special one",
+        ),
+        (
+            facts({"head_dim": 32}, generation={"eos_token_id": 2}, opened=TokenizerFacts(end=2, special=frozenset({2}))),
+            {"engine": "vllm"},
+            {},
+            None,
+        ),
         (facts({"intermediate_size": 88}), {"engine": "vllm", "compute_type": "w4a16"}, {}, "has 88 columns, and int4-g32"),
         (facts(GPT2), {"engine": "torch"}, {"quantize": {"method": "gptq"}}, "those of a 'gpt2' model are Conv1D"),
         (facts(), {"engine": "torch"}, {"prune": {"method": "attention", "kv_heads": 3}}, "give one of 1, 2"),

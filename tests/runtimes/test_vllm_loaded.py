@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.model.facts import Values, describe
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Limits
 from featherweight.runtimes.vllm import server
+from featherweight.runtimes.vllm.ends import served_refusal, write_ends
 from featherweight.runtimes.vllm.loaded import said
 from featherweight.runtimes.vllm.server import _cache_bytes
 from featherweight.store.served_folder import Serving
@@ -35,8 +37,9 @@ def test_the_cache_has_room_for_the_batch_whatever_a_config_calls_its_heads(kind
     assert _cache_bytes(config, Limits(1, 256, 8)) == 2 * (8 * 2 + 2) * BLOCK * PAIR * 3 * heads * width
 
 
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | PENALTIES
+SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | PENALTIES
 
 
 @pytest.mark.parametrize(
@@ -47,12 +50,13 @@ SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 
         ({"do_sample": True}, SAMPLED),
         ({"do_sample": True, "temperature": 0.6, "top_k": 0}, SAMPLED | {"temperature": 0.6, "top_k": 0}),
         ({"repetition_penalty": 1.3}, GREEDY | {"repetition_penalty": 1.3}),
+        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, GREEDY),
     ],
 )
 def test_users_are_answered_greedily_where_transformers_would(
     asked: dict[str, Any], chosen: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own default is to sample, and at the temperature of a file that asks for no sampling."""
+    """vLLM's own default is to sample, at the temperature of a file that asks for no sampling; it takes penalties of its own."""
     monkeypatch.setattr(server, "program", lambda: ["vllm"])
     folder = serving_models.make("llama", tmp_path / "served", tokenizers.byte_level())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], **asked}))
@@ -68,6 +72,23 @@ def test_users_are_answered_greedily_where_transformers_would(
 def test_what_its_server_cannot_be_told_to_follow_is_refused(setting: dict[str, Any]) -> None:
     reason = GenerationSettings(setting).refusal(RUNTIMES["vllm"].loaded_model().follows, "vllm")
     assert reason and f"it does not follow {min(setting.keys() - {'do_sample'})}; take another engine" in reason
+
+
+def test_it_is_told_the_ends_of_a_checkpoint_and_not_those_that_a_class_assumes(tmp_path: Path) -> None:
+    """A LlamaConfig without an end has the token 2 for one, which vLLM's server takes where no generation_config.json says more."""
+    folder = serving_models.make("llama", tmp_path / "checkpoint", tokenizers.byte_level())
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("eos_token_id")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    assert "eos_token too (id 1)" in str(served_refusal(folder))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert served_refusal(folder) is None
+    (tmp_path / "out").mkdir()
+    write_ends(folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).get("eos_token_id") is None
 
 
 @pytest.mark.parametrize(("kind", "in_pytorch"), [("lfm2", True), ("lfm2_moe", True), ("llama", False)])

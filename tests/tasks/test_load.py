@@ -113,6 +113,19 @@ def test_a_folder_is_copied_and_only_what_is_needed(folder: Path, out: Path):
     assert not any((out / name).samefile(folder / name) for name in TAKEN), "what is written into one would reach the other"
 
 
+@pytest.mark.parametrize(
+    "kinds", [["MistralForCausalLM"], ["Qwen2ForCausalLM"], ["GPT2LMHeadModel"], ["LlamaModel", "LlamaForCausalLM"], ["LLaMA"]]
+)
+def test_a_decoder_is_what_its_model_type_says_whatever_else_is_named(kinds: list[str], folder: Path, out: Path) -> None:
+    """As AutoModelForCausalLM opens it; engines go by the name that is written."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": kinds}))
+    assert read_facts(spec(folder)).config.architectures == ["LlamaForCausalLM"]
+    load(spec(folder), out=out)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert same(folder, out)
+
+
 def test_symbolic_links_are_followed(folder: Path, out: Path):
     blob = folder.parent / "blob"
     (folder / WEIGHTS).rename(blob)

@@ -21,6 +21,8 @@ from featherweight.system.toolchains import python
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version")
 """Not /v1/models, which tells where the weights lie."""
+NOT_TRANSFORMERS = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""What vLLM takes from a generation_config.json, and transformers knows nothing of."""
 IN_PYTORCH = '{"custom_ops": ["-rotary_embedding"]}'
 """Rotary embeddings by vLLM's own lines of PyTorch, not by its kernel for CPUs."""
 
@@ -55,6 +57,7 @@ def sampling(settings: GenerationSettings) -> dict[str, Any]:
         "top_k": values.get("top_k", 50) if sampled else 0,
         "top_p": values.get("top_p", 1.0) if sampled else 1.0,
         "repetition_penalty": values.get("repetition_penalty", 1.0),
+        **NOT_TRANSFORMERS,
     }
 
 
