@@ -35,7 +35,7 @@ def tokenizer_facts(folder: Path, rows: int | None) -> TokenizerFacts | None:
     if rows is not None and told["ids"] > rows:
         raise CheckpointError(f"{folder}: {beyond_embedding(told['ids'] - 1, rows)}")
     lead = None if told["lead"] is None else tuple(told["lead"])
-    return TokenizerFacts(lead, told["end"], frozenset(told["special"]), told["chat"])
+    return TokenizerFacts(lead, told["chat"])
 
 
 def judged(folder: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def judged(folder: Path) -> dict[str, Any]:
         opened, ids = inspection.opened_tokenizer(folder)
     except CheckpointError as error:
         return {"error": str(error).removeprefix(f"{folder}: ")}
-    told = {"ids": ids, "end": opened.eos_token_id, "special": tokenizer.left_out(opened), "chat": tokenizer.chat_fault(opened)}
+    told = {"ids": ids, "chat": tokenizer.chat_fault(opened)}
     try:
         return told | {"lead": tokenizer.framed(opened)[0]}
     except Exception:  # each tokenizer family fails in its own way, and this one only where a text is cut

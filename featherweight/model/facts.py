@@ -77,14 +77,11 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 class TokenizerFacts:
     """What a checkpoint's tokenizer does, as opening it tells.
 
-    lead: the ids that it puts before every text, None where it does not tell. end: the token that it calls the end of a text, None
-    where it names none. special: the ids that it leaves out of a text that is read back. chat: why its chat template writes no
-    plain conversation, in one line; None where it does, or there is no template.
+    lead: the ids that it puts before every text, None where it does not tell. chat: why its chat template writes no plain
+    conversation, in one line; None where it does, or there is no template.
     """
 
     lead: tuple[int, ...] | None = None
-    end: int | None = None
-    special: frozenset[int] = frozenset()
     chat: str | None = None
 
 

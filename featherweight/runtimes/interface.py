@@ -61,13 +61,15 @@ class EngineServer:
     """An engine's own HTTP server on a Unix socket: how it is started, and what it is asked.
 
     environment: changes to ours. paths: what users may ask; the rest of what it answers is for who runs it. example: the path
-    and the JSON of a short request.
+    and the JSON of a short request. here_alone: why the engine by itself would answer otherwise,
+    elsewhere; None where it does not.
     """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
     paths: tuple[str, ...]
     example: tuple[str, Mapping[str, Any]]
+    here_alone: str | None = None
 
 
 class Runtime(ABC, Generic[SpecOf]):

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import RecipeError, StageError
 from featherweight.runtimes.catalog import RUNTIMES
 from featherweight.runtimes.generation_settings import EVERYTHING, FOLLOWED_BY_NONE, WITHOUT_EFFECT, GenerationSettings, processors
-from featherweight.runtimes.interface import Limits, LoadedModel
+from featherweight.runtimes.interface import EngineServer, Limits, LoadedModel
 from featherweight.runtimes.line import Ask, Schedule
 from featherweight.store.served_folder import Serving
 from featherweight.text.documents import Document, write_documents
 from tests.support import serving_models, tokenizers
 from tests.support.serving_models import serving_spec
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -305,6 +313,57 @@ class Heard(Schedule):
     def done(self, ask: Ask, tokens: list[int], at: float | None = None) -> None:
         super().done(ask, tokens, at)
         self.texts[ask] = tokens
+
+
+def healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def running(server: EngineServer, socket: Path) -> Iterator[httpx.Client]:
+    """vLLM's own server as it is started for users, but in half the time, for as long as the context lasts, and who asks it."""
+    program, script, *told = server.command
+    found = f"import sys; sys.path.insert(0, {str(Path(script).parent)!r}); "
+    command = [program, "-c", f"{found}import own_ends, start; start.import_once(); own_ends.main()", *told]
+    started = subprocess.Popen(command, env=os.environ | server.environment, start_new_session=True)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://it", timeout=60) as client:
+            until(lambda: healthy(client))
+            yield client
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+@pytest.mark.engine
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+def test_vllms_own_server_ends_texts_as_transformers_does(tmp_path: Path) -> None:
+    """It ended them at the tokenizer's end, which generation_config.json does not name here, and left plain ends out."""
+    from transformers import AutoModelForCausalLM
+
+    folder = serving_models.make("llama", tmp_path / "vllm", tokenizers.byte_level(), initializer_range=0.3, head_dim=32)
+    Serving("vllm", options={"dtype": "float32"}).write(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizers.byte_level()
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain[2][3])
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    ends = [plain[0][5], plain[1][9]]
+    asked = {"eos_token_id": ends, "presence_penalty": 1.5, "frequency_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    right = [tokenizer.decode(expected(model, prompt, ends), skip_special_tokens=True) for prompt in prompts]
+    made = RUNTIMES["vllm"].server(folder, "it", Limits(1, 64, 4), tmp_path / "socket")
+    assert made is not None and "ends a text at the tokenizer's eos_token too" in str(made.here_alone)
+    with running(made, tmp_path / "socket") as client:
+        body = {"model": "it", "prompt": prompts, "max_tokens": NEW}
+        choices = client.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+    assert [one["text"] for one in sorted(choices, key=lambda one: one["index"])] == right
 
 
 @pytest.mark.engine

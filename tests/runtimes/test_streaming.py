@@ -52,7 +52,7 @@ def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         shutil.copytree(tiny_checkpoint, root / kind, ignore=shutil.ignore_patterns("model.safetensors"))
         dtype = options.pop("dtype", torch.bfloat16)
         config = AutoConfig.for_model(
-            kind, vocab_size=320, max_position_embeddings=256, initializer_range=0.1, **{**SIZES, **options}
+            kind, vocab_size=320, max_position_embeddings=256, initializer_range=0.1, eos_token_id=1, **{**SIZES, **options}
         )
         with torch.random.fork_rng():
             torch.manual_seed(0)

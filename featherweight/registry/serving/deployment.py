@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featherweight.errors import RecipeError
 from featherweight.registry.lineage import read_graph
 from featherweight.registry.registry import Registry
 from featherweight.registry.serving.backend import server_of
@@ -68,9 +69,14 @@ class Deployment:
 
 
 def deployment_of(registry: Registry, copy: VerifiedCopy) -> Deployment:
-    """How a verified version is served, by the settings that it was measured with. Raises ToolchainError without its engine."""
+    """How a verified version is served, by the settings that it was measured with.
+
+    Raises ToolchainError without its engine, RecipeError for one that answers right from here alone.
+    """
     version, socket = copy.version, Path("socket")
     server = server_of(copy, socket)
+    if server.here_alone:
+        raise RecipeError(f"{version.model}/{version.version} cannot be deployed: {server.here_alone}; serve it so")
     words = [word.replace(str(copy.folder), PLACE) for word in server.command[1:]]
     at = words.index("--uds")
     graph = read_graph(registry, version)

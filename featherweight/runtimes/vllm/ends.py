@@ -6,31 +6,20 @@ from pathlib import Path
 
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.tokenizer import left_out, load_tokenizer
-from featherweight.model.facts import TokenizerFacts
 from featherweight.runtimes.generation_settings import GenerationSettings
 
-
-def ends_refusal(settings: GenerationSettings, opened: TokenizerFacts) -> str | None:
-    """Why its texts end elsewhere than transformers', or are cut by their end; None where they are the same."""
-    ends = settings.ends
-    if opened.end is not None and opened.end not in ends:
-        return (
-            f"vLLM's server ends a text at the tokenizer's eos_token too (id {opened.end}), where transformers goes on: "
-            f"{GENERATION} does not name it; name it there, or take another engine"
-        )
-    if plain := [end for end in ends if end not in opened.special]:
-        return (
-            f"vLLM's server leaves the end of a text out of its answer, and this tokenizer calls token {plain[0]}, which "
-            "eos_token_id names, no special one, so that transformers writes it; take another engine, or make it a special token"
-        )
-    return None
+STARTED_BY = Path(__file__).with_name("own_ends.py")
+"""What starts its server otherwise."""
 
 
-def served_refusal(checkpoint: Path) -> str | None:
-    """The same of a checkpoint folder."""
-    tokenizer = load_tokenizer(checkpoint)
-    opened = TokenizerFacts(end=tokenizer.eos_token_id, special=frozenset(left_out(tokenizer)))
-    return ends_refusal(GenerationSettings.read(checkpoint), opened)
+def other_ends(served: Path) -> str | None:
+    """What its texts end with otherwise than transformers' do, in a clause; None where they are the same."""
+    tokenizer, ends = load_tokenizer(served), GenerationSettings.read(served).ends
+    end: int | None = tokenizer.eos_token_id
+    if end is not None and end not in ends:
+        return f"ends a text at the tokenizer's eos_token too (id {end}), which {GENERATION} does not name"
+    plain = sorted(set(ends).difference(left_out(tokenizer)))
+    return f"leaves token {plain[0]} out of an answer, an end by {GENERATION} that is no special token" if plain else None
 
 
 def write_ends(checkpoint: Path, folder: Path) -> None:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from featherweight.errors import RecipeError
 from featherweight.grid import GRIDS
 from featherweight.model.facts import CONV1D
 from featherweight.model.parent import experts_refusal
 from featherweight.model.positions import head_width
 from featherweight.runtimes.bounds import APPROXIMATED, EXACT, FP8, INT8_ACTIVATIONS, Bound, loosest, sixteen_bits
-from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import EngineServer, Grids, Limits, Runtime
 from featherweight.runtimes.refusals import (
     compute_type_refusal,
@@ -23,7 +21,6 @@ from featherweight.runtimes.refusals import (
 )
 from featherweight.runtimes.spec import FLOATS, ComputeType, ExportSpec
 from featherweight.runtimes.vllm import capabilities, on_cpus, parallel
-from featherweight.runtimes.vllm.ends import ends_refusal
 from featherweight.runtimes.vllm.known import float_refusal, left_out_refusal, unknown_refusal
 from featherweight.runtimes.vllm.schemes import SCHEMES
 from featherweight.spec import HEADED, Task
@@ -73,11 +70,9 @@ class Vllm(Runtime[VllmSpec]):
     devices = (CPU, CUDA)
 
     def write(self, spec: VllmSpec, source: Source, out: Path) -> None:
-        from featherweight.runtimes.vllm.ends import served_refusal, write_ends
+        from featherweight.runtimes.vllm.ends import write_ends
         from featherweight.runtimes.vllm.write import write
 
-        if reason := served_refusal(source.checkpoint):
-            raise RecipeError(reason)
         write(spec, source, out)
         write_ends(source.checkpoint, out)
 
@@ -165,8 +160,6 @@ class Vllm(Runtime[VllmSpec]):
             return reason
         if reason := _gpu_refusal(spec, model) or (_rounded_refusal(spec, model) if spec.compute_type in SCHEMES else None):
             return reason
-        if reason := _ends_refusal(model):
-            return reason
         return on_cpus.refusal(model.config, spec.compute_type) if model.device == CPU else None
 
     def machine_note(self, machine: Machine) -> tuple[str, str] | None:
@@ -175,12 +168,6 @@ class Vllm(Runtime[VllmSpec]):
         if machine.architecture != "x86_64" or "avx512f" in machine.cpu_features or machine.gpus:
             return None
         return "no AVX-512: vLLM's 4-bit kernels are not in its build for this CPU", "take compute_type int8"
-
-
-def _ends_refusal(model: Candidate) -> str | None:
-    """How its server ends texts, in the plan, where that is known."""
-    told, opened = model.facts.generation, model.facts.opened
-    return None if told is None or opened is None else ends_refusal(GenerationSettings.of(told), opened)
 
 
 def _gpu_refusal(spec: VllmSpec, model: Candidate) -> str | None:

@@ -14,6 +14,7 @@ from featherweight.model.positions import head_width
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import EngineServer, Limits
 from featherweight.runtimes.vllm.capabilities import disabled_kernels
+from featherweight.runtimes.vllm.ends import STARTED_BY, other_ends
 from featherweight.runtimes.vllm.on_cpus import rotates_heads_apart, wants_bfloat16
 from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
@@ -32,13 +33,13 @@ def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> Engi
 
     vLLM takes the ends from them. What they do not say about sampling would be as OpenAI has it, temperature 1.
     """
-    serving, chosen = Serving.read(served), sampling(GenerationSettings.read(served))
+    serving, chosen, ends = Serving.read(served), sampling(GenerationSettings.read(served)), other_ends(served)
     told = ["--served-model-name", name, "--uds", str(socket)]
     # "auto" is the file beside the weights too; where it is named, its max_new_tokens bounds what requests may ask for.
     told += ["--generation-config", "auto", "--override-generation-config", json.dumps(chosen)]
     return EngineServer(
         command=(
-            *program(),
+            *(program() if ends is None else [str(python("vllm")), str(STARTED_BY)]),
             *arguments(served, served / serving.weights, serving.options, limits),
             *told,
             "--disable-uvicorn-access-log",
@@ -46,6 +47,7 @@ def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> Engi
         environment=environment(serving.options, limits.threads),
         paths=PATHS,
         example=("/v1/completions", {"model": name, "prompt": "The", "max_tokens": 4}),
+        here_alone=ends and f"vLLM's own server {ends}, where transformers does not: 'featherweight serve' has it follow",
     )
 
 
