@@ -334,6 +334,8 @@ def head_refusal(config: PreTrainedConfig) -> str | None:
         return f"its head ({kinds[0]}) answers for no task that is known here; known heads: {', '.join(_HEADS)}"
     if any(kind.endswith("EncoderModel") for kind in kinds) and not _reads_both_ways(config):
         return f"it is the encoder of an encoder-decoder alone ({kinds[0]}), which is not taken; give the whole model"
+    if kinds and family_of(config) == "causal" and len(LAYOUTS.get(config.model_type, ())) > 1:
+        return f"it is the decoder of an encoder-decoder alone ({kinds[0]}), which is not taken; give the whole model"
     labels = any(kind.endswith(tuple(_HEADS)[:2]) for kind in kinds)
     if labels and (reason := _by_decoder_refusal(config, kinds[0]) or _labels_refusal(config)):
         return reason

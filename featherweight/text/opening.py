@@ -122,6 +122,8 @@ def _encoding(name: str, head: bytes) -> str:
     if kinds:
         raise DataError(f"{name} is {kinds[0]}, not text; {_ADVICE}")
     marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
+    if marked is None and b"\x1b$" in head:
+        raise DataError(f"{name} is not UTF-8 text: it looks like ISO-2022, as Japanese mail is written in; {_ADVICE}")
     if marked is None and b"\0" in head:
         raise DataError(f"{name} is not text: {_with_nul(head)}; {_ADVICE}")
     return marked or "utf-8"

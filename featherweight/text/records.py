@@ -170,12 +170,24 @@ def _numbered(record: Record, key: str, items: list[Any]) -> Iterator[Record]:
 def _columns(record: Record, data: DataSpec) -> Iterable[Record]:
     """Columns by name, as pandas writes a table: each a list, or an object of values by row."""
     names = list(data.columns.values())
+    for option, name in data.columns.items():
+        _require_rows(record, option, name, _under(record.value, name))
     columns = [_cells(_under(record.value, name)) for name in names]
     lengths = {len(column) for column in columns}
     if len(lengths) > 1:
         raise DataError(f"{record.name} {record.where} has columns of different lengths: {listed(names)}")
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     return _numbered(record, data.field, rows)
+
+
+def _require_rows(record: Record, option: str, name: str, column: Any) -> None:
+    """Refuse an object whose keys number no rows: each language of a translation would be a text by itself."""
+    odd = next((key for key in column if not key.isdigit()), None) if isinstance(column, dict) else None
+    if odd is not None:
+        raise DataError(
+            f"{record.name} {record.where} holds an object under '{name}' (found: {listed(column)}); name one of its texts, such "
+            f"as data.{option}: {name}.{odd}"
+        )
 
 
 def _cells(column: Any) -> list[Any]:

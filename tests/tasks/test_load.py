@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -124,6 +125,18 @@ def test_a_decoder_is_what_its_model_type_says_whatever_else_is_named(kinds: lis
     load(spec(folder), out=out)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert same(folder, out)
+
+
+def test_the_decoder_alone_of_an_encoder_decoder_is_refused_in_the_plan(tmp_path: Path, out: Path) -> None:
+    """It ended in "BartDecoderWrapper has no attribute `encoder`" once its weights were copied."""
+    source = family_checkpoint("bart", tmp_path / "bart")
+    config = json.loads((source / "config.json").read_text())
+    alone = {"architectures": ["BartForCausalLM"], "is_encoder_decoder": False, "is_decoder": True}
+    (source / "config.json").write_text(json.dumps(config | alone))
+    reason = r"the decoder of an encoder-decoder alone \(BartForCausalLM\), which is not taken; give the whole model"
+    with pytest.raises(CheckpointError, match=reason):
+        read_facts(spec(source))
+    assert re.search(reason, refusal(source, out))
 
 
 def test_symbolic_links_are_followed(folder: Path, out: Path):

@@ -209,6 +209,16 @@ def archive(make: Callable[..., object]) -> bytes:
         ("a.txt", archive(tarfile.open), r"a.txt is a tar archive, not text"),
         ("a.txt", b"\x89PNG\r\n\x1a\n" + b"\0" * 9, r"a.txt is a PNG image, not text"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 9\n", r"'git lfs pull' puts the file, not"),
+        (
+            "a.txt",
+            "日本語の文".encode("iso2022_jp"),
+            r"a.txt is not UTF-8 text: it looks like ISO-2022, as Japanese mail is written in",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"text": {"en": "a", "de": "b"}}),
+            r"a.jsonl line 1 holds an object under 'text' \(found: de, en\); name .* as data.field: text.en",
+        ),
         ("a.txt", "prose".encode("utf-16-le"), r"a.txt is not text: it looks like UTF-16 without a byte order mark"),
         ("a.txt", b"some text\n" * 9 + bytes(range(40)), r"a.txt is not text: byte 90 is a NUL"),
         ("a.txt", b"some text\n" * 9000 + b"\0", r"a.txt is not text: line 9001 holds a NUL"),
