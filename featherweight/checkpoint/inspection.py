@@ -320,7 +320,9 @@ def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
 
 
 def opened_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, int]:
-    """The folder's tokenizer, and one more than its largest id. Raises CheckpointError where it does not load, or has none."""
+    """The folder's tokenizer, and one more than its largest id. Raises CheckpointError where it does not load, has none, or cuts no
+    text.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -331,6 +333,10 @@ def opened_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[
         raise CheckpointError(f"{folder}: the tokenizer does not load: {reason(error)}") from error
     if ids == 0:
         raise CheckpointError(f"{folder}: the tokenizer's vocabulary is empty; copy the tokenizer's files again")
+    try:
+        tokenizer("a")
+    except Exception as error:
+        raise CheckpointError(f"{folder}: the tokenizer loads, and cuts no text: {reason(error)}") from error
     return tokenizer, ids
 
 

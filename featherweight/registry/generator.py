@@ -110,10 +110,16 @@ class Generator(ServedEngine):
         if not isinstance(prompt, str):
             _require_messages(prompt)
         self._require_text(*([prompt] if isinstance(prompt, str) else _said(prompt)))
-        ids = list(self._tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else self._conversation(prompt)
+        ids = self._cut(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
         return ids
+
+    def _cut(self, prompt: str) -> list[int]:
+        try:
+            return list(self._tokenizer(prompt)["input_ids"])
+        except Exception as error:  # of a tokenizer without a token for what it does not know, say
+            raise DataError(f"the tokenizer does not cut this prompt: {one_line(error)}") from error
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         """As the checkpoint's chat template writes it, up to where the assistant begins; the template puts BOS where it belongs."""

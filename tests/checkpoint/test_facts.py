@@ -97,6 +97,7 @@ BEYOND = "the tokenizer has ids up to 320, but the embedding has only 320 rows"
         (in_json("added_tokens.json", **{"<image>": 320}), BEYOND),
         (in_json("tokenizer_config.json", tokenizer_class="T5Tokenizer"), "the tokenizer does not load: "),
         (in_json("tokenizer.json", pre_tokenizer={"type": "Martian"}), "the tokenizer does not load: "),
+        (in_json("tokenizer_config.json", model_max_length="512"), "the tokenizer loads, and cuts no text: '>' not supported"),
         (
             dropping,
             'tokenizer.json: its BPE has a dropout of 0.1, by which it cuts a text otherwise each time; write "dropout": null',

@@ -100,10 +100,18 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it(served: Path, gene
     ]
 
 
+def _lacking(prompt: str) -> Any:
+    """As a tokenizer without a token for what it does not know."""
+    raise ValueError("Missing [UNK] token from the vocabulary")
+
+
 def test_what_is_no_prompt_is_refused_in_one_line(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (3, [], [{"role": "user"}], ["text"], None, "half \ud83d", [{"role": "user", "content": "\ud83d"}]):
         with pytest.raises(DataError, match=r"a prompt is a text, or a conversation|half of a surrogate pair"):
             generator([wrong])  # type: ignore[list-item]
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="the tokenizer does not cut this prompt: Missing"):
+        patch.setattr(generator, "_tokenizer", _lacking)
+        generator(["a"])
     monkeypatch.setattr(generator._tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="no chat template"):
         generator([TALK])
