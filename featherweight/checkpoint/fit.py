@@ -55,7 +55,7 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
             found.setdefault(int(place[1]), set()).add(place[2])
         unknown |= not USUAL.match(name) or (asked is None and not BESIDE.search(name))
     if found and not unknown:
-        _require_layers(where, found, count)
+        _require_layers(where, found, count, {name for name in wanted if name.endswith("bias")})
     whole = NORM in plain or not any("input_layernorm.weight" in names for names in found.values())
     return bool(found) and not unknown and len(plain) == len(shapes) and whole
 
@@ -73,9 +73,10 @@ def beyond_embedding(most: int, rows: int) -> str:
     )
 
 
-def _require_layers(where: str, found: Mapping[int, set[str]], count: int) -> None:
-    """What is there of one layer is there of all."""
+def _require_layers(where: str, found: Mapping[int, set[str]], count: int, biases: set[str]) -> None:
+    """What is there of one layer is there of all, and the biases of its matrices."""
     wanted = set[str]().union(*found.values())
+    wanted |= {name for name in biases if f"{name[:-4]}weight" in wanted}
     beyond = max(found)
     if beyond >= count:
         raise CheckpointError(
@@ -95,7 +96,10 @@ def _asked(config: Any) -> dict[str, Shape]:
     if config.model_type not in GATED_DECODERS or not all(type(size) is int and size > 0 for size in sizes):
         return {}
     hidden, inner, vocabulary, _, heads, pairs = sizes
-    width = getattr(config, "head_dim", None) or hidden // heads
+    told = getattr(config, "head_dim", None)
+    if told is not None and (type(told) is not int or told <= 0):
+        return {}
+    width = told or hidden // heads
     asked: dict[str, Shape] = {ROWS: (vocabulary, hidden), NORM: (hidden,)}
     asked |= {f"self_attn.{name}_proj.weight": (pairs * width, hidden) for name in ("k", "v")}
     asked |= {"self_attn.q_proj.weight": (heads * width, hidden), "self_attn.o_proj.weight": (hidden, heads * width)}
