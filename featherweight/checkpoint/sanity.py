@@ -31,6 +31,7 @@ ROTARY = (
 """What rotary embeddings are divided by, or multiplied with."""
 TOKENIZER = "tokenizer.json"
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
+_HEADS = re.compile(r"(num_|n_)?(\w+_)?heads?")
 _TOKENS = re.compile(r"\w+_token_id")
 _APART = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_[AB])|base_layer|modules_to_save)\.")
 """What peft calls the parts of a layer whose adapter is not merged."""
@@ -114,6 +115,8 @@ def _require_usual(listing: Listing, told: Mapping[str, Any]) -> None:
 def _require_number(where: str, key: str, number: float, tensors: int | None) -> None:
     if number != number:
         raise CheckpointError(f"{where}: {key} is NaN; copy it again")
+    if _HEADS.fullmatch(key) and number < 0:
+        raise CheckpointError(f"{where}: {key} is {number:.0f}; no model has fewer than none")
     if tensors is not None and _LAYERS.fullmatch(key) and number > tensors:
         raise CheckpointError(f"{where}: {key} is {number:.0f}, but the files hold {tensors} tensors; they do not belong together")
     if number > (LARGEST_ID if _TOKENS.fullmatch(key) else LARGEST):

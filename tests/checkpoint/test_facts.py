@@ -147,6 +147,7 @@ def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder
     ("change", "reason"),
     [
         (configured(attention_bias=True), "tensor self_attn.k_proj.bias of layer 0 is missing (and 3 more of this layer)"),
+        (configured(model_type="gpt2", n_head=-1), "n_head is -1; no model has fewer than none"),
         (configured(head_dim=0), "describes no model that transformers can build: 0.0 cannot be raised to a negative power"),
         (configured(model_type="llamas"), "knows no model type 'llamas'; did you mean 'llama'?"),
         (configured(model_type="clip", architectures=["CLIPModel"]), "a clip model (CLIPModel) is none that transformers reads"),
