@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "variants": [{"prune": ["none", "short"], "serve": "plain"}, {"quantize": "clip8", "serve": ["plain", "ct2-int8"]}],
     "workload": {"prompt_tokens": 8, "new_tokens": 4, "batch_sizes": [1], "rounds": 2, "windows": 4, "window_tokens": 32},
     "constraints": {"max_quality_loss": 5.0},
-    "objective": "size",
+    "objective": "quality",
     "promote": {"model": "outside", "stage": "none"},
 }
 
@@ -77,13 +77,9 @@ def test_what_is_from_outside_is_planned_checked_measured_cached_reported_and_re
     row = rows["plain"]
     assert row["metrics"]["parity"] < 2e-5 and abs(row["metrics"]["quality_change"]) < 1e-2
     assert row["metrics"]["tokens_per_s_1"] > 0 and row["metrics"]["peak_memory_bytes"] > 1e8
+    assert next(row["engine"] for row in rows.values() if row["status"] == "winner") == "plain"
     assert rows["clip8/plain"]["reason"] == "clip-int8 + plain: plain computes in float32 and has no kernel for int8"
     assert "clip8/ct2-int8" in (work / "report.html").read_text()
-    only = "variants=[{prune: [none, short], serve: plain}]"
-    again = json.loads(featherweight("optimize", "recipe.yaml", "--json", "--set", only, cwd=work).stdout)
-    made = {node["id"] for node in again["nodes"] if node["status"] == "done"}
-    assert made == {"decide", "register", "promote"}, "there are fewer to choose from; all else is cached"
-    assert next(row["engine"] for row in again["variants"] if row["status"] == "winner") == "plain"
     written = [path.read_text().splitlines() for path in (work / ".featherweight").rglob("requirements.txt")]
     assert any("outside-runtime==1.0" in lines for lines in written)
     path = work / "site" / "outside_quantizer.py"

@@ -64,10 +64,16 @@ def key(name: str) -> str:
     return stage_named(stage_of(spec)).key(node(spec), {})
 
 
+@cache
+def unedited() -> dict[str, str]:
+    """The keys of all methods; every test begins with the same tree."""
+    return {name: key(name) for name in METHODS}
+
+
 def changed_by(tree: Path, file: str, old: str, new: str) -> set[str]:
     """Names of the methods whose keys an edit changes."""
     path = tree / file
-    before, text = {name: key(name) for name in METHODS}, path.read_text()
+    before, text = unedited(), path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
     forget()
