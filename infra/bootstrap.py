@@ -321,10 +321,10 @@ def set_up_one(name: str, retry: bool) -> int:
 
 
 def warn(environment: Environment, error: str) -> None:
-    say(f"WARNING: toolchain {environment.name} could not be installed; its variants will be skipped.")
+    say(f"WARNING: toolchain {environment.name} could not be installed; what it would serve is left out, or served without it.")
     say(f"  {error}")
     again = "make setup" if environment.name == "vllm" else f"featherweight doctor --install {environment.name}"
-    say(f"  `{again}` tries again; everything else works without it.")
+    say(f"  `{again}` tries again; all else works.")
 
 
 def main() -> int:

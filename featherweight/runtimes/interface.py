@@ -61,8 +61,8 @@ class EngineServer:
     """An engine's own HTTP server on a Unix socket: how it is started, and what it is asked.
 
     environment: changes to ours. paths: what users may ask; the rest of what it answers is for who runs it. example: the path
-    and the JSON of a short request. here_alone: why the engine by itself would answer otherwise,
-    elsewhere; None where it does not.
+    and the JSON of a short request. here_alone: why the engine by itself, elsewhere, would answer otherwise; None where it
+    would not.
     """
 
     command: tuple[str, ...]
