@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 from featherweight.errors import GateError, IntegrityError, RecipeError
 from featherweight.registry.keys import Keys
 from featherweight.registry.model_folder import SERVED
-from featherweight.registry.serving import manifests
+from featherweight.registry.serving import deployment, manifests
 from featherweight.registry.serving.deployment import Deployment, start_script
 from featherweight.registry.serving.oci import BUNDLE, TITLE
 from featherweight.store import artifact
@@ -93,6 +93,16 @@ def test_a_folder_holds_verified_files_and_starts_as_it_was_measured(desk: Bench
     assert started(out).returncode == 0
     with pytest.raises(RecipeError, match="is there already"):
         written(desk, "folder")
+
+
+def test_what_answers_right_from_here_alone_is_not_deployed(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a champion on vLLM whose texts its own server would end elsewhere."""
+    register(desk, "one")
+    known = deployment.server_of
+    monkeypatch.setattr(deployment, "server_of", lambda *told: replace(known(*told), here_alone="it would end texts early"))
+    with pytest.raises(RecipeError, match=f"{MODEL}/1 cannot be deployed: it would end texts early; serve it so"):
+        written(desk, "folder")
+    assert not (desk.root / "out" / "folder").exists()
 
 
 def test_what_was_altered_or_does_not_exist_is_not_deployed(desk: Bench) -> None:
