@@ -37,6 +37,8 @@ SPEC, INT8 = serving_spec(engine="torchscript"), serving_spec(engine="torchscrip
         (SPEC, {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, "depend on the length (dynamic)"),
         (INT8, {"model_type": "squeezebert"}, "the blocks of a squeezebert model have layers of their own"),
         (SPEC, {"model_type": "squeezebert"}, None),
+        (SPEC, {"model_type": "longformer"}, "cannot trace a longformer model: its Python decides by the text"),
+        (SPEC, {"model_type": "yoso"}, "cannot trace a yoso model: it has operations that no trace holds; take another engine"),
     ],
 )
 def test_models_that_no_trace_holds_are_refused(spec: Any, told: dict[str, Any], reason: str | None) -> None:

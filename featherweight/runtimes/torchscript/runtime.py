@@ -105,10 +105,27 @@ class TorchScript(Runtime[TorchScriptSpec]):
             or other_layers_refusal(self.name, config)
             or own_attention_refusal(self.name, config)
             or rotary_length_refusal(self.name, config)
+            or _trace_refusal(config)
         )
         if spec.precision == "float32":
             return reason
         return reason or _layers_refusal(model) or experts_refusal(model.facts)
+
+
+UNTRACED = {
+    **dict.fromkeys(
+        ("big_bird", "dbrx", "jetmoe", "longcat_flash", "longformer", "tapas"),
+        "its Python decides by the text, which a trace would freeze",
+    ),
+    **dict.fromkeys(("funnel", "reformer", "yoso"), "it has operations that no trace holds"),
+    "blt": "it asks a cache for more than keys and values",
+}
+"""By model type: why no trace is right for every text, as the conformance matrix found it."""
+
+
+def _trace_refusal(config: PreTrainedConfig) -> str | None:
+    reason = UNTRACED.get(config.model_type)
+    return reason and f"torchscript cannot trace a {config.model_type} model: {reason}; take another engine"
 
 
 def _layers_refusal(model: Candidate) -> str | None:
