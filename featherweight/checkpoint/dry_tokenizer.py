@@ -47,7 +47,7 @@ def judged(folder: Path) -> dict[str, Any]:
     told = {"ids": ids, "chat": tokenizer.chat_fault(opened)}
     try:
         return told | {"lead": tokenizer.framed(opened)[0]}
-    except Exception:  # each tokenizer family fails in its own way, and this one only where a text is cut
+    except Exception:  # one that cuts texts, and does not tell what of them it has added
         return told | {"lead": None}
 
 

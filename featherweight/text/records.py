@@ -170,9 +170,7 @@ def _numbered(record: Record, key: str, items: list[Any]) -> Iterator[Record]:
 def _columns(record: Record, data: DataSpec) -> Iterable[Record]:
     """Columns by name, as pandas writes a table: each a list, or an object of values by row."""
     names = list(data.columns.values())
-    for option, name in data.columns.items():
-        _require_rows(record, option, name, _under(record.value, name))
-    columns = [_cells(_under(record.value, name)) for name in names]
+    columns = [_cells(record, option, name) for option, name in data.columns.items()]
     lengths = {len(column) for column in columns}
     if len(lengths) > 1:
         raise DataError(f"{record.name} {record.where} has columns of different lengths: {listed(names)}")
@@ -180,18 +178,18 @@ def _columns(record: Record, data: DataSpec) -> Iterable[Record]:
     return _numbered(record, data.field, rows)
 
 
-def _require_rows(record: Record, option: str, name: str, column: Any) -> None:
-    """Refuse an object whose keys number no rows: each language of a translation would be a text by itself."""
-    odd = next((key for key in column if not key.isdigit()), None) if isinstance(column, dict) else None
+def _cells(record: Record, option: str, name: str) -> list[Any]:
+    """Those of a column. An object whose keys number no rows is refused: each language of a translation would be its own text."""
+    column = _under(record.value, name)
+    if not isinstance(column, dict):
+        return column if isinstance(column, list) else []
+    odd = next((key for key in column if not key.isdigit()), None)
     if odd is not None:
         raise DataError(
             f"{record.name} {record.where} holds an object under '{name}' (found: {listed(column)}); name one of its texts, such "
             f"as data.{option}: {name}.{odd}"
         )
-
-
-def _cells(column: Any) -> list[Any]:
-    return list(column.values()) if isinstance(column, dict) else column if isinstance(column, list) else []
+    return list(column.values())
 
 
 class _Repeated(ValueError):

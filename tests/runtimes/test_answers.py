@@ -315,6 +315,21 @@ class Heard(Schedule):
         self.texts[ask] = tokens
 
 
+on_vllm = pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+
+
+def for_vllm(place: Path) -> tuple[Path, Any, list[list[int]], list[list[int]]]:
+    """A folder that vLLM serves, its model in PyTorch, prompts, and what the model writes behind each where no token is an end."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tokenizers.byte_level()
+    folder = serving_models.make("llama", place / "vllm", tokenizer, initializer_range=0.3, head_dim=32)
+    Serving("vllm", options={"dtype": "float32"}).write(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    return folder, model, prompts, [written(model, prompt, eos_token_id=None) for prompt in prompts]
+
+
 def healthy(client: httpx.Client) -> bool:
     try:
         return client.get("/health").is_success
@@ -341,16 +356,11 @@ def running(server: EngineServer, socket: Path) -> Iterator[httpx.Client]:
 @pytest.mark.engine
 @pytest.mark.server
 @pytest.mark.slow
-@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+@on_vllm
 def test_vllms_own_server_ends_texts_as_transformers_does(tmp_path: Path) -> None:
     """It ended them at the tokenizer's end, which generation_config.json does not name here, and left plain ends out."""
-    from transformers import AutoModelForCausalLM
-
-    folder = serving_models.make("llama", tmp_path / "vllm", tokenizers.byte_level(), initializer_range=0.3, head_dim=32)
-    Serving("vllm", options={"dtype": "float32"}).write(folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizers.byte_level()
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
+    folder, model, prompts, plain = for_vllm(tmp_path)
+    tokenizer = tokenizers.byte_level()
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain[2][3])
     tokenizer.save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
@@ -368,17 +378,11 @@ def test_vllms_own_server_ends_texts_as_transformers_does(tmp_path: Path) -> Non
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.skipif(RUNTIMES["vllm"].missing() is not None, reason="the vLLM toolchain is not installed: run 'make setup'")
+@on_vllm
 def test_vllm_answers_as_transformers_does(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = serving_models.make("llama", tmp_path / "vllm", tokenizers.byte_level(), initializer_range=0.3, head_dim=32)
-    Serving("vllm", options={"dtype": "float32"}).write(folder)
+    folder, model, prompts, plain = for_vllm(tmp_path)
     asked = {"repetition_penalty": 9.0}  # of the server, which would follow it in a measurement too
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizers.byte_level()
     (folder / "generation_config.json").write_text(json.dumps(asked))
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    plain = [written(model, prompt, eos_token_id=None) for prompt in prompts]
     ends, engine = [plain[0][5], plain[1][9]], RUNTIMES["vllm"].loaded_model()(folder, Serving.read(folder), Limits(1, 64, 4))
     try:
         for options in ({}, {"repetition_penalty": 1.3}, {"do_sample": True, "top_k": 1}):

@@ -11,6 +11,7 @@ from featherweight.model.parent import experts_refusal
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, INT8_ACTIVATIONS, Bound
 from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.known_models import Otherwise, otherwise_refusal
 from featherweight.runtimes.refusals import (
     both_stacks_refusal,
     float_of_rounded_refusal,
@@ -105,27 +106,31 @@ class TorchScript(Runtime[TorchScriptSpec]):
             or other_layers_refusal(self.name, config)
             or own_attention_refusal(self.name, config)
             or rotary_length_refusal(self.name, config)
-            or _trace_refusal(config)
+            or otherwise_refusal(KNOWN, config.model_type, config)
         )
         if spec.precision == "float32":
             return reason
         return reason or _layers_refusal(model) or experts_refusal(model.facts)
 
 
-UNTRACED = {
-    **dict.fromkeys(
-        ("big_bird", "dbrx", "jetmoe", "longcat_flash", "longformer", "tapas"),
-        "its Python decides by the text, which a trace would freeze",
+_UNTRACED = {
+    "its Python decides by the text, which a trace would freeze": (
+        "big_bird",
+        "dbrx",
+        "jetmoe",
+        "longcat_flash",
+        "longformer",
+        "tapas",
     ),
-    **dict.fromkeys(("funnel", "reformer", "yoso"), "it has operations that no trace holds"),
-    "blt": "it asks a cache for more than keys and values",
+    "it has operations that no trace holds": ("funnel", "reformer", "yoso"),
+    "it asks a cache for more than keys and values": ("blt",),
 }
-"""By model type: why no trace is right for every text, as the conformance matrix found it."""
-
-
-def _trace_refusal(config: PreTrainedConfig) -> str | None:
-    reason = UNTRACED.get(config.model_type)
-    return reason and f"torchscript cannot trace a {config.model_type} model: {reason}; take another engine"
+"""Why no trace is right for every text of these model types, as the conformance matrix found it."""
+KNOWN = {
+    kind: Otherwise(f"torchscript cannot trace a {{kind}} model: {why}; take another engine")
+    for why, kinds in _UNTRACED.items()
+    for kind in kinds
+}
 
 
 def _layers_refusal(model: Candidate) -> str | None:

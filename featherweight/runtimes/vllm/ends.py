@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from featherweight.checkpoint.opening import GENERATION, generation_config
 from featherweight.checkpoint.tokenizer import left_out, load_tokenizer
-from featherweight.runtimes.generation_settings import GenerationSettings
 
 STARTED_BY = Path(__file__).with_name("own_ends.py")
 """What starts its server otherwise."""
 
 
-def other_ends(served: Path) -> str | None:
-    """What its texts end with otherwise than transformers' do, in a clause; None where they are the same."""
-    tokenizer, ends = load_tokenizer(served), GenerationSettings.read(served).ends
+def other_ends(served: Path, ends: Iterable[int]) -> str | None:
+    """What its texts end with otherwise than transformers' do, which end at `ends`, in a clause; None where they are the same."""
+    tokenizer = load_tokenizer(served)
     end: int | None = tokenizer.eos_token_id
     if end is not None and end not in ends:
         return f"ends a text at the tokenizer's eos_token too (id {end}), which {GENERATION} does not name"

@@ -33,10 +33,11 @@ def engine_server(served: Path, name: str, limits: Limits, socket: Path) -> Engi
 
     vLLM takes the ends from them. What they do not say about sampling would be as OpenAI has it, temperature 1.
     """
-    serving, chosen, ends = Serving.read(served), sampling(GenerationSettings.read(served)), other_ends(served)
+    serving, settings = Serving.read(served), GenerationSettings.read(served)
+    ends = other_ends(served, settings.ends)
     told = ["--served-model-name", name, "--uds", str(socket)]
     # "auto" is the file beside the weights too; where it is named, its max_new_tokens bounds what requests may ask for.
-    told += ["--generation-config", "auto", "--override-generation-config", json.dumps(chosen)]
+    told += ["--generation-config", "auto", "--override-generation-config", json.dumps(sampling(settings))]
     return EngineServer(
         command=(
             *(program() if ends is None else [str(python("vllm")), str(STARTED_BY)]),
