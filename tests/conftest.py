@@ -80,6 +80,14 @@ def pytest_collection() -> Iterator[None]:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_looked_through_twice() -> Iterator[None]:
+    """What outlives a test file are mostly modules: libraries run full collections, and each would look through all of them."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever asks for a fixture that starts a server is marked as its user; who needs a GPU is skipped without one."""
     for item in items:
