@@ -56,7 +56,8 @@ def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
         unknown |= not USUAL.match(name) or (asked is None and not BESIDE.search(name))
     if found and not unknown:
         _require_layers(where, found, count, {name for name in wanted if name.endswith("bias")})
-    whole = NORM in plain or not any("input_layernorm.weight" in names for names in found.values())
+    there = set[str]().union(plain, *found.values())
+    whole = all(name in there for name in wanted if name.endswith("weight"))  # of another kind, or nowhere at all: dry_run tells
     return bool(found) and not unknown and len(plain) == len(shapes) and whole
 
 

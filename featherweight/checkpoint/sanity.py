@@ -33,6 +33,7 @@ TOKENIZER = "tokenizer.json"
 _LAYERS = re.compile(r"(?!max_window_)(num_|n_)?(\w+_)?layers?")
 _HEADS = re.compile(r"(num_|n_)?(\w+_)?heads?")
 _TOKENS = re.compile(r"\w+_token_id")
+_SHARES = re.compile(r"(\w+_)?(dropout|pdrop|layerdrop)(_prob|_rate|_p)?")
 _APART = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_[AB])|base_layer|modules_to_save)\.")
 """What peft calls the parts of a layer whose adapter is not merged."""
 
@@ -117,9 +118,11 @@ def _require_number(where: str, key: str, number: float, tensors: int | None) ->
         raise CheckpointError(f"{where}: {key} is NaN; copy it again")
     if _HEADS.fullmatch(key) and number < 0:
         raise CheckpointError(f"{where}: {key} is {number:.0f}; no model has fewer than none")
+    if _SHARES.fullmatch(key) and not 0 <= number <= 1:
+        raise CheckpointError(f"{where}: {key} is {number:g}, and must be from 0 to 1")
     if tensors is not None and _LAYERS.fullmatch(key) and number > tensors:
         raise CheckpointError(f"{where}: {key} is {number:.0f}, but the files hold {tensors} tensors; they do not belong together")
-    if number > (LARGEST_ID if _TOKENS.fullmatch(key) else LARGEST):
+    if isinstance(number, int) and number > (LARGEST_ID if _TOKENS.fullmatch(key) else LARGEST):
         raise CheckpointError(f"{where}: {key} is {number:.0f}; no model has so many")
 
 
@@ -158,10 +161,10 @@ def _narrow(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
-    """Every integer of a JSON tree, and what is no number, with the key that it stands under."""
+    """Every number of a JSON tree, and what is none (NaN), with the key that it stands under."""
     if depth > DEEPEST:
         raise CheckpointError(f"{CONFIG} is nested more than {DEEPEST} deep; is it a transformers checkpoint?")
-    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value != value):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
     elif isinstance(value, dict):
         for name, one in value.items():

@@ -44,6 +44,16 @@ def configured(**entries: object) -> Callable[[Path], None]:
     return change
 
 
+def without(part: str) -> Callable[[Path], None]:
+    """No layer has a tensor of that name."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        save_file({name: tensor for name, tensor in tensors.items() if part not in name}, folder / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
 def renamed(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / WEIGHTS).rename(folder / name)
@@ -148,6 +158,10 @@ def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder
     [
         (configured(attention_bias=True), "tensor self_attn.k_proj.bias of layer 0 is missing (and 3 more of this layer)"),
         (configured(model_type="gpt2", n_head=-1), "n_head is -1; no model has fewer than none"),
+        (configured(attention_dropout=1.5), "attention_dropout is 1.5, and must be from 0 to 1"),
+        (configured(model_type="t5", dropout_rate=-0.1), "dropout_rate is -0.1, and must be from 0 to 1"),
+        (without("up_proj"), "tensor model.layers.0.mlp.up_proj.weight of LlamaForCausalLM is missing (and 1 more); copy it again"),
+        (without("input_layernorm"), "tensor model.layers.0.input_layernorm.weight of LlamaForCausalLM is missing (and 1 more)"),
         (configured(head_dim=0), "describes no model that transformers can build: 0.0 cannot be raised to a negative power"),
         (configured(model_type="llamas"), "knows no model type 'llamas'; did you mean 'llama'?"),
         (configured(model_type="clip", architectures=["CLIPModel"]), "a clip model (CLIPModel) is none that transformers reads"),
