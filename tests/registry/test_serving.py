@@ -57,7 +57,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         number = copy.version.version
         script = "-c" if number in broken else str(STUB)
         command = (sys.executable, "-S", script, "raise SystemExit('no memory')" if number in broken else str(socket), number)
-        return EngineServer(command, {}, ("/invocations",), ("/invocations", {"inputs": ["The"]}))
+        return EngineServer(command, {}, ("/invocations", "/v1/models"), ("/invocations", {"inputs": ["The"]}))
 
     monkeypatch.setattr(backend, "engine_server", stub)
     return broken
@@ -109,6 +109,16 @@ def test_no_request_is_lost_across_a_swap_and_a_rollback(desk: Bench, served: Se
     assert seen.total() >= REQUESTS and {status for status, _ in seen} == {200}, seen
     assert {version for _, version in seen} == {f"{MODEL}/1", f"{MODEL}/2"}, seen
     assert [event for event, _ in served.told] == ["switched", "switched"]
+
+
+def test_what_requests_may_name_is_listed_as_openai_lists_it(desk: Bench, served: Served) -> None:
+    answer = httpx.get(f"{served.address}/v1/models")
+    created = int(desk.registry.get(MODEL, "1").created_s)
+    assert answer.headers[VERSION_HEADER] == f"{MODEL}/1"
+    assert answer.json() == {
+        "object": "list",
+        "data": [{"id": MODEL, "object": "model", "created": created, "owned_by": "featherweight"}],
+    }
 
 
 async def _load(url: str, seen: Counter[tuple[int, str]], moved: threading.Event) -> None:

@@ -26,6 +26,8 @@ BODY_S = 60.0
 VERSION_HEADER = "x-featherweight-version"
 ASCII_BUT_PERCENT = "".join(map(chr, range(32, 127))).replace("%", "")
 METHODS = ("GET", "POST")
+MODELS = "/v1/models"
+"""Answered here: engines tell where the weights lie, too."""
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII)
 CONTENT_TYPE = re.compile(r"[ -~]{0,200}")
 
@@ -101,6 +103,9 @@ class Front:
             backend.release()
             shown = one_line(path, 100)
             return refusal(404, "ENDPOINT_NOT_FOUND", f"nothing is served at {shown}; paths: {', '.join(backend.server.paths)}")
+        if path == MODELS:
+            backend.release()
+            return _models(backend)
         return await self._passed_on(backend, request, path, body)
 
     def _taken(self) -> Backend | None:
@@ -144,6 +149,15 @@ class Front:
         return told
 
 
+def _models(backend: Backend) -> Response:
+    """The one model that requests may name, as OpenAI's API lists them."""
+    from starlette.responses import JSONResponse
+
+    version = backend.copy.version
+    told = {"id": version.model, "object": "model", "created": int(version.created_s), "owned_by": "featherweight"}
+    return JSONResponse({"object": "list", "data": [told]}, headers=_answered_by(backend))
+
+
 def _client(backend: Backend) -> httpx.AsyncClient:
     import httpx
 
@@ -164,12 +178,13 @@ def _passed(answer: httpx.Response, backend: Backend) -> Response:
                 backend.release()
                 await asyncio.shield(answer.aclose())
 
-    version = backend.copy.version
-    headers = {
-        VERSION_HEADER: header_word(f"{version.model}/{version.version}"),
-        "content-type": answer.headers.get("content-type", ""),
-    }
+    headers = _answered_by(backend) | {"content-type": answer.headers.get("content-type", "")}
     return Passed(answer.aiter_bytes(), answer.status_code, headers)
+
+
+def _answered_by(backend: Backend) -> dict[str, str]:
+    version = backend.copy.version
+    return {VERSION_HEADER: header_word(f"{version.model}/{version.version}")}
 
 
 def header_word(text: str) -> str:

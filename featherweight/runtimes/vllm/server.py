@@ -20,8 +20,7 @@ from featherweight.store.served_folder import Serving
 from featherweight.system.machine import gpus
 from featherweight.system.toolchains import python
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/version")
-"""Not /v1/models, which tells where the weights lie."""
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/version")
 NOT_TRANSFORMERS = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """What vLLM takes from a generation_config.json, and transformers knows nothing of."""
 IN_PYTORCH = '{"custom_ops": ["-rotary_embedding"]}'
