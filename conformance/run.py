@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -35,6 +36,10 @@ MADE = "made.json"
 """In a case's folder: what each part of it was made with."""
 WALL = 6
 """So many times its limit in CPU seconds may a cell take by the clock, on a machine that does other things too."""
+
+
+GRACE = 5
+"""CPU seconds between the signal that a cell has used up its own, and the kernel's end of it."""
 
 
 @dataclass
@@ -116,7 +121,8 @@ class Run:
     def _serve(self, case: Case, folders: Folders, column: str) -> None:
         source, found = folders.source(column), self.matrix.get(case.name, column)
         planned = found is not None and (found.kind == "not offered" or found.moment == "before work")
-        if planned or (not self.redo and self.matrix.is_current(case.name, column, source)):
+        more = found is not None and found.kind == "not run" and found.seconds < self.limit_s
+        if planned or (not self.redo and not more and self.matrix.is_current(case.name, column, source)):
             return
         engine, _, form = column.rpartition(" ")
         outcome = self._apart(folders, cell.served, case, engine, form)
@@ -147,7 +153,10 @@ class _Made:
 
 
 def apart(fork: BaseContext, limit_s: float, folder: Path, work: Callable[..., Any], *arguments: Any) -> dict[str, Any] | Outcome:
-    """What `work` answers in a process of its own, as JSON in a file in `folder`; a defect where it dies or takes too long."""
+    """What `work` answers in a process of its own, as JSON in a file in `folder`; a defect where it dies or hangs.
+
+    Nothing is known of a cell that used up its CPU seconds.
+    """
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     process = fork.Process(target=_work, args=(work, arguments, answer, limit_s))  # type: ignore[attr-defined]
@@ -157,6 +166,8 @@ def apart(fork: BaseContext, limit_s: float, folder: Path, work: Callable[..., A
         process.kill()
         process.join()
         return Outcome("defect", f"not done after {limit_s * WALL:.0f} s", seconds=limit_s * WALL)
+    if process.exitcode == -signal.SIGXCPU:
+        return Outcome("not run", f"not done after {limit_s:.0f} CPU seconds; --limit gives it more", seconds=limit_s)
     if not answer.exists():
         return Outcome("defect", f"its process died with exit code {process.exitcode}")
     told: dict[str, Any] = json.loads(answer.read_text().replace(f"{folder}/", ""))  # no machine's own path in a reason
@@ -166,7 +177,7 @@ def apart(fork: BaseContext, limit_s: float, folder: Path, work: Callable[..., A
 def _work(work: Callable[..., Any], arguments: tuple[Any, ...], answer: Path, limit_s: float) -> None:
     """In the process of a cell. What libraries print goes to a file beside the answer."""
     seconds = max(1, round(limit_s))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + GRACE))  # the kernel kills at the second, without telling why
     log = os.open(answer.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
