@@ -124,6 +124,7 @@ def test_a_compiled_step_is_refused_to_models_without_keys_and_values() -> None:
 @pytest.mark.parametrize(
     ("engine", "kind", "reason"),
     [
+        ("torch-compile", "gpt_neo", "it takes the length of its cache, which stays the same, for that of the text"),
         ("torch-compile", "mpt", "makes no whole graph of transformers' mpt: it counts on the host what it has read"),
         ("torch-compile", "minimax", "keeps what it has read in a cache of its own; take another engine"),
         ("torch-aoti", "hrm_text", "compiled step of a hrm_text writes other tokens"),

@@ -137,6 +137,8 @@ def _write_floats(engine: str, numbers: str, source: Source, out: Path) -> None:
 NO_GRAPH = {
     **dict.fromkeys(("deepseek_v4", "inkling_text", "minimax"), "keeps what it has read in a cache of its own"),
     **dict.fromkeys(("mpt", "trocr", "xglm"), "counts on the host what it has read"),
+    "gpt_neo": "takes the length of its cache, which stays the same, for that of the text",
+    "longcat_flash": "asks each text which experts it needs",
     **dict.fromkeys(("big_bird", "longformer"), "pads each text to whole blocks, and warns of it"),
 }
 """Model types whose step, or pass, Dynamo does not trace as one (torch 2.13, transformers 5.17)."""
