@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from featherweight.report.result import OptimizationResult, VariantRow
 from featherweight.spec import seconds_of
 from flows.advise import share_of
 from flows.cli import app
-from tests.support.headers import CONFIG, headers_alone, safetensors
+from tests.support.headers import CONFIG, headers_alone, of_a_llama, safetensors
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+
+PARAMETERS = sum(prod(shape) for shape in of_a_llama(CONFIG).values())
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def told(*arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_advice_and_a_plan_of_a_folder_without_a_recipe(checkpoint: Path, tmp_path: Path) -> None:
     advice = told("advise", str(checkpoint), "--device", "cpu", "--workspace", str(tmp_path / "none"))
-    assert advice["parameters"] == 64 * 64 + 4 * 96 * 64 and advice["workload"]["prompt_tokens"] == 64
+    assert advice["parameters"] == PARAMETERS and advice["workload"]["prompt_tokens"] == 64
     assert advice["ctranslate2_or_vllm"]["engine"] == "ctranslate2" and advice["recommended"]["refused"] is None
     away = told(
         "advise",
@@ -68,7 +71,7 @@ def test_an_adapter_is_its_base_and_somebody_elses_integers_stay(checkpoint: Pat
         json.dumps({"base_model_name_or_path": str(checkpoint), "peft_type": "LORA", "r": 2})
     )
     safetensors(adapter / "adapter_model.safetensors", {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (2, 64)})
-    assert facts_named(str(adapter)).parameters == 64 * 64 + 4 * 96 * 64
+    assert facts_named(str(adapter)).parameters == PARAMETERS
     packed = tmp_path / "gptq"
     packed.mkdir()
     (packed / "tokenizer.json").write_text("{}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
-import struct
 import subprocess
 import sys
 from math import prod
@@ -171,13 +171,7 @@ def test_a_student_that_is_pruned_is_judged_by_its_kind_and_not_by_the_sizes_it_
 def write_folder(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Path:
     """A checkpoint as far as a plan reads it: its weights are all zeros."""
     folder.mkdir()
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    headers.safetensors(folder / "model.safetensors", shapes)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(headers.TOKENIZER))
     return folder
@@ -187,9 +181,12 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
     """What config.json leaves out, renames or derives is known: Qwen 2's window, of the upper layers alone."""
     config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4}
     config |= {"num_attention_heads": 4, "use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
-    config |= {"intermediate_size": 96}
-    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (96, 64) for layer in range(4)}
-    folder = write_folder(tmp_path / "qwen", config, shapes | {"model.norm.weight": (64,)})
+    config |= {"intermediate_size": 96, "vocab_size": 64}
+    shapes = headers.of_a_llama(config)
+    for name, layer in itertools.product("qkv", range(4)):
+        part, rows = f"model.layers.{layer}.self_attn.{name}_proj", 64 if name == "q" else 32 * 16
+        shapes |= {f"{part}.weight": (rows, 64), f"{part}.bias": (rows,)}
+    folder = write_folder(tmp_path / "qwen", config, shapes)
     asked = (
         "import sys\nfrom featherweight.checkpoint.facts import read_facts\nfrom featherweight.checkpoint.spec import LoadSpec\n"
         "from featherweight.model.positions import sliding_window\n"
@@ -198,7 +195,7 @@ def test_the_folder_is_read_as_transformers_reads_it_and_torch_stays_out(tmp_pat
         "print(len(facts.rows_and_columns), {'torch', 'transformers'} & set(sys.modules))"
     )
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told == ["['Qwen2Config', 48, 32, 24640]", "4 set()"]
+    assert told == [f"['Qwen2Config', 48, 32, {sum(map(prod, shapes.values()))}]", "28 set()"]
 
 
 def test_the_last_norm_is_looked_at_as_the_others_are(tmp_path: Path) -> None:
