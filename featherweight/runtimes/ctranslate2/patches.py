@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quick_collections() -> Iterator[None]:
-    """CTranslate2's loaders run a full garbage collection per layer, which takes seconds: the youngest objects are looked through."""
+    """CTranslate2's loaders run a full garbage collection per layer, which takes seconds: here one of the youngest objects."""
     from ctranslate2.converters import transformers
 
     loaders: Any = transformers
