@@ -14,7 +14,7 @@ from featherweight.runtimes.catalog import RUNTIMES
 from tasks.cache_key import code_digest
 
 Kind = Literal["exact", "within bound", "refused", "not offered", "not run", "defect"]
-Moment = Literal["", "before work", "at export", "by the gate"]
+Moment = Literal["", "before work", "at export", "by the gate", "at its limit"]
 KINDS: tuple[Kind, ...] = ("exact", "within bound", "refused", "not offered", "not run", "defect")
 LIBRARIES = ("transformers", "torch", "ctranslate2", "onnxruntime-genai", "onnxruntime", "torchao")
 STAGES = {"load": "tasks.load:load", "quantize int8": "tasks.quantize:quantize"}
@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One cell. reason: of what is not served, in one line; moment: when a refusal came. max_nats: the largest difference from
-    transformers' eager float32 in log-probabilities, of what is served; mean_nats: the average one.
+    """One cell. reason: of what is not served, in one line; moment: when a refusal came, or that the cell had used up its CPU
+    seconds, and nothing is known of it. max_nats: the largest difference from transformers' eager float32 in log-probabilities, of
+    what is served; mean_nats: the average one.
     """
 
     kind: Kind

@@ -121,13 +121,13 @@ class Run:
     def _serve(self, case: Case, folders: Folders, column: str) -> None:
         source, found = folders.source(column), self.matrix.get(case.name, column)
         planned = found is not None and (found.kind == "not offered" or found.moment == "before work")
-        more = found is not None and found.kind == "not run" and found.seconds < self.limit_s
+        more = found is not None and found.moment == "at its limit" and found.seconds < self.limit_s
         if planned or (not self.redo and not more and self.matrix.is_current(case.name, column, source)):
             return
         engine, _, form = column.rpartition(" ")
         outcome = self._apart(folders, cell.served, case, engine, form)
         self.matrix.put(case.name, column, outcome, source)
-        if outcome.kind == "defect" or outcome.moment in ("at export", "by the gate"):
+        if outcome.kind == "defect" or outcome.moment in ("at export", "by the gate", "at its limit"):
             _say(f"  {column}, {case.name}: {outcome.kind} {outcome.moment} {outcome.reason}")
 
     def _apart(self, folders: Folders, work: Callable[..., Outcome], case: Case, *column: str) -> Outcome:
@@ -167,7 +167,8 @@ def apart(fork: BaseContext, limit_s: float, folder: Path, work: Callable[..., A
         process.join()
         return Outcome("defect", f"not done after {limit_s * WALL:.0f} s", seconds=limit_s * WALL)
     if process.exitcode == -signal.SIGXCPU:
-        return Outcome("not run", f"not done after {limit_s:.0f} CPU seconds; --limit gives it more", seconds=limit_s)
+        reason = f"not done after {limit_s:.0f} CPU seconds; --limit gives it more"
+        return Outcome("not run", reason, "at its limit", seconds=limit_s)
     if not answer.exists():
         return Outcome("defect", f"its process died with exit code {process.exitcode}")
     told: dict[str, Any] = json.loads(answer.read_text().replace(f"{folder}/", ""))  # no machine's own path in a reason

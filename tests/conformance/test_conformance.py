@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 
 from conformance import cell, run, vllm_client
+from conformance.__main__ import _defects
 from conformance.cell import FLOAT, INT8, LOAD, QUANTIZE, TOKENS, Folders
 from conformance.families import families
 from conformance.outcome import Matrix, Outcome
@@ -127,8 +128,23 @@ def test_a_cell_that_dies_or_hangs_is_a_defect(tmp_path: Path, monkeypatch: pyte
     assert run.apart(fork, 20, tmp_path, ending, 0.0) == Outcome("defect", "its process died with exit code 3")
     assert run.apart(fork, 0.05, tmp_path, ending, 60.0) == Outcome("defect", "not done after 0 s", seconds=0.05 * run.WALL)
     monkeypatch.setattr(run, "WALL", 120)
-    spent = Outcome("not run", "not done after 1 CPU seconds; --limit gives it more", seconds=1)
+    spent = Outcome("not run", "not done after 1 CPU seconds; --limit gives it more", "at its limit", seconds=1)
     assert run.apart(fork, 1, tmp_path, spinning) == spent
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fails"),
+    [
+        (Outcome("exact"), False),
+        (Outcome("not run", "no tiny model is made of it here"), False),
+        (Outcome("not run", "not done after 1 CPU seconds", "at its limit", seconds=1), True),
+        (Outcome("defect", "its process died with exit code 3"), True),
+    ],
+)
+def test_a_defect_and_a_cell_that_was_not_done_end_with_1(outcome: Outcome, fails: bool, tmp_path: Path) -> None:
+    case, matrix = next(iter(cases())), Matrix.open(tmp_path / "cells.json")
+    matrix.put(case.name, LOAD, outcome, "")
+    assert _defects(matrix, [case], [LOAD]) == fails
 
 
 def test_what_was_found_is_kept_and_not_run_again_until_its_bytes_are_others(
