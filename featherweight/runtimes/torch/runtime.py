@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from featherweight.progress import Metrics
 from featherweight.runtimes.bounds import EXACT, HALF, INT8_ACTIVATIONS, Bound, sixteen_bits
 from featherweight.runtimes.interface import Grids, Runtime
+from featherweight.runtimes.known_models import Otherwise, otherwise_refusal
 from featherweight.runtimes.refusals import (
     cache_refusal,
     compiler_refusal,
@@ -134,14 +135,23 @@ def _write_floats(engine: str, numbers: str, source: Source, out: Path) -> None:
         Serving(engine).write(out)
 
 
-NO_GRAPH = {
-    **dict.fromkeys(("deepseek_v4", "inkling_text", "minimax"), "keeps what it has read in a cache of its own"),
-    **dict.fromkeys(("mpt", "trocr", "xglm"), "counts on the host what it has read"),
-    "gpt_neo": "takes the length of its cache, which stays the same, for that of the text",
-    "longcat_flash": "asks each text which experts it needs",
-    **dict.fromkeys(("big_bird", "longformer"), "pads each text to whole blocks, and warns of it"),
+_NO_GRAPH = {
+    "keeps what it has read in a cache of its own": ("deepseek_v4", "inkling_text", "minimax"),
+    "counts on the host what it has read": ("mpt", "trocr", "xglm"),
+    "asks each text which experts it needs": ("longcat_flash",),
+    "pads each text to whole blocks, and warns of it": ("big_bird", "longformer"),
 }
-"""Model types whose step, or pass, Dynamo does not trace as one (torch 2.13, transformers 5.17)."""
+"""Why the step, or pass, of these model types is none that Dynamo traces as one (torch 2.13, transformers 5.17)."""
+KNOWN = {
+    kind: Otherwise(f"torch.compile makes no whole graph of transformers' {{kind}}: it {why}; take another engine")
+    for why, kinds in _NO_GRAPH.items()
+    for kind in kinds
+} | {
+    "gpt_neo": Otherwise(
+        "torch.compile's step of transformers' {kind} writes other tokens: it takes the length of its cache, which stays the same, "
+        "for that of the text; take another engine"
+    )
+}
 
 
 class TorchCompileSpec(CompileSpec):
@@ -185,10 +195,11 @@ class TorchCompile(Runtime[TorchCompileSpec]):
 
     def model_refusal(self, spec: TorchCompileSpec, model: Candidate) -> str | None:
         """Other caches; and rotary embeddings that ask for the length at every step, which a graph of one shape cannot."""
-        kind = model.facts.model_type
-        if kind in NO_GRAPH:
-            return f"torch.compile makes no whole graph of transformers' {kind}: it {NO_GRAPH[kind]}; take another engine"
-        return keys_and_values_refusal("torch.compile", model.config) or rotary_length_refusal("torch.compile", model.config)
+        return (
+            otherwise_refusal(KNOWN, model.facts.model_type, model.config)
+            or keys_and_values_refusal("torch.compile", model.config)
+            or rotary_length_refusal("torch.compile", model.config)
+        )
 
     def missing(self) -> str | None:
         """Inductor writes C++ and needs a compiler for it."""
