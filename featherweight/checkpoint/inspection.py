@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.files import CONFIG, Listing, Weights, find_weights, read_json, require_tokenizer
+from featherweight.checkpoint.files import (
+    CONFIG,
+    WEIGHTS,
+    Listing,
+    Weights,
+    companions,
+    find_weights,
+    is_companion,
+    read_json,
+    require_tokenizer,
+)
 from featherweight.checkpoint.fit import beyond_embedding, beyond_vocabulary
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
@@ -82,6 +92,8 @@ def inspect_checkpoint(
     if check_values:
         read = model.state_dict().keys()
         require_finite(folder, weights, unless=lambda name: name not in read and _CONSTANTS.search(name) is not None)
+        beside = (name for name in companions(listing.sizes) if is_companion(name, (f"[0-9]_*/{WEIGHTS}",)))
+        require_finite(folder, Weights(tuple(beside)))
     return _describe(model, folder, weights, sum(listing.sizes[name] for name in weights.files))
 
 

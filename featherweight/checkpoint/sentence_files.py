@@ -5,10 +5,10 @@ Read as its release 6.2 reads them: https://github.com/huggingface/sentence-tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, read_json, read_list
+from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, check_length, read_json, read_list
 from featherweight.errors import CheckpointError
 from featherweight.model.heads import DENSE, LAYERS, POOLINGS, Dense, SentenceEmbedding
 from featherweight.model.positions import context_tokens
@@ -31,6 +31,8 @@ FLAGS = {
 }
 """How releases before 5.2 named the modes of a Pooling module, in the order in which several are put end to end."""
 FLAG = "pooling_mode_"
+USUAL_PROMPTS = ("query", "document")
+"""Those that every model has, empty where its files say no more."""
 READ, VECTOR = "last_hidden_state", "sentence_embedding"
 
 
@@ -66,9 +68,40 @@ def embedding(listing: Listing, config: Any) -> SentenceEmbedding:
             raise _unknown(listing, kind, "Pooling, Dense, Normalize, Dropout, in that order")
     if not pooling:
         raise CheckpointError(f"{listing.where}/{MODULES} names no Pooling module, without which a text has no vector")
+    _require_widths(listing, dense, len(pooling) * (getattr(config.get_text_config(), "hidden_size", None) or 0))
     said, prompt = _settings(listing), default_prompt(listing)
     longest, lower = _longest(listing, config, said), bool(said.get("do_lower_case"))
-    return SentenceEmbedding(pooling, normalize, longest, lower, prompt, tuple(dense), prompts)
+    return SentenceEmbedding(pooling, normalize, longest, lower, prompt, tuple(dense), prompts, width=_width(listing))
+
+
+def _width(listing: Listing) -> int | None:
+    """How many of a vector's numbers are kept, which nothing normalizes again."""
+    width = _json(listing, MODEL).get("truncate_dim")
+    if width is not None and not (type(width) is int and width > 0):
+        raise CheckpointError(f"{listing.where}/{MODEL}: truncate_dim is {width!r}, and must be a whole number above 0, or null")
+    return width
+
+
+def _require_widths(listing: Listing, dense: Sequence[Dense], width: int) -> None:
+    """Raise CheckpointError for layers whose tensors are missing, or do not fit one another; width: of what is pooled, 0 where it
+    is not known.
+    """
+    for one in dense:
+        shapes = {name: tuple(entry["shape"]) for name, entry in check_length(listing, f"{one.path}/{DENSE}").items()}
+        where, told = f"{listing.where}/{one.path}/{DENSE}", _json(listing, f"{one.path}/config.json")
+        rows, columns = (*shapes.get("linear.weight", ()), 0, 0)[:2]
+        wanted: dict[str, tuple[Any, ...]] = {}
+        wanted["linear.weight"] = (told.get("out_features", rows), width or told.get("in_features", columns))
+        wanted |= {"linear.bias": (rows,)} if told.get("bias", True) else {}
+        wanted |= {"residual.weight": (rows, columns)} if one.residual and rows != columns else {}
+        for name in sorted(wanted.keys() | shapes):
+            if wanted.get(name) != shapes.get(name):
+                found, asked = (list(sizes[name]) if name in sizes else "none" for sizes in (shapes, wanted))
+                raise CheckpointError(
+                    f"{where}: {name} has the shape {found}, and its config.json, behind a vector of {width or columns}, asks for "
+                    f"{asked}; they do not belong together"
+                )
+        width = rows
 
 
 def _dense(listing: Listing, path: str, told: Mapping[str, Any]) -> Dense:
@@ -104,8 +137,13 @@ def activation(listing: Listing) -> dict[str, Any]:
 
 
 def default_prompt(listing: Listing) -> str:
-    """What is put before every text."""
-    return named_prompts(listing).get(_json(listing, MODEL).get("default_prompt_name") or "", "")
+    """What is put before every text. Raises CheckpointError for the name of no prompt, which that library refuses too."""
+    known, name = dict.fromkeys(USUAL_PROMPTS, "") | named_prompts(listing), _json(listing, MODEL).get("default_prompt_name")
+    if name and name not in known:
+        raise CheckpointError(
+            f"{listing.where}/{MODEL}: default_prompt_name is {name!r}, and there is no such prompt; known: {', '.join(known)}"
+        )
+    return known[name] if name else ""
 
 
 def named_prompts(listing: Listing) -> dict[str, str]:

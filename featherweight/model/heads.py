@@ -69,7 +69,7 @@ class SentenceEmbedding:
 
     pooling: one or more of POOLINGS, put end to end. dense: what that goes through. max_tokens: longer texts are cut, the frame
     included. lower_case, prompt: what is done to a text before it is cut into tokens. prompts: others, which a request names.
-    folder: of the checkpoint, whose config does not say it.
+    folder: of the checkpoint, whose config does not say it. width: how many numbers of a vector are kept, None for all of them.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -80,6 +80,7 @@ class SentenceEmbedding:
     dense: tuple[Dense, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
+    width: int | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> SentenceEmbedding:
@@ -92,7 +93,7 @@ class SentenceEmbedding:
     def settings(self) -> dict[str, Any]:
         """What `of` reads, for config.json."""
         told = {name: value for name, value in asdict(self).items() if name != "folder"}
-        seldom = {name: told.pop(name) for name in ("dense", "prompts")}
+        seldom = {name: told.pop(name) for name in ("dense", "prompts", "width")}
         more = {name: value for name, value in seldom.items() if value}
         return {EMBEDDING: {**told, "pooling": list(self.pooling), **more}}
 
@@ -111,7 +112,8 @@ class SentenceEmbedding:
         vectors = torch.cat([POOLINGS[name](hidden, mask.to(hidden.dtype).unsqueeze(-1)) for name in self.pooling], -1)
         for one in self.dense:
             vectors = one(vectors, self.folder)
-        return torch.nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+        vectors = torch.nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+        return vectors[..., : self.width]
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.sentence_files import embedding, made
 from featherweight.errors import CheckpointError
 from featherweight.model.heads import SentenceEmbedding
-from tests.support.heads import sentence_files
+from tests.support.heads import head_checkpoint, loaded, sentence_files
 
 Files = dict[str, Any]
 
@@ -137,3 +137,79 @@ def test_the_encoder_of_an_encoder_decoder_is_not_taken_for_a_translator(tmp_pat
 
     with pytest.raises(CheckpointError, match="with the encoder of this t5 alone"):
         head_changes(written(tmp_path, {}), T5Config(architectures=["T5ForConditionalGeneration"]), ["shared.weight"])
+
+
+NAMES = "config_sentence_transformers.json"
+
+
+def test_vectors_are_cut_to_their_first_numbers_and_not_normalized_again(tmp_path: Path) -> None:
+    """As `encode` of sentence-transformers 6.2 does it where a model was saved with truncate_dim."""
+    import torch
+
+    told = embedding(written(tmp_path, {NAMES: {"truncate_dim": 3}}), bert())
+    kept = SentenceEmbedding.of(bert(**told.settings()))
+    assert (told.width, kept.width) == (3, 3)
+    hidden, mask = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5)
+    whole = torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+    assert torch.allclose(kept.pool(hidden, mask), whole[:, :3])
+
+
+@pytest.mark.parametrize("wrong", [0, "8", True])
+def test_what_is_no_count_of_numbers_is_refused(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"truncate_dim is {wrong!r}"):
+        embedding(written(tmp_path, {NAMES: {"truncate_dim": wrong}}), bert())
+
+
+def test_the_name_of_no_prompt_is_refused_and_those_of_every_model_are_empty(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "query: "}}
+    assert embedding(written(tmp_path, {NAMES: prompts | {"default_prompt_name": "document"}}), bert()).prompt == ""
+    with pytest.raises(CheckpointError, match="and there is no such prompt; known: query, document"):
+        embedding(written(tmp_path, {NAMES: prompts | {"default_prompt_name": "other"}}), bert())
+
+
+def with_layer(folder: Path, told: Files, **tensors: tuple[int, ...]) -> Listing:
+    import torch
+    from safetensors.torch import save_file
+
+    written(folder, own("Transformer", "Pooling", "Dense") | {"2_Dense/config.json": told})
+    save_file({name.replace("_", "."): torch.ones(shape) for name, shape in tensors.items()}, folder / "2_Dense/model.safetensors")
+    return Listing.of(folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "tensors", "wrong"),
+    [
+        ({}, {"linear_weight": (4, 16), "linear_bias": (4,)}, r"linear.weight has the shape \[4, 16\], .* asks for \[4, 32\]"),
+        ({}, {"linear_weight": (4, 32)}, r"linear.bias has the shape none, .* asks for \[4\]"),
+        ({"bias": False}, {"linear_weight": (4, 32), "linear_bias": (4,)}, r"linear.bias has the shape \[4\], .* asks for none"),
+        ({"bias": False, "out_features": 5}, {"linear_weight": (4, 32)}, r"linear.weight has the shape .* asks for \[5, 32\]"),
+        ({"bias": False}, {"weight": (4, 32)}, r"linear.weight has the shape none, .*"),
+        ({"bias": False, "use_residual": True}, {"linear_weight": (4, 32)}, r"residual.weight has the shape none, .*"),
+    ],
+)
+def test_a_layer_that_does_not_fit_behind_the_pooling_is_told_by_its_headers(
+    tmp_path: Path, told: Files, tensors: dict[str, tuple[int, ...]], wrong: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"2_Dense/model.safetensors: {wrong}; they do not belong together"):
+        embedding(with_layer(tmp_path, told, **tensors), bert(hidden_size=32, num_attention_heads=4))
+
+
+def test_a_layer_that_fits_is_taken_and_one_that_is_cut_short_is_not(tmp_path: Path) -> None:
+    listing = with_layer(tmp_path, {"bias": False, "use_residual": True}, linear_weight=(32, 32))
+    config = bert(hidden_size=32, num_attention_heads=4)
+    assert [one.path for one in embedding(listing, config).dense] == ["2_Dense"]
+    file = tmp_path / "2_Dense/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"2_Dense/model.safetensors is truncated"):
+        embedding(Listing.of(tmp_path), config)
+
+
+def test_numbers_that_are_none_in_a_layer_behind_the_pooling_are_told_at_load(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    source = head_checkpoint("bert", "feature-extraction", tmp_path / "made")
+    with_layer(source, {"bias": False}, linear_weight=(4, 32))
+    save_file({"linear.weight": torch.full((4, 32), torch.nan)}, source / "2_Dense/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"2_Dense/model.safetensors: tensor linear.weight holds NaN"):
+        loaded(source, tmp_path / "out", "feature-extraction")

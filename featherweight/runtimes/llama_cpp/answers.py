@@ -43,7 +43,7 @@ def pooling(config: Any) -> str | None:
     if task_of(config) != "feature-extraction":
         return None
     told = SentenceEmbedding.of(config)
-    return POOLINGS.get(told.pooling[0]) if len(told.pooling) == 1 and not told.dense else None
+    return POOLINGS.get(told.pooling[0]) if len(told.pooling) == 1 and not (told.dense or told.width) else None
 
 
 class Answering:
