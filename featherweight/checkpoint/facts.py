@@ -16,7 +16,7 @@ from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adap
 from featherweight.checkpoint.conversion import named
 from featherweight.checkpoint.description import described
 from featherweight.checkpoint.dry_run import require_loadable
-from featherweight.checkpoint.dry_tokenizer import tokenizer_facts
+from featherweight.checkpoint.dry_tokenizer import read_by_tokenizers, tokenizer_facts
 from featherweight.checkpoint.fetching import look_at
 from featherweight.checkpoint.files import (
     CONFIG,
@@ -25,7 +25,6 @@ from featherweight.checkpoint.files import (
     Weights,
     adapter_files,
     check_length,
-    companions,
     find_weights,
     has_tokenizer,
     has_weights,
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+EMBEDDING = "token_embd.weight"
+"""What llama.cpp calls it."""
 ALREADY_QUANTIZED = f"the checkpoint is quantized already ({DESCRIPTION} beside its weights); leave the quantize stage out"
 
 
@@ -73,15 +74,21 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
 
 
 def _opened(spec: LoadSpec, facts: CheckpointFacts) -> TokenizerFacts | None:
-    """What the tokenizer does of a checkpoint that lies here; None of others.
+    """What the tokenizer does of a checkpoint whose files are within reach; None of others.
 
     Raises CheckpointError for what the tokenizer is found to be only by loading it.
     """
     seen = look_at(spec)
-    if not isinstance(seen, Path) or gguf_file(seen) is not None:
-        return None
     rows = getattr(facts.config.get_text_config(), "vocab_size", None)
     rows = rows if isinstance(rows, int) else None
+    if isinstance(seen, Listing):
+        return _opened_far_away(seen, rows)
+    if seen is None:
+        return None
+    if (file := gguf_file(seen)) is not None:
+        rows = (facts.shapes or {}).get(EMBEDDING, (rows,))[0]
+        with named(file, spec.source):
+            return tokenizer_facts(file, rows)
     if has_adapter(seen, spec):
         return _opened_of_adapted(seen, spec, facts, rows)
     with named(seen, spec.source):
@@ -97,10 +104,20 @@ def _opened_of_adapted(adapter: Path, spec: LoadSpec, facts: CheckpointFacts, ro
     if not isinstance(seen, Path) or not (seen / CONFIG).is_file():
         return None
     with tempfile.TemporaryDirectory() as place, named(Path(place), spec.source):
-        for name in companions(Listing.of(adapter).sizes):
+        for name in read_by_tokenizers(Listing.of(adapter)):
             (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(place) / name).symlink_to((adapter / name).resolve())
         (Path(place) / CONFIG).symlink_to((seen / CONFIG).resolve())
+        return tokenizer_facts(Path(place), rows)
+
+
+def _opened_far_away(listing: Listing, rows: int | None) -> TokenizerFacts | None:
+    """The same of files elsewhere, of which the tokenizer's alone are fetched."""
+    with tempfile.TemporaryDirectory() as place, named(Path(place), listing.where):
+        for name in (CONFIG, *read_by_tokenizers(listing)):
+            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+            with (Path(place) / name).open("wb") as file:
+                file.writelines(listing.pieces(name))
         return tokenizer_facts(Path(place), rows)
 
 

@@ -26,6 +26,7 @@ from featherweight.checkpoint.files import (
     require_tokenizer,
 )
 from featherweight.checkpoint.fit import beyond_embedding, beyond_vocabulary
+from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.tensors import read_shapes, require_finite, stream_tensors
 from featherweight.errors import CheckpointError, one_line, reason
@@ -198,6 +199,8 @@ def built(error: Exception, folder: Path) -> str:
     told = read_json(Listing.of(folder), CONFIG) if (folder / CONFIG).is_file() else {}
     name = error.args[0] if isinstance(error, KeyError) and error.args else None
     entry = next((key for key, value in told.items() if isinstance(name, str) and value == name), None)
+    if "Padding_idx" in str(error) and not told:
+        return "its padding token lies beyond its vocabulary"
     if "Padding_idx" in str(error):
         return f"pad_token_id is {told.get('pad_token_id')}, and {beyond_vocabulary(told.get('vocab_size', 0))}"
     return f"it knows no {entry} '{name}'" if entry else reason(error)
@@ -332,14 +335,16 @@ def _check_vocabulary(folder: Path, rows: int, trust_remote_code: bool) -> None:
 
 
 def opened_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, int]:
-    """The folder's tokenizer, and one more than its largest id. Raises CheckpointError where it does not load, has none, or cuts no
-    text.
+    """The tokenizer of a folder or GGUF file, and one more than its largest id. Raises CheckpointError where it does not load, has
+    none, or cuts no text.
     """
     from transformers import AutoTokenizer
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            tokenizer: Any = gguf_tokenizer(folder) if folder.is_file() else None
+            options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **options)
         ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     except Exception as error:  # each tokenizer family fails in its own way
         raise CheckpointError(f"{folder}: the tokenizer does not load: {reason(error)}") from error

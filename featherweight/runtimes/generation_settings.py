@@ -16,9 +16,11 @@ from featherweight.checkpoint.opening import GENERATION, generation_config
 if TYPE_CHECKING:
     from torch import Tensor
 
+COUNTS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens")
+"""Which transformers passes by where they are 0, or below."""
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1.0),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(COUNTS, 0),
     **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty"), 1),
     "early_stopping": False,
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p"), 0.0),
@@ -82,6 +84,7 @@ class GenerationSettings:
         silent = set() if given["do_sample"] else set(SAMPLING)
         silent |= set() if (given["num_beams"] or 1) > 1 else set(BEAMS)
         silent |= set() if given["cache_implementation"] == "quantized" else {"cache_implementation"}
+        silent |= {name for name in COUNTS if (given[name] or 0) < 0}
         return cls(
             {
                 name: value

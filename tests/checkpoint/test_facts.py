@@ -22,6 +22,7 @@ from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.recipe import Recipe
+from tests.conftest import S3Server
 
 
 @pytest.fixture
@@ -139,6 +140,30 @@ def test_a_chat_template_that_writes_no_conversation_is_told_in_the_plan(
     (*notes,) = Facts.read(Recipe.model_validate(wanted)).notes
     assert [reason in note for note in notes if reason] == ([True] if reason else [])
     assert bool(notes) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_json("tokenizer_config.json", pad_token="[PAD]"), BEYOND),
+        (in_json("tokenizer.json", pre_tokenizer={"type": "Martian"}), "the tokenizer does not load: "),
+    ],
+)
+def test_tokenizers_far_away_are_opened_too(change: Callable[[Path], None], reason: str, folder: Path, s3_server: S3Server) -> None:
+    """The tokenizer's files alone are fetched for it; errors name the place that was asked for."""
+    change(folder)
+    shutil.copytree(folder, s3_server.folder / "m")
+    source = f"s3://{s3_server.bucket}/m"
+    with pytest.raises(CheckpointError, match=re.escape(reason)) as raised:
+        read_facts(LoadSpec(source=source))
+    assert str(raised.value).startswith(f"{source}: ")
+
+
+def test_a_chat_template_far_away_is_told_in_the_plan(folder: Path, s3_server: S3Server) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    shutil.copytree(folder, s3_server.folder / "m")
+    opened = read_facts(LoadSpec(source=f"s3://{s3_server.bucket}/m")).opened
+    assert opened and (opened.chat, opened.lead) == ("no", (0,))
 
 
 def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder: Path) -> None:

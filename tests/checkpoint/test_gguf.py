@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -367,4 +368,31 @@ def test_a_scaling_that_is_not_known_is_refused(
 ) -> None:
     (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says=says, factors=factors)
     with pytest.raises(CheckpointError, match="scales its rotary embeddings"):
+        read_facts(LoadSpec(source=str(file)))
+
+
+def test_what_a_files_tokenizer_does_is_known_in_the_plan(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Its lead, and that its chat template writes no conversation, which the first request told."""
+    said = {"tokenizer.chat_template": "{{ raise_exception('no') }}"}
+    for parts, add_bos, lead in ((1, True, (0,)), (2, False, ())):
+        file, *_ = write_gguf(tmp_path / f"{parts}.gguf", tiny_checkpoint, parts=parts, add_bos=add_bos, says=said)
+        opened = read_facts(LoadSpec(source=str(file))).opened
+        assert opened and (opened.lead, opened.chat) == (lead, "no")
+
+
+def test_pieces_beyond_a_files_embedding_are_told_in_the_plan(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "cut")
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "cut")
+    (file,) = write_gguf(tmp_path / "m.gguf", tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"m.gguf: the tokenizer has ids up to 319, but the embedding has only 300 rows"):
+        read_facts(LoadSpec(source=str(file)))
+
+
+def test_a_padding_token_beyond_a_files_vocabulary_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says={"tokenizer.ggml.padding_token_id": 999})
+    with pytest.raises(CheckpointError, match=r"m.gguf describes no model .*: its padding token lies beyond its vocabulary"):
         read_facts(LoadSpec(source=str(file)))

@@ -68,6 +68,8 @@ def test_each_setting_of_transformers_is_followed_refused_or_without_effect() ->
     assert not EVERYTHING & {*FOLLOWED_BY_NONE} and not WITHOUT_EFFECT.keys() & EVERYTHING.union(FOLLOWED_BY_NONE)
     told = GenerationSettings.of(GenerationConfig(max_time=2.0, penalty_alpha=0.0))
     assert "does not follow max_time; take it out of that file" in str(told.refusal(EVERYTHING, "torch"))
+    below = GenerationConfig(min_length=-1, min_new_tokens=-1, no_repeat_ngram_size=-1, encoder_no_repeat_ngram_size=-1)
+    assert GenerationSettings.of(below).values == {}, "generate passes them by, of which its processors would raise errors"
 
 
 def test_settings_that_an_engine_does_not_follow_are_refused_before_it_is_written(checkpoint: Path, tmp_path: Path) -> None:
