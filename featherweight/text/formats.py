@@ -15,7 +15,7 @@ from featherweight.text.spec import DataSpec, Format
 
 _KEY = r"\{\s*(\"(\\.|[^\"\\])*\"\s*:|\})"
 _JSON = re.compile(rf"\s*({_KEY}|\[\s*({_KEY}|\"(\\.|[^\"\\])*\"\s*[,\]]))")
-_MARKUP = re.compile(r"\s*<(?:!doctype\s+html\b|html[\s>]|(?P<xml>\?xml\s))", re.IGNORECASE)
+_MARKUP = re.compile(r"\s*(?:<!--(?:[^-]|-(?!->))*-->\s*)*<(?:!doctype\s+html\b|html[\s>]|(?P<xml>\?xml\s))", re.IGNORECASE)
 _FRONT = re.compile(
     r"(?P<fence>---|\+\+\+)[ \t]*\n(?:[ \t]*(?:#.*)?\n)*(?P<key>[\w-]+[ \t]*[:=]).*\n(?:.*\n)*?(?P=fence)[ \t]*(?:\n|\Z)"
 )

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from featherweight.errors import DataError
+from featherweight.text.no_text import MOST_CONTROLS, PARQUET, control_share, kind_without_text, other_encoding
 
 HEAD = 1 << 16
 """Bytes, or characters, of a file's beginning that tell what it is."""
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 
-_PARQUET = b"PAR1"
 _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -31,34 +31,13 @@ _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NO_TEXT = {
-    b"PK\x03\x04": "a zip archive or an Office document",
-    b"PK\x05\x06": "an empty zip archive",
-    b"%PDF-": "a PDF document",
-    b"{\\rtf": "an RTF document",
-    b"\xd0\xcf\x11\xe0": "an old Office document",
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF87a": "a GIF image",
-    b"GIF89a": "a GIF image",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!\x1a": "a RAR archive",
-    b"SQLite format 3\0": "an SQLite database",
-    b"ARROW1": "an Arrow file, which Parquet can take the place of",
-    b"\xff\xff\xff\xff": "an Arrow stream, which Parquet can take the place of",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x89HDF": "an HDF5 file",
-    b"\x7fELF": "a program",
-    b"GGUF": "a GGUF model",
-    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, in whose place 'git lfs pull' puts the file",
-}
 
 
 def is_parquet(name: str, path: Path) -> bool:
     """Whether the file is Parquet, which is read as a table and not as text."""
     try:
         with path.open("rb") as raw:
-            return raw.read(len(_PARQUET)) == _PARQUET
+            return raw.read(len(PARQUET)) == PARQUET
     except OSError as error:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
@@ -114,18 +93,15 @@ def _zstandard(path: Path) -> Any:
 
 def _encoding(name: str, head: bytes) -> str:
     """What a byte order mark says, UTF-8 without one; DataError for what is no text."""
-    kinds = [kind for magic, kind in _NO_TEXT.items() if head.startswith(magic)]
-    if head[257:262] == b"ustar":
-        kinds = ["a tar archive"]
-    if head.startswith(_PARQUET):
-        kinds = ["a compressed Parquet file, which is to be decompressed"]
-    if kinds:
-        raise DataError(f"{name} is {kinds[0]}, not text; {_ADVICE}")
+    if kind := kind_without_text(head):
+        raise DataError(f"{name} is {kind}, not text; {_ADVICE}")
     marked = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None)
-    if marked is None and b"\x1b$" in head:
-        raise DataError(f"{name} is not UTF-8 text: it looks like ISO-2022, as Japanese mail is written in; {_ADVICE}")
+    if marked is None and (other := other_encoding(head)):
+        raise DataError(f"{name} is not UTF-8 text: it looks like {other}; {_ADVICE}")
     if marked is None and b"\0" in head:
         raise DataError(f"{name} is not text: {_with_nul(head)}; {_ADVICE}")
+    if marked is None and (share := control_share(head)) > MOST_CONTROLS:
+        raise DataError(f"{name} is not text: {share:.0%} of its bytes are control characters, as in binary files; {_ADVICE}")
     return marked or "utf-8"
 
 

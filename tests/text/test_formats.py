@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import io
 import json
 import lzma
+import pickle
+import quopri
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -209,6 +212,16 @@ def archive(make: Callable[..., object]) -> bytes:
         ("a.txt", archive(tarfile.open), r"a.txt is a tar archive, not text"),
         ("a.txt", b"\x89PNG\r\n\x1a\n" + b"\0" * 9, r"a.txt is a PNG image, not text"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 9\n", r"'git lfs pull' puts the file, not"),
+        ("a.txt", ("naïve café — 你好\n" * 9).encode("utf-7"), r"a.txt is not UTF-8 text: it looks like UTF-7"),
+        ("a.txt", ("你好世界 abc\n" * 9).encode("hz"), r"a.txt is not UTF-8 text: it looks like HZ, a Chinese encoding"),
+        ("a.txt", quopri.encodestring(("Käse für Ærø " * 20).encode()), r"a.txt is not UTF-8 text: .* mail in quoted-printable"),
+        ("a.txt", base64.encodebytes(b"a river" * 40), r"a.txt is not UTF-8 text: it looks like base64"),
+        ("a.txt", pickle.dumps(["a river"], protocol=0), r"a.txt is a pickle, which can run code and is not opened, not text"),
+        ("a.txt", b"\n%PDF-1.4\n1 0 obj\n", r"a.txt is a PDF document, not text"),
+        ("a.txt", b"Obj\x01\x04\x14avro.codec", r"a.txt is an Avro file, which Parquet can take the place of, not text"),
+        ("a.txt", b"RIFF\x24\x08\x01\x01WAVEfmt ", r"a.txt is a recording or an image"),
+        ("a.txt", b"\x11\x02some" * 9, r"a.txt is not text: 33% of its bytes are control characters, as in binary files"),
+        ("a.txt", "<!-- a -->\n<!DOCTYPE html>\n<p>a", r"a.txt is HTML, whose tags would be read as text"),
         (
             "a.txt",
             "日本語の文".encode("iso2022_jp"),
@@ -276,3 +289,17 @@ def test_json_in_any_pieces_is_the_same(texts: list[str], size: int, indent: int
     values = [*texts, {"text": texts}, 12345, True, None, [-1.5e3]]
     reader = JsonReader("a", Drops(json.dumps(values, indent=indent)), _decoder({"text"}))
     assert [record.value for record in reader.array()] == values
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "a+b-c is 1+1- and C++ -- x+AN8 y+=1\n" * 9,
+        "if x == CAFE or y = BABE:\n    z=D3AD\n" * 9,
+        "\x1b[31mred\x1b[0m\tand\x0c plain\n" * 9,
+        "begin 1 of the words\n~{ and ~}\n" * 9,
+        "<!-- a note --> in prose\n" * 9,
+    ],
+)
+def test_prose_that_looks_a_little_like_something_else_is_read(tmp_path: Path, prose: str) -> None:
+    assert read(tmp_path / "a.txt", prose) == [prose.strip("\n")]
