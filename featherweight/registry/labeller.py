@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.opening import load_config
-from featherweight.errors import DataError
+from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import scored_by, task_of
 from featherweight.model.heads import by_label
 from featherweight.model.positions import context_tokens
@@ -19,6 +19,8 @@ from featherweight.store.served_folder import verified_tokens
 from featherweight.text.examples import encoded, types_of
 
 Rows = list[list[float]]
+PAIR = ("text", "text_pair")
+"""What the two texts of a pair are called."""
 
 
 class Labeller(ServedEngine):
@@ -96,7 +98,9 @@ class Labeller(ServedEngine):
 def _parts(given: Any) -> tuple[str, str | None]:
     """A text, or two: a pair, or a mapping of `text` and `text_pair`."""
     if isinstance(given, Mapping):
-        given = (given.get("text"), given.get("text_pair"))
+        if PAIR[0] in given:
+            _require_named(given)
+        given = tuple(given.get(key) for key in PAIR)
     parts = (given, None) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else (None,)
     if len(parts) != 2 or not isinstance(parts[0], str) or not isinstance(parts[1], str | None):
         raise DataError("give a text, or two of them as a pair or under 'text' and 'text_pair'")
@@ -149,20 +153,39 @@ def texts_of(model_input: Any) -> list[Any]:
         told = {name: _plain(value) for name, value in model_input.items()}
         if told.keys() == {ASKED}:
             return told[ASKED] if isinstance(told[ASKED], list) else [told[ASKED]]
-        columns = [told[name] for name in ("text", "text_pair") if name in told]
+        columns = [told[name] for name in PAIR if name in told]
         of_several = bool(columns) and all(isinstance(column, list) for column in columns)
+        if of_several:
+            _require_named(told)
         return [one[0] if len(columns) == 1 else one for one in zip(*columns, strict=True)] if of_several else [told]
     if not hasattr(model_input, "columns"):
         told = _plain(model_input)
         asked = [told] if isinstance(told, str) else told
         return [{k: _plain(v) for k, v in one.items()} if isinstance(one, Mapping) else one for one in asked]
-    if "text" in model_input.columns and "text_pair" in model_input.columns:
-        return list(zip(model_input["text"].tolist(), model_input["text_pair"].tolist(), strict=True))
+    if set(PAIR) <= set(model_input.columns):
+        return list(zip(*(model_input[name].tolist() for name in PAIR), strict=True))
     if not len(model_input.columns):
         return []
-    name = "text" if "text" in model_input.columns else model_input.columns[0]
+    name = PAIR[0] if PAIR[0] in model_input.columns else model_input.columns[0]
+    _require_alone(name, model_input)
     cells = [_plain(cell) for cell in model_input[name].tolist()]
     return cells[0] if name == ASKED and len(cells) == 1 and isinstance(cells[0], list) else cells
+
+
+def _require_named(given: Mapping[str, Any]) -> None:
+    """Raise DataError for what is neither text of a pair, and would be lost."""
+    if other := next((key for key in given if key not in PAIR), None):
+        raise DataError(f"'{one_line(other, 60)}' stands beside a text; two texts are called {' and '.join(PAIR)}")
+
+
+def _require_alone(name: Any, table: Any) -> None:
+    """Raise DataError where a table's column of that name is not the only one that may hold the texts: a second would be lost."""
+    others = [one for one in table.columns if one != name]
+    if others and (name != PAIR[0] or any(isinstance(cell, str) for one in others for cell in table[one])):
+        raise DataError(
+            f"a table of {one_line(', '.join(map(str, table.columns)), 100)}; call its texts {PAIR[0]}, the second ones of pairs "
+            f"{PAIR[1]}, and leave out the others"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -253,3 +253,21 @@ def test_mlflow_hands_on_both_texts_of_a_pair() -> None:
     for given in came:
         (found,) = texts_of(_validate_prediction_input(given, {}, told.inputs, told.params)[0])
         assert _parts(found) == ("a", "b"), given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pandas.DataFrame({"query": ["a"], "passage": ["b"]}),
+        pandas.DataFrame({"text": ["a"], "passage": ["b"]}),
+        {"text": ["a"], "passage": ["b"]},
+        {"text": "a", "passage": "b"},
+        [{"text": "a", "passage": "b"}],
+    ],
+)
+def test_a_second_text_of_another_name_is_not_lost(given: Any) -> None:
+    """A reranker scored the first of the two alone, and said nothing."""
+    with pytest.raises(DataError, match=r"'passage' stands beside a text; two texts are called text and text_pair|call its texts"):
+        [_parts(one) for one in texts_of(given)]
+    numbered = pandas.DataFrame({"id": [7], "text": ["a"]})
+    assert texts_of(numbered) == ["a"]

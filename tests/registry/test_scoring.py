@@ -141,3 +141,20 @@ def test_a_process_that_serves_nothing_is_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(scoring.sys.modules, scoring.SERVER)
     guard()
     assert scoring.SERVER not in scoring.sys.modules
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        (["text", "text_pair"], "text and text_pair are two texts; this model reads one of each row"),
+        (["prompt", "adapter"], "'adapter' stands in a column beside the texts; parameters stand under 'params', for all rows"),
+    ],
+)
+def test_columns_that_an_answer_would_depend_on_are_not_left_out(columns: list[str], reason: str) -> None:
+    from featherweight.registry.serving.scoring import _one_column
+
+    frame = pandas.DataFrame([["a", "b"]], columns=columns)
+    for given in (frame, frame.to_dict("list"), frame.to_dict("records")):
+        with pytest.raises(DataError, match=f"^{reason}$"):
+            _one_column(given, ["max_new_tokens", "adapter"])
+    assert _one_column(pandas.DataFrame([[7, "a"]], columns=["id", "text"]), ["adapter"]).to_dict("list") == {"text": ["a"]}

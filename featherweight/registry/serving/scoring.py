@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from featherweight.errors import DataError, FeatherweightError, nearest, one_line, told
@@ -34,6 +34,7 @@ JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.par
 CONVERSATIONAL = {"messages", "prompt", "input", "model"}
 """The keys of a request as OpenAI takes it that are no parameters; MLflow knows one by the first three."""
 COLUMNS = ("messages", "prompt", "text", "input")
+SECOND = "text_pair"
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
 PARAMETERS = "params"
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")
@@ -111,11 +112,13 @@ class Strict:
         for name in given:
             if name not in self._known:
                 raise DataError(f"no parameter '{one_line(name, 60)}'; {nearest(str(name), self._known)}")
-        return self._model.predict(_one_column(data) if self._of_one_column else data, params=params)
+        return self._model.predict(_one_column(data, self._known) if self._of_one_column else data, params=params)
 
 
-def _one_column(data: Any) -> Any:
-    """The column that holds the texts, of a table in any of MLflow's forms. Raises DataError where none or several may."""
+def _one_column(data: Any, parameters: Sequence[str]) -> Any:
+    """The column that holds the texts, of a table in any of MLflow's forms. Raises DataError where none or several may, and where
+    another holds what an answer would depend on: a second text, or one of the model's `parameters`.
+    """
     import pandas
 
     if isinstance(data, list):
@@ -128,6 +131,10 @@ def _one_column(data: Any) -> Any:
     if len(named) != 1:
         found = f"{' and '.join(named)} both hold texts" if named else f"none of {len(names)} columns is called as texts are"
         raise DataError(f"{found}; this model takes one: {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
+    if SECOND in names:
+        raise DataError(f"{named[0]} and {SECOND} are two texts; this model reads one of each row")
+    if asked := [name for name in names if name in parameters]:
+        raise DataError(f"'{asked[0]}' stands in a column beside the texts; parameters stand under '{PARAMETERS}', for all rows")
     return {named[0]: data[named[0]]} if isinstance(data, dict) else data[named]
 
 
