@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,10 +135,7 @@ def _require_settings(adapter: Path, told: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{where}: peft_type is {kind!r}, which peft {version('peft')} does not know; a LoRA's is {LORA}")
     if kind != LORA:
         return
-    for key, kinds, wanted in (("r", int, "a whole number above 0"), ("lora_alpha", int | float, "a number")):
-        value = told.get(key, 1)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (key == "r" and value < 1):
-            raise CheckpointError(f"{where}: {key} is {value!r}, and a LoRA's is {wanted}; copy it again")
+    require_scale(str(where), told)
     if initialized(told).startswith(DRAWN):
         raise CheckpointError(
             f"{where}: init_lora_weights is {initialized(told)}, which peft makes anew, and not the same, when it loads the "
@@ -147,6 +145,15 @@ def _require_settings(adapter: Path, told: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{where}: the adapter {NEVER_MERGED[never]} ({never}), and so cannot be merged; train a plain LoRA, or give the base"
         )
+
+
+def require_scale(where: str, told: Mapping[str, Any]) -> None:
+    """Refuse what the product of a LoRA's factors cannot be multiplied with."""
+    for key, kinds, wanted in (("r", int, "a whole number above 0"), ("lora_alpha", int | float, "a number")):
+        value = told.get(key, 1)
+        right = isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+        if not right or (key == "r" and value < 1):
+            raise CheckpointError(f"{where}: {key} is {value!r}, and a LoRA's is {wanted}; copy it again")
 
 
 def initialized(told: Mapping[str, Any]) -> str:
@@ -206,9 +213,13 @@ def _factor(name: str, shape: list[int]) -> Factor | None:
 
 def require_factors(adapter: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     """Refuse factors of a LoRA that are not of the matrices of its base, `shapes` by name, as far as both are told by headers."""
-    listing = Listing.of(adapter)
-    told = read_json(listing, ADAPTER)
-    if ADAPTER_WEIGHTS[0] not in listing.sizes or told.get("peft_type") != LORA or not shapes:
+    require_factors_of(Listing.of(adapter), shapes or {})
+
+
+def require_factors_of(listing: Listing, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The same of an adapter that lies anywhere; of its ranks alone where no shapes are known."""
+    told, adapter = read_json(listing, ADAPTER), listing.where
+    if ADAPTER_WEIGHTS[0] not in listing.sizes or told.get("peft_type") != LORA:
         return
     several = told.get("rank_pattern") or told.get("target_parameters")  # of those one factor is as wide as all experts' together
     fixed = None if several else told.get("r")

@@ -7,20 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.adapters import MOVED, factors, initialized
+from featherweight.checkpoint.adapters import MOVED, factors, initialized, require_factors_of, require_scale
 from featherweight.checkpoint.fetching import WORK, look_at, source_of
 from featherweight.checkpoint.files import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     KEPT_ADAPTERS,
     Listing,
+    Weights,
     adapter_files,
+    check_length,
     copy,
+    read_header,
     read_json,
 )
 from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.opening import skeleton
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.errors import CheckpointError, one_line
+from featherweight.checkpoint.tensors import require_finite
+from featherweight.errors import CheckpointError, one_line, reason
 from featherweight.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,6 +78,8 @@ def keep_adapters(spec: LoadSpec, work: Path, out: Path, shapes: Shapes, progres
         listing = Listing.of(source_of(plain)[1].fetch(plain, place, progress))
         _require_plain(name, listing)
         _require_fit(name, listing, shapes)
+        _require_placed(name, listing, out)
+        require_finite(Path(listing.where), Weights((ADAPTER_WEIGHTS[0],)))
         for file in (ADAPTER, ADAPTER_WEIGHTS[0]):
             copy(Path(listing.where) / file, out / KEPT_ADAPTERS / name / file)
 
@@ -84,8 +91,11 @@ def _require_plain(name: str, listing: Listing) -> None:
         raise CheckpointError(f"checkpoint.adapters.{name}: {listing.where} holds no {ADAPTER}; give the folder that peft saved")
     if ADAPTER_WEIGHTS[0] not in files:
         raise CheckpointError(f"checkpoint.adapters.{name}: {listing.where} holds no {ADAPTER_WEIGHTS[0]}; save it as safetensors")
-    if reason := _beyond(read_json(listing, ADAPTER)):
+    if reason := _beyond(told := read_json(listing, ADAPTER)):
         raise CheckpointError(f"checkpoint.adapters.{name}: {reason}; {MERGE}")
+    require_scale(f"{listing.where}/{ADAPTER}", told)
+    check_length(listing, ADAPTER_WEIGHTS[0])
+    require_factors_of(listing, {})
 
 
 def _beyond(told: Mapping[str, Any]) -> str | None:
@@ -111,6 +121,29 @@ def _require_fit(name: str, listing: Listing, shapes: Shapes) -> None:
             raise CheckpointError(
                 f"checkpoint.adapters.{name}: {tensor} is of {factor.channels} channels and {factor.matrix} of {wanted}; "
                 "it was trained on another base"
+            )
+
+
+def _require_placed(name: str, listing: Listing, checkpoint: Path) -> None:
+    """Raises CheckpointError where peft, by the adapter's settings, has other factors beside the checkpoint than the file holds: it
+    leaves out what it has no place for, begins anew what is missing, and only warns.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    try:
+        with quiet():
+            settings = PeftConfig.from_pretrained(listing.where)
+            wanted = get_peft_model_state_dict(get_peft_model(skeleton(checkpoint), settings))
+    except Exception as error:  # each kind of adapter fails in its own way
+        raise CheckpointError(f"checkpoint.adapters.{name}: it does not load beside its base: {reason(error)}") from error
+    shapes = {tensor: tuple(value.shape) for tensor, value in wanted.items()}
+    held = {tensor: tuple(entry["shape"]) for tensor, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items()}
+    for tensor in sorted(shapes.keys() | held):
+        if shapes.get(tensor) != held.get(tensor):
+            found, asked = (list(sizes[tensor]) if tensor in sizes else "none" for sizes in (held, shapes))
+            raise CheckpointError(
+                f"checkpoint.adapters.{name}: {tensor} has the shape {found} in its file, and {ADAPTER} asks for "
+                f"{asked}; copy both again"
             )
 
 

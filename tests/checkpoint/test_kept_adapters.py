@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,55 @@ def test_one_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"of 64 channels and .*proj.weight of 32; it was trained on another base"):
         load(LoadSpec(source=str(base), adapters={"fr": str(lora_folder(wider, tmp_path / "lora"))}), out=out)
     assert not list(out.iterdir())
+
+
+def changed(adapter: Path, settings: dict[str, Any], **tensors: Any) -> Path:
+    """The adapter with other settings, and other tensors under the ends of their names; None leaves one out."""
+    from safetensors.torch import load_file, save_file
+
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(told | settings))
+    held = load_file(adapter / "adapter_model.safetensors")
+    for end, value in tensors.items():
+        name = next(name for name in sorted(held) if name.endswith(f"{end}.weight"))
+        held = {one: tensor for one, tensor in held.items() if one != name} | ({} if value is None else {name: value})
+    save_file(held, adapter / "adapter_model.safetensors")
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha is '16', and a LoRA's is a number; copy it again"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, and a LoRA's is a number"),
+        ({"r": 0}, "r is 0, and a LoRA's is a whole number above 0"),
+        ({"r": 3}, "lora_A.weight is of rank 4, and adapter_config.json says 3; copy both again"),
+    ],
+)
+def test_settings_that_do_not_go_with_its_file_are_told_in_the_plan(
+    base: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    adapter = changed(lora_folder(base, tmp_path / "one"), settings)
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        read_facts(LoadSpec(source=str(base), adapters={"one": str(adapter)}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "told"),
+    [
+        ({"layers_to_transform": [0]}, {}, "has the shape [4, 32] in its file, and adapter_config.json asks for none"),
+        ({"exclude_modules": ["q_proj"]}, {}, "and adapter_config.json asks for none; copy both again"),
+        ({"rank_pattern": {"q_proj": 2}}, {}, "has the shape [4, 32] in its file, and adapter_config.json asks for [2, 32]"),
+        ({}, {"q_proj.lora_B": None}, "q_proj.lora_B.weight has the shape none in its file"),
+        ({}, {"q_proj.lora_A": torch.full((4, 32), torch.nan)}, "q_proj.lora_A.weight holds NaN or infinite values"),
+    ],
+)
+def test_what_peft_would_leave_out_or_begin_anew_is_told_at_load(
+    base: Path, tmp_path: Path, settings: dict[str, Any], tensors: dict[str, Any], told: str
+) -> None:
+    """It only warns, and the champion would answer by an adapter with a part of it, or by no numbers."""
+    adapter = changed(lora_folder(base, tmp_path / "one"), settings, **tensors)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        load(LoadSpec(source=str(base), adapters={"one": str(adapter)}), out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
