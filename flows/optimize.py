@@ -23,6 +23,7 @@ from featherweight.system.progress_channel import ProgressChannel
 from flows.approval import awaited
 from flows.progress_view import PlainView, shown
 from tasks.claim_runs import sign_own_run
+from tasks.forecast import standing
 from tasks.on_ray import Cluster, ray_cluster
 from tasks.outcome import Outcome, Outcomes, blocked
 from tasks.parent_run import ParentRun, open_parent_run
@@ -93,6 +94,8 @@ def optimize(
     facts: Facts = Facts(),
 ) -> OptimizationResult:
     """The body of the flow, on what its parameters name. facts: by which a search reckons how long a variant takes."""
+    for note in standing(recipe, workspace.tracking_uri):
+        progress.tell("say", note)
     with open_parent_run(recipe, plan, workspace, progress, tags or {}) as parent, kept_workers():
         result = summarize(recipe, plan, _run_where(recipe, plan, parent, facts), parent)
     if result.winner is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featherweight.errors import FeatherweightError, RecipeError, told
+from featherweight.errors import FeatherweightError, Forbidden, RecipeError, ServiceError, told
 from featherweight.recipe import fit
 from featherweight.recipe.cost import Cost, estimate
 from featherweight.recipe.facts import Facts
@@ -14,6 +15,9 @@ from featherweight.recipe.nodes import Node
 from featherweight.recipe.plan import Plan, expand
 from featherweight.recipe.recipe import Recipe
 from featherweight.recipe.refusals import disk_refusal
+from featherweight.registry.gate import foreseen
+from featherweight.registry.registry import Registry
+from featherweight.registry.versions import CHAMPION
 from featherweight.spec import ModelSize
 from featherweight.store.artifact import ArtifactRef
 from featherweight.store.workspace import Workspace
@@ -88,7 +92,34 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     memory = fit.needs(plan, size, students) if size.parameters else {}
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
     budget = recipe.search.budget if recipe.search else None
-    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings), memory, budget)
+    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings, *_standing(recipe, root)), memory, budget)
+
+
+def standing(recipe: Recipe, tracking_uri: str) -> tuple[str, ...]:
+    """What the registry would refuse whatever wins, so that it is known before the work: why nothing would be promoted, if so.
+
+    Raises GateError, IntegrityError or Forbidden where registering or promoting would end in that error, ServiceError where MLflow
+    cannot be reached.
+    """
+    registry, promote = Registry(tracking_uri), recipe.promote
+    seen = registry.ready(promote.model, decides=promote.stage != "none")
+    champion = seen.holder(CHAMPION) if seen and promote.stage == "production" else None
+    why = foreseen(registry, champion, recipe.objective, recipe.workload.batch_sizes) if champion else None
+    return (f"no other winner will be promoted: {why}",) if why else ()
+
+
+def _standing(recipe: Recipe, root: Path) -> tuple[str, ...]:
+    """The same for a plan, which is made without a server too."""
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server and not (root / "mlflow.db").exists():
+        return ()
+    try:
+        configure(root)
+        return standing(recipe, Workspace.at(root).tracking_uri)
+    except Forbidden:
+        raise
+    except ServiceError as error:
+        return (f"what the registry would refuse is not known: {told(error)}",)
 
 
 def require_room(size: ModelSize, root: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +95,19 @@ def _proven(registry: Registry, version: RegisteredVersion, way: str, files: boo
 def _registered_constraints(candidate: RegisteredVersion) -> ConstraintsSpec:
     stored: dict[str, Any] = json.loads(candidate.tag("constraints") or "{}")
     return ConstraintsSpec(**stored)
+
+
+def foreseen(registry: Registry, champion: RegisteredVersion, objective: str, batch_sizes: Iterable[int]) -> str | None:
+    """Why no candidate that is measured at these batch sizes would pass beside the champion; None where its numbers will tell."""
+    try:
+        proven = _proven(registry, champion, "re-evaluate the champion, or force")
+    except GatesRefused as error:
+        return told(error)
+    figure = goals.Objective.of(objective, {goals.speed(size).key: math.nan for size in batch_sizes}).figure
+    if figure.read(proven.metrics) is not None:
+        return None
+    missing = f"{goals.not_measured(figure)} of the champion, version {champion.version} ({champion.variant})"
+    return f"{missing}; take an objective that it was measured at, or force"
 
 
 def _champion_gates(

@@ -97,12 +97,7 @@ class MlflowStore:
         from mlflow.exceptions import MlflowException
 
         text = entry.to_json()
-        signature = Keys.here().sign(text)
-        if self._signed and not signature:
-            way = "`featherweight keys init`, and let the others trust its public key"
-            raise Forbidden(
-                f"entries of '{self.model}' are signed; one of this user, who has no key, would stop whoever trusts keys: {way}"
-            )
+        signature = self.signed(text)
         tags, told = {ENTRY: text, **({SIGNED: signature} if signature else {})}, f"{entry.when[:19]}Z: {entry.told()}"
         try:
             if not entry.follows:
@@ -112,6 +107,16 @@ class MlflowStore:
             if error.error_code not in MAYBE_WRITTEN:
                 raise
             raise Unsure(f"MLflow failed while it stored a history entry: {one_line(error)}") from error
+
+    def signed(self, text: str) -> str:
+        """This user's signature of an entry, '' without a key. Raises Forbidden as `append` does."""
+        signature = Keys.here().sign(text)
+        if self._signed and not signature:
+            way = "`featherweight keys init`, and let the others trust its public key"
+            raise Forbidden(
+                f"entries of '{self.model}' are signed; one of this user, who has no key, would stop whoever trusts keys: {way}"
+            )
+        return signature
 
     def write(self, cell: Cell, value: str | None) -> None:
         """Set one cell; nothing where the version that it belongs to was deleted meanwhile."""

@@ -141,11 +141,26 @@ class Registry:
 
         Raises GateError where the model was renamed in MLflow: a second one of its old name would have no champion to beat.
         """
+        seen = self.ready(model)
+        return next((one for one in seen.versions.values() if one.digest == digest), None) if seen else None
+
+    def ready(self, model: str, decides: bool = False) -> RegisteredModel | None:
+        """The model as it stands, None where none is registered under that name, for whoever is about to register a winner.
+
+        Raises GateError where it was renamed in MLflow. decides: something will be promoted too; raises IntegrityError where the
+        history was cut off or altered, Forbidden where its entries are signed and this user has no key.
+        """
         with self._service():
             refuse_renamed(self.client, model)
             if not self.client.search_registered_models(f"name = '{model}'"):
                 return None
-        return next((one for one in self.versions(model) if one.digest == digest), None)
+            store = MlflowStore(self.client, model)
+            seen = store.read()
+            if decides:
+                _require_witnessed(seen)
+                seen.require_whole()
+                store.signed("")
+            return seen
 
     def history(self, model: str) -> History:
         """What was decided for a model's versions, and what lost against it."""

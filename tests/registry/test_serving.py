@@ -115,10 +115,11 @@ def test_what_requests_may_name_is_listed_as_openai_lists_it(desk: Bench, served
     answer = httpx.get(f"{served.address}/v1/models")
     created = int(desk.registry.get(MODEL, "1").created_s)
     assert answer.headers[VERSION_HEADER] == f"{MODEL}/1"
-    assert answer.json() == {
-        "object": "list",
-        "data": [{"id": MODEL, "object": "model", "created": created, "owned_by": "featherweight"}],
-    }
+    model = {"id": MODEL, "object": "model", "created": created, "owned_by": "featherweight"}
+    assert answer.json() == {"object": "list", "data": [model]}
+    one = httpx.get(f"{served.address}/v1/models/{MODEL}")
+    assert (one.json(), one.headers[VERSION_HEADER]) == (model, f"{MODEL}/1")
+    assert httpx.get(f"{served.address}/v1/models/another").status_code == 404
 
 
 async def _load(url: str, seen: Counter[tuple[int, str]], moved: threading.Event) -> None:

@@ -99,13 +99,17 @@ class Front:
         backend = self._taken()
         if backend is None:
             return refusal(503, "TEMPORARILY_UNAVAILABLE", "the model is not loaded yet; try again in a moment")
-        if path not in backend.server.paths:
+        served = backend.server.paths
+        if MODELS in served and path == f"{MODELS}/{backend.copy.version.model}":
+            backend.release()
+            return _answered(backend, _model(backend))
+        if path not in served:
             backend.release()
             shown = one_line(path, 100)
-            return refusal(404, "ENDPOINT_NOT_FOUND", f"nothing is served at {shown}; paths: {', '.join(backend.server.paths)}")
+            return refusal(404, "ENDPOINT_NOT_FOUND", f"nothing is served at {shown}; paths: {', '.join(served)}")
         if path == MODELS:
             backend.release()
-            return _models(backend)
+            return _answered(backend, {"object": "list", "data": [_model(backend)]})
         return await self._passed_on(backend, request, path, body)
 
     def _taken(self) -> Backend | None:
@@ -149,13 +153,16 @@ class Front:
         return told
 
 
-def _models(backend: Backend) -> Response:
-    """The one model that requests may name, as OpenAI's API lists them."""
+def _model(backend: Backend) -> dict[str, Any]:
+    """The one model that requests may name, as OpenAI's API tells of one."""
+    version = backend.copy.version
+    return {"id": version.model, "object": "model", "created": int(version.created_s), "owned_by": "featherweight"}
+
+
+def _answered(backend: Backend, told: dict[str, Any]) -> Response:
     from starlette.responses import JSONResponse
 
-    version = backend.copy.version
-    told = {"id": version.model, "object": "model", "created": int(version.created_s), "owned_by": "featherweight"}
-    return JSONResponse({"object": "list", "data": [told]}, headers=_answered_by(backend))
+    return JSONResponse(told, headers=_answered_by(backend))
 
 
 def _client(backend: Backend) -> httpx.AsyncClient:
