@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.grid import GRIDS, Grid
 
@@ -81,3 +83,21 @@ def grid_of(kind: Kind, low: float, high: float) -> Grid | None:
     """The first grid that holds such numbers."""
     grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == kind)
     return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
+
+
+SCALES = re.compile(r"\.(weight\.(absmax|quant_state\..+)|SCB|scales|weight_scale(_inv)?)$")
+"""What the numbers of a packed weight are multiplied with, behind its module's name."""
+PACKED = re.compile(r"\.(weight|qweight|weight_packed)$")
+
+
+def without_scale(header: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first packed weight in the headers of safetensors that nothing there says the scale of; None where there is none."""
+    scaled = {SCALES.sub("", name) for name in header if SCALES.search(name)}
+    packed = (name for name, entry in header.items() if PACKED.search(name) and is_packed(entry))
+    return next((name for name in packed if PACKED.sub("", name) not in scaled), None)
+
+
+def is_packed(entry: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a matrix of numbers that stand for others: of integers, or of floats of 8 bits."""
+    kind, shape = str(entry.get("dtype")), entry.get("shape") or ()
+    return (kind.startswith("F8") or kind[:1] in ("I", "U")) and len(shape) > 1

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import bitsandbytes_weights
-from featherweight.checkpoint.packed_layers import Found, Layer, grid_of
+from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, without_scale
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import Grid
 
@@ -191,9 +191,13 @@ PARTS: dict[str | None, tuple[str, ...]] = {
 """What the name of one tensor of each packed weight ends in."""
 
 
-def require_packed(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-    """Raise CheckpointError where the names of tensors are not those that config.json's word on packing makes one expect."""
-    method, given = method_of(config), list(names)
+def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Raise CheckpointError where the tensors' names, types and shapes in the `header` are not those that config.json's word on
+    packing makes one expect.
+    """
+    method, given = method_of(config), list(header)
+    if method is not None and (bare := without_scale(header)) is not None:
+        raise CheckpointError(f"{where}: {bare} is packed ({method}), and the scale of its numbers is missing; copy it again")
     if method is not None and not any(name.endswith(PARTS[method]) for name in given):
         raise CheckpointError(
             f"{where}: config.json says that the weights are packed ({method}), and no tensor is (*{PARTS[method][0]}); "
@@ -364,7 +368,8 @@ def _layer(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
     if zeros is not None and zeros.dtype == torch.int32:
         zeros = unpack_from_int32(zeros, args.num_bits, scales.shape, packed_dim=0)
     zeros = None if zeros is None else zeros.reshape(-1, scales.shape[1]).expand(scales.shape)
-    return Layer(args.num_bits, q, scales, args.group_size or shape[1], zeros, tensors.get(f"{module}.weight_g_idx"))
+    layer = Layer(args.num_bits, q, scales, args.group_size or shape[1], zeros, tensors.get(f"{module}.weight_g_idx"))
+    return layer if scales.shape[1] == 1 and not args.group_size else _whole(layer, module)
 
 
 def _decompressed(form: str, scheme: Any, tensors: Mapping[str, Tensor], module: str) -> Tensor:

@@ -344,8 +344,40 @@ def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
     tensors = load_file(tmp_path / "source/model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"cannot be unpacked \(model\.layers\.1\.mlp\.up_proj\.scales is missing\)"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.qweight is packed \(gptq\), and the scale of its numbers is missing"):
+        read_facts(LoadSpec(source=str(tmp_path / "source")))
+    with pytest.raises(CheckpointError, match=r"up_proj\.qweight is packed \(gptq\), and the scale of its numbers is missing"):
         loaded(tmp_path / "source", tmp_path)
+
+
+def in_rows_of_8_bits(source: Path, out: Path, changed: dict[str, Any], dropped: str = "none") -> Path:
+    """The checkpoint as compressed-tensors stores integers of 8 bits with a scale for each row, its settings changed."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        scales = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors |= {name: (tensors[name] / scales).round().to(torch.int8), f"{name}_scale": scales}
+    save_file(
+        {name: one for name, one in tensors.items() if not name.endswith(dropped)}, out / "model.safetensors", {"format": "pt"}
+    )
+    told = scheme(8, "int", "channel", activations=False)
+    group = told | {"weights": told["weights"] | changed}
+    describe(out, {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}})
+    return out
+
+
+def test_integers_without_a_scale_are_no_weights(tiny_checkpoint, tmp_path):
+    """They were served as they are, a layer of numbers up to 127, and nothing was said."""
+    source = in_rows_of_8_bits(tiny_checkpoint, tmp_path / "source", {}, "layers.1.mlp.up_proj.weight_scale")
+    for read in (lambda: read_facts(LoadSpec(source=str(source))), lambda: loaded(source, tmp_path)):
+        with pytest.raises(CheckpointError, match=r"up_proj\.weight is packed \(compressed-tensors\), and the scale of its"):
+            read()
+
+
+def test_groups_that_the_scales_are_not_of_are_told(tiny_checkpoint, tmp_path):
+    source = in_rows_of_8_bits(tiny_checkpoint, tmp_path / "source", {"strategy": "group", "group_size": 32})
+    with pytest.raises(CheckpointError, match=r"has scales \[1, \d+\], which 8 bits in groups of 32 of \d+ columns do not have"):
+        loaded(source, tmp_path)
 
 
 # compressed-tensors, written by llm-compressor
