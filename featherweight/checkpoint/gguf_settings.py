@@ -73,6 +73,8 @@ READ: Mapping[str, tuple[str, ...]] = {
 """By architecture: what transformers makes something of its own of."""
 OWN_READER = ("qwen35",)
 """Architectures of which transformers' newer reader takes all settings and tensors, or fails."""
+ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+"""Of a turn, and of a message that a tool is to answer."""
 BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias", "use_bias": "blk.0.attn_q.bias"}
 """Entries of a configuration, and the tensor that tells whether they hold."""
 DEEPEST = {"gemma2": 46, "gemma3": 62}
@@ -91,7 +93,18 @@ def configuration(folder: Path, name: str, header: GgufHeader) -> PreTrainedConf
     config: Any = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
     if header.text(ARCHITECTURE) not in OWN_READER:
         put_right(config, header)
+    _set_ends(config, header)
     return config
+
+
+def _set_ends(config: Any, header: GgufHeader) -> None:
+    """Have texts end where llama.cpp ends them: at the end of a turn too, which the checkpoint's generation_config.json named."""
+    told = config.eos_token_id
+    first = told if isinstance(told, list) else [] if told is None else [told]
+    more = [int(number) for name in ENDS if (number := header.number(name)) is not None and number >= 0]
+    ends = list(dict.fromkeys([*first, *more]))
+    if len(ends) > len(first):
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def put_right(config: Any, header: GgufHeader) -> None:

@@ -26,6 +26,7 @@ from featherweight.errors import CheckpointError
 from featherweight.grid import GRIDS
 from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
+from featherweight.runtimes.generation_settings import GenerationSettings
 from tasks.load import load
 from tests.support.gguf_files import write_gguf
 from tests.support.notes import Notes
@@ -396,3 +397,12 @@ def test_a_padding_token_beyond_a_files_vocabulary_is_told(tiny_checkpoint: Path
     (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says={"tokenizer.ggml.padding_token_id": 999})
     with pytest.raises(CheckpointError, match=r"m.gguf describes no model .*: its padding token lies beyond its vocabulary"):
         read_facts(LoadSpec(source=str(file)))
+
+
+def test_texts_end_at_the_end_of_a_turn_too(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    """As llama.cpp ends them, and the checkpoint's own generation_config.json did; transformers reads one end of a file."""
+    said = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 8}
+    (file,) = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, says=said)
+    assert read_facts(LoadSpec(source=str(file))).generation.eos_token_id == [1, 7, 8]
+    load(LoadSpec(source=str(file)), out=out)
+    assert GenerationSettings.read(out).ends == [1, 7, 8]
