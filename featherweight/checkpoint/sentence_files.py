@@ -149,6 +149,8 @@ def default_prompt(listing: Listing) -> str:
 def named_prompts(listing: Listing) -> dict[str, str]:
     """What may be put before a text, by name."""
     told = _json(listing, MODEL).get("prompts") or {}
+    if not isinstance(told, dict) or not all(isinstance(prompt, str | None) for prompt in told.values()):
+        raise CheckpointError(f"{listing.where}/{MODEL}: prompts must be an object of texts by their names")
     return {str(name): prompt or "" for name, prompt in told.items()}
 
 
@@ -205,4 +207,10 @@ def _poolings(said: Mapping[str, Any], where: str, *, prompted: bool) -> tuple[s
 
 
 def _longest(listing: Listing, config: Any, said: Mapping[str, Any]) -> int:
-    return said.get("max_seq_length") or longest(listing, config)
+    """Where a text is cut. Raises CheckpointError for what is no length, which tokenizers stop at."""
+    told = said.get("max_seq_length")
+    if told is not None and not (type(told) is int and told >= 0):
+        raise CheckpointError(
+            f"{listing.where}: sentence-transformers' max_seq_length is {told!r}, and must be a whole number, or null"
+        )
+    return told or longest(listing, config)

@@ -88,6 +88,9 @@ PROMPTED = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
         ({"2_Normalize/config.json": {"module_input_name": "token_embeddings"}}, {}, "Normalize module"),
         ({"config_sentence_transformers.json": PROMPTED}, {"include_prompt": False}, "leaves the prompt out"),
         ({"sentence_bert_config.json": {"tokenizer_args": {"model_max_length": 5}}}, {}, "tokenizer_args asks for what"),
+        ({"sentence_bert_config.json": {"max_seq_length": -1}}, {}, "max_seq_length is -1, and must be a whole number, or null"),
+        ({"sentence_bert_config.json": {"max_seq_length": "9"}}, {}, "max_seq_length is '9', and must be a whole number"),
+        ({"config_sentence_transformers.json": {"prompts": {"query": 5}}}, {}, "prompts must be an object of texts by their names"),
         ({"sentence_bert_config.json": {"processing_kwargs": {"text": {"max_length": 4}}}}, {}, "processing_kwargs asks for what"),
         (
             {"sentence_bert_config.json": {"modality_config": {"text": {"method_output_name": "pooler_output"}}}},
