@@ -41,8 +41,16 @@ class Workspace:
 
     @classmethod
     def at(cls, root: Path) -> Workspace:
-        """The workspace in `root`, tracked by $MLFLOW_TRACKING_URI or by a SQLite file in it."""
+        """The workspace in `root`, tracked by $MLFLOW_TRACKING_URI or by a SQLite file in it.
+
+        Raises ServiceError where it cannot be made, or where its databases would lie outside of it.
+        """
         root = root.absolute()
+        if "?" in str(root):
+            way = "take another folder, such as --workspace DIR"
+            raise ServiceError(
+                f"{root} cannot be a workspace: SQLite's address of its databases would end at the question mark; {way}"
+            )
         try:
             for folder in ("work", "cache", "artifacts"):
                 (root / folder).mkdir(parents=True, exist_ok=True)

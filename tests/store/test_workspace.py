@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from featherweight.errors import IntegrityError
+from featherweight.errors import IntegrityError, ServiceError
 from featherweight.store.artifact import Manifest, describe_files, file_sha256, merkle_digest
 from featherweight.store.workspace import ARTIFACT, Workspace, local_path
 from tests.support.registering import empty_store
@@ -91,6 +93,19 @@ def on_another_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refusing)
+
+
+def test_databases_lie_in_the_workspace_whatever_it_is_called_or_it_is_refused(tmp_path: Path) -> None:
+    """SQLite's address ends at a question mark: the databases of all folders that begin alike would be one file beside them."""
+    for name in ("a b", "a#b", "a%20b", "a%3Fb", "a&b=c+d", "a'b", "é"):
+        workspace = Workspace.at(tmp_path / name)
+        (workspace.root / "mlflow.db").write_bytes(empty_store())
+        workspace.experiment(workspace.client(), "ours")
+        with closing(sqlite3.connect(workspace.root / "mlflow.db")) as database:
+            assert ("ours",) in database.execute("SELECT name FROM experiments").fetchall()
+    with pytest.raises(ServiceError, match=r"a\?b cannot be a workspace: .* question mark; take another folder"):
+        Workspace.at(tmp_path / "a?b")
+    assert not [path for path in tmp_path.iterdir() if path.is_file() or "?" in path.name]
 
 
 @pytest.mark.slow
