@@ -20,20 +20,42 @@ Rule = tuple[Callable[[Any], bool], str]
 def require_followable(listing: Listing) -> None:
     """Raise CheckpointError for the first setting that transformers fails on; of config.json where no other file has them."""
     file = GENERATION if GENERATION in listing.sizes else CONFIG
-    settings = read_json(listing, file)
-    for name, (right, wanted) in _rules(settings, read_json(listing, CONFIG)):
-        value = settings.get(name)
-        if value is not None and not right(value):
-            raise CheckpointError(
-                f"{listing.where}/{file}: {name} is {value!r}, with which transformers' generate fails; it takes {wanted}: "
-                "mend it, or take it out of that file"
-            )
+    settings, config = read_json(listing, file), read_json(listing, CONFIG)
+    for told, place, rules in ((settings, file, _rules(settings, config)), (config, CONFIG, _start_rules(config))):
+        for name, (right, wanted) in rules:
+            value = told.get(name)
+            if value is not None and not right(value):
+                raise CheckpointError(
+                    f"{listing.where}/{place}: {name} is {value!r}, with which transformers' generate fails; it takes {wanted}: "
+                    "mend it, or take it out of that file"
+                )
+
+
+def _start_rules(config: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
+    """What is asked of the token that targets begin with, whichever file names it."""
+    if config.get("is_encoder_decoder"):
+        most = _most(config)
+        yield "decoder_start_token_id", (lambda value: _starts(value, most), f"an id below {most}")
+
+
+def _most(config: Mapping[str, Any]) -> int:
+    """How many tokens are written of."""
+    vocabulary = config.get("decoder_vocab_size") or config.get("vocab_size")
+    return vocabulary if isinstance(vocabulary, int) and _whole(vocabulary) else 2**31
 
 
 def _rules(settings: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
     """What is asked of each setting."""
+    most = _most(config)
     yield from _TOKENS.items()
     yield from dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), _known(config.get("vocab_size"))).items()
+    yield "bad_words_ids", (lambda value: _words(value, most), f"lists of ids below {most}, one at least")
+    yield (
+        "sequence_bias",
+        (lambda value: _biases(value, most), f"pairs of a list of ids below {most} and a number with a decimal point"),
+    )
+    yield "exponential_decay_length_penalty", (_decay, "a place and a factor")
+    yield from _start_rules(config)
     yield from _LENGTHS.items()
     yield from _PENALTIES.items()
     yield from _TOGETHER.items() if (settings.get("num_beams") or 1) != 1 else ()
@@ -66,9 +88,25 @@ def _known(vocabulary: Any) -> Rule:
     return right, f"ids below {most}" if vocabulary else "ids of tokens"
 
 
-def _words(value: Any) -> bool:
+def _words(value: Any, most: int) -> bool:
     rows = isinstance(value, list) and bool(value) and all(map(_ids, value))
-    return rows and all(row and min(row) >= 0 for row in value)
+    return rows and all(row and min(row) >= 0 and max(row) < most for row in value)
+
+
+def _biases(value: Any, most: int) -> bool:
+    pairs = isinstance(value, list) and bool(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return (
+        pairs and _words([ids for ids, _ in value], most) and all(isinstance(bias, float) and 0 not in ids for ids, bias in value)
+    )
+
+
+def _decay(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+
+
+def _starts(value: Any, most: int) -> bool:
+    tokens = value if isinstance(value, list) else [value]
+    return all(not _whole(token) or 0 <= token < most for token in tokens)  # what is no id is told where it is looked for
 
 
 def _penalty(value: Any) -> bool:
@@ -79,7 +117,6 @@ _TOKENS: dict[str, Rule] = {
     "eos_token_id": (lambda value: _number(value) or (_ids(value) and bool(value)), "an id, or a list of some"),
     "suppress_tokens": (_ids, "a list of ids"),
     "begin_suppress_tokens": (_ids, "a list of ids"),
-    "bad_words_ids": (_words, "lists of ids, one at least"),
     "stop_strings": (bool, "a text, or a list of some"),
     "pad_token_id": (_whole, "an id"),
 }

@@ -48,6 +48,10 @@ def rewritten(path: Path, *keys: str, value: Any) -> None:
         ("generation_config.json", ["forced_eos_token_id"], 10**6, "forced_eos_token_id is 1000000"),
         ("generation_config.json", ["repetition_penalty"], 2, "a number above 0 with a decimal point"),
         ("generation_config.json", ["bad_words_ids"], [[-1]], "bad_words_ids"),
+        ("generation_config.json", ["bad_words_ids"], [[3], [320]], "it takes lists of ids below 320, one at least"),
+        ("generation_config.json", ["sequence_bias"], [[[3], 1]], "sequence_bias is .* and a number with a decimal point"),
+        ("generation_config.json", ["sequence_bias"], {"3": 1.0}, "sequence_bias"),
+        ("generation_config.json", ["exponential_decay_length_penalty"], 1.5, "it takes a place and a factor"),
         ("generation_config.json", ["stop_strings"], [], "stop_strings"),
         ("generation_config.json", ["num_beams"], 0, "num_beams is 0"),
         ("generation_config.json", ["pad_token_id"], [0], r"pad_token_id is \[0\]"),
@@ -68,6 +72,17 @@ def test_absurd_numbers(folder: Path, file: str, keys: list[str], value: Any, me
         require_sane(Listing.of(folder))
     assert time.process_time() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_targets_begin_with_a_token_of_the_vocabulary(folder: Path, file: str) -> None:
+    """The first request ended in an index out of range."""
+    rewritten(folder / "config.json", "is_encoder_decoder", value=True)
+    rewritten(folder / file, "decoder_start_token_id", value=320)
+    with pytest.raises(CheckpointError, match=f"{file}: decoder_start_token_id is 320, .* it takes an id below 320"):
+        require_sane(Listing.of(folder))
+    rewritten(folder / "config.json", "is_encoder_decoder", value=False)
+    require_sane(Listing.of(folder))
 
 
 def test_what_plays_no_role_may_be_what_it_likes(folder: Path) -> None:
