@@ -41,6 +41,8 @@ class Record:
             return Document(f"{self.name}#{self.number}", self._whole(self.value, "the text"))
         text = self._words(data.field) if data.label else self._text(data.field, "field")
         target, pair = (key and self._text(key, option) for option, key in (("target", data.target), ("pair", data.pair)))
+        if data.target and text.strip() and not (target or "").strip():
+            raise self.without_text(data.target, "target")
         return Document(f"{self.name}#{self.number}", text, target, pair, data.label and self._label(data.label))
 
     def _words(self, key: str) -> str:
@@ -86,7 +88,7 @@ class Record:
         if not isinstance(self.value, Mapping):
             found = f"it is {_kind(self.value)}"
         elif key in self.value:
-            found = f"it holds {_kind(self.value[key])}"
+            found = f"it holds {'nothing but white space' if _is_blank(self.value[key]) else _kind(self.value[key])}"
         else:
             found = f"found: {listed(self.value)}"
         return DataError(f"{self.name} {self.where} has no {what} under '{key}' ({found}); set data.{option}, or leave it out")
@@ -111,6 +113,11 @@ def listed(names: Iterable[object]) -> str:
     shown = [str(name) if len(str(name)) <= _SHOWN_CHARACTERS else f"{str(name)[:_SHOWN_CHARACTERS]}..." for name in names]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return " ".join(", ".join(sorted(shown[:_SHOWN])).split()) + more
+
+
+def _is_blank(value: object) -> bool:
+    """Whether it is a text of nothing, as a cell of a table that was left empty."""
+    return isinstance(value, str) and not value.strip()
 
 
 def _kind(value: object) -> str:

@@ -303,3 +303,10 @@ def test_json_in_any_pieces_is_the_same(texts: list[str], size: int, indent: int
 )
 def test_prose_that_looks_a_little_like_something_else_is_read(tmp_path: Path, prose: str) -> None:
     assert read(tmp_path / "a.txt", prose) == [prose.strip("\n")]
+
+
+def test_a_row_without_a_translation_is_told_by_its_line(tmp_path: Path) -> None:
+    """A model would learn to write nothing; a row without a source is left out, as blank documents are."""
+    with pytest.raises(DataError, match=r"a.csv line 3 has no text under 'de' \(it holds nothing but white space\)"):
+        read(tmp_path / "a.csv", "en,de\na,b\nc, \n", field="en", target="de")
+    assert read(tmp_path / "b.csv", "en,de\na,b\n,\n", field="en", target="de") == ["a"]
