@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import venv
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -91,6 +92,10 @@ def test_a_folder_holds_verified_files_and_starts_as_it_was_measured(desk: Bench
         assert again.returncode == 9 and "holds other files than were deployed" in again.stderr and not again.stdout
         (out / place).write_bytes(was)
     assert started(out).returncode == 0
+    venv.create(out.parent / "bare", symlinks=True)
+    bare = started(out, PYTHON=str(out.parent / "bare" / "bin" / "python"))
+    assert (bare.returncode, bare.stdout) == (7, "")
+    assert bare.stderr.endswith("bin/python has no featherweight, which serves this; set PYTHON to one that has it\n")
     with pytest.raises(RecipeError, match="is there already"):
         written(desk, "folder")
 

@@ -24,6 +24,8 @@ PORT = 8080
 SERVER_BYTES = 2**30
 """Memory of the server around the engine, which the measurement leaves out: MLflow, pandas and the tokenizer."""
 HEADROOM = 1.25
+FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+"""Ends with 1 where a package is not installed, without importing it."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,13 @@ def _told(environment: Mapping[str, str], copy: VerifiedCopy) -> dict[str, str]:
 def start_script(deployment: Deployment, sums: str) -> str:
     """The command that serves the folder in which it lies. It checks every file first, and itself listens here alone by default.
 
-    sums: sha256 of the list of files. $PYTHON, $HOST and $PORT say otherwise.
+    Exit code 9 for other files, 7 for a Python without the engine. sums: sha256 of the list of files. $PYTHON, $HOST and $PORT say
+    otherwise.
     """
     variables = [f"export {name}={_word(value)}" for name, value in sorted(deployment.environment.items())]
     command = " ".join(_word(word) for word in deployment.command[1:])
+    python, package = '"${PYTHON:-python3}"', "vllm" if deployment.engine == "vllm" else "featherweight"
+    lacking = f'echo {python}" has no {package}, which serves this; set PYTHON to one that has it" >&2; exit 7'
     checked = f"echo '{sums}  {SUMS}' | sha256sum --check --status - && sha256sum --check --quiet {SUMS} >&2"
     return "\n".join(
         [
@@ -122,7 +127,8 @@ def start_script(deployment: Deployment, sums: str) -> str:
             'cd "$(dirname "$0")"',
             f'{{ {checked}; }} || {{ echo "$PWD holds other files than were deployed" >&2; exit 9; }}',
             *variables,
-            f'exec "${{PYTHON:-python3}}" {command} --host "${{HOST:-127.0.0.1}}" --port "${{PORT:-{PORT}}}"',
+            f"{python} -c {shlex.quote(FIND)} {package} >/dev/null || {{ {lacking}; }}",
+            f'exec {python} {command} --host "${{HOST:-127.0.0.1}}" --port "${{PORT:-{PORT}}}"',
             "",
         ]
     )
