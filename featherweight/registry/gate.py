@@ -19,6 +19,8 @@ from featherweight.registry.evidence import with_evidence
 from featherweight.registry.history import GateResult
 from featherweight.registry.registry import RegisteredVersion, Registry
 
+CHAMPIONS_WAY = "re-evaluate the champion, or force"
+
 
 class GatesRefused(GateError):
     """A gate refused; `gates` are all that judged, with their numbers."""
@@ -70,7 +72,7 @@ def judged(
     approved: by whom, and why, '' for nobody.
     """
     proven = _proven(registry, candidate, "re-evaluate it, or force", files=True)
-    other = _proven(registry, champion, "re-evaluate the champion, or force") if champion else None
+    other = _proven(registry, champion, CHAMPIONS_WAY) if champion else None
     gates = promotion_gate(proven, other, constraints, objective)
     if approved:
         return [*gates, GateResult(APPROVAL, True, f"approved by {approved}")]
@@ -100,7 +102,7 @@ def _registered_constraints(candidate: RegisteredVersion) -> ConstraintsSpec:
 def foreseen(registry: Registry, champion: RegisteredVersion, objective: str, batch_sizes: Iterable[int]) -> str | None:
     """Why no candidate that is measured at these batch sizes would pass beside the champion; None where its numbers will tell."""
     try:
-        proven = _proven(registry, champion, "re-evaluate the champion, or force")
+        proven = _proven(registry, champion, CHAMPIONS_WAY)
     except GatesRefused as error:
         return told(error)
     figure = goals.Objective.of(objective, {goals.speed(size).key: math.nan for size in batch_sizes}).figure
@@ -115,7 +117,7 @@ def _champion_gates(
 ) -> list[GateResult]:
     """The gates that compare with the present champion."""
     if not _comparable(candidate, champion):
-        reason = "measured on other evaluation text and from another checkpoint; re-evaluate the champion, or force"
+        reason = "measured on other evaluation text and from another checkpoint; evaluate on the champion's text, or force"
         return [GateResult("comparable", False, reason)]
     progress = _progress_gate(candidate, champion, objective)
     if objective == "quality":
