@@ -56,7 +56,14 @@ def kind_without_text(head: bytes) -> str | None:
         return "a PDF document"
     if head.startswith(b"RIFF") and head[8:12] in (b"WAVE", b"WEBP", b"AVI "):
         return "a recording or an image (RIFF)"
-    return next((kind for magic, kind in NO_TEXT.items() if head.startswith(magic)), None)
+    found = next(((magic, kind) for magic, kind in NO_TEXT.items() if head.startswith(magic)), None)
+    if found is None or (found[0].isalnum() and not _is_binary(head)):  # prose may begin with ORC, or GGUF
+        return None
+    return found[1]
+
+
+def _is_binary(head: bytes) -> bool:
+    return b"\0" in head or control_share(head) > 0
 
 
 def other_encoding(head: bytes) -> str | None:

@@ -218,6 +218,7 @@ def archive(make: Callable[..., object]) -> bytes:
         ("a.txt", base64.encodebytes(b"a river" * 40), r"a.txt is not UTF-8 text: it looks like base64"),
         ("a.txt", pickle.dumps(["a river"], protocol=0), r"a.txt is a pickle, which can run code and is not opened, not text"),
         ("a.txt", b"\n%PDF-1.4\n1 0 obj\n", r"a.txt is a PDF document, not text"),
+        ("a.txt", b"ORC\x11\0\0\n\x06\x12\x04", r"a.txt is an ORC file, which Parquet can take the place of, not text"),
         ("a.txt", b"Obj\x01\x04\x14avro.codec", r"a.txt is an Avro file, which Parquet can take the place of, not text"),
         ("a.txt", b"RIFF\x24\x08\x01\x01WAVEfmt ", r"a.txt is a recording or an image"),
         ("a.txt", b"\x11\x02some" * 9, r"a.txt is not text: 33% of its bytes are control characters, as in binary files"),
@@ -299,6 +300,9 @@ def test_json_in_any_pieces_is_the_same(texts: list[str], size: int, indent: int
         "\x1b[31mred\x1b[0m\tand\x0c plain\n" * 9,
         "begin 1 of the words\n~{ and ~}\n" * 9,
         "<!-- a note --> in prose\n" * 9,
+        "ORCHIDS bloom in May.\n",
+        "GGUF is a file format.\n",
+        "GIF89a has more than one picture.\n",
     ],
 )
 def test_prose_that_looks_a_little_like_something_else_is_read(tmp_path: Path, prose: str) -> None:
