@@ -38,11 +38,18 @@ def read(_: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     for name in sorted(tensors):
         if name.endswith(ROWS):
             module = name.removesuffix(ROWS)
+            _require_rows(tensors.get(f"{module}.weight_format"), module)
             found.layers[f"{module}.weight"] = _rows(tensors[f"{module}.weight"], tensors[name])
         elif STATE in name:
             module = name.partition(STATE)[0]
             found.floats[f"{module}.weight"] = _blocks(f"{module}.weight", tensors, tensors[name])
     return found
+
+
+def _require_rows(form: Tensor | None, module: str) -> None:
+    """Raise ValueError for integers in one of the tiled orders that bitsandbytes once had for some GPUs (all but 0)."""
+    if form is not None and bool(form.any()):
+        raise ValueError(f"{module}.weight_format is {int(form.max())}, an order that bitsandbytes reads no more")
 
 
 def _rows(q: Tensor, largest: Tensor) -> Layer:

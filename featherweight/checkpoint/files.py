@@ -9,7 +9,7 @@ import operator
 import os
 import shutil
 import struct
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -354,8 +354,17 @@ def _pointer(listing: Listing, name: str) -> CheckpointError:
     return CheckpointError(f"{listing.where}/{name} is a pointer of Git LFS, not the file; run 'git lfs pull' there")
 
 
-def require_indexed(where: str, weights: Weights, names: Mapping[str, Container[str]]) -> None:
-    """Raise CheckpointError where a file lacks a tensor that the shard index puts there; `names` of the tensors in each file."""
+def require_indexed(where: str, weights: Weights, names: Mapping[str, Collection[str]]) -> None:
+    """Raise CheckpointError where a file lacks a tensor that the shard index puts there, or two files have one, which may hold
+    other values: `names` of the tensors in each file.
+    """
+    first: dict[str, str] = {}
+    for shard, there in names.items():
+        if twice := next((name for name in there if first.setdefault(name, shard) != shard), None):
+            raise CheckpointError(
+                f"{where}: tensor {twice} is in both {first[twice]} and {shard}, and engines differ on which they take; "
+                "save the model again by save_pretrained"
+            )
     for name, shard in (weights.index or {}).items():
         if name not in names[shard]:
             raise CheckpointError(f"{where}/{shard} lacks tensor {name}, which the shard index puts there; copy it again")

@@ -9,7 +9,7 @@ from typing import Any
 
 from featherweight.checkpoint.files import Listing
 from featherweight.checkpoint.gguf_faults import require_model
-from featherweight.checkpoint.gguf_header import GgufHeader, read_gguf
+from featherweight.checkpoint.gguf_header import ALIGNMENT, GgufHeader, read_gguf
 from featherweight.checkpoint.identity import Content
 from featherweight.errors import CheckpointError
 from featherweight.store.artifact import content_digest
@@ -93,14 +93,17 @@ def whole_header(parts: Sequence[Path]) -> GgufHeader:
 
 
 def join(parts: Sequence[Path], out: Path) -> Path:
-    """Write the parts as one file, what the first says of the model with the tensors of all; their bytes stay as they are."""
+    """Write the parts as one file, what the first says of the model with the tensors of all; their bytes stay as they are.
+
+    Where they lie is the writer's own: with the parts' word on that (an alignment of 8) the tensors were read from other places.
+    """
     import gguf
 
     readers = [gguf.GGUFReader(part) for part in parts]
     told = readers[0].fields
     writer = gguf.GGUFWriter(out, str(told[gguf.Keys.General.ARCHITECTURE].contents()))
     for name, field in told.items():
-        if name != gguf.Keys.General.ARCHITECTURE and not name.startswith(("GGUF.", "split.")):
+        if name not in (gguf.Keys.General.ARCHITECTURE, ALIGNMENT) and not name.startswith(("GGUF.", "split.")):
             _add(writer, name, field)
     for reader in readers:
         for tensor in reader.tensors:

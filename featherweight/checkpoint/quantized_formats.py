@@ -10,7 +10,7 @@ with `weight_scale_inv`, a scale for each block or one for all. bitsandbytes: bi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,8 @@ def _packed_refusal(method: str, settings: Mapping[str, Any]) -> str | None:
     if (packed := settings.get("pack_dtype") or "int32") != "int32":
         return f"{method} weights that are packed into {packed} are not read here, into int32 they are"
     by_module = (settings.get("dynamic") or {}) if method == "gptq" else {}
+    if not isinstance(by_module, dict) or not all(isinstance(one, dict) for one in by_module.values()):
+        return f"dynamic of quantization_config is {by_module!r}, and must have settings for each pattern"
     every = [bits, *(told.get("bits", bits) for name, told in by_module.items() if not name.startswith("-:"))]
     odd = next((one for one in every if one not in ((4,) if method == "awq" else GPTQ_BITS)), None)
     return _other_layer(settings) if odd is None else f"{method} weights of {odd} bits are not read here"
@@ -196,8 +198,10 @@ def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, 
     packing makes one expect.
     """
     method, given = method_of(config), list(header)
-    if method is not None and (bare := without_scale(header)) is not None:
+    if method is not None and (bare := without_scale(header, method)) is not None:
         raise CheckpointError(f"{where}: {bare} is packed ({method}), and the scale of its numbers is missing; copy it again")
+    if method is not None and (bare := _without_zeros(method, config["quantization_config"], header)) is not None:
+        raise CheckpointError(f"{where}: {bare} is packed ({method}), and its zero points (qzeros) are missing; copy it again")
     if method is not None and not any(name.endswith(PARTS[method]) for name in given):
         raise CheckpointError(
             f"{where}: config.json says that the weights are packed ({method}), and no tensor is (*{PARTS[method][0]}); "
@@ -209,6 +213,14 @@ def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, 
             f"{where}: {packed} is a packed weight, and config.json has no quantization_config that says how it is to be read; "
             "put it there (AutoGPTQ left it in quantize_config.json), or give the float checkpoint"
         )
+
+
+def _without_zeros(method: str, settings: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """The first weight of GPTQ or AWQ that lacks its zero points; an AWQ that says it has none may."""
+    symmetric = method == "awq" and settings.get("zero_point") is False
+    if method not in ("gptq", "awq") or symmetric:
+        return None
+    return next((f"{module}.qweight" for module in _modules(given, ".qweight") if f"{module}.qzeros" not in given), None)
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Found:
@@ -279,6 +291,8 @@ def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     found = Found()
     for module in _modules(tensors, ".qweight"):
         packed, zeros = tensors[f"{module}.qweight"], tensors.get(f"{module}.qzeros")
+        if zeros is not None and zeros.shape[1:] != packed.shape[1:]:
+            raise ValueError(f"{module} has zero points {list(zeros.shape)} of numbers {list(packed.shape)}")
         halves = AutoAWQConverter.reverse_awq_order(*AutoAWQConverter.unpack_awq(packed, zeros, 4), 4)
         q, about = _about_zero(halves[0]), None if halves[1] is None else _about_zero(halves[1])
         scales = tensors[f"{module}.scales"].T.float().contiguous()
@@ -287,11 +301,18 @@ def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
 
 
 def _whole(layer: Layer, module: str) -> Layer:
-    """The layer; raises ValueError where there are not as many scales as its columns ask for: the settings are not its own."""
+    """The layer; raises ValueError where there are not as many scales as its columns ask for: the settings are not its own.
+
+    So it does for zero points of other groups or rows than the scales, which torch would wrap or leave over.
+    """
     index, (rows, columns) = layer.columns_group(), layer.q.shape
+    if int(index.min()) < 0:
+        raise ValueError(f"{module}.g_idx has the group {int(index.min())}")
     if len(index) != columns or int(index.max()) + 1 != layer.scales.shape[1] or len(layer.scales) != rows:
         told = f"{layer.bits} bits in groups of {layer.group}"
         raise ValueError(f"{module} has scales {list(layer.scales.T.shape)}, which {told} of {columns} columns do not have")
+    if layer.zeros is not None and layer.zeros.shape != layer.scales.shape:
+        raise ValueError(f"{module} has zero points {list(layer.zeros.T.shape)} and scales {list(layer.scales.T.shape)}")
     return layer
 
 
@@ -381,7 +402,7 @@ def _decompressed(form: str, scheme: Any, tensors: Mapping[str, Tensor], module:
     return BaseCompressor.get_value_from_registry(form).decompress(parts, scheme)["weight"].float()
 
 
-def _modules(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
+def _modules(tensors: Iterable[str], ending: str) -> list[str]:
     return [name.removesuffix(ending) for name in sorted(tensors) if name.endswith(ending)]
 
 

@@ -18,7 +18,7 @@ LARGEST = 10_000_000_000
 TYPES = ("float32", "float16", "bfloat16", "float64")
 STORED = ("F64", "F32", "F16", "BF16")
 """The same floats as safetensors calls them."""
-TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
+TYPE_NAMES = {"F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E8M0": "float8", "F4": "float4"}
 DEEPEST = 64
 ROTARY = (
     "rope_theta",
@@ -157,7 +157,8 @@ def _require_plain(listing: Listing, header: Mapping[str, Any]) -> None:
 def _narrow(name: str, entry: Mapping[str, Any]) -> bool:
     """Whether a tensor holds a matrix in numbers that need a scale."""
     kind, shape = str(entry.get("dtype")), entry.get("shape") or ()
-    return kind.startswith("F8") or (kind[0] in "IU" and name.endswith(".weight") and len(shape) > 1)
+    matrix = len(shape) > 1 and (name.endswith(".weight") or ".experts." in name)
+    return kind.startswith(("F8", "F4", "F6")) or (kind[0] in "IU" and matrix)
 
 
 def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:

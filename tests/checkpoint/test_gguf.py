@@ -65,6 +65,15 @@ def test_a_model_in_several_files_is_one(named: str, tiny_checkpoint: Path, tmp_
     assert source_fingerprint(LoadSpec(source=str(files[0]))) != before
 
 
+@pytest.mark.parametrize("alignment", [8, 64])
+def test_parts_may_align_their_tensors_otherwise(alignment: int, tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
+    """Of 8 the joined file's tensors were read from 24 bytes before their places, without a word; of 64 it was refused."""
+    files = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, parts=3, alignment=alignment)
+    taken(files[0], out)
+    found, right = load_file(out / WEIGHTS), load_file(tiny_checkpoint / WEIGHTS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+
+
 def test_a_missing_part_is_named(tiny_checkpoint: Path, tmp_path: Path, out: Path) -> None:
     files = write_gguf(tmp_path / "m.gguf", tiny_checkpoint, parts=3)
     files[1].unlink()

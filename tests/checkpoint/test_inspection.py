@@ -214,6 +214,14 @@ def lose_tensor_of_shard(folder: Path) -> None:
     save_file(dict(list(tensors.items())[1:]), path)
 
 
+def one_in_two_shards(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    first, second = shard(folder)[:2]
+    name, tensor = next(iter(load_file(second).items()))
+    save_file(load_file(first) | {name: tensor * 2}, first)
+
+
 def truncate_shard(folder: Path) -> None:
     path = shard(folder)[1]
     os.truncate(path, path.stat().st_size - 1)
@@ -260,6 +268,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "bytes after the end": (append, [WEIGHTS, "bytes after its end"]),
     "missing shard": (lose_shard, [INDEX, "model-00002-of-", "missing", "shards are there"]),
     "missing tensor in a shard": (lose_tensor_of_shard, ["model-00002-of-", "lacks tensor", "index"]),
+    "a tensor in two shards": (one_in_two_shards, ["model-00001-of-", "model-00002-of-", "is in both"]),
     "truncated shard": (truncate_shard, ["model-00002-of-", "truncated"]),
     "index without a map": (lambda folder: (shard(folder), (folder / INDEX).write_text("{}")), [INDEX, "weight_map"]),
     "NaN": (poison(float("nan")), [WEIGHTS, UP, "NaN"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ def test_it_goes_on_to_the_runtimes_that_hold_its_grid_and_to_no_second_rounding
      ({"quant_method": "gptq", "bits": "4"}, "bits of quantization_config is '4', and must be a whole number"),
      ({"quant_method": "awq", "group_size": None}, "group_size of quantization_config is None"),
      ({"quant_method": "gptq", "dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 6}}}, "gptq weights of 6 bits"),
+     ({"quant_method": "gptq", "dynamic": {".*down.*": None}}, "must have settings for each pattern"),
      ({"quant_method": "gptq", "bits": 4}, r"packed \(gptq\), and no tensor is .* take quantization_config out"),
      ({"quant_method": "fp8"}, "weight_block_size is None"), ({}, "names no quant_method"), ("gptq", "names no quant_method"),
      ({"quant_method": None}, "names no quant_method"), ({"load_in_8bit": True}, r"packed \(bitsandbytes\), and no tensor is"),
@@ -339,6 +341,18 @@ def test_bitsandbytes_of_8_bits_keep_their_integers(tiny_checkpoint, tmp_path):
         assert torch.allclose(kept.dequantize(name), q * tensors[f"{name.removesuffix('.weight')}.SCB"][:, None] / 127)
 
 
+def test_bitsandbytes_in_the_order_of_a_gpus_tiles_are_refused(tiny_checkpoint, tmp_path):
+    """They were read as rows."""
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    module = {"weight": (weight * 100).to(torch.int8), "SCB": torch.ones(len(weight)), "weight_format": torch.tensor(2).byte()}
+    tensors |= {f"model.layers.0.mlp.up_proj.{part}": tensor for part, tensor in module.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    describe(source, {"load_in_8bit": True})
+    refused(source, tmp_path, r"up_proj\.weight_format is 2, an order that bitsandbytes reads no more", in_plan=False)
+
+
 def test_a_missing_part_is_named(tiny_checkpoint, tmp_path):
     make(tiny_checkpoint, tmp_path / "source", "gptq")
     tensors = load_file(tmp_path / "source/model.safetensors")
@@ -372,6 +386,63 @@ def test_integers_without_a_scale_are_no_weights(tiny_checkpoint, tmp_path):
     for read in (lambda: read_facts(LoadSpec(source=str(source))), lambda: loaded(source, tmp_path)):
         with pytest.raises(CheckpointError, match=r"up_proj\.weight is packed \(compressed-tensors\), and the scale of its"):
             read()
+
+
+def refused(source: Path, tmp_path: Path, reason: str, *, in_plan: bool) -> None:
+    """At load, and where headers tell it in the plan."""
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        loaded(source, tmp_path)
+    assert "\n" not in str(caught.value)
+    if in_plan:
+        with pytest.raises(CheckpointError, match=reason):
+            read_facts(LoadSpec(source=str(source)))
+
+
+def without(part: str, **new: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """A change of tensors: the up projection's `part` left out, others in its place."""
+    module = "model.layers.1.mlp.up_proj"
+    return lambda tensors: (
+        {name: one for name, one in tensors.items() if name != f"{module}.{part}"}
+        | {f"{module}.{name}": one for name, one in new.items()}
+    )
+
+
+DAMAGED = {
+    "awq-no-zeros": ("awq", without("qzeros"), True, r"up_proj\.qweight is packed \(awq\), and its zero points \(qzeros\) are m"),
+    "gptq-no-zeros": ("gptq", without("qzeros"), True, r"up_proj\.qweight is packed \(gptq\), and its zero points \(qzeros\) are"),
+    "awq-other-zeros": (
+        *("awq", without("qzeros", qzeros=torch.zeros(2, 32, dtype=torch.int16)), False),
+        r"up_proj has zero points \[2, 32\] of numbers \[64, 16\]",
+    ),
+    "gptq-one-group-of-zeros": (
+        *("gptq", without("qzeros", qzeros=torch.zeros(1, 16, dtype=torch.int32)), False),
+        r"up_proj has zero points \[1, 128\] and scales \[2, 128\]",
+    ),
+    "gptq-group-below-0": (
+        *("gptq", without("g_idx", g_idx=torch.tensor([-1] + [0] * 31 + [1] * 32, dtype=torch.int32)), False),
+        r"up_proj\.g_idx has the group -1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "change", "in_plan", "reason"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_zero_points_are_those_of_the_scales(method, change, in_plan, reason, tiny_checkpoint, tmp_path):
+    """An AWQ layer that had lost them was served as if it were symmetric, one of other groups with whichever torch took."""
+    make(tiny_checkpoint, tmp_path / "source", method, asymmetric=True)
+    save_file(change(load_file(tmp_path / "source/model.safetensors")), tmp_path / "source/model.safetensors", {"format": "pt"})
+    refused(tmp_path / "source", tmp_path, reason, in_plan=in_plan)
+
+
+def test_the_scale_of_another_method_is_none(tiny_checkpoint, tmp_path):
+    """float8 whose scale stood under compressed-tensors' name was served without it, up to 448."""
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale" if "1.mlp.up_proj" in name else f"{name}_scale_inv"] = torch.ones(())
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    describe(source, {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "dynamic"})
+    refused(source, tmp_path, r"up_proj\.weight is packed \(fp8\), and the scale of its numbers is missing", in_plan=True)
 
 
 def test_groups_that_the_scales_are_not_of_are_told(tiny_checkpoint, tmp_path):

@@ -113,6 +113,7 @@ def test_what_plays_no_role_may_be_what_it_likes(folder: Path) -> None:
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "float32", "saved with an adapter in it"),
         ("model.layers.0.self_attn.q_proj.weight", "float8_e4m3fn", "is in float8, and config.json has no quantization_config"),
         ("model.layers.0.self_attn.q_proj.weight", "int8", "is in integers, and config.json has no quantization_config"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "int8", "is in integers, and config.json has no quantization_config"),
         ("model.layers.0.self_attn.q_proj.biases", "float16", "MLX packed the weights, which is not read here"),
     ],
 )

@@ -21,11 +21,13 @@ def write_gguf(
     space_prefix: bool | None = None,
     says: Mapping[str, str | int | float] | None = None,
     factors: list[float] | None = None,
+    alignment: int | None = None,
 ) -> list[Path]:
     """Write the tiny Llama as llama.cpp's converter would: its names, rotary rows interleaved, the tokenizer inside.
 
     add_bos: what the file says of texts; None where it says nothing.
     kinds: GGUF's type of the matrices whose names hold a key ('' fits all). parts: files, named as gguf-split does.
+    alignment: of the tensors in each file, where it is not 32.
     says: other settings. factors: of the frequencies of rotary embeddings, as Llama 3.1's file has them.
     space_prefix: instead of the checkpoint's tokenizer, one of SentencePiece's kind, and whether it begins texts with a space.
     """
@@ -58,6 +60,8 @@ def write_gguf(
     for key, value in (says or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(key, value)
+    for one in writers if alignment else ():
+        one.add_custom_alignment(alignment)
     for number, one in enumerate(writers if parts > 1 else ()):
         one.add_uint16("split.no", number)
         one.add_uint16("split.count", parts)
