@@ -85,19 +85,11 @@ def grid_of(kind: Kind, low: float, high: float) -> Grid | None:
     return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
 
 
-SCALES = {
-    **dict.fromkeys(("gptq", "awq"), re.compile(r"\.scales$")),
-    "compressed-tensors": re.compile(r"\.weight_scale$"),
-    "fp8": re.compile(r"\.weight_scale_inv$"),
-    "bitsandbytes": re.compile(r"\.(weight\.(absmax|quant_state\..+)|SCB)$"),
-}
-"""By method: what the numbers of a packed weight are multiplied with, behind its module's name. Another method's is not read."""
 PACKED = re.compile(r"\.(weight|qweight|weight_packed)$")
 
 
-def without_scale(header: Mapping[str, Mapping[str, Any]], method: str) -> str | None:
-    """The first packed weight in the headers of safetensors that has no scale as `method` calls it; None where there is none."""
-    ending = SCALES[method]
+def without_scale(header: Mapping[str, Mapping[str, Any]], ending: re.Pattern[str]) -> str | None:
+    """The first packed weight in the headers of safetensors that has no scale of that ending; None where there is none."""
     scaled = {ending.sub("", name) for name in header if ending.search(name)}
     packed = (name for name, entry in header.items() if PACKED.search(name) and is_packed(entry))
     return next((name for name in packed if PACKED.sub("", name) not in scaled), None)

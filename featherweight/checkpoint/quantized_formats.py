@@ -35,6 +35,13 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     BITSANDBYTES: ((), ()),
 }
 """The keys of the settings that tell a method's layout, the first that is there, and the layouts that are read."""
+SCALES = {
+    **dict.fromkeys(("gptq", "awq"), re.compile(r"\.scales$")),
+    "compressed-tensors": re.compile(r"\.weight_scale$"),
+    "fp8": re.compile(r"\.weight_scale_inv$"),
+    BITSANDBYTES: re.compile(r"\.(weight\.(absmax|quant_state\..+)|SCB)$"),
+}
+"""By method: what the numbers of a packed weight are multiplied with, behind its module's name. Another method's is not read."""
 BESIDE = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|shape|zero_point|g_idx)"
     r"|(input|output|activation|[qkv])_(scale|zero_point)"
@@ -198,7 +205,7 @@ def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, 
     packing makes one expect.
     """
     method, given = method_of(config), list(header)
-    if method is not None and (bare := without_scale(header, method)) is not None:
+    if method in SCALES and (bare := without_scale(header, SCALES[method])) is not None:
         raise CheckpointError(f"{where}: {bare} is packed ({method}), and the scale of its numbers is missing; copy it again")
     if method is not None and (bare := _without_zeros(method, config["quantization_config"], header)) is not None:
         raise CheckpointError(f"{where}: {bare} is packed ({method}), and its zero points (qzeros) are missing; copy it again")
