@@ -92,7 +92,8 @@ def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     memory = fit.needs(plan, size, students) if size.parameters else {}
     large = fit.warnings(plan, size, memory_bytes(), free_bytes(root), cached)
     budget = recipe.search.budget if recipe.search else None
-    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings, *_standing(recipe, root)), memory, budget)
+    refused = _standing(recipe, root) if due else ()
+    return PlanForecast(plan, costs, (*facts.notes, *large, *warnings, *refused), memory, budget)
 
 
 def standing(recipe: Recipe, tracking_uri: str) -> tuple[str, ...]:

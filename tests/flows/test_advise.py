@@ -75,7 +75,9 @@ def test_an_adapter_is_its_base_and_somebody_elses_integers_stay(checkpoint: Pat
     packed = tmp_path / "gptq"
     packed.mkdir()
     (packed / "tokenizer.json").write_text("{}")
-    safetensors(packed / "model.safetensors", {f"model.layers.{i}.mlp.up_proj.qweight": (8, 96) for i in (0, 1)})
+    parts = {"qweight": (8, 96), "qzeros": (1, 12), "scales": (1, 96)}
+    tensors = {f"model.layers.{i}.mlp.up_proj.{part}": shape for i in (0, 1) for part, shape in parts.items()}
+    safetensors(packed / "model.safetensors", tensors)
     (packed / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": GPTQ}))
     kept = facts_named(str(packed)).kept_grids
     assert kept is not None and kept[0].name == "int4-g128"
