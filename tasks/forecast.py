@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import CHAMPION
 from featherweight.spec import ModelSize
 from featherweight.store.artifact import ArtifactRef
-from featherweight.store.workspace import Workspace
+from featherweight.store.workspace import Workspace, was_used
 from featherweight.system.environment import configure
 from featherweight.system.machine import free_bytes, memory_bytes
 from tasks.run_node import cached_ref
@@ -111,8 +110,7 @@ def standing(recipe: Recipe, tracking_uri: str) -> tuple[str, ...]:
 
 def _standing(recipe: Recipe, root: Path) -> tuple[str, ...]:
     """The same for a plan, which is made without a server too."""
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    if not server and not (root / "mlflow.db").exists():
+    if not was_used(root):
         return ()
     try:
         configure(root)

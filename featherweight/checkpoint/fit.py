@@ -27,6 +27,17 @@ BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
+def misfit(held: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, str, str] | None:
+    """The first tensor that is not of one shape in both: its name, the shape that is held, and the one that is wanted ('none' where
+    there is no such tensor).
+    """
+    name = next((name for name in sorted(held.keys() | wanted) if held.get(name) != wanted.get(name)), None)
+    if name is None:
+        return None
+    found, asked = (str(list(shapes[name])) if name in shapes else "none" for shapes in (held, wanted))
+    return name, found, asked
+
+
 def require_fit(where: str, config: Any, shapes: Mapping[str, Shape]) -> bool:
     """Raise CheckpointError for matrices of other shapes than `config` asks for, and for layers that are missing, or too many.
 

@@ -21,6 +21,7 @@ from featherweight.checkpoint.files import (
     read_header,
     read_json,
 )
+from featherweight.checkpoint.fit import misfit
 from featherweight.checkpoint.inspection import quiet
 from featherweight.checkpoint.opening import skeleton
 from featherweight.checkpoint.spec import LoadSpec
@@ -138,13 +139,12 @@ def _require_placed(name: str, listing: Listing, checkpoint: Path) -> None:
         raise CheckpointError(f"checkpoint.adapters.{name}: it does not load beside its base: {reason(error)}") from error
     shapes = {tensor: tuple(value.shape) for tensor, value in wanted.items()}
     held = {tensor: tuple(entry["shape"]) for tensor, entry in read_header(listing, ADAPTER_WEIGHTS[0]).items()}
-    for tensor in sorted(shapes.keys() | held):
-        if shapes.get(tensor) != held.get(tensor):
-            found, asked = (list(sizes[tensor]) if tensor in sizes else "none" for sizes in (held, shapes))
-            raise CheckpointError(
-                f"checkpoint.adapters.{name}: {tensor} has the shape {found} in its file, and {ADAPTER} asks for "
-                f"{asked}; copy both again"
-            )
+    if wrong := misfit(held, shapes):
+        tensor, found, asked = wrong
+        raise CheckpointError(
+            f"checkpoint.adapters.{name}: {tensor} has the shape {found} in its file, and {ADAPTER} asks for {asked}; "
+            "copy both again"
+        )
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, 
     packing makes one expect.
     """
     method, given = method_of(config), list(header)
-    if method in SCALES and (bare := without_scale(header, SCALES[method])) is not None:
+    if method is not None and (bare := without_scale(header, SCALES[method])) is not None:
         raise CheckpointError(f"{where}: {bare} is packed ({method}), and the scale of its numbers is missing; copy it again")
     if method is not None and (bare := _without_zeros(method, config["quantization_config"], header)) is not None:
         raise CheckpointError(f"{where}: {bare} is packed ({method}), and its zero points (qzeros) are missing; copy it again")

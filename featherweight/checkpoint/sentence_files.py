@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featherweight.checkpoint.files import TOKENIZER_CONFIG, Listing, check_length, read_json, read_list
+from featherweight.checkpoint.fit import misfit
 from featherweight.errors import CheckpointError
 from featherweight.model.heads import DENSE, LAYERS, POOLINGS, Dense, SentenceEmbedding
 from featherweight.model.positions import context_tokens
@@ -94,13 +95,12 @@ def _require_widths(listing: Listing, dense: Sequence[Dense], width: int) -> Non
         wanted["linear.weight"] = (told.get("out_features", rows), width or told.get("in_features", columns))
         wanted |= {"linear.bias": (rows,)} if told.get("bias", True) else {}
         wanted |= {"residual.weight": (rows, columns)} if one.residual and rows != columns else {}
-        for name in sorted(wanted.keys() | shapes):
-            if wanted.get(name) != shapes.get(name):
-                found, asked = (list(sizes[name]) if name in sizes else "none" for sizes in (shapes, wanted))
-                raise CheckpointError(
-                    f"{where}: {name} has the shape {found}, and its config.json, behind a vector of {width or columns}, asks for "
-                    f"{asked}; they do not belong together"
-                )
+        if wrong := misfit(shapes, wanted):
+            name, found, asked = wrong
+            raise CheckpointError(
+                f"{where}: {name} has the shape {found}, and its config.json, behind a vector of {width or columns}, asks for "
+                f"{asked}; they do not belong together"
+            )
         width = rows
 
 

@@ -26,9 +26,14 @@ ARTIFACT = "artifact"
 SCRATCH_DAYS = 14
 
 
+def was_used(root: Path) -> bool:
+    """Whether there may be runs: a server is named, or something was optimized in the folder."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (root / "mlflow.db").exists()
+
+
 def require_used(root: Path, sought: str) -> None:
     """Raises GateError where something is sought in a folder that nothing was optimized in: a look makes no workspace."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+    if not was_used(root):
         raise GateError(f"no {sought} in {root}, where nothing was optimized yet; run `featherweight optimize RECIPE` first")
 
 
