@@ -11,15 +11,13 @@ from featherweight.checkpoint.kept_adapters import kept_adapters
 from featherweight.checkpoint.opening import generation_config, starting_token
 from featherweight.errors import DataError, one_line
 from featherweight.model.architecture import Family, family_of
+from featherweight.registry.conversation import ROLE, Message, require_messages, said, spelt
 from featherweight.registry.served_engine import ServedEngine, require_kinds
 from featherweight.runtimes.generation_settings import GenerationSettings
 from featherweight.runtimes.interface import Limits
 from featherweight.store.served_folder import verified_tokens
 
-Message = Mapping[str, str]
 DEFAULT_NEW_TOKENS = 64
-MESSAGE = ("role", "content")
-"""What a message of a conversation has."""
 
 
 class Generator(ServedEngine):
@@ -49,7 +47,8 @@ class Generator(ServedEngine):
     ) -> list[str]:
         """What follows each prompt: at most `max_new_tokens` tokens, up to a token that ends a text if `stop_at_end`.
 
-        A prompt may be a conversation, messages of `role` and `content`: the answer is what the assistant says next.
+        A prompt may be a conversation, messages of `role` and `content`: the answer is what the assistant says next. A content may
+        be parts that are texts, or none beside `tool_calls`, as OpenAI has them.
         max_new_tokens: by default what generation_config.json says, else 64. Where nothing is to stop the text, none of those
         settings is followed. adapter: the name of the one that answers, of those that are served beside the model; None for the
         model alone. Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
@@ -108,8 +107,8 @@ class Generator(ServedEngine):
 
     def _encode(self, prompt: str | Sequence[Message]) -> list[int]:
         if not isinstance(prompt, str):
-            _require_messages(prompt)
-        self._require_text(*([prompt] if isinstance(prompt, str) else _said(prompt)))
+            require_messages(prompt)
+        self._require_text(*([prompt] if isinstance(prompt, str) else said(prompt)))
         ids = self._cut(prompt) if isinstance(prompt, str) else self._conversation(prompt)
         if not ids:
             raise DataError("the prompt is empty, and this tokenizer has no token to begin a text with")
@@ -126,12 +125,11 @@ class Generator(ServedEngine):
         if not self._tokenizer.chat_template:
             raise DataError("this model has no chat template, so that it takes texts and no conversations; give a prompt")
         try:
-            said: Any = self._tokenizer.apply_chat_template(
-                [dict(one) for one in messages], add_generation_prompt=True, return_dict=True
-            )
+            told = [spelt(one, self._tokenizer) for one in messages]
+            found: Any = self._tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template is a program of the checkpoint's own, and raises what it likes
             raise DataError(f"the chat template refuses the conversation: {one_line(error)}") from error
-        return list(said["input_ids"])
+        return list(found["input_ids"])
 
     def _filled(self, prompt: str, ids: list[int], new: list[int]) -> str:
         """The prompt with the model's token at the place of each mask."""
@@ -165,7 +163,7 @@ def prompts_of(model_input: Any) -> list[Any]:
     if not len(model_input.columns):
         return []
     name = "messages" if "messages" in model_input.columns else model_input.columns[0]
-    if name == MESSAGE[0]:  # of which MLflow keeps the first column: a text would be written behind the word 'user'
+    if name == ROLE:  # of which MLflow keeps the first column: a text would be written behind the word 'user'
         raise DataError("messages are given as rows, which are texts each; a conversation stands under 'messages', as one list")
     cells = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in model_input[name].tolist()]
     if name == "messages":
@@ -174,17 +172,6 @@ def prompts_of(model_input: Any) -> list[Any]:
         return [cells] if all(isinstance(cell, Mapping) for cell in cells) else cells
     several = len(cells) == 1 and isinstance(cells[0], list) and all(isinstance(one, str) for one in cells[0])
     return cells[0] if several and name == "prompt" else cells  # several prompts of one request, as OpenAI's API takes them
-
-
-def _said(messages: Sequence[Message]) -> list[str]:
-    """What a template writes of a conversation, and a space for each message that may be empty."""
-    return [f"{one['role']} {one['content']}" for one in messages]
-
-
-def _require_messages(messages: Any) -> None:
-    right = isinstance(messages, Sequence) and bool(messages)
-    if not right or not all(isinstance(one, Mapping) and all(isinstance(one.get(key), str) for key in MESSAGE) for one in messages):
-        raise DataError("a prompt is a text, or a conversation: a list of messages with a 'role' and a 'content', both texts")
 
 
 def _family(served: Path) -> Family:

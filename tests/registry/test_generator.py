@@ -100,6 +100,30 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it(served: Path, gene
     ]
 
 
+def test_contents_of_parts_and_calls_of_tools_are_read_as_openai_has_them(generator: Generator) -> None:
+    def parts(*texts: str) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+
+    plain = [{"role": "user", "content": "The river\nand"}]
+    assert generator._encode([parts("The river", "and")]) == generator._encode(plain)
+    by_parts = TEMPLATE.replace("{{ m.content }}", "{% for p in m.content %}[{{ p.text }}]{% endfor %}")
+    generator._tokenizer.chat_template, before = by_parts, generator._tokenizer.chat_template
+    written = generator._tokenizer.apply_chat_template([parts("The river", "and")], add_generation_prompt=True, return_dict=True)
+    assert "[The river][and]" in generator._tokenizer.decode(written["input_ids"])
+    assert generator._encode([parts("The river", "and")]) == written["input_ids"]
+    generator._tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}{% endfor %}"
+    )
+    called = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "flow"}}]}
+    assert generator._tokenizer.decode(generator._encode([*plain, called])).endswith("The river\nandflow")
+    generator._tokenizer.chat_template = before
+    for wrong in ({"type": "image_url", "image_url": {"url": "x"}}, "text", {"type": "text", "text": 3}):
+        with pytest.raises(DataError, match=r"a part of a message of type '.*': this model reads texts"):
+            generator([[{"role": "user", "content": [wrong]}]])
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        generator([[parts("\ud83d")]])
+
+
 def _lacking(prompt: str) -> Any:
     """As a tokenizer without a token for what it does not know."""
     raise ValueError("Missing [UNK] token from the vocabulary")

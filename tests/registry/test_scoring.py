@@ -151,7 +151,7 @@ def test_a_process_that_serves_nothing_is_left_alone(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_columns_that_an_answer_would_depend_on_are_not_left_out(columns: list[str], reason: str) -> None:
-    from featherweight.registry.serving.scoring import _one_column
+    from featherweight.registry.serving.strict import _one_column
 
     frame = pandas.DataFrame([["a", "b"]], columns=columns)
     for given in (frame, frame.to_dict("list"), frame.to_dict("records")):

@@ -1,9 +1,9 @@
 """MLflow's scoring server of our models, whoever starts it (`mlflow models serve`, `featherweight serve`, a deployed folder).
 
 MLflow reads a request before a model sees it, and tells what it cannot read with traces and paths, or with "Internal Server
-Error"; parameters that a model has not it leaves out. All requests go through one function of its module, `invocations`, looked
-up by its name at each: so a model of ours, as it is loaded inside such a server, puts `Guarded` around that function. Models of
-others in the same process are answered as before (docs/decisions/architecture.md).
+Error" (what it leaves out of one that it can read: strict.py). All requests go through one function of its module, `invocations`,
+looked up by its name at each: so a model of ours, as it is loaded inside such a server, puts `Guarded` around that function. Models
+of others in the same process are answered as before (docs/decisions/architecture.md).
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from featherweight.errors import DataError, FeatherweightError, nearest, one_line, told
+from featherweight.errors import DataError, FeatherweightError, one_line, told
 from featherweight.registry.served_engine import MOST_AT_ONCE
 from featherweight.registry.serving.reasons import plain, reason, refusal
+from featherweight.registry.serving.strict import CONVERSATIONAL, PARAMETERS, hold_predictions, ours
 
 PROGRAM = f"{__name__}:application"
 SERVER = "mlflow.pyfunc.scoring_server"
 ARGUMENTS = ("data", "content_type", "model", "input_schema")
 """Of MLflow's `invocations` (3.17)."""
-MARK = "featherweight.engine"
-"""In the metadata of every model of ours."""
 BODY_BYTES = 32 * 2**20
 JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
-CONVERSATIONAL = {"messages", "prompt", "input", "model"}
-"""The keys of a request as OpenAI takes it that are no parameters; MLflow knows one by the first three."""
-COLUMNS = ("messages", "prompt", "text", "input")
-SECOND = "text_pair"
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
-PARAMETERS = "params"
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 PARQUET_LIMITS = f"send at most {MOST_AT_ONCE} rows and {BODY_BYTES // 2**20} MiB"
 
@@ -52,10 +46,11 @@ def application() -> Any:
 
 
 def guard() -> None:
-    """Where this process is MLflow's scoring server, let requests to our models be answered by reasons.
+    """Let our models take all that they are asked; and, where this process is MLflow's scoring server, be answered by reasons.
 
-    Where MLflow's function is another than the one that is known, nothing is changed, and the server's log says so.
+    Where MLflow's function is another than the one that is known, it is not changed, and the server's log says so.
     """
+    hold_predictions()
     server: Any = sys.modules.get(SERVER)
     if server is None or isinstance(getattr(server, "invocations", None), Guarded):
         return
@@ -80,62 +75,18 @@ class Guarded:
 
     def __call__(self, data: bytes, content_type: str | None, model: Any, input_schema: Any) -> Any:
         """Answer one request."""
-        if not _ours(model):
+        if not ours(model):
             return self._invocations(data, content_type, model, input_schema)
         if len(data) > BODY_BYTES:
             return self._said(refusal(413, "BAD_REQUEST", f"a request holds at most {BODY_BYTES // 2**20} MiB"))
         try:
-            answer = self._invocations(*readable(data, content_type), Strict(model), input_schema)
+            answer = self._invocations(*readable(data, content_type), model, input_schema)
         except Exception as error:  # what reads a request raises what it likes
             return self._said(_refused(error))
         return answer if answer.status < 400 else self._said(reason(answer.status, answer.response.encode()))
 
     def _said(self, answer: Any) -> Any:
         return self._response(bytes(answer.body).decode(), answer.status_code, JSON)
-
-
-class Strict:
-    """A loaded model that takes all that it is asked: MLflow leaves out parameters that it has not, and of a table whatever
-    stands behind the first column, and answers as if that had been followed.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model, self.metadata = model, model.metadata
-        self._known = [one.name for one in getattr(self.metadata.get_params_schema(), "params", ())]
-        self._of_one_column = len(self.metadata.get_input_schema() or ()) == 1
-
-    def predict(self, data: Any, params: Any = None) -> Any:
-        """What the model answers."""
-        given = list(params) if isinstance(params, dict) else []
-        if isinstance(data, dict) and not data.keys().isdisjoint(CONVERSATIONAL):  # parameters stand beside the prompt
-            given += data.keys() - CONVERSATIONAL
-        for name in given:
-            if name not in self._known:
-                raise DataError(f"no parameter '{one_line(name, 60)}'; {nearest(str(name), self._known)}")
-        return self._model.predict(_one_column(data, self._known) if self._of_one_column else data, params=params)
-
-
-def _one_column(data: Any, parameters: Sequence[str]) -> Any:
-    """The column that holds the texts, of a table in any of MLflow's forms. Raises DataError where none or several may, and where
-    another holds what an answer would depend on: a second text, or one of the model's `parameters`.
-    """
-    import pandas
-
-    if isinstance(data, list):
-        rows = bool(data) and all(isinstance(one, dict) for one in data)
-        data = pandas.DataFrame(data) if rows else pandas.DataFrame({0: pandas.Series(data, dtype=object)})
-    names = list(getattr(data, "columns", data if isinstance(data, dict) else ()))
-    if len(names) < 2:
-        return data
-    named = [name for name in COLUMNS if name in names]
-    if len(named) != 1:
-        found = f"{' and '.join(named)} both hold texts" if named else f"none of {len(names)} columns is called as texts are"
-        raise DataError(f"{found}; this model takes one: {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
-    if SECOND in names:
-        raise DataError(f"{named[0]} and {SECOND} are two texts; this model reads one of each row")
-    if asked := [name for name in names if name in parameters]:
-        raise DataError(f"'{asked[0]}' stands in a column beside the texts; parameters stand under '{PARAMETERS}', for all rows")
-    return {named[0]: data[named[0]]} if isinstance(data, dict) else data[named]
 
 
 def readable(data: bytes, content_type: str | None) -> tuple[Any, str]:
@@ -232,7 +183,3 @@ def _refused(error: Exception) -> Any:
     if trace := error.json_kwargs.get("stack_trace"):
         log.error("%s", trace)  # for whoever runs the server, in place of whoever asked
     return refusal(400, "BAD_REQUEST", plain(error.message))
-
-
-def _ours(model: Any) -> bool:
-    return MARK in (getattr(model.metadata, "metadata", None) or {})
