@@ -22,6 +22,7 @@ from featherweight.store.served_folder import Serving, same_files
 from featherweight.system.device import CUDA
 from featherweight.system.gpu_bandwidth import gpu_bandwidth_bytes_s
 from featherweight.system.machine import hardware_fingerprint, memory_bandwidth_bytes_s
+from featherweight.system.other_programs import ProcessorTimes
 from tasks.stage import stage
 
 
@@ -57,15 +58,17 @@ def evaluate(
         variant = MeasuredVariant(workload.for_served(served, baseline), served, stack, progress, keep=alone, like=known)
         other = variant if alone else MeasuredVariant(workload, baseline, stack, progress, known, keep=True)
         plain = _plain_side(variant, stack, progress)
+        before = ProcessorTimes.read()
         timed = [take_turns([variant, other, *plain], shape, progress) for shape in variant.shapes]
         asked = ask_in_turns(variant, other, spec.requests, progress) if spec.requests else []
+        others = ProcessorTimes.read().others_since(before)
         measured = variant.measurement([ours for ours, *_ in timed], other, tuple(ours for ours, _ in asked))
         measured = replace(measured, roofline=None if plain else _roofline(served, measured, progress))
         reference = measured
         if other is not variant:
             reference = other.measurement([theirs for _, theirs, *_ in timed], loads=tuple(theirs for _, theirs in asked))
         gain = _gain(variant, plain, [speed for _, _, *speeds in timed for speed in speeds])
-    comparison = Comparison(measured, reference, hardware_fingerprint(), gain)
+    comparison = Comparison(measured, reference, hardware_fingerprint(), gain, others)
     comparison.write(out)
     return comparison.metrics()
 

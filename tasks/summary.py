@@ -11,7 +11,7 @@ from pathlib import Path
 
 from featherweight.errors import GateError, StageError, ToolchainError
 from featherweight.measure.goals import Decision
-from featherweight.measure.measurement import Comparison, Measurement
+from featherweight.measure.measurement import Comparison, Measurement, busy_note
 from featherweight.measure.relaxing import nearest
 from featherweight.measure.spec import BASELINE, WorkloadSpec
 from featherweight.model.sparsity import Sparsity
@@ -86,7 +86,12 @@ def _measured_row(plan: Plan, variant: Variant, outcomes: Outcomes, decision: De
             *([serving.length_note] if serving.length_note else []),
             *(
                 note
-                for note in (_device_note(plan, serving), _numbers_note(variant, serving), _windows_note(asked, metrics))
+                for note in (
+                    _device_note(plan, serving),
+                    _numbers_note(variant, serving),
+                    _windows_note(asked, metrics),
+                    busy_note(metrics),
+                )
                 if note
             ),
             *_judgements(plan, variant, outcomes),

@@ -29,6 +29,9 @@ from featherweight.measure.statistics import (
 from featherweight.system.device import CPU, Device
 
 FILE = "measurement.json"
+OTHERS = "others_cpu_share"
+BUSY = 0.1
+"""Above this share of the processors, other programs may have made the speeds what they are."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +156,15 @@ class Plain:
 class Comparison:
     """A variant beside the baseline that ran in turns with it: round i of one is paired with round i of the other.
 
-    plain: what a variant with speculation is without it.
+    plain: what a variant with speculation is without it. others: the share of the processors that other programs took meanwhile;
+    None where that was not looked at.
     """
 
     variant: Measurement
     baseline: Measurement
     machine: str = ""
     plain: Plain | None = None
+    others: float | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -289,6 +294,7 @@ class Comparison:
             figures |= _named(variant.speed(batch_size), str(batch_size))
             figures[f"noise_{batch_size}"] = self.baseline.speed(batch_size).noise
         figures |= self._speculation() | self._lengths() | self._loads()
+        figures |= {} if self.others is None else {OTHERS: self.others}
         if variant.roofline and 1 in self.batch_sizes:
             figures["roofline_1"] = variant.roofline.share(variant.speed(1).tokens_per_s)
             figures |= asdict(variant.roofline)
@@ -306,7 +312,7 @@ class Comparison:
             tree = json.loads((folder / FILE).read_text())
             variant, baseline = (Measurement.from_json(tree[side]) for side in ("variant", "baseline"))
             plain = Plain.from_json(tree["plain"]) if tree.get("plain") else None
-            return cls(variant, baseline, tree["machine"], plain)
+            return cls(variant, baseline, tree["machine"], plain, tree.get("others"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{folder / FILE} is no measurement ({error}); evaluate the variant anew") from error
 
@@ -317,6 +323,14 @@ def read_metrics(folder: Path) -> dict[str, float]:
         return {str(key): float(value) for key, value in json.loads((folder / FILE).read_text())["metrics"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder / FILE} holds no metrics ({error}); evaluate the variant anew") from error
+
+
+def busy_note(metrics: Mapping[str, float]) -> str | None:
+    """What is to be known of speeds that were measured beside other programs, whatever their intervals say; None on a quiet machine."""
+    taken = metrics.get(OTHERS, 0.0)
+    if taken <= BUSY:
+        return None
+    return f"other programs took {taken:.0%} of the processors while it was timed: its speeds may be others on a quiet machine"
 
 
 def _worst_loss(changes: Iterable[Estimate]) -> Estimate:

@@ -22,6 +22,7 @@ Metrics of a row, by key (N is a batch size). Fractions, seconds, bytes; a key t
   log-probabilities between the served variant and its PyTorch source;
 - `roofline_1`: share of the measured memory bandwidth (`bandwidth_bytes_s`, at as many threads) that reading weights and cache at
   batch 1 takes (`bytes_per_token`), see featherweight/measure/roofline.py; left out where memory is not the roof;
+- `others_cpu_share`: of the processors, what other programs took while it was timed;
 - `zero_share`: share of zeros in the matrices that were pruned weight by weight.
 """
 

@@ -222,6 +222,24 @@ def test_what_came_of_a_step_is_told_in_a_line() -> None:
     assert told == f"{NAMES[0]}, a short look: speed 5.00x [4.50, 5.50] at batch 1, quality loss +0.00 % [−0.20, +0.20]"
 
 
+def test_what_is_ahead_of_the_best_so_far_is_measured_before_others_are_looked_at() -> None:
+    """Another look may take far longer than was reckoned, and the budget with it."""
+    truth = dict(zip(NAMES, [(2.0, 0.0), (4.0, 0.0), *[(1.0, 0.0)] * (len(NAMES) - 2)], strict=True))
+    search, _ = searched(truth, 42.0)
+    assert search.measured.keys() == {BASELINE, *NAMES[:2]} and search.glances.keys() == set(NAMES[:2])
+    leader = {BASELINE: figures(1.0, 0.0, 0.0), "quick": figures(10.0, 0.0, 0.02)}
+    assert GOAL.leads(figures(12.0, 0.0, 0.1), leader)
+    assert not GOAL.leads(figures(11.0, 0.0, 0.1), leader), "their intervals overlap"
+    assert not GOAL.leads(figures(12.0, 0.03, 0.1), leader), "it seems to lose too much"
+    assert not GOAL.leads(figures(12.0, 0.0, 0.1), {})
+
+
+def test_a_step_beside_other_programs_is_told_as_one() -> None:
+    one = next(one for one in PLAN.variants if one.name == NAMES[0])
+    told = GOAL.told(Step("measure", one), figures(5.0, 0.0, 0.1) | {"others_cpu_share": 0.42})
+    assert told.endswith("; other programs took 42% of the processors while it was timed: its speeds may be others on a quiet machine")
+
+
 # The record
 
 

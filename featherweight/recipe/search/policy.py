@@ -2,7 +2,8 @@
 
 Asynchronous successive halving (Li et al. 2020) over two rungs: a short look (an export that keeps its parity bound, its size, few
 windows of text, few rounds), and the whole measurement. One of every few that were looked at goes on, the best of those that may
-still win. One that cannot win by the better bounds of its short look's intervals is never measured as a whole.
+still win; one that is ahead of the best by the worse bounds goes on at once, since the budget may end. One that cannot win by the
+better bounds of its short look's intervals is never measured as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from featherweight.measure.goals import Figure, Objective, against_plain, bounded, choose_winner, judged_batch
+from featherweight.measure.measurement import busy_note
 from featherweight.measure.spec import BASELINE, ConstraintsSpec
 from featherweight.measure.statistics import Estimate
 from featherweight.progress import Metrics
@@ -48,12 +50,24 @@ class Goal:
         found = figure.read(short)
         if found and not figure.keeps(figure.best(found), 1.0):
             return f"{figure.text(found)} at a short look"
-        leader = choose_winner(self.constraints, self.objective, measured).winner if measured else None
+        leader = self._leader(measured)
         figure = Objective.of(self.objective, short).figure
         found, best = figure.read(short), figure.read(measured[leader]) if leader else None
         if found and best and figure.loss(figure.best(found)) > figure.loss(figure.worst(best)):
             return f"{figure.text(found)} at a short look, against {figure.text(best)} of {leader}"
         return ""
+
+    def leads(self, short: Metrics, measured: Mapping[str, Metrics]) -> bool:
+        """Whether a variant seems to keep every constraint, and is better than the best so far by the worst bounds of both."""
+        leader = self._leader(measured)
+        figure = Objective.of(self.objective, short).figure
+        found, best = figure.read(short), figure.read(measured[leader]) if leader else None
+        if not found or not best or any(one > 0 for one in self.broken(short).values()):
+            return False
+        return figure.loss(figure.worst(found)) < figure.loss(figure.best(best))
+
+    def _leader(self, measured: Mapping[str, Metrics]) -> str | None:
+        return choose_winner(self.constraints, self.objective, measured).winner if measured else None
 
     def place(self, short: Metrics) -> tuple[int, float, float]:
         """The less the better: constraints that it seems to break, by how much, then the objective."""
@@ -65,7 +79,8 @@ class Goal:
     def told(self, step: Step, metrics: Metrics) -> str:
         """A line on what came of a step: what is to be best in it, and what decides among those that are level."""
         figures = ", ".join(figure.text(found) for figure, found in self._wanted(metrics) if found)
-        return f"{step.variant.name}, {'a short look' if step.kind == 'glance' else 'measured'}: {figures}"
+        told = f"{step.variant.name}, {'a short look' if step.kind == 'glance' else 'measured'}: {figures}"
+        return "; ".join(filter(None, (told, busy_note(metrics))))
 
     def values(self, short: Metrics) -> tuple[float, ...] | None:
         """What is to be small: the objective, and what decides among those that are level in it; None where one is not known."""
@@ -162,6 +177,9 @@ class Search:
         """
         self.spent = spent
         waiting, measured = self._may_win(), len(self.measured) - (BASELINE in self.measured)
+        ahead = [name for name in waiting if self.goal.leads(self.glances[name], self.measured)]
+        if step := self._affordable([Step("measure", self.variants[name]) for name in ahead]):
+            return step
         if waiting and len(self.glances) >= self.one_of * measured:
             return self._affordable([Step("measure", self.variants[name]) for name in waiting], free=measured == 0)
         if step := self._look(waiting):
