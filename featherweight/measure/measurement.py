@@ -326,7 +326,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def busy_note(metrics: Mapping[str, float]) -> str | None:
-    """What is to be known of speeds that were measured beside other programs, whatever their intervals say; None on a quiet machine."""
+    """What is to be known of speeds that were measured beside other programs; None on a quiet machine."""
     taken = metrics.get(OTHERS, 0.0)
     if taken <= BUSY:
         return None
