@@ -57,7 +57,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         number = copy.version.version
         script = "-c" if number in broken else str(STUB)
         command = (sys.executable, "-S", script, "raise SystemExit('no memory')" if number in broken else str(socket), number)
-        return EngineServer(command, {}, ("/invocations", "/v1/models"), ("/invocations", {"inputs": ["The"]}))
+        return EngineServer(command, {}, ("/invocations", "/v1/models", "/v1/completions"), ("/invocations", {"inputs": ["The"]}))
 
     monkeypatch.setattr(backend, "engine_server", stub)
     return broken
@@ -293,6 +293,21 @@ def test_an_error_is_told_by_its_reason(status: int, said: str, code: str, why: 
     told = json.loads(bytes(answer.body))
     assert (answer.status_code, told["error_code"]) == (status, code)
     assert told["message"] == why or (why is None and len(told["message"]) <= 400)
+
+
+def test_what_an_engines_own_server_would_leave_out_is_refused_by_name(served: Served) -> None:
+    def answer(**asked: Any) -> httpx.Response:
+        return httpx.post(f"{served.address}/v1/completions", json=asked)
+
+    for right in ({"prompt": "The", "temperature": 0}, {"messages": [], "user": "me", "store": False}):
+        assert answer(**right).status_code == 200
+    for name, more in (("temprature", "; did you mean 'temperature'?"), ("guided_json", "")):
+        wrong = answer(**{"prompt": "The", name: 0.5})
+        assert (wrong.status_code, wrong.json()["message"]) == (
+            400,
+            f"no parameter '{name}' is taken at /v1/completions{more}",
+        )
+    assert served.ask(anything=1).status_code == 200  # of which the server tells nothing
 
 
 def test_a_token_is_asked_for(stubs: set[str]) -> None:

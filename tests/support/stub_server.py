@@ -9,6 +9,13 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler
 
+ASKED = {"anyOf": [{"$ref": "#/components/schemas/Ask"}, {"properties": {"messages": {}}}]}
+DESCRIPTION = {
+    "paths": {"/v1/completions": {"post": {"requestBody": {"content": {"application/json": {"schema": ASKED}}}}}},
+    "components": {"schemas": {"Ask": {"properties": {"prompt": {}, "temperature": {}}}}},
+}
+"""What it tells of itself in OpenAPI, as vLLM's server does: of one path."""
+
 
 class Handler(BaseHTTPRequestHandler):
     """Answers any POST with the name; to 'die' by ending the process, to 'fail' by an error with a path, or by the one given."""
@@ -17,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     name = sys.argv[2]
 
     def do_GET(self) -> None:
-        self._answer(200, {})
+        self._answer(200, DESCRIPTION if self.path == "/openapi.json" else {})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import StageError, ToolchainError, one_line
+from featherweight.registry.serving.parameters import DESCRIPTION, Parameters, described
 from featherweight.registry.serving.scoring import PROGRAM
 from featherweight.registry.serving.verified_copy import VerifiedCopy
 from featherweight.registry.smoke import NEW_TOKENS, TEXT, TEXT_TOKENS
@@ -34,11 +35,14 @@ SOCKET_PATH = 100  # bytes that the address of a Unix socket may have everywhere
 class Backend:
     """A server of a version, started at once; `in_flight` requests are being answered by it.
 
+    known: the parameters that it takes at its paths, as far as it tells.
+
     Raises ToolchainError where this machine has no such engine.
     """
 
     def __init__(self, copy: VerifiedCopy) -> None:
         self.copy, self.in_flight = copy, 0
+        self.known: Parameters = {}
         self._lock = threading.Lock()
         self._home = _socket_folder()
         self.socket = self._home / "socket"
@@ -87,6 +91,7 @@ class Backend:
                 answer = client.post(path, json=body, timeout=ANSWER_S)
             except httpx.HTTPError as error:
                 raise StageError(f"it did not answer: {one_line(error)}; {self._said()}") from error
+            self.known = _parameters(client, self.server)
         if answer.status_code != 200:
             raise StageError(f"it answered a short request with status {answer.status_code}: {one_line(answer.text)}")
 
@@ -164,6 +169,18 @@ def _healthy(client: Any) -> bool:
         return client.get("/health", timeout=2.0).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _parameters(client: Any, server: EngineServer) -> Parameters:
+    """What an engine's own server tells of its requests; MLflow's refuses by name what a model does not take."""
+    import httpx
+
+    if server.paths == PATHS:
+        return {}
+    try:
+        return described(client.get(DESCRIPTION, timeout=ANSWER_S).json(), server.paths)
+    except (httpx.HTTPError, ValueError):
+        return {}
 
 
 def _socket_folder() -> Path:

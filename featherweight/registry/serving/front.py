@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from featherweight.errors import one_line
 from featherweight.registry.serving.backend import ANSWER_S, Backend
+from featherweight.registry.serving.parameters import unknown
 from featherweight.registry.serving.reasons import reason, refusal
 from featherweight.registry.serving.scoring import BODY_BYTES
 
@@ -110,6 +111,9 @@ class Front:
         if path == MODELS:
             backend.release()
             return _answered(backend, {"object": "list", "data": [_model(backend)]})
+        if wrong := unknown(path, body, backend.known):
+            backend.release()
+            return refusal(400, "INVALID_PARAMETER_VALUE", wrong)
         return await self._passed_on(backend, request, path, body)
 
     def _taken(self) -> Backend | None:
