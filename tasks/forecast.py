@@ -19,7 +19,7 @@ from featherweight.registry.registry import Registry
 from featherweight.registry.versions import CHAMPION
 from featherweight.spec import ModelSize
 from featherweight.store.artifact import ArtifactRef
-from featherweight.store.workspace import Workspace, was_used
+from featherweight.store.workspace import Workspace, require_able, was_used
 from featherweight.system.environment import configure
 from featherweight.system.machine import free_bytes, memory_bytes
 from tasks.run_node import cached_ref
@@ -78,8 +78,9 @@ class PlanForecast:
 def forecast(recipe: Recipe, root: Path) -> PlanForecast:
     """Expand the recipe for what its checkpoint tells, look up what is cached, estimate the rest.
 
-    Raises RecipeError, CheckpointError.
+    Raises RecipeError, CheckpointError, ServiceError where the folder can be no workspace.
     """
+    require_able(root)
     facts = Facts.read(recipe)
     plan, size = expand(recipe, facts=facts), facts.size(recipe)
     require_room(size, root)

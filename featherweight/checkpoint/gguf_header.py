@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from featherweight.checkpoint.files import Listing
 from featherweight.errors import CheckpointError
@@ -61,6 +62,10 @@ class GgufHeader:
     def count(self, key: str) -> int | None:
         """How many entries a setting has that is an array; None where it is not there, or something else."""
         return int.from_bytes(self.settings[key][8:16], "little") if self._kind(key) == _ARRAY else None
+
+    def value(self, key: str) -> Any:
+        """A setting as Python has it: text, number, truth, or a list; None where it is not there."""
+        return _Reader(self.settings[key]).value() if key in self.settings else None
 
     def text(self, key: str) -> str | None:
         """A setting that is text; None where it is not there, or something else."""
@@ -136,6 +141,21 @@ class _Reader:
             raise ValueError(f"a tensor of {dimensions} dimensions")
         *shape, kind, offset = self._numbers(f"<{dimensions}QIQ")
         return name, kind, tuple(shape), offset
+
+    def value(self) -> Any:
+        """What stands here, as Python has it."""
+        (kind,) = self._numbers("<I")
+        return self._decoded(kind)
+
+    def _decoded(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._numbers(f"<{_NUMBERS[kind]}")[0]
+        inner, count = self._numbers("<IQ")
+        if inner in _NUMBERS:
+            return [*self._numbers(f"<{count}{_NUMBERS[inner]}")]
+        return [self._decoded(inner) for _ in range(count)]
 
     def _value(self) -> bytes:
         begin = self._at

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint.gguf_header import ARCHITECTURE
+from featherweight.checkpoint.files import Listing
+from featherweight.checkpoint.gguf_header import ARCHITECTURE, read_gguf
 from featherweight.checkpoint.gguf_words import WHOLE, cut_as_named, name_of
 from featherweight.errors import CheckpointError
 
@@ -27,16 +28,12 @@ NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 ASSUMED = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True, "add_space_prefix": True}
 """What llama.cpp takes where a file with a SentencePiece tokenizer says nothing."""
 SPACE = "▁"
-LISTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-"""Lists of texts, which transformers' reader leaves out unless they are asked for."""
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with the special tokens that it names; raises CheckpointError where it is damaged."""
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    metadata, _ = read_gguf_metadata(str(file), LISTS)
-    told = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    header = read_gguf(Listing.of(file.parent), file.name)
+    told = {key.removeprefix("tokenizer.ggml."): header.value(key) for key in header.settings}
     return (_sentencepiece if told.get("model") == SENTENCEPIECE else _byte_level)(told)
 
 

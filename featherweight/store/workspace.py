@@ -31,6 +31,13 @@ def was_used(root: Path) -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (root / "mlflow.db").exists()
 
 
+def require_able(root: Path) -> None:
+    """Raises ServiceError where a workspace's databases would lie outside of it."""
+    if "?" in str(root.absolute()):
+        way = "take another folder, such as --workspace DIR"
+        raise ServiceError(f"{root} cannot be a workspace: SQLite's address of its databases would end at the question mark; {way}")
+
+
 def require_used(root: Path, sought: str) -> None:
     """Raises GateError where something is sought in a folder that nothing was optimized in: a look makes no workspace."""
     if not was_used(root):
@@ -51,11 +58,7 @@ class Workspace:
         Raises ServiceError where it cannot be made, or where its databases would lie outside of it.
         """
         root = root.absolute()
-        if "?" in str(root):
-            way = "take another folder, such as --workspace DIR"
-            raise ServiceError(
-                f"{root} cannot be a workspace: SQLite's address of its databases would end at the question mark; {way}"
-            )
+        require_able(root)
         try:
             for folder in ("work", "cache", "artifacts"):
                 (root / folder).mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from featherweight.errors import CheckpointError
 from featherweight.recipe.facts import Facts
 from featherweight.recipe.recipe import Recipe
 from tests.conftest import S3Server
+from tests.support.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -166,15 +167,17 @@ def test_a_chat_template_far_away_is_told_in_the_plan(folder: Path, s3_server: S
     assert opened and (opened.chat, opened.lead) == ("no", (0,))
 
 
-def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(kind: str, folder: Path) -> None:
+    (lead,) = load_tokenizer(folder)("a")["input_ids"][:1]
+    place = folder if kind == "folder" else write_gguf(folder.with_name("m.gguf"), folder)[0]
     asked = (
         "import sys\nfrom pathlib import Path\nfrom featherweight.checkpoint.dry_tokenizer import tokenizer_facts\n"
         "assert tokenizer_facts(Path(sys.argv[1]), 320).lead == (int(sys.argv[2]),)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "tokenizer_facts(Path(sys.argv[1]), 319)"
     )
-    (lead,) = load_tokenizer(folder)("a")["input_ids"][:1]
-    told = subprocess.run([sys.executable, "-c", asked, str(folder), str(lead)], capture_output=True, text=True, check=False)
+    told = subprocess.run([sys.executable, "-c", asked, str(place), str(lead)], capture_output=True, text=True, check=False)
     assert told.stderr.splitlines()[-1].endswith("or take the tokens beyond it out of the tokenizer's files")
 
 

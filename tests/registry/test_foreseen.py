@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from featherweight.errors import Forbidden, GateError, IntegrityError
+from featherweight.errors import Forbidden, GateError, IntegrityError, ServiceError
 from featherweight.recipe.reading import load_recipe
 from featherweight.recipe.recipe import Recipe
 from featherweight.registry.keys import Keys
@@ -92,6 +92,11 @@ def test_who_has_no_key_where_entries_are_signed_is_told(desk: Bench, tmp_path: 
     monkeypatch.setenv("FEATHERWEIGHT_KEYS", str(tmp_path / "none"))
     with pytest.raises(Forbidden, match="entries of 'little-llama' are signed; one of this user, who has no key"):
         standing(recipe(), desk.registry.tracking_uri)
+
+
+def test_a_plan_in_a_folder_that_can_be_no_workspace_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match="question mark; take another folder"):
+        forecast(recipe(), tmp_path / "a?b")
 
 
 def test_a_plan_is_made_where_no_server_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
