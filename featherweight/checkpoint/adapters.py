@@ -10,12 +10,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from featherweight.checkpoint.adapter_merging import merged
 from featherweight.checkpoint.files import (
     ADAPTER,
     ADAPTER_WEIGHTS,
     Listing,
+    Weights,
     adapter_files,
     base_named,
     check_length,
@@ -26,22 +28,15 @@ from featherweight.checkpoint.files import (
     read_header,
     read_json,
 )
-from featherweight.checkpoint.inspection import quiet
 from featherweight.checkpoint.opening import load_config, load_model
 from featherweight.checkpoint.saving import copy_companions, save_model
 from featherweight.checkpoint.sentence_files import MODULES
 from featherweight.checkpoint.spec import LoadSpec
-from featherweight.checkpoint.tensors import read_shapes, saving
-from featherweight.errors import CheckpointError, reason
+from featherweight.checkpoint.tensors import read_shapes, require_finite, saving
+from featherweight.errors import CheckpointError
 from featherweight.model.architecture import task_of
 from featherweight.progress import Progress
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-EMBEDDING = "embed_tokens.weight"
-SHARED = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
-"""What peft holds once for all layers, so that no layer misses its own."""
 LORA = "LORA"
 FACTOR = re.compile(r"base_model\.model\.(?P<matrix>.+)\.lora_(?P<factor>[AB])\.weight")
 NEVER_MERGED = {
@@ -59,8 +54,6 @@ HEADS: Mapping[str, str] = {
     "QUESTION_ANS": "question-answering",
 }
 """What a base with the head is for that peft was given, by what it calls the task."""
-BESIDE = r"(?!weight$|base_layer\.|modules_to_save\.|token_adapter\.)"
-"""What an adapter's file says of a module that it has not trained two factors for."""
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT")
 """peft's kinds that put something before a text, or beside attention, and change no weight."""
 
@@ -98,9 +91,11 @@ def merge(base: Path, adapter: Path, spec: LoadSpec, out: Path, progress: Progre
     require_same_use(adapter, load_config(base))
     require_factors(adapter, read_shapes(listing, base, find_weights(listing)))
     progress.note(f"merging the adapter into {spec.base or 'its base'}")
-    merged = _merged(load_model(base), adapter, weights)
+    if weights == ADAPTER_WEIGHTS[0]:
+        require_finite(adapter, Weights((weights,)))
+    whole = merged(load_model(base), adapter, weights)
     with saving(out):
-        save_model(merged, out, base)
+        save_model(whole, out, base)
     if has_tokenizer(Listing.of(adapter)):
         _take_tokenizer(adapter, out)
 
@@ -234,88 +229,6 @@ def require_factors_of(listing: Listing, shapes: Mapping[str, tuple[int, ...]]) 
                 f"{adapter}: {name} is of {factor.channels} channels, and its base's matrix of {shape[0]} times {shape[1]}; they "
                 "do not belong together: set checkpoint.base to the model that it was trained on"
             )
-
-
-def _merged(model: PreTrainedModel, adapter: Path, weights: str) -> PreTrainedModel:
-    from peft import PeftModel
-
-    rows = _rows(adapter / weights)
-    embedding: Any = model.get_input_embeddings()
-    if rows is not None and rows != embedding.weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    untied = _untie(model, adapter, weights)
-    try:
-        with quiet():
-            adapted: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-            _require_placed(adapter, adapted.load_adapter(str(adapter), "default", local_files_only=True))
-            merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # each kind of adapter fails in its own way
-        raise CheckpointError(f"{adapter}: the adapter cannot be merged into its base: {reason(error)}") from error
-    if untied:
-        merged.config.tie_word_embeddings = False
-    return merged
-
-
-def _untie(model: PreTrainedModel, adapter: Path, weights: str) -> bool:
-    """Whether the head has got a matrix of its own, because the adapter has trained it, or the embedding that it is.
-
-    peft adds to each what was learned for it alone; merged into a matrix that both are it would change the other too.
-    """
-    import torch
-
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return False
-    places = [name for name, module in model.named_modules() if module in (embedding, head)]
-    trained = re.compile(rf"\.({'|'.join(map(re.escape, places))})\.{BESIDE}")
-    if not any(trained.search(name) for name in _names(adapter / weights)):
-        return False
-    if model.config.is_encoder_decoder:
-        raise CheckpointError(
-            f"{adapter}: the adapter has trained the embedding or the head alone, which are one matrix of this "
-            f"{model.config.model_type}; train it on other layers"
-        )
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    return True
-
-
-def _names(path: Path) -> list[str]:
-    """Of the tensors of an adapter."""
-    from safetensors import safe_open
-
-    if path.suffix != ".safetensors":
-        import torch
-
-        return list(torch.load(path, map_location="meta", weights_only=True))
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _require_placed(adapter: Path, loaded: Any) -> None:
-    """Refuse an adapter that peft leaves out, whole or in part, where the base has no such layers, or others: it only warns."""
-    missing = [name for name in loaded.missing_keys if not any(shared in name for shared in SHARED)]
-    problems = {"has no place in its base": loaded.unexpected_keys, "is missing, and its base has a place for it": missing}
-    for problem, names in problems.items():
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{adapter}: the adapter's {names[0]} {problem}{more}; the two do not belong together: set checkpoint.base to the "
-                "model that it was trained on"
-            )
-
-
-def _rows(path: Path) -> int | None:
-    """Rows of the embedding that an adapter brings along, where its training added tokens."""
-    from safetensors import safe_open
-
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, framework="pt") as file:
-        found = [name for name in _names(path) if name.endswith(EMBEDDING)]
-        return int(file.get_slice(found[0]).get_shape()[0]) if found else None
 
 
 def _take_tokenizer(adapter: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.adapters import adapter_weights, base_of, has_adapter, require_factors, require_same_use
 from featherweight.checkpoint.conversion import named
 from featherweight.checkpoint.description import described
+from featherweight.checkpoint.dry_adapter import require_keepable, require_mergeable
 from featherweight.checkpoint.dry_run import require_loadable
 from featherweight.checkpoint.dry_tokenizer import read_by_tokenizers, tokenizer_facts
 from featherweight.checkpoint.fetching import look_at
@@ -67,9 +68,12 @@ def read_facts(spec: LoadSpec) -> CheckpointFacts:
 
     Raises CheckpointError, as loading it would, for what can be told to be wrong; KnownAtLoad where only loading tells.
     """
-    require_adapters(spec)
+    kept = require_adapters(spec)
     facts = facts_for_any_task(spec)
     require_task(spec.source, facts.config, spec.task)
+    config = (_config_here(spec, facts) or {}) if kept else {}
+    for name, adapter in kept.items() if config else ():
+        require_keepable(name, adapter, config)
     return replace(facts, opened=_opened(spec, facts))
 
 
@@ -279,4 +283,18 @@ def _of_adapted(found: Path, spec: LoadSpec) -> CheckpointFacts:
     facts = facts_for_any_task(base)
     require_same_use(found, facts.config)
     require_factors(found, facts.shapes)
+    if (config := _config_here(base, facts)) is not None:
+        require_mergeable(found, config)
     return replace(facts, quantized=None, grids=dict[str, Grid](), sparse=False)
+
+
+def _config_here(spec: LoadSpec, facts: CheckpointFacts) -> Mapping[str, Any] | None:
+    """config.json of a plain checkpoint, with the head that it is given; None of a GGUF file, of an adapter, or out of reach."""
+    seen = look_at(spec)
+    if seen is None or (isinstance(seen, Path) and (seen.is_file() or has_adapter(seen, spec))):
+        return None
+    listing = seen if isinstance(seen, Listing) else Listing.of(seen)
+    if CONFIG not in listing.sizes:
+        return None
+    named_head = getattr(facts.config, "architectures", None)
+    return {**read_json(listing, CONFIG), **({"architectures": named_head} if named_head else {})}

@@ -55,15 +55,19 @@ def kept_adapters(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(folder.glob(f"{KEPT_ADAPTERS}/*/{ADAPTER}"))}
 
 
-def require_adapters(spec: LoadSpec) -> None:
-    """Look at the adapters of `spec` before anything is loaded; raises CheckpointError for one that cannot be kept.
+def require_adapters(spec: LoadSpec) -> dict[str, Path]:
+    """Look at the adapters of `spec` before anything is loaded, and say where those lie that are here, by their names.
 
-    What has to be fetched to be seen is looked at by `keep_adapters`.
+    Raises CheckpointError for one that cannot be kept. What has to be fetched to be seen is looked at by `keep_adapters`.
     """
+    here: dict[str, Path] = {}
     for name, source in spec.adapters.items():
         seen = look_at(LoadSpec(source=source))
         if seen is not None:
             _require_plain(name, seen if isinstance(seen, Listing) else Listing.of(seen))
+        if isinstance(seen, Path):
+            here[name] = seen
+    return here
 
 
 def keep_adapters(spec: LoadSpec, work: Path, out: Path, shapes: Shapes, progress: Progress) -> None:
@@ -78,11 +82,16 @@ def keep_adapters(spec: LoadSpec, work: Path, out: Path, shapes: Shapes, progres
         plain = LoadSpec(source=source)
         listing = Listing.of(source_of(plain)[1].fetch(plain, place, progress))
         _require_plain(name, listing)
-        _require_fit(name, listing, shapes)
-        _require_placed(name, listing, out)
+        require_beside(name, listing, out, shapes)
         require_finite(Path(listing.where), Weights((ADAPTER_WEIGHTS[0],)))
         for file in (ADAPTER, ADAPTER_WEIGHTS[0]):
             copy(Path(listing.where) / file, out / KEPT_ADAPTERS / name / file)
+
+
+def require_beside(name: str, listing: Listing, checkpoint: Path, shapes: Shapes) -> None:
+    """Raises CheckpointError unless the adapter's factors are those that its settings ask for beside the checkpoint."""
+    _require_fit(name, listing, shapes)
+    _require_placed(name, listing, checkpoint)
 
 
 def _require_plain(name: str, listing: Listing) -> None:

@@ -239,7 +239,7 @@ def _tied_by_file(stored: Stored, model: PreTrainedModel) -> bool | None:
     head, embedding = names[id(output)], names[id(source)]
     held = reading(model)
     tied, reads = output.weight is source.weight, {held(name) for name in stored.reads.values()}
-    if embedding not in reads or not _heeds(model.config, not tied):
+    if embedding not in reads or not heeds(model.config, not tied):
         return None
     if tied:
         return False if head in reads and not stored.equal(held, head, embedding) else None
@@ -257,7 +257,7 @@ def _first_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     return {name: source for name, source in ties.items() if count[source] == 1}
 
 
-def _heeds(config: Any, tied: bool) -> bool:
+def heeds(config: Any, tied: bool) -> bool:
     """Whether a config of this kind lets itself be told that the head is tied, or is not. Some (DBRX) refuse it."""
     from huggingface_hub.errors import StrictDataclassError
 

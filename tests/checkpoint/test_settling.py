@@ -17,7 +17,7 @@ from featherweight.checkpoint.files import INDEX, PICKLE, WEIGHTS
 from featherweight.checkpoint.inspection import inspect_checkpoint
 from featherweight.checkpoint.overwritten import as_loaded, overwritten
 from featherweight.checkpoint.saving import save_model
-from featherweight.checkpoint.settling import _heeds
+from featherweight.checkpoint.settling import heeds
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.errors import CheckpointError
 from featherweight.quantization.spec import QuantizeSpec
@@ -369,5 +369,5 @@ def test_a_model_type_that_ties_no_head_does_not_heed_being_told_to() -> None:
     """DBRX refuses its own configuration then, and what transformers says of all its parts too."""
     from transformers import AutoConfig
 
-    assert not _heeds(AutoConfig.for_model("dbrx"), True)
-    assert _heeds(AutoConfig.for_model("llama"), True) and _heeds(AutoConfig.for_model("llama"), False)
+    assert not heeds(AutoConfig.for_model("dbrx"), True)
+    assert heeds(AutoConfig.for_model("llama"), True) and heeds(AutoConfig.for_model("llama"), False)
