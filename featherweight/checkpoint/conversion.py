@@ -15,7 +15,7 @@ from featherweight.checkpoint.gguf import convert_gguf, gguf_file
 from featherweight.checkpoint.inspection import CheckpointInfo, inspect_checkpoint
 from featherweight.checkpoint.quantized_formats import method_of
 from featherweight.checkpoint.sanity import require_sane
-from featherweight.checkpoint.settling import settle
+from featherweight.checkpoint.settling import settle, settle_head
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import saving
 from featherweight.checkpoint.tokenizer import by_its_file_alone, known_by_its_name, require_same_tokenizer
@@ -96,6 +96,7 @@ def _adopt_folder(found: Path, spec: LoadSpec, out: Path, progress: Progress) ->
         with saving(out):
             unpacked = unpack(found, config, weights, out, progress)
         with named(out, str(found)):
+            unpacked |= settle_head(out, spec, progress)
             return inspect_checkpoint(out, task=spec.task), unpacked
     info = inspect_checkpoint(found, task=spec.task, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
     for name in needed_files(Listing.of(found), weights, trust_remote_code=spec.trust_remote_code):

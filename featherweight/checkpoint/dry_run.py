@@ -66,6 +66,8 @@ def _loaded(folder: Path, head: Mapping[str, Any], shapes: Shapes) -> tuple[Any,
 
     with quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):  # the shapes are those of unpacked weights
+            del config.quantization_config
         for name, value in head.items():
             setattr(config, name, value)
         made = model_class(config, folder, False)

@@ -42,6 +42,7 @@ from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_head, require_output_head, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
 from featherweight.checkpoint.opening import GENERATION, generation_config
+from featherweight.checkpoint.packed_shapes import unpacked_shapes
 from featherweight.checkpoint.quantized_formats import grid_told, method_of
 from featherweight.checkpoint.sanity import require_embedded, require_sane
 from featherweight.checkpoint.spec import LoadSpec
@@ -200,13 +201,14 @@ def _facts(answer: Mapping[str, Any], folder: Path, told: Mapping[str, Any], lis
     """folder: has config.json."""
     method = method_of(told)
     shapes, size = _shapes(listing, weights)
-    if shapes is not None and method is None:
-        head = head_changes(listing, Values(answer["config"]), shapes)[0]
+    plain = shapes if shapes is None or method is None else unpacked_shapes(told, shapes, listing.where)
+    if plain is not None:
+        head = head_changes(listing, Values(answer["config"]), plain)[0]
         settled = Values({**answer["config"], "values": answer["config"]["values"] | head})
         require_head(listing.where, settled)
-        require_output_head(listing.where, settled, shapes)
-        if not require_fit(listing.where, Values(answer["config"]), shapes):
-            require_loadable(listing.where, folder, head, shapes)
+        require_output_head(listing.where, settled, plain)
+        if not require_fit(listing.where, Values(answer["config"]), plain):
+            require_loadable(listing.where, folder, head, plain)
         answer["config"]["values"].update(head)
     require_embedded(listing, told.get("vocab_size"))
     return CheckpointFacts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,38 @@ def grid_of(kind: Kind, low: float, high: float) -> Grid | None:
     """The first grid that holds such numbers."""
     grids = (grid for grid in GRIDS.values() if (grid.kind, grid.bits, grid.group_size) == kind)
     return next((grid for grid in grids if grid.qmin <= low and high <= grid.qmax), None)
+
+
+STEP, HALF = 1.0, 0.5
+
+
+def one_off(layers: Iterable[Layer]) -> int:
+    """-1 or 1 where all layers lie a step below or above zero, as they do where zero points are stored less one and read as they
+    are, or the other way; 0 where they do not.
+
+    Zero points that are one number in all layers are 0 about zero. Of others the mean tells, which in a layer of a model is near
+    zero.
+    """
+    found = [_placed(layer) for layer in layers if layer.zeros is not None]
+    alike = {zero for zero, _ in found}
+    if len(alike) == 1 and (zero := alike.pop()) is not None:
+        return -int(zero) if abs(zero) == STEP else 0
+    for side in (-1, 1):
+        if found and all(HALF < side * mean < STEP + HALF for _, mean in found):
+            return side
+    return 0
+
+
+def _placed(layer: Layer) -> tuple[float | None, float]:
+    """The zero point of all groups of a layer, where it is one, and the mean of its numbers about theirs."""
+    import torch
+
+    zeros = layer.zeros
+    assert zeros is not None
+    columns = torch.bincount(layer.columns_group(), minlength=zeros.shape[1]).double()
+    means = zeros.double().mean(0)
+    same = float(zeros.flatten()[0]) if bool((zeros == zeros.flatten()[0]).all()) else None
+    return same, float(layer.q.double().mean() - (means * columns).sum() / columns.sum())
 
 
 PACKED = re.compile(r"\.(weight|qweight|weight_packed)$")

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import bitsandbytes_weights
-from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, without_scale
+from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, one_off, without_scale
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import Grid
 
@@ -232,18 +232,27 @@ def _without_zeros(method: str, settings: Mapping[str, Any], given: Collection[s
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Found:
     """The quantized parameters among `tensors`; raises CheckpointError where a part of one is missing or misshapen."""
+    method, settings = str(method_of(config)), config["quantization_config"]
     try:
-        return READERS[str(method_of(config))](config["quantization_config"], tensors)
+        found = READERS[method](settings, tensors)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         reason = f"{error.args[0]} is missing" if type(error) is KeyError else one_line(error, 200)
         raise CheckpointError(f"{where}: the quantized weights cannot be unpacked ({reason}); copy it again") from error
+    off = one_off(found.layers.values()) if method == "gptq" else 0
+    if off:
+        other = "gptq_v2" if off < 0 else "gptq"
+        raise CheckpointError(
+            f"{where}: the weights lie one step off zero, so that their zero points are stored as {other} stores them, whatever "
+            f"quantization_config says; say checkpoint_format: {other} there"
+        )
+    return found
 
 
 def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     found = Found()
     first = form_of("gptq", settings)[1] != "gptq_v2"
     for module in _modules(tensors, ".qweight"):
-        told = {**settings, **_override(settings, module)}
+        told = {**settings, **override(settings, module)}
         bits = told.get("bits", 4)
         scales = tensors[f"{module}.scales"].T.float().contiguous()
         q = _numbers(tensors[f"{module}.qweight"], bits).T.contiguous()
@@ -255,7 +264,7 @@ def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     return found
 
 
-def _override(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def override(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """What `dynamic` says otherwise of a module: the first pattern that its name begins with, as gptqmodel takes it."""
     for pattern, told in (settings.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):

@@ -9,6 +9,7 @@ from typing import Any
 from featherweight.checkpoint.files import CONFIG, INDEX, TOKENIZER_CONFIG, WEIGHTS, Listing, find_weights, read_header, read_json
 from featherweight.checkpoint.fit import beyond_embedding
 from featherweight.checkpoint.generation_faults import require_followable
+from featherweight.checkpoint.packed_shapes import require_whole
 from featherweight.checkpoint.quantized_formats import method_of, require_packed, require_readable
 from featherweight.errors import CheckpointError
 
@@ -54,6 +55,7 @@ def require_sane(listing: Listing) -> None:
         require_readable(told, listing.where, floats=floats)
     if header is not None:
         require_packed(told, header, listing.where)
+        require_whole(told, header, listing.where)
     _require_type(listing, told)
     _require_rotary(listing, told)
     _require_one_cut(listing)

@@ -170,6 +170,18 @@ def settle(found: Path, spec: LoadSpec, work: Path, progress: Progress) -> tuple
     return folder, settlement.metrics()
 
 
+def settle_head(folder: Path, spec: LoadSpec, progress: Progress) -> dict[str, float]:
+    """Have config.json say of a folder of floats whether its head is tied, by what its files hold; the metric of that."""
+    weights = find_weights(Listing.of(folder))
+    model = _skeleton(folder, spec, weights)[0]
+    tied = _tied_by_file(Stored.of(folder, weights, model), model)
+    if tied is None:
+        return {}
+    progress.note(HEAD[tied])
+    (folder / CONFIG).write_text(json.dumps(read_config(folder) | {"tie_word_embeddings": tied}, indent=2) + "\n")
+    return {"head_settled": 1.0}
+
+
 def _symlink(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(source.resolve())

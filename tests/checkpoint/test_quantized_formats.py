@@ -254,7 +254,8 @@ def test_packed_weights_of_which_config_json_says_nothing_are_refused_in_the_pla
 
 @pytest.mark.parametrize(
     ("settings", "dropped", "reason"),
-    [({"bits": 8}, "none", r"has scales \[\d, \d+\], which 8 bits in groups of 32 of \d+ columns do not have"),
+    [({"bits": 8}, "none", r"scales has shape \[\d, \d+\], and 8 bits in groups of 32 of \d+ times \d+ ask for"),
+     ({"group_size": 64}, "none", r"scales has shape \[\d, \d+\], and 4 bits in groups of 64 of"),
      ({"desc_act": True}, ".g_idx", r"down_proj\.g_idx is missing")],
 )  # fmt: skip
 def test_settings_of_other_weights_are_told(settings, dropped, reason, tiny_checkpoint, tmp_path):
@@ -263,8 +264,7 @@ def test_settings_of_other_weights_are_told(settings, dropped, reason, tiny_chec
     tensors = load_file(tmp_path / "source/model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(dropped)}
     save_file(kept, tmp_path / "source/model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=reason):
-        loaded(tmp_path / "source", tmp_path)
+    refused(tmp_path / "source", tmp_path, reason, in_plan=True)
 
 
 @pytest.mark.parametrize("form", ["blocks", "bytes", "whole"])
@@ -411,12 +411,37 @@ DAMAGED = {
     "awq-no-zeros": ("awq", without("qzeros"), True, r"up_proj\.qweight is packed \(awq\), and its zero points \(qzeros\) are m"),
     "gptq-no-zeros": ("gptq", without("qzeros"), True, r"up_proj\.qweight is packed \(gptq\), and its zero points \(qzeros\) are"),
     "awq-other-zeros": (
-        *("awq", without("qzeros", qzeros=torch.zeros(2, 32, dtype=torch.int16)), False),
-        r"up_proj has zero points \[2, 32\] of numbers \[64, 16\]",
+        *("awq", without("qzeros", qzeros=torch.zeros(2, 32, dtype=torch.int16)), True),
+        r"up_proj\.qzeros has shape \[2, 32\], and 4 bits in groups of 32 of 128 times 64 ask for \[2, 16\]",
     ),
     "gptq-one-group-of-zeros": (
-        *("gptq", without("qzeros", qzeros=torch.zeros(1, 16, dtype=torch.int32)), False),
-        r"up_proj has zero points \[1, 128\] and scales \[2, 128\]",
+        *("gptq", without("qzeros", qzeros=torch.zeros(1, 16, dtype=torch.int32)), True),
+        r"up_proj\.qzeros has shape \[1, 16\], and 4 bits in groups of 32 of 128 times 64 ask for \[2, 16\]",
+    ),
+    "gptq-narrower": (
+        *("gptq", without("qweight", qweight=torch.zeros(8, 120, dtype=torch.int32)), True),
+        r"up_proj\.scales has shape \[2, 128\], and 4 bits in groups of 32 of 120 times 64 ask for \[2, 120\]",
+    ),
+    "gptq-fewer-columns": (
+        *("gptq", without("g_idx", g_idx=torch.zeros(63, dtype=torch.int32)), True),
+        r"up_proj\.g_idx has shape \[63\]",
+    ),
+    "awq-another-matrix": (
+        *(
+            "awq",
+            without(
+                "qweight",
+                qweight=torch.zeros(64, 15, dtype=torch.int32),
+                qzeros=torch.zeros(2, 15, dtype=torch.int32),
+                scales=torch.ones(2, 120, dtype=torch.float16),
+            ),
+            True,
+        ),
+        r"tensor model\.layers\.1\.mlp\.up_proj\.weight has shape \[120, 64\], but config\.json asks for \[128, 64\]",
+    ),
+    "awq-scaled-activations": (
+        *("awq", without("none", **{"act_fn.scales": torch.ones(128)}), True),
+        r"act_fn\.scales scales no weight but what a module makes \(awq\)",
     ),
     "gptq-group-below-0": (
         *("gptq", without("g_idx", g_idx=torch.tensor([-1] + [0] * 31 + [1] * 32, dtype=torch.int32)), False),
@@ -447,8 +472,35 @@ def test_the_scale_of_another_method_is_none(tiny_checkpoint, tmp_path):
 
 def test_groups_that_the_scales_are_not_of_are_told(tiny_checkpoint, tmp_path):
     source = in_rows_of_8_bits(tiny_checkpoint, tmp_path / "source", {"strategy": "group", "group_size": 32})
-    with pytest.raises(CheckpointError, match=r"has scales \[1, \d+\], which 8 bits in groups of 32 of \d+ columns do not have"):
-        loaded(source, tmp_path)
+    reason = r"weight_scale has shape \[\d+, 1\], and settings of one scale a group of \[\d+, \d+\] ask for"
+    refused(source, tmp_path, reason, in_plan=True)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_zero_points_of_the_other_format_of_gptq_are_told(lead, asymmetric, tiny_checkpoint, tmp_path):
+    """Each weight was a step off zero, and nothing was said."""
+    make(tiny_checkpoint, tmp_path / "source", "gptq", lead=lead)
+    path = tmp_path / "source/model.safetensors"
+    tensors, random = load_file(path), np.random.default_rng(0)
+    for name in [name for name in tensors if asymmetric and name.endswith(".qzeros")]:
+        groups, wide = tensors[name].shape[0], tensors[name].shape[1] * 8
+        points = random.integers(5, 11, (wide, groups))
+        columns = len(tensors[name.replace("qzeros", "g_idx")])
+        q = (random.normal(0, 2, (wide, columns)).round() + points[:, np.arange(columns) // GROUP]).clip(0, 15)
+        packed = gptq(q.astype(np.int64), points, 4, lead)
+        tensors |= {name.replace("qzeros", part): torch.from_numpy(value.copy()) for part, value in packed.items()}
+    save_file(tensors, path, {"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": not asymmetric}
+    for said in ("gptq", "gptq_v2"):
+        describe(tmp_path / "source", settings | {"checkpoint_format": said})
+        if said == ("gptq" if lead else "gptq_v2"):
+            loaded(tmp_path / "source", tmp_path)
+            shutil.rmtree(tmp_path / "loaded")
+        else:
+            right = "gptq" if lead else "gptq_v2"
+            refused(tmp_path / "source", tmp_path, rf"one step off zero, .* say checkpoint_format: {right} there", in_plan=False)
+            shutil.rmtree(tmp_path / "loaded")
 
 
 # compressed-tensors, written by llm-compressor
@@ -545,3 +597,16 @@ def test_fp8_weights_go_on_to_vllm_bit_for_bit(recipe, tiny_checkpoint, tmp_path
         assert torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
         scale = theirs[f"{name}_scale"].float()
         assert torch.equal(again[f"{name}_scale"], scale.reshape(-1, 1).expand(len(found.q[name]), 1)), name
+
+
+def test_a_head_beside_packed_weights_is_its_own_whatever_config_json_says(tiny_checkpoint, tmp_path):
+    """transformers takes what the file holds; engines that go by config.json took the embedding."""
+    make(tiny_checkpoint, tmp_path / "source", "awq")
+    path = tmp_path / "source/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(tensors["model.embed_tokens.weight"].shape) * 0.02
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    out, metrics = loaded(tmp_path / "source", tmp_path)
+    assert metrics["head_settled"] == 1 and json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_model(out).lm_head.weight, tensors["lm_head.weight"])

@@ -68,16 +68,20 @@ def test_an_adapter_is_its_base_and_somebody_elses_integers_stay(checkpoint: Pat
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": str(checkpoint), "peft_type": "LORA", "r": 2})
+        json.dumps({"base_model_name_or_path": str(checkpoint), "peft_type": "LORA", "r": 2, "target_modules": ["up_proj"]})
     )
-    safetensors(adapter / "adapter_model.safetensors", {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (2, 64)})
+    modules = [f"layers.{layer}.mlp.up_proj" for layer in (0, 1)]
+    factors = {"lora_A.weight": (2, 64), "lora_B.weight": (96, 2)}
+    named = {f"base_model.model.model.{module}.{part}": shape for module in modules for part, shape in factors.items()}
+    safetensors(adapter / "adapter_model.safetensors", named)
     assert facts_named(str(adapter)).parameters == PARAMETERS
     packed = tmp_path / "gptq"
     packed.mkdir()
     (packed / "tokenizer.json").write_text("{}")
     parts = {"qweight": (8, 96), "qzeros": (1, 12), "scales": (1, 96)}
-    tensors = {f"model.layers.{i}.mlp.up_proj.{part}": shape for i in (0, 1) for part, shape in parts.items()}
-    safetensors(packed / "model.safetensors", tensors)
+    tensors = {f"model.{module}.{part}": shape for module in modules for part, shape in parts.items()}
+    plain = {name: shape for name, shape in of_a_llama(CONFIG).items() if "up_proj" not in name}
+    safetensors(packed / "model.safetensors", plain | tensors)
     (packed / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": GPTQ}))
     kept = facts_named(str(packed)).kept_grids
     assert kept is not None and kept[0].name == "int4-g128"

@@ -257,8 +257,10 @@ def test_a_llama_that_is_trained_from_nothing_is_judged_by_its_spec() -> None:
 
 def test_engines_are_held_to_the_grid_that_a_packed_checkpoint_came_with(tmp_path: Path) -> None:
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
-    parts = {"qweight": (8, 96), "qzeros": (2, 12), "scales": (2, 96)}
-    tensors = {f"model.layers.{layer}.mlp.up_proj.{part}": shape for layer in (0, 1) for part, shape in parts.items()}
+    tensors = headers.of_a_llama(LLAMA)
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"):
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.qweight": (8, 96), f"{name}.qzeros": (2, 12), f"{name}.scales": (2, 96)}
     folder = write_folder(tmp_path / "packed", LLAMA | {"quantization_config": packed}, tensors)
     known = facts_for_any_task(LoadSpec(source=str(folder)))
     assert "CTranslate2 packs int8 and float only" in str(
