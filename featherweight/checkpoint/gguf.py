@@ -15,6 +15,7 @@ from featherweight.checkpoint.gguf_rotary import rotary_scaling
 from featherweight.checkpoint.gguf_settings import configuration, misplaced
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
+from featherweight.checkpoint.patches import read_once
 from featherweight.checkpoint.saving import save_tokenizer
 from featherweight.checkpoint.tensors import saving
 from featherweight.checkpoint.tokenizer import require_same_tokenizer
@@ -62,7 +63,7 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
         tokenizer = gguf_tokenizer(whole)
     save_tokenizer(tokenizer, out, called=str(file))  # before the weights, which take minutes
     progress.note(f"dequantizing {file.name}")
-    with _reading(file):
+    with _reading(file), read_once():
         model, info = _read(whole, header)
         quantized, types = _integers(whole, model)
     if scaling:

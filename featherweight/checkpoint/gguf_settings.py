@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.gguf_header import ARCHITECTURE, GgufHeader
 from featherweight.checkpoint.gguf_rotary import FACTORS
+from featherweight.checkpoint.patches import read_once
 from featherweight.errors import CheckpointError
 from featherweight.model.positions import head_width, rotated_channels
 
@@ -238,7 +239,8 @@ def _places(config: Any, architecture: str) -> tuple[Any, Mapping[str, str]]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model, get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict()))
+    with read_once():
+        return model, get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict()))
 
 
 def _by_itself(name: str, architecture: str) -> bool:
