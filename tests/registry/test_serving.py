@@ -206,6 +206,18 @@ def test_a_server_that_dies_is_started_anew_from_the_copy_that_was_verified(desk
     assert served.ask().json() == {"by": "1"}
 
 
+def test_a_server_that_dies_with_its_copy_gone_is_told_of_and_the_next_version_served(desk: Bench, served: Served) -> None:
+    assert served.follower.active
+    shutil.rmtree(served.follower.active.copy.folder.parent)
+    served.ask(die=True)
+    until(lambda: served.follower.active and not served.follower.active.alive)
+    served.follower.revive()
+    assert "version 1 does not start again: " in served.told[-1][1] and served.ask().status_code == 502
+    promoted(desk, "2")
+    served.follower.look()
+    assert served.ask().json() == {"by": "2"}
+
+
 def test_a_registry_that_is_away_or_cut_changes_nothing(desk: Bench, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     promoted(desk, "2")
 

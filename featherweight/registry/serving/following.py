@@ -78,7 +78,7 @@ class Follower:
             self._replace(self._up(Backend(dead.copy)), keep_copy=True)
             self._note("", "")
             self.tell("restarted", f"version {dead.copy.version.version} serves again")
-        except FeatherweightError as error:
+        except Exception as error:  # of a copy that was deleted too: requests are told so, and the alias is still followed
             self._fail(dead.copy.version)
             self._note(f"version {dead.copy.version.version} does not start again: {told(error)}", "note")
 
