@@ -53,7 +53,7 @@ def signature(task: Task) -> ModelSignature:
         params = [ParamSpec("truncate", "boolean", True), ParamSpec("prompt_name", "string", None)]
         return ModelSignature(texts, vectors, ParamSchema(params))
     if task in HEADED:
-        params = [ParamSpec("truncate", "boolean", False)]
+        params = [ParamSpec("truncate", "boolean", None)]  # see Labeller
         params += [ParamSpec("aggregate", "boolean", True)] if task == "token-classification" else []
         given = None if task == "text-classification" else texts
         return ModelSignature(given, Schema([ColSpec(AnyType())]), ParamSchema(params))

@@ -49,12 +49,12 @@ class Labeller(ServedEngine):
         where `aggregate` is false.
         prompt_name: of the prompts that a checkpoint of vectors has (query, document ...), the one before each text; by default the
         one that its files name for all. truncate: whether a text that is too long is cut; by default of embeddings, as their files
-        ask for, and of no others.
+        ask for, and of what sentence-transformers made a cross-encoder, and of no others.
         Raises DataError for what is no text or does not fit, StageError where the engine fails; the next call starts it anew.
         """
         self._require_few(texts)
         require_kinds(truncate=(truncate, bool), aggregate=(aggregate, bool), prompt_name=(prompt_name, str))
-        cut = self.task == "feature-extraction" if truncate is None else truncate
+        cut = self._cuts if truncate is None else truncate
         told = [self._encode(one, cut, prompt_name) for one in texts]
         answers = self._outputs(told)
         if self.task == "feature-extraction":
@@ -81,6 +81,11 @@ class Labeller(ServedEngine):
                 f"a text of {len(told['input_ids'])} tokens: this model is served for {self.max_tokens}; give less{otherwise}"
             )
         return told
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether a text that is too long is cut by default, as sentence-transformers does it to what is its own."""
+        return self.task == "feature-extraction" or (self.task == "text-classification" and bool(scored_by(self.config)))
 
     @property
     def _longest(self) -> int:

@@ -196,6 +196,30 @@ def test_a_cross_encoder_without_activation_gives_its_logit(served: Any) -> None
     assert scored(config, [[0.0, 3.0]])["score"] == 3.0
 
 
+def test_a_pair_too_long_for_a_cross_encoder_is_cut_as_sentence_transformers_cuts_it(
+    served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`CrossEncoder.predict` does so without being asked, and transformers' pipeline does not."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    monkeypatch.setattr(served_engine, "open_worker", InProcess)
+    folder = shutil.copytree(served("pairs"), tmp_path / "cross")
+    for name, more in (
+        ("tokenizer_config.json", {"model_max_length": 16}),
+        ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | more))
+    pair = ("the fox " * 20, "the old bear " * 20)
+    told = AutoTokenizer.from_pretrained(folder)(*pair, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        right = AutoModelForSequenceClassification.from_pretrained(folder)(**told).logits.item()
+    assert Labeller(folder, max_tokens=64)([pair])[0]["score"] == pytest.approx(right, abs=1e-5)
+    with pytest.raises(DataError, match="this model is served for 64; give less, or truncate"):
+        Labeller(folder, max_tokens=64)([pair], truncate=False)
+    assert dict((one.name, one.default) for one in signature("text-classification").params)["truncate"] is None
+
+
 def test_labels_that_share_a_name_keep_a_score_each(served: Any) -> None:
     from transformers import AutoConfig
 
