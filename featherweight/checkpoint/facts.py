@@ -37,7 +37,7 @@ from featherweight.checkpoint.fit import require_fit
 from featherweight.checkpoint.gguf import FLOATS, GRID_OF, gguf_file, keeps_integers
 from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import models_among, parts_of, whole_header
-from featherweight.checkpoint.gguf_rotary import rotary_scaling
+from featherweight.checkpoint.gguf_rotary import rotary_scaling, scale
 from featherweight.checkpoint.heads import head_changes
 from featherweight.checkpoint.inspection import require_described, require_head, require_output_head, require_task
 from featherweight.checkpoint.kept_adapters import require_adapters
@@ -265,7 +265,7 @@ def _described_by(header: GgufHeader, called: str, scaling: Mapping[str, Any]) -
         answer = described(Path(place), "model.gguf", called=called)
     config = answer["config"]
     if scaling:
-        config["values"]["rope_parameters"] |= scaling
+        scale(config["values"]["rope_parameters"], scaling)
     if header.pieces is not None and not any(key.endswith(".vocab_size") for key in header.settings):
         config["values"][config["names"].get("vocab_size", "vocab_size")] = header.pieces
     return Values(config), Values({"values": answer["generation"], "names": {}})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.checkpoint.files import Listing, adapter_files, has_weights
 from featherweight.checkpoint.gguf_header import GgufHeader
 from featherweight.checkpoint.gguf_parts import join, only_model, parts_of, whole_header
-from featherweight.checkpoint.gguf_rotary import rotary_scaling
+from featherweight.checkpoint.gguf_rotary import rotary_scaling, scale
 from featherweight.checkpoint.gguf_settings import configuration, misplaced
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.inspection import check_loading, quiet
@@ -67,7 +67,7 @@ def convert_gguf(file: Path, work: Path, out: Path, progress: Progress) -> dict[
         model, info = _read(whole, header)
         quantized, types = _integers(whole, model)
     if scaling:
-        model.config.rope_parameters |= scaling
+        scale(model.config.rope_parameters, scaling)
         progress.note(f"rotary embeddings are scaled ({scaling['rope_type']}, {scaling['factor']:g} times), as the file says")
     check_loading(file, model, info)
     with saving(out), quiet():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from featherweight.checkpoint.identity import Content
 from featherweight.errors import CheckpointError
 from featherweight.store.artifact import content_digest
 
+NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
+"""Of a part: which it is, from 0 on, of how many, and how many tensors all have."""
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -87,9 +89,38 @@ def whole_header(parts: Sequence[Path]) -> GgufHeader:
         if listing.sizes[part.name] < header.end:
             raise CheckpointError(f"{part} is truncated: {listing.sizes[part.name]} of {header.end} bytes; copy it again")
         headers.append(header)
+    _require_one_model(parts, headers)
     whole = GgufHeader(headers[0].settings, {name: tensor for header in headers for name, tensor in header.tensors.items()})
     require_model(whole, str(parts[0]))
     return whole
+
+
+def _require_one_model(parts: Sequence[Path], headers: Sequence[GgufHeader]) -> None:
+    """Refuse parts that are not those of one split model, each in its place: by their names alone others are taken for them."""
+    settings, tensors = headers[0].settings, dict[str, Path]()
+    total, count = headers[0].number(TENSORS), sum(len(header.tensors) for header in headers)
+    for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
+        of = header.number(COUNT)
+        if of not in (None, 0, len(parts)) or header.number(NUMBER) not in (None, number):
+            which = f"part {(header.number(NUMBER) or 0) + 1:g} of {of or len(parts):g}"
+            raise CheckpointError(
+                f"{part} says that it is {which}, and is taken as {number + 1} of {len(parts)}; give each part the name that it had"
+            )
+        odd = next((key for key, value in header.settings.items() if _differs(key, value, settings)), None)
+        if odd:
+            raise CheckpointError(f"{part} says another {odd} than {parts[0].name}: parts of two models; copy all parts of one")
+        if twice := next((name for name in header.tensors if name in tensors), None):
+            raise CheckpointError(f"{part} and {tensors[twice].name} both hold {twice}: parts of two models; copy all parts of one")
+        tensors |= dict.fromkeys(header.tensors, part)
+    if total is not None and total != count:
+        raise CheckpointError(
+            f"{parts[0]} counts {total:g} tensors in all parts, and there are {count}; copy all parts of one model"
+        )
+
+
+def _differs(key: str, value: bytes, first: Mapping[str, bytes]) -> bool:
+    """Whether a setting is another in the first part; where tensors lie, and which part it is, each says of itself."""
+    return key not in (ALIGNMENT, NUMBER) and key in first and first[key] != value
 
 
 def join(parts: Sequence[Path], out: Path) -> Path:

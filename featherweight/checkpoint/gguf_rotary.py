@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ READ = ("gpt-oss",)
 """Architectures whose scaling transformers reads itself."""
 PLAIN = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 """Those whose rotary embeddings are scaled by what `rope_parameters` says, all channels of a head alike."""
+OF_SOME_LAYERS = ("gemma3",)
+"""Those of which the layers without a window alone are scaled, linearly (Gemma 3 of 4 B and more)."""
+FULL = "full_attention"
 SETTINGS = {
     "linear": {"factor": "factor"},
     "yarn": {"factor": "factor", "original_context_length": "original_max_position_embeddings"},
@@ -45,13 +48,19 @@ def rotary_scaling(parts: Sequence[Path], header: GgufHeader) -> dict[str, Any]:
     architecture = header.text(ARCHITECTURE) or ""
     if architecture in READ or (said := _said(header, architecture)) is None:
         return {}
-    found = (_by_settings(header, architecture) or _by_factors(parts, header, architecture)) if architecture in PLAIN else None
+    known = architecture in PLAIN or (architecture in OF_SOME_LAYERS and _kind(header, architecture) == "linear")
+    found = (_by_settings(header, architecture) or _by_factors(parts, header, architecture)) if known else None
     if found is None:
         raise CheckpointError(
             f"{parts[0]} scales its rotary embeddings ({said}), which transformers takes no notice of in GGUF files: it would be "
             "another model; give the folder that the file was made from"
         )
     return found
+
+
+def scale(parameters: dict[str, Any], scaling: Mapping[str, Any]) -> None:
+    """Have `rope_parameters` say so: those of the layers without a window, where these have their own."""
+    parameters.get(FULL, parameters).update(scaling)
 
 
 def _said(header: GgufHeader, architecture: str) -> str | None:

@@ -19,7 +19,7 @@ from featherweight.checkpoint.fetching import source_fingerprint
 from featherweight.checkpoint.files import WEIGHTS, Listing
 from featherweight.checkpoint.gguf_faults import readable, require_model
 from featherweight.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf
-from featherweight.checkpoint.gguf_parts import join, names_of_parts, only_model
+from featherweight.checkpoint.gguf_parts import _require_one_model, join, names_of_parts, only_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
@@ -415,3 +415,50 @@ def test_texts_end_at_the_end_of_a_turn_too(tiny_checkpoint: Path, tmp_path: Pat
     assert read_facts(LoadSpec(source=str(file))).generation.eos_token_id == [1, 7, 8]
     load(LoadSpec(source=str(file)), out=out)
     assert GenerationSettings.read(out).ends == [1, 7, 8]
+
+
+def swapped(files: list[Path]) -> None:
+    aside = files[0].with_name("aside")
+    files[1].rename(aside)
+    files[2].rename(files[1])
+    aside.rename(files[2])
+
+
+def of_a_longer_split(files: list[Path]) -> None:
+    """The first of three parts under a name without a number."""
+    files[0].rename(files[0].with_name("tiny.gguf"))
+    for file in files[1:]:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (swapped, "says that it is part 3 of 3, and is taken as 2 of 3; give each part the name that it had"),
+        (of_a_longer_split, "says that it is part 1 of 3, and is taken as 1 of 1"),
+    ],
+)
+def test_parts_are_those_of_one_model_in_their_places(wrong: Any, reason: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """By their names alone, others were taken for them."""
+    place = tmp_path / "place"
+    place.mkdir()
+    wrong(write_gguf(place / "tiny.gguf", tiny_checkpoint, parts=3))
+    with pytest.raises(CheckpointError, match=reason) as error:
+        read_facts(LoadSpec(source=str(place)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "reason"),
+    [
+        ({}, "a", "tiny-2.gguf and tiny-1.gguf both hold a: parts of two models"),
+        ({"general.name": b"other"}, "b", "says another general.name than tiny-1.gguf: parts of two models"),
+        ({"split.tensors.count": struct.pack("<Ii", 5, 3)}, "b", "counts 3 tensors in all parts, and there are 2"),
+    ],
+)
+def test_parts_that_say_otherwise_than_the_first_are_of_another_model(settings: Any, name: str, reason: str) -> None:
+    tensor = GgufTensor(0, (1,), 0, 4)
+    first = {"general.name": b"one"} | {key: value for key, value in settings.items() if key.startswith("split")}
+    headers = [GgufHeader(first, {"a": tensor}), GgufHeader(settings, {name: tensor})]
+    with pytest.raises(CheckpointError, match=reason):
+        _require_one_model([Path("tiny-1.gguf"), Path("tiny-2.gguf")], headers)

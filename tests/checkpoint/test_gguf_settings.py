@@ -10,13 +10,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conformance.tiny import Case, make
+from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.gguf_header import GgufHeader, GgufTensor
 from featherweight.checkpoint.gguf_settings import misplaced, put_right
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
+from featherweight.checkpoint.opening import load_model
 from featherweight.checkpoint.saving import save_tokenizer
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tokenizer import load_tokenizer
 from featherweight.errors import CheckpointError
+from featherweight.runtimes.llama_cpp.vocabulary import Vocabulary
+from featherweight.runtimes.llama_cpp.write import write_file
 from tasks.load import load
 from tests.support.gguf_files import write_gguf
 
@@ -151,3 +156,25 @@ def test_what_a_file_calls_a_token_of_its_own_is_cut_out_whole(tiny_checkpoint: 
     for text in ("Once upon a time", f"a{given.eos_token}b {given.bos_token}"):
         assert made(text)["input_ids"] == load_tokenizer(tmp_path / "saved")(text)["input_ids"]
         assert made(text)["input_ids"] == given(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_gemma_3_is_scaled_in_its_layers_without_a_window(tmp_path: Path) -> None:
+    """As those of 4 B and more are; they were refused. The file is the one that llama.cpp computes with."""
+    kinds = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    case = Case("gemma3", "gemma3_text", "causal", (), {"attn_logit_softcapping": None, "rope_parameters": kinds})
+    source = make(case, tmp_path / "source")
+    right: Any = load_model(source).eval()
+    write_file(tmp_path / "m.gguf", right, {}, Vocabulary(source, right.config.vocab_size), "float32")
+    planned = read_facts(LoadSpec(source=str(tmp_path / "m.gguf"))).config.rope_parameters
+    out = tmp_path / "out"
+    out.mkdir()
+    load(LoadSpec(source=str(tmp_path / "m.gguf")), out=out)
+    found: Any = load_model(out).eval()
+    for told in (planned, found.config.rope_parameters):
+        assert {kind: told[kind]["rope_type"] for kind in kinds} == {"full_attention": "linear", "sliding_attention": "default"}
+    ids = torch.arange(3, 3 + 120)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, right(ids).logits, rtol=0, atol=1e-4)
