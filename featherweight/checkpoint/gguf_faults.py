@@ -15,6 +15,8 @@ CUTTERS = ("llama", BYTES)
 """llama.cpp's names of what tokenizers are built of: SentencePiece's merges, byte-level BPE."""
 UNREAD = {"gpt-oss": "whose experts and scaled rotary embeddings transformers 5.17 cannot read from GGUF files"}
 """Architectures that transformers names among those that it reads, and cannot."""
+ENDS, NONE = ("bos", "eos", "eot", "eom"), 2**32 - 1
+"""Tokens that texts begin and end with, and the number that stands for none."""
 GATE = "ffn_gate_inp_shexp"
 BLOCK = re.compile(r"\bblk\.(\d+)\.")
 
@@ -58,6 +60,7 @@ def require_model(header: GgufHeader, where: str) -> None:
             "it would read other tokens than it was trained on; give the folder that it was made from"
         )
     _require_pieces(header, where)
+    _require_ends(header, where)
     _require_blocks(header, where)
     _require_kinds(header, where)
     _require_gates(header, where)
@@ -79,6 +82,16 @@ def _require_pieces(header: GgufHeader, where: str) -> None:
     for name in (SCORES, TYPES):
         if (count := header.count(name)) not in (None, pieces):
             raise CheckpointError(f"{where}: its tokenizer has {pieces} tokens and {count} in {name}; convert the model again")
+
+
+def _require_ends(header: GgufHeader, where: str) -> None:
+    """Refuse a beginning or an end of texts that is no token: texts would have none, without a word."""
+    pieces = header.pieces or 0
+    for name in ENDS:
+        key = f"tokenizer.ggml.{name}_token_id"
+        number = header.number(key)
+        if number is not None and pieces <= number < NONE:
+            raise CheckpointError(f"{where}: {key} is {number:g}, and its tokenizer has {pieces} tokens; convert the model again")
 
 
 def _require_blocks(header: GgufHeader, where: str) -> None:

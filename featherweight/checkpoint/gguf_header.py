@@ -5,6 +5,7 @@ The layout is that of ggml's docs/gguf.md; the `gguf` library reads whole local 
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ _MAGIC = b"GGUF"
 _FIRST_READ, _MAX_HEADER = 1 << 20, 100_000_000
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
+SHAPES = "featherweight.shapes"
 LISTS = TOKENS, SCORES, TYPES, MERGES = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 """What has an entry for each of a tokenizer's pieces."""
 
@@ -87,9 +89,19 @@ class GgufHeader:
     def _kind(self, key: str) -> int:
         return int.from_bytes(self.settings.get(key, b"")[:4], "little")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors by name, rows first; of a sketch, those of the file that it is one of."""
+        if (told := self.text(SHAPES)) is not None:
+            return {name: tuple(shape) for name, shape in json.loads(told).items()}
+        return {name: tuple(reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+
     def sketch(self) -> bytes:
-        """A file with all that this header says of the model but for the tokenizer's lists, and one number for each tensor."""
+        """A file with all that this header says of the model but for the tokenizer's lists, and one number for each tensor, whose
+        shapes are a setting.
+        """
         kept = {key: value for key, value in self.settings.items() if key not in LISTS}
+        kept[SHAPES] = struct.pack("<I", _STRING) + _text(json.dumps(self.shapes))
         said = b"".join(_text(key) + value for key, value in kept.items())
         said += b"".join(_text(name) + struct.pack("<IQIQ", 1, 1, 0, 0) for name in self.tensors)
         content = struct.pack("<4sIQQ", _MAGIC, 3, len(self.tensors), len(kept)) + said

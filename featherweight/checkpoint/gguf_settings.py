@@ -9,6 +9,7 @@ layers, is told by these.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,17 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "ssm.inner_size": ("intermediate_size",),
 }
 """A file's setting, and transformers' names for it, of which a configuration has one."""
+REQUIRED = (
+    ("context_length",),
+    ("embedding_length",),
+    ("block_count",),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
+"""What llama.cpp reads no model without, one of each; transformers took its own defaults."""
 HEADS = ("attention.key_length", "attention.value_length")
+BASE = "rope.freq_base"
+USUAL_BASE = 10_000.0
+"""Of a file that says none, to llama.cpp."""
 BASES = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
 """Of rotary embeddings, and the layers that they are of where those differ."""
 PERIOD = "attention.sliding_window_pattern"
@@ -72,6 +83,9 @@ READ: Mapping[str, tuple[str, ...]] = {
     "stablelm": ("use_parallel_residual",),
 }
 """By architecture: what transformers makes something of its own of."""
+AS_THEY_ARE = ("llama", "nemotron", "gemma2", "gemma3")
+"""Architectures of which transformers changes tensors as it reads them, and no shapes."""
+VOCABULARY = ("token_embd.weight", "output.weight")
 OWN_READER = ("qwen35",)
 """Architectures of which transformers' newer reader takes all settings and tensors, or fails."""
 ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
@@ -91,11 +105,27 @@ def configuration(folder: Path, name: str, header: GgufHeader) -> PreTrainedConf
     """
     from transformers import AutoConfig
 
+    architecture = str(header.text(ARCHITECTURE))
+    _require_said(header, architecture)
     config: Any = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
     if header.text(ARCHITECTURE) not in OWN_READER:
         put_right(config, header)
     _set_ends(config, header)
     return config
+
+
+def _require_said(header: GgufHeader, architecture: str) -> None:
+    """Refuse a file that leaves out what llama.cpp reads no model without, or says it in other than one number."""
+    if architecture in OWN_READER:
+        return
+    for names in REQUIRED:
+        if not any(f"{architecture}.{name}" in header.settings for name in names):
+            raise CheckpointError(f"it does not say {architecture}.{names[0]}; convert the model again")
+    for name in NAMES:
+        key = f"{architecture}.{name}"
+        if key in header.settings and header.number(key) is None and name not in READ.get(architecture, ()):
+            what = "a number for each layer" if header.numbers(key) is not None else "no number"
+            raise CheckpointError(f"{key} is {what}, which no {architecture} of transformers takes: {INSTEAD}")
 
 
 def _set_ends(config: Any, header: GgufHeader) -> None:
@@ -116,6 +146,8 @@ def put_right(config: Any, header: GgufHeader) -> None:
     _set_width(config, header, architecture)
     for name in _names(header, architecture):
         _put(config, name, header.numbers(f"{architecture}.{name}"), f"{architecture}.{name}")
+    if f"{architecture}.{BASE}" not in header.settings:
+        _set_base(config, BASES[BASE], USUAL_BASE)
     _set_rotated(config, header.number(f"{architecture}.rope.dimension_count"), architecture)
     for entry, tensor in BIASES.items():
         if hasattr(config, entry):
@@ -228,7 +260,27 @@ def misplaced(config: Any, header: GgufHeader) -> str | None:
         return f"{beyond} has no place in {type(model).__name__}, so that transformers leaves it out: {INSTEAD}"
     taken = {*found.values(), *(model.all_tied_weights_keys or ())}
     lacking = next((name for name in model.state_dict() if name not in taken and not _gpt2_head(name, header)), None)
-    return None if lacking is None else f"it has nothing for {lacking} of {type(model).__name__}; convert the model again"
+    if lacking:
+        return f"it has nothing for {lacking} of {type(model).__name__}; convert the model again"
+    return _misshapen(model, {name: place for name, place in found.items() if place}, header, architecture)
+
+
+def _misshapen(model: Any, places: Mapping[str, str], header: GgufHeader, architecture: str) -> str | None:
+    """That a tensor has another shape than the settings ask for; of those that are put together or turned, another size."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    exact, times = architecture in AS_THEY_ARE or architecture not in TENSOR_PROCESSORS, Counter(places.values())
+    counted = f"{architecture}.vocab_size" in header.settings
+    for name, shape in header.shapes.items():
+        asked = wanted.get(places.get(name, ""))
+        if asked is None or times[places[name]] > 1:
+            continue
+        if name in VOCABULARY and not counted:  # by the tokenizer's lists, which a plan leaves out
+            shape, asked = shape[1:], asked[1:]
+        if shape != asked and (exact or math.prod(shape) != math.prod(asked)):
+            return f"{name} has shape {list(shape)}, and the file's settings ask for {list(asked)}; copy it, or convert it, again"
+    return None
 
 
 def _places(config: Any, architecture: str) -> tuple[Any, Mapping[str, str]]:

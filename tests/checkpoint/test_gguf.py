@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from featherweight.checkpoint.description import described
@@ -28,7 +28,7 @@ from featherweight.model.quantized_weights import QuantizedWeights
 from featherweight.progress import Progress
 from featherweight.runtimes.generation_settings import GenerationSettings
 from tasks.load import load
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import rewritten, write_gguf
 from tests.support.notes import Notes
 
 
@@ -462,3 +462,64 @@ def test_parts_that_say_otherwise_than_the_first_are_of_another_model(settings: 
     headers = [GgufHeader(first, {"a": tensor}), GgufHeader(settings, {name: tensor})]
     with pytest.raises(CheckpointError, match=reason):
         _require_one_model([Path("tiny-1.gguf"), Path("tiny-2.gguf")], headers)
+
+
+def other_norm(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.input_layernorm.weight"] = torch.ones(63)
+
+
+def turned(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].T.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_norm, r"blk\.1\.attn_norm\.weight has shape \[63\], and the file's settings ask for \[64\]"),
+        (turned, r"blk\.1\.ffn_up\.weight has shape \[64, 128\], and the file's settings ask for \[128, 64\]"),
+    ],
+)
+def test_shapes_that_the_settings_do_not_ask_for_are_told_in_the_plan(
+    change: Any, reason: str, tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_checkpoint, tmp_path / "source"))
+    tensors = load_file(source / WEIGHTS)
+    change(tensors)
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    (file,) = write_gguf(tmp_path / "tiny.gguf", source)
+    for ask in (lambda: read_facts(LoadSpec(source=str(file))), lambda: taken(file, out)):
+        with pytest.raises(CheckpointError, match=reason):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("says", "left_out", "reason"),
+    [
+        ({"llama.vocab_size": 77}, "", r"token_embd\.weight has shape \[\d+, 64\], and the file's settings ask for \[77, 64\]"),
+        ({"llama.attention.head_count": 8}, "", r"has shape \[\d+, 64\], and the file's settings ask for"),
+        (
+            {"llama.attention.head_count": "4"},
+            "",
+            r"llama\.attention\.head_count is no number, which no llama of",
+        ),
+        ({}, "llama.attention.layer_norm_rms_epsilon", r"it does not say llama\.attention\.layer_norm_rms_epsilon; convert"),
+        ({}, "llama.context_length", r"it does not say llama\.context_length; convert the model again"),
+        ({"tokenizer.ggml.eos_token_id": 9999}, "", r"eos_token_id is 9999, and its tokenizer has \d+ tokens"),
+    ],
+)
+def test_settings_that_a_file_lacks_or_that_are_not_its_own_are_told_in_the_plan(
+    says: dict[str, Any], left_out: str, reason: str, tiny_checkpoint: Path, tmp_path: Path, out: Path
+) -> None:
+    """transformers took its own defaults for what was left out."""
+    (plain,) = write_gguf(tmp_path / "plain.gguf", tiny_checkpoint)
+    file = rewritten(plain, tmp_path / "tiny.gguf", says, left_out)
+    for ask in (lambda: read_facts(LoadSpec(source=str(file))), lambda: taken(file, out)):
+        with pytest.raises(CheckpointError, match=reason):
+            ask()
+
+
+def test_settings_with_a_number_for_each_layer_are_told_in_our_words(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (plain,) = write_gguf(tmp_path / "plain.gguf", tiny_checkpoint)
+    file = rewritten(plain, tmp_path / "tiny.gguf", {"llama.attention.head_count_kv": [2, 2]})
+    with pytest.raises(CheckpointError, match=r"head_count_kv is a number for each layer, which no llama of transformers takes"):
+        read_facts(LoadSpec(source=str(file)))

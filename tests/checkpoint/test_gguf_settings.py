@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conformance.tiny import Case, make
 from featherweight.checkpoint.facts import read_facts
-from featherweight.checkpoint.gguf_header import GgufHeader, GgufTensor
+from featherweight.checkpoint.gguf_header import SHAPES, GgufHeader, GgufTensor
 from featherweight.checkpoint.gguf_settings import misplaced, put_right
 from featherweight.checkpoint.gguf_tokenizer import gguf_tokenizer
 from featherweight.checkpoint.opening import load_model
@@ -39,7 +39,7 @@ def setting(value: Any) -> bytes:
 
 def header(architecture: str, said: dict[str, Any] | None = None, tensors: tuple[str, ...] = ()) -> GgufHeader:
     told = {f"{architecture}.{name}": setting(value) for name, value in (said or {}).items()}
-    named = {"general.architecture": setting(architecture)}
+    named = {"general.architecture": setting(architecture), SHAPES: setting("{}")}  # whatever shapes they have
     return GgufHeader(named | told, {name: GgufTensor(0, (4,), 0, 16) for name in tensors})
 
 

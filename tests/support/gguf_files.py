@@ -85,6 +85,27 @@ def write_gguf(
     return files
 
 
+def rewritten(file: Path, out: Path, says: Mapping[str, Any], left_out: str = "") -> Path:
+    """The same file with other settings, or without one."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(file), gguf.GGUFWriter(out, "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in (*says, left_out, "general.architecture"):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for key, value in says.items():
+        add: Any = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 def packed(array: Any, kind: Any) -> Any:
     """uint8 [rows, bytes]: by the library's own quantizer, or any bytes at all that are finite numbers where it has none.
 
