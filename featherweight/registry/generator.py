@@ -18,6 +18,8 @@ from featherweight.runtimes.interface import Limits
 from featherweight.store.served_folder import verified_tokens
 
 DEFAULT_NEW_TOKENS = 64
+SEVERAL = ("prompt", "input")
+"""Under which OpenAI's API has one text, or several."""
 
 
 class Generator(ServedEngine):
@@ -48,7 +50,8 @@ class Generator(ServedEngine):
         """What follows each prompt: at most `max_new_tokens` tokens, up to a token that ends a text if `stop_at_end`.
 
         A prompt may be a conversation, messages of `role` and `content`: the answer is what the assistant says next. A content may
-        be parts that are texts, or none beside `tool_calls`, as OpenAI has them.
+        be parts that are texts, or none beside `tool_calls`, as OpenAI has them. One that ends with what the assistant said is
+        answered by another turn of its, and not gone on with.
         max_new_tokens: by default what generation_config.json says, else 64. Where nothing is to stop the text, none of those
         settings is followed. adapter: the name of the one that answers, of those that are served beside the model; None for the
         model alone. Of a seq2seq model, what it makes of each prompt. Of an encoder, each prompt with its masks filled in.
@@ -156,7 +159,7 @@ class Generator(ServedEngine):
 def prompts_of(model_input: Any) -> list[Any]:
     """The prompts in what MLflow hands to a model: texts, or conversations under `messages`, a list of messages each."""
     if isinstance(model_input, Mapping):  # one request, as OpenAI's API takes it
-        given = model_input.get("messages", model_input.get("prompt"))
+        given = next((model_input[name] for name in ("messages", *SEVERAL) if name in model_input), None)
         return list(given) if isinstance(given, (list, tuple)) and "messages" not in model_input else [given]
     if not hasattr(model_input, "columns"):
         return [model_input] if isinstance(model_input, str) else list(model_input)
@@ -171,7 +174,7 @@ def prompts_of(model_input: Any) -> list[Any]:
             raise DataError("messages are conversations, lists of messages; a text stands under 'prompt'")
         return [cells] if all(isinstance(cell, Mapping) for cell in cells) else cells
     several = len(cells) == 1 and isinstance(cells[0], list) and all(isinstance(one, str) for one in cells[0])
-    return cells[0] if several and name == "prompt" else cells  # several prompts of one request, as OpenAI's API takes them
+    return cells[0] if several and name in SEVERAL else cells  # several prompts of one request, as OpenAI's API takes them
 
 
 def _family(served: Path) -> Family:

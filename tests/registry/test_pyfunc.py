@@ -162,7 +162,7 @@ WRONG: list[tuple[bytes, str, str]] = [
         (json.dumps(form).encode(), JSON, why)
         for form, why in (
             ({"inputs": [["a", "b"], ["c"]]}, "a prompt is a text, or a conversation"),
-            ({"inputs": [{"role": "user", "content": "a"}]}, "none of 2 columns is called as texts are"),
+            ({"inputs": [{"role": "user", "content": "a"}]}, "a conversation stands under 'messages', as one list"),
             ({"inputs": {"prompt": "a"}}, "Failed to parse input data"),
             ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "messages and prompt both hold texts"),
             ({"messages": "a"}, "messages are conversations"),

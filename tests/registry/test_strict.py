@@ -55,7 +55,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
         ({"prompt": "a", "max_tokens": 3}, None, "no parameter 'max_tokens'; did you mean 'max_new_tokens'"),
         (pandas.DataFrame({"prompt": ["a"], "max_new_tokens": [2]}), None, "'max_new_tokens' stands in a column beside the texts"),
         (pandas.DataFrame({"id": ["x"], "question": ["a"]}), None, "none of 2 columns is called as texts are"),
-        (TALK, None, "none of 2 columns is called as texts are; this model takes one: messages"),
+        (TALK, None, "a conversation stands under 'messages', as one list"),
     ],
 )
 def test_what_mlflow_would_leave_out_is_refused_by_name(load: Callable[..., Any], asked: Any, params: Any, reason: str) -> None:
@@ -68,7 +68,9 @@ def test_the_column_of_the_texts_is_taken_wherever_it_stands(load: Callable[...,
     for asked in (pandas.DataFrame({"id": ["x", "y"], "prompt": ["a", "b"]}), [{"id": "x", "prompt": "a"}, {"prompt": "b"}]):
         assert prompts_of(model.predict(asked)[0]) == ["a", "b"]
     assert prompts_of(model.predict([TALK, TALK])[0]) == [TALK, TALK]
-    assert prompts_of(model.predict(numpy.array(["a", "b"]))[0]) == ["a", "b"]
+    for asked in (numpy.array(["a", "b"]), {"prompt": ["a", "b"]}, {"input": ["a", "b"], "model": "x"}):
+        assert prompts_of(model.predict(asked)[0]) == ["a", "b"]
+    assert prompts_of({"input": ["a", "b"]}) == ["a", "b"] and prompts_of({"input": "a"}) == ["a"]
 
 
 def test_parameters_beside_a_prompt_are_followed(load: Callable[..., Any]) -> None:

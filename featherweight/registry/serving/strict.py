@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featherweight.errors import DataError, nearest, one_line
+from featherweight.registry.conversation import CONTENT, ROLE
 
 MARK = "featherweight.engine"
 """In the metadata of every model of ours."""
@@ -94,6 +95,8 @@ def _one_column(data: Any, parameters: Sequence[str]) -> Any:
     names = list(getattr(data, "columns", data if isinstance(data, dict) else ()))
     if len(names) < 2:
         return data
+    if {ROLE, CONTENT} <= set(names):
+        raise DataError("messages are given as rows, which are texts each; a conversation stands under 'messages', as one list")
     named = [name for name in COLUMNS if name in names]
     if len(named) != 1:
         found = f"{' and '.join(named)} both hold texts" if named else f"none of {len(names)} columns is called as texts are"
