@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -23,11 +23,19 @@ ABSENT = {
 transformers imports scikit-learn, and pandas with it, wherever a model can generate, for the curve by which assisted generation
 tunes the confidence of its draft; without it that confidence stays as it was set. accelerate's boto3 is for SageMaker.
 """
+EXPECTATIONS = "great_expectations.expectations"
 LATER = {
-    "transformers.quantizers.quantizer_torchao": ("torchao.prototype.safetensors.safetensors_support", "flatten_tensor_state_dict"),
-    "transformers.loss.loss_utils": ("scipy.optimize", "linear_sum_assignment"),
+    "transformers.quantizers.quantizer_torchao": [
+        ("torchao.prototype.safetensors.safetensors_support", "flatten_tensor_state_dict")
+    ],
+    "transformers.loss.loss_utils": [("scipy.optimize", "linear_sum_assignment")],
+    f"{EXPECTATIONS}.core.expect_column_kl_divergence_to_be_less_than": [("altair", "Chart"), ("scipy.stats", "entropy")],
+    f"{EXPECTATIONS}.metrics.column_aggregate_metrics.column_parameterized_distribution_ks_test_p_value": [
+        ("scipy.stats", "kstest")
+    ],
+    f"{EXPECTATIONS}.metrics.column_aggregate_metrics.column_bootstrapped_ks_test_p_value": [("scipy.stats", "kstest")],
 }
-"""Modules that import one function, and theirs do, from a library that is loaded when the function is first called."""
+"""Modules that import one function, and theirs do, from each of some libraries, which are loaded when it is first called."""
 LARGE = {"torch", "transformers", "transformers.modeling_utils", "mlflow", "prefect", "great_expectations", "llmcompressor"}
 """Imports of up to a million objects, none of them garbage."""
 Around = Callable[[ModuleType], AbstractContextManager[None]]
@@ -56,7 +64,7 @@ def install() -> None:
 
 def _around(fullname: str) -> Around | None:
     if fullname in LATER:
-        return lambda module: standing_in(*LATER[fullname])
+        return lambda module: all_standing_in(LATER[fullname])
     if fullname in LARGE:
         return lambda module: nothing_collected()
     return transformers_import.shortened if fullname == transformers_import.MODULE else None
@@ -81,6 +89,15 @@ def nothing_collected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@contextmanager
+def all_standing_in(names: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """The same of several modules."""
+    with ExitStack() as stack:
+        for name, function in names:
+            stack.enter_context(standing_in(name, function))
+        yield
 
 
 @contextmanager

@@ -33,12 +33,27 @@ assert import_utils.PACKAGE_DISTRIBUTION_MAPPING.get("torch") == ["torch"]
 assert import_utils.PACKAGE_DISTRIBUTION_MAPPING.get("yaml") == ["PyYAML"]
 assert import_utils.PACKAGE_DISTRIBUTION_MAPPING.get("nothing of this name") is None
 """
+EXPECTED = """
+import sys
+import featherweight
+import great_expectations.expectations as gxe
+assert not {"altair", "scipy.stats"} & sys.modules.keys()
+from great_expectations.expectations.core import expect_column_kl_divergence_to_be_less_than as divergence
+assert abs(divergence.stats.entropy([0.5, 0.5], [0.9, 0.1]) - 0.5108256) < 1e-6
+import scipy.stats
+assert divergence.stats.norm is scipy.stats.norm and divergence.alt.Chart.__name__
+"""
 MODELS = Path(import_utils.__file__).parents[1] / "models"
 
 
 def test_a_model_opens_without_what_nothing_asks_for(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     seen = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, timeout=300, env=environment)
+    assert seen.returncode == 0, seen.stderr
+
+
+def test_expectations_are_read_without_what_few_of_them_ask_for() -> None:
+    seen = subprocess.run([sys.executable, "-c", EXPECTED], capture_output=True, text=True, timeout=300)
     assert seen.returncode == 0, seen.stderr
 
 
