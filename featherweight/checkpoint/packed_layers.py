@@ -131,3 +131,24 @@ def is_packed(entry: Mapping[str, Any]) -> bool:
     """Whether a tensor is a matrix of numbers that stand for others: of integers, or of floats of 8 bits."""
     kind, shape = str(entry.get("dtype")), entry.get("shape") or ()
     return (kind.startswith("F8") or kind[:1] in ("I", "U")) and len(shape) > 1
+
+
+def modules(tensors: Iterable[str], ending: str) -> list[str]:
+    """The names of the modules that have a tensor of that ending, in order."""
+    return [name.removesuffix(ending) for name in sorted(tensors) if name.endswith(ending)]
+
+
+def whole(layer: Layer, module: str) -> Layer:
+    """The layer; raises ValueError where there are not as many scales as its columns ask for: the settings are not its own.
+
+    So it does for zero points of other groups or rows than the scales, which torch would wrap or leave over.
+    """
+    index, (rows, columns) = layer.columns_group(), layer.q.shape
+    if int(index.min()) < 0:
+        raise ValueError(f"{module}.g_idx has the group {int(index.min())}")
+    if len(index) != columns or int(index.max()) + 1 != layer.scales.shape[1] or len(layer.scales) != rows:
+        told = f"{layer.bits} bits in groups of {layer.group}"
+        raise ValueError(f"{module} has scales {list(layer.scales.T.shape)}, which {told} of {columns} columns do not have")
+    if layer.zeros is not None and layer.zeros.shape != layer.scales.shape:
+        raise ValueError(f"{module} has zero points {list(layer.zeros.T.shape)} and scales {list(layer.scales.T.shape)}")
+    return layer

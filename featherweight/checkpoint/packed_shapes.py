@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from featherweight.checkpoint.compressed_weights import ordered
 from featherweight.checkpoint.quantized_formats import BESIDE, SCALES, method_of, override
 from featherweight.errors import CheckpointError
 
@@ -159,6 +160,9 @@ def _rows_of_bitsandbytes(settings: Mapping[str, Any], module: Module, where: st
 def _compressed(settings: Mapping[str, Any], module: Module, where: str) -> Shape | None:
     """Of packed ones the columns are told by the groups, where all weights are packed alike; the scales are of rows or blocks."""
     told = _only_group(settings)
+    lost = {"weight_zero_point": told.get("symmetric") is False, "weight_g_idx": ordered({"weights": told})}
+    if part := next((part for part, asked in lost.items() if asked and part not in module.parts), None):
+        raise CheckpointError(f"{where}: {module.name}.{part} is missing, which the settings ask for; copy it again")
     shape = module.parts.get("weight") or _packed_shape(told, module, where)
     if shape is None:
         return None

@@ -10,12 +10,13 @@ with `weight_scale_inv`, a scale for each block or one for all. bitsandbytes: bi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from featherweight.checkpoint import bitsandbytes_weights
-from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, one_off, without_scale
+from featherweight.checkpoint import bitsandbytes_weights, compressed_weights
+from featherweight.checkpoint.compressed_weights import ordered
+from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, modules, one_off, whole, without_scale
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import Grid
 
@@ -71,7 +72,8 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     if method == "compressed-tensors":
         groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
         told = groups[0] if groups else {}
-        symmetric, bits, kind = told.get("symmetric", True), told.get("num_bits"), told.get("type", "int")
+        of_their_own = any(map(ordered, settings.get("config_groups", {}).values()))
+        symmetric, bits, kind = told.get("symmetric", True) and not of_their_own, told.get("num_bits"), told.get("type", "int")
         size = told.get("group_size") if told.get("strategy") == "group" else None
     else:
         symmetric = (
@@ -227,7 +229,7 @@ def _without_zeros(method: str, settings: Mapping[str, Any], given: Collection[s
     symmetric = method == "awq" and settings.get("zero_point") is False
     if method not in ("gptq", "awq") or symmetric:
         return None
-    return next((f"{module}.qweight" for module in _modules(given, ".qweight") if f"{module}.qzeros" not in given), None)
+    return next((f"{module}.qweight" for module in modules(given, ".qweight") if f"{module}.qzeros" not in given), None)
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Found:
@@ -251,7 +253,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
 def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     found = Found()
     first = form_of("gptq", settings)[1] != "gptq_v2"
-    for module in _modules(tensors, ".qweight"):
+    for module in modules(tensors, ".qweight"):
         told = {**settings, **override(settings, module)}
         bits = told.get("bits", 4)
         scales = tensors[f"{module}.scales"].T.float().contiguous()
@@ -260,7 +262,7 @@ def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
             raise KeyError(f"{module}.g_idx")
         zeros = _zero_points(tensors[f"{module}.qzeros"], bits, first)
         layer = Layer(bits, q, scales, _group(told, q), zeros, tensors.get(f"{module}.g_idx"))
-        found.layers[f"{module}.weight"] = _whole(layer, module)
+        found.layers[f"{module}.weight"] = whole(layer, module)
     return found
 
 
@@ -305,31 +307,15 @@ def _awq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
     found = Found()
-    for module in _modules(tensors, ".qweight"):
+    for module in modules(tensors, ".qweight"):
         packed, zeros = tensors[f"{module}.qweight"], tensors.get(f"{module}.qzeros")
         if zeros is not None and zeros.shape[1:] != packed.shape[1:]:
             raise ValueError(f"{module} has zero points {list(zeros.shape)} of numbers {list(packed.shape)}")
         halves = AutoAWQConverter.reverse_awq_order(*AutoAWQConverter.unpack_awq(packed, zeros, 4), 4)
         q, about = _about_zero(halves[0]), None if halves[1] is None else _about_zero(halves[1])
         scales = tensors[f"{module}.scales"].T.float().contiguous()
-        found.layers[f"{module}.weight"] = _whole(Layer(4, q, scales, _group(settings, q), about), module)
+        found.layers[f"{module}.weight"] = whole(Layer(4, q, scales, _group(settings, q), about), module)
     return found
-
-
-def _whole(layer: Layer, module: str) -> Layer:
-    """The layer; raises ValueError where there are not as many scales as its columns ask for: the settings are not its own.
-
-    So it does for zero points of other groups or rows than the scales, which torch would wrap or leave over.
-    """
-    index, (rows, columns) = layer.columns_group(), layer.q.shape
-    if int(index.min()) < 0:
-        raise ValueError(f"{module}.g_idx has the group {int(index.min())}")
-    if len(index) != columns or int(index.max()) + 1 != layer.scales.shape[1] or len(layer.scales) != rows:
-        told = f"{layer.bits} bits in groups of {layer.group}"
-        raise ValueError(f"{module} has scales {list(layer.scales.T.shape)}, which {told} of {columns} columns do not have")
-    if layer.zeros is not None and layer.zeros.shape != layer.scales.shape:
-        raise ValueError(f"{module} has zero points {list(layer.zeros.T.shape)} and scales {list(layer.scales.T.shape)}")
-    return layer
 
 
 def _fp8(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
@@ -338,7 +324,7 @@ def _fp8(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     Where blocks do not divide a matrix transformers takes smaller ones than the format says, so that such are not read.
     """
     found, size = Found(), settings.get("weight_block_size")
-    for module in _modules(tensors, ".weight_scale_inv"):
+    for module in modules(tensors, ".weight_scale_inv"):
         weight, scales = tensors[f"{module}.weight"], _multiples(tensors[f"{module}.weight_scale_inv"])
         if not weight.is_floating_point():
             raise ValueError(f"{module}.weight has scales of float8, and is {weight.dtype}")
@@ -364,64 +350,6 @@ def _about_zero(halves: Tensor) -> Tensor:
     return ((halves & 15) - 8).T.contiguous()
 
 
-def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    groups: Any = QuantizationConfig.model_validate(dict(settings)).config_groups.values()
-    schemes = {target: scheme for scheme in groups for target in scheme.targets}
-    found = Found()
-    for module in _modules(tensors, ".weight_scale"):
-        scheme = schemes.get(_target(schemes, module))
-        if scheme is None:
-            raise KeyError(f"no config group has {module} as a target")
-        name, args = f"{module}.weight", scheme.weights
-        if args.type == "float" and args.strategy not in ("tensor", "channel"):
-            found.floats[name] = _decompressed(str(scheme.format or settings["format"]), scheme, tensors, module)
-        else:
-            found.layers[name] = _layer(args, tensors, module)
-    return found
-
-
-def _target(targets: Iterable[str], module: str) -> str:
-    """The target that says how a module is packed: its name before a pattern before its class, as the library has it."""
-    from compressed_tensors.utils.match import match_name
-
-    by_name = sorted(targets, key=lambda target: (target.startswith("re:"), target))
-    return next((target for target in by_name if match_name(module, target)), "Linear")
-
-
-def _layer(args: Any, tensors: Mapping[str, Tensor], module: str) -> Layer:
-    """One layer of compressed-tensors in integers, packed or not, or in float8."""
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    packed, zeros = tensors.get(f"{module}.weight_packed"), tensors.get(f"{module}.weight_zero_point")
-    shape = tensors[f"{module}.weight"].shape if packed is None else torch.Size(tensors[f"{module}.weight_shape"].tolist())
-    q = tensors[f"{module}.weight"] if packed is None else unpack_from_int32(packed, args.num_bits, shape)
-    scales = tensors[f"{module}.weight_scale"].float()
-    if args.strategy not in ("tensor", "channel", "group"):
-        raise ValueError(f"{module}: integers with one scale per {args.strategy} are not read here")
-    scales = scales.reshape(1, 1).expand(shape[0], 1) if scales.numel() == 1 else scales.reshape(shape[0], -1)
-    if zeros is not None and zeros.dtype == torch.int32:
-        zeros = unpack_from_int32(zeros, args.num_bits, scales.shape, packed_dim=0)
-    zeros = None if zeros is None else zeros.reshape(-1, scales.shape[1]).expand(scales.shape)
-    layer = Layer(args.num_bits, q, scales, args.group_size or shape[1], zeros, tensors.get(f"{module}.weight_g_idx"))
-    return layer if scales.shape[1] == 1 and not args.group_size else _whole(layer, module)
-
-
-def _decompressed(form: str, scheme: Any, tensors: Mapping[str, Tensor], module: str) -> Tensor:
-    """A layer in float8 with other scales than a row's, as the library reads it, in float32."""
-    from compressed_tensors.compressors import BaseCompressor
-
-    parts = {name: tensors[f"{module}.{name}"] for name in ("weight", "weight_scale")}
-    parts["weight_scale"] = parts["weight_scale"].float()
-    return BaseCompressor.get_value_from_registry(form).decompress(parts, scheme)["weight"].float()
-
-
-def _modules(tensors: Iterable[str], ending: str) -> list[str]:
-    return [name.removesuffix(ending) for name in sorted(tensors) if name.endswith(ending)]
-
-
 def _group(settings: Mapping[str, Any], q: Tensor) -> int:
     """Columns per scale; -1 in the settings means all of a row."""
     size = settings.get("group_size", 128)
@@ -431,7 +359,7 @@ def _group(settings: Mapping[str, Any], q: Tensor) -> int:
 READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Found]] = {
     "gptq": _gptq,
     "awq": _awq,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": compressed_weights.read,
     "fp8": _fp8,
     BITSANDBYTES: bitsandbytes_weights.read,
 }

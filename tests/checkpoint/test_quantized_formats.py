@@ -610,3 +610,42 @@ def test_a_head_beside_packed_weights_is_its_own_whatever_config_json_says(tiny_
     out, metrics = loaded(tmp_path / "source", tmp_path)
     assert metrics["head_settled"] == 1 and json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_model(out).lm_head.weight, tensors["lm_head.weight"])
+
+
+def in_an_order(source: Path, out: Path, dropped: str = "none", symmetric: bool = True) -> dict[str, torch.Tensor]:
+    """4 bits of compressed-tensors whose columns are in groups by their activations, as it wrote them up to 0.18; the weights."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    shutil.copytree(source, out)
+    tensors, truth, dice = load_file(out / "model.safetensors"), {}, torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors.pop(name).shape
+        q = torch.randint(-8, 8, (rows, columns), generator=dice, dtype=torch.int8)
+        scales = torch.rand(rows, columns // GROUP, generator=dice) * 0.01 + 0.001
+        index = torch.randperm(columns, generator=dice) // GROUP
+        module = name.removesuffix(".weight")
+        parts = {"weight_packed": pack_to_int32(q, 4), "weight_scale": scales, "weight_g_idx": index.to(torch.int32)}
+        tensors |= {f"{module}.{part}": one for part, one in parts.items() if part != dropped}
+        tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+        truth[name] = q.float() * scales[:, index]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    told = scheme(4, "int", "group", activations=False, symmetric=symmetric)
+    group = told | {"weights": told["weights"] | ({"actorder": "group"} if symmetric else {})}
+    describe(out, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}})
+    return truth
+
+
+def test_columns_in_an_order_of_their_own_are_read_though_the_library_knows_none(tiny_checkpoint, tmp_path):
+    truth = in_an_order(tiny_checkpoint, tmp_path / "source")
+    assert read_facts(LoadSpec(source=str(tmp_path / "source"))).grids == {}
+    out, metrics = loaded(tmp_path / "source", tmp_path)
+    state = load_model(out).state_dict()
+    assert metrics["dequantized_layers"] == len(truth) and all(torch.equal(state[name], one) for name, one in truth.items())
+
+
+@pytest.mark.parametrize(("dropped", "symmetric"), [("weight_g_idx", True), ("none", False)])
+def test_an_order_or_zero_points_that_are_lost_are_told_in_the_plan(dropped, symmetric, tiny_checkpoint, tmp_path):
+    """They were read as if there had been none."""
+    in_an_order(tiny_checkpoint, tmp_path / "source", dropped, symmetric)
+    lost = "weight_g_idx" if symmetric else "weight_zero_point"
+    refused(tmp_path / "source", tmp_path, rf"_proj\.{lost} is missing, which the settings ask for", in_plan=True)
