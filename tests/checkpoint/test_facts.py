@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from featherweight.checkpoint.facts import read_facts
 from featherweight.checkpoint.files import INDEX, WEIGHTS
+from featherweight.checkpoint.opening import load_model
 from featherweight.checkpoint.spec import LoadSpec
 from featherweight.checkpoint.tensors import load_pickle
 from featherweight.checkpoint.tokenizer import load_tokenizer
@@ -179,6 +181,20 @@ def test_a_tokenizer_is_looked_into_by_a_process_of_its_own_without_torch(kind: 
     )
     told = subprocess.run([sys.executable, "-c", asked, str(place), str(lead)], capture_output=True, text=True, check=False)
     assert told.stderr.splitlines()[-1].endswith("or take the tokens beyond it out of the tokenizer's files")
+
+
+def test_a_plan_looks_into_whatever_is_brought_without_loading_torch(folder: Path, tmp_path: Path) -> None:
+    """Other tests have loaded it before, and so take other ways: a program that begins by planning has not."""
+    settings = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(folder))
+    get_peft_model(load_model(folder), settings).save_pretrained(tmp_path / "adapter")
+    sources = [folder, tmp_path / "adapter", *write_gguf(tmp_path / "m.gguf", folder)]
+    asked = (
+        "import sys\nfrom featherweight.checkpoint.facts import read_facts\nfrom featherweight.checkpoint.spec import LoadSpec\n"
+        "for source in sys.argv[1:]: assert read_facts(LoadSpec(source=source)).opened\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", asked, *map(str, sources)], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
 
 
 @pytest.mark.parametrize(
