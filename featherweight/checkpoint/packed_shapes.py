@@ -12,7 +12,17 @@ from math import prod
 from typing import Any
 
 from featherweight.checkpoint.compressed_weights import ordered
-from featherweight.checkpoint.quantized_formats import BESIDE, SCALES, method_of, override
+from featherweight.checkpoint.quantized_formats import (
+    AWQ,
+    BESIDE,
+    BITSANDBYTES,
+    COMPRESSED,
+    FP8,
+    GPTQ,
+    SCALES,
+    method_of,
+    override,
+)
 from featherweight.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -20,9 +30,9 @@ Header = Mapping[str, Mapping[str, Any]]
 WORD = 32
 """Bits of what numbers are packed into."""
 PACKED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gptq", "awq"), ("qweight",)),
-    **dict.fromkeys(("fp8", "bitsandbytes"), ("weight",)),
-    "compressed-tensors": ("weight", "weight_packed"),
+    **dict.fromkeys((GPTQ, AWQ), ("qweight",)),
+    **dict.fromkeys((FP8, BITSANDBYTES), ("weight",)),
+    COMPRESSED: ("weight", "weight_packed"),
 }
 """What the numbers of a weight are called, behind its module's name."""
 
@@ -194,9 +204,9 @@ def _only_group(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 READERS: Mapping[str, Reader] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "fp8": _fp8,
-    "bitsandbytes": _rows_of_bitsandbytes,
-    "compressed-tensors": _compressed,
+    GPTQ: _gptq,
+    AWQ: _awq,
+    FP8: _fp8,
+    BITSANDBYTES: _rows_of_bitsandbytes,
+    COMPRESSED: _compressed,
 }

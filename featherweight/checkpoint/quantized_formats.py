@@ -23,23 +23,24 @@ from featherweight.grid import Grid
 if TYPE_CHECKING:
     from torch import Tensor
 
+GPTQ, AWQ, FP8, COMPRESSED = "gptq", "awq", "fp8", "compressed-tensors"
 BITSANDBYTES, UNNAMED = bitsandbytes_weights.METHOD, "no quant_method"
 """What is meant by its flags alone, and what is told where nothing says how weights are packed."""
 AUTO_ROUND = "auto-round"
-PACKED_BY_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
+PACKED_BY_AUTO_ROUND = {"auto_round:auto_gptq": GPTQ, "auto_round:auto_awq": AWQ}
 """Intel's AutoRound packs as others do, and says so."""
 FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gptq": (("checkpoint_format", "format"), ("gptq", "gptq_v2")),
-    "awq": (("version", "format", "checkpoint_format"), ("gemm",)),
-    "compressed-tensors": (("format",), ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
-    "fp8": (("fmt",), ("e4m3",)),
+    GPTQ: (("checkpoint_format", "format"), ("gptq", "gptq_v2")),
+    AWQ: (("version", "format", "checkpoint_format"), ("gemm",)),
+    COMPRESSED: (("format",), ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")),
+    FP8: (("fmt",), ("e4m3",)),
     BITSANDBYTES: ((), ()),
 }
 """The keys of the settings that tell a method's layout, the first that is there, and the layouts that are read."""
 SCALES = {
-    **dict.fromkeys(("gptq", "awq"), re.compile(r"\.scales$")),
-    "compressed-tensors": re.compile(r"\.weight_scale$"),
-    "fp8": re.compile(r"\.weight_scale_inv$"),
+    **dict.fromkeys((GPTQ, AWQ), re.compile(r"\.scales$")),
+    COMPRESSED: re.compile(r"\.weight_scale$"),
+    FP8: re.compile(r"\.weight_scale_inv$"),
     BITSANDBYTES: re.compile(r"\.(weight\.(absmax|quant_state\..+)|SCB)$"),
 }
 """By method: what the numbers of a packed weight are multiplied with, behind its module's name. Another method's is not read."""
@@ -65,11 +66,11 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     """The grid that the weights keep by what the settings say, before any is read; None where they become floats, or do not say."""
-    if method == "fp8":
+    if method == FP8:
         return None
     if method == BITSANDBYTES:
         return grid_of(("int", 8, None), -127, 127) if bitsandbytes_weights.bits_of(settings) == 8 else None
-    if method == "compressed-tensors":
+    if method == COMPRESSED:
         groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
         told = groups[0] if groups else {}
         of_their_own = any(map(ordered, settings.get("config_groups", {}).values()))
@@ -78,7 +79,7 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     else:
         symmetric = (
             settings.get("sym", False) and not settings.get("desc_act")
-            if method == "gptq"
+            if method == GPTQ
             else not settings.get("zero_point", not settings.get("sym", False))
         )
         bits, kind, size = settings.get("bits", 4), "int", settings.get("group_size", 128)
@@ -134,11 +135,11 @@ def _packed_refusal(method: str, settings: Mapping[str, Any]) -> str | None:
             return f"{key} of quantization_config is {value!r}, and must be a whole number"
     if (packed := settings.get("pack_dtype") or "int32") != "int32":
         return f"{method} weights that are packed into {packed} are not read here, into int32 they are"
-    by_module = (settings.get("dynamic") or {}) if method == "gptq" else {}
+    by_module = (settings.get("dynamic") or {}) if method == GPTQ else {}
     if not isinstance(by_module, dict) or not all(isinstance(one, dict) for one in by_module.values()):
         return f"dynamic of quantization_config is {by_module!r}, and must have settings for each pattern"
     every = [bits, *(told.get("bits", bits) for name, told in by_module.items() if not name.startswith("-:"))]
-    odd = next((one for one in every if one not in ((4,) if method == "awq" else GPTQ_BITS)), None)
+    odd = next((one for one in every if one not in ((4,) if method == AWQ else GPTQ_BITS)), None)
     return _other_layer(settings) if odd is None else f"{method} weights of {odd} bits are not read here"
 
 
@@ -185,18 +186,18 @@ def _flags_refusal(settings: Mapping[str, Any]) -> str | None:
 
 
 SETTINGS_REFUSALS: Mapping[str | None, Callable[[Mapping[str, Any]], str | None]] = {
-    "gptq": partial(_packed_refusal, "gptq"),
-    "awq": partial(_packed_refusal, "awq"),
-    "compressed-tensors": _groups_refusal,
-    "fp8": _blocks_refusal,
+    GPTQ: partial(_packed_refusal, GPTQ),
+    AWQ: partial(_packed_refusal, AWQ),
+    COMPRESSED: _groups_refusal,
+    FP8: _blocks_refusal,
     BITSANDBYTES: _flags_refusal,
 }
 """What else of the settings must be as a method writes them."""
 PARTS: dict[str | None, tuple[str, ...]] = {
-    "gptq": (".qweight",),
-    "awq": (".qweight",),
-    "compressed-tensors": (".weight_scale",),
-    "fp8": (".weight_scale_inv",),
+    GPTQ: (".qweight",),
+    AWQ: (".qweight",),
+    COMPRESSED: (".weight_scale",),
+    FP8: (".weight_scale_inv",),
     BITSANDBYTES: bitsandbytes_weights.PARTS,
 }
 """What the name of one tensor of each packed weight ends in."""
@@ -226,8 +227,8 @@ def require_packed(config: Mapping[str, Any], header: Mapping[str, Mapping[str, 
 
 def _without_zeros(method: str, settings: Mapping[str, Any], given: Collection[str]) -> str | None:
     """The first weight of GPTQ or AWQ that lacks its zero points; an AWQ that says it has none may."""
-    symmetric = method == "awq" and settings.get("zero_point") is False
-    if method not in ("gptq", "awq") or symmetric:
+    symmetric = method == AWQ and settings.get("zero_point") is False
+    if method not in (GPTQ, AWQ) or symmetric:
         return None
     return next((f"{module}.qweight" for module in modules(given, ".qweight") if f"{module}.qzeros" not in given), None)
 
@@ -240,7 +241,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
         reason = f"{error.args[0]} is missing" if type(error) is KeyError else one_line(error, 200)
         raise CheckpointError(f"{where}: the quantized weights cannot be unpacked ({reason}); copy it again") from error
-    off = one_off(found.layers.values()) if method == "gptq" else 0
+    off = one_off(found.layers.values()) if method == GPTQ else 0
     if off:
         other = "gptq_v2" if off < 0 else "gptq"
         raise CheckpointError(
@@ -252,7 +253,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -
 
 def _gptq(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     found = Found()
-    first = form_of("gptq", settings)[1] != "gptq_v2"
+    first = form_of(GPTQ, settings)[1] != "gptq_v2"
     for module in modules(tensors, ".qweight"):
         told = {**settings, **override(settings, module)}
         bits = told.get("bits", 4)
@@ -357,9 +358,9 @@ def _group(settings: Mapping[str, Any], q: Tensor) -> int:
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Found]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": compressed_weights.read,
-    "fp8": _fp8,
+    GPTQ: _gptq,
+    AWQ: _awq,
+    COMPRESSED: compressed_weights.read,
+    FP8: _fp8,
     BITSANDBYTES: bitsandbytes_weights.read,
 }

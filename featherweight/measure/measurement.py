@@ -327,10 +327,9 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 def busy_note(metrics: Mapping[str, float]) -> str | None:
     """What is to be known of speeds that were measured beside other programs; None on a quiet machine."""
-    taken = metrics.get(OTHERS, 0.0)
-    if taken <= BUSY:
+    if metrics.get(OTHERS, 0.0) <= BUSY:
         return None
-    return f"other programs took {taken:.0%} of the processors while it was timed: its speeds may be others on a quiet machine"
+    return f"other programs took over {BUSY:.0%} of the processors while it was timed: on a quiet machine its speeds may be others"
 
 
 def _worst_loss(changes: Iterable[Estimate]) -> Estimate:

@@ -68,11 +68,16 @@ def test_float_exports_compute_what_pytorch_computes(result: dict) -> None:
     assert rows["ct2"]["metrics"]["parity"] < 1e-3
 
 
+def noted(row: dict) -> list[str]:
+    """What is said of a variant, whatever else the machine does while tests run."""
+    return [note for note in row["notes"] if not note.startswith("other programs")]
+
+
 def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Path, result: dict) -> None:
     row = next(row for row in result["variants"] if row["name"] == "sparse24/ct2")
     assert row["metrics"]["zero_share"] == 0.5
     assert row["metrics"]["parity"] < 1e-3
-    (note,) = row["notes"]
+    (note,) = noted(row)
     assert note.startswith("50 % of the pruned weights are zero; ctranslate2 stores and multiplies them all: no gain")
     dense = next(row for row in result["variants"] if row["name"] == "ct2")
     assert row["metrics"]["size_bytes"] == pytest.approx(dense["metrics"]["size_bytes"], rel=0.01)
@@ -82,7 +87,7 @@ def test_a_sparse_variant_keeps_its_zeros_and_says_what_they_are_worth(done: Pat
 
 def test_the_report_tells_a_method_from_rounding_to_nearest(done: Path, result: dict) -> None:
     rows = {row["name"]: row for row in result["variants"]}
-    (note,) = rows["gptq8/ct2-int8"]["notes"]
+    (note,) = noted(rows["gptq8/ct2-int8"])
     assert re.fullmatch(r"gptq8: a loss of \S+ nats on the calibration text, \S+ by rounding to nearest, \S+ in float", note)
     assert note in html.unescape((done / "report.html").read_text())
 
