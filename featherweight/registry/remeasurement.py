@@ -10,7 +10,7 @@ from featherweight.errors import GateError
 from featherweight.measure import goals
 from featherweight.measure.figures import percent, with_interval
 from featherweight.measure.goals import BITS_PER_BYTE, PEAK_MEMORY, QUALITY, SIZE, Figure, bounded
-from featherweight.measure.measurement import Comparison, Quality
+from featherweight.measure.measurement import Comparison, Quality, busy_note
 from featherweight.measure.spec import ConstraintsSpec
 from featherweight.measure.statistics import Estimate, bootstrap_ratio
 from featherweight.visible import in_lines
@@ -133,6 +133,9 @@ class Remeasurement:
         where = f"on {self.text}" if self.text else "on the text that it was registered with"
         lines = [f"{self.model}/{self.version} {where}", *self._figures()]
         lines += [f"library  {name}: {change}" for name, change in self.otherwise.items()]
+        for when, metrics in (("then", self.then), ("now", self.now)):
+            note = busy_note(metrics)
+            lines += [f"{when}: {note}"] if note else []
         lines += [] if self.same_machine else ["another machine than when it was registered: speed and memory are not judged"]
         lines += [f"drifted  {one.what}: {one.reason}" for one in self.drifts] or ["nothing has drifted"]
         after = f"rebuilt  {self.rebuilt}" if self.rebuilt else "a rebuild may win (--rebuild)" if self.rebuild_may_win else ""

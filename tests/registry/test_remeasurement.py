@@ -146,3 +146,9 @@ def test_a_rebuild_is_spoken_of_where_it_may_win() -> None:
     assert "onnxruntime-genai: 0.18 → 0.19" in told(otherwise={"onnxruntime-genai": "0.18 → 0.19"}).to_text()
     assert told().to_text().splitlines()[-1] == "nothing has drifted"
     assert json.loads(json.dumps(told().to_dict()))["drifted"] is False
+
+
+def test_speeds_that_were_measured_beside_other_programs_are_told_as_such() -> None:
+    busy = replace(told(), now=registered().metrics() | {"others_cpu_share": 0.5})
+    assert any(line.startswith("now: other programs took over 10%") for line in busy.to_text().splitlines())
+    assert "other programs" not in told().to_text()
