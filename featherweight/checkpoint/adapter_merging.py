@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint.files import ADAPTER, Listing, read_json
-from featherweight.checkpoint.inspection import quiet
+from featherweight.checkpoint.inspection import and_more, quiet
 from featherweight.checkpoint.settling import heeds
 from featherweight.errors import CheckpointError, reason
 
@@ -121,10 +121,9 @@ def _require_biases(adapter: Path, wanted: Collection[str], given: Collection[st
     told = read_json(Listing.of(adapter), ADAPTER).get("bias")
     lost = [name for name in sorted(set(wanted) - set(given)) if name.endswith("bias")]
     if lost and told not in (None, "none"):
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{adapter}: {lost[0]} is missing{more}, and {ADAPTER} says that biases were trained (bias: {told}); save it again "
-            "with a newer peft, or say bias: none there to take it without them"
+            f"{adapter}: {lost[0]} is missing{and_more(lost)}, and {ADAPTER} says that biases were trained (bias: {told}); save it "
+            "again with a newer peft, or say bias: none there to take it without them"
         )
 
 
@@ -146,10 +145,9 @@ def _require_placed(adapter: Path, loaded: Any) -> None:
     problems = {"has no place in its base": loaded.unexpected_keys, "is missing, and its base has a place for it": missing}
     for problem, names in problems.items():
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{adapter}: the adapter's {names[0]} {problem}{more}; the two do not belong together: set checkpoint.base to the "
-                "model that it was trained on, or copy the adapter's two files again"
+                f"{adapter}: the adapter's {names[0]} {problem}{and_more(names)}; the two do not belong together: set "
+                "checkpoint.base to the model that it was trained on, or copy the adapter's two files again"
             )
 
 

@@ -31,15 +31,21 @@ def read(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Found:
     return found
 
 
-def ordered(group: Mapping[str, Any]) -> bool:
+def weights_told(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each config group says of weights, where it says something."""
+    return [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
+
+
+def ordered(weights: Mapping[str, Any]) -> bool:
     """Whether columns are in groups of their own order, which `weight_g_idx` tells; compressed-tensors 0.19 knows that no more."""
-    told = (group.get("weights") or {}).get("actorder")
+    told = weights.get("actorder")
     return told is True or str(told).lower() in ("group", "dynamic")
 
 
 def without_order(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a group as that library takes them."""
-    return {**group, "weights": group["weights"] | {"actorder": None}} if ordered(group) else dict(group)
+    weights = group.get("weights") or {}
+    return {**group, "weights": weights | {"actorder": None}} if ordered(weights) else dict(group)
 
 
 def _target(targets: Iterable[str], module: str) -> str:

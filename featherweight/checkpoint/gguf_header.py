@@ -71,8 +71,7 @@ class GgufHeader:
 
     def text(self, key: str) -> str | None:
         """A setting that is text; None where it is not there, or something else."""
-        value = self.settings.get(key, b"")
-        return value[12:].decode("utf-8", "replace") if int.from_bytes(value[:4], "little") == _STRING and value else None
+        return self.value(key) if self._kind(key) == _STRING else None
 
     def number(self, key: str) -> float | None:
         """A setting that is a number, or a truth; None where it is not there, or something else."""

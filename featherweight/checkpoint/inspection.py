@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,27 +303,28 @@ def check_loading(folder: Path, model: PreTrainedModel, info: Mapping[str, Any])
         unexpected = [name for name in unexpected if not _HEADS.search(name)]
     if missing:
         beside = (
-            f"; there is {unexpected[0]}{_more(unexpected)}, of another model: they do not belong together" if unexpected else ""
+            f"; there is {unexpected[0]}{and_more(unexpected)}, of another model: they do not belong together" if unexpected else ""
         )
         raise CheckpointError(
-            f"{folder}: tensor {missing[0]} of {architecture} is missing{_more(missing)}{beside or '; copy it again'}"
+            f"{folder}: tensor {missing[0]} of {architecture} is missing{and_more(missing)}{beside or '; copy it again'}"
         )
     if mismatched:
         name, found, wanted = mismatched[0]
         raise CheckpointError(
-            f"{folder}: tensor {name} has shape {list(found)}, but {CONFIG} asks for {list(wanted)}{_more(mismatched)}; "
+            f"{folder}: tensor {name} has shape {list(found)}, but {CONFIG} asks for {list(wanted)}{and_more(mismatched)}; "
             "weights and config.json do not belong together"
         )
     if unexpected:
         raise CheckpointError(
-            f"{folder}: tensor {unexpected[0]} has no place in {architecture}{_more(unexpected)}; "
+            f"{folder}: tensor {unexpected[0]} has no place in {architecture}{and_more(unexpected)}; "
             "weights and config.json do not belong together"
         )
     if info["error_msgs"]:
         raise CheckpointError(f"{folder}: {one_line(info['error_msgs'][0])}")
 
 
-def _more(names: list[Any]) -> str:
+def and_more(names: Sized) -> str:
+    """How many others there are beside the one that an error names."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from featherweight.checkpoint.compressed_weights import ordered
+from featherweight.checkpoint.compressed_weights import ordered, weights_told
 from featherweight.checkpoint.quantized_formats import (
     AWQ,
     BESIDE,
@@ -169,8 +169,9 @@ def _rows_of_bitsandbytes(settings: Mapping[str, Any], module: Module, where: st
 
 def _compressed(settings: Mapping[str, Any], module: Module, where: str) -> Shape | None:
     """Of packed ones the columns are told by the groups, where all weights are packed alike; the scales are of rows or blocks."""
-    told = _only_group(settings)
-    lost = {"weight_zero_point": told.get("symmetric") is False, "weight_g_idx": ordered({"weights": told})}
+    groups = weights_told(settings)
+    told = groups[0] if len(groups) == 1 else {}  # what they say of all weights alike
+    lost = {"weight_zero_point": told.get("symmetric") is False, "weight_g_idx": ordered(told)}
     if part := next((part for part, asked in lost.items() if asked and part not in module.parts), None):
         raise CheckpointError(f"{where}: {module.name}.{part} is missing, which the settings ask for; copy it again")
     shape = module.parts.get("weight") or _packed_shape(told, module, where)
@@ -195,12 +196,6 @@ def _packed_shape(told: Mapping[str, Any], module: Module, where: str) -> Shape 
         wanted = (rows, -(-columns * bits // WORD))
         _require(module, where, {"weight_packed": wanted}, f"{bits} bits in {scales[1]} groups of {told['group_size']}")
     return rows, columns
-
-
-def _only_group(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the settings say of weights, where they say one thing."""
-    groups = [group["weights"] for group in settings["config_groups"].values() if group.get("weights")]
-    return groups[0] if len(groups) == 1 else {}
 
 
 READERS: Mapping[str, Reader] = {

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from featherweight.checkpoint import bitsandbytes_weights, compressed_weights
-from featherweight.checkpoint.compressed_weights import ordered
+from featherweight.checkpoint.compressed_weights import ordered, weights_told
 from featherweight.checkpoint.packed_layers import Found, Layer, grid_of, modules, one_off, whole, without_scale
 from featherweight.errors import CheckpointError, one_line
 from featherweight.grid import Grid
@@ -71,9 +71,9 @@ def grid_told(method: str, settings: Mapping[str, Any]) -> Grid | None:
     if method == BITSANDBYTES:
         return grid_of(("int", 8, None), -127, 127) if bitsandbytes_weights.bits_of(settings) == 8 else None
     if method == COMPRESSED:
-        groups = [group["weights"] for group in settings.get("config_groups", {}).values() if group.get("weights")]
+        groups = weights_told(settings)
         told = groups[0] if groups else {}
-        of_their_own = any(map(ordered, settings.get("config_groups", {}).values()))
+        of_their_own = any(map(ordered, groups))
         symmetric, bits, kind = told.get("symmetric", True) and not of_their_own, told.get("num_bits"), told.get("type", "int")
         size = told.get("group_size") if told.get("strategy") == "group" else None
     else:

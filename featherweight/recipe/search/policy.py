@@ -50,24 +50,25 @@ class Goal:
         found = figure.read(short)
         if found and not figure.keeps(figure.best(found), 1.0):
             return f"{figure.text(found)} at a short look"
-        leader = self._leader(measured)
-        figure = Objective.of(self.objective, short).figure
-        found, best = figure.read(short), figure.read(measured[leader]) if leader else None
+        leader, figure, found, best = self._beside_leader(short, measured)
         if found and best and figure.loss(figure.best(found)) > figure.loss(figure.worst(best)):
             return f"{figure.text(found)} at a short look, against {figure.text(best)} of {leader}"
         return ""
 
     def leads(self, short: Metrics, measured: Mapping[str, Metrics]) -> bool:
         """Whether a variant seems to keep every constraint, and is better than the best so far by the worst bounds of both."""
-        leader = self._leader(measured)
-        figure = Objective.of(self.objective, short).figure
-        found, best = figure.read(short), figure.read(measured[leader]) if leader else None
+        _, figure, found, best = self._beside_leader(short, measured)
         if not found or not best or any(one > 0 for one in self.broken(short).values()):
             return False
         return figure.loss(figure.worst(found)) < figure.loss(figure.best(best))
 
-    def _leader(self, measured: Mapping[str, Metrics]) -> str | None:
-        return choose_winner(self.constraints, self.objective, measured).winner if measured else None
+    def _beside_leader(
+        self, short: Metrics, measured: Mapping[str, Metrics]
+    ) -> tuple[str | None, Figure, Estimate | None, Estimate | None]:
+        """The best so far, what is to be best, and that of a variant and of it, as far as they are known."""
+        leader = choose_winner(self.constraints, self.objective, measured).winner if measured else None
+        figure = Objective.of(self.objective, short).figure
+        return leader, figure, figure.read(short), figure.read(measured[leader]) if leader else None
 
     def place(self, short: Metrics) -> tuple[int, float, float]:
         """The less the better: constraints that it seems to break, by how much, then the objective."""
